@@ -1,0 +1,1 @@
+"""The parts of a layer: norm, rope, linear, attention, router, experts."""

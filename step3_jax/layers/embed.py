@@ -1,0 +1,33 @@
+"""Token embedding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class Embedding(nnx.Module):
+    """A table with one row for each id of the vocabulary; no scaling."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        table = jax.random.normal(rngs.params(), (vocab_size, hidden_size), jnp.float32) * 0.02
+        self.weight = nnx.Param(table.astype(dtype))
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+
+
+def merge_image_features(
+    embeddings: Float[Array, "B T D"], features: Float[Array, "M D"], rows: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Overwrites the embeddings of image places.
+
+    Args:
+      embeddings: Token embeddings.
+      features: Image features of all pictures, one under the other.
+      rows: Row of `features` for each token; -1 where the token is no image place.
+    """
+    picked = jnp.take(features, jnp.maximum(rows, 0), axis=0, mode="clip").astype(embeddings.dtype)
+    return jnp.where((rows >= 0)[..., None], picked, embeddings)

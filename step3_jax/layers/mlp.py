@@ -1,0 +1,22 @@
+"""SwiGLU feed-forward network: the dense layers and the shared expert."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from step3_jax.layers.linear import Linear
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.gate_proj = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(hidden)) * self.up_proj(hidden))

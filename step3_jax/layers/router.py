@@ -1,0 +1,77 @@
+"""The router: which experts a token goes to, and with what weight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from step3_jax.layers.linear import normal
+
+
+class Routing(NamedTuple):
+    """What the router decides for N tokens.
+
+    Attributes:
+      weights: Mixing weights, float32 [N, top_k].
+      experts: Expert ids, int32 [N, top_k].
+      logits: Router logits, float32 [N, E] (for the load-balance loss and for tests).
+    """
+
+    weights: Float[Array, "N top_k"]
+    experts: Int[Array, "N top_k"]
+    logits: Float[Array, "N E"]
+
+
+class Router(nnx.Module):
+    """Softmax over all experts in float32, then the largest `top_k`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        top_k: int,
+        renormalise: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.weight = nnx.Param(normal(rngs, (num_experts, hidden_size), hidden_size, dtype))
+        self.top_k = top_k
+        self.renormalise = renormalise
+
+    def __call__(self, hidden: Float[Array, "N D"]) -> Routing:
+        return route(hidden, self.weight[...], top_k=self.top_k, renormalise=self.renormalise)
+
+
+def route(
+    hidden: Float[Array, "N D"], weight: Float[Array, "E D"], *, top_k: int, renormalise: bool = False
+) -> Routing:
+    """Chooses `top_k` experts for each token.
+
+    The product is taken in float32 whatever the dtype: in bfloat16 the third and fourth expert often tie.
+
+    Args:
+      hidden: Tokens after the post-attention norm.
+      weight: Router matrix. Replicated, never quantised.
+      top_k: Experts per token; 3 for Step3.
+      renormalise: Whether the chosen weights are scaled to sum to 1. The released model does not.
+
+    Raises:
+      ValueError: If `top_k` is not in [1, E].
+    """
+    if not 1 <= top_k <= weight.shape[0]:
+        raise ValueError(f"top_k is {top_k}; allowed: 1 to the {weight.shape[0]} experts there are")
+    logits = jax.lax.dot_general(
+        hidden.astype(jnp.float32),
+        weight.astype(jnp.float32),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
+    if renormalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return Routing(weights, experts.astype(jnp.int32), logits)

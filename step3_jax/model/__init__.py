@@ -1,0 +1,1 @@
+"""The model: decoder, vision tower, and the two together."""

@@ -1,0 +1,23 @@
+"""Files that ship with the package: the tiny model and the configurations."""
+
+from __future__ import annotations
+
+import pathlib
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def find(name: str) -> pathlib.Path:
+    """The path of a shipped file or folder, such as `models/step3-tiny` or `configs/models/step3.json`.
+
+    An installed wheel carries them inside the package; a source checkout has them beside it.
+
+    Raises:
+      ValueError: If there is no such file.
+    """
+    if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
+        raise ValueError(f"{name!r} is no name of a shipped file: give a path such as models/step3-tiny")
+    for root in (_PACKAGE / "_shipped", _PACKAGE.parent):
+        if (root / name).exists():
+            return root / name
+    raise ValueError(f"{name} is not among the files shipped with step3_jax")

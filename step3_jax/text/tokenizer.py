@@ -1,0 +1,270 @@
+"""The checkpoint's own tokenizer, by way of the `tokenizers` library.
+
+Ids of control tokens are looked up by name and never assumed. Text of a user goes through a second tokenizer
+without control tokens, so that `<im_patch>` or `<think>` typed by a user stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from step3_jax.text.images import ImageTokenIds
+from step3_jax.text.json_file import read_json_object
+from step3_jax.text.vocabulary import byte_alphabet, control_pattern, is_byte_level, without_control_tokens
+
+
+class Tokenizer:
+    """Text to token ids and back. Safe to share between threads."""
+
+    def __init__(
+        self,
+        description: str,
+        *,
+        bos: object = None,
+        eos: Sequence[object] = (),
+        source: str = "tokenizer.json",
+    ) -> None:
+        """Builds a tokenizer.
+
+        Args:
+          description: Text of a `tokenizer.json`.
+          bos: The token that begins a sequence, by id or name; None if there is none.
+          eos: The tokens that end a sequence, by ids or names. As both come from files, any type is checked.
+          source: Where the description is from, for messages.
+
+        Raises:
+          ValueError: If the description cannot be used, or a name or id is unknown.
+        """
+        self._source = source
+        try:
+            stored = json.loads(description)
+            self._full = tokenizers.Tokenizer.from_str(description)
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps(without_control_tokens(stored)))
+        except Exception as error:  # The library raises bare Exception for a file it cannot read.
+            raise ValueError(f"{source} is no usable tokenizer description: {error}") from error
+        # A training setting left in the file must never cut or fill a prompt.
+        for tokenizer in (self._full, self._plain):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        added = self._full.get_added_tokens_decoder()
+        self._control = {token.content: number for number, token in added.items()}
+        self._special = {number for number, token in added.items() if token.special}
+        self._control_pattern = control_pattern(self._control)
+        self._num_ids = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._byte_of = byte_alphabet() if is_byte_level(stored.get("decoder")) else None
+        self._bos = None if bos is None else self._resolve(bos, "bos")
+        self._eos = tuple(dict.fromkeys(self._resolve(token, "eos") for token in eos))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, bos_id: int | None = None, eos_ids: Sequence[int] | None = None) -> Tokenizer:
+        """Reads `tokenizer.json` of a checkpoint; its `tokenizer_class` is not asked.
+
+        Args:
+          folder: Folder of the checkpoint.
+          bos_id: Begin token. By default from `generation_config.json`, `config.json` or
+            `tokenizer_config.json`, the first that names it.
+          eos_ids: End tokens; by default found in the same way.
+
+        Returns:
+          The tokenizer.
+
+        Raises:
+          ValueError: If a file is missing or unusable.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        try:
+            description = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); give the checkpoint's folder.") from error
+        bos: object = bos_id
+        eos: object = eos_ids
+        for name in ("generation_config.json", "config.json"):
+            stored = read_json_object(folder / name)
+            bos = stored.get("bos_token_id") if bos is None else bos
+            eos = stored.get("eos_token_id") if eos is None else eos
+        stored = read_json_object(folder / "tokenizer_config.json")
+        bos = token_name(stored.get("bos_token")) if bos is None else bos
+        eos = token_name(stored.get("eos_token")) if eos is None else eos
+        ends = eos if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
+        return cls(description, bos=bos, eos=ends, source=str(path))
+
+    @property
+    def num_ids(self) -> int:
+        """The largest token id plus one."""
+        return self._num_ids
+
+    @property
+    def bos_id(self) -> int:
+        """Id of the token that begins a sequence. Raises ValueError if the checkpoint names none."""
+        if self._bos is None:
+            raise ValueError(f"{self._source}: no file of the checkpoint names a begin token; give bos_id.")
+        return self._bos
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end a sequence; empty if the checkpoint names none."""
+        return self._eos
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode(..., skip_special_tokens=True)` leaves out."""
+        return frozenset(self._special)
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """Names and ids of all tokens that are matched as wholes, such as `<im_patch>` and `<think>`."""
+        return dict(self._control)
+
+    def control_id(self, name: str) -> int:
+        """Id of a control token such as `<think>`.
+
+        Args:
+          name: The token's text.
+
+        Returns:
+          Its id.
+
+        Raises:
+          ValueError: If the checkpoint has no such control token.
+        """
+        if name not in self._control:
+            raise ValueError(f"{self._source} has no control token {name!r}, which is needed here.")
+        return self._control[name]
+
+    def image_token_ids(self) -> ImageTokenIds:
+        """Ids of the six tokens that stand for a picture. Raises ValueError naming the missing ones."""
+        names = {name: f"<{name}>" for name in ImageTokenIds.__dataclass_fields__}
+        missing = [token for token in names.values() if token not in self._control]
+        if missing:
+            raise ValueError(f"{self._source} has no control token(s) {', '.join(missing)}, so it serves no images.")
+        return ImageTokenIds(**{name: self._control[token] for name, token in names.items()})
+
+    def encode(self, text: str, *, allow_control: bool = True, add_bos: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+          text: Any text.
+          allow_control: Whether `<im_patch>` and the like in the text become control tokens. Say False for
+            text that a user wrote.
+          add_bos: Whether to put the begin token in front.
+
+        Returns:
+          The ids. The tokenizer's own template of begin and end tokens is never applied.
+
+        Raises:
+          ValueError: If the text cannot be stored as UTF-8, or there is no begin token to add.
+        """
+        tokenizer = self._full if allow_control else self._plain
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise ValueError(f"The text cannot be encoded, as it is not valid Unicode: {error}") from error
+        return [self.bos_id, *ids] if add_bos else ids
+
+    def encode_user_text(self, text: str) -> list[int]:
+        """Token ids of text from an untrusted user: no control token comes out of it. See `encode`."""
+        return self.encode(text, allow_control=False)
+
+    def encode_guarded(self, text: str, opening: str, closing: str) -> list[int]:
+        """Token ids of a text in which some stretches are untrusted.
+
+        Plain text on both sides of a mark is encoded in one piece, so marks do not change how words are cut.
+
+        Args:
+          text: The text, with each untrusted stretch between the two marks. Stretches do not nest.
+          opening: Mark before an untrusted stretch, a single character found nowhere else.
+          closing: Mark after it.
+
+        Returns:
+          The ids of the text without marks, control tokens recognised outside the marks only.
+
+        Raises:
+          ValueError: If the text is not valid Unicode.
+        """
+        guarded = re.compile(f"{re.escape(opening)}([^{re.escape(closing)}]*){re.escape(closing)}")
+        ids: list[int] = []
+        plain: list[str] = []
+        end = 0
+        for stretch in [*guarded.finditer(text), None]:
+            outside = text[end : stretch.start()] if stretch else text[end:]
+            position = 0
+            for match in self._control_pattern.finditer(outside):
+                plain.append(outside[position : match.start()])
+                ids += self.encode_user_text("".join(plain))
+                ids.append(self._control[match[0]])
+                plain, position = [], match.end()
+            plain.append(outside[position:])
+            if stretch:
+                plain.append(stretch[1])
+                end = stretch.end()
+        return ids + self.encode_user_text("".join(plain))
+
+    def find_control(self, text: str) -> list[tuple[int, int, str]]:
+        """Where control tokens would be recognised in a text: (start, end, name) of each, in order."""
+        return [(*match.span(), match[0]) for match in self._control_pattern.finditer(text)]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of token ids.
+
+        Args:
+          ids: Token ids; an id within the model's vocabulary that has no token gives no text.
+          skip_special_tokens: Whether to leave out the tokens that the file marks as special. In Step3
+            `<think>` and the tool tokens are not marked so.
+
+        Returns:
+          The text; bytes that are no valid UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: If an id is negative or beyond 32 bits.
+        """
+        try:
+            return self._full.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except (OverflowError, TypeError) as error:
+            raise ValueError(f"Token ids must be whole numbers of at least 0: {error}") from error
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that a token adds to the text; None if this tokenizer's tokens have no bytes of their
+        own.
+
+        Byte-level tokenizers, such as Step3's, have them. An id without a token gives no bytes.
+
+        Raises:
+          ValueError: If the id is negative or beyond 32 bits.
+        """
+        if self._byte_of is None:
+            return None
+        try:
+            token = self._full.id_to_token(token_id)
+        except (OverflowError, TypeError) as error:
+            raise ValueError(f"Token id {token_id!r} is no whole number of at least 0.") from error
+        if token is None:
+            return b""
+        if all(letter in self._byte_of for letter in token):
+            return bytes(self._byte_of[letter] for letter in token)
+        return token.encode("utf-8")
+
+    def stream_step(self, stream: DecodeStream, token_id: int) -> str:
+        """The text that `token_id` completes in the library's own stream of decoding."""
+        return stream.step(self._full, token_id) or ""
+
+    def _resolve(self, token: object, role: str) -> int:
+        if isinstance(token, str):
+            number = self._full.token_to_id(token)
+            if number is not None:
+                return number
+        elif isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+            return token
+        raise ValueError(f"{self._source}: the {role} token is given as {token!r}, which is no token of this file.")
+
+
+def token_name(stored: object) -> str | None:
+    """A token's text as `tokenizer_config.json` stores it: bare, or as an object with `content`."""
+    name = stored.get("content") if isinstance(stored, dict) else stored
+    return name if isinstance(name, str) else None

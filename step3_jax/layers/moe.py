@@ -7,8 +7,13 @@ The expert weights are stacked in the checkpoint's layout: gate and up [E, F, D]
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -19,6 +24,38 @@ from step3_jax.quant import BlockScaled, dequantise
 MAX_SINGLE_PAIRS = 12
 # Rows of a block in the grouped form: enough to fill a matrix product, few enough to waste little padding.
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 8, 128
+
+# An expert's matrix below this size is as well copied: it stays in the processor's cache, and the program is smaller.
+MIN_SEPARATE_BYTES = 2**20
+STACKS = ("gate_proj", "up_proj", "down_proj")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SeparateStack:
+    """One array for each expert, instead of one stack of all.
+
+    XLA:CPU copies whatever is sliced out of a stack before it multiplies; an array of its own is read where it is.
+
+    Attributes:
+      parts: Each [rows, columns].
+    """
+
+    parts: tuple[Float[Array, "rows columns"], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.parts), *self.parts[0].shape)
+
+    def __getitem__(self, index: types.EllipsisType) -> SeparateStack:
+        """`array[...]` is the array itself: so reads `nnx.Param` its value."""
+        if index is not ...:
+            raise ValueError(f"a separate stack takes no index but [...]; {index!r} was given")
+        return self
+
+
+# The sizes of gate and up are those of down the other way round, so the axes have no names that would bind.
+Stack = Float[Array, "E _ _"] | SeparateStack
 
 
 class Experts(nnx.Module):
@@ -42,10 +79,10 @@ class Experts(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "N D"], weights: Float[Array, "N top_k"], experts: Int[Array, "N top_k"]
     ) -> Float[Array, "N D"]:
-        stacks = [
-            _plain(stack[...], hidden.dtype) for stack in (self.gate_proj, self.up_proj, self.down_proj)
-        ]
+        stacks = [_plain(getattr(self, name)[...], hidden.dtype) for name in STACKS]
         if self.capacity_factor is not None:
+            if any(isinstance(stack, SeparateStack) for stack in stacks):
+                raise ValueError("capacity_factor is for training, separate_experts for inference: use one of them")
             num_pairs, num_experts = experts.size, stacks[0].shape[0]
             capacity = min(-(-int(num_pairs * self.capacity_factor) // num_experts), hidden.shape[0])
             return experts_by_capacity(hidden, weights, experts, *stacks, capacity=capacity)
@@ -54,33 +91,54 @@ class Experts(nnx.Module):
         return experts_by_block(hidden, weights, experts, *stacks)
 
 
+def separate_experts(model: nnx.Module) -> None:
+    """Takes the stacks of experts in `model` apart, for inference on CPUs; see `SeparateStack`.
+
+    The arrays of the parts are copied only where jax cannot share host memory. Quantised stacks and small ones stay as
+    they are.
+    """
+    for _, module in nnx.iter_modules(model):
+        for name in STACKS if isinstance(module, Experts) else ():
+            stack = getattr(module, name).get_value()
+            if isinstance(stack, jax.Array) and stack.nbytes >= len(stack) * MIN_SEPARATE_BYTES:
+                host = np.asarray(stack)
+                parts = tuple(jax.device_put(host[expert], may_alias=True) for expert in range(len(host)))
+                # A new parameter: another module may share the old one.
+                setattr(module, name, nnx.Param(SeparateStack(parts)))
+
+
 def experts_by_pair(
     hidden: Float[Array, "N D"],
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
-    gate: Float[Array, "E F D"],
-    up: Float[Array, "E F D"],
-    down: Float[Array, "E D F"],
+    gate: Stack,
+    up: Stack,
+    down: Stack,
 ) -> Float[Array, "N D"]:
     """One (token, expert) pair after the other: for decoding a few tokens, where reading weights is all the cost."""
-    rows = []
-    for token in range(hidden.shape[0]):
-        total = jnp.zeros(hidden.shape[1:], jnp.float32)
-        for choice in range(experts.shape[1]):
-            expert = experts[token, choice]
-            out = _swiglu(hidden[token : token + 1], *(_pick(stack, expert) for stack in (gate, up, down)))
-            total = total + weights[token, choice] * out[0].astype(jnp.float32)
-        rows.append(total)
-    return jnp.stack(rows).astype(hidden.dtype)
+    top_k = experts.shape[1]
+
+    def add_pair(pair: int | Int[Array, ""], total: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        token, choice = pair // top_k, pair % top_k
+        out = _run_expert(jax.lax.dynamic_slice_in_dim(hidden, token, 1), experts[token, choice], (gate, up, down))
+        return total.at[token].add(weights[token, choice] * out[0].astype(jnp.float32))
+
+    total = jnp.zeros(hidden.shape, jnp.float32)
+    if isinstance(gate, SeparateStack):
+        # A loop, so that the choice among all experts is compiled once and not once a pair.
+        return jax.lax.fori_loop(0, experts.size, add_pair, total).astype(hidden.dtype)
+    for pair in range(experts.size):
+        total = add_pair(pair, total)
+    return total.astype(hidden.dtype)
 
 
 def experts_by_block(
     hidden: Float[Array, "N D"],
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
-    gate: Float[Array, "E F D"],
-    up: Float[Array, "E F D"],
-    down: Float[Array, "E D F"],
+    gate: Stack,
+    up: Stack,
+    down: Stack,
 ) -> Float[Array, "N D"]:
     """Pairs sorted by expert and cut in blocks of one expert each; a loop over blocks picks the block's expert.
 
@@ -100,17 +158,13 @@ def experts_by_block(
     rank = jnp.arange(num_pairs) - (jnp.cumsum(counts) - counts)[sorted_experts]
     slots = (block_ends - blocks_each)[sorted_experts] * rows + rank
     # Slot -> token; empty slots point at a row of zeros behind the last token.
-    tokens = (
-        jnp.full((num_blocks * rows,), num_tokens, jnp.int32)
-        .at[slots]
-        .set((order // top_k).astype(jnp.int32))
-    )
+    tokens = jnp.full((num_blocks * rows,), num_tokens, jnp.int32).at[slots].set((order // top_k).astype(jnp.int32))
     padded = jnp.concatenate([hidden, jnp.zeros((1, hidden.shape[1]), hidden.dtype)])
     block_experts = jnp.searchsorted(block_ends, jnp.arange(num_blocks), side="right")
 
     def run_block(block: Int[Array, ""], outputs: Float[Array, "slots D"]) -> Float[Array, "slots D"]:
         picked = padded[jax.lax.dynamic_slice(tokens, (block * rows,), (rows,))]
-        out = _swiglu(picked, *(_pick(stack, block_experts[block]) for stack in (gate, up, down)))
+        out = _run_expert(picked, block_experts[block], (gate, up, down))
         return jax.lax.dynamic_update_slice(outputs, out, (block * rows, 0))
 
     outputs = jnp.zeros((num_blocks * rows, hidden.shape[1]), hidden.dtype)
@@ -158,11 +212,16 @@ def _swiglu(
     return linear(jax.nn.silu(linear(hidden, gate)) * linear(hidden, up), down)
 
 
-def _pick(stack: Float[Array, "E rows columns"], expert: Int[Array, ""]) -> Float[Array, "rows columns"]:
-    return jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False)
+def _run_expert(
+    hidden: Float[Array, "rows D"], expert: Int[Array, ""], stacks: tuple[Stack, Stack, Stack]
+) -> Float[Array, "rows D"]:
+    """One expert's SwiGLU, the expert known only at run time."""
+    gate, up, down = stacks
+    if isinstance(gate, SeparateStack) and isinstance(up, SeparateStack) and isinstance(down, SeparateStack):
+        parts = zip(gate.parts, up.parts, down.parts, strict=True)
+        return jax.lax.switch(expert, [functools.partial(_swiglu, gate=g, up=u, down=d) for g, u, d in parts], hidden)
+    return _swiglu(hidden, *(jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False) for stack in stacks))
 
 
-def _plain(
-    stack: Float[Array, "E rows columns"] | BlockScaled, dtype: jnp.dtype
-) -> Float[Array, "E rows columns"]:
+def _plain(stack: Stack | BlockScaled, dtype: jnp.dtype) -> Stack:
     return dequantise(stack, dtype) if isinstance(stack, BlockScaled) else stack

@@ -82,7 +82,7 @@ class Step3(nnx.Module):
                 "this is a text-only model: its checkpoint has no vision tower, so it takes no images"
             )
         with jax.named_scope("vision"):
-            return self.projector(self.vision(pixels))
+            return self.projector(self.vision(jnp.asarray(pixels)))
 
     def image_features(
         self,

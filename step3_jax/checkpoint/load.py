@@ -1,0 +1,265 @@
+"""Loading a released checkpoint: everything is checked first, then tensors go slice by slice from the map to the device.
+
+Host memory never holds the model. What it holds at a time is, for each of the reading threads, one slice (one expert of
+a stack, or one matrix) and its copy in the wanted dtype.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, Shaped
+from tqdm import tqdm
+
+from step3_jax.checkpoint.names import (
+    SCALE_SUFFIX,
+    Path,
+    expected_tensors,
+    is_fp8_tensor,
+    is_vision_tensor,
+    parameters_of,
+    released_name,
+    scale_name,
+)
+from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
+from step3_jax.checkpoint.shards import Checkpoint, summarise
+from step3_jax.config import DTYPES as MODEL_DTYPES
+from step3_jax.config import ModelConfig
+from step3_jax.model.step3 import Step3
+from step3_jax.quant import BlockScaled, scale_shape
+
+NUM_READERS = 4
+PLAIN_DTYPES = ("BF16", "F32", "F16", "F64")
+FP8_DTYPE = "F8_E4M3"
+# Buffers that old tools store though they follow from the configuration.
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+# A table is several times faster than the element-wise cast, and exact.
+_FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    keep_fp8: bool | None = None,
+    shardings: Mapping[Path, NamedSharding] | None = None,
+    progress: bool = False,
+) -> Step3:
+    """Loads a model folder in the released layout.
+
+    Args:
+      path: Folder with `config.json` and `model.safetensors`, or shards and their index. A checkpoint without any vision
+        tensor gives a text-only model.
+      dtype: "float32" or "bfloat16", of weights and activations; the configuration's if absent.
+      keep_fp8: Whether FP8 weights stay FP8 on the device (values and scales as stored), or are dequantised to `dtype`,
+        once, here. By default they stay, except on CPU, where nothing is gained.
+      shardings: Where each parameter goes, by its path in the model (see `names`); each host then reads only the parts
+        its devices hold. If absent, all goes to the default device.
+      progress: Whether to show a bar with bytes and rate.
+
+    Returns:
+      The model; `model.config` tells its dtype, whether it is text-only and whether it is quantised.
+
+    Raises:
+      ValueError: If `path` is no model folder, the configuration is wrong, or tensors are missing, superfluous, damaged,
+        of the wrong shape or dtype: all of them are listed.
+    """
+    folder = _find_folder(path)
+    config = ModelConfig.load(folder)
+    dtype_name = _dtype_name(config.dtype if dtype is None else dtype)
+    if keep_fp8 is None:
+        keep_fp8 = jax.default_backend() != "cpu"
+    with Checkpoint(folder) as checkpoint:
+        if config.vision is not None and not any(is_vision_tensor(name) for name in checkpoint.tensors):
+            config = dataclasses.replace(config, vision=None)
+        problems = find_problems(checkpoint.tensors, config)
+        if problems:
+            raise ValueError(f"{folder} does not hold the model of its config.json: " + "; ".join(problems))
+        has_fp8 = any(info.dtype == FP8_DTYPE for info in checkpoint.tensors.values())
+        block = config.quantization.weight_block_size if config.quantization is not None else (128, 128)
+        config = dataclasses.replace(
+            config, dtype=dtype_name, quantization=config.quantization if has_fp8 and keep_fp8 else None
+        )
+        reader = _Reader(checkpoint, np.dtype(dtype_name), block, keep_fp8)
+        return _fill(config, reader, shardings, progress)
+
+
+def find_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> list[str]:
+    """What keeps `tensors` from being the model of `config`; an empty list if nothing does.
+
+    FP8 goes by each tensor's own dtype, not by a rule: a checkpoint may quantise some of the linear weights only.
+    """
+    expected = expected_tensors(config)
+    block = config.quantization.weight_block_size if config.quantization is not None else (128, 128)
+    shapes = dict(expected)
+    wrong_dtype = []
+    for name in expected.keys() & tensors.keys():
+        found = tensors[name].dtype
+        if found == FP8_DTYPE and is_fp8_tensor(name):
+            shapes[scale_name(name)] = scale_shape(expected[name], block)
+        elif found not in PLAIN_DTYPES:
+            wrong_dtype.append(f"{name} is {found}, {' or '.join(PLAIN_DTYPES)} needed")
+    missing = [name for name in shapes if name not in tensors]
+    extra = [name for name in tensors if name not in shapes and not name.endswith(IGNORED_SUFFIXES)]
+    wrong_shape = []
+    for name in shapes.keys() & tensors.keys():
+        if tensors[name].shape != shapes[name]:
+            wrong_shape.append(f"{name} is {list(tensors[name].shape)}, {list(shapes[name])} needed")
+        if name.endswith(SCALE_SUFFIX) and tensors[name].dtype != "F32":
+            wrong_dtype.append(f"{name} is {tensors[name].dtype}, F32 needed")
+    groups = {
+        "tensors missing": missing,
+        "tensors it should not have (scales belong to FP8 tensors alone)": extra,
+        "tensors of the wrong shape": wrong_shape,
+        "tensors of the wrong dtype": wrong_dtype,
+    }
+    problems = [summarise(title, sorted(items)) for title, items in groups.items() if items]
+    if len(shapes) > len(expected) and config.quantization is None:
+        problems.append("config.json has no quantization_config, though there are FP8 tensors")
+    return problems
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads parts of tensors into memory of their own, in the dtype they are wanted in.
+
+    The copy is on purpose: JAX on CPU may use numpy's memory as it is, and a weight must not change, or crash the
+    process, when somebody changes the file.
+    """
+
+    checkpoint: Checkpoint
+    dtype: np.dtype
+    block: tuple[int, int]
+    keep_fp8: bool
+
+    def is_fp8(self, name: str) -> bool:
+        return self.checkpoint.tensors[name].dtype == FP8_DTYPE
+
+    def stored(self, name: str, index: tuple[slice | int, ...]) -> Shaped[np.ndarray, "..."]:
+        """A part in the dtype of the file."""
+        return np.array(self.checkpoint.read(name, index))
+
+    def converted(self, name: str, index: tuple[slice | int, ...]) -> Shaped[np.ndarray, "..."]:
+        """A part in the model's dtype; an FP8 tensor is dequantised, multiplied in float32."""
+        part = self.checkpoint.read(name, index)
+        if not self.is_fp8(name):
+            return part.astype(self.dtype)
+        num_rows, num_columns = self.checkpoint.tensors[name].shape[-2:]
+        rows = np.arange(num_rows)[index[-2]] // self.block[0]
+        columns = np.arange(num_columns)[index[-1]] // self.block[1]
+        scales = self.checkpoint.read(scale_name(name), index[:-2])
+        values = _FP8_VALUES[part.view(np.uint8)]
+        values *= scales[..., rows, :][..., columns]
+        return values.astype(self.dtype, copy=False)
+
+
+def _fill(
+    config: ModelConfig, reader: _Reader, shardings: Mapping[Path, NamedSharding] | None, progress: bool
+) -> Step3:
+    """The module with every parameter read; no memory is ever taken for random weights."""
+    model = nnx.eval_shape(lambda: Step3(config, rngs=nnx.Rngs(0)))
+    flat = parameters_of(model)
+    if shardings is not None and flat.keys() - shardings.keys():
+        lacking = sorted(released_name(path) for path in flat.keys() - shardings.keys())
+        raise ValueError("shardings lacks " + summarise("parameters", lacking))
+    bar = tqdm(
+        total=sum(reader.checkpoint.tensors[released_name(path)].num_bytes for path in flat),
+        desc="loading",
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+    )
+    pool = concurrent.futures.ThreadPoolExecutor(NUM_READERS)
+    try:
+        with bar:
+            jobs = {
+                pool.submit(_load_parameter, reader, path, shardings[path] if shardings is not None else None): path
+                for path in flat
+            }
+            for job in concurrent.futures.as_completed(jobs):
+                path = jobs[job]
+                flat[path].set_value(job.result())
+                bar.update(reader.checkpoint.tensors[released_name(path)].num_bytes)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return model
+
+
+def _load_parameter(reader: _Reader, path: Path, sharding: NamedSharding | None) -> Array | BlockScaled:
+    name = released_name(path)
+    if not (reader.keep_fp8 and reader.is_fp8(name)):
+        return _place(reader, name, reader.dtype, sharding)
+    values = _place(reader, name, None, sharding)
+    scales = _place(reader, scale_name(name), None, sharding)
+    return BlockScaled(values, scales, reader.block)
+
+
+def _place(reader: _Reader, name: str, dtype: np.dtype | None, sharding: NamedSharding | None) -> Shaped[Array, "..."]:
+    """Puts a tensor on its devices, part by part; `dtype` None leaves it as stored."""
+    info = reader.checkpoint.tensors[name]
+    read = functools.partial(reader.stored if dtype is None else reader.converted, name)
+    if sharding is not None:
+        # Every device of this process asks for its part alone.
+        array: Array = jax.make_array_from_callback(info.shape, _fit(sharding, info.shape), read)
+    elif len(info.shape) == 3:
+        array = jnp.zeros(info.shape, DTYPES[info.dtype] if dtype is None else dtype)
+        for expert in range(info.shape[0]):
+            array = _set_slice(array, read((expert, slice(None), slice(None))), expert)
+    else:
+        array = jax.device_put(read((slice(None),) * len(info.shape)))
+    # Waiting here is what bounds the host memory that transfers hold on to.
+    return array.block_until_ready()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_slice(
+    stack: Shaped[Array, "E rows columns"], part: Shaped[Array, "rows columns"], index: Int[Array, ""]
+) -> Shaped[Array, "E rows columns"]:
+    return jax.lax.dynamic_update_index_in_dim(stack, part, index, 0)
+
+
+def _fit(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """`sharding`, or a full copy on each device for scales that are too few to be divided so."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
+
+
+def _dtype_name(dtype: jax.typing.DTypeLike) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in MODEL_DTYPES:
+        raise ValueError(f"dtype is {name!r}; allowed: {', '.join(MODEL_DTYPES)}")
+    return name
+
+
+def _find_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    folder = pathlib.Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder} is no model folder: it holds no config.json")
+        return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; give the folder that holds config.json and the weights")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        raise ValueError(
+            f"there is no folder {path}. If it is a name on the Hugging Face hub: nothing is downloaded here, so run "
+            f"`hf download {path} --local-dir FOLDER` and give FOLDER"
+        )
+    raise ValueError(f"there is no folder {path}; give a local model folder with config.json and the weights")

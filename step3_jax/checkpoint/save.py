@@ -1,0 +1,168 @@
+"""Writing a model in the released layout, so that other tools, and `load_model`, read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from step3_jax.checkpoint.names import expected_tensors, is_fp8_tensor, parameters_of, released_name, scale_name
+from step3_jax.checkpoint.safetensors_io import LazyArray
+from step3_jax.checkpoint.shards import INDEX_FILE, write_checkpoint, write_text
+from step3_jax.config import DTYPES, ModelConfig, QuantConfig
+from step3_jax.model.step3 import Step3
+from step3_jax.quant import BlockScaled, quantise, scale_shape
+
+
+def save_model(
+    model: Step3,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    quantise_fp8: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Writes `config.json` and the weights under a temporary name, then renames the folder.
+
+    Weights come to the host one slice at a time. Weights that are FP8 in the model are written as they are.
+
+    Args:
+      model: The model.
+      folder: Where to write; must not exist, or be empty.
+      dtype: "float32" or "bfloat16", of what is not FP8; the dtype of the model's embedding if absent.
+      quantise_fp8: Whether the weights that the FP8 release quantises are written as FP8.
+      max_shard_bytes: Above it the weights are split in several files with an index.
+      overwrite: Whether an existing model folder is replaced: its weights and its config.json go, its other files
+        (tokenizer, chat template) stay.
+
+    Raises:
+      ValueError: If `folder` is in the way, or for an unknown dtype.
+    """
+    folder = pathlib.Path(folder)
+    _check_target(folder, overwrite)
+    flat = {released_name(path): parameter.get_value() for path, parameter in parameters_of(model).items()}
+    kept = model.text.embed_tokens.weight[...].dtype
+    dtype_name = jnp.dtype(kept if dtype is None else dtype).name
+    if dtype_name not in DTYPES:
+        raise ValueError(f"dtype is {dtype_name!r}; allowed: {', '.join(DTYPES)}")
+    config = _saved_config(model.config, flat, dtype_name, quantise_fp8)
+    block = config.quantization.weight_block_size if quantise_fp8 and config.quantization is not None else None
+    tensors = [
+        entry
+        for name in expected_tensors(config)
+        for entry in _entries(name, flat[name], np.dtype(dtype_name), block if is_fp8_tensor(name) else None)
+    ]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    new.mkdir()
+    try:
+        write_text(new / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        write_checkpoint(new, tensors, max_shard_bytes=max_shard_bytes)
+        _replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _saved_config(
+    config: ModelConfig, flat: dict[str, Array | BlockScaled], dtype: str, quantise_fp8: bool
+) -> ModelConfig:
+    blocks = {value.block for value in flat.values() if isinstance(value, BlockScaled)}
+    if len(blocks) > 1:
+        raise ValueError(f"the model mixes FP8 blocks of {sorted(blocks)}; config.json can tell of one size")
+    quantization = None
+    if blocks or quantise_fp8:
+        quantization = config.quantization or QuantConfig()
+        quantization = dataclasses.replace(
+            quantization, weight_block_size=next(iter(blocks), quantization.weight_block_size)
+        )
+    return dataclasses.replace(config, dtype=dtype, quantization=quantization)
+
+
+def _entries(
+    name: str, value: Array | BlockScaled, dtype: np.dtype, block: tuple[int, int] | None
+) -> list[tuple[str, LazyArray]]:
+    """What is written for one parameter: one tensor, or FP8 values and their scales."""
+    if isinstance(value, BlockScaled):
+        return [
+            (name, _lazy(value.values, np.dtype(ml_dtypes.float8_e4m3fn))),
+            (scale_name(name), _lazy(value.scales, np.dtype(np.float32))),
+        ]
+    if block is None:
+        return [(name, _lazy(value, dtype))]
+    scales = scale_shape(value.shape, block)
+    return [
+        (
+            name,
+            LazyArray(
+                value.shape, np.dtype(ml_dtypes.float8_e4m3fn), functools.partial(_quantised, value, block, "values")
+            ),
+        ),
+        # Quantised a second time: cheaper than holding a layer's scales until their turn comes.
+        (
+            scale_name(name),
+            LazyArray(scales, np.dtype(np.float32), functools.partial(_quantised, value, block, "scales")),
+        ),
+    ]
+
+
+_quantise = jax.jit(quantise, static_argnums=1)
+
+
+def _lazy(array: Shaped[Array, "..."], dtype: np.dtype) -> LazyArray:
+    return LazyArray(array.shape, dtype, functools.partial(_cast, array, dtype))
+
+
+def _cast(array: Shaped[Array, "..."], dtype: np.dtype) -> Iterator[Shaped[np.ndarray, "..."]]:
+    for part in _slices(array):
+        yield np.asarray(part).astype(dtype, copy=False)
+
+
+def _quantised(
+    array: Float[Array, "*lead rows columns"], block: tuple[int, int], field: str
+) -> Iterator[Shaped[np.ndarray, "..."]]:
+    for part in _slices(array):
+        yield np.asarray(getattr(_quantise(part, block), field))
+
+
+def _slices(array: Shaped[Array, "..."]) -> Iterator[Shaped[Array, "..."]]:
+    """The experts of a stack one by one; anything else whole."""
+    if array.ndim == 3:
+        yield from (array[expert] for expert in range(array.shape[0]))
+    else:
+        yield array
+
+
+def _check_target(folder: pathlib.Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to save to")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{folder} is not empty; give another folder, or overwrite=True to replace the model in it")
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is not empty and holds no config.json, so it is no model folder to overwrite")
+
+
+def _replace(new: pathlib.Path, folder: pathlib.Path) -> None:
+    """Puts `new` in the place of `folder`; files that are not part of the model move over."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    folder.rename(old)
+    new.rename(folder)
+    for entry in old.iterdir():
+        if entry.suffix != ".safetensors" and entry.name not in ("config.json", INDEX_FILE):
+            entry.rename(folder / entry.name)
+    shutil.rmtree(old)

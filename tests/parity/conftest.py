@@ -1,0 +1,35 @@
+"""The golden models, loaded once in float32, and their golden arrays."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from step3_jax.checkpoint.load import load_model
+
+FOLDERS = ("tiny_text", "tiny_vl", "tiny_fp8")
+
+
+@pytest.fixture(scope="session")
+def models(goldens):
+    """Folder name -> model; the FP8 one is dequantised, as its golden numbers were made."""
+    return {name: load_model(goldens / name, dtype="float32", keep_fp8=False) for name in FOLDERS}
+
+
+@pytest.fixture(scope="session")
+def arrays(goldens):
+    """Folder name -> golden arrays."""
+    return {name: dict(np.load(goldens / name / "golden.npz")) for name in FOLDERS}
+
+
+@pytest.fixture(scope="session")
+def run_jitted():
+    """Runs a function of a model and arrays as one compiled call: compiling operation by operation is far slower."""
+
+    def run(function, model, *arrays):
+        graphdef, state = nnx.split(model)
+        return jax.jit(lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays))(state, *arrays)
+
+    return run

@@ -1,0 +1,237 @@
+"""Loading: everything wrong is said at once, and what is loaded is what was stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from step3_jax.checkpoint.load import load_model
+from step3_jax.checkpoint.names import expected_tensors, parameters_of, released_name
+from step3_jax.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
+from step3_jax.config import ModelConfig
+from step3_jax.quant import BlockScaled, dequantise
+
+
+@pytest.fixture
+def copy(goldens, tmp_path):
+    """Copies a golden model, changes its tensors, and gives the folder."""
+
+    def make(name, change=None):
+        folder = tmp_path / name
+        shutil.copytree(goldens / name, folder)
+        if change is not None:
+            with SafetensorsFile(folder / "model.safetensors") as file:
+                tensors = {key: np.array(file.read(key)) for key in file.tensors}
+            change(tensors)
+            write_safetensors(folder / "model.safetensors", tensors.items())
+        return folder
+
+    return make
+
+
+def check_error(folder, *parts):
+    with pytest.raises(ValueError, match="does not hold the model") as error:
+        load_model(folder)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_every_problem_is_reported_at_once(copy):
+    def change(tensors):
+        del tensors["model.norm.weight"], tensors["model.layers.1.moe.up_proj.weight"]
+        tensors["model.layers.9.extra.weight"] = np.zeros(1, np.float32)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:, :-1]
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype(np.int32)
+
+    check_error(
+        copy("tiny_text", change),
+        "2 tensors missing: model.layers.1.moe.up_proj.weight, model.norm.weight",
+        "model.layers.9.extra.weight",
+        "lm_head.weight is [192, 63], [192, 64] needed",
+        "model.embed_tokens.weight is I32",
+    )
+
+
+def test_no_vision_tensor_gives_a_text_only_model(goldens):
+    model = load_model(goldens / "tiny_text")
+    assert model.config.vision is None
+    assert model.vision is None
+    assert model.projector is None
+
+
+def test_half_a_tower_is_an_error(copy):
+    def change(tensors):
+        for name in [name for name in tensors if name.startswith("vit_")]:
+            del tensors[name]
+
+    check_error(copy("tiny_vl", change), "5 tensors missing", "vit_large_projector.weight")
+
+
+def test_long_lists_are_cut(copy):
+    def change(tensors):
+        tensors |= {f"extra.{number}": np.zeros(1, np.float32) for number in range(30)}
+
+    check_error(copy("tiny_text", change), "30 tensors it should not have", "... and 10 more")
+
+
+def test_rotary_buffers_are_ignored(copy):
+    def change(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+
+    load_model(copy("tiny_text", change))
+
+
+def test_scales_belong_to_fp8_tensors(copy):
+    name = "model.layers.0.self_attn.wq.weight"
+
+    def change(tensors):
+        tensors[name] = tensors[name].astype(np.float32).astype(ml_dtypes.bfloat16)
+        del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+        shape = tensors["model.layers.1.moe.gate_proj.weight_scale_inv"].shape
+        tensors["model.layers.1.moe.gate_proj.weight_scale_inv"] = np.ones(shape[:-1], np.float32)
+        scale = "model.layers.1.moe.up_proj.weight_scale_inv"
+        tensors[scale] = tensors[scale].astype(ml_dtypes.bfloat16)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(ml_dtypes.float8_e4m3fn)
+
+    check_error(
+        copy("tiny_fp8", change),
+        f"it should not have (scales belong to FP8 tensors alone): {name}_scale_inv",
+        "missing: model.layers.0.mlp.up_proj.weight_scale_inv",
+        "gate_proj.weight_scale_inv is [4, 2], [4, 2, 2] needed",
+        "up_proj.weight_scale_inv is BF16, F32 needed",
+        "lm_head.weight is F8_E4M3",
+    )
+
+
+def test_dtype_goes_by_the_tensor_and_not_by_a_rule(copy):
+    name = "model.layers.0.self_attn.wq.weight"
+
+    def change(tensors):
+        tensors[name] = tensors[name].astype(np.float32).astype(ml_dtypes.bfloat16)
+        del tensors[f"{name}_scale_inv"]
+
+    model = load_model(copy("tiny_fp8", change), keep_fp8=True)
+    attention = model.text.layers[0].attention.self_attn
+    assert isinstance(attention.q_proj.weight.get_value(), BlockScaled)
+    assert attention.wq.weight.get_value().dtype == jnp.bfloat16
+
+
+def test_fp8_needs_a_quantization_config(copy):
+    folder = copy("tiny_fp8")
+    values = json.loads((folder / "config.json").read_text())
+    del values["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(values))
+    check_error(folder, "no quantization_config")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", jnp.bfloat16])
+def test_every_parameter_has_the_wanted_dtype(goldens, dtype):
+    model = load_model(goldens / "tiny_fp8", dtype)
+    assert {parameter.get_value().dtype for parameter in parameters_of(model).values()} == {jnp.dtype(dtype)}
+    assert model.config.dtype == jnp.dtype(dtype).name
+    assert model.config.quantization is None
+
+
+def test_default_dtype_is_the_configurations(goldens):
+    assert load_model(goldens / "tiny_fp8").text.norm.weight[...].dtype == jnp.bfloat16
+    assert load_model(goldens / "tiny_text").text.norm.weight[...].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "no dtype"])
+def test_other_dtypes_are_refused(goldens, dtype):
+    with pytest.raises(ValueError, match="allowed: float32, bfloat16"):
+        load_model(goldens / "tiny_text", dtype)
+
+
+def test_kept_fp8_is_stored_bits_and_dequantises_alike(goldens):
+    kept = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=True))
+    plain = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=False))
+    with SafetensorsFile(goldens / "tiny_fp8" / "model.safetensors") as file:
+        num_fp8 = 0
+        for path, parameter in kept.items():
+            value, name = parameter.get_value(), released_name(path)
+            if isinstance(value, BlockScaled):
+                num_fp8 += 1
+                assert np.asarray(value.values).tobytes() == file.read(name).tobytes()
+                np.testing.assert_array_equal(value.scales, file.read(f"{name}_scale_inv"))
+                value = dequantise(value, jnp.bfloat16)
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(plain[path].get_value()), err_msg=name)
+    assert num_fp8 == 30
+
+
+def test_weights_do_not_change_with_the_file(copy):
+    folder = copy("tiny_text")
+    model = load_model(folder)
+    before = np.array(model.text.embed_tokens.weight[...])
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(100_000)
+        file.write(bytes(path.stat().st_size - 100_000))
+    np.testing.assert_array_equal(model.text.embed_tokens.weight[...], before)
+
+
+@pytest.mark.parametrize("keep_fp8", [True, False])
+def test_shardings_place_the_same_values(goldens, keep_fp8):
+    whole = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=keep_fp8))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
+    shardings = {path: NamedSharding(mesh, PartitionSpec("model")) for path in whole}
+    placed = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=keep_fp8, shardings=shardings))
+    for path, parameter in placed.items():
+        for found, wanted in zip(
+            jax.tree.leaves(parameter.get_value()), jax.tree.leaves(whole[path].get_value()), strict=True
+        ):
+            assert found.sharding.is_equivalent_to(shardings[path], found.ndim)
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+
+
+def test_host_memory_never_holds_a_stack(goldens, tmp_path):
+    config = ModelConfig.load(goldens / "tiny_text")
+    text = dataclasses.replace(config.text, moe_num_experts=256, moe_intermediate_size=128, moe_layers=(1,))
+    config = dataclasses.replace(config, text=text, vision=None)
+    shapes = expected_tensors(config)
+    largest = max(math.prod(shape) for shape in shapes.values()) * 4
+    assert largest == 256 * 128 * 64 * 4
+    write_safetensors(
+        tmp_path / "model.safetensors", ((name, np.zeros(shape, np.float32)) for name, shape in shapes.items())
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    load_model(tmp_path)  # what is compiled and imported once is not counted
+    tracemalloc.start()
+    try:
+        load_model(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Not one of the three stacks is in host memory, let alone all; buffers on the device are not counted.
+    assert peak < largest / 2
+
+
+def test_shardings_must_name_every_parameter(goldens):
+    with pytest.raises(ValueError, match="shardings lacks"):
+        load_model(goldens / "tiny_text", shardings={})
+
+
+def test_hub_names_missing_folders_and_files(tmp_path, goldens):
+    for path, message in (
+        ("stepfun-ai/step3", "hf download stepfun-ai/step3"),
+        (tmp_path / "none", "there is no folder"),
+        (tmp_path, "holds no config.json"),
+        (goldens / "tiny_text" / "config.json", "is a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_model(path)
+
+
+def test_progress_shows_bytes(goldens, capsys):
+    load_model(goldens / "tiny_text", progress=True)
+    assert "B/s" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+# make demo      ask the shipped model about its pictures (needs only Python >= 3.11 and a package index)
+# make test      fast tests          make test-all   all of them
+# make check     format, lint, types
+# make bench     decode speed on this machine (BENCH_ARGS="--torch-python ..." compares with PyTorch)
+# make clean     remove what these made, the environment included
+#
+# All of them set up $(VENV) first; VENV=... and PYTHON=... choose another place or interpreter.
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PINS := pyproject.toml constraints.txt
+# A user's settings for --user or --target would put the packages elsewhere.
+PIP_INSTALL = env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX $(BIN)/python -m pip install --quiet \
+	--disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test test-all check bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 7
+
+demo: $(VENV)/.installed
+	@$(BIN)/python tools/demo.py
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	@$(BIN)/step3 bench decode $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+	@# An environment that somebody else made is theirs.
+	if [ -e "$(VENV)/.made" ]; then rm -rf "$(VENV)"; fi
+
+# The stamps: an install runs again only when a pin changed. Without extras jax is the CPU build.
+$(VENV)/.installed: $(PINS) | $(VENV)/.python
+	@echo "Installing step3-jax into $(VENV) (the first time takes a minute or two) ..."
+	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(PINS) | $(VENV)/.python
+	@echo "Installing step3-jax and the tools of its developers into $(VENV) ..."
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+# An environment that is there and works is kept, whoever made it; a half-made one is made anew.
+$(VENV)/.python:
+	@if [ -x "$(BIN)/python" ] && "$(BIN)/python" -m pip --version >/dev/null 2>&1; then \
+	  if ! "$(BIN)/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	    echo "make: $(VENV) has $$("$(BIN)/python" -V 2>&1), Python 3.11 or later is needed:" \
+	      "remove $(VENV), or name another with VENV=..." >&2; exit 1; \
+	  fi; touch $@; exit 0; \
+	fi; \
+	candidates="$(PYTHON)"; usable=; \
+	for python in $${candidates:-python3.12 python3.11 python3.13 python3 python}; do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
+	  usable="$$python"; \
+	  "$$python" -c 'import venv, ensurepip' >/dev/null 2>&1 || continue; \
+	  echo "Making $(VENV) with $$("$$python" -V) ..."; \
+	  "$$python" -m venv --clear "$(VENV)" && touch "$(VENV)/.made" $@ && exit 0 || exit 1; \
+	done; \
+	if [ -n "$$usable" ]; then \
+	  echo "make: $$usable has no venv module: install it (Debian and Ubuntu call it python3-venv)," \
+	    "or name another interpreter with PYTHON=..." >&2; \
+	else \
+	  echo "make: no Python 3.11 or later found (looked for $${candidates:-python3.12, python3.11, python3.13, python3, python}):" \
+	    "install one, or name it with PYTHON=/path/to/python3" >&2; \
+	fi; exit 1

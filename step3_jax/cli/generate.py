@@ -1,0 +1,196 @@
+"""`step3 generate`: one prompt, with or without pictures, answered once.
+
+The answer goes to stdout, everything about it to stderr; with --json all of it is one object on stdout's last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+from step3_jax.cli.display import Display, default_show_reasoning, write_note
+from step3_jax.cli.message import check_images, starts_thinking, system_messages, user_message
+from step3_jax.cli.option import add_model, add_sampling, find_model, read_sampling
+from step3_jax.cli.reasoning import is_thinking, split_reasoning
+from step3_jax.engine.compile_cache import enable_compile_cache
+from step3_jax.engine.llm import LLM
+from step3_jax.engine.request import CompletionOutput, Logprob, RequestOutput
+from step3_jax.sampling.params import SamplingParams
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    add_model(parser)
+    parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="what to ask; - reads it from stdin")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture the prompt is about; may be repeated"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
+    parser.add_argument(
+        "--raw", action="store_true", help="give the prompt to the model as it is, without the chat template"
+    )
+    add_sampling(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--n", type=int, default=1, metavar="N", help="so many answers (needs a temperature)")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction, help="show the answer while it comes (default: yes)"
+    )
+    group.add_argument(
+        "--reasoning",
+        action=argparse.BooleanOptionalAction,
+        help="show what comes before </think>, on stderr (default: only on a terminal)",
+    )
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="log-probabilities of the N likeliest tokens; needs --json"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answers the prompt.
+
+    Raises:
+      ValueError: For options that do not go together, and for everything the engine refuses.
+    """
+    _check_together(arguments)
+    params = read_sampling(arguments, n=arguments.n, logprobs=arguments.logprobs)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    check_images(arguments.image)
+    folder = find_model(arguments)
+
+    begin = time.perf_counter()
+    enable_compile_cache()
+    llm = LLM(folder, dtype=arguments.dtype, max_model_len=arguments.max_model_len)
+    load_s = time.perf_counter() - begin
+
+    call = _Call(llm, folder, prompt, arguments)
+    if arguments.json:
+        print(json.dumps(_to_json(call.run(params), call.starts_thinking, folder, load_s, params.seed)))
+    elif arguments.n > 1 or arguments.stream is False:
+        call.show(params, load_s)
+    else:
+        call.stream(params, load_s)
+    return 0
+
+
+class _Call:
+    """The prompt as the engine takes it."""
+
+    def __init__(self, llm: LLM, folder: pathlib.Path, prompt: str, arguments: argparse.Namespace) -> None:
+        self._llm = llm
+        self._prompt = prompt
+        self._images: list[str] = arguments.image
+        self._is_raw: bool = arguments.raw
+        self._messages = [*system_messages(arguments.system), user_message(prompt, arguments.image)]
+        self._show_reasoning = default_show_reasoning() if arguments.reasoning is None else arguments.reasoning
+        self.starts_thinking = is_thinking(prompt) if arguments.raw else starts_thinking(folder, self._messages)
+
+    def run(self, params: SamplingParams) -> RequestOutput:
+        """The whole answer at once."""
+        if self._is_raw:
+            return self._llm.generate(self._prompt, params, images=self._images or None)[0]
+        return self._llm.chat(self._messages, params)[0]
+
+    def show(self, params: SamplingParams, load_s: float) -> None:
+        """Prints whole answers."""
+        output = self.run(params)
+        for completion in output.outputs:
+            if params.n > 1:
+                write_note(f"[{completion.index + 1} of {params.n}]")
+            display = self._display()
+            display.push(completion.text)
+            display.finish()
+            _write_length_note(completion.finish_reason, display)
+        metrics = output.metrics
+        write_note(
+            _timing_line(metrics.num_generated_tokens, metrics.tokens_per_s, metrics.time_to_first_token_s, load_s)
+        )
+
+    def stream(self, params: SamplingParams, load_s: float) -> None:
+        """Prints the answer while it comes."""
+        if self._is_raw:
+            pieces = self._llm.generate(self._prompt, params, images=self._images or None, stream=True)
+        else:
+            pieces = self._llm.chat(self._messages, params, stream=True)
+        display = self._display()
+        begin = time.perf_counter()
+        first, num_tokens, finish_reason = None, 0, None
+        for piece in pieces:
+            first = first or time.perf_counter()
+            num_tokens += len(piece.token_ids)
+            finish_reason = piece.finish_reason
+            display.push(piece.text)
+        display.finish()
+        end = time.perf_counter()
+        first = first or end
+        _write_length_note(finish_reason, display)
+        rate = num_tokens / (end - first) if end > first else 0.0
+        write_note(_timing_line(num_tokens, rate, first - begin, load_s))
+
+    def _display(self) -> Display:
+        return Display(starts_thinking=self.starts_thinking, show_reasoning=self._show_reasoning)
+
+
+def _check_together(arguments: argparse.Namespace) -> None:
+    if arguments.stream and (arguments.json or arguments.n > 1):
+        raise ValueError("--stream shows one answer as text: leave it out with --json or --n, which come whole")
+    if arguments.logprobs is not None and not arguments.json:
+        raise ValueError("--logprobs has no place in plain text: add --json")
+    if arguments.raw and arguments.system is not None:
+        raise ValueError("--system is part of the chat template, which --raw leaves out: write it into the prompt")
+
+
+def _write_length_note(finish_reason: str | None, display: Display) -> None:
+    if finish_reason == "length":
+        place = "" if display.answer else " inside the reasoning"
+        write_note(f"(cut off{place} by --max-tokens)")
+
+
+def _timing_line(num_tokens: int, tokens_per_s: float, first_s: float, load_s: float) -> str:
+    return (
+        f"{num_tokens} tokens, {tokens_per_s:.1f} tokens/s, first after {first_s:.2f} s, model loaded in {load_s:.1f} s"
+    )
+
+
+def _to_json(
+    output: RequestOutput, is_inside_reasoning: bool, folder: pathlib.Path, load_s: float, seed: int | None
+) -> dict[str, object]:
+    """The object that --json prints; with several answers the first is at the top, and all are in `outputs`."""
+    answers = [_answer_to_json(completion, is_inside_reasoning) for completion in output.outputs]
+    metrics = output.metrics
+    found: dict[str, object] = {
+        "model": str(folder),
+        **answers[0],
+        "prompt_tokens": metrics.num_prompt_tokens,
+        "completion_tokens": sum(len(completion.token_ids) for completion in output.outputs),
+        "time_to_first_token_s": metrics.time_to_first_token_s,
+        "tokens_per_second": metrics.tokens_per_s,
+        "compile_s": metrics.compile_s,
+        "load_s": load_s,
+        "seed": seed,
+    }
+    return found | ({"outputs": answers} if len(answers) > 1 else {})
+
+
+def _answer_to_json(completion: CompletionOutput, is_inside_reasoning: bool) -> dict[str, object]:
+    reasoning, text = split_reasoning(completion.text, starts_thinking=is_inside_reasoning)
+    found: dict[str, object] = {
+        "text": text,
+        "reasoning": reasoning,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+    if completion.logprobs is not None:
+        found["logprobs"] = [
+            {**_logprob_to_json(token, record[token]), "top": [_logprob_to_json(*item) for item in record.items()]}
+            for token, record in zip(completion.token_ids, completion.logprobs, strict=True)
+        ]
+    return found
+
+
+def _logprob_to_json(token: int, found: Logprob) -> dict[str, object]:
+    return {"token_id": token, "token": found.decoded_token, "logprob": found.logprob, "rank": found.rank}

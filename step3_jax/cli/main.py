@@ -1,0 +1,120 @@
+"""The command `step3`: finds the sub-command, runs it, and turns what goes wrong into one line and an exit code.
+
+Exit codes: 0 done; 1 it failed; 2 a mistake in what was given; 130 interrupted; 141 the reader of the output left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from step3_jax import __version__
+
+# Each has a module of its name, with `add_arguments(parser)` and `run(arguments) -> exit code`. Only the chosen one is
+# imported, so that `step3 --help` does not wait for jax.
+COMMANDS = {
+    "generate": "answer one prompt, with or without pictures",
+    "chat": "talk with the model in the terminal",
+    "bench": "measure the speed of this machine",
+    "env": "show versions, devices and folders",
+}
+
+
+class UsageError(ValueError):
+    """The command line cannot be read."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is an exception and not five lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command line.
+
+    Args:
+      command: The sub-command whose options are wanted; the others are only named. None for none.
+    """
+    parser = _Parser(prog="step3", description="Run Step3, a vision-language mixture of experts, in JAX.")
+    parser.add_argument("--version", action="version", version=f"step3-jax {__version__}")
+    _add_debug(parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        _add_debug(sub)
+        if name == command:
+            module = importlib.import_module(f"step3_jax.cli.{name}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: Arguments without the program's name; those of the process if absent.
+
+    Returns:
+      The exit code.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in argv
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes once more at exit, which must not fail again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if is_debug:
+            traceback.print_exc()
+        is_mistake = isinstance(error, ValueError | FileNotFoundError | PermissionError) or _is_wrong_kind(error)
+        print(f"step3: error: {_describe(error, is_mistake)}", file=sys.stderr)
+        return 2 if is_mistake else 1
+
+
+def _run(argv: list[str]) -> int:
+    # No option before the sub-command takes a value, so the first other word is the sub-command.
+    command = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        arguments = build_parser(command).parse_args(argv)
+    except SystemExit as leave:  # --help and --version have printed what was asked.
+        return leave.code if isinstance(leave.code, int) else 0
+    return int(arguments.run(arguments))
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    # Before and after the sub-command, so neither may overwrite the other with its default.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
+    )
+
+
+def _is_wrong_kind(error: Exception) -> bool:
+    return isinstance(error, IsADirectoryError | NotADirectoryError)
+
+
+def _describe(error: Exception, is_mistake: bool) -> str:
+    """One line for an error."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    return text if is_mistake and text else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

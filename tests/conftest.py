@@ -1,0 +1,54 @@
+"""Set-up of all tests: CPU, exact float32 products, shapes checked at run time, and the shipped model.
+
+`STEP3_TYPECHECK=0` leaves out the shape checks, `STEP3_TEST_PLATFORM=cuda` runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+
+# Before jax is imported, here and in the processes that tests start.
+os.environ["JAX_PLATFORMS"] = os.environ.get("STEP3_TEST_PLATFORM", "cpu")
+
+import jax
+import jaxtyping
+
+# Where arrays are worked on. What takes a user's values checks those itself, and its tests give wrong ones on purpose.
+CHECKED_MODULES = [
+    "pallas_kernels",
+    "step3_jax.cache",
+    "step3_jax.engine.runner",
+    "step3_jax.engine.state",
+    "step3_jax.layers",
+    "step3_jax.model",
+    "step3_jax.quant",
+    "step3_jax.sampling.penalties",
+    "step3_jax.sampling.sampler",
+    "step3_jax.train",
+]
+
+# Before any module of the package is imported, which is when the hook rewrites it.
+if os.environ.get("STEP3_TYPECHECK", "1") != "0":
+    jaxtyping.install_import_hook(CHECKED_MODULES, "beartype.beartype")
+
+jax.config.update("jax_default_matmul_precision", "float32")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def goldens() -> pathlib.Path:
+    """Folder of arrays and texts that independent code made."""
+    return ROOT / "tests" / "goldens"
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path() -> pathlib.Path:
+    """Folder of the shipped model, tokenizer and weights."""
+    path = ROOT / "models" / "step3-tiny"
+    if not (path / "model.safetensors").exists():
+        pytest.skip(f"{path} has no model.safetensors: the shipped model's weights are not in this checkout")
+    return path

@@ -1,0 +1,126 @@
+"""`step3 bench`: sizes, counts and the report; no test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from step3_jax.cli import bench_decode
+from step3_jax.cli.bench import PRESETS, format_report, measure_decode
+from step3_jax.cli.bench_decode import TorchPeer, active_parameters, bench_config, prefill_flops, random_model
+from step3_jax.cli.main import main
+from step3_jax.model.step3 import Step3
+
+
+def count(config):
+    state = nnx.state(nnx.eval_shape(lambda: Step3(config, dtype="float32", rngs=nnx.Rngs(0))))
+    return {"/".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(state)}
+
+
+def test_100m_has_about_100m_active_parameters_and_more_bytes_than_caches_hold():
+    config = bench_config(*PRESETS["100m"])
+    assert 95e6 < sum(active_parameters(config.text)) < 115e6
+    total = sum(leaf.size for leaf in count(config).values())
+    assert 2 * total >= 600e6
+
+
+def test_active_parameters_are_the_matrices_a_token_meets():
+    config = bench_config(128, 3)
+    active = 0
+    for name, leaf in count(config).items():
+        if len(leaf.shape) == 3:
+            active += leaf.size * config.text.moe_top_k // config.text.moe_num_experts
+        elif len(leaf.shape) == 2 and "embed" not in name:
+            active += leaf.size
+    assert sum(active_parameters(config.text)) == active
+
+
+def test_many_tokens_meet_every_expert_once():
+    config = bench_config(128, 3)
+    matrices = sum(leaf.size for name, leaf in count(config).items() if len(leaf.shape) > 1 and "embed" not in name)
+    assert sum(active_parameters(config.text, 10_000)) == matrices
+
+
+def test_prefill_counts_the_head_once_and_attention_by_the_square():
+    text = bench_config(128, 2).text
+    layers, head = active_parameters(text)
+    attention = prefill_flops(text, 64) - 2 * (64 * layers + head)
+    assert prefill_flops(text, 128) - 2 * (128 * layers + head) == 4 * attention > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--hidden", "100"], "multiple of 128"),
+        (["--layers", "0"], "at least 1"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--batch", "1,x"], "whole numbers"),
+        (["--dtype", "int8"], "float32, bfloat16"),
+        (["--steps", "4000"], "tokens are needed"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_measured(options, said, capsys):
+    assert main(["bench", "decode", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_interpreter_that_cannot_start_is_named():
+    with pytest.raises(ValueError, match="no-such-python"):
+        TorchPeer("no-such-python", random_model(bench_config(128, 1)), ["float32"], 1)
+
+
+@pytest.mark.skipif("torch" in sys.modules, reason="torch is here")
+def test_without_torch_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(bench_decode.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"step3-jax\[bench\]"):
+        TorchPeer(sys.executable, random_model(bench_config(128, 1)), ["float32"], 1)
+
+
+@pytest.fixture(scope="module")
+def found():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_decode, "READ_BYTES", 2**20)
+        return measure_decode(
+            bench_config(128, 2),
+            dtypes=["float32"],
+            batches=[1],
+            steps=2,
+            rounds=2,
+            prompt_length=4,
+            prefill_length=8,
+        )
+
+
+def test_every_figure_is_there_and_positive(found):
+    (decode,), (prefill,) = found["decode"], found["prefill"]
+    for row in (decode, prefill):
+        assert all(value > 0 for name, value in row.items() if name != "dtype")
+    assert decode["gb_per_s"] == pytest.approx(decode["step_mb"] / decode["step_ms"])
+    assert decode["share_of_read"] == pytest.approx(decode["gb_per_s"] / found["read_gb_per_s"])
+    assert found["model"]["parameters"] == sum(leaf.size for leaf in count(bench_config(128, 2)).values())
+
+
+def test_report_is_a_table_of_every_column(found, tmp_path: pathlib.Path):
+    text = format_report(json.loads(json.dumps(found)))
+    for rows in (found["decode"], found["prefill"]):
+        assert "| " + " | ".join(rows[0]) + " |" in text
+
+
+def test_peer_reads_our_weights_and_gives_our_logits_and_tokens():
+    pytest.importorskip("torch")
+    model = random_model(bench_config(128, 2))
+    ids = np.random.default_rng(0).integers(2, 2048, (2, 12))
+    ours = bench_decode.Ours(model)
+    with TorchPeer(sys.executable, model, ["float32"], jax.local_device_count()) as peer:
+        assert bench_decode.check_agreement(ours, peer, "float32", ids) < 1e-4
+        ours.prefill(ids, 4)
+        ours.decode(3)
+        first = peer.ask("prefill", dtype="float32", ids=ids.tolist(), room=4)["tokens"]
+        rest = peer.ask("decode", dtype="float32", steps=3)["tokens"]
+    np.testing.assert_array_equal(ours.tokens(4), np.array([first, *rest]).T)

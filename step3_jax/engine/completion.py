@@ -1,0 +1,148 @@
+"""One completion on the host: text, stop strings and log-probabilities of the tokens that come in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from step3_jax.engine.request import CompletionOutput, Logprob, Request, StreamPiece
+from step3_jax.engine.state import RUNNING, STOPPED
+from step3_jax.sampling.sampler import StepLogprobs
+from step3_jax.text.detokenize import Detokenizer, StopStrings
+from step3_jax.text.tokenizer import Tokenizer
+
+
+class Completion:
+    """Collects one completion of a request.
+
+    Attributes:
+      num_tokens: Tokens taken so far, the one that ended it counted.
+      finish_reason: None while it goes on.
+    """
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None, eos_ids: Sequence[int]) -> None:
+        """Starts an empty completion.
+
+        Args:
+          request: What it belongs to.
+          index: Its number among the `n` of the request.
+          tokenizer: None gives no text.
+          eos_ids: The model's own end tokens.
+        """
+        params = request.params
+        self.request = request
+        self.index = index
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+        self._stop_reason: int | str | None = None
+        self._tokenizer = tokenizer
+        self._eos_ids = frozenset(eos_ids)
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
+        self._token_ids: list[int] = []
+        self._text: list[str] = []
+        self._logprobs: list[dict[int, Logprob]] = []
+
+    def push(self, ids: Sequence[int], finish: int, logprobs: StepLogprobs | None = None) -> StreamPiece | None:
+        """Takes what the device made since the last call.
+
+        Args:
+          ids: New tokens; with `finish` STOPPED the last of them is the end token.
+          finish: The row's state after them, see `state.Report`.
+          logprobs: Of each of `ids` (one more axis in front of `StepLogprobs`' own), if recorded.
+
+        Returns:
+          The news; None if there are none, or the completion has ended before.
+        """
+        if self.finish_reason is not None:
+            return None
+        kept = tuple(ids[:-1] if finish == STOPPED else ids)
+        text, num_kept = self._push_text(kept)
+        # Tokens behind a stop string were made, but nobody sees them.
+        kept = kept[:num_kept]
+        self.num_tokens += num_kept
+        if self.finish_reason is None and finish != RUNNING:
+            text += self._finish_text()
+            if self.finish_reason is None and finish == STOPPED:
+                self.finish_reason = "stop"
+                self._stop_reason = None if ids[-1] in self._eos_ids else ids[-1]
+                self.num_tokens += 1
+            elif self.finish_reason is None:
+                self.finish_reason = "length"
+        records = self._read_logprobs(kept, logprobs)
+        self._token_ids += kept
+        self._text.append(text)
+        self._logprobs += records or ()
+        if not text and not kept and self.finish_reason is None:
+            return None
+        return StreamPiece(self.request.index, self.index, text, kept, self.finish_reason, self._stop_reason, records)
+
+    def output(self) -> CompletionOutput:
+        """The completion, once `finish_reason` is set."""
+        has_logprobs = self.request.params.logprobs is not None
+        chosen = [record[token].logprob for token, record in zip(self._token_ids, self._logprobs, strict=False)]
+        return CompletionOutput(
+            index=self.index,
+            text="".join(self._text),
+            token_ids=tuple(self._token_ids),
+            finish_reason=self.finish_reason or "length",
+            stop_reason=self._stop_reason,
+            logprobs=tuple(self._logprobs) if has_logprobs else None,
+            cumulative_logprob=sum(chosen) if has_logprobs else None,
+        )
+
+    def _push_text(self, ids: Sequence[int]) -> tuple[str, int]:
+        """New text, and how many of `ids` belong to it: all but those behind a stop string."""
+        if self._detokenizer is None:
+            return "", len(ids)
+        if self._stops is None:
+            return self._detokenizer.push(ids), len(ids)
+        text = ""
+        for count, token in enumerate(ids, start=1):
+            piece = self._detokenizer.push([token])
+            if len(self._token_ids) + count <= self.request.params.min_tokens:
+                text += piece
+                continue
+            text += self._push_stops(piece)
+            if self.finish_reason is not None:
+                return text, count
+        return text, len(ids)
+
+    def _finish_text(self) -> str:
+        """What was held back, once no more tokens come."""
+        if self._detokenizer is None:
+            return ""
+        rest = self._detokenizer.finish()
+        if self._stops is None:
+            return rest
+        text = self._push_stops(rest)
+        return text if self.finish_reason is not None else text + self._stops.flush()
+
+    def _push_stops(self, piece: str) -> str:
+        if self._stops is None:
+            return piece
+        text, is_stopped = self._stops.push(piece)
+        if is_stopped:
+            self.finish_reason, self._stop_reason = "stop", self._stops.matched
+        return text
+
+    def _read_logprobs(
+        self, ids: Sequence[int], logprobs: StepLogprobs | None
+    ) -> tuple[dict[int, Logprob], ...] | None:
+        """vLLM's form: for each token the chosen one and the likeliest ones, by id."""
+        width = self.request.params.logprobs
+        if width is None or logprobs is None:
+            return None
+        records = []
+        for step, token in enumerate(ids):
+            likeliest = zip(logprobs.top_ids[step, :width], logprobs.top_values[step, :width], strict=True)
+            record = {int(number): (float(value), rank) for rank, (number, value) in enumerate(likeliest, 1)}
+            record.setdefault(token, (float(logprobs.chosen[step]), int(logprobs.rank[step])))
+            records.append(
+                {number: Logprob(value, rank, self._decode(number)) for number, (value, rank) in record.items()}
+            )
+        return tuple(records)
+
+    def _decode(self, token: int) -> str | None:
+        return self._tokenizer.decode([token]) if self._tokenizer is not None else None

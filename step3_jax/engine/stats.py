@@ -1,0 +1,43 @@
+"""What an engine has done so far."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class EngineStats:
+    """Counts and times since the engine was made; compiling is apart from the other times.
+
+    Attributes:
+      num_requests: Requests that have ended.
+      num_prompt_tokens: Tokens read in prefill, padding not counted.
+      num_first_tokens: Tokens made in prefill: one for each completion.
+      num_decode_tokens: Tokens made in the decode loop.
+      prefill_s: Time of prefill, images counted.
+      decode_s: Time of the decode loop.
+      compile_s: Time of tracing and compiling.
+    """
+
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_first_tokens: int = 0
+    num_decode_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    compile_s: float = 0.0
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """All tokens made."""
+        return self.num_first_tokens + self.num_decode_tokens
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens a second; 0 before the first prompt."""
+        return self.num_prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens of the decode loop a second, all rows together; 0 before the first."""
+        return self.num_decode_tokens / self.decode_s if self.decode_s > 0 else 0.0

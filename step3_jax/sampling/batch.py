@@ -1,0 +1,161 @@
+"""The sampling parameters of a batch as arrays, so that different requests share one compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from step3_jax.sampling.params import SamplingParams
+
+# If no row asks for more than this many of the likeliest tokens, they are picked without sorting the vocabulary.
+NUM_CANDIDATES = 128
+# Log-probabilities are recorded in one of these widths, to keep the number of compiled programs small.
+LOGPROB_WIDTHS = (1, 5, 20)
+
+
+class SamplingMode(NamedTuple):
+    """What a compiled program can leave out: static, a part of the bucket's key.
+
+    Attributes:
+      is_greedy: No row draws a random number.
+      num_candidates: Likeliest tokens that top_k and top_p look at; 0 if no row uses either.
+      use_min_p: Some row uses min_p.
+      use_penalties: Some row has a penalty, so tokens are counted.
+      use_bias: Some row has a logit bias.
+      use_min_tokens: Some row has min_tokens.
+      num_logprobs: Log-probabilities recorded at each step; 0 for none.
+    """
+
+    is_greedy: bool = True
+    num_candidates: int = 0
+    use_min_p: bool = False
+    use_penalties: bool = False
+    use_bias: bool = False
+    use_min_tokens: bool = False
+    num_logprobs: int = 0
+
+
+class SamplingBatch(NamedTuple):
+    """Parameters of each row. Lists of token ids are filled up with V, which is no token.
+
+    Attributes:
+      temperature: 0 for greedy rows.
+      top_k: V for all.
+      seeds: Two words of a threefry key.
+      max_tokens: 0 marks a row that only fills up the batch.
+      stop_ids: Tokens that end the row.
+      bias_ids, bias_values: The logit bias.
+    """
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    seeds: UInt32[Array, "B 2"]
+    repetition_penalty: Float[Array, " B"]
+    presence_penalty: Float[Array, " B"]
+    frequency_penalty: Float[Array, " B"]
+    min_tokens: Int[Array, " B"]
+    max_tokens: Int[Array, " B"]
+    stop_ids: Int[Array, "B stops"]
+    bias_ids: Int[Array, "B biases"]
+    bias_values: Float[Array, "B biases"]
+
+
+class SamplingRow(NamedTuple):
+    """One row's parameters, with what the engine adds.
+
+    Attributes:
+      params: The user's. `max_tokens` and `seed` are not read.
+      max_tokens: Tokens to make.
+      seed_words: See `seed_words`.
+      stop_ids: All tokens that end the row, the model's own too.
+    """
+
+    params: SamplingParams
+    max_tokens: int
+    seed_words: tuple[int, int]
+    stop_ids: tuple[int, ...]
+
+
+def seed_words(seed: int, sample: int = 0) -> tuple[int, int]:
+    """The two 32-bit words of the key of a request's `sample`-th completion.
+
+    The first has the words of `jax.random.key(seed)`; the others' are mixed from both numbers, so that neighbouring
+    seeds do not share completions.
+    """
+    seed %= 2**64
+    if sample == 0:
+        return seed >> 32, seed & 0xFFFFFFFF
+    high, low = np.random.SeedSequence((seed, sample)).generate_state(2, np.uint32)
+    return int(high), int(low)
+
+
+def check_token_ids(row: SamplingRow, vocab_size: int) -> None:
+    """Raises ValueError if a token that ends or biases a row is not in the vocabulary."""
+    for name, ids in (("stop_token_ids", row.stop_ids), ("logit_bias", row.params.logit_bias or ())):
+        outside = [token for token in ids if token >= vocab_size]
+        if outside:
+            raise ValueError(f"{name} has token ids {outside}; allowed: 0 to {vocab_size - 1}")
+
+
+def sampling_mode(params: Sequence[SamplingParams], vocab_size: int) -> SamplingMode:
+    """The cheapest program that serves all of `params`."""
+    drawn = [row for row in params if not row.is_greedy]
+    filtered = [row for row in drawn if 0 < row.top_k < vocab_size or row.top_p < 1]
+    num_candidates = 0
+    if filtered:
+        # top_p without top_k may need every token, so it looks at all of them.
+        is_short = all(0 < row.top_k <= NUM_CANDIDATES for row in filtered)
+        num_candidates = min(NUM_CANDIDATES if is_short else vocab_size, vocab_size)
+    asked = [row.logprobs for row in params if row.logprobs is not None]
+    width = next(width for width in LOGPROB_WIDTHS if width >= max(asked)) if asked else 0
+    return SamplingMode(
+        is_greedy=not drawn,
+        num_candidates=num_candidates,
+        use_min_p=any(row.min_p > 0 for row in drawn),
+        use_penalties=any(row.has_penalties for row in params),
+        use_bias=any(row.logit_bias for row in params),
+        use_min_tokens=any(row.min_tokens > 0 for row in params),
+        num_logprobs=min(width, vocab_size),
+    )
+
+
+def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int) -> SamplingBatch:
+    """Puts rows in arrays, filled up to `batch_size` with rows that make no token."""
+
+    def column(values: Sequence[float], fill: float, dtype: type[np.generic]) -> Array:
+        return jnp.asarray(np.array([*values, *[fill] * (batch_size - len(rows))], dtype))
+
+    params = [row.params for row in rows]
+    seeds = np.zeros((batch_size, 2), np.uint32)
+    seeds[: len(rows)] = [row.seed_words for row in rows]
+    bias = [row.logit_bias or {} for row in params]
+    return SamplingBatch(
+        temperature=column([0.0 if row.is_greedy else row.temperature for row in params], 0.0, np.float32),
+        top_k=column([row.top_k if row.top_k > 0 else vocab_size for row in params], vocab_size, np.int32),
+        top_p=column([row.top_p for row in params], 1.0, np.float32),
+        min_p=column([row.min_p for row in params], 0.0, np.float32),
+        seeds=jnp.asarray(seeds),
+        repetition_penalty=column([row.repetition_penalty for row in params], 1.0, np.float32),
+        presence_penalty=column([row.presence_penalty for row in params], 0.0, np.float32),
+        frequency_penalty=column([row.frequency_penalty for row in params], 0.0, np.float32),
+        min_tokens=column([row.min_tokens for row in params], 0, np.int32),
+        max_tokens=column([row.max_tokens for row in rows], 0, np.int32),
+        stop_ids=_ragged([row.stop_ids for row in rows], vocab_size, batch_size, np.int32),
+        bias_ids=_ragged([tuple(row) for row in bias], vocab_size, batch_size, np.int32),
+        bias_values=_ragged([tuple(row.values()) for row in bias], 0.0, batch_size, np.float32),
+    )
+
+
+def _ragged(lists: Sequence[Sequence[float]], fill: float, batch_size: int, dtype: type[np.generic]) -> Array:
+    """Lists of different lengths in one array, its width a power of two of at least 4."""
+    width = 1 << (max([4, *map(len, lists)]) - 1).bit_length()
+    array = np.full((batch_size, width), fill, dtype)
+    for row, values in enumerate(lists):
+        array[row, : len(values)] = values
+    return jnp.asarray(array)

@@ -1,0 +1,240 @@
+"""The Python API end to end on a small model with random weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from step3_jax.engine.llm import LLM
+from step3_jax.engine.request import CompletionOutput, RequestOutput, StreamPiece
+from step3_jax.engine.runner import Runner
+from step3_jax.sampling.params import SamplingParams
+from step3_jax.text.tokenizer import Tokenizer
+
+BOS, EOT = 256, 257
+PROMPTS = [[1, 2, 3], [4, 9, 33, 7, 8], list(range(10, 40)), [77]]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+DRAWN = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=3, max_tokens=12, logprobs=3)
+# Any of these in one batch makes one program, which has every control.
+MIXED = [
+    SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
+    SamplingParams(temperature=0.9, seed=11, top_p=0.8, presence_penalty=1.5, frequency_penalty=0.2, max_tokens=12),
+    SamplingParams(temperature=1.2, seed=12, min_p=0.01, repetition_penalty=1.3, min_tokens=8, max_tokens=10),
+    SamplingParams(
+        temperature=0.7, seed=13, top_k=5, logit_bias={65: 4.0, EOT: 3.0}, stop_token_ids=[66], max_tokens=9
+    ),
+]
+
+
+def only(outputs: list[RequestOutput]) -> CompletionOutput:
+    assert len(outputs) == 1
+    return outputs[0].outputs[0]
+
+
+def ids(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_greedy_output_is_the_argmax_of_the_model_without_cache(llm: LLM, whole_logits) -> None:
+    for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
+        made = output.outputs[0].token_ids
+        row = [*prompt, *made]
+        logits = whole_logits(row)
+        assert made == tuple(logits.argmax(-1)[len(prompt) - 1 : len(row) - 1].tolist())
+        assert output.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "seeded"])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(llm: LLM, params: SamplingParams) -> None:
+    together = llm.generate(PROMPTS, params)
+    assert ids(together) == [ids(llm.generate(prompt, params))[0] for prompt in PROMPTS]
+    assert ids(together) == ids(llm.generate(PROMPTS, params))
+
+
+def test_different_parameters_in_one_batch_give_what_they_give_alone(llm: LLM) -> None:
+    together = llm.generate(PROMPTS, MIXED)
+    for index in (1, 3):
+        alone = only(llm.generate(PROMPTS[index], MIXED[index]))
+        assert together[index].outputs[0].token_ids == alone.token_ids
+        assert together[index].outputs[0].finish_reason == alone.finish_reason
+    assert ids(together)[0] == ids(llm.generate(PROMPTS[0], GREEDY))[0][:5]
+
+
+def test_requests_without_a_seed_are_those_of_the_models_seed(runner: Runner) -> None:
+    free = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)
+    first, second, other = (LLM.from_model(runner, seed=seed) for seed in (5, 5, None))
+    made = ids(first.generate(PROMPTS, free))
+    assert made == ids(second.generate(PROMPTS, free))
+    assert made != ids(first.generate(PROMPTS, free))
+    assert made != ids(other.generate(PROMPTS, free))
+
+
+def test_n_completions_differ_and_the_first_is_that_of_n_1(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, seed=4, max_tokens=12, ignore_eos=True)
+    several = SamplingParams(temperature=1.0, seed=4, max_tokens=12, ignore_eos=True, n=3)
+    [output] = llm.generate([5, 6, 7], several)
+    assert [one.index for one in output.outputs] == [0, 1, 2]
+    assert len({one.token_ids for one in output.outputs}) == 3
+    assert output.outputs[0].token_ids == only(llm.generate([5, 6, 7], params)).token_ids
+    assert output.metrics.num_generated_tokens == 36
+
+
+def test_end_tokens_end_and_are_left_out(llm: LLM) -> None:
+    def forced(token: int, **values: object) -> SamplingParams:
+        return SamplingParams(temperature=0, logit_bias={token: 100}, max_tokens=5, **values)
+
+    params = [
+        forced(EOT),
+        forced(EOT, min_tokens=3),
+        forced(EOT, ignore_eos=True),
+        forced(65, stop_token_ids=[65]),
+    ]
+    first, late, ignored, named = (output.outputs[0] for output in llm.generate([[1]] * 4, params))
+    assert (first.token_ids, first.text, first.finish_reason, first.stop_reason) == ((), "", "stop", None)
+    assert len(late.token_ids) == 3
+    assert EOT not in late.token_ids
+    assert (late.finish_reason, late.stop_reason) == ("stop", None)
+    assert (ignored.token_ids, ignored.finish_reason) == ((EOT,) * 5, "length")
+    assert (named.token_ids, named.finish_reason, named.stop_reason) == ((), "stop", 65)
+
+
+def test_a_stop_string_cuts_the_text_and_the_tokens(llm: LLM) -> None:
+    # Letters alone, so that the text can be cut anywhere.
+    letters = dict.fromkeys(range(97, 107), 40.0)
+    params = {"temperature": 1.0, "seed": 2, "max_tokens": 40, "logit_bias": letters}
+    whole = only(llm.generate("go", SamplingParams(**params)))
+    stop = whole.text[6:9]
+    place = whole.text.index(stop)
+    cut = only(llm.generate("go", SamplingParams(**params, stop=["never", stop])))
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (whole.text[:place], "stop", stop)
+    assert cut.token_ids == whole.token_ids[: place + 3]
+    kept = only(llm.generate("go", SamplingParams(**params, stop=stop, include_stop_str_in_output=True)))
+    assert kept.text == whole.text[: place + 3]
+    other = only(llm.generate("go", SamplingParams(**params, stop="XYZ")))
+    assert (other.text, other.finish_reason) == (whole.text, "length")
+
+
+def test_pieces_of_a_stream_are_the_whole_output(llm: LLM) -> None:
+    # Random bytes: most characters are broken, and some need more than one token.
+    params = [
+        SamplingParams(temperature=1.5, seed=seed, max_tokens=30, n=2, logprobs=2, stop=["a", "\ufffd\ufffd"][seed:])
+        for seed in range(2)
+    ]
+    prompts = ["ab", "c"]
+    whole = llm.generate(prompts, params)
+    pieces = list(llm.generate(prompts, params, stream=True))
+    assert len(pieces) > 6
+    for output in whole:
+        for one in output.outputs:
+            own = [piece for piece in pieces if (piece.index, piece.completion) == (output.index, one.index)]
+            assert "".join(piece.text for piece in own) == one.text
+            assert sum((piece.token_ids for piece in own), ()) == one.token_ids
+            assert sum((piece.logprobs for piece in own), ()) == one.logprobs
+            assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [one.finish_reason]
+            assert own[-1].stop_reason == one.stop_reason
+
+
+def test_a_stream_brings_the_first_token_by_itself(llm: LLM) -> None:
+    first = next(iter(llm.generate([1, 2], GREEDY, stream=True)))
+    assert isinstance(first, StreamPiece)
+    assert len(first.token_ids) == 1
+
+
+def test_streamed_errors_come_before_the_first_piece(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="no tokens"):
+        llm.generate([[1], []], stream=True)
+
+
+def test_logprobs_are_of_each_token_and_sum_up(llm: LLM, whole_logits) -> None:
+    [output] = llm.generate([1, 2, 3], DRAWN)
+    one = output.outputs[0]
+    row = [1, 2, 3, *one.token_ids]
+    logits = whole_logits(row)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert len(one.logprobs) == len(one.token_ids)
+    total = 0.0
+    for step, (token, record) in enumerate(zip(one.token_ids, one.logprobs, strict=True)):
+        want = logprobs[2 + step]
+        assert record[token].logprob == pytest.approx(want[token], abs=1e-4)
+        assert set(np.argsort(-want)[:3].tolist()) <= set(record)
+        assert record[token].rank == 1 + int((want > want[token]).sum())
+        total += record[token].logprob
+    assert one.cumulative_logprob == pytest.approx(total)
+    assert only(llm.generate([1, 2, 3], GREEDY)).logprobs is None
+
+
+def test_text_prompts_begin_with_the_begin_token_once(llm: LLM) -> None:
+    for prompt in ("hi", "<bos>hi", {"prompt": "hi"}):
+        [output] = llm.generate(prompt, GREEDY)
+        assert output.prompt_token_ids == (BOS, 104, 105)
+    [output] = llm.generate({"prompt_token_ids": [104, 105]}, GREEDY)
+    assert (output.prompt, output.prompt_token_ids) == (None, (104, 105))
+
+
+def test_chat_applies_the_template_and_keeps_typed_control_tokens_as_text(llm: LLM) -> None:
+    outputs = llm.chat([[{"role": "user", "content": text}] for text in ("a", "<eot>", "b", "c")], GREEDY)
+    assert outputs[0].prompt == "<bos>user: a\nassistant: "
+    assert outputs[0].prompt_token_ids[0] == BOS
+    assert EOT not in outputs[1].prompt_token_ids
+    single = llm.chat([{"role": "user", "content": "a"}], GREEDY)
+    assert ids(single) == ids(outputs)[:1]
+
+
+def test_defaults_come_from_the_generation_config(runner: Runner) -> None:
+    made = ids(LLM.from_model(runner).generate([1, 2, 3], GREEDY))[0]
+    llm = LLM.from_model(runner, generation_config={"temperature": 0.0, "max_new_tokens": 3, "eos_token_id": [0]})
+    output = only(llm.generate([1, 2, 3]))
+    assert (output.token_ids, output.finish_reason) == (made[:3], "length")
+    llm = LLM.from_model(runner, generation_config={"temperature": 0.0, "eos_token_id": [0, made[2]]})
+    output = only(llm.generate([1, 2, 3]))
+    assert (output.token_ids, output.finish_reason) == (made[: made.index(made[2])], "stop")
+    with pytest.raises(ValueError, match="eos_token_id is 'x'"):
+        LLM.from_model(runner, generation_config={"eos_token_id": "x"})
+
+
+def test_without_a_tokenizer_ids_work_and_text_is_refused(runner: Runner, llm: LLM) -> None:
+    bare = LLM.from_model(runner)
+    output = only(bare.generate([1, 2, 3], GREEDY))
+    assert output.text == ""
+    assert output.token_ids == only(llm.generate([1, 2, 3], GREEDY)).token_ids
+    with pytest.raises(ValueError, match=r"no tokenizer.json"):
+        bare.generate("hello")
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        bare.generate([1], SamplingParams(stop="a"))
+    with pytest.raises(ValueError, match=r"no tokenizer.json"):
+        bare.chat([{"role": "user", "content": "a"}])
+
+
+def test_the_whole_context_can_be_filled(runner: Runner) -> None:
+    llm = LLM.from_model(runner, max_model_len=40)
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    output = only(llm.generate(list(range(37)), params))
+    assert (len(output.token_ids), output.finish_reason) == (3, "length")
+    assert len(only(llm.generate(list(range(39)), params)).token_ids) == 1
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(llm: LLM, runner: Runner) -> None:
+    with pytest.raises(ValueError, match=r"250 tokens and 16 more are asked for, together 266; at most .* 256"):
+        llm.generate([list(range(250))], SamplingParams())
+    with pytest.raises(ValueError, match="max_model_len is 300"):
+        LLM.from_model(runner, max_model_len=300)
+    with pytest.raises(ValueError, match=r"token ids \[264\]; allowed: 0 to 263"):
+        llm.generate([1, 264])
+    with pytest.raises(ValueError, match=r"logit_bias has token ids \[900\]"):
+        llm.generate([1], SamplingParams(logit_bias={900: 1}))
+    with pytest.raises(ValueError, match="2 sampling_params are given for 1 prompt"):
+        llm.generate([1], [SamplingParams(), SamplingParams()])
+    with pytest.raises(ValueError, match="max_batch_size is 0"):
+        LLM.from_model(runner, max_batch_size=0)
+
+
+def test_many_prompts_run_in_several_batches_in_order(runner: Runner, tokenizer: Tokenizer, llm: LLM) -> None:
+    narrow = LLM.from_model(runner, tokenizer, max_batch_size=2)
+    prompts = [PROMPTS[index % 4] for index in (2, 0, 3, 1, 2)]
+    outputs = narrow.generate(prompts, GREEDY)
+    assert [output.prompt_token_ids for output in outputs] == [tuple(prompt) for prompt in prompts]
+    assert ids(outputs) == [ids(llm.generate(prompt, GREEDY))[0] for prompt in prompts]
+    stats = narrow.stats
+    assert (stats.num_requests, stats.num_generated_tokens) == (5, 60)
+    assert stats.num_prompt_tokens == sum(map(len, prompts))
+    assert stats.decode_tokens_per_s > 0

@@ -61,9 +61,7 @@ class TextConfig:
                 "head, so only 1 is allowed"
             )
         if self.head_dim % 2:
-            raise ValueError(
-                f"text_config.head_dim is {self.head_dim}: rotary embedding needs an even number"
-            )
+            raise ValueError(f"text_config.head_dim is {self.head_dim}: rotary embedding needs an even number")
         outside = [layer for layer in self.moe_layers if not 0 <= layer < self.num_hidden_layers]
         if outside:
             raise ValueError(
@@ -96,9 +94,7 @@ class TextConfig:
         """Reads the `text_config` part of a released `config.json`; missing keys take the released defaults."""
         picked = _pick(cls, "text_config.", values, skip=("moe_layers", "max_position_embeddings"))
         if values.get("rope_scaling"):
-            raise ValueError(
-                f"text_config.rope_scaling is {values['rope_scaling']!r}: Step3 has none, remove the key"
-            )
+            raise ValueError(f"text_config.rope_scaling is {values['rope_scaling']!r}: Step3 has none, remove the key")
         # The file spells it without the final s; `max_seq_len` is the same figure under another name.
         for name in ("max_position_embedding", "max_position_embeddings", "max_seq_len"):
             if values.get(name) is not None:
@@ -193,9 +189,7 @@ class QuantConfig:
         block = values.get("weight_block_size")
         if block is not None:
             if not isinstance(block, list | tuple) or [type(size) for size in block] != [int, int]:
-                raise ValueError(
-                    f"quantization_config.weight_block_size is {block!r}; two numbers are needed"
-                )
+                raise ValueError(f"quantization_config.weight_block_size is {block!r}; two numbers are needed")
             picked["weight_block_size"] = tuple(block)
         return cls(**picked)  # type: ignore[arg-type]
 
@@ -269,9 +263,7 @@ class ModelConfig:
         quantization = values.get("quantization_config")
         picked = _pick(cls, "", values, skip=("text", "vision", "quantization", "dtype", "eos_token_id"))
         picked["text"] = TextConfig.from_dict(text)
-        picked["vision"] = (
-            VisionConfig.from_dict(_section(values, "vision_config")) if vision is not None else None
-        )
+        picked["vision"] = VisionConfig.from_dict(_section(values, "vision_config")) if vision is not None else None
         if quantization:
             picked["quantization"] = QuantConfig.from_dict(_section(values, "quantization_config"))
         dtype = values.get("torch_dtype") or values.get("dtype") or text.get("torch_dtype")
@@ -304,9 +296,7 @@ class ModelConfig:
         values["torch_dtype"] = self.dtype
         if self.quantization is not None:
             block = list(self.quantization.weight_block_size)
-            values["quantization_config"] = dataclasses.asdict(self.quantization) | {
-                "weight_block_size": block
-            }
+            values["quantization_config"] = dataclasses.asdict(self.quantization) | {"weight_block_size": block}
         return values
 
     @classmethod
@@ -348,9 +338,7 @@ _KINDS = {
 }
 
 
-def _pick(
-    cls: type, prefix: str, values: Mapping[str, object], skip: Sequence[str] = ()
-) -> dict[str, object]:
+def _pick(cls: type, prefix: str, values: Mapping[str, object], skip: Sequence[str] = ()) -> dict[str, object]:
     """The fields of a configuration class that a file gives, each checked to be of the field's type."""
     return {
         field.name: _typed(prefix + field.name, values[field.name], str(field.type))

@@ -77,9 +77,7 @@ def quantise(array: Float[Array, "*lead rows columns"], block: tuple[int, int] =
     return BlockScaled(values, scales, block)
 
 
-def dequantise(
-    array: BlockScaled, dtype: jax.typing.DTypeLike = jnp.float32
-) -> Float[Array, "*lead rows columns"]:
+def dequantise(array: BlockScaled, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*lead rows columns"]:
     """Value * scale, multiplied in float32, then cast to `dtype`."""
     scales = expand_scales(array.scales, array.shape, array.block)
     return (array.values.astype(jnp.float32) * scales).astype(dtype)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from step3_jax.config import TextConfig
 from step3_jax.layers.linear import Linear
@@ -66,9 +66,7 @@ class MFA(nnx.Module):
         keys = apply_rope(self.k_proj(hidden), context.cos, context.sin)
         values = self.v_proj(hidden)
         if kv is not None:
-            kv = LayerKV(
-                write_rows(kv.keys, keys, context.starts), write_rows(kv.values, values, context.starts)
-            )
+            kv = LayerKV(write_rows(kv.keys, keys, context.starts), write_rows(kv.values, values, context.starts))
             keys, values = kv
         heads = attend(queries, keys, values, context.mask)
         return self.o_proj(heads.reshape(batch, length, -1)), kv
@@ -127,8 +125,14 @@ def write_rows(
 ) -> Float[Array, "B S K"]:
     """Writes T new rows of each sequence at its own start; the caller sees to it that they fit."""
     rows = rows.astype(cache.dtype)
+    if cache.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # As integers: XLA:CPU writes bfloat16 by turning the whole cache to float32 and back.
+        cache_bits, row_bits = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (cache, rows))
+        return jax.lax.bitcast_convert_type(_write_rows(cache_bits, row_bits, starts), cache.dtype)
+    return _write_rows(cache, rows, starts)
+
+
+def _write_rows(cache: Num[Array, "B S K"], rows: Num[Array, "B T K"], starts: Int[Array, " B"]) -> Num[Array, "B S K"]:
     if cache.shape[0] == 1:
         return jax.lax.dynamic_update_slice(cache, rows, (0, starts[0], 0))
-    return jax.vmap(lambda one, new, start: jax.lax.dynamic_update_slice(one, new, (start, 0)))(
-        cache, rows, starts
-    )
+    return jax.vmap(lambda one, new, start: jax.lax.dynamic_update_slice(one, new, (start, 0)))(cache, rows, starts)

@@ -35,9 +35,7 @@ class LayerNorm(nnx.Module):
         return out.astype(hidden.dtype)
 
 
-def rms_norm(
-    hidden: Float[Array, "*batch D"], weight: Float[Array, " D"], *, eps: float
-) -> Float[Array, "*batch D"]:
+def rms_norm(hidden: Float[Array, "*batch D"], weight: Float[Array, " D"], *, eps: float) -> Float[Array, "*batch D"]:
     """Root-mean-square normalisation; `weight` multiplies plainly (not 1 + w)."""
     wide = hidden.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)

@@ -19,9 +19,7 @@ from step3_jax.model.vision import Projector, VisionTower
 class Step3(nnx.Module):
     """Step3. `vision` and `projector` are None in a text-only model."""
 
-    def __init__(
-        self, config: ModelConfig, *, dtype: jax.typing.DTypeLike | None = None, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike | None = None, rngs: nnx.Rngs) -> None:
         """Makes a model with random weights.
 
         Args:
@@ -69,18 +67,14 @@ class Step3(nnx.Module):
             rows = jnp.cumsum(is_place.reshape(-1)).reshape(is_place.shape) - 1
             embeddings = merge_image_features(embeddings, features, jnp.where(is_place, rows, -1))
         elif patch_pixel_values is not None or num_patches is not None:
-            raise ValueError(
-                "patch_pixel_values and num_patches need pixel_values: every picture has a whole view"
-            )
+            raise ValueError("patch_pixel_values and num_patches need pixel_values: every picture has a whole view")
         hidden, _ = self.text(embeddings, positions=positions)
         return self.text.logits(hidden)
 
     def encode_images(self, pixels: Float[Array | np.ndarray, "B 3 S S"]) -> Float[Array, "B image_tokens D"]:
         """Features of whole pictures, or of windows: one size a call."""
         if self.vision is None or self.projector is None:
-            raise ValueError(
-                "this is a text-only model: its checkpoint has no vision tower, so it takes no images"
-            )
+            raise ValueError("this is a text-only model: its checkpoint has no vision tower, so it takes no images")
         with jax.named_scope("vision"):
             return self.projector(self.vision(jnp.asarray(pixels)))
 

@@ -81,9 +81,7 @@ class FfnBlock(nnx.Module):
             if is_moe
             else None
         )
-        self.share_expert = (
-            SwiGLU(hidden, config.share_expert_dim, dtype=dtype, rngs=rngs) if is_moe else None
-        )
+        self.share_expert = SwiGLU(hidden, config.share_expert_dim, dtype=dtype, rngs=rngs) if is_moe else None
 
     def __call__(self, normed: Float[Array, "N D"], routing: Routing | None) -> Float[Array, "N D"]:
         """The layer's FFN output; the caller adds it to the residual stream."""

@@ -37,15 +37,11 @@ class PatchEmbedding(nnx.Module):
         tokens = patches @ weight.reshape(weight.shape[0], -1).T + self.bias[...]
         tokens = tokens.reshape(batch, grid * grid, -1)
         table = resize_positions(self.position_embedding[...], self.grid, grid)
-        first = jnp.broadcast_to(
-            self.class_embedding[...] + table[:1], (batch, NUM_CLASS_TOKENS, tokens.shape[-1])
-        )
+        first = jnp.broadcast_to(self.class_embedding[...] + table[:1], (batch, NUM_CLASS_TOKENS, tokens.shape[-1]))
         return jnp.concatenate([first, tokens + table[1:]], axis=1)
 
 
-def resize_positions(
-    table: Float[Array, "rows width"], from_grid: int, to_grid: int
-) -> Float[Array, "new_rows width"]:
+def resize_positions(table: Float[Array, "rows width"], from_grid: int, to_grid: int) -> Float[Array, "new_rows width"]:
     """Resizes the patch rows of the position table, bicubic with antialias in float32; the class row is kept."""
     if from_grid == to_grid:
         return table
@@ -106,9 +102,7 @@ class VisionTower(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.embeddings = PatchEmbedding(config, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(
-            [VisionLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
-        )
+        self.layers = nnx.List([VisionLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, pixels: Float[Array, "B C S S"]) -> Float[Array, "B tokens width"]:
         hidden = self.embeddings(pixels)
@@ -132,16 +126,12 @@ class Convolution(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.weight = nnx.Param(
-            normal(rngs, (out_features, in_features, size, size), in_features * size * size, dtype)
-        )
+        self.weight = nnx.Param(normal(rngs, (out_features, in_features, size, size), in_features * size * size, dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype))
         self.stride = stride
         self.padding = padding
 
-    def __call__(
-        self, image: Float[Array, "B height width features"]
-    ) -> Float[Array, "B height2 width2 features2"]:
+    def __call__(self, image: Float[Array, "B height width features"]) -> Float[Array, "B height2 width2 features2"]:
         out = jax.lax.conv_general_dilated(
             image,
             self.weight[...],

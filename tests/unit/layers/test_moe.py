@@ -117,7 +117,7 @@ def test_module_takes_quantised_stacks(stacks):
 @pytest.mark.parametrize("num_tokens", [1, 2, 40])
 def test_separate_experts_give_what_the_stacks_give_and_leave_the_model_as_it_was(num_tokens, monkeypatch):
     monkeypatch.setattr(moe, "MIN_SEPARATE_BYTES", 0)
-    layer = Experts(NUM_EXPERTS, WIDTH, INNER, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer = Experts(NUM_EXPERTS, WIDTH, INNER, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     apart = nnx.merge(*nnx.split(layer))
     separate_experts(apart)
     assert isinstance(layer.gate_proj[...], jax.Array)
@@ -127,14 +127,14 @@ def test_separate_experts_give_what_the_stacks_give_and_leave_the_model_as_it_wa
 
 
 def test_small_experts_stay_stacked():
-    layer = Experts(NUM_EXPERTS, WIDTH, INNER, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer = Experts(NUM_EXPERTS, WIDTH, INNER, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     separate_experts(layer)
     assert isinstance(layer.gate_proj[...], jax.Array)
 
 
 def test_separate_experts_refuse_training(monkeypatch):
     monkeypatch.setattr(moe, "MIN_SEPARATE_BYTES", 0)
-    layer = Experts(NUM_EXPERTS, WIDTH, INNER, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer = Experts(NUM_EXPERTS, WIDTH, INNER, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     separate_experts(layer)
     layer.capacity_factor = 1.0
     with pytest.raises(ValueError, match="training"):

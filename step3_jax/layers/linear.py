@@ -39,19 +39,6 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype
     return (jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5).astype(dtype)
 
 
-def hold_in_float32(model: nnx.Module) -> None:
-    """Holds the bfloat16 matrices of `model` in float32, for inference on CPUs.
-
-    Results stay those of the bfloat16 model: the values are the same, products are summed in float32 either way, and
-    what is between the products stays bfloat16, as the embedding does. XLA:CPU has no fast product of bfloat16 with
-    few rows, so twice the memory buys the speed of a float32 model.
-    """
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Linear) and module.weight.get_value().dtype == jnp.bfloat16:
-            # A new parameter: another module may share the old one.
-            module.weight = nnx.Param(module.weight.get_value().astype(jnp.float32))
-
-
 def linear(
     hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | BlockScaled
 ) -> Float[Array, "*batch features_out"]:
@@ -66,7 +53,5 @@ def linear(
     num_rows = flat.shape[0]
     if num_rows < MIN_CPU_ROWS and flat.dtype == weight.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         flat = jnp.pad(flat, ((0, MIN_CPU_ROWS - num_rows), (0, 0)))
-    if weight.dtype == jnp.float32:
-        flat = flat.astype(jnp.float32)
     out = jax.lax.dot_general(flat, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return out[:num_rows].astype(hidden.dtype).reshape(*hidden.shape[:-1], weight.shape[0])

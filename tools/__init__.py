@@ -1,0 +1,1 @@
+"""Scripts for developers: training data of the tiny model, benchmarks, checks."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import numpy as np
 import pytest
 
+from step3_jax.checkpoint.save import save_model
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import CompletionOutput, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
+from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.text.tokenizer import Tokenizer
 
@@ -238,3 +242,14 @@ def test_many_prompts_run_in_several_batches_in_order(runner: Runner, tokenizer:
     assert (stats.num_requests, stats.num_generated_tokens) == (5, 60)
     assert stats.num_prompt_tokens == sum(map(len, prompts))
     assert stats.decode_tokens_per_s > 0
+
+
+def test_a_saved_folder_answers_as_the_model_in_memory(model: Step3, llm: LLM, tmp_path: pathlib.Path) -> None:
+    save_model(model, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 4}', encoding="utf-8")
+    loaded = LLM(tmp_path, max_model_len=64)
+    assert (loaded.tokenizer, loaded.max_model_len) == (None, 64)
+    assert loaded.default_sampling_params.max_tokens == 4
+    assert only(loaded.generate([1, 2, 3], GREEDY)).token_ids == only(llm.generate([1, 2, 3], GREEDY)).token_ids
+    with pytest.raises(ValueError, match="dtype is 'float16'"):
+        LLM(tmp_path, dtype="float16")

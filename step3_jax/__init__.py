@@ -1,3 +1,33 @@
-"""Step3 in JAX: the model, its checkpoints, and a decode loop for text and pictures."""
+"""Step3 in JAX: the model, its checkpoints, and a decode loop for text and pictures.
+
+The names of `__all__` are imported when they are first asked for, so that `step3 --help` does not wait for jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from step3_jax.checkpoint.load import load_model
+    from step3_jax.checkpoint.save import save_model
+    from step3_jax.config import ModelConfig
+    from step3_jax.engine.llm import LLM
+    from step3_jax.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
+__all__ = ["LLM", "ModelConfig", "SamplingParams", "load_model", "save_model"]
+
+_PLACES = {
+    "LLM": "step3_jax.engine.llm",
+    "ModelConfig": "step3_jax.config",
+    "SamplingParams": "step3_jax.sampling.params",
+    "load_model": "step3_jax.checkpoint.load",
+    "save_model": "step3_jax.checkpoint.save",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,25 @@
+"""What `import step3_jax` offers, and that it costs nothing before it is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import step3_jax
+
+
+@pytest.mark.parametrize("name", step3_jax.__all__)
+def test_public_names_are_there(name: str) -> None:
+    assert getattr(step3_jax, name).__name__ == name
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="Llm"):
+        _ = step3_jax.Llm
+
+
+def test_importing_the_package_does_not_import_jax() -> None:
+    code = "import sys, step3_jax; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

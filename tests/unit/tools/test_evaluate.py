@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from tools.tiny.evaluate import AIMS, Result, collect_results, load_baselines, show_figure
-from tools.tiny.evaluate_answers import Reply, judge, parse_calls, share_right, share_right_digits
+from tools.tiny.evaluate_answers import (
+    Reply,
+    judge,
+    parse_calls,
+    share_right,
+    share_right_digits,
+    share_right_functions,
+)
 from tools.tiny.evaluate_cases import Case, CaseSet, cut_sheet, join_sheet, load_committed_sets, picture_cases
 from tools.tiny.evaluate_text import TextScore
 from tools.tiny.text_corpus import PICTURES, assistant_text
@@ -74,6 +81,9 @@ def test_a_call_is_right_whatever_the_order_of_its_arguments() -> None:
     assert judge(case, assistant_text("I need the add tool.", turned)).is_right
     assert not judge(case, assistant_text("I need the add tool.", wrong)).is_right
     assert not judge(case, assistant_text("I need the add tool.", "1 + 2 = 3")).is_right
+    texts = (right, wrong, "1 + 2 = 3", format_tool_calls([{"name": "multiply", "arguments": {"a": 1, "b": 2}}]))
+    replies = [judge(case, assistant_text("I need the add tool.", text)) for text in texts]
+    assert share_right_functions(replies) == 0.5
 
 
 def _reply(truth: str, said: str) -> Reply:
@@ -152,7 +162,7 @@ def test_the_strongest_baseline_stands_beside_the_model(tmp_path: pathlib.Path) 
 
 def test_results_join_figures_baselines_and_aims(tmp_path: pathlib.Path) -> None:
     _write_baselines(tmp_path)
-    names = ("unseen-clean", "unseen-mild", "seen", "numbers", "handwriting", "capitals")
+    names = ("unseen-clean", "unseen-mild", "seen", "numbers", "handwriting", "capitals", "tool-calls")
     replies = {name: [_reply("The number is 12.", "The number is 12.")] * 4 for name in names}
     replies["unseen-mild"] = [_reply("This is a dog.", "This is a cat.")] * 4
     text = TextScore(2.5, 1000, 300, np.full((2, 4), 0.25))
@@ -166,6 +176,7 @@ def test_results_join_figures_baselines_and_aims(tmp_path: pathlib.Path) -> None
     assert results["numbers"].is_reached is True
     assert results["numbers-digits"].count == 8
     assert results["unseen-clean"].is_reached is None
+    assert results["tool-functions"].model == 0
     assert results["text"].is_reached is False  # less is better, and the aim is the 6-gram's figure
     assert results["text"].baseline == 2.15
     assert results["text"].aim == AIMS["text"]

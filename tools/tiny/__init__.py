@@ -1,0 +1,1 @@
+"""How the shipped tiny Step3 is made: data, training, evaluation."""

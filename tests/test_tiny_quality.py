@@ -27,7 +27,7 @@ FLOORS = {
     "capitals": 0.90,
 }
 DIGITS_FLOOR = 0.80
-# Calls with the right function: the arguments, which have to be copied from the question, are mostly wrong.
+# Well-formed calls of the right function; the arguments, to be copied from the question, are the harder part.
 FUNCTIONS_FLOOR = 0.70
 # The busiest expert's share of the tokens, over an even share; without a balance loss it is about 8.
 LOAD_CEILING = 4.0

@@ -236,7 +236,9 @@ def _decode_row(
     config: ModelConfig, dtype: str, batch: int, steps: int, ours: Sequence[float], theirs: Sequence[float]
 ) -> Row:
     step = statistics.median(ours) / steps
-    num_bytes = sum(active_parameters(config.text, batch)) * jnp.dtype(dtype).itemsize
+    # On a CPU the engine holds every model in float32.
+    held = "float32" if jax.default_backend() == "cpu" else dtype
+    num_bytes = sum(active_parameters(config.text, batch)) * jnp.dtype(held).itemsize
     row: Row = {
         "dtype": dtype,
         "batch": batch,

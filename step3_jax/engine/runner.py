@@ -37,15 +37,20 @@ class Runner:
     """
 
     def __init__(self, model: Step3) -> None:
-        """Takes a model, whose dtype is also the cache's."""
+        """Takes a model, whose dtype is also the cache's.
+
+        On a CPU a bfloat16 model is held and run in float32, which XLA:CPU decodes one sequence with faster, though it
+        reads twice the bytes (see benchmarks/README.md).
+        """
         self.config = model.config
         self.compile_s = 0.0
         self.num_traces: collections.Counter[str] = collections.Counter()
-        self._dtype = model.text.embed_tokens.weight.get_value().dtype
         if jax.default_backend() == "cpu":
-            # A module of its own, so that the caller's stays whole; the weights are shared.
-            model = nnx.merge(*nnx.split(model))
+            # A module of its own, so that the caller's stays whole; weights that need no cast are shared.
+            graphdef, state = nnx.split(model)
+            model = nnx.merge(graphdef, jax.tree.map(_widen, state))
             separate_experts(model)
+        self._dtype = model.text.embed_tokens.weight.get_value().dtype
         self._graphdef, state = nnx.split(model)
         # Bare leaves: flattening nnx.State in Python at every call would cost more than the dispatch.
         self._weights, self._treedef = jax.tree.flatten(state)
@@ -153,3 +158,7 @@ class Runner:
 
         state = decode_loop(forward, state, sampling, is_halted, num_steps, mode=mode)
         return state, state.report
+
+
+def _widen(weight: Array) -> Array:
+    return weight.astype(jnp.float32) if weight.dtype == jnp.bfloat16 else weight

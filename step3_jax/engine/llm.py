@@ -63,7 +63,8 @@ class LLM:
 
         Args:
           path: Folder with `config.json`, the weights and, for text, `tokenizer.json`.
-          dtype: "float32", "bfloat16" or "auto": the configuration's, but float32 on a CPU.
+          dtype: "float32", "bfloat16" or "auto": the configuration's, but float32 on a CPU. A CPU computes in float32 in
+            any case (see `Runner`).
           max_model_len: Most tokens of prompt and output together; the model's own limit if None.
           seed: Of requests that have none of their own. The same calls then give the same outputs; None gives others at
             every start.

@@ -1,5 +1,6 @@
 # make demo      ask the shipped model about its pictures (needs only Python >= 3.11 and a package index)
 # make test      fast tests          make test-all   all of them
+# make kernels   every kernel in every case, and compiled for an H100 (needs Python 3.12, and ptxas for the second)
 # make check     format, lint, types
 # make bench     decode speed on this machine (BENCH_ARGS="--torch-python ..." compares with PyTorch)
 # make clean     remove what these made, the environment included
@@ -12,6 +13,7 @@
 VENV ?= .venv
 PYTHON ?=
 PYTEST_ARGS ?=
+KERNELS_VENV ?= .venv-kernels
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -20,19 +22,26 @@ PINS := pyproject.toml constraints.txt
 PIP_INSTALL = env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX $(BIN)/python -m pip install --quiet \
 	--disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all kernels kernels-here check bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
 
 demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not kernels" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not gpu and not kernels" $(PYTEST_ARGS)
+
+# An environment of its own: the newest JAX, whose interpreter is the fastest, and the compiler for GPUs.
+kernels:
+	@$(MAKE) --no-print-directory VENV="$(KERNELS_VENV)" PYTHON="$(or $(PYTHON),python3.12)" kernels-here
+
+kernels-here: $(VENV)/.installed-aot
+	@$(BIN)/python -m pytest -m "not gpu" tests/kernels $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
@@ -46,7 +55,7 @@ clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 	@# An environment that somebody else made is theirs.
-	if [ -e "$(VENV)/.made" ]; then rm -rf "$(VENV)"; fi
+	for made in "$(VENV)" "$(KERNELS_VENV)"; do if [ -e "$$made/.made" ]; then rm -rf "$$made"; fi; done
 
 # The stamps: an install runs again only when a pin changed. Without extras jax is the CPU build.
 $(VENV)/.installed: $(PINS) | $(VENV)/.python
@@ -58,6 +67,10 @@ $(VENV)/.installed-dev: $(PINS) | $(VENV)/.python
 	@echo "Installing step3-jax and the tools of its developers into $(VENV) ..."
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-aot: $(VENV)/.installed-dev
+	@$(PIP_INSTALL) --editable '.[aot]'
+	@touch $@
 
 # An environment that is there and works is kept, whoever made it; a half-made one is made anew.
 $(VENV)/.python:

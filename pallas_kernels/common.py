@@ -1,0 +1,75 @@
+"""Choice of an implementation: the kernel, its interpreter, or plain JAX."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar, get_args
+
+import jax
+
+Implementation = Literal["auto", "reference", "mosaic", "interpret"]
+ENVIRONMENT_VARIABLE = "STEP3_KERNELS"
+# What the kernels are written for: Hopper.
+COMPUTE_CAPABILITY = "9.0"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def resolve(implementation: Implementation) -> Implementation:
+    """The implementation to use: "auto" gives way to the environment variable STEP3_KERNELS, if that is set.
+
+    Raises:
+      ValueError: If either names no implementation.
+    """
+    names = get_args(Implementation)
+    if implementation not in names:
+        raise ValueError(f"implementation is {implementation!r}; allowed: {', '.join(names)}")
+    if implementation != "auto":
+        return implementation
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if wanted not in names:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} is {wanted!r}; allowed: {', '.join(names)}")
+    return wanted
+
+
+def dispatch(
+    implementation: Implementation,
+    unsupported: str | None,
+    reference: Callable[P, R],
+    kernel: Callable[..., R],
+    *args: P.args,
+) -> R:
+    """Runs the reference or the kernel on `args`, arrays or pytrees of them.
+
+    "auto" takes the kernel on a Hopper GPU if it serves these arguments, and the reference elsewhere; the choice is made
+    when the program is lowered, so that a program can be compiled for a GPU on a machine that has none.
+
+    Args:
+      implementation: See `Implementation`.
+      unsupported: Why the kernel cannot serve these arguments; None if it can.
+      reference: Plain JAX.
+      kernel: Called with `interpret=`, besides `args`.
+      *args: What both get.
+
+    Raises:
+      NotImplementedError: If the kernel is asked for by name and cannot serve; the message says why.
+    """
+    implementation = resolve(implementation)
+    if implementation in ("mosaic", "interpret") and unsupported:
+        raise NotImplementedError(f"{unsupported}; use implementation='auto' or 'reference'")
+    if implementation == "reference" or (implementation == "auto" and (unsupported or _has_other_gpu())):
+        return reference(*args)
+    if implementation == "interpret":
+        return kernel(*args, interpret=True)
+    if implementation == "mosaic":
+        return kernel(*args, interpret=False)
+    return jax.lax.platform_dependent(*args, cuda=lambda *given: kernel(*given, interpret=False), default=reference)
+
+
+def _has_other_gpu() -> bool:
+    """Whether this process has a GPU that the kernels are not for."""
+    if jax.default_backend() != "gpu":
+        return False
+    return getattr(jax.local_devices()[0], "compute_capability", None) != COMPUTE_CAPABILITY

@@ -1,0 +1,158 @@
+"""Compiles programs for H100 GPUs on a machine that has none: shapes in, PTX, registers and memory out.
+
+Needs the packages of the `aot` extra (the CUDA plugin of jax, without the CUDA libraries) and `ptxas`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+
+# Before jax is imported: only the compiler is wanted of the plugin, no GPU is looked for.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 12 patch: 0 }
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3"
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  device_address_bits: 64
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.12.0"
+}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelReport:
+    """What the assembler says of one kernel.
+
+    Attributes:
+      name: Entry point.
+      registers: Per thread.
+      spill_bytes: Bytes that a thread stores to local memory for want of registers.
+      wgmma: Kinds of tensor-core instruction, such as "m64n128k32.f32.e4m3.e4m3".
+      num_wgmma, num_mma_sync, num_tma: Instructions of warpgroup products, of older products, and of bulk copies.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    wgmma: tuple[str, ...]
+    num_wgmma: int
+    num_mma_sync: int
+    num_tma: int
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        return "the CUDA plugin of jax is not installed: pip install 'step3-jax[aot]'"
+    if shutil.which("ptxas") is None:
+        return "ptxas is not on PATH: it comes with the CUDA toolkit"
+    return None
+
+
+def h100_mesh(shape: Sequence[int] = (1,), names: Sequence[str] = ("x",)) -> Mesh:
+    """A mesh of H100s that exist as a description only, in one node."""
+    count = int(np.prod(shape))
+    topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{count}", target_config=H100)
+    return Mesh(np.array(topology.devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def compile_for(mesh: Mesh, function: Callable[..., object], *args: object) -> jax.stages.Compiled:
+    """Compiles `function` for the devices of `mesh`; `args` are pytrees of arrays or of `jax.ShapeDtypeStruct`.
+
+    An argument without a sharding is replicated.
+    """
+
+    def place(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*jax.tree.map(place, args)).compile()
+
+
+@contextlib.contextmanager
+def dumped_kernels() -> Iterator[pathlib.Path]:
+    """Inside, the PTX of all that is compiled is written to the folder that this gives; it is removed at the end.
+
+    The Mosaic compiler reads these variables when it first compiles, so use this once in a process.
+    """
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="step3-ptx-"))
+    names = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTX": "1"}
+    old = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield folder
+    finally:
+        for name, value in old.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_kernels(folder: pathlib.Path) -> list[KernelReport]:
+    """Assembles each PTX file of `folder` for sm_90a and reads what the assembler says of it."""
+    reports = []
+    for path in sorted(folder.glob("*.ptx")):
+        text = path.read_text()
+        done = subprocess.run(
+            ["ptxas", "-arch=sm_90a", "-v", str(path), "-o", str(path.with_suffix(".cubin"))],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        entry = re.search(r"\.entry (\w+)", text)
+        reports.append(
+            KernelReport(
+                name=entry.group(1) if entry else path.stem,
+                registers=max(map(int, re.findall(r"Used (\d+) registers", done.stderr)), default=0),
+                spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill stores", done.stderr))),
+                wgmma=tuple(sorted(set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", text)))),
+                num_wgmma=text.count("wgmma.mma_async"),
+                num_mma_sync=text.count("mma.sync"),
+                num_tma=text.count("cp.async.bulk.tensor"),
+            )
+        )
+    return reports

@@ -15,6 +15,8 @@ MODEL_TYPES = ("step3_vl", "step3_text")
 DTYPES = ("float32", "bfloat16")
 PRESETS = ("step3", "step3-fp8", "step3-tiny")
 
+# A config.json may come from anyone: what is made for each layer must not fill the memory.
+MAX_LAYERS = 10_000
 # The tower's LayerNorm epsilon is a constant of the vendor's code, whatever the file says (spec, section 5).
 VISION_NORM_EPS = 1e-6
 # The class token stands four times in front of the patches (spec, section 5, step 2).
@@ -55,6 +57,7 @@ class TextConfig:
             "max_position_embeddings",
         ):
             _check_positive(f"text_config.{name}", getattr(self, name))
+        _check_layers("text_config", self.num_hidden_layers)
         if self.num_attention_groups != 1:
             raise ValueError(
                 f"text_config.num_attention_groups is {self.num_attention_groups}: Step3's attention has one key/value "
@@ -101,6 +104,7 @@ class TextConfig:
                 picked["max_position_embeddings"] = _typed(f"text_config.{name}", values[name], "int")
                 break
         num_layers = int(picked.get("num_hidden_layers", cls.num_hidden_layers))  # type: ignore[call-overload]
+        _check_layers("text_config", num_layers)
         picked["moe_layers"] = _parse_layers(values.get("moe_layers_enum"), num_layers)
         return cls(**picked)  # type: ignore[arg-type]
 
@@ -131,6 +135,7 @@ class VisionConfig:
         for field in dataclasses.fields(self):
             if field.name != "hidden_act":
                 _check_positive(f"vision_config.{field.name}", getattr(self, field.name))
+        _check_layers("vision_config", self.num_hidden_layers)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"vision_config.hidden_size ({self.hidden_size}) is no multiple of num_attention_heads "
@@ -308,7 +313,7 @@ class ModelConfig:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"no config.json at {file}; give a model folder or a config file") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{file} holds {type(values).__name__}, a JSON object is needed")
@@ -328,6 +333,11 @@ class ModelConfig:
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name} is {value!r}; a positive whole number is needed")
+
+
+def _check_layers(section: str, num_layers: int) -> None:
+    if num_layers > MAX_LAYERS:
+        raise ValueError(f"{section}.num_hidden_layers is {num_layers}; at most {MAX_LAYERS} are allowed")
 
 
 _KINDS = {

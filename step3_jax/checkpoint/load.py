@@ -33,8 +33,9 @@ from step3_jax.checkpoint.names import (
     released_name,
     scale_name,
 )
+from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, find_item
 from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
-from step3_jax.checkpoint.shards import Checkpoint, summarise
+from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Checkpoint, summarise
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig
 from step3_jax.model.step3 import Step3
@@ -55,18 +56,20 @@ def load_model(
     *,
     keep_fp8: bool | None = None,
     shardings: Mapping[Path, NamedSharding] | None = None,
+    text_only: bool = False,
     progress: bool = False,
 ) -> Step3:
-    """Loads a model folder in the released layout.
+    """Loads a model folder in the released layout, or in the Orbax form that `step3 convert` writes.
 
     Args:
-      path: Folder with `config.json` and `model.safetensors`, or shards and their index. A checkpoint without any vision
-        tensor gives a text-only model.
+      path: Folder with `config.json` and `model.safetensors`, or shards and their index, or `weights/`. A checkpoint
+        without any vision tensor gives a text-only model.
       dtype: "float32" or "bfloat16", of weights and activations; the configuration's if absent.
       keep_fp8: Whether FP8 weights stay FP8 on the device (values and scales as stored), or are dequantised to `dtype`,
         once, here. By default they stay, except on CPU, where nothing is gained.
       shardings: Where each parameter goes, by its path in the model (see `names`); each host then reads only the parts
         its devices hold. If absent, all goes to the default device.
+      text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.
 
     Returns:
@@ -81,13 +84,17 @@ def load_model(
     dtype_name = _dtype_name(config.dtype if dtype is None else dtype)
     if keep_fp8 is None:
         keep_fp8 = jax.default_backend() != "cpu"
-    with Checkpoint(folder) as checkpoint:
-        if config.vision is not None and not any(is_vision_tensor(name) for name in checkpoint.tensors):
+    is_orbax = not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)) and find_item(folder) is not None
+    with OrbaxCheckpoint(folder) if is_orbax else Checkpoint(folder) as checkpoint:
+        tensors = {
+            name: info for name, info in checkpoint.tensors.items() if not (text_only and is_vision_tensor(name))
+        }
+        if config.vision is not None and not any(is_vision_tensor(name) for name in tensors):
             config = dataclasses.replace(config, vision=None)
-        problems = find_problems(checkpoint.tensors, config)
+        problems = find_problems(tensors, config)
         if problems:
             raise ValueError(f"{folder} does not hold the model of its config.json: " + "; ".join(problems))
-        has_fp8 = any(info.dtype == FP8_DTYPE for info in checkpoint.tensors.values())
+        has_fp8 = any(info.dtype == FP8_DTYPE for info in tensors.values())
         block = config.quantization.weight_block_size if config.quantization is not None else (128, 128)
         config = dataclasses.replace(
             config, dtype=dtype_name, quantization=config.quantization if has_fp8 and keep_fp8 else None
@@ -97,7 +104,16 @@ def load_model(
 
 
 def find_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> list[str]:
-    """What keeps `tensors` from being the model of `config`; an empty list if nothing does.
+    """What keeps `tensors` from being the model of `config`, in short; an empty list if nothing does."""
+    found = find_differences(tensors, config)
+    problems = [summarise(title, items) for title, items in found.items()]
+    if config.quantization is None and any(info.dtype == FP8_DTYPE for info in tensors.values()):
+        problems.append("config.json has no quantization_config, though there are FP8 tensors")
+    return problems
+
+
+def find_differences(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, list[str]]:
+    """Every tensor that is missing, extra, or of the wrong shape or dtype, sorted, under a title for each kind.
 
     FP8 goes by each tensor's own dtype, not by a rule: a checkpoint may quantise some of the linear weights only.
     """
@@ -125,10 +141,7 @@ def find_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> lis
         "tensors of the wrong shape": wrong_shape,
         "tensors of the wrong dtype": wrong_dtype,
     }
-    problems = [summarise(title, sorted(items)) for title, items in groups.items() if items]
-    if len(shapes) > len(expected) and config.quantization is None:
-        problems.append("config.json has no quantization_config, though there are FP8 tensors")
-    return problems
+    return {title: sorted(items) for title, items in groups.items() if items}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +152,7 @@ class _Reader:
     process, when somebody changes the file.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | OrbaxCheckpoint
     dtype: np.dtype
     block: tuple[int, int]
     keep_fp8: bool

@@ -138,6 +138,11 @@ def is_fp8_tensor(name: str) -> bool:
     return _look_up(_BY_RELEASED, name)[0].is_fp8
 
 
+def axis_symbols(name: str) -> tuple[str, ...]:
+    """The symbols of a released tensor's axes, as the table has them: ("E", "F", "D") for `moe.gate_proj`."""
+    return tuple(_look_up(_BY_RELEASED, name)[0].shape.split())
+
+
 def parameters_of(model: nnx.Module) -> dict[Path, nnx.Param]:
     """The parameters of a model by their path; setting the value of one sets it in the model."""
     return {cast(Path, path): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}

@@ -6,17 +6,22 @@ import contextlib
 import json
 import os
 import pathlib
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Shaped
 
 from step3_jax.checkpoint.safetensors_io import (
+    MAX_HEADER_BYTES,
     Index,
     SafetensorsFile,
     TensorInfo,
     Writable,
+    check_name,
+    check_regular,
     num_bytes,
+    parse_json,
     write_safetensors,
 )
 
@@ -41,34 +46,14 @@ class Checkpoint:
             is found is named.
         """
         self.folder = pathlib.Path(folder)
-        weight_map: dict[str, str] | None = None
-        if (self.folder / SINGLE_FILE).exists():
-            names = [SINGLE_FILE]
-        elif (self.folder / INDEX_FILE).exists():
-            weight_map = _read_index(self.folder)
-            names = sorted(set(weight_map.values()))
-        else:
-            raise ValueError(f"{self.folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
-        problems: list[str] = []
-        self._files: dict[str, SafetensorsFile] = {}
-        self._file_of: dict[str, str] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        for name in names:
-            try:
-                self._files[name] = SafetensorsFile(self.folder / name)
-            except ValueError as error:
-                problems.append(str(error))
-                continue
-            for tensor, info in self._files[name].tensors.items():
-                if tensor in self._file_of:
-                    problems.append(f"tensor {tensor} is in {self._file_of[tensor]} and in {name}")
-                self._file_of[tensor] = name
-                self.tensors[tensor] = info
-        if weight_map is not None:
-            problems += _compare_index(weight_map, self._file_of, set(self._files))
+        self._files, problems = open_files(self.folder)
         if problems:
             self.close()
             raise ValueError(f"{self.folder}: " + summarise("damaged", problems))
+        self._file_of = {tensor: name for name, file in self._files.items() for tensor in file.tensors}
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self._files.values():
+            self.tensors |= file.tensors
 
     def read(self, name: str, index: Index = ...) -> Shaped[np.ndarray, "..."]:
         """A tensor, or a part of it, as a read-only view of the mapped file.
@@ -80,6 +65,16 @@ class Checkpoint:
             raise ValueError(f"{self.folder} has no tensor {name}")
         return self._files[self._file_of[name]].read(name, index)
 
+    def path_of(self, name: str) -> pathlib.Path:
+        """The file that has the tensor `name`.
+
+        Raises:
+          ValueError: If there is no such tensor.
+        """
+        if name not in self._file_of:
+            raise ValueError(f"{self.folder} has no tensor {name}")
+        return self.folder / self._file_of[name]
+
     def close(self) -> None:
         """Unmaps all files."""
         for file in self._files.values():
@@ -90,6 +85,42 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def open_files(folder: pathlib.Path) -> tuple[dict[str, SafetensorsFile], list[str]]:
+    """Opens the one weight file of a folder, or all shards that its index names.
+
+    Returns:
+      The files that could be opened, by name, and all that is wrong: files that cannot be read or are damaged, tensors
+      that are in two files, what index and files do not agree on.
+
+    Raises:
+      ValueError: If there are no weights, or the index cannot be used.
+    """
+    weight_map: dict[str, str] | None = None
+    if (folder / SINGLE_FILE).exists():
+        names = [SINGLE_FILE]
+    elif (folder / INDEX_FILE).exists():
+        weight_map = _read_index(folder)
+        names = sorted(set(weight_map.values()))
+    else:
+        raise ValueError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+    problems: list[str] = []
+    files: dict[str, SafetensorsFile] = {}
+    file_of: dict[str, str] = {}
+    for name in names:
+        try:
+            files[name] = SafetensorsFile(folder / name)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for tensor in files[name].tensors:
+            if tensor in file_of:
+                problems.append(f"tensor {tensor} is in {file_of[tensor]} and in {name}")
+            file_of[tensor] = name
+    if weight_map is not None:
+        problems += _compare_index(weight_map, file_of, set(files))
+    return files, problems
 
 
 def write_checkpoint(
@@ -167,28 +198,43 @@ def summarise(title: str, items: Sequence[str]) -> str:
 def _read_index(folder: pathlib.Path) -> dict[str, str]:
     """The index's map from tensor to file name; every file is in the folder."""
     path = folder / INDEX_FILE
+    check_regular(path)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            text = file.read(MAX_HEADER_BYTES + 1)
+        if len(text) > MAX_HEADER_BYTES:
+            raise ValueError(f"it has more than {MAX_HEADER_BYTES} bytes")
+        index = parse_json(text)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no weight_map")
-    for name in sorted({str(value) for value in weight_map.values()}):
+    for tensor, name in weight_map.items():
+        check_name(str(path), tensor)
+        if not isinstance(name, str):
+            raise ValueError(f"{path} gives {reprlib.repr(name)} for {tensor}; a file name is needed")
+    for name in sorted(set(weight_map.values())):
         _check_file_name(path, name)
-    return {tensor: str(name) for tensor, name in weight_map.items()}
+    return weight_map
 
 
 def _check_file_name(index: pathlib.Path, name: str) -> None:
     """Refuses a shard outside the folder: the index may come from anyone."""
-    if name in ("", ".", "..") or any(mark in name for mark in "/\\:\0"):
-        raise ValueError(f"{index} names the file {name!r}; only plain file names beside the index are allowed")
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\:") or len(name) > 255 or not name.isprintable():
+        raise ValueError(
+            f"{index} names the file {reprlib.repr(name)}; only plain file names beside the index are allowed"
+        )
     folder = index.parent.resolve()
     roots = [folder]
     if folder.parent.name == "snapshots":
         # The hub's cache: the files of a snapshot are links into blobs/ beside snapshots/.
         roots.append(folder.parent.parent / "blobs")
-    if (index.parent / name).resolve().parent not in roots:
+    try:
+        target = (index.parent / name).resolve()
+    except (OSError, RuntimeError):  # RuntimeError: a link that leads to itself
+        raise ValueError(f"{index} names the file {name!r}, a link that leads nowhere") from None
+    if target.parent not in roots:
         raise ValueError(f"{index} names the file {name!r}, a link that leads out of the folder")
 
 

@@ -21,6 +21,9 @@ from step3_jax import __version__
 COMMANDS = {
     "generate": "answer one prompt, with or without pictures",
     "chat": "talk with the model in the terminal",
+    "inspect": "show what a checkpoint holds, and whether it is complete",
+    "convert": "convert a checkpoint: released layout, Orbax, BF16, block-FP8",
+    "launch": "start a command as many processes: here, over ssh, under Slurm, Open MPI, Kubernetes",
     "bench": "measure the speed of this machine",
     "env": "show versions, devices and folders",
 }

@@ -1,0 +1,301 @@
+"""Conversion of a checkpoint: any form and dtype to any other, in bounded memory, and going on where it was stopped.
+
+The work is cut into units, one band of one tensor each (about 16 MiB), that threads read, change and write at their
+places in files of full length. `DST.partial` holds the result so far and the record of what is done; when all is done
+the result is renamed to `DST`, so that what has this name is always whole.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import shutil
+import time
+
+from tqdm import tqdm
+
+from step3_jax.checkpoint.manifest import Manifest
+from step3_jax.checkpoint.orbax_io import ABOUT_FILE, TREE_FILE, WEIGHTS, place_arrays, write_item
+from step3_jax.checkpoint.placement import Placement
+from step3_jax.checkpoint.plan import UNIT_BYTES, Plan, result_config
+from step3_jax.checkpoint.safetensors_io import DTYPES, LazyArray
+from step3_jax.checkpoint.shards import Checkpoint, write_checkpoint
+from step3_jax.checkpoint.source import CONFIG_FILE, Source, open_source
+from step3_jax.checkpoint.transform import BandError
+from step3_jax.checkpoint.unit import do_unit, find_written
+from step3_jax.checkpoint.zarr_array import CACHE_BYTES, HEADER_FILE, StoredArray
+
+MANIFEST_FILE = "manifest.jsonl"
+DATA = "data"
+# A unit's input, its output, panels of both in float32, and what the allocator keeps.
+WORKER_BYTES = 6 * UNIT_BYTES
+# Headers, the record, compiled code, and a margin.
+RESERVED_BYTES = 2**27
+# Between two times that what is written is brought to the disk itself.
+SYNC_BYTES, SYNC_SECONDS = 2**32, 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+      num_tensors: Tensors of the result.
+      num_bytes: Their bytes.
+      bytes_read: Bytes of the source that this run read; less than all in a resumed one.
+      seconds: Duration of this run.
+      errors: For each tensor whose values changed, how much.
+    """
+
+    num_tensors: int
+    num_bytes: int
+    bytes_read: int
+    seconds: float
+    errors: dict[str, BandError]
+
+
+def partial_folder(target: pathlib.Path) -> pathlib.Path:
+    """Where the unfinished result is kept."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def convert(
+    plan: Plan,
+    target: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    num_workers: int = 2,
+    max_memory: int = 4 * 2**30,
+    progress: bool = False,
+) -> Report:
+    """Converts, or goes on with a conversion that was stopped.
+
+    Args:
+      plan: What to do.
+      target: Folder to write; it must not exist, or be empty.
+      resume: Whether to go on where an earlier run was stopped; without one there is nothing to go on with, and it
+        starts. A conversion that is done already is found to be so.
+      num_workers: Threads; fewer are used if memory is short.
+      max_memory: Most bytes of anonymous memory of this process, what it has already included; mapped files are not
+        counted.
+      progress: Whether to show a bar with bytes, rate and the time left.
+
+    Returns:
+      What was done.
+
+    Raises:
+      ValueError: If the target is in the way, an unfinished result is of another source or other options, memory is
+        too short, a source file is damaged, or a value is not finite and cannot be quantised.
+      OSError: If reading or writing fails (the disk is full, a file has vanished): all that was written is kept for
+        `resume`.
+    """
+    target = pathlib.Path(target).absolute()
+    partial = partial_folder(target)
+    start = time.perf_counter()
+    if _is_done(plan, target, partial, resume):
+        return Report(len(plan.outputs), sum(plan.output_bytes), 0, time.perf_counter() - start, {})
+    num_workers = fit_workers(plan.source, num_workers, max_memory)
+    about = _about(plan)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with Manifest(partial / MANIFEST_FILE, about) as manifest:
+            places = _lay_out(plan, partial / DATA, manifest)
+            bytes_read = _write_units(plan, places, manifest, num_workers, progress)
+            if plan.source.fingerprint() != about["source"]:
+                raise ValueError(f"{plan.source.folder} changed while it was read; remove {partial} and start over")
+            _finish(plan, places, partial / DATA, target)
+            errors: dict[str, BandError] = {}
+            for record in manifest.records.values():
+                if record.error is not None:
+                    errors[record.tensor] = errors.get(record.tensor, BandError()) + record.error
+            shutil.rmtree(partial)
+    except OSError as error:
+        raise _explain(error, partial) from error
+    return Report(len(plan.outputs), sum(plan.output_bytes), bytes_read, time.perf_counter() - start, errors)
+
+
+def _is_done(plan: Plan, target: pathlib.Path, partial: pathlib.Path, resume: bool) -> bool:
+    """Whether there is nothing left to do; refuses what is in the way."""
+    has_target = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if partial.exists() and not resume:
+        raise ValueError(f"{partial} holds an unfinished conversion: go on with --resume, or remove it to start over")
+    if not has_target:
+        return False
+    if resume and target.is_dir() and not (partial / DATA).exists():
+        with contextlib.suppress(ValueError):
+            result = open_source(target)
+            found = {name: (place.dtype, place.shape) for name, place in result.tensors.items()}
+            if result.form == plan.form and found == plan.outputs:
+                # Stopped between the renaming and the removal.
+                shutil.rmtree(partial, ignore_errors=True)
+                return True
+    raise ValueError(f"{target} exists; give another folder, or remove it")
+
+
+def _about(plan: Plan) -> dict[str, object]:
+    options = {
+        "--to": plan.form,
+        "--dtype": plan.dtype,
+        "--shard-size": plan.shard_bytes if plan.form == "hf" else None,
+        "unit_bytes": plan.unit_bytes,
+        "block": list(plan.source.block),
+    }
+    return {"options": options, "source": plan.source.fingerprint()}
+
+
+def fit_workers(source: Source, num_workers: int, max_memory: int) -> int:
+    """As many threads as memory allows, at most `num_workers`.
+
+    Args:
+      source: What they will read.
+      num_workers: Wanted.
+      max_memory: Most bytes of anonymous memory of this process.
+
+    Raises:
+      ValueError: If there is not memory enough for one.
+    """
+    if num_workers < 1:
+        raise ValueError(f"the number of workers is {num_workers}; at least 1 is needed")
+    stored = [place.chunk_bytes for place in source.tensors.values() if isinstance(place, StoredArray)]
+    # tensorstore decodes a chunk whole, and keeps some.
+    each = WORKER_BYTES + 2 * max(stored, default=0)
+    base = anonymous_bytes() + RESERVED_BYTES + (CACHE_BYTES if stored else 0)
+    if max_memory < base + each:
+        raise ValueError(
+            f"--max-memory is {max_memory / 2**20:.0f} MiB; this conversion needs at least "
+            f"{-(-(base + each) // 2**20)} MiB ({-(-base // 2**20)} for the program, {-(-each // 2**20)} a worker)"
+        )
+    return min(num_workers, (max_memory - base) // each)
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process; a guess where the system does not tell."""
+    try:
+        for line in pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 2**29
+
+
+def _lay_out(plan: Plan, data: pathlib.Path, manifest: Manifest) -> dict[str, Placement]:
+    """Makes the files that units are written to, of full length, and finds the units' places in them."""
+    item = data / WEIGHTS
+    if not manifest.is_laid_out:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(data)
+        data.mkdir()
+        _check_space(plan, data)
+        if plan.form == "hf":
+            holes = [(name, LazyArray(shape, DTYPES[dtype], None)) for name, (dtype, shape) in plan.outputs.items()]
+            write_checkpoint(data, holes, max_shard_bytes=plan.shard_bytes)
+        _sync({data})
+        manifest.mark_laid_out()
+    if plan.form == "orbax":
+        places = place_arrays(plan.outputs, item)
+        for place in places.values():
+            place.path.mkdir(parents=True, exist_ok=True)
+        return places
+    with Checkpoint(data) as checkpoint:
+        return {
+            name: Placement(info.dtype, info.shape, checkpoint.path_of(name), info.start)
+            for name, info in checkpoint.tensors.items()
+        }
+
+
+def _check_space(plan: Plan, data: pathlib.Path) -> None:
+    needed, free = sum(plan.output_bytes), shutil.disk_usage(data).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC, f"the result needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free", str(data)
+        )
+
+
+def _write_units(plan: Plan, places: dict[str, Placement], manifest: Manifest, num_workers: int, progress: bool) -> int:
+    """Does all units that are not done yet; gives the bytes read."""
+    todo, done_bytes, total_bytes = [], 0, 0
+    written: set[pathlib.Path] = set()
+    for task, number, band in plan.units():
+        size = task.num_bytes(band)
+        total_bytes += size
+        record = manifest.unsynced.get((task.name, number))
+        if record is not None:
+            files = find_written(plan, places, task, band, record)
+            written.update(files)
+            if not files:
+                manifest.forget(record)
+        if (task.name, number) in manifest.records:
+            done_bytes += size
+        else:
+            todo.append((task, number, band))
+    bar = tqdm(
+        total=total_bytes, initial=done_bytes, desc="converting", unit="B", unit_scale=True, disable=not progress
+    )
+    fresh_bytes, last_sync = 0, time.monotonic()
+    pool = concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="convert")
+    try:
+        with bar:
+            jobs = {pool.submit(do_unit, plan, places, *unit): unit for unit in todo}
+            for job in concurrent.futures.as_completed(jobs):
+                record, paths = job.result()
+                manifest.add(record)
+                task, _, band = jobs.pop(job)
+                written.update(paths)
+                fresh_bytes += task.num_bytes(band)
+                bar.update(task.num_bytes(band))
+                if fresh_bytes >= SYNC_BYTES or time.monotonic() - last_sync >= SYNC_SECONDS:
+                    _sync(written)
+                    manifest.mark_synced()
+                    written.clear()
+                    fresh_bytes, last_sync = 0, time.monotonic()
+    except ValueError as error:
+        folder = manifest.path.parent
+        raise ValueError(f"{error}; what is done is kept in {folder}: mend this and run again with --resume") from None
+    finally:
+        # What is running is let finish, so that nothing writes behind the caller's back.
+        pool.shutdown(cancel_futures=True)
+    _sync(written)
+    manifest.mark_synced()
+    return total_bytes - done_bytes
+
+
+def _finish(plan: Plan, places: dict[str, Placement], data: pathlib.Path, target: pathlib.Path) -> None:
+    """Adds what is not weights, brings all to the disk, and gives the result its name."""
+    for companion in plan.source.companions:
+        shutil.copyfile(companion, data / companion.name)
+    files = {data / name for name in (*(path.name for path in plan.source.companions), CONFIG_FILE)}
+    folders = {data}
+    if plan.form == "orbax":
+        item = data / WEIGHTS
+        write_item(places, item)
+        folders |= {item, *(place.path for place in places.values())}
+        files |= {item / TREE_FILE, item / ABOUT_FILE, *(place.path / HEADER_FILE for place in places.values())}
+    # Last, and so that a folder without it does not load.
+    config = result_config(plan.source.config_path.read_bytes(), plan.tasks, plan.dtype, plan.source.block)
+    (data / CONFIG_FILE).write_bytes(config)
+    _sync(files | folders)
+    data.rename(target)
+    _sync({target.parent})
+
+
+def _sync(paths: set[pathlib.Path]) -> None:
+    for path in sorted(paths):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _explain(error: OSError, partial: pathlib.Path) -> OSError:
+    """The same error with what to do next."""
+    if partial.exists():
+        advice = f"what is done is kept in {partial}: mend this and run again with --resume"
+    else:
+        advice = f"nothing was written to {partial.parent}"
+    return OSError(error.errno, f"{error.strerror or error}; {advice}", error.filename)

@@ -1,0 +1,206 @@
+"""Where a tensor's bytes lie on disk, and reading and writing them band by band.
+
+A tensor is seen as a stack of matrices [M, R, C]: (n,) is one row, (r, c) one matrix, (e, r, c) a stack, and anything
+with more axes one matrix of all that follows the first axis. It lies in one piece in a file (a safetensors shard), or
+in chunk files that are pieces of the same view (uncompressed Zarr). A band is whole matrices, or rows of one matrix:
+contiguous in the first case, one contiguous range of each chunk in the second. So both forms are read with `pread` and
+written with `pwrite` alone, by any number of threads, and what is written twice is written equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+
+from step3_jax.checkpoint.safetensors_io import DTYPES
+
+Matrices = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """A part of a tensor: rows `start` to `stop` of each of the matrices `first` to `last` (the ends not included).
+
+    With more than one matrix the rows are all rows.
+    """
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+    def scaled(self, rows: int) -> Band:
+        """The band of the scales, one row for each `rows` rows of the values."""
+        return Band(self.first, self.last, self.start // rows, -(-self.stop // rows))
+
+
+def as_matrices(shape: tuple[int, ...]) -> Matrices:
+    """Matrices, rows and columns of the view that bands are cut from."""
+    if len(shape) == 3:
+        return (shape[0], shape[1], shape[2])
+    if len(shape) < 2:
+        return (1, 1, math.prod(shape))
+    return (1, shape[0], math.prod(shape[1:]))
+
+
+def cut_bands(shape: tuple[int, ...], itemsize: int, *, max_bytes: int, multiple: int = 1) -> list[Band]:
+    """Cuts a tensor into bands of at most `max_bytes`, in order.
+
+    Args:
+      shape: Of the tensor.
+      itemsize: Bytes of an element; the larger one, if it is read in one dtype and written in another.
+      max_bytes: Of a band; a band has at least `multiple` rows all the same.
+      multiple: Rows that must stay together: a band starts at a multiple of it.
+    """
+    matrices, rows, columns = as_matrices(shape)
+    row_bytes = max(columns * itemsize, 1)
+    if rows * row_bytes <= max_bytes:
+        step = max(max_bytes // max(rows * row_bytes, 1), 1)
+        return [Band(first, min(first + step, matrices), 0, rows) for first in range(0, matrices, step)]
+    step = max(max_bytes // row_bytes // multiple, 1) * multiple
+    return [
+        Band(matrix, matrix + 1, start, min(start + step, rows))
+        for matrix in range(matrices)
+        for start in range(0, rows, step)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A tensor on disk.
+
+    Attributes:
+      dtype: Name of the dtype, one of `safetensors_io.DTYPES`.
+      shape: Lengths of the axes.
+      path: The file, or with `chunk` the folder of the chunk files.
+      offset: First byte in the file; 0 with `chunk`.
+      chunk: Matrices, rows and columns of a chunk file; None if all is in one piece. Columns divide the tensor's; a
+        chunk of several matrices has all their rows.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: pathlib.Path
+    offset: int = 0
+    chunk: Matrices | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def read(self, band: Band) -> Shaped[np.ndarray, "M R C"]:
+        """A band in memory of its own.
+
+        Raises:
+          ValueError: If a file is shorter than it must be.
+          OSError: If a file is missing or cannot be read.
+        """
+        columns, itemsize = as_matrices(self.shape)[2], DTYPES[self.dtype].itemsize
+        out = np.empty((band.last - band.first, band.stop - band.start, columns * itemsize), np.uint8)
+        for path, offset, place in self._pieces(band):
+            piece = out[place]
+            if piece.flags.c_contiguous:
+                _read_exactly(path, offset, piece)
+                continue
+            buffer = np.empty(piece.shape, np.uint8)
+            _read_exactly(path, offset, buffer)
+            out[place] = buffer
+        return out.view(DTYPES[self.dtype])
+
+    def write(self, band: Band, values: Shaped[np.ndarray, "M R C"]) -> list[pathlib.Path]:
+        """Writes a band; chunk files that are not there yet are made.
+
+        Returns:
+          The files written to.
+
+        Raises:
+          OSError: If a file cannot be written.
+        """
+        if self.chunk is None:
+            file_bytes = None
+        else:
+            file_bytes = math.prod(self.chunk) * DTYPES[self.dtype].itemsize
+        data = as_bytes(values)
+        paths = []
+        for path, offset, place in self._pieces(band):
+            _write_all(path, offset, np.ascontiguousarray(data[place]), file_bytes)
+            paths.append(path)
+        return paths
+
+    def files(self, band: Band) -> list[pathlib.Path]:
+        """The files that a band lies in."""
+        return sorted({path for path, _, _ in self._pieces(band)})
+
+    def _pieces(self, band: Band) -> Iterator[tuple[pathlib.Path, int, tuple[slice, slice, slice]]]:
+        """File, first byte there, and place in the band (columns counted in bytes), for each contiguous range."""
+        itemsize = DTYPES[self.dtype].itemsize
+        sizes = as_matrices(self.shape)
+        chunk_matrices, chunk_rows, chunk_columns = self.chunk or sizes
+        for i in range(band.first // chunk_matrices, -(-band.last // chunk_matrices)):
+            matrices = range(max(band.first, i * chunk_matrices), min(band.last, (i + 1) * chunk_matrices))
+            for j in range(band.start // chunk_rows, -(-band.stop // chunk_rows)):
+                rows = range(max(band.start, j * chunk_rows), min(band.stop, (j + 1) * chunk_rows))
+                # All rows of several matrices are one range.
+                step = len(matrices) if len(rows) == chunk_rows else 1
+                for k in range(sizes[2] // chunk_columns):
+                    path = self.path if self.chunk is None else self.path / self._chunk_name(i, j, k)
+                    for matrix in matrices[::step]:
+                        row = (matrix - i * chunk_matrices) * chunk_rows + rows.start - j * chunk_rows
+                        yield (
+                            path,
+                            self.offset + row * chunk_columns * itemsize,
+                            (
+                                slice(matrix - band.first, matrix - band.first + step),
+                                slice(rows.start - band.start, rows.stop - band.start),
+                                slice(k * chunk_columns * itemsize, (k + 1) * chunk_columns * itemsize),
+                            ),
+                        )
+
+    def _chunk_name(self, i: int, j: int, k: int) -> str:
+        """Zarr's name of a chunk file: one number an axis."""
+        if len(self.shape) > 3:
+            return ".".join(str(number) for number in (j, *(0,) * (len(self.shape) - 1)))
+        return ".".join(str(number) for number in (i, j, k)[3 - len(self.shape) :]) or "0"
+
+
+def as_bytes(values: Shaped[np.ndarray, "M R C"]) -> UInt8[np.ndarray, "M R bytes"]:
+    """The same memory as bytes: FP8 and BF16 have no buffer protocol."""
+    return np.ascontiguousarray(values).view(np.uint8)
+
+
+def _read_exactly(path: pathlib.Path, offset: int, out: UInt8[np.ndarray, "..."]) -> None:
+    buffer = memoryview(out.reshape(-1).data)
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        position = 0
+        while position < len(buffer):
+            count = file.readinto(buffer[position:])
+            if not count:
+                raise ValueError(f"{path} is truncated: it ends before byte {offset + len(buffer)}")
+            position += count
+
+
+def _write_all(path: pathlib.Path, offset: int, data: UInt8[np.ndarray, "..."], file_bytes: int | None) -> None:
+    """Writes at a place; a file that may be new gets its full length first."""
+    buffer = memoryview(data.reshape(-1).data)
+    descriptor = os.open(path, os.O_WRONLY | (os.O_CREAT if file_bytes is not None else 0), 0o644)
+    try:
+        if file_bytes is not None and os.fstat(descriptor).st_size != file_bytes:
+            os.ftruncate(descriptor, file_bytes)
+        position = 0
+        while position < len(buffer):
+            count = os.pwrite(descriptor, buffer[position:], offset + position)
+            if not count:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            position += count
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)

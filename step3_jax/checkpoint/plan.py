@@ -1,0 +1,237 @@
+"""What a conversion writes: one task for each tensor of the source, and the configuration that belongs to the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from step3_jax.checkpoint.load import FP8_DTYPE
+from step3_jax.checkpoint.names import SCALE_SUFFIX, expected_tensors, is_fp8_tensor, scale_name
+from step3_jax.checkpoint.placement import Band, Placement, as_matrices, cut_bands
+from step3_jax.checkpoint.safetensors_io import DTYPES
+from step3_jax.checkpoint.shards import plan_shards
+from step3_jax.checkpoint.source import Source
+from step3_jax.checkpoint.zarr_array import StoredArray
+from step3_jax.config import QuantConfig
+from step3_jax.quant import scale_shape
+
+Action = Literal["copy", "cast", "quantise", "dequantise"]
+Tensors = Mapping[str, Placement | StoredArray]
+
+# Names of --dtype -> safetensors' name, and the name in config.json. FP8 has BF16 beside it, as the release does.
+PLAIN_DTYPES = {"bf16": "BF16", "fp8": "BF16", "float32": "F32"}
+CONFIG_DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "float32": "float32"}
+DTYPE_CHOICES = tuple(CONFIG_DTYPES)
+FORMS = ("orbax", "hf")
+UNIT_BYTES = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One tensor of the source, and what becomes of it.
+
+    Attributes:
+      name: Released name of the tensor, in the source and in the result.
+      action: "copy" of the bytes; "cast" between plain dtypes; "quantise" gives values and scales of a plain tensor;
+        "dequantise" takes both.
+      shape: Of the tensor.
+      source_dtype: Its dtype, as safetensors names it.
+      dtype: That of the result.
+    """
+
+    name: str
+    action: Action
+    shape: tuple[int, ...]
+    source_dtype: str
+    dtype: str
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether values may change."""
+        narrower = DTYPES[self.dtype].itemsize < DTYPES[self.source_dtype].itemsize
+        return self.action == "quantise" or (self.action == "cast" and narrower)
+
+    def outputs(self, block: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> dtype and shape of what is written."""
+        written = {self.name: (self.dtype, self.shape)}
+        if self.action == "quantise":
+            written[scale_name(self.name)] = ("F32", scale_shape(self.shape, block))
+        return written
+
+    def bands(self, max_bytes: int, block: tuple[int, int]) -> list[Band]:
+        """The parts it is done in: no more than `max_bytes` read or written, whole blocks."""
+        itemsize = max(DTYPES[self.source_dtype].itemsize, DTYPES[self.dtype].itemsize)
+        multiple = block[0] if self.action in ("quantise", "dequantise") else 1
+        return cut_bands(self.shape, itemsize, max_bytes=max_bytes, multiple=multiple)
+
+    def num_bytes(self, band: Band) -> int:
+        """Bytes of a band in the source; scales are not counted."""
+        columns = as_matrices(self.shape)[2]
+        return (band.last - band.first) * (band.stop - band.start) * columns * DTYPES[self.source_dtype].itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a conversion will do.
+
+    Attributes:
+      source: What is read.
+      form: "orbax" or "hf".
+      dtype: "bf16", "fp8", "float32", or None to keep each tensor's own.
+      tasks: One for each tensor of the source.
+      shard_bytes: Most bytes of a shard ("hf").
+      unit_bytes: Of a unit of work.
+    """
+
+    source: Source
+    form: str
+    dtype: str | None
+    tasks: list[Task]
+    shard_bytes: int
+    unit_bytes: int
+
+    @property
+    def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> dtype and shape of each tensor of the result, in order."""
+        return {name: output for task in self.tasks for name, output in task.outputs(self.source.block).items()}
+
+    @property
+    def output_bytes(self) -> list[int]:
+        """Bytes of each tensor of the result."""
+        return [Placement(dtype, shape, pathlib.Path()).num_bytes for dtype, shape in self.outputs.values()]
+
+    @property
+    def num_shards(self) -> int:
+        return len(plan_shards(self.output_bytes, self.shard_bytes))
+
+    def units(self) -> Iterator[tuple[Task, int, Band]]:
+        """Task, number of the band in it, and band."""
+        for task in self.tasks:
+            for number, band in enumerate(task.bands(self.unit_bytes, self.source.block)):
+                yield task, number, band
+
+
+def plan_tasks(source: Source, dtype: str | None) -> list[Task]:
+    """The tasks of a conversion, in the order of the model's layers; scales stand behind their values.
+
+    Args:
+      source: What is converted.
+      dtype: "bf16", "fp8", "float32", or None to leave every tensor as it is.
+
+    Raises:
+      ValueError: For another dtype.
+    """
+    if dtype is not None and dtype not in DTYPE_CHOICES:
+        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPE_CHOICES)}")
+    tasks = []
+    for name in expected_tensors(source.config):
+        tasks.append(_plan(name, source.tensors[name], dtype))
+        scales = source.tensors.get(scale_name(name))
+        if scales is not None and tasks[-1].action == "copy":
+            tasks.append(Task(scale_name(name), "copy", scales.shape, scales.dtype, scales.dtype))
+    return tasks
+
+
+def plan_conversion(
+    source: Source,
+    *,
+    form: str | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    unit_bytes: int = UNIT_BYTES,
+) -> Plan:
+    """Plans a conversion.
+
+    Args:
+      source: What is read.
+      form: "orbax", "hf", or None for the one that the source has not.
+      dtype: "bf16", "fp8" (with bf16 beside it), "float32", or None to keep each tensor as it is.
+      shard_bytes: A shard's tensors have at most that many bytes; a larger tensor gets a shard of its own.
+      unit_bytes: Of a unit of work; the same for all runs of one conversion.
+
+    Raises:
+      ValueError: For a form or dtype that is not known, or sizes that are not positive.
+    """
+    form = form or {"hf": "orbax", "orbax": "hf"}[source.form]
+    if form not in FORMS:
+        raise ValueError(f"the form is {form!r}; allowed: {', '.join(FORMS)}")
+    for name, value in (("shard_bytes", shard_bytes), ("unit_bytes", unit_bytes)):
+        if value <= 0:
+            raise ValueError(f"{name} is {value}; a positive number is needed")
+    return Plan(source, form, dtype, plan_tasks(source, dtype), shard_bytes, unit_bytes)
+
+
+def compare_tasks(source: Tensors, result: Tensors) -> list[Task]:
+    """The tasks that make `result` of `source`, as the dtypes of both tell.
+
+    Raises:
+      ValueError: If the two do not have the same tensors.
+    """
+    tasks = []
+    for name, place in source.items():
+        if name not in result:
+            values = result.get(name.removesuffix(SCALE_SUFFIX))
+            if name.endswith(SCALE_SUFFIX) and values is not None and values.dtype != FP8_DTYPE:
+                continue  # Dequantised: the values' task reads it.
+            raise ValueError(f"the result lacks {name}")
+        found = result[name]
+        if found.shape != place.shape:
+            raise ValueError(f"{name} is {list(place.shape)} in the source and {list(found.shape)} in the result")
+        if found.dtype == place.dtype:
+            action: Action = "copy"
+        elif found.dtype == FP8_DTYPE:
+            action = "quantise"
+        else:
+            action = "dequantise" if place.dtype == FP8_DTYPE else "cast"
+        tasks.append(Task(name, action, place.shape, place.dtype, found.dtype))
+    made = {name for task in tasks for name in (task.name, scale_name(task.name))}
+    extra = sorted(name for name in result if name not in made)
+    if extra:
+        raise ValueError(f"the result has {len(extra)} tensors that the source has not: {', '.join(extra[:20])}")
+    return tasks
+
+
+def result_config(text: bytes, tasks: list[Task], dtype: str | None, block: tuple[int, int]) -> bytes:
+    """config.json of the result: the source's, byte for byte where nothing changes; keys we do not know stay.
+
+    Args:
+      text: config.json of the source.
+      tasks: Of the conversion.
+      dtype: As for `plan_tasks`.
+      block: Rows and columns that share a scale.
+    """
+    values = json.loads(text)
+    has_fp8 = any(task.dtype == FP8_DTYPE for task in tasks)
+    before = json.dumps(values)
+    if dtype is not None:
+        sections = [values, values.get("text_config"), values.get("vision_config")]
+        for section in sections:
+            for key in ("torch_dtype", "dtype"):
+                if isinstance(section, dict) and isinstance(section.get(key), str):
+                    section[key] = CONFIG_DTYPES[dtype]
+        if "dtype" not in values:
+            values["torch_dtype"] = CONFIG_DTYPES[dtype]
+    if dtype is not None and not has_fp8:
+        values.pop("quantization_config", None)
+    if has_fp8 and not values.get("quantization_config"):
+        quantization = dataclasses.asdict(QuantConfig(weight_block_size=block))
+        values["quantization_config"] = quantization | {"weight_block_size": list(block)}
+    if json.dumps(values) == before:
+        return text
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _plan(name: str, place: Placement | StoredArray, dtype: str | None) -> Task:
+    target = place.dtype if dtype is None else PLAIN_DTYPES[dtype]
+    if dtype == "fp8" and is_fp8_tensor(name):
+        target = FP8_DTYPE
+    if target == place.dtype:
+        action: Action = "copy"
+    elif target == FP8_DTYPE:
+        action = "quantise"
+    else:
+        action = "dequantise" if place.dtype == FP8_DTYPE else "cast"
+    return Task(name, action, place.shape, place.dtype, target)

@@ -1,0 +1,168 @@
+"""A checkpoint as conversion sees it: recognised by what lies in its folder, read band by band."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+
+from step3_jax.checkpoint.load import FP8_DTYPE, IGNORED_SUFFIXES, find_problems
+from step3_jax.checkpoint.names import is_vision_tensor
+from step3_jax.checkpoint.orbax_io import WEIGHTS, OrbaxCheckpoint, find_item
+from step3_jax.checkpoint.placement import Placement
+from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Checkpoint
+from step3_jax.checkpoint.zarr_array import StoredArray
+from step3_jax.config import ModelConfig
+
+CONFIG_FILE = "config.json"
+# What stands beside the weights is small; anything else is somebody's own, or weights in another form.
+MAX_COMPANION_BYTES = 100 * 10**6
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+      folder: As it was given.
+      form: "hf" for the released layout, "orbax".
+      config: Of the model; text-only if there is no vision tensor.
+      config_path: The file it was read from.
+      tensors: Released name -> where to read it; what the model has no use for is left out.
+      companions: Tokenizer, templates and other files that travel along.
+      left_out: Names of entries beside them that do not.
+    """
+
+    folder: pathlib.Path
+    form: str
+    config: ModelConfig
+    config_path: pathlib.Path
+    tensors: Mapping[str, Placement | StoredArray]
+    companions: tuple[pathlib.Path, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        return self.config.quantization.weight_block_size if self.config.quantization is not None else (128, 128)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(place.num_bytes for place in self.tensors.values())
+
+    def describe(self) -> str:
+        """ "released layout, BF16, 1663 tensors"."""
+        kinds = {place.dtype for place in self.tensors.values()}
+        dtypes = "block-FP8" if FP8_DTYPE in kinds else " and ".join(sorted(kinds))
+        form = "released layout" if self.form == "hf" else "Orbax"
+        return f"{form}, {dtypes}, {len(self.tensors)} tensors"
+
+    def fingerprint(self) -> dict[str, str]:
+        """One text for each weight file (each array, for Orbax) and the configuration, that changes when it does.
+
+        Raises:
+          OSError: If a file has vanished.
+        """
+        prints: dict[str, hashlib._Hash] = {}
+        for title, path in self._weight_files():
+            status = path.stat()
+            digest = prints.setdefault(title, hashlib.sha256())
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            if path.suffix == ".safetensors":
+                digest.update(_header(path))
+        prints[CONFIG_FILE] = hashlib.sha256(self.config_path.read_bytes())
+        return {title: digest.hexdigest()[:16] for title, digest in prints.items()}
+
+    def _weight_files(self) -> Iterator[tuple[str, pathlib.Path]]:
+        if self.form == "hf":
+            for path in sorted({place.path for place in self.tensors.values() if isinstance(place, Placement)}):
+                yield path.name, path
+            return
+        item = find_item(self.folder)
+        for root, folders, files in os.walk(item or self.folder):
+            folders.sort()
+            for name in sorted(files):
+                path = pathlib.Path(root) / name
+                yield path.relative_to(item or self.folder).parts[0], path
+
+
+def open_source(folder: str | os.PathLike[str], companions: str | os.PathLike[str] | None = None) -> Source:
+    """Recognises a checkpoint and checks that it is the model of its configuration.
+
+    Args:
+      folder: A model folder in the released layout or in our Orbax form, or a training run's folder.
+      companions: Folder with config.json, tokenizer and templates, where `folder` has none (a training run).
+
+    Returns:
+      The checkpoint; only headers have been read.
+
+    Raises:
+      ValueError: If it is nothing of the kind, or tensors are missing, superfluous, damaged or of the wrong shape.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        what = "is a file; give the folder that holds it" if folder.exists() else "does not exist; give a model folder"
+        raise ValueError(f"{folder} {what}")
+    beside = folder if companions is None else pathlib.Path(companions)
+    tensors: dict[str, Placement | StoredArray]
+    if (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists():
+        form = "hf"
+        with Checkpoint(folder) as checkpoint:
+            tensors = {
+                name: Placement(info.dtype, info.shape, checkpoint.path_of(name), info.start)
+                for name, info in checkpoint.tensors.items()
+            }
+            infos = checkpoint.tensors
+    elif find_item(folder) is not None:
+        form = "orbax"
+        with OrbaxCheckpoint(folder) as restored:
+            tensors, infos = dict(restored.places), restored.tensors
+    else:
+        raise ValueError(f"{folder} is no checkpoint: it holds neither {SINGLE_FILE}, nor {INDEX_FILE}, nor {WEIGHTS}/")
+    if not (beside / CONFIG_FILE).exists():
+        raise ValueError(
+            f"{beside} holds no {CONFIG_FILE}; name a folder that has it and the tokenizer (--companions FOLDER)"
+        )
+    config = ModelConfig.load(beside)
+    if config.vision is not None and not any(is_vision_tensor(name) for name in tensors):
+        config = dataclasses.replace(config, vision=None)
+    problems = find_problems(infos, config)
+    if problems:
+        raise ValueError(f"{folder} does not hold the model of its {CONFIG_FILE}: " + "; ".join(problems))
+    tensors = {name: place for name, place in tensors.items() if not name.endswith(IGNORED_SUFFIXES)}
+    travelling, left_out = _find_companions(beside)
+    return Source(folder, form, config, beside / CONFIG_FILE, tensors, travelling, left_out)
+
+
+def _find_companions(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], tuple[str, ...]]:
+    """Files that travel along, and the names of what is left behind. Weights and their folders are neither."""
+    travelling, left_out = [], []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or entry.name in (CONFIG_FILE, INDEX_FILE, WEIGHTS):
+            continue
+        if entry.suffix in WEIGHT_SUFFIXES:
+            continue
+        if not entry.is_file() or entry.stat().st_size > MAX_COMPANION_BYTES or _leads_out(entry):
+            left_out.append(entry.name)
+        else:
+            travelling.append(entry)
+    return tuple(travelling), tuple(left_out)
+
+
+def _leads_out(entry: pathlib.Path) -> bool:
+    """Whether a link leads to a file that is not the folder's: a downloaded one must not take others along."""
+    folder = entry.parent.resolve()
+    roots = [folder]
+    if folder.parent.name == "snapshots":
+        # The hub's cache: the files of a snapshot are links into blobs/ beside snapshots/.
+        roots.append(folder.parent.parent / "blobs")
+    return entry.resolve().parent not in roots
+
+
+def _header(path: pathlib.Path) -> bytes:
+    """Header of a safetensors file, which has been checked before."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))

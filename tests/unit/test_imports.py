@@ -24,7 +24,7 @@ ROWS = (
     ("model",),
     ("cache", "checkpoint", "text", "sampling"),
     ("engine",),
-    ("afd", "planner", "train", "server"),
+    ("afd", "launch", "planner", "train", "server"),
     ("cli",),
     ("tools",),
 )

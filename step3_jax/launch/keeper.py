@@ -1,0 +1,215 @@
+"""The keeper of one host: starts the ranks of its machine, passes on what they write, and never leaves one behind.
+
+    python -m step3_jax.launch.keeper [--deadline SECONDS] [--grace SECONDS]
+
+Runs beside the ranks, here or at the other end of ssh, and talks with the launcher over standard input and output
+(`protocol.py`). When the launcher goes away (end of input), falls silent for the deadline (a cut cable shows no end of
+input), or the keeper itself is told to stop, the ranks get SIGTERM and after the grace period SIGKILL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import platform
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from step3_jax import __version__
+from step3_jax.launch import address
+from step3_jax.launch.process import RankProcess
+from step3_jax.launch.protocol import Message, Start, decode, encode, pack_output
+
+_GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+# What waits to be sent; ranks that write faster than the launcher reads are held up.
+_MAX_WAITING = 1000
+_LAST_WORDS_S = 2.0
+# How often the clock is looked at while ranks are being ended.
+_STEP_S = 0.1
+# What a shell says of a command that it cannot start.
+_NOT_STARTED_CODE = 127
+
+
+class Keeper:
+    """Runs until the launcher leaves, and then until the last rank has ended."""
+
+    def __init__(self, *, deadline_s: float, grace_s: float) -> None:
+        """Begins to listen; `run` does the rest.
+
+        Args:
+          deadline_s: Silence of the launcher after which it counts as lost.
+          grace_s: From SIGTERM to SIGKILL when it is.
+        """
+        self._deadline_s = deadline_s
+        self._grace_s = grace_s
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._outbox: queue.Queue[Message | None] = queue.Queue(_MAX_WAITING)
+        self._ranks: list[RankProcess] = []
+        self._listener: socket.socket | None = None
+        self._kill_at = float("inf")
+        # Sending blocks when the line is stuck, so that neither it nor reading may be on the main thread.
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def run(self) -> int:
+        """Serves the launcher. Returns the exit code: 0 if it left as agreed."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._stop)
+        # Ctrl-C is the launcher's to handle. A handler, since the ranks would inherit that it is ignored.
+        signal.signal(signal.SIGINT, _ignore)
+        self._outbox.put(_hello())
+        heard_at = time.monotonic()
+        beat_s = self._deadline_s / 5
+        beat_at = 0.0
+        is_leaving, code = False, 0
+        while not is_leaving or not all(rank.is_over for rank in self._ranks):
+            now = time.monotonic()
+            if now >= beat_at:
+                # A full outbox has no need of a beat.
+                with contextlib.suppress(queue.Full):
+                    self._outbox.put_nowait(Message(kind="beat"))
+                beat_at = now + beat_s
+            if now >= self._kill_at:
+                self._signal(signal.SIGKILL)
+            try:
+                message = self._inbox.get(timeout=_STEP_S if is_leaving or self._kill_at < float("inf") else beat_s)
+                heard_at = time.monotonic()
+            except queue.Empty:
+                is_lost = time.monotonic() - heard_at > self._deadline_s
+                message = Message(kind="lost" if is_lost else "beat")
+            if message["kind"] in ("leave", "closed", "lost", "stopped"):
+                if not is_leaving:
+                    code = 0 if message["kind"] == "leave" else 1
+                    self._end(signal.SIGTERM, self._grace_s)
+                is_leaving = True
+            else:
+                self._obey(message)
+        # The line may be dead: what cannot be sent soon is not sent.
+        with contextlib.suppress(queue.Full):
+            self._outbox.put(None, timeout=_LAST_WORDS_S)
+            self._writer.join(_LAST_WORDS_S)
+        return code
+
+    def _obey(self, message: Message) -> None:
+        kind = message["kind"]
+        try:
+            if kind == "start":
+                self._release()
+                for start in message["processes"]:
+                    self._start(start)
+            elif kind == "end":
+                self._end(message["signal"], message["seconds"])
+            elif kind == "listen":
+                self._listener = address.listen(message["port"], message.get("host"))
+                self._outbox.put(Message(kind="listening", port=self._listener.getsockname()[1]))
+            elif kind == "reach":
+                problem = address.reach(message["host"], message["port"], timeout_s=message["seconds"])
+                self._outbox.put(Message(kind="reached", text=problem or ""))
+            elif kind == "release":
+                self._release()
+        except (OSError, ValueError) as error:
+            self._outbox.put(Message(kind="failed", text=str(error)))
+
+    def _start(self, start: Start) -> None:
+        try:
+            self._ranks.append(RankProcess(start, self._outbox.put))
+        except (OSError, ValueError) as error:
+            self._outbox.put(pack_output(start["rank"], "stderr", f"cannot be started: {error}\n".encode()))
+            self._outbox.put(Message(kind="ended", rank=start["rank"], code=_NOT_STARTED_CODE))
+
+    def _release(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def _end(self, number: int, grace_s: float) -> None:
+        self._signal(number)
+        self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
+
+    def _signal(self, number: int) -> None:
+        for rank in self._ranks:
+            rank.send_signal(number)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._inbox.put(Message(kind="stopped"))
+
+    def _read(self) -> None:
+        for line in sys.stdin.buffer:
+            self._inbox.put(decode(line))
+        self._inbox.put(Message(kind="closed"))
+
+    def _write(self) -> None:
+        is_open = True
+        while (message := self._outbox.get()) is not None:
+            data = encode(message)
+            while data and is_open:
+                try:
+                    data = data[os.write(sys.stdout.fileno(), data) :]
+                except OSError:
+                    is_open = False
+
+
+def list_gpus() -> list[str]:
+    """Ids of the GPUs that JAX could use here, as CUDA_VISIBLE_DEVICES takes them; JAX itself is not started."""
+    if not any(importlib.util.find_spec(name) for name in _GPU_PLUGINS):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+        return done.stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        # Containers often lack the tool; the driver lists a folder for each.
+        folder = pathlib.Path("/proc/driver/nvidia/gpus")
+        return [str(number) for number, _ in enumerate(folder.iterdir())] if folder.is_dir() else []
+
+
+def _hello() -> Message:
+    versions = {"step3-jax": __version__, "Python": ".".join(platform.python_version_tuple()[:2])}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["jax"] = importlib.metadata.version("jax")
+    return Message(
+        kind="hello",
+        host=socket.gethostname(),
+        address=address.own_address(dict(os.environ)) or "",
+        gpus=list_gpus(),
+        versions=versions,
+    )
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the keeper of this host."""
+    parser = argparse.ArgumentParser(description="Keeps the processes of one host for `step3 launch`.")
+    parser.add_argument("--deadline", type=float, default=15.0, metavar="SECONDS")
+    parser.add_argument("--grace", type=float, default=5.0, metavar="SECONDS")
+    arguments = parser.parse_args(argv)
+    return Keeper(deadline_s=arguments.deadline, grace_s=arguments.grace).run()
+
+
+if __name__ == "__main__":
+    code = main()
+    # The reading thread may still wait for input, which the interpreter would wait for at its end.
+    os._exit(code)

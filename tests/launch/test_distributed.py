@@ -1,0 +1,27 @@
+"""Real distributed JAX under the launcher: processes of this machine over gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from tests.launch.conftest import Start, wait_until_gone
+
+
+def test_processes_gather_over_gloo(start: Start) -> None:
+    running = start("--local 2", ["3"], module="gather_rank")
+    assert running.wait() == 0, running.stderr
+    assert running.stdout == b"gathered [10, 11]\n"
+    assert "[1 localhost] gathered [10, 11]\n" in running.stderr
+
+
+def test_ranks_that_wait_for_a_killed_one_are_ended(start: Start) -> None:
+    running = start("--local 2 --grace 1", ["loop"], module="gather_rank")
+    # The keeper starts them in order, and the message names them.
+    running.pids(2)
+    pids = {line[1]: int(line.split()[-1]) for line in running.stderr.splitlines() if "] pid " in line}
+    os.kill(pids["1"], signal.SIGKILL)
+    # Rank 0 may notice by itself, but never earlier than rank 1 has ended.
+    assert running.wait() == 128 + signal.SIGKILL, running.stderr
+    assert "rank 1 (localhost) was ended by signal 9 (SIGKILL" in running.stderr
+    wait_until_gone(list(pids.values()))

@@ -1,0 +1,49 @@
+"""How many processes the launched command needs."""
+
+from __future__ import annotations
+
+import pytest
+
+from step3_jax.launch.topology import Topology, parse_topology, processes_of, read_topology
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("generate -p Hello", None),
+        ("generate --afd off", None),
+        ("generate --afd 2a1f -p x", Topology("2a1f", 2, 1, 1)),
+        ("generate --afd=16A2F", Topology("16A2F", 16, 2, 1)),
+        ("generate --afd 1a1f --afd-devices 8", Topology("1a1f", 1, 1, 8)),
+        # An option that only begins alike is another one.
+        ("serve --afd-config afd.yaml", None),
+    ],
+)
+def test_the_topology_is_found_among_the_words(words: str, expected: Topology | None) -> None:
+    assert read_topology(words.split()) == expected
+
+
+@pytest.mark.parametrize(
+    "words", ["--afd 0a1f", "--afd 1a", "--afd 1f1a", "--afd 1a1f --afd-devices 0", "--afd", "--afd="]
+)
+def test_what_cannot_be_read_is_refused(words: str) -> None:
+    with pytest.raises(ValueError, match="--afd"):
+        read_topology(["generate", *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("spec", "per_instance", "per_process", "processes"),
+    [("1a1f", 1, 1, 2), ("2a2f", 1, 1, 4), ("2a2f", 8, 1, 32), ("2a1f", 4, 2, 6), ("2a2f", 1, 4, 1)],
+)
+def test_processes_of_a_topology(spec: str, per_instance: int, per_process: int, processes: int) -> None:
+    assert processes_of(parse_topology(spec, per_instance), per_process) == processes
+
+
+def test_a_process_cannot_hold_parts_of_two_instances() -> None:
+    with pytest.raises(ValueError, match="2a2f has 3 device"):
+        processes_of(parse_topology("2a2f", 3), 2)
+
+
+def test_attention_comes_first() -> None:
+    roles = [parse_topology("2a1f", 2).role_of(device) for device in range(6)]
+    assert roles == ["attention 0", "attention 0", "attention 1", "attention 1", "ffn 0", "ffn 0"]

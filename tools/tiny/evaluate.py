@@ -155,13 +155,16 @@ def show_samples(replies: Mapping[str, Sequence[Reply]], console: Console) -> No
             console.print(f"    truth {reply.case.answer!r}", markup=False)
 
 
-def evaluate(model: Path, data: Path, quick: int | None) -> tuple[dict[str, list[Reply]], dict[str, str], TextScore]:
+def evaluate(
+    model: Path, data: Path, quick: int | None, kv_cache_dtype: str = "auto"
+) -> tuple[dict[str, list[Reply]], dict[str, str], TextScore]:
     """Asks everything.
 
     Args:
       model: Folder of the model.
       data: Data folder.
       quick: Cases of each set and sentences / 8; None for all.
+      kv_cache_dtype: Of the answers' cache; the sentences are read without one.
 
     Returns:
       Replies and titles of each set, and the score of the sentences.
@@ -169,7 +172,7 @@ def evaluate(model: Path, data: Path, quick: int | None) -> tuple[dict[str, list
     Raises:
       ValueError: If a file is missing.
     """
-    llm = LLM(model, dtype="float32", max_batch_size=64)
+    llm = LLM(model, dtype="float32", kv_cache_dtype=kv_cache_dtype, max_batch_size=64)
     replies, titles = {}, {}
     for cases in load_sets(data):
         start = time.perf_counter()
@@ -187,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, nargs="?", help="model folder (default: the shipped tiny model)")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"data folder (default {DEFAULT_DATA})")
+    parser.add_argument("--kv-cache-dtype", default="auto", metavar="DTYPE", help="as of step3 generate (default auto)")
     parser.add_argument("--quick", type=int, metavar="N", help="only N questions of each set")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--samples", action="store_true", help="also print some answers of each set")
@@ -196,7 +200,7 @@ def main() -> None:
     enable_compile_cache()
     model = options.model or resources.find("models/step3-tiny")
     wall, cpu = time.perf_counter(), time.process_time()
-    replies, titles, text = evaluate(model, options.data, options.quick)
+    replies, titles, text = evaluate(model, options.data, options.quick, options.kv_cache_dtype)
     results = collect_results(replies, titles, text, load_baselines(options.data))
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     show(results, text.shares, console)
@@ -209,6 +213,7 @@ def main() -> None:
         record = {
             "parameters": count._asdict(),
             "quick": options.quick,
+            "kv_cache_dtype": options.kv_cache_dtype,
             "results": [asdict(result) for result in results],
             "router_shares": text.shares.round(5).tolist(),
             "wrong": {

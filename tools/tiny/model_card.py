@@ -1,7 +1,7 @@
 """Writes the tiny model's card from its evaluation, the log of its training and the record of its data.
 
 python -m tools.tiny.evaluate --json RESULTS.json
-python -m tools.tiny.model_card RESULTS.json [--data DIR] [--out FILE]
+python -m tools.tiny.model_card RESULTS.json [--beside TITLE=OTHER.json ...] [--data DIR] [--out FILE]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from step3_jax import resources
 from step3_jax.config import ModelConfig
@@ -25,6 +26,11 @@ REASONS: dict[str, str] = {
     ),
     "handwriting": "The nearest neighbour looks at the 8 x 8 originals; the model sees them painted at 64 x 64.",
 }
+
+BESIDE_NOTE = """\
+As shipped: weights in bfloat16, computed in float32, the cache in float32. FP8 weights: `step3 convert MODEL DST --to hf
+--dtype fp8`, dequantised and computed in float32. FP8 and INT4 cache: `--kv-cache-dtype fp8` and `int4`; sentences are
+read without a cache. A GPU quantises the activations of FP8 products as well, which is not in these figures."""
 
 FRONT = """\
 ---
@@ -66,7 +72,7 @@ method that was tried, as named.
 - Sentences: 1,000 WordNet example sentences, eight lines in a chunk behind the begin token and nothing else before
   them; all bytes count, newlines too. The 6-gram saw the same training text.
 - {router}
-{missed}
+{missed}{beside}
 ## Training
 
 {training}
@@ -164,6 +170,17 @@ def figure_table(results: Sequence[Result]) -> str:
     return markdown_table(rows)
 
 
+def beside_table(results: Sequence[Result], others: Mapping[str, Sequence[Result]]) -> str:
+    """The same measures in other number formats; "" if there are none."""
+    if not others:
+        return ""
+    rows = [("measure", "as shipped", *others)]
+    for index, result in enumerate(results):
+        figures = [show_figure(part[index].model, result.unit) for part in others.values()]
+        rows.append((result.title, show_figure(result.model, result.unit), *figures))
+    return f"\n### In fewer bits\n\n{markdown_table(rows)}\n\n{BESIDE_NOTE}\n"
+
+
 def missed_lines(results: Sequence[Result]) -> str:
     """What is weaker than it was meant to be, with the reason where one is known."""
     lines = []
@@ -228,16 +245,39 @@ def licence_lines(data: Path) -> str:
     return markdown_table(rows)
 
 
-def write_card(results_file: Path, data: Path, model: Path, out: Path) -> None:
-    """Writes the card under a temporary name, then renames it.
+def read_record(results_file: Path) -> dict[str, Any]:
+    """What a full evaluation wrote.
 
     Raises:
-      ValueError: If the results are of a quick run, or a record is missing.
+      ValueError: If it is of a quick run.
     """
     record = json.loads(results_file.read_text(encoding="utf-8"))
     if record["quick"]:
         raise ValueError(f"{results_file} is of a run with --quick {record['quick']}; a card needs the full evaluation")
-    results = [Result(**row) for row in record["results"]]
+    return record
+
+
+def read_results(record: Mapping[str, Any]) -> list[Result]:
+    """The measures of a record."""
+    return [Result(**row) for row in record["results"]]
+
+
+def write_card(results_file: Path, data: Path, model: Path, out: Path, beside: Mapping[str, Path]) -> None:
+    """Writes the card under a temporary name, then renames it.
+
+    Args:
+      results_file: Of the model as shipped.
+      data: Data folder.
+      model: Folder of the model.
+      out: The card.
+      beside: Results in other number formats, by the title of their column.
+
+    Raises:
+      ValueError: If results are of a quick run, or a record is missing.
+    """
+    record = read_record(results_file)
+    results = read_results(record)
+    others = {title: read_results(read_record(file)) for title, file in beside.items()}
     pictures = json.loads((data / "pictures.json").read_text(encoding="utf-8"))["pictures"]
     examples = model / "examples" / "examples.json"
     images = (
@@ -254,6 +294,7 @@ def write_card(results_file: Path, data: Path, model: Path, out: Path) -> None:
         table=figure_table(results),
         router=router_line(record["router_shares"]),
         missed=missed_lines(results),
+        beside=beside_table(results, others),
         training=training_lines(data / "run"),
         pictures=", ".join(f"{count:,} {name}" for name, count in pictures.items()),
         licences=licence_lines(data),
@@ -268,12 +309,21 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="what `tools.tiny.evaluate --json` wrote")
+    parser.add_argument(
+        "--beside", action="append", default=[], metavar="TITLE=FILE", help="results in another number format"
+    )
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"data folder (default {DEFAULT_DATA})")
     parser.add_argument("--model", type=Path, help="model folder (default: the shipped tiny model)")
     parser.add_argument("--out", type=Path, help="default: README.md of the model folder")
     options = parser.parse_args()
     model = options.model or resources.find("models/step3-tiny")
-    write_card(options.results, options.data, model, options.out or model / "README.md")
+    beside = {}
+    for text in options.beside:
+        title, _, file = text.partition("=")
+        if not title or not file:
+            parser.error(f"--beside is {text!r}; give TITLE=FILE")
+        beside[title] = Path(file)
+    write_card(options.results, options.data, model, options.out or model / "README.md", beside)
 
 
 if __name__ == "__main__":

@@ -80,14 +80,20 @@ def test_card_holds_figures_training_data_and_notices(data: pathlib.Path) -> Non
     model.mkdir()
     (model / "config.json").write_text(_model().read_text())
     card = data / "README.md"
-    write_card(_write_results(data / "results.json", None), data, model, card)
+    write_card(
+        _write_results(data / "results.json", None),
+        data,
+        model,
+        card,
+        {"FP8 cache": _write_results(data / "fp8.json", None)},
+    )
     text = card.read_text()
     for part in ("**70.0%**", "| tower | 700 | 20 | 25 | 1.50 |", "60,000 drawings", "Alpaydin", "Princeton University",
-                 "CC-BY-4.0", "Apache-2.0", "wordnet-base (Debian)", "Short of the mark"):  # fmt: skip
+                 "CC-BY-4.0", "Apache-2.0", "wordnet-base (Debian)", "Short of the mark", "| as shipped | FP8 cache |"):  # fmt: skip
         assert part in text, part
     assert "{" not in text
 
 
 def test_a_quick_run_makes_no_card(data: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="--quick 4"):
-        write_card(_write_results(data / "results.json", 4), data, data, data / "README.md")
+        write_card(_write_results(data / "results.json", 4), data, data, data / "README.md", {})

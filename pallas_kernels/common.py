@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Literal, ParamSpec, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import jax
 
@@ -13,7 +13,6 @@ ENVIRONMENT_VARIABLE = "STEP3_KERNELS"
 # What the kernels are written for: Hopper.
 COMPUTE_CAPABILITY = "9.0"
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -37,9 +36,9 @@ def resolve(implementation: Implementation) -> Implementation:
 def dispatch(
     implementation: Implementation,
     unsupported: str | None,
-    reference: Callable[P, R],
+    reference: Callable[..., R],
     kernel: Callable[..., R],
-    *args: P.args,
+    *args: object,
 ) -> R:
     """Runs the reference or the kernel on `args`, arrays or pytrees of them.
 

@@ -8,16 +8,22 @@ copies, barriers, rings and loop bounds as written, but not a tensor-core produc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.pallas.mosaic_gpu.core import SomeLayout
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax._src.state.types import TransformedRef
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# A buffer, or a view of one: what the body of a kernel gets.
+Ref = jax.Ref | TransformedRef
 
 IS_0_11 = jax.__version_info__ >= (0, 11)
 
@@ -26,6 +32,8 @@ WGMMA = plgpu.Layout.WGMMA
 # The same without the column axis, or without the row axis: what a reduction of it gives.
 WGMMA_ROW = plgpu.Layout.WGMMA.reduce(1)
 WGMMA_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+# Of an 8-bit operand: a thread has four neighbours of a row, so that it reads 4 bytes at a time.
+WGMMA_8BIT = plgpu.Layout.WGMMA_8BIT
 
 
 def swizzled(dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
@@ -33,7 +41,7 @@ def swizzled(dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
 
 
-def transpose(ref: jax.Ref) -> jax.Ref:
+def transpose(ref: Ref) -> Ref:
     """A view of a 2-D shared-memory buffer with its axes exchanged."""
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
@@ -50,53 +58,109 @@ class Target:
     interpret: bool = False
     detect_races: bool = False
 
-    def kernel_options(self) -> dict[str, object]:
-        """Keyword arguments of `plgpu.kernel`."""
-        options: dict[str, object] = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
+    @property
+    def clips_copies(self) -> bool:
+        """Whether a copy may reach past the end of an array: read zeros there, and write nothing.
+
+        TMA does so on a GPU; the interpreter of 0.10.2 takes it for an error, so that arrays must be padded for it.
+        """
+        return IS_0_11 or not self.interpret
+
+    @property
+    def has_clusters(self) -> bool:
+        """Whether CTAs may work in clusters: the interpreter of 0.10.2 has no barriers for them."""
+        return IS_0_11 or not self.interpret
+
+    def kernel_options(self, reduction_scratch_bytes: int = 2048) -> dict[str, object]:
+        """Keyword arguments of `plgpu.kernel`; the scratch is shared memory for reductions across a warpgroup's warps."""
+        params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_scratch_bytes)
+        options: dict[str, object] = {"compiler_params": params}
         if self.interpret:
             options["interpret"] = InterpretGPUParams(detect_races=self.detect_races)
         return options
 
-    def load(self, ref: jax.Ref, layout: plgpu.Layout | None = None) -> jax.Array:
+    def load(self, ref: Ref, layout: SomeLayout | None = None) -> jax.Array:
         """Reads a buffer into registers, in `layout`."""
         if self.interpret:
             return ref[...]
         index = () if IS_0_11 else ((),)
         return plgpu.load(ref, *index, layout=layout, optimized=False)
 
-    def cast_layout(self, value: jax.Array, layout: plgpu.Layout) -> jax.Array:
+    def cast_layout(self, value: jax.Array, layout: SomeLayout) -> jax.Array:
         """The same value in another register layout."""
         return value if self.interpret else plgpu.layout_cast(value, layout)
 
     def full(
-        self, shape: Sequence[int], value: float, layout: plgpu.Layout, dtype: jax.typing.DTypeLike = jnp.float32
+        self, shape: Sequence[int], value: float, layout: SomeLayout, dtype: jax.typing.DTypeLike = jnp.float32
     ) -> jax.Array:
         """A constant in `layout`."""
         return self.cast_layout(jnp.full(tuple(shape), value, dtype), layout)
 
-    def iota(self, shape: Sequence[int], axis: int, layout: plgpu.Layout) -> jax.Array:
+    def iota(self, shape: Sequence[int], axis: int, layout: SomeLayout) -> jax.Array:
         """int32 indices along `axis`, in `layout`."""
         if self.interpret:
             return lax.broadcasted_iota(jnp.int32, tuple(shape), axis)
         return plgpu.broadcasted_iota(jnp.int32, tuple(shape), axis, layout=layout)
 
-    def dot(self, left: jax.Ref, right: jax.Ref) -> jax.Array:
-        """left [M, K] times right [N, K] transposed, float32 [M, N]; both are swizzled shared memory."""
+    def dot(self, left: Ref, right: Ref, meanwhile: Callable[[], None] | None = None) -> jax.Array:
+        """left [M, K] times right [N, K] transposed, float32 [M, N]; both are swizzled shared memory.
+
+        `meanwhile` is called when the product is under way and nothing has waited for it yet.
+        """
         if self.interpret:
-            return jnp.dot(left[...].astype(jnp.float32), right[...].astype(jnp.float32).T)
+            product = jnp.dot(left[...].astype(jnp.float32), right[...].astype(jnp.float32).T)
+            if meanwhile is not None:
+                meanwhile()
+            return product
         shape = (left.shape[0], right.shape[0])
 
-        def run(accumulator: jax.Ref) -> jax.Array:
+        def run(accumulator: Ref) -> jax.Array:
             plgpu.wgmma(accumulator, left, transpose(right))
+            if meanwhile is not None:
+                meanwhile()
             return accumulator[...]
 
         return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
-    def add_dot(self, accumulator: jax.Array, left: jax.Array, right: jax.Ref) -> jax.Array:
+    def add_dot(self, accumulator: jax.Array, left: jax.Array, right: Ref) -> jax.Array:
         """accumulator [M, N] + left [M, K] (16-bit, in registers) times right [K, N] (swizzled shared memory)."""
         if self.interpret:
             return accumulator + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
         return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(accumulator))
+
+    def sum_dots(
+        self,
+        steps: int,
+        num_sums: int,
+        shape: tuple[int, int],
+        operands: Callable[[jax.Array], Sequence[tuple[Ref, Ref]]],
+        release: Callable[[jax.Array], None],
+    ) -> tuple[jax.Array, ...]:
+        """`num_sums` sums over `steps` of `dot`, float32 `shape` each; on a GPU they stay in the accumulators.
+
+        `operands` gives the operands of a step and may wait for them; `release` is called when the step has read them.
+        """
+        if self.interpret:
+
+            def add(step: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                new = tuple(old + self.dot(*pair) for old, pair in zip(sums, operands(step), strict=True))
+                release(step)
+                return new
+
+            return lax.fori_loop(0, steps, add, (jnp.zeros(shape, jnp.float32),) * num_sums)
+
+        def run(*accumulators: Ref) -> tuple[jax.Array, ...]:
+            def add_in_place(step: jax.Array, _: tuple[()]) -> tuple[()]:
+                for accumulator, (left, right) in zip(accumulators, operands(step), strict=True):
+                    plgpu.wgmma(accumulator, left, transpose(right))
+                plgpu.wgmma_wait(0)
+                release(step)
+                return ()
+
+            lax.fori_loop(0, steps, add_in_place, ())
+            return tuple(accumulator[...] for accumulator in accumulators)
+
+        return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32),) * num_sums)
 
     def finish_reads(self) -> None:
         """Call between the last read of a buffer and the barrier that frees it.
@@ -106,6 +170,29 @@ class Target:
         """
         if self.interpret:
             plgpu.commit_smem()
+
+
+def mutating_kernel(
+    body: Callable[..., None],
+    *,
+    out_type: jax.ShapeDtypeStruct,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    scratch_types: Sequence[object],
+    name: str,
+    **options: object,
+) -> Callable[..., jax.Array]:
+    """As `plgpu.kernel` with one warpgroup, but changes arguments that are `jax.new_ref(..., memory_space=plgpu.GMEM)`.
+
+    `plgpu.kernel` of 0.10.2 wraps the call so that it can be vmapped, and that wrapper takes no references.
+    """
+
+    def whole(*refs: Ref) -> None:
+        pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes=())
+
+    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names)
+    kernel = pl.kernel(whole, out_type=(out_type,), mesh=mesh, name=name, **options)
+    return lambda *args: kernel(*args)[0]
 
 
 @contextmanager

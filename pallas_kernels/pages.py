@@ -5,15 +5,17 @@
 | float32 | float32 | - | 2,048 |
 | bfloat16 | bfloat16 | - | 1,024 |
 | fp8 | float8_e4m3fn | one float32 a token: max|row| / 448 | 520 |
-| int4 | two of -7..7 in a byte | one bfloat16 for 64 columns of a token: max|group| / 7 | 272 |
+| int4 | four of -7..7 in a 16-bit word | one bfloat16 for 64 columns of a token: max|group| / 7 | 272 |
 
-In int4 the low half of byte j holds column j, the high half column j + K/2, each plus 8. A row of zeros has scale 1.
+In int4 word j of a row holds columns j, j + K/4, j + K/2 and j + 3K/4, lowest bits first, each plus 8: with K = 256 one
+shift of a row's words gives one scale's columns. A row of zeros has scale 1.
 """
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
@@ -23,11 +25,14 @@ FP8_MAX = 448.0
 INT4_MAX = 7.0
 
 Storage = Literal["float32", "bfloat16", "fp8", "int4"]
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int4": jnp.uint8}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int4": jnp.uint16}
+# Floats as integers of their width, see `empty_pages`; signed, since an unsigned word is int4.
+_BITS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.int16), jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.int8)}
+_FLOATS = {bits: dtype for dtype, bits in _BITS.items()}
 
 
 class KVPages(NamedTuple):
-    """One layer's pages. C = K, or K/2 in int4; G = scales of a row: 1 in fp8, K/64 in int4.
+    """One layer's pages. C = K, or K/4 in int4; G = scales of a row: 1 in fp8, K/64 in int4.
 
     Attributes:
       keys, values: Stored rows, [P, page, C].
@@ -36,16 +41,21 @@ class KVPages(NamedTuple):
 
     keys: Num[Array, "P page C"]
     values: Num[Array, "P page C"]
-    key_scales: Float[Array, "P G page"] | None = None
-    value_scales: Float[Array, "P G page"] | None = None
+    key_scales: Num[Array, "P G page"] | None = None
+    value_scales: Num[Array, "P G page"] | None = None
 
     @property
     def storage(self) -> Storage:
         """The format, read off the dtype."""
         for name in get_args(Storage):
-            if self.keys.dtype == _DTYPES[name]:
+            if _FLOATS.get(self.keys.dtype, self.keys.dtype) == _DTYPES[name]:
                 return name
         raise ValueError(f"pages of {self.keys.dtype} are in no known format: {', '.join(get_args(Storage))}")
+
+    @property
+    def is_bits(self) -> bool:
+        """Whether floats are held as integers, see `empty_pages`."""
+        return self.keys.dtype in _FLOATS or (self.key_scales is not None and self.key_scales.dtype in _FLOATS)
 
     @property
     def page_size(self) -> int:
@@ -53,19 +63,56 @@ class KVPages(NamedTuple):
 
     @property
     def head_dim(self) -> int:
-        return self.keys.shape[2] * (2 if self.storage == "int4" else 1)
+        return self.keys.shape[2] * (4 if self.storage == "int4" else 1)
 
 
-def empty_pages(num_pages: int, head_dim: int, storage: Storage, *, page_size: int = PAGE_SIZE) -> KVPages:
+def empty_pages(
+    num_pages: int, head_dim: int, storage: Storage, *, page_size: int = PAGE_SIZE, as_bits: bool = False
+) -> KVPages:
     """Pages of zeros.
+
+    Args:
+      num_pages: P.
+      head_dim: K.
+      storage: See above.
+      page_size: Tokens of a page.
+      as_bits: Whether bfloat16 and float8 are held as integers of their width, for the references on CPUs: to write one
+        row of these XLA:CPU turns the whole buffer to a wider float and back. The kernels take no such pages.
 
     Raises:
       ValueError: For a storage that does not exist, or a head size that int4 cannot cut in groups.
     """
     columns, groups, scale_dtype = _row_layout(head_dim, storage)
-    rows = jnp.zeros((num_pages, page_size, columns), _DTYPES[storage])
-    scales = None if scale_dtype is None else jnp.ones((num_pages, groups, page_size), scale_dtype)
-    return KVPages(rows, rows, scales, scales)
+    dtype = jnp.dtype(_DTYPES[storage])
+
+    def buffers() -> tuple[Array, Array | None]:
+        rows = jnp.zeros((num_pages, page_size, columns), _BITS.get(dtype, dtype) if as_bits else dtype)
+        scales = None if scale_dtype is None else jnp.ones((num_pages, groups, page_size), scale_dtype)
+        if scales is not None and as_bits:
+            scales = _cast_bits(scales, _BITS.get(scales.dtype, scales.dtype))
+        return rows, scales
+
+    # Buffers of their own for keys and values, or they could not be given away to be written in place.
+    (keys, key_scales), (values, value_scales) = buffers(), buffers()
+    return KVPages(keys, values, key_scales, value_scales)
+
+
+def contiguous_pages(
+    keys: Float[Array, "B S K"], values: Float[Array, "B S K"], *, page_size: int = PAGE_SIZE
+) -> tuple[KVPages, Int[Array, "B max_pages"]]:
+    """A cache with one row of S tokens for each sequence, as pages and their table; nothing is copied.
+
+    Raises:
+      ValueError: If the tokens are not whole pages, or the dtype is one that needs scales.
+    """
+    batch, tokens, head_dim = keys.shape
+    if tokens % page_size:
+        raise ValueError(f"{tokens} tokens are not whole pages of {page_size}: pad them to a multiple")
+    if keys.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"rows are {keys.dtype}; allowed without scales: float32, bfloat16")
+    shape = (batch * tokens // page_size, page_size, head_dim)
+    table = jnp.arange(shape[0], dtype=jnp.int32).reshape(batch, tokens // page_size)
+    return KVPages(keys.reshape(shape), values.reshape(shape)), table
 
 
 def bytes_per_token(head_dim: int, storage: Storage) -> int:
@@ -87,20 +134,22 @@ def encode_rows(rows: Float[Array, "*lead K"], storage: Storage) -> tuple[Array,
     if storage == "fp8":
         stored = jnp.clip(scaled, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
     else:
-        codes = (jnp.clip(jnp.round(scaled), -INT4_MAX, INT4_MAX) + 8).astype(jnp.uint8)
-        low, high = jnp.split(codes, 2, axis=-1)
-        stored = low | (high << 4)
+        codes = (jnp.clip(jnp.round(scaled), -INT4_MAX, INT4_MAX) + 8).astype(jnp.uint16)
+        quarters = jnp.split(codes, 4, axis=-1)
+        stored = quarters[0] | (quarters[1] << 4) | (quarters[2] << 8) | (quarters[3] << 12)
     return stored, scales[..., 0]
 
 
 def decode_rows(
-    stored: Num[Array, "*lead C"], scales: Float[Array, "*lead G"] | None, dtype: jnp.dtype
+    stored: Num[Array, "*lead C"], scales: Num[Array, "*lead G"] | None, dtype: jax.typing.DTypeLike
 ) -> Float[Array, "*lead K"]:
     """The inverse of `encode_rows` up to rounding: value * scale in float32, then cast to `dtype`."""
+    stored = _cast_bits(stored, _FLOATS.get(stored.dtype, stored.dtype))
     if scales is None:
         return stored.astype(dtype)
-    if stored.dtype == jnp.uint8:
-        codes = jnp.concatenate([stored & 15, stored >> 4], axis=-1)
+    scales = _cast_bits(scales, _FLOATS.get(scales.dtype, scales.dtype))
+    if stored.dtype == jnp.uint16:
+        codes = jnp.concatenate([(stored >> shift) & 15 for shift in (0, 4, 8, 12)], axis=-1)
         values = codes.astype(jnp.float32) - 8
     else:
         values = stored.astype(jnp.float32)
@@ -116,19 +165,22 @@ def write_rows(
     slots: Int[Array, " N"],
 ) -> KVPages:
     """Writes N tokens, each to a slot of a page; a page id outside [0, P) drops its token."""
-    new = []
-    for rows, buffer, scale_buffer in (
-        (keys, pages.keys, pages.key_scales),
-        (values, pages.values, pages.value_scales),
-    ):
+
+    def write(rows: Array, buffer: Array, scale_buffer: Array | None) -> tuple[Array, Array | None]:
         stored, scales = encode_rows(rows, pages.storage)
-        new.append(buffer.at[page_ids, slots].set(stored, mode="drop"))
-        new.append(None if scale_buffer is None else scale_buffer.at[page_ids, :, slots].set(scales, mode="drop"))
-    return KVPages(new[0], new[2], new[1], new[3])
+        buffer = buffer.at[page_ids, slots].set(_cast_bits(stored, buffer.dtype), mode="drop")
+        if scale_buffer is None or scales is None:
+            return buffer, None
+        scales = _cast_bits(scales, scale_buffer.dtype)
+        return buffer, scale_buffer.at[page_ids, :, slots].set(scales, mode="drop")
+
+    new_keys, key_scales = write(keys, pages.keys, pages.key_scales)
+    new_values, value_scales = write(values, pages.values, pages.value_scales)
+    return KVPages(new_keys, new_values, key_scales, value_scales)
 
 
 def gather_rows(
-    pages: KVPages, table: Int[Array, "B max_pages"], dtype: jnp.dtype
+    pages: KVPages, table: Int[Array, "B max_pages"], dtype: jax.typing.DTypeLike
 ) -> tuple[Float[Array, "B S K"], Float[Array, "B S K"]]:
     """Keys and values of each sequence in order, S = max_pages * page; entries past a sequence's end may be anything."""
     out = []
@@ -139,6 +191,11 @@ def gather_rows(
     return out[0], out[1]
 
 
+def _cast_bits(array: Num[Array, "*shape"], dtype: jax.typing.DTypeLike) -> Num[Array, "*shape"]:
+    """The same bits in another dtype of the same width."""
+    return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
+
+
 def _row_layout(head_dim: int, storage: Storage) -> tuple[int, int, jnp.dtype | None]:
     """Stored columns and scales of a row, and the dtype of the scales."""
     if storage not in _DTYPES:
@@ -146,5 +203,5 @@ def _row_layout(head_dim: int, storage: Storage) -> tuple[int, int, jnp.dtype | 
     if storage == "int4":
         if head_dim % INT4_GROUP:
             raise ValueError(f"int4 needs a head size that is a multiple of {INT4_GROUP}; it is {head_dim}")
-        return head_dim // 2, head_dim // INT4_GROUP, jnp.dtype(jnp.bfloat16)
+        return head_dim // 4, head_dim // INT4_GROUP, jnp.dtype(jnp.bfloat16)
     return head_dim, 1, jnp.dtype(jnp.float32) if storage == "fp8" else None

@@ -1,12 +1,15 @@
 """Compiles programs for H100 GPUs on a machine that has none: shapes in, PTX, registers and memory out.
 
 Needs the packages of the `aot` extra (the CUDA plugin of jax, without the CUDA libraries) and `ptxas`.
+python -m tools.gpu_check --compile-only compiles every kernel, tools/record_kernels.py writes down what that gives.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
@@ -14,7 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 # Before jax is imported: only the compiler is wanted of the plugin, no GPU is looked for.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -71,6 +74,7 @@ class KernelReport:
       spill_bytes: Bytes that a thread stores to local memory for want of registers.
       wgmma: Kinds of tensor-core instruction, such as "m64n128k32.f32.e4m3.e4m3".
       num_wgmma, num_mma_sync, num_tma: Instructions of warpgroup products, of older products, and of bulk copies.
+      smem_bytes: Shared memory of a block, without its barriers.
     """
 
     name: str
@@ -80,11 +84,13 @@ class KernelReport:
     num_wgmma: int
     num_mma_sync: int
     num_tma: int
+    smem_bytes: int = 0
 
 
 def missing() -> str | None:
     """Why nothing can be compiled here; None if it can."""
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    # The parent first: looking inside a package that is not there is an error.
+    if not importlib.util.find_spec("jax_plugins") or not importlib.util.find_spec("jax_plugins.xla_cuda13"):
         return "the CUDA plugin of jax is not installed: pip install 'step3-jax[aot]'"
     if shutil.which("ptxas") is None:
         return "ptxas is not on PATH: it comes with the CUDA toolkit"
@@ -98,10 +104,16 @@ def h100_mesh(shape: Sequence[int] = (1,), names: Sequence[str] = ("x",)) -> Mes
     return Mesh(np.array(topology.devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def compile_for(mesh: Mesh, function: Callable[..., object], *args: object) -> jax.stages.Compiled:
+def compile_for(
+    mesh: Mesh,
+    function: Callable[..., object],
+    *args: object,
+    donate: Sequence[int] = (),
+    compiler_options: Mapping[str, int] | None = None,
+) -> jax.stages.Compiled:
     """Compiles `function` for the devices of `mesh`; `args` are pytrees of arrays or of `jax.ShapeDtypeStruct`.
 
-    An argument without a sharding is replicated.
+    An argument without a sharding is replicated; those numbered in `donate` are given up.
     """
 
     def place(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -111,7 +123,8 @@ def compile_for(mesh: Mesh, function: Callable[..., object], *args: object) -> j
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     with jax.set_mesh(mesh):
-        return jax.jit(function).lower(*jax.tree.map(place, args)).compile()
+        lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*jax.tree.map(place, args))
+        return lowered.compile(compiler_options=dict(compiler_options or {}))
 
 
 @contextlib.contextmanager
@@ -132,27 +145,56 @@ def dumped_kernels() -> Iterator[pathlib.Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def compile_and_read(
+    mesh: Mesh, function: Callable[..., object], *args: object, donate: Sequence[int] = ()
+) -> tuple[jax.stages.Compiled, list[KernelReport]]:
+    """`compile_for`, and the Mosaic kernels that this process had not compiled before."""
+    folder = _process_folder()
+    compiled = compile_for(mesh, function, *args, donate=donate)
+    reports = read_kernels(folder)
+    # The log of the compiler's passes is tens of megabytes a kernel.
+    for path in folder.iterdir():
+        path.unlink()
+    return compiled, reports
+
+
 def read_kernels(folder: pathlib.Path) -> list[KernelReport]:
     """Assembles each PTX file of `folder` for sm_90a and reads what the assembler says of it."""
     reports = []
     for path in sorted(folder.glob("*.ptx")):
         text = path.read_text()
-        done = subprocess.run(
-            ["ptxas", "-arch=sm_90a", "-v", str(path), "-o", str(path.with_suffix(".cubin"))],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
         entry = re.search(r"\.entry (\w+)", text)
+        resources = path.with_suffix(".resources.txt")
+        smem = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else None
+        said = _assemble(path)
         reports.append(
             KernelReport(
-                name=entry.group(1) if entry else path.stem,
-                registers=max(map(int, re.findall(r"Used (\d+) registers", done.stderr)), default=0),
-                spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill stores", done.stderr))),
+                name=entry.group(1).removesuffix("_mosaic_gpu_kernel") if entry else path.stem,
+                registers=max(map(int, re.findall(r"Used (\d+) registers", said)), default=0),
+                spill_bytes=max(map(int, re.findall(r"(\d+) bytes spill stores", said)), default=0),
                 wgmma=tuple(sorted(set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", text)))),
                 num_wgmma=text.count("wgmma.mma_async"),
                 num_mma_sync=text.count("mma.sync"),
                 num_tma=text.count("cp.async.bulk.tensor"),
+                smem_bytes=int(smem.group(1)) if smem else 0,
             )
         )
     return reports
+
+
+@functools.cache
+def _process_folder() -> pathlib.Path:
+    """The folder of `dumped_kernels` for the rest of this process."""
+    context = dumped_kernels()
+    folder = context.__enter__()
+    atexit.register(context.__exit__, None, None, None)
+    return folder
+
+
+def _assemble(path: pathlib.Path) -> str:
+    """What ptxas says of a PTX file; XLA's own run of it has been written down, if there was one."""
+    written = path.with_suffix(".ptxas")
+    if written.exists():
+        return written.read_text()
+    command = ["ptxas", "-arch=sm_90a", "-v", str(path), "-o", str(path.with_suffix(".cubin"))]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr

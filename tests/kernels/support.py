@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import jax
 import numpy as np
+
+# Each thread that waits in the interpreter holds one of XLA's, of which there are as many as cores: three warpgroups on two
+# cores can stop for ever. XLA reads this when it first computes, after pytest has imported all tests.
+os.environ.setdefault("PJRT_NPROC", "8")
 
 # Errors are judged row by row: a short row, exact and large, would hide a long one's error in a norm over all.
 

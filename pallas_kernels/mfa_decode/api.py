@@ -1,0 +1,134 @@
+"""The public function: shapes, formula, and the choice of an implementation."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Literal, overload
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.common import Implementation, dispatch
+from pallas_kernels.mfa_decode import mosaic, reference
+from pallas_kernels.mfa_decode.plan import Plan, plan_work
+from pallas_kernels.pages import KVPages, Storage
+
+
+@overload
+def mfa_decode(
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float | None = None,
+    plan: Plan | None = None,
+    return_lse: Literal[False] = False,
+    implementation: Implementation = "auto",
+) -> Float[Array, "B T H K"]: ...
+@overload
+def mfa_decode(
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float | None = None,
+    plan: Plan | None = None,
+    return_lse: Literal[True],
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]: ...
+def mfa_decode(
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float | None = None,
+    plan: Plan | None = None,
+    return_lse: bool = False,
+    implementation: Implementation = "auto",
+) -> Float[Array, "B T H K"] | tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
+    """Attention of the newest T tokens of each sequence over its cached tokens, one key/value head for all H heads.
+
+    out[b, t, h] = sum_s softmax_s(scale * q[b, t, h] . k[b, s]) v[b, s] over s < lengths[b] - T + t + 1: the T tokens
+    are the last of the cached ones (their keys and values are in the cache already), and none sees a later one.
+
+    The kernel serves heads of 256 in bfloat16, fp8 and int4 pages on Hopper. fp8 is computed in float16, in which every
+    e4m3 number is exact, with the scales applied to scores and weights; int4 and bfloat16 in bfloat16. Results are the
+    same bits at each repetition, but not across batches, which are cut differently.
+
+    Args:
+      queries: The new tokens' queries, after RoPE.
+      pages: One layer's cache. A page's rows past a sequence's end may hold anything.
+      table: Pages of each sequence in order; entries past its end may hold anything.
+      lengths: Cached tokens of each sequence, the T new ones among them; 0 for an empty place in the batch. What the
+        table has no room for is left out.
+      scale: Of the scores; 1 / sqrt(K) if None.
+      plan: What `plan_decode` made of these lengths, if several layers share it: eight small kernels are saved in each.
+      return_lse: Also return the logarithm of each softmax's denominator, to merge with attention over other keys.
+      implementation: See `common.Implementation`.
+
+    Returns:
+      The output in the queries' dtype, zero where a token sees nothing; with `return_lse` also the log-sum-exp (natural
+      logarithm, float32, -inf where a token sees nothing).
+
+    Raises:
+      ValueError: If shapes do not fit together.
+      NotImplementedError: If the kernel is asked for by name and cannot serve these arguments.
+    """
+    batch, _, _, head_dim = queries.shape
+    if table.shape[0] != batch or lengths.shape != (batch,):
+        raise ValueError(
+            f"{batch} sequences of queries need a table of {batch} rows and {batch} lengths; "
+            f"given: {table.shape[0]} and {lengths.shape}"
+        )
+    if pages.head_dim != head_dim:
+        raise ValueError(f"queries have heads of {head_dim}, the pages rows of {pages.head_dim}: they must be equal")
+    if plan is not None and plan.lengths.shape != (batch,):
+        raise ValueError(f"the plan is for {plan.lengths.shape[0]} sequences, the queries are of {batch}")
+    if batch == 0 or table.shape[1] == 0:
+        out, lse = jnp.zeros_like(queries), jnp.full(queries.shape[:3], -jnp.inf, jnp.float32)
+        return (out, lse) if return_lse else out
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    out, lse = dispatch(
+        implementation,
+        mosaic.unsupported(queries, pages),
+        functools.partial(reference.decode_attention, scale=scale),
+        functools.partial(mosaic.decode_attention, scale=scale),
+        queries,
+        pages,
+        table,
+        lengths,
+        plan,
+    )
+    return (out, lse) if return_lse else out
+
+
+def plan_decode(
+    lengths: Int[Array, " B"],
+    *,
+    tokens: int,
+    heads: int,
+    storage: Storage,
+    max_tokens: int,
+    workers: int | None = None,
+) -> Plan:
+    """Divides a batch among the kernel's workers: once in a step, for the `mfa_decode` of all layers.
+
+    Args:
+      lengths: As `mfa_decode` gets.
+      tokens, heads: T and H of the queries.
+      storage: Of the pages.
+      max_tokens: That a row of the table has room for: max_pages * page.
+      workers: Spans to cut; by default as many as an H100 runs at once.
+
+    Raises:
+      ValueError: If there is no kernel for this storage.
+    """
+    if storage not in mosaic.COMPUTE_DTYPES:
+        raise ValueError(f"there are plans for {', '.join(mosaic.COMPUTE_DTYPES)}, not for {storage}")
+    sizes = mosaic.default_blocks(lengths.shape[0], tokens * heads, storage, max_tokens)
+    count = sizes["workers"] if workers is None else workers
+    return plan_work(lengths, capacity=max_tokens, workers=count, min_blocks=sizes["min_blocks"])

@@ -1,0 +1,119 @@
+"""Adds up the fragments of each sequence: out = sum_f 2^(m_f - m) acc_f / sum_f 2^(m_f - m) l_f, m = max_f m_f.
+
+A sequence of n fragments reads n * rows * (K + 2) float32 that the main kernel has just written, mostly from L2. XLA could
+do it only by reading as many fragments for every sequence as the longest may have, or with atomic sums, whose order
+changes from run to run.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.compat import WGMMA, WGMMA_ROW, Ref, Target
+
+TILE = 64
+# Below any maximum that a fragment has.
+FLOOR = -5e29
+
+
+def combine(
+    parts: Float[Array, "F R K"],
+    tops: Float[Array, "F R"],
+    norms: Float[Array, "F R"],
+    fragments: Int[Array, "B 2"],
+    *,
+    dtype: jax.typing.DTypeLike,
+    target: Target,
+    columns: int,
+    unroll: int,
+) -> tuple[Float[Array, "B R K"], Float[Array, "B R"]]:
+    """Output and natural log-sum-exp of each row; 0 and -inf for a row that saw nothing.
+
+    Args:
+      parts: Sums of weighted values of each fragment, not yet divided by `norms`.
+      tops: Base-2 logarithms of the factor that `parts` and `norms` lack.
+      norms: Sums of weights.
+      fragments: First fragment and number of fragments of each sequence.
+      dtype: Of the output.
+      target: Interpreter or GPU.
+      columns: Of the head, that one CTA takes.
+      unroll: Fragments that are loaded together, so that their latencies overlap.
+    """
+    batch, (_, rows, head_dim) = fragments.shape[0], parts.shape
+
+    def mfa_combine(*refs: Ref) -> None:
+        _body(*refs, columns=columns, unroll=unroll, target=target)
+
+    out, lse = plgpu.kernel(
+        mfa_combine,
+        out_type=[
+            jax.ShapeDtypeStruct((batch, rows, head_dim), dtype),
+            jax.ShapeDtypeStruct((batch, rows), jnp.float32),
+        ],
+        grid=(batch, rows // TILE, head_dim // columns),
+        grid_names=("sequence", "tile", "column"),
+        **target.kernel_options(),
+    )(fragments, parts, tops, norms)
+    return out, lse
+
+
+def _body(
+    fragments_ref: Ref,
+    parts_ref: Ref,
+    tops_ref: Ref,
+    norms_ref: Ref,
+    out_ref: Ref,
+    lse_ref: Ref,
+    *,
+    columns: int,
+    unroll: int,
+    target: Target,
+) -> None:
+    b, tile, column = lax.axis_index("sequence"), lax.axis_index("tile"), lax.axis_index("column")
+    rows, span = pl.ds(tile * TILE, TILE), pl.ds(column * columns, columns)
+    first, count = fragments_ref[b, 0], fragments_ref[b, 1]
+
+    def step(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        total, top, norm = carry
+        loaded = []
+        for place in range(unroll):
+            index = turn * unroll + place
+            # Past the end the last one is read again and counts nothing.
+            fragment = first + jnp.minimum(index, count - 1)
+            part_top = target.load(tops_ref.at[fragment, rows], WGMMA_ROW)
+            part_top = part_top + jnp.where(index < count, 0.0, 2 * FLOOR)
+            part_norm = target.load(norms_ref.at[fragment, rows], WGMMA_ROW)
+            loaded.append((target.load(parts_ref.at[fragment, rows, span], WGMMA), part_top, part_norm))
+        new_top = functools.reduce(jnp.maximum, [part_top for _, part_top, _ in loaded], top)
+        shrink = jnp.exp2(top - new_top)
+        total, norm = total * _across(shrink, columns), norm * shrink
+        for part, part_top, part_norm in loaded:
+            weight = jnp.exp2(part_top - new_top)
+            total, norm = total + part * _across(weight, columns), norm + part_norm * weight
+        return total, new_top, norm
+
+    empty = (
+        target.full((TILE, columns), 0.0, WGMMA),
+        target.full((TILE,), FLOOR, WGMMA_ROW),
+        target.full((TILE,), 0.0, WGMMA_ROW),
+    )
+    total, top, norm = lax.fori_loop(0, lax.div(count + (unroll - 1), jnp.int32(unroll)), step, empty)
+    is_any = norm > 0
+    divisor = jnp.where(is_any, norm, 1.0)
+    out_ref[b, rows, span] = (total / _across(divisor, columns)).astype(out_ref.dtype)
+
+    @pl.when(column == 0)
+    def write_lse() -> None:
+        lse_ref[b, rows] = jnp.where(is_any, top * math.log(2) + jnp.log(divisor), -jnp.inf)
+
+
+def _across(rows: jax.Array, columns: int) -> jax.Array:
+    return lax.broadcast_in_dim(rows, (rows.shape[0], columns), [0])

@@ -1,0 +1,112 @@
+"""Static sizes of a call, and the order in which a worker visits its fragments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.compat import Ref
+from pallas_kernels.mfa_decode.plan import BLOCK
+
+# Rows of one tensor-core tile.
+TILE = 64
+
+# Operands and scratch of the kernel by name.
+Refs = Mapping[str, Ref]
+Carry = TypeVar("Carry")
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Static sizes of a call.
+
+    Attributes:
+      storage: Format of the pages.
+      tokens, heads, head_dim: T, H and K of the queries.
+      page_size: Tokens of a page, a multiple of `plan.BLOCK`.
+      slots: Of one ring.
+      scale: Of the scores, times log2(e): exponentials are powers of 2.
+      dtype: What the tensor cores multiply.
+    """
+
+    storage: str
+    tokens: int
+    heads: int
+    head_dim: int
+    page_size: int
+    slots: int
+    scale: float
+    dtype: jax.typing.DTypeLike
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether both warpgroups read every block, each for its own tile."""
+        return self.tokens * self.heads > TILE
+
+    @property
+    def tiles_per_cta(self) -> int:
+        return 2 if self.is_shared else 1
+
+    @property
+    def rings(self) -> int:
+        return 1 if self.is_shared else 2
+
+    @property
+    def rows(self) -> int:
+        """T*H rounded up to whole tiles of whole CTAs."""
+        per_cta = self.tiles_per_cta * TILE
+        return -(-self.tokens * self.heads // per_cta) * per_cta
+
+    @property
+    def blocks_per_page(self) -> int:
+        return self.page_size // BLOCK
+
+    def slot(self, ring: jax.Array | int, turn: jax.Array) -> jax.Array:
+        """Where the tile of number `turn` of a ring is, keys and values counted alike."""
+        return ring * self.slots + lax.rem(turn, jnp.int32(self.slots))
+
+    def turn(self, turns: tuple[jax.Array, jax.Array], ring: jax.Array | int) -> jax.Array:
+        """Tiles that the ring has had before this fragment."""
+        return turns[0] if self.is_shared else jnp.where(ring == 0, turns[0], turns[1])
+
+    def advance(self, turns: tuple[jax.Array, jax.Array], blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same after a fragment of so many blocks, two tiles each; the first ring has the odd one."""
+        if self.is_shared:
+            return turns[0] + 2 * blocks, turns[1]
+        return turns[0] + 2 * lax.div(blocks + 1, jnp.int32(2)), turns[1] + 2 * lax.div(blocks, jnp.int32(2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragment:
+    """What a worker has of one sequence; all scalars.
+
+    Attributes:
+      sequence: Its place in the batch.
+      first_block: Of the sequence.
+      num_blocks: May be 0: an empty sequence.
+      number: Among all fragments.
+    """
+
+    sequence: jax.Array
+    first_block: jax.Array
+    num_blocks: jax.Array
+    number: jax.Array
+
+
+def for_each_fragment(refs: Refs, visit: Callable[[Fragment, Carry], Carry], carry: Carry) -> Carry:
+    """Calls `visit` for each sequence that this worker has a part of, in order."""
+    worker = lax.axis_index("worker")
+    begin, end, first, count = (refs["spans"][worker, column] for column in range(4))
+
+    def step(index: jax.Array, carry: Carry) -> Carry:
+        sequence = first + index
+        start, stop = refs["starts"][sequence], refs["starts"][sequence + 1]
+        low, high = jnp.maximum(begin, start), jnp.minimum(end, stop)
+        return visit(Fragment(sequence, low - start, jnp.maximum(high - low, 0), sequence + worker), carry)
+
+    return lax.fori_loop(0, count, step, carry)

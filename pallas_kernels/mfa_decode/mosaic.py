@@ -1,0 +1,215 @@
+"""The kernel: a persistent grid, two warpgroups that compute and one that loads.
+
+One tile is 64 rows, a row one head of one new token. A worker (`plan.py`) walks its span of 64-token blocks:
+
+- one tile (T*H <= 64): the computing warpgroups take alternate blocks, each with its own ring of shared-memory slots,
+  its own sums, and a merge at the end of each fragment. Two blocks' latencies (product, softmax, product) overlap.
+- more tiles: each warpgroup has a tile, both read the same ring, so a block is loaded once for 128 rows. Further pairs of
+  tiles are further CTAs that walk the same spans at the same time and find the blocks in L2.
+
+A ring's slots hold keys and values by turns. Slots and bytes under way for one SM, K = 256 (of 227 KB):
+
+| storage | slot | one tile: slots, under way | two tiles |
+| --- | --- | --- | --- |
+| bfloat16 | 32 KB | 3 + 3, 128 KB | 5 |
+| fp8 | 16 KB + 256 B | 3 + 3, 65 KB, and 32 KB of float16 for each warpgroup | 5 |
+| int4 | 8 KB + 512 B | 4 + 4, 51 KB, and 32 KB of bfloat16 for each warpgroup | 8 |
+
+Bytes: lengths.sum() * bytes_per_token once, queries and fragments (64 K * 4 bytes each, written and read). Operations:
+4 * rows * K for each token; at 64 rows 64 a byte in bfloat16, so memory is the limit (25 GB/s * 132 SMs: 2.6 us a block
+in bfloat16, 1.3 in fp8, 0.7 in int4, against 0.6 us of tensor core).
+
+Registers: the sums take 128 of a thread's 240. Compiled for sm_90a nothing is spilled in bfloat16 with two tiles; else
+30 to 55 are, mostly addresses that the compiler keeps across blocks and what the merge needs once a fragment.
+
+fp8: a token's key scale multiplies its column of scores. Of its value scale 2^e * r the exponent joins the score and r,
+in [1, 2), the weight, which so stays in float16's range whatever the scale; the sum of weights gets 2^-e back.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import tuning
+from pallas_kernels.compat import Ref, Target, swizzled
+from pallas_kernels.mfa_decode import combine, plan
+from pallas_kernels.mfa_decode.geometry import TILE, Geometry
+from pallas_kernels.mfa_decode.worker import compute, load
+from pallas_kernels.pages import KVPages
+
+HEAD_DIM = 256
+COMPUTE_DTYPES = {"bfloat16": jnp.bfloat16, "fp8": jnp.float16, "int4": jnp.bfloat16}
+# Slots of a ring: with one tile two rings share the memory, with more there is one.
+SLOTS = {("bfloat16", 1): 3, ("bfloat16", 2): 5, ("fp8", 1): 3, ("fp8", 2): 5, ("int4", 1): 4, ("int4", 2): 8}
+# The interpreter compiles the body anew for each CTA.
+INTERPRETED = {"workers": 2, "columns": HEAD_DIM, "unroll": 2}
+
+
+def unsupported(queries: Float[Array, "B T H K"], pages: KVPages) -> str | None:
+    """Why the kernel cannot serve these arguments; None if it can."""
+    if pages.storage not in COMPUTE_DTYPES:
+        return f"mfa_decode's kernel reads pages of {', '.join(COMPUTE_DTYPES)}, not {pages.storage}"
+    if pages.is_bits:
+        return "mfa_decode's kernel reads pages of floats, not of their bits"
+    if queries.shape[3] != HEAD_DIM:
+        return f"mfa_decode's kernel serves heads of {HEAD_DIM}, not {queries.shape[3]}"
+    if pages.page_size % plan.BLOCK:
+        return f"mfa_decode's kernel reads blocks of {plan.BLOCK} tokens, which pages of {pages.page_size} are not cut into"
+    return None
+
+
+def default_blocks(batch: int, rows: int, storage: str, max_tokens: int) -> dict[str, int]:
+    """Tunable sizes: measured ones where there are any.
+
+    workers: CTAs that a tile pair's work is cut for; 132 SMs hold one each. min_blocks: see `plan.plan_work`.
+    slots: of a ring. columns, unroll: see `combine.combine`; many fragments of few sequences want many loads under way.
+    """
+    tiles = -(-rows // TILE)
+    defaults = {
+        "workers": max(1, 132 // -(-tiles // 2)),
+        "min_blocks": 4,
+        "slots": SLOTS[storage, min(tiles, 2)],
+        "columns": 32,
+        "unroll": 8 if batch * tiles <= 16 else 2,
+    }
+    return tuning.blocks("mfa_decode", defaults, batch=batch, rows=rows, storage=storage, max_tokens=max_tokens)
+
+
+def decode_attention(
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    work: plan.Plan | None = None,
+    *,
+    scale: float,
+    interpret: bool,
+    detect_races: bool = False,
+    blocks: dict[str, int] | None = None,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
+    """Output and log-sum-exp; see `api.mfa_decode`.
+
+    Args:
+      queries, pages, table, lengths, scale: As there.
+      work: Of `api.plan_decode`; made here if None.
+      interpret: Run on a CPU.
+      detect_races: The interpreter looks for unordered accesses.
+      blocks: Overrides of `default_blocks`.
+    """
+    batch, tokens, heads, head_dim = queries.shape
+    target = Target(interpret, detect_races)
+    capacity = table.shape[1] * pages.page_size
+    sizes = default_blocks(batch, tokens * heads, pages.storage, capacity)
+    sizes.update(INTERPRETED if interpret else {})
+    sizes.update(blocks or {})
+
+    geometry = Geometry(
+        storage=pages.storage,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        page_size=pages.page_size,
+        slots=sizes["slots"],
+        scale=scale * math.log2(math.e),
+        dtype=COMPUTE_DTYPES[pages.storage],
+    )
+    if work is None:
+        work = plan.plan_work(lengths, capacity=capacity, workers=sizes["workers"], min_blocks=sizes["min_blocks"])
+    rows = queries.reshape(batch, tokens * heads, head_dim).astype(geometry.dtype)
+    rows = jnp.pad(rows, ((0, 0), (0, geometry.rows - tokens * heads), (0, 0)))
+    parts, tops, norms = _attend(geometry, target, rows, pages, table.astype(jnp.int32), work)
+    out, lse = combine.combine(
+        parts,
+        tops,
+        norms,
+        work.fragments,
+        dtype=queries.dtype,
+        target=target,
+        columns=sizes["columns"],
+        unroll=sizes["unroll"],
+    )
+    used = slice(0, tokens * heads)
+    return out[:, used].reshape(queries.shape), lse[:, used].reshape(queries.shape[:3])
+
+
+def _attend(
+    geometry: Geometry,
+    target: Target,
+    rows: Float[Array, "B R K"],
+    pages: KVPages,
+    table: Int[Array, "B max_pages"],
+    work: plan.Plan,
+) -> tuple[Float[Array, "F R K"], Float[Array, "F R"], Float[Array, "F R"]]:
+    """Sums, maxima and norms of each fragment."""
+    workers = work.spans.shape[0]
+    count = plan.num_fragments(table.shape[0], workers)
+    total_slots = geometry.rings * geometry.slots
+    scratch = {
+        "queries": plgpu.SMEM(
+            (geometry.tiles_per_cta * TILE, geometry.head_dim), geometry.dtype, transforms=swizzled(geometry.dtype)
+        ),
+        "ring": plgpu.SMEM(
+            (total_slots, plan.BLOCK, pages.keys.shape[2]), pages.keys.dtype, transforms=swizzled(pages.keys.dtype)
+        ),
+        "queries_full": plgpu.Barrier(),
+        # With one tile the first warpgroup is the last to read, in the merge; else each frees its own half.
+        "queries_free": plgpu.Barrier(num_arrivals=geometry.tiles_per_cta),
+        "full": plgpu.Barrier(num_arrivals=1 if pages.key_scales is None else 2, num_barriers=total_slots),
+        "free": plgpu.Barrier(num_arrivals=geometry.tiles_per_cta, num_barriers=total_slots),
+    }
+    if pages.key_scales is not None:
+        scratch["scales"] = plgpu.SMEM((total_slots, pages.key_scales.shape[1], plan.BLOCK), pages.key_scales.dtype)
+        scratch["decoded"] = plgpu.SMEM(
+            (2, plan.BLOCK, geometry.head_dim), geometry.dtype, transforms=swizzled(geometry.dtype)
+        )
+    if geometry.is_shared:
+        scratch["cleared"] = plgpu.Barrier(num_arrivals=2)
+    else:
+        scratch["sums"] = plgpu.SMEM((2, TILE), jnp.float32)
+        scratch.update(read=plgpu.Barrier(), given=plgpu.Barrier(), taken=plgpu.Barrier())
+
+    names = ["starts", "spans", "lengths", "table", "rows", "keys", "values"]
+    arrays = [work.starts, work.spans, work.lengths, table, rows, pages.keys, pages.values]
+    if pages.key_scales is not None and pages.value_scales is not None:
+        names += ["key_scales", "value_scales"]
+        arrays += [pages.key_scales, pages.value_scales]
+    names += ["parts", "tops", "norms", *scratch]
+
+    def mfa_decode(*refs: Ref) -> None:
+        named = dict(zip(names, refs, strict=True))
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < 2)
+        def run_compute() -> None:
+            # 2 * 240 + 24 registers for a thread of each warpgroup: 504 of the 512 that an SM has.
+            plgpu.set_max_registers(240, action="increase")
+            compute(geometry, target, warpgroup, named)
+
+        @pl.when(warpgroup == 2)
+        def run_load() -> None:
+            plgpu.set_max_registers(24, action="decrease")
+            load(geometry, named)
+
+    parts, tops, norms = plgpu.kernel(
+        mfa_decode,
+        out_type=[
+            jax.ShapeDtypeStruct((count, geometry.rows, geometry.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((count, geometry.rows), jnp.float32),
+            jax.ShapeDtypeStruct((count, geometry.rows), jnp.float32),
+        ],
+        grid=(workers, geometry.rows // TILE // geometry.tiles_per_cta),
+        grid_names=("worker", "pair"),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=list(scratch.values()),
+        # Rows are reduced within warps, and every byte is needed.
+        **target.kernel_options(reduction_scratch_bytes=0),
+    )(*arrays)
+    return parts, tops, norms

@@ -1,0 +1,66 @@
+"""`norm_quantise`: checks what it is given and chooses who computes it."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.common import Implementation, dispatch
+from pallas_kernels.norm_quantise import mosaic, reference
+from pallas_kernels.quantise import ScalesLayout, check_layout
+
+
+def norm_quantise(
+    x: Float[Array, "M D"],
+    weight: Float[Array, " D"],
+    *,
+    eps: float,
+    scales_layout: ScalesLayout = "rows",
+    with_normed: bool = False,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "_ _"], ...]:
+    """RMSNorm, then FP8 with one scale for each 128 columns.
+
+    normed = weight cast(x / sqrt(mean(x^2) + eps)); values, scales = quantise_rows(normed)
+
+    The statistics are in float32; the cast is back to the dtype of x, before the multiplication, as the model's
+    `rms_norm` does it.
+
+    Args:
+      x: bfloat16 or float32.
+      weight: Multiplies plainly (not 1 + w).
+      eps: Added to the mean square.
+      scales_layout: "rows" [M, ceil(D/128)]; "columns" as `fp8_matmul` reads it, [ceil(D/128), M rounded up to 4], of
+        which the kernel leaves what is past M undefined.
+      with_normed: Also return `normed`, for what else reads it (the router, the residual of a shared expert).
+      implementation: See `pallas_kernels.common`. The kernel needs D to be a multiple of 1,024, up to 8,192.
+
+    Returns:
+      e4m3 values [M, D], float32 scales, and with `with_normed` the norm [M, D].
+
+    Raises:
+      ValueError: If shapes or dtypes do not fit.
+      NotImplementedError: If the kernel is asked for by name and cannot serve.
+    """
+    check_layout(scales_layout)
+    if x.ndim != 2 or weight.shape != x.shape[1:] or 0 in x.shape:
+        raise ValueError(f"x is {x.shape} and weight {weight.shape}; wanted are [M, D] and [D], no size 0")
+    for name, array in (("x", x), ("weight", weight)):
+        if array.dtype not in (jnp.bfloat16, jnp.float32):
+            raise ValueError(f"{name} is {array.dtype}; allowed: bfloat16, float32")
+    return dispatch(
+        implementation,
+        _unsupported(x.shape[1]),
+        functools.partial(reference.norm_quantise, eps=eps, scales_layout=scales_layout, with_normed=with_normed),
+        functools.partial(mosaic.norm_quantise, eps=eps, scales_layout=scales_layout, with_normed=with_normed),
+        x,
+        weight,
+    )
+
+
+def _unsupported(size: int) -> str | None:
+    if size % 1024 or size > 8192:
+        return f"the kernel needs D to be a multiple of 1024 and at most 8192, it is {size}"
+    return None

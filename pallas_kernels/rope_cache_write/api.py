@@ -1,0 +1,75 @@
+"""`rope_cache_write`: what one decode or prefill step puts into the cache, and its rotated queries."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.common import Implementation, dispatch
+from pallas_kernels.pages import KVPages
+from pallas_kernels.rope_cache_write import mosaic, reference
+
+
+def rope_cache_write(
+    queries: Float[Array, "N H K"],
+    keys: Float[Array, "N K"],
+    values: Float[Array, "N K"],
+    cos: Float[Array, "N half"],
+    sin: Float[Array, "N half"],
+    pages: KVPages,
+    page_ids: Int[Array, " N"],
+    slots: Int[Array, " N"],
+    *,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "N H K"], KVPages]:
+    """Rotates queries and keys, and writes keys and values to their places in the paged cache.
+
+    Rotation, neox style, pair (i, i + K/2): (a, b) -> (a cos - b sin, b cos + a sin), cosine and sine cast to the dtype
+    of the rows first. A page is written in place where the caller gives it up (`donate_argnums`, or the carry of a
+    loop); else XLA copies the cache first. The kernel serves bfloat16 queries of a multiple of 64 heads of 256, and
+    bfloat16 and fp8 pages; the rest is XLA's, which also writes in place (docs/kernels.md has both side by side).
+
+    Args:
+      queries: Before rotation.
+      keys: One key a token, before rotation.
+      values: One value a token.
+      cos: Cosine of position * theta^(-2i/K), i < K/2.
+      sin: Sine of the same.
+      pages: One layer's cache, or all layers' in one pool (then `page_ids` point into the pool).
+      page_ids: Page of each token; outside [0, P) nothing is written for this token.
+      slots: Row in that page, in [0, page). Two tokens of one call must not share a place.
+      implementation: See `Implementation`.
+
+    Returns:
+      Rotated queries in their dtype, and the pages.
+
+    Raises:
+      ValueError: If the head sizes of rows, tables and pages do not fit together.
+      NotImplementedError: If the kernel is asked for by name and cannot serve; the message says why.
+    """
+    head_dim = queries.shape[-1]
+    if keys.shape[-1] != head_dim or values.shape[-1] != head_dim or 2 * cos.shape[-1] != head_dim:
+        raise ValueError(
+            f"queries have head size {head_dim}, keys {keys.shape[-1]}, values {values.shape[-1]} and cos {cos.shape[-1]}: "
+            "the first three must be equal, and cos and sin have half of it"
+        )
+    if pages.head_dim != head_dim:
+        raise ValueError(
+            f"the pages hold heads of {pages.head_dim}, the rows have {head_dim}: make pages of {head_dim}"
+        )
+    if not jnp.issubdtype(page_ids.dtype, jnp.integer) or not jnp.issubdtype(slots.dtype, jnp.integer):
+        raise ValueError(f"page_ids ({page_ids.dtype}) and slots ({slots.dtype}) must be integers")
+    return dispatch(
+        implementation,
+        mosaic.unsupported(queries, pages),
+        reference.rope_cache_write,
+        mosaic.rope_cache_write,
+        queries,
+        keys,
+        values,
+        cos,
+        sin,
+        pages,
+        page_ids,
+        slots,
+    )

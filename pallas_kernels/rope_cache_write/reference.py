@@ -1,0 +1,35 @@
+"""Plain JAX: what `rope_cache_write` means."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.pages import KVPages, write_rows
+
+
+def rotate(
+    heads: Float[Array, "N *heads K"], cos: Float[Array, "N half"], sin: Float[Array, "N half"]
+) -> Float[Array, "N *heads K"]:
+    """Neox style, pair (i, i + K/2); cosine and sine are cast to the dtype of `heads` first."""
+    shape = cos.shape[:1] + (1,) * (heads.ndim - 2) + cos.shape[-1:]
+    cos, sin = cos.reshape(shape).astype(heads.dtype), sin.reshape(shape).astype(heads.dtype)
+    first, second = jnp.split(heads, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rope_cache_write(
+    queries: Float[Array, "N H K"],
+    keys: Float[Array, "N K"],
+    values: Float[Array, "N K"],
+    cos: Float[Array, "N half"],
+    sin: Float[Array, "N half"],
+    pages: KVPages,
+    page_ids: Int[Array, " N"],
+    slots: Int[Array, " N"],
+) -> tuple[Float[Array, "N H K"], KVPages]:
+    """See `api.rope_cache_write`."""
+    # A scatter counts a negative index from the end, which would hit a page.
+    page_ids = jnp.where(page_ids < 0, pages.keys.shape[0], page_ids)
+    written = write_rows(pages, rotate(keys, cos, sin), values, page_ids, slots)
+    return rotate(queries, cos, sin), written

@@ -1,0 +1,75 @@
+"""Every kernel at the real model's shapes, compiled for an H100 without one: spills, products, memory; and a whole step."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import pytest
+
+from tools import gpu_compile, record_kernels
+from tools.gpu_check import cases as case_list
+from tools.rank_step import COMPILER_OPTIONS, decode_step
+from tools.rank_weights import RankSizes, make_state, make_weights
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing())),
+]
+
+SHARED_MEMORY = 232_448
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, case_list.Case]:
+    return {case.name: case for case in case_list.all_cases("compile", is_quick=False)}
+
+
+@pytest.mark.parametrize("name", record_kernels.CASES)
+def test_kernel_compiles_without_spills_to_the_products_meant(name: str, known: dict[str, case_list.Case]) -> None:
+    reports = record_kernels.compile_case(gpu_compile.h100_mesh(), known[name])
+    assert reports or known[name].kernel in ("grouped_matmul", "mfa_decode"), "nothing was compiled"
+    for report in reports:
+        assert report.spill_bytes <= record_kernels.allowed_spill_bytes(name), report
+        assert report.num_mma_sync == 0, report
+        assert 0 < report.registers <= 255, report
+        assert report.smem_bytes <= SHARED_MEMORY, report
+    products = {kind for report in reports for kind in report.wgmma}
+    expected = record_kernels.CASES[name]
+    if expected is None:
+        assert not products
+    elif reports:
+        assert products
+        assert all(kind.endswith(expected) for kind in products), products
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "fp8"])
+def test_cache_write_changes_the_pages_in_place(storage: str, known: dict[str, case_list.Case]) -> None:
+    case = known[f"rope_cache_write/{storage}/128"]
+    shapes = jax.eval_shape(lambda: case.make(0))
+    run = functools.partial(case.run, implementation="mosaic")
+    compiled = gpu_compile.compile_for(gpu_compile.h100_mesh(), run, *shapes, donate=(5,))
+    pages = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes[5]))
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == pages
+    assert memory.temp_size_in_bytes < 4096
+    assert " copy(" not in compiled.as_text()
+
+
+def test_a_ranks_step_of_all_layers_compiles_and_copies_neither_weights_nor_cache() -> None:
+    sizes = RankSizes()
+    weights, (state, table) = jax.eval_shape(lambda: (make_weights(sizes), make_state(sizes)))
+    step = functools.partial(decode_step, sizes=sizes, implementation="mosaic")
+    compiled = gpu_compile.compile_for(
+        gpu_compile.h100_mesh(), step, weights, state, table, donate=(1,), compiler_options=COMPILER_OPTIONS
+    )
+    memory = compiled.memory_analysis()
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.pages))
+    assert memory.alias_size_in_bytes >= cache
+    # One expert's matrix alone is 37 MB and a layer's cache 277 MB: what is left is activations.
+    assert memory.temp_size_in_bytes < 250e6
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 78 * 2**30
+    text = compiled.as_text()
+    assert text.count('custom_call_target="mosaic_gpu_v2"') >= 12
+    # Short of memory, as it believes, XLA computes things several times over instead of keeping them.
+    assert "remat" not in text

@@ -1,0 +1,208 @@
+"""tools/gpu_check on a machine without a GPU: both CPU modes run whole, and its own judgement is right."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import tuning
+from tools.gpu_check import __main__ as gpu_check
+from tools.gpu_check import bare, cases, measure, report
+from tools.gpu_check.case import Case, row_errors, same_bits
+from tools.rank_weights import RankSizes, make_state, make_weights
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run(tmp_path: pathlib.Path, *args: str) -> tuple[int, dict[str, dict[str, object]]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.gpu_check", "--out", str(tmp_path), *args],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    written = tmp_path / "results.json"
+    assert written.exists(), done.stdout + done.stderr
+    results = json.loads(written.read_text())["results"]
+    failed = {name: result for name, result in results.items() if result["status"] == "FAIL"}
+    assert not failed, done.stdout
+    return done.returncode, results
+
+
+def test_interpret_mode_passes_on_a_cpu(tmp_path: pathlib.Path) -> None:
+    code, results = run(tmp_path, "--interpret", "--quick", "--only", "rope_cache_write,fp8_matmul")
+    assert code == 0
+    assert set(results) == {"ceilings", "fp8_matmul/1x256x256", "rope_cache_write/fp8/7"}
+    assert all(result["status"] == "PASS" for result in results.values())
+    assert results["rope_cache_write/fp8/7"]["error"] < 3e-2
+
+
+def test_compile_mode_lowers_on_a_cpu(tmp_path: pathlib.Path) -> None:
+    code, results = run(tmp_path, "--compile-only", "--quick", "--only", "rope_cache_write,swiglu_quantise")
+    assert code == 0
+    assert len(results) == 3
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("mode", ["--interpret", "--compile-only"])
+def test_every_quick_case_passes_on_a_cpu(tmp_path: pathlib.Path, mode: str) -> None:
+    code, results = run(tmp_path, mode, "--quick", "--budget", "280")
+    assert code == 0
+    assert len(results) >= 9
+
+
+def test_a_child_that_hangs_or_dies_fails_its_case_and_the_rest_runs(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import json, os, sys, time\n"
+        "for name in sys.argv[1:]:\n"
+        "    print(json.dumps({'event': 'start', 'name': name}), flush=True)\n"
+        "    time.sleep(60 if name == 'hangs' else 0)\n"
+        "    os._exit(3) if name == 'dies' else None\n"
+        "    print('a print of somebody', flush=True)\n"
+        "    print(json.dumps({'event': 'result', 'name': name, 'status': 'PASS'}), flush=True)\n"
+    )
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: object) -> subprocess.Popen[str]:
+        names = command[command.index("names:") + 1 :]
+        return popen([sys.executable, str(script), *names], **options)
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", start)
+    monkeypatch.setitem(gpu_check.SILENCE_SECONDS, "gpu", 2.0)
+    monkeypatch.setattr(gpu_check, "_command", lambda names, *_: ["names:", *names])
+    results = dict(gpu_check.run_children(["a", "hangs", "b", "dies", "c"], "gpu", options(tmp_path), deadline=0.0))
+    assert [results[name]["status"] for name in ("a", "hangs", "b", "dies", "c")] == [
+        "PASS",
+        "FAIL",
+        "PASS",
+        "FAIL",
+        "PASS",
+    ]
+    assert "hangs" in results["hangs"]["reason"]
+    assert "ended with 3" in results["dies"]["reason"]
+
+
+def options(tmp_path: pathlib.Path) -> gpu_check.argparse.Namespace:
+    return gpu_check.argparse.Namespace(out=tmp_path, tuning=tmp_path / "tuning.json", quick=True)
+
+
+def test_an_unknown_case_and_a_missing_gpu_are_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--out", str(tmp_path), "--only", "softmax", "--interpret"])
+    assert "no case begins so" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--out", str(tmp_path)])
+    assert "--interpret and --compile-only run without one" in capsys.readouterr().err
+
+
+def case(**changes: object) -> Case:
+    fields: dict[str, object] = {"name": "op/1", "kernel": "op", "make": lambda seed: (), "run": lambda: None}
+    return Case(**{**fields, **changes})
+
+
+def test_a_time_is_judged_by_what_binds() -> None:
+    ceilings = {"copy_bytes_per_s": 1e12, "bf16_flops": 1e14, "fp8_flops": 2e14}
+    by_bytes = report.judge(case(num_bytes=10**8, flops=10**9, goal=0.9), {"status": "PASS", "us": 125.0}, ceilings)
+    assert by_bytes["bound"] == "bytes"
+    assert by_bytes["share"] == pytest.approx(0.8)
+    assert by_bytes["goal_reached"] is False
+    result = {"status": "PASS", "us": 200.0, "tuned_us": 100.0, "peers": {"xla": 250.0, "cudnn": "not there"}}
+    by_flops = report.judge(case(num_bytes=10**6, flops=10**10, rate="fp8"), result, ceilings)
+    assert by_flops["bound"] == "flops"
+    assert by_flops["share"] == pytest.approx(0.5)
+    assert by_flops["times_faster"] == {"xla": 2.5}
+    table = report.table({"op/1": by_bytes, "op/2": by_flops})
+    assert "missed 90%" in table
+    assert "2.50x xla" in table
+
+
+def test_errors_are_judged_by_row_and_nan_is_an_error() -> None:
+    exact = jnp.ones((3, 4))
+    assert row_errors(exact.at[1].set(1.1), exact)[0] == pytest.approx(0.1, rel=1e-5)
+    assert row_errors(exact.at[2, 0].set(jnp.nan), exact)[0] == np.inf
+    assert same_bits(exact, exact)
+    assert not same_bits(exact, exact.at[0, 0].set(-1.0))
+
+
+def test_the_quick_choice_has_every_kernel_and_the_step_comes_before_the_long_tail() -> None:
+    every = cases.all_cases("gpu", is_quick=False)
+    quick = cases.all_cases("gpu", is_quick=True)
+    assert {one.kernel for one in quick} == {one.kernel for one in every}
+    names = cases.in_order(every)
+    assert len(names) == len(set(names)) == len(every) + 2
+    timed = {one.name: one for one in every if one.is_timed}
+    for name in names[names.index(cases.STEP) :]:
+        assert name == cases.STEP or timed[name].goal is None
+
+
+def test_calls_are_timed_one_after_another_in_one_program() -> None:
+    seconds = measure.seconds_per_call(jnp.sin, [(jnp.ones(8),), (jnp.zeros(8),)], runs=2)
+    assert 0 < seconds < 1
+
+
+def test_the_stand_in_for_jaxtyping_takes_any_annotation() -> None:
+    module = bare.stand_in()
+    assert module.Float[module.Array, "N D"] is module.Int
+
+
+BARE = """
+import importlib.util, sys
+
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "jaxtyping" else real(name, *rest)
+import tools.gpu_check
+
+assert "Stand-in" in sys.modules["jaxtyping"].__doc__
+from tools.gpu_check import cases, rank
+
+case = cases.by_name("swiglu_quantise/7x512", "interpret", is_quick=True)
+case.run(*case.make(0), implementation="reference")
+assert not any(name.split(".")[0] in {"step3_jax", "pytest", "beartype"} for name in sys.modules)
+print("BARE")
+"""
+
+
+def test_the_check_needs_neither_jaxtyping_nor_the_model() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BARE], check=False, capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert "BARE" in done.stdout, done.stderr
+
+
+def test_blocks_that_were_measured_join_those_that_are_there(tmp_path: pathlib.Path) -> None:
+    from tools.gpu_check import child
+
+    for stages in (2, 3):
+        child.add_to_tuning(
+            tmp_path / "t.json",
+            [tuning.Entry(op="gemm", shape={"m": stages}, blocks={"stages": stages}, us=1.0)],
+        )
+    assert len(json.loads((tmp_path / "t.json").read_text())["entries"]) == 2
+
+
+def test_a_rank_holds_what_the_model_needs_at_full_depth() -> None:
+    sizes = RankSizes()
+    weights, (state, table) = jax.eval_shape(lambda: (make_weights(sizes), make_state(sizes)))
+    num_bytes = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) for part in (weights, state)]
+    embedding = weights.embedding.size * 2
+    # 48.7 GB of weights, 16.6 GB of cache for 128 sequences of 4,096 tokens and room for one more page each.
+    assert num_bytes[0] - embedding == pytest.approx(48.7e9, rel=0.002)
+    assert num_bytes[1] == pytest.approx(16.6e9 * 65 / 64, rel=0.01)
+    assert table.shape == (128, 65)
+    # Bytes of a step: all of that but the embedding, scales and the room.
+    assert sizes.step_bytes == pytest.approx(65.4e9, rel=0.01)

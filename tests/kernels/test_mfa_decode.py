@@ -1,0 +1,347 @@
+"""Decode attention: the reference against float64, the kernel against the reference, edges packed in ragged batches.
+
+Whatever a sequence must not read is poisoned: rows past its end, pages that are nobody's, table entries past its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.compat import race_check
+from pallas_kernels.mfa_decode import mosaic, plan, reference
+from pallas_kernels.mfa_decode.api import mfa_decode, plan_decode
+from pallas_kernels.pages import KVPages, Storage, contiguous_pages, decode_rows, empty_pages, encode_rows
+from tests.kernels.support import lower_for_cuda, row_errors
+
+SCALE = 0.05
+# Against the reference on the same stored numbers: what 16-bit products lose. int4's keys are rounded once more, after
+# their scales, to bfloat16; scores reach 10 here, of which that is some hundredths (int4 itself is off by a tenth).
+TOLERANCE = {"bfloat16": 3e-3, "fp8": 2e-3, "int4": 2e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A ragged batch."""
+
+    storage: Storage
+    lengths: tuple[int, ...]
+    tokens: int = 1
+    heads: int = 64
+    page_size: int = 64
+    head_dim: int = 256
+
+    def make(self) -> tuple[jax.Array, KVPages, jax.Array, jax.Array]:
+        """Queries, poisoned pages, table and lengths; the queries are float32, so that outputs are not rounded."""
+        rng = np.random.default_rng(len(self.lengths) + 7 * self.tokens + self.heads)
+        batch, size = len(self.lengths), self.page_size
+        max_pages = max(1, -(-max(self.lengths) // size)) + 1
+        num_pages = batch * max_pages + 1
+        shape = (num_pages, size, self.head_dim)
+        table = rng.permutation(num_pages - 1).reshape(batch, max_pages) + 1
+        poison = np.ones(shape[:2], bool)
+        for row, length in zip(table, self.lengths, strict=True):
+            positions = np.arange(length)
+            poison[row[positions // size], positions % size] = False
+            row[-(-length // size) :] = rng.choice([0, num_pages + 1000])
+        rows = [jnp.asarray(rng.normal(size=shape) * 10.0 ** rng.uniform(-1, 1, (*shape[:2], 1))) for _ in range(2)]
+        stored = [_poisoned(*encode_rows(array, self.storage), jnp.asarray(poison)) for array in rows]
+        pages = KVPages(stored[0][0], stored[1][0], stored[0][1], stored[1][1])
+        queries = jnp.asarray(rng.normal(size=(batch, self.tokens, self.heads, self.head_dim)), jnp.bfloat16)
+        return queries.astype(jnp.float32), pages, jnp.asarray(table, jnp.int32), jnp.asarray(self.lengths, jnp.int32)
+
+
+def _poisoned(stored: jax.Array, scales: jax.Array | None, where: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    worst = 0xFFFF if stored.dtype == jnp.uint16 else jnp.nan
+    stored = jnp.where(where[..., None], jnp.asarray(worst, stored.dtype), stored)
+    if scales is None:
+        return stored, None
+    return stored, jnp.swapaxes(jnp.where(where[..., None], jnp.nan, scales), 1, 2).astype(scales.dtype)
+
+
+def _attend_float64(
+    queries: jax.Array, pages: KVPages, table: jax.Array, lengths: jax.Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """Output and log-sum-exp, one token after the other."""
+    batch, tokens, _, head_dim = queries.shape
+    out, lse = np.zeros(queries.shape), np.full(queries.shape[:3], -np.inf)
+    for b in range(batch):
+        length = int(lengths[b])
+        if length == 0:
+            continue
+        used = np.asarray(table)[b, : -(-length // pages.page_size)]
+        rows = []
+        for stored, scales in ((pages.keys, pages.key_scales), (pages.values, pages.value_scales)):
+            picked = None if scales is None else jnp.swapaxes(scales[used], 1, 2)
+            rows.append(np.asarray(decode_rows(stored[used], picked, jnp.float32), np.float64).reshape(-1, head_dim))
+        for t in range(tokens):
+            end = length - tokens + t + 1
+            if end <= 0:
+                continue
+            scores = np.asarray(queries[b, t], np.float64) @ rows[0][:end].T * SCALE
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[b, t] = weights @ rows[1][:end] / weights.sum(axis=1, keepdims=True)
+            lse[b, t] = np.log(weights.sum(axis=1)) + scores.max(axis=1)
+    return out, lse
+
+
+def _errors_by_token(actual: jax.Array, expected: np.ndarray | jax.Array) -> np.ndarray:
+    batch, tokens = actual.shape[:2]
+    flat = (batch * tokens, -1)
+    return row_errors(np.asarray(actual).reshape(flat), np.asarray(expected).reshape(flat))
+
+
+REFERENCE_CASES = [
+    Case("float32", (0, 1, 7, 8, 9, 41), page_size=8, heads=8, head_dim=64),
+    Case("bfloat16", (0, 2, 3, 8, 41), tokens=4, page_size=8, heads=3, head_dim=64),
+    Case("fp8", (5, 0, 64, 65), tokens=2, heads=8),
+    Case("int4", (5, 0, 64, 65), heads=16),
+    # More than one chunk, the last of it partly past the table.
+    Case("float32", (2048, 2049, 5000, 1), heads=4, head_dim=64),
+]
+
+
+@pytest.mark.parametrize("case", REFERENCE_CASES, ids=lambda case: f"{case.storage}-{max(case.lengths)}")
+def test_the_reference_equals_float64_attention(case: Case) -> None:
+    queries, pages, table, lengths = case.make()
+    run = functools.partial(mfa_decode, scale=SCALE, return_lse=True, implementation="reference")
+    out, lse = jax.jit(run)(queries, pages, table, lengths)
+    expected, expected_lse = _attend_float64(queries, pages, table, lengths)
+    assert np.max(_errors_by_token(out, expected)) < 2e-5
+    np.testing.assert_allclose(np.asarray(lse), expected_lse, rtol=1e-5, atol=1e-4)
+
+
+EDGES = (0, 1, 63, 64, 65, 200)
+# T * H <= 64 rows takes the kernel's first form, more its second.
+SHORT_CASES = [
+    (Case("bfloat16", EDGES), True),
+    (Case("int4", (*EDGES, 2), tokens=4, heads=16, page_size=128), False),
+    (Case("fp8", (*EDGES, 2), tokens=8, heads=16), False),
+]
+LONG_CASES = [
+    (Case(storage, (*EDGES, 3, 127, 128, 129, 400), tokens, heads, page_size), True)
+    for storage in ("bfloat16", "fp8", "int4")
+    for tokens, heads, page_size in ((1, 64, 64), (8, 8, 64), (1, 16, 128), (2, 64, 64), (4, 64, 192), (8, 32, 64))
+]
+
+
+def _name(value: object) -> str:
+    if isinstance(value, Case):
+        return f"{value.storage}-T{value.tokens}-H{value.heads}-page{value.page_size}"
+    return "races" if value else ""
+
+
+def _check_kernel(case: Case, detect_races: bool) -> None:
+    args = case.make()
+    assert mosaic.unsupported(args[0], args[1]) is None
+    run = functools.partial(mosaic.decode_attention, scale=SCALE, interpret=True, detect_races=detect_races)
+    with race_check():
+        out, lse = jax.block_until_ready(jax.jit(run)(*args))
+    expected, expected_lse = jax.jit(functools.partial(reference.decode_attention, scale=SCALE))(*args)
+    assert out.dtype == args[0].dtype
+    assert np.max(_errors_by_token(out, expected)) < TOLERANCE[case.storage]
+    np.testing.assert_allclose(np.asarray(lse), np.asarray(expected_lse), atol=0.05 if case.storage == "int4" else 1e-3)
+    is_blind = np.asarray(case.lengths)[:, None] - case.tokens + np.arange(case.tokens) < 0
+    assert np.all(np.asarray(out)[is_blind] == 0)
+    assert np.all(np.asarray(lse)[is_blind] == -np.inf)
+
+
+@pytest.mark.parametrize(("case", "detect_races"), SHORT_CASES, ids=_name)
+def test_the_kernel_equals_the_reference_and_reads_no_poison(case: Case, detect_races: bool) -> None:
+    _check_kernel(case, detect_races)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("case", "detect_races"), LONG_CASES, ids=_name)
+def test_the_kernel_equals_the_reference_in_every_form(case: Case, detect_races: bool) -> None:
+    _check_kernel(case, detect_races)
+
+
+@pytest.mark.kernels
+def test_the_kernel_gives_the_same_bits_twice() -> None:
+    args = Case("fp8", (300, 10, 64), heads=8).make()
+    run = jax.jit(functools.partial(mosaic.decode_attention, scale=SCALE, interpret=True))
+    first, second = (np.asarray(run(*args)[0]).view(np.uint16) for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.kernels
+def test_tiny_values_keep_their_precision_in_fp8() -> None:
+    # Weights times the plain scales would vanish in float16.
+    queries, pages, table, lengths = Case("fp8", (100, 64), heads=8).make()
+    tiny = pages._replace(value_scales=pages.value_scales * 1e-20)
+    run = functools.partial(mosaic.decode_attention, scale=SCALE, interpret=True)
+    out, _ = run(queries, tiny, table, lengths)
+    expected, _ = reference.decode_attention(queries, tiny, table, lengths, scale=SCALE)
+    assert np.max(_errors_by_token(out, expected)) < TOLERANCE["fp8"]
+
+
+def test_the_public_function_runs_the_interpreted_kernel_on_a_contiguous_cache() -> None:
+    queries, keys, values = (
+        jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+        for seed, shape in enumerate([(2, 1, 8, 256), (2, 128, 256), (2, 128, 256)])
+    )
+    pages, table = contiguous_pages(keys, values)
+    lengths = jnp.array([128, 70])
+    work = plan_decode(lengths, tokens=1, heads=8, storage="bfloat16", max_tokens=128, workers=1)
+    args = (queries, pages, table, lengths)
+    out = jax.jit(functools.partial(mfa_decode, implementation="interpret"))(*args, plan=work)
+    expected = jax.jit(mfa_decode)(*args, plan=work)
+    assert out.dtype == jnp.bfloat16
+    assert np.max(_errors_by_token(out, expected)) < 5e-3
+
+
+MISSING_WAIT = """
+import functools, sys, types
+import jax
+from pallas_kernels.compat import race_check
+from pallas_kernels.mfa_decode import mosaic, worker
+from tests.kernels.test_mfa_decode import Case
+
+class WithoutWait(types.SimpleNamespace):
+    def __getattr__(self, name):
+        return getattr(real, name)
+
+def barrier_wait(barrier):
+    # The wait for a free slot, in the function of that name.
+    if sys._getframe(1).f_code.co_name != "wait_for_slot":
+        real.barrier_wait(barrier)
+
+real = worker.plgpu
+if sys.argv[1] == "broken":
+    worker.plgpu = WithoutWait(barrier_wait=barrier_wait)
+run = functools.partial(
+    mosaic.decode_attention, scale=1.0, interpret=True, detect_races=True, blocks={"workers": 1, "slots": 2}
+)
+with race_check():
+    jax.block_until_ready(jax.jit(run)(*Case("bfloat16", (256,), heads=8).make()))
+print("no race")
+"""
+
+
+def _run_planted(argument: str) -> str:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", MISSING_WAIT, argument], capture_output=True, text=True, timeout=180, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "hung"
+    return "passed" if done.returncode == 0 and "no race" in done.stdout else done.stderr
+
+
+@pytest.mark.kernels
+def test_a_missing_wait_for_a_free_slot_is_caught() -> None:
+    assert _run_planted("whole") == "passed"
+    outcome = _run_planted("broken")
+    assert outcome not in ("passed", "hung")
+    assert "race" in outcome.lower() or "barrier" in outcome.lower()
+
+
+@pytest.mark.parametrize(
+    ("storage", "batch", "tokens", "heads", "length"),
+    [
+        ("bfloat16", 64, 1, 64, 8192),
+        ("fp8", 128, 1, 64, 4096),
+        ("int4", 64, 1, 64, 8192),
+        ("bfloat16", 8, 4, 64, 65_536),
+        ("fp8", 1, 8, 64, 65_536),
+        ("int4", 16, 8, 16, 32_768),
+        ("fp8", 64, 1, 8, 8192),
+    ],
+)
+def test_the_kernel_lowers_for_cuda_at_the_real_models_shapes(
+    storage: Storage, batch: int, tokens: int, heads: int, length: int
+) -> None:
+    pages = jax.eval_shape(lambda: empty_pages(batch * length // 64, 256, storage))
+    shape = jax.ShapeDtypeStruct
+    args = (
+        shape((batch, tokens, heads, 256), jnp.bfloat16),
+        pages,
+        shape((batch, length // 64), jnp.int32),
+        shape((batch,), jnp.int32),
+    )
+    assert "mosaic_gpu" in lower_for_cuda(mfa_decode, *args)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (0,),
+        (1,),
+        (64 * 9, 0, 0, 1, 65, 0),
+        (128,) * 64,
+        (4096,) * 85,
+        (8192,) * 64,
+        (65_536, *(1,) * 63),
+        tuple(range(0, 8192, 100)),
+    ],
+)
+@pytest.mark.parametrize(("workers", "min_blocks"), [(132, 4), (3, 1), (1, 1)])
+def test_a_plan_gives_every_block_to_one_worker_and_every_fragment_a_number(
+    lengths: tuple[int, ...], workers: int, min_blocks: int
+) -> None:
+    work = plan.plan_work(jnp.asarray(lengths), capacity=65_536, workers=workers, min_blocks=min_blocks)
+    starts, spans, fragments = (np.asarray(array) for array in (work.starts, work.spans, work.fragments))
+    owned: dict[int, list[int]] = {}
+    numbers: list[int] = []
+    for worker, (begin, end, first, count) in enumerate(spans):
+        for b in range(first, first + count):
+            low, high = max(begin, starts[b]), min(end, starts[b + 1])
+            if high > low:
+                owned.setdefault(b, []).extend(range(low - starts[b], high - starts[b]))
+                numbers.append(b + worker)
+                assert fragments[b, 0] <= b + worker < fragments[b, 0] + fragments[b, 1]
+    for b, length in enumerate(lengths):
+        assert owned.get(b, []) == list(range(-(-length // 64)))
+        assert (fragments[b, 1] == 0) == (length == 0)
+    assert len(set(numbers)) == len(numbers) == fragments[:, 1].sum()
+    assert max(numbers, default=0) < plan.num_fragments(len(lengths), workers)
+
+
+def test_equal_sequences_are_cut_at_their_ends_where_that_costs_little() -> None:
+    work = plan.plan_work(jnp.full((64,), 8192), capacity=8192, workers=132, min_blocks=4)
+    assert np.asarray(work.fragments)[:, 1].tolist() == [2] * 64
+    work = plan.plan_work(jnp.full((128,), 4096), capacity=8192, workers=132, min_blocks=4)
+    assert np.asarray(work.fragments)[:, 1].tolist() == [1] * 128
+
+
+def test_a_length_beyond_the_table_is_cut_off() -> None:
+    queries, pages, table, _ = Case("bfloat16", (128, 64), heads=8).make()
+    table = table[:, :2]
+    full = mfa_decode(queries, pages, table, jnp.array([128, 64]), scale=SCALE)
+    assert np.array_equal(full[0], mfa_decode(queries, pages, table, jnp.array([10_000, 64]), scale=SCALE)[0])
+
+
+def test_an_empty_batch_or_table_gives_zeros() -> None:
+    pages = empty_pages(1, 64, "float32")
+    queries = jnp.ones((2, 1, 4, 64))
+    out, lse = mfa_decode(queries, pages, jnp.zeros((2, 0), jnp.int32), jnp.zeros(2, jnp.int32), return_lse=True)
+    assert np.all(np.asarray(out) == 0)
+    assert np.all(np.asarray(lse) == -np.inf)
+    assert mfa_decode(queries[:0], pages, jnp.zeros((0, 1), jnp.int32), jnp.zeros(0, jnp.int32)).shape == (0, 1, 4, 64)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    pages = empty_pages(4, 64, "float32")
+    table, lengths = jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32)
+    with pytest.raises(ValueError, match="heads of 32, the pages rows of 64"):
+        mfa_decode(jnp.ones((2, 1, 4, 32)), pages, table, lengths)
+    other = plan_decode(jnp.ones(3, jnp.int32), tokens=1, heads=4, storage="fp8", max_tokens=64)
+    with pytest.raises(ValueError, match="the plan is for 3 sequences, the queries are of 2"):
+        mfa_decode(jnp.ones((2, 1, 4, 64)), pages, table, lengths, plan=other)
+    with pytest.raises(ValueError, match="not for float32"):
+        plan_decode(lengths, tokens=1, heads=4, storage="float32", max_tokens=64)
+    with pytest.raises(NotImplementedError, match="not float32; use implementation='auto' or 'reference'"):
+        mfa_decode(jnp.ones((2, 1, 4, 64)), pages, table, lengths, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="heads of 256, not 64"):
+        mfa_decode(jnp.ones((2, 1, 4, 64)), empty_pages(4, 64, "fp8"), table, lengths, implementation="interpret")
+    odd = empty_pages(4, 256, "bfloat16", page_size=96)
+    with pytest.raises(NotImplementedError, match="pages of 96"):
+        mfa_decode(jnp.ones((2, 1, 4, 256)), odd, table, lengths, implementation="mosaic")

@@ -1,0 +1,217 @@
+"""Cases of attention: decode over a paged cache, prefill, and the vision tower's."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import pages as kv_pages
+from pallas_kernels.mfa_decode.api import mfa_decode
+from pallas_kernels.mfa_prefill.api import dense_attention, mfa_prefill
+from tools.gpu_check.case import Case, Inputs, Peer, normal
+
+HEAD_DIM = 256
+NUM_HEADS = 64
+PAGE = kv_pages.PAGE_SIZE
+# Against the reference on the same stored values: float16 and bfloat16 products, summed in float32.
+TOLERANCE = {"bfloat16": 5e-3, "fp8": 5e-3, "int4": 1e-2}
+GOALS = {"bfloat16": 0.95, "fp8": 0.90, "int4": 0.75}
+EDGES = (0, 1, PAGE - 1, PAGE, PAGE + 1)
+
+
+def decode_cases(*, is_small: bool) -> list[Case]:
+    """Correctness over ragged lengths in every storage, then times over batch and context."""
+    edges = (*EDGES, 150) if is_small else (*EDGES, 4096, 65_536, 3_000)
+    cases = [
+        _decode(f"mfa_decode/{storage}/edges", storage, edges, num_tokens, num_heads)
+        for storage, num_tokens, num_heads in (
+            ("bfloat16", 1, 64),
+            ("fp8", 1, 64),
+            ("int4", 1, 64),
+            ("fp8", 4, 16),
+        )[: 2 if is_small else None]
+    ]
+    shapes = {
+        "bfloat16": [(64, 8192), (64, 4096), (64, 32_768), (8, 32_768), (1, 32_768), (8, 65_536)],
+        "fp8": [(64, 8192), (128, 4096), (64, 4096), (64, 32_768), (8, 32_768), (1, 32_768), (8, 65_536)],
+        "int4": [(64, 8192), (64, 32_768)],
+    }
+    if is_small:
+        return cases
+    for storage, sizes in shapes.items():
+        for batch, length in sizes:
+            name = f"mfa_decode/{storage}/{batch}x{length}"
+            cases.append(_decode(name, storage, (length,) * batch, 1, 64, is_timed=True))
+        ragged = tuple(int(length) for length in np.random.default_rng(0).integers(1024, 8193, 64))
+        cases.append(_decode(f"mfa_decode/{storage}/64xragged", storage, ragged, 1, 64, is_timed=True))
+    return cases
+
+
+def _decode(
+    name: str, storage: str, lengths: tuple[int, ...], num_tokens: int, num_heads: int, *, is_timed: bool = False
+) -> Case:
+    num_bytes = sum(lengths) * kv_pages.bytes_per_token(HEAD_DIM, storage)
+    num_bytes += 2 * 2 * len(lengths) * num_tokens * num_heads * HEAD_DIM
+    is_full = len(set(lengths)) == 1
+    return Case(
+        name=name if num_tokens == 1 else f"{name}-{num_tokens}x{num_heads}",
+        kernel="mfa_decode",
+        make=functools.partial(_decode_inputs, storage, lengths, num_tokens, num_heads),
+        run=mfa_decode,
+        tolerance=None if is_timed and sum(lengths) > 1 << 18 else TOLERANCE[storage],
+        num_bytes=num_bytes if is_timed else 0,
+        flops=4 * sum(lengths) * num_tokens * num_heads * HEAD_DIM,
+        goal=GOALS[storage] if is_timed and len(lengths) == 64 and is_full and lengths[0] == 8192 else None,
+        peers={"cudnn": Peer(_cudnn_decode, _contiguous)} if is_timed and storage == "bfloat16" and is_full else {},
+        tuned=("mfa_decode",)
+        if is_timed and (len(lengths), lengths[0]) in ((64, 8192), (8, 32_768), (1, 32_768))
+        else (),
+    )
+
+
+def _decode_inputs(storage: str, lengths: tuple[int, ...], num_tokens: int, num_heads: int, seed: int) -> Inputs:
+    """Queries, pages, table and lengths; what no sequence owns, rows behind an end included, is NaN."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    pages, table = paged(storage, lengths, seed)
+    queries = normal(keys[0], (len(lengths), num_tokens, num_heads, HEAD_DIM))
+    return queries, pages, table, jnp.asarray(lengths, jnp.int32)
+
+
+def paged(storage: str, lengths: tuple[int, ...], seed: int) -> tuple[kv_pages.KVPages, jax.Array]:
+    """Pages in random order with two spare ones, and the table. Poisoned wherever no token lives."""
+    random = np.random.default_rng(seed)
+    needed = [-(-length // PAGE) for length in lengths]
+    num_pages = sum(needed) + 2
+    order = random.permutation(num_pages)[: sum(needed)]
+    table = np.full((len(lengths), max(*needed, 1)), num_pages - 1, np.int32)
+    owned = np.zeros((num_pages, PAGE), bool)
+    start = 0
+    for row, (length, count) in enumerate(zip(lengths, needed, strict=True)):
+        table[row, :count] = order[start : start + count]
+        owned[table[row, :count]] = (np.arange(count * PAGE) < length).reshape(count, PAGE)
+        start += count
+    spare = np.flatnonzero(~owned.any(1))
+    for row, count in enumerate(needed):
+        table[row, count:] = spare[0]
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return _poisoned_pages(keys, jnp.asarray(owned), storage), jnp.asarray(table)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _poisoned_pages(keys: jax.Array, owned: jax.Array, storage: str) -> kv_pages.KVPages:
+    def part(key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        def rows(one: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            return kv_pages.encode_rows(jax.random.normal(one, (PAGE, HEAD_DIM), jnp.bfloat16), storage)
+
+        # In turns of 256 pages: the float32 numbers of all would be larger than the cache itself.
+        stored, scales = jax.lax.map(rows, jax.random.split(key, owned.shape[0]), batch_size=256)
+        if stored.dtype != jnp.uint16:
+            stored = jnp.where(owned[..., None], stored, jnp.nan).astype(stored.dtype)
+        if scales is None:
+            return stored, None
+        scales = jnp.where(owned[..., None], scales, jnp.nan).astype(scales.dtype)
+        return stored, jnp.swapaxes(scales, 1, 2)
+
+    (stored_keys, key_scales), (stored_values, value_scales) = part(keys[0]), part(keys[1])
+    return kv_pages.KVPages(stored_keys, stored_values, key_scales, value_scales)
+
+
+def _contiguous(
+    queries: jax.Array, pages: kv_pages.KVPages, table: jax.Array, *lengths: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The pages as [B, S, 1, K]; in the order in which they lie, the time is the same."""
+    used = table.size
+    keys, values = (part[:used].reshape(table.shape[0], -1, 1, HEAD_DIM) for part in (pages.keys, pages.values))
+    return queries, keys, values, lengths[-1]
+
+
+def _cudnn_decode(queries: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        queries, keys, values, key_value_seq_lengths=lengths, implementation="cudnn", scale=HEAD_DIM**-0.5
+    )
+
+
+def prefill_cases(*, is_small: bool) -> list[Case]:
+    """Correctness over packed ragged chunks, then times of whole prompts and of a chunk behind a long prefix."""
+    packs = ((3, 70), (0, 0), (65, 65)) if is_small else ((1, 1), (0, 0), (63, 4000), (700, 700), (129, 65_536))
+    cases = [
+        _prefill(f"mfa_prefill/{storage}/edges", storage, packs, padding=5)
+        for storage in (("bfloat16",) if is_small else ("bfloat16", "fp8"))
+    ]
+    cases.append(_dense("dense_attention/edges", 1, 70 if is_small else 1300, 2 if is_small else 16, 112, False))
+    if is_small:
+        return cases
+    for storage in ("bfloat16", "fp8"):
+        for name, pack in (
+            ("1k", ((1024, 1024),)),
+            ("8k", ((8192, 8192),)),
+            ("32k", ((32_768, 32_768),)),
+            ("2k-behind-62k", ((2048, 65_536),)),
+        ):
+            cases.append(_prefill(f"mfa_prefill/{storage}/{name}", storage, pack, is_timed=True))
+    cases.append(_dense("dense_attention/vision/4x2708", 4, 2708, 16, 112, True))
+    return cases
+
+
+def _prefill(
+    name: str, storage: str, packs: tuple[tuple[int, int], ...], *, padding: int = 0, is_timed: bool = False
+) -> Case:
+    """`packs` are (new tokens, cached tokens) of each sequence."""
+    seen = sum(new * (2 * cached - new + 1) // 2 for new, cached in packs)
+    rows = sum(new for new, _ in packs)
+    num_bytes = 4 * rows * NUM_HEADS * HEAD_DIM
+    num_bytes += sum(cached for _, cached in packs) * kv_pages.bytes_per_token(HEAD_DIM, storage)
+    return Case(
+        name=name,
+        kernel="mfa_prefill",
+        make=functools.partial(_prefill_inputs, storage, packs, padding),
+        run=mfa_prefill,
+        tolerance=None if is_timed and rows > 2048 else TOLERANCE[storage],
+        num_bytes=num_bytes if is_timed else 0,
+        flops=4 * seen * NUM_HEADS * HEAD_DIM,
+        goal=0.65 if name.endswith("bfloat16/8k") else None,
+        peers={"cudnn": Peer(_cudnn_prefill, _contiguous)}
+        if is_timed and storage == "bfloat16" and packs[0][0] == packs[0][1]
+        else {},
+        tuned=("mfa_prefill",) if name.endswith("/8k") else (),
+    )
+
+
+def _prefill_inputs(storage: str, packs: tuple[tuple[int, int], ...], padding: int, seed: int) -> Inputs:
+    starts = np.concatenate([[0], np.cumsum([new for new, _ in packs])]).astype(np.int32)
+    lengths = tuple(cached for _, cached in packs)
+    pages, table = paged(storage, lengths, seed)
+    queries = normal(jax.random.key(seed + 1), (int(starts[-1]) + padding, NUM_HEADS, HEAD_DIM))
+    queries = queries.at[int(starts[-1]) :].set(jnp.nan)
+    return queries, pages, table, jnp.asarray(starts), jnp.asarray(lengths, jnp.int32)
+
+
+def _cudnn_prefill(queries: jax.Array, keys: jax.Array, values: jax.Array, _: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        queries[None], keys, values, is_causal=True, implementation="cudnn", scale=HEAD_DIM**-0.5
+    )[0]
+
+
+def _dense(name: str, batch: int, length: int, num_heads: int, head_dim: int, is_timed: bool) -> Case:
+    def make(seed: int) -> Inputs:
+        keys = jax.random.split(jax.random.key(seed), 3)
+        return tuple(normal(key, (batch, length, num_heads, head_dim)) for key in keys)
+
+    def cudnn(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(queries, keys, values, implementation="cudnn", scale=head_dim**-0.5)
+
+    return Case(
+        name=name,
+        kernel="mfa_prefill",
+        make=make,
+        run=dense_attention,
+        tolerance=TOLERANCE["bfloat16"],
+        num_bytes=8 * batch * length * num_heads * head_dim if is_timed else 0,
+        flops=4 * batch * length * length * num_heads * head_dim,
+        goal=0.60 if is_timed else None,
+        peers={"cudnn": Peer(cudnn)} if is_timed else {},
+        tuned=("dense_attention",) if is_timed else (),
+    )

@@ -1,0 +1,104 @@
+"""Times on the device: many calls inside one program, inputs in turn, medians; and the ceilings to judge them by."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+WARM_UP = 3
+RUNS = 20
+# Long enough that the start of a program and the wait for its end do not count.
+TARGET_SECONDS = 0.02
+MAX_CALLS = 400
+
+
+def seconds_per_call(
+    run: Callable[..., object],
+    sets: Sequence[tuple[object, ...]],
+    *,
+    carry: Callable[[tuple[object, ...], object], tuple[object, ...]] | None = None,
+    runs: int = RUNS,
+) -> float:
+    """Median seconds of one `run(*inputs)` over `runs` programs, each of which calls it on all `sets` many times.
+
+    All outputs are carried through the loop, so that no call is dead, and inputs pass a barrier in each turn, so that no
+    call is moved out of it.
+
+    Args:
+      run: What is timed.
+      sets: Inputs to rotate among.
+      carry: For a `run` that changes an input in place and returns (result, changed): the next call's inputs from its
+        set and this call's output.
+      runs: Programs timed.
+    """
+    # The number of turns is a constant of the program: else the host would wait for each turn's end.
+    single = jax.jit(run)
+    output = jax.block_until_ready(single(*sets[0]))
+    guess = _elapsed(single, *sets[0])
+    turns = max(1, min(MAX_CALLS, int(TARGET_SECONDS / max(guess, 1e-6))) // len(sets))
+
+    def call_all(output: object, sets: Sequence[tuple[object, ...]]) -> object:
+        def once(_: jax.Array, state: tuple[Sequence[object], object]) -> tuple[Sequence[object], object]:
+            # Each output is carried once: a second name for it would be a copy in each turn.
+            (*_, result), changed = state
+            results = []
+            for inputs in sets:
+                tied = lax.optimization_barrier(inputs)
+                if carry is None:
+                    result = run(*tied)
+                else:
+                    result, changed = run(*carry(tied, (result, changed)))
+                results.append(result)
+            return results, changed
+
+        result, changed = (output, None) if carry is None else output
+        return lax.fori_loop(0, turns, once, ([result] * len(sets), changed))
+
+    program = jax.jit(call_all)
+    for _ in range(WARM_UP):
+        jax.block_until_ready(program(output, sets))
+    return statistics.median(_elapsed(program, output, sets) for _ in range(runs)) / (turns * len(sets))
+
+
+def _elapsed(program: Callable[..., object], *args: object) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(program(*args))
+    return time.perf_counter() - start
+
+
+def ceilings(*, scale: float = 1.0) -> dict[str, float]:
+    """What this device reaches: bytes a second of a copy and of a read, FLOPs a second of large products.
+
+    Args:
+      scale: Shrinks the arrays, for a try on a CPU.
+    """
+    num_bytes = int(4e9 * scale) // 4096 * 4096
+    source = jax.random.bits(jax.random.key(0), (num_bytes // 4,), jnp.uint32)
+    copy = seconds_per_call(lambda x: x ^ jnp.uint32(1), [(source,)])
+    read = seconds_per_call(lambda x: lax.reduce(x, jnp.uint32(0), lax.bitwise_xor, (0,)), [(source,)])
+    del source
+    side = max(int(8192 * scale), 128) // 128 * 128
+    left, right = (jax.random.normal(jax.random.key(seed), (side, side), jnp.bfloat16) for seed in (1, 2))
+    bf16 = seconds_per_call(functools.partial(jnp.matmul, preferred_element_type=jnp.bfloat16), [(left, right)])
+    result = {
+        "copy_bytes_per_s": 2 * num_bytes / copy,
+        "read_bytes_per_s": num_bytes / read,
+        "bf16_flops": 2 * side**3 / bf16,
+    }
+    eights = (*(array.astype(jnp.float8_e4m3fn) for array in (left, right)), jnp.ones((), jnp.bfloat16))
+    result["fp8_flops"] = 2 * side**3 / seconds_per_call(xla_fp8, [eights])
+    # The launch of a kernel that does next to nothing, inside a loop.
+    result["launch_s"] = seconds_per_call(lambda x: x + 1, [(jnp.zeros((1024,)),)])
+    return result
+
+
+def xla_fp8(left: jax.Array, right: jax.Array, scale: jax.Array) -> jax.Array:
+    """left [M, K] times right [N, K] transposed in e4m3, one scale each: the form that XLA hands to cuBLASLt."""
+    wide = [array.astype(jnp.bfloat16) * scale for array in (left, right)]
+    return lax.dot_general(*wide, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)

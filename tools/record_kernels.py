@@ -1,0 +1,121 @@
+"""Compiles every kernel at the real model's shapes for an H100, without one, and writes down what the assembler says.
+
+    python -m tools.record_kernels --out benchmarks/kernels-compiled
+
+Needs Python 3.12 and the extra `aot`. The tests of the same (`make kernels`) hold these figures to their limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import jax
+
+from tools import gpu_compile
+from tools.gpu_check import cases as case_list
+from tools.gpu_check.case import Case
+
+# What a kernel's tensor-core products must be.
+E4M3, F16, BF16 = "f32.e4m3.e4m3", "f32.f16.f16", "f32.bf16.bf16"
+# Every kernel in every form that the blocks' defaults give it at the model's sizes, and its products.
+CASES: dict[str, str | None] = {
+    "mfa_decode/bfloat16/64x8192": BF16,
+    "mfa_decode/fp8/64x8192": F16,
+    "mfa_decode/fp8/1x32768": F16,
+    "mfa_decode/fp8/edges-4x16": F16,
+    "mfa_decode/int4/64x8192": BF16,
+    "fp8_matmul/1x7168x16384": E4M3,
+    "fp8_matmul/64x7168x16384": E4M3,
+    "fp8_matmul/64x2048x7168": E4M3,
+    "fp8_matmul/128x18432x7168": E4M3,
+    "fp8_matmul/4096x7168x16384": E4M3,
+    "moe_ffn/fp8/256x6of48/uniform": E4M3,
+    "moe_ffn/fp8/1024x6of48/uniform": E4M3,
+    "moe_ffn/fp8/2731x48of48/uniform": E4M3,
+    "moe_ffn/bfloat16/256x6of48/uniform": BF16,
+    "mfa_prefill/bfloat16/8k": BF16,
+    "mfa_prefill/fp8/8k": F16,
+    "dense_attention/vision/4x2708": BF16,
+    "norm_quantise/64x7168": None,
+    "norm_quantise/4096x7168": None,
+    "swiglu_quantise/64x5120": None,
+    "swiglu_quantise/4096x5120": None,
+    "permute_rows/128x7168": None,
+    "rope_cache_write/bfloat16/128": None,
+    "rope_cache_write/fp8/128": None,
+}
+# Cases, by how their names begin, that may spill registers: bytes of stores a thread, and why. All others may not.
+ALLOWED_SPILLS = {
+    "mfa_decode/": (600, "sums of 64 x 256, scores and weights are held at once; not yet traced to a place"),
+    "mfa_prefill/fp8/": (56, "the warpgroup that turns 8-bit rows to float16 has few registers"),
+    "moe_ffn/fp8/": (96, "gate + up at tiles of 128 rows: two sums and a product are 192 registers; once a work item"),
+}
+
+
+def main() -> None:
+    """Writes OUT.json and OUT.md."""
+    parser = argparse.ArgumentParser(prog="python -m tools.record_kernels", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/kernels-compiled"))
+    parser.add_argument("--only", default="", help="names that start so")
+    args = parser.parse_args()
+    if gpu_compile.missing():
+        parser.error(str(gpu_compile.missing()))
+    mesh = gpu_compile.h100_mesh()
+    known = {case.name: case for case in case_list.all_cases("compile", is_quick=False)}
+    rows = []
+    for name in CASES:
+        if name.startswith(args.only):
+            for report in compile_case(mesh, known[name]):
+                rows.append({"case": name, **dataclasses.asdict(report)})
+                print(rows[-1], flush=True)
+    write(args.out.with_suffix(".json"), json.dumps({"jax": jax.__version__, "kernels": rows}, indent=1) + "\n")
+    write(args.out.with_suffix(".md"), table(rows))
+
+
+def compile_case(mesh: jax.sharding.Mesh, case: Case) -> list[gpu_compile.KernelReport]:
+    """The Mosaic kernels of one case."""
+    shapes = jax.eval_shape(lambda: case.make(0))
+    return gpu_compile.compile_and_read(mesh, lambda *inputs: case.run(*inputs, implementation="mosaic"), *shapes)[1]
+
+
+def allowed_spill_bytes(name: str) -> int:
+    """What the kernels of a case may spill."""
+    return max((limit for start, (limit, _) in ALLOWED_SPILLS.items() if name.startswith(start)), default=0)
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """The same as a page."""
+    lines = [
+        "# The kernels as compiled for an H100",
+        "",
+        f"sm_90a, jax {jax.__version__}, without a GPU: `python -m tools.record_kernels` writes this page and the",
+        "JSON file beside it; `make kernels` compiles the same and checks it. Registers are a thread's when a kernel",
+        "starts; warpgroups then trade them (`setmaxnreg`). Shared memory is a block's, of 227 KB. Code that two cases",
+        "have in common is listed once. Nothing here was run: no time is given because none was measured.",
+        "",
+        "| case | kernel | registers | spilled bytes | shared memory, KB | wgmma | bulk copies |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        kinds = ", ".join(str(kind) for kind in row["wgmma"]) or "-"  # type: ignore[attr-defined]
+        lines.append(
+            f"| {row['case']} | {row['name']} | {row['registers']} | {row['spill_bytes']} | "
+            f"{int(str(row['smem_bytes'])) / 1024:.0f} | {kinds} ({row['num_wgmma']}) | {row['num_tma']} |"
+        )
+    lines += ["", "Allowed to spill, in bytes a thread:", ""]
+    lines += [f"- `{start}`: {limit}; {why}." for start, (limit, why) in ALLOWED_SPILLS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes under a temporary name first."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,9 @@ import pytest
 # Before jax is imported, here and in the processes that tests start.
 os.environ["JAX_PLATFORMS"] = os.environ.get("STEP3_TEST_PLATFORM", "cpu")
 
+# The kernels' interpreter holds a thread for each warpgroup that waits; with as few as this machine may have cores it hangs.
+os.environ.setdefault("PJRT_NPROC", "8")
+
 import jax
 import jaxtyping
 

@@ -19,9 +19,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-# Before jax is imported: only the compiler is wanted of the plugin, no GPU is looked for.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import numpy as np
 from jax.experimental import topologies
@@ -99,6 +96,9 @@ def missing() -> str | None:
 
 def h100_mesh(shape: Sequence[int] = (1,), names: Sequence[str] = ("x",)) -> Mesh:
     """A mesh of H100s that exist as a description only, in one node."""
+    if not jax.config.jax_platforms:
+        # Only the compiler is wanted of the plugin, which otherwise looks for a GPU and for CUDA's libraries.
+        jax.config.update("jax_platforms", "cpu")
     count = int(np.prod(shape))
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{count}", target_config=H100)
     return Mesh(np.array(topology.devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))

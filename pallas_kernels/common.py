@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
@@ -48,7 +49,7 @@ def dispatch(
     Args:
       implementation: See `Implementation`.
       unsupported: Why the kernel cannot serve these arguments; None if it can.
-      reference: Plain JAX.
+      reference: Plain JAX; also what gives the derivative.
       kernel: Called with `interpret=`, besides `args`.
       *args: What both get.
 
@@ -60,11 +61,29 @@ def dispatch(
         raise NotImplementedError(f"{unsupported}; use implementation='auto' or 'reference'")
     if implementation == "reference" or (implementation == "auto" and (unsupported or _has_other_gpu())):
         return reference(*args)
-    if implementation == "interpret":
-        return kernel(*args, interpret=True)
-    if implementation == "mosaic":
-        return kernel(*args, interpret=False)
-    return jax.lax.platform_dependent(*args, cuda=lambda *given: kernel(*given, interpret=False), default=reference)
+    if implementation == "auto":
+
+        def run(*given: object) -> R:
+            cuda = functools.partial(kernel, interpret=False)
+            return jax.lax.platform_dependent(*given, cuda=cuda, default=reference)
+
+    else:
+        run = functools.partial(kernel, interpret=implementation == "interpret")
+    return _differentiable(run, reference)(*args)
+
+
+def _differentiable(run: Callable[..., R], reference: Callable[..., R]) -> Callable[..., R]:
+    """`run` with the derivative of `reference`: kernels have none, and to differentiate a choice is to try all of it."""
+    function = jax.custom_vjp(run)
+
+    def forward(*args: object) -> tuple[R, tuple[object, ...]]:
+        return run(*args), args
+
+    def backward(args: tuple[object, ...], cotangent: R) -> tuple[object, ...]:
+        return jax.vjp(reference, *args)[1](cotangent)
+
+    function.defvjp(forward, backward)
+    return function
 
 
 def _has_other_gpu() -> bool:

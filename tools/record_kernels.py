@@ -49,7 +49,10 @@ CASES: dict[str, str | None] = {
 }
 # Cases, by how their names begin, that may spill registers: bytes of stores a thread, and why. All others may not.
 ALLOWED_SPILLS = {
-    "mfa_decode/": (176, "sums of 64 x 256, scores and weights are held at once; most of it in the merge of two warpgroups"),
+    "mfa_decode/": (
+        176,
+        "sums of 64 x 256, scores and weights are held at once; most of it in the merge of two warpgroups",
+    ),
     "mfa_prefill/fp8/": (28, "the warpgroup that turns 8-bit rows to float16 has few registers"),
     "moe_ffn/fp8/": (44, "gate + up at tiles of 128 rows: two sums and a product are 192 registers; once a work item"),
 }

@@ -1,1 +1,1 @@
-"""Key/value caches."""
+"""The paged key/value cache."""

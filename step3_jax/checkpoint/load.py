@@ -12,7 +12,7 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,10 @@ from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
 from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Checkpoint, summarise
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig
+from step3_jax.mesh import Layout, padded_shape
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import BlockScaled, scale_shape
+from step3_jax.sharding import fit_parallel
 
 NUM_READERS = 4
 PLAIN_DTYPES = ("BF16", "F32", "F16", "F64")
@@ -56,6 +58,7 @@ def load_model(
     *,
     keep_fp8: bool | None = None,
     shardings: Mapping[Path, NamedSharding] | None = None,
+    layout: Layout | None = None,
     text_only: bool = False,
     progress: bool = False,
 ) -> Step3:
@@ -69,6 +72,7 @@ def load_model(
         once, here. By default they stay, except on CPU, where nothing is gained.
       shardings: Where each parameter goes, by its path in the model (see `names`); each host then reads only the parts
         its devices hold. If absent, all goes to the default device.
+      layout: The same, from a parallel setting: the head's rows are filled up with zeros where they do not divide.
       text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.
 
@@ -77,8 +81,10 @@ def load_model(
 
     Raises:
       ValueError: If `path` is no model folder, the configuration is wrong, or tensors are missing, superfluous, damaged,
-        of the wrong shape or dtype: all of them are listed.
+        of the wrong shape or dtype: all of them are listed. Also if the layout does not divide the model.
     """
+    if shardings is not None and layout is not None:
+        raise ValueError("shardings and layout both say where parameters go: give one of them")
     folder = _find_folder(path)
     config = ModelConfig.load(folder)
     dtype_name = _dtype_name(config.dtype if dtype is None else dtype)
@@ -99,8 +105,10 @@ def load_model(
         config = dataclasses.replace(
             config, dtype=dtype_name, quantization=config.quantization if has_fp8 and keep_fp8 else None
         )
+        if layout is not None:
+            fit_parallel(layout.parallel, config.text, fp8_block=block if config.quantization is not None else None)
         reader = _Reader(checkpoint, np.dtype(dtype_name), block, keep_fp8)
-        return _fill(config, reader, shardings, progress)
+        return _fill(config, reader, layout.parameter if layout is not None else shardings, progress)
 
 
 def find_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> list[str]:
@@ -179,11 +187,16 @@ class _Reader:
 
 
 def _fill(
-    config: ModelConfig, reader: _Reader, shardings: Mapping[Path, NamedSharding] | None, progress: bool
+    config: ModelConfig,
+    reader: _Reader,
+    shardings: Mapping[Path, NamedSharding] | Callable[[Path], NamedSharding] | None,
+    progress: bool,
 ) -> Step3:
     """The module with every parameter read; no memory is ever taken for random weights."""
     model = nnx.eval_shape(lambda: Step3(config, rngs=nnx.Rngs(0)))
     flat = parameters_of(model)
+    if callable(shardings):
+        shardings = {path: shardings(path) for path in flat}
     if shardings is not None and flat.keys() - shardings.keys():
         lacking = sorted(released_name(path) for path in flat.keys() - shardings.keys())
         raise ValueError("shardings lacks " + summarise("parameters", lacking))
@@ -224,8 +237,7 @@ def _place(reader: _Reader, name: str, dtype: np.dtype | None, sharding: NamedSh
     info = reader.checkpoint.tensors[name]
     read = functools.partial(reader.stored if dtype is None else reader.converted, name)
     if sharding is not None:
-        # Every device of this process asks for its part alone.
-        array: Array = jax.make_array_from_callback(info.shape, _fit(sharding, info.shape), read)
+        array = _place_parts(read, info.shape, sharding, is_scale=name.endswith(SCALE_SUFFIX))
     elif len(info.shape) == 3:
         array = jnp.zeros(info.shape, DTYPES[info.dtype] if dtype is None else dtype)
         for expert in range(info.shape[0]):
@@ -234,6 +246,33 @@ def _place(reader: _Reader, name: str, dtype: np.dtype | None, sharding: NamedSh
         array = jax.device_put(read((slice(None),) * len(info.shape)))
     # Waiting here is what bounds the host memory that transfers hold on to.
     return array.block_until_ready()
+
+
+def _place_parts(
+    read: Callable[[tuple[slice | int, ...]], Shaped[np.ndarray, "..."]],
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    *,
+    is_scale: bool,
+) -> Shaped[Array, "..."]:
+    """Every device of this process asks for its part alone, and what several of them hold is read once."""
+    if is_scale:
+        sharding, padded = _fit(sharding, shape), shape
+    else:
+        padded = padded_shape(shape, sharding)
+    parts: dict[tuple[tuple[int, int, int], ...], Shaped[np.ndarray, "..."]] = {}
+
+    def read_part(index: tuple[slice, ...] | None) -> Shaped[np.ndarray, "..."]:
+        key = tuple(part.indices(size) for part, size in zip(index or (), padded, strict=True))
+        if key not in parts:
+            # What lies behind the last row is filling.
+            bounds = zip(key, shape, strict=True)
+            found = read(tuple(slice(min(start, size), min(stop, size)) for (start, stop, _), size in bounds))
+            missing = [(0, stop - start - size) for (start, stop, _), size in zip(key, found.shape, strict=True)]
+            parts[key] = np.pad(found, missing) if any(after for _, after in missing) else found
+        return parts[key]
+
+    return jax.make_array_from_callback(padded, sharding, read_part)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from step3_jax import __version__
+from step3_jax.cli.afd_option import AfdChoice, add_afd, read_afd_choice
 from step3_jax.cli.bench_decode import (
     Ours,
     TorchPeer,
@@ -30,8 +31,10 @@ from step3_jax.cli.bench_decode import (
     random_model,
     read_meter,
 )
+from step3_jax.cli.parallel import add_parallel, read_parallel
 from step3_jax.config import DTYPES, ModelConfig
 from step3_jax.model.step3 import Step3
+from step3_jax.sharding import Parallel
 
 # Hidden size and layers. "100m" has 109M active parameters of 309M in all: more bytes than any cache holds.
 PRESETS = {"100m": (1024, 7), "tiny": (128, 2)}
@@ -56,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument(
         "--prefill", type=int, default=512, metavar="N", help="tokens of prefill (default: %(default)s)"
     )
+    add_parallel(decode)
+    add_afd(decode)
     decode.add_argument("--torch", action="store_true", help="measure PyTorch too, on the same weights")
     decode.add_argument("--torch-python", metavar="PATH", help="interpreter that has torch and numpy; implies --torch")
     decode.add_argument("--json", metavar="FILE", help="also write all figures to FILE")
@@ -78,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"{longest} tokens are needed, at most {config.text.max_position_embeddings} are allowed: lower --steps, "
             "--rounds, --prompt or --prefill"
         )
+    # With it --tp and --ep are the FFN side's.
+    afd = read_afd_choice(arguments)
     found = measure_decode(
         config,
         dtypes=arguments.dtype,
@@ -87,6 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         prompt_length=arguments.prompt,
         prefill_length=arguments.prefill,
         torch_python=arguments.torch_python or (sys.executable if arguments.torch else None),
+        parallel=read_parallel(arguments) if afd is None else None,
+        afd=afd,
     )
     print(format_report(found))
     if arguments.json:
@@ -107,6 +116,8 @@ def measure_decode(
     prompt_length: int,
     prefill_length: int,
     torch_python: str | None = None,
+    parallel: Parallel | None = None,
+    afd: AfdChoice | None = None,
 ) -> dict[str, object]:
     """Decode and prefill of a random model; each round measures every side once, so that they share its conditions.
 
@@ -119,6 +130,8 @@ def measure_decode(
       prompt_length: Tokens before the first decoded one.
       prefill_length: Tokens of the prefill figure.
       torch_python: Interpreter of the PyTorch peer; None measures without.
+      parallel: How the model is spread over several devices; one device if None.
+      afd: Devices of attention and of the FFN, if they are apart.
 
     Returns:
       `conditions`, `model`, `read_gb_per_s`, and rows of `decode` and `prefill`, as JSON takes them.
@@ -127,7 +140,7 @@ def measure_decode(
     before = _pressure()
     model = random_model(config)
     rng = np.random.default_rng(0)
-    sides = {name: Ours(_cast(model, name)) for name in dtypes}
+    sides = {name: Ours(_cast(model, name), parallel, afd) for name in dtypes}
     read = read_meter(num_threads)
     rates: list[float] = []
     decode_rows: list[Row] = []
@@ -164,6 +177,7 @@ def measure_decode(
             "steps": steps,
             "rounds": rounds,
             "prompt": prompt_length,
+            "devices": "1" if parallel is None else str(parallel),
         }
         | versions,
         "model": {

@@ -21,14 +21,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from step3_jax.cache.contiguous import MIN_CACHE_LENGTH, bucket
+from step3_jax.afd.host import HostExecutor
+from step3_jax.cache.bucket import power_of_two
+from step3_jax.cache.paged import Cache, choose_storage, pages_for
 from step3_jax.checkpoint.save import save_model
+from step3_jax.cli.afd_option import AfdChoice, place_executor
 from step3_jax.config import ModelConfig, TextConfig
+from step3_jax.engine.engine import STEPS_PER_CALL
 from step3_jax.engine.runner import Runner
-from step3_jax.engine.state import PrefillBatch
+from step3_jax.engine.sharded import ShardedRunner
+from step3_jax.engine.state import DecodeBatch, PrefillBatch
+from step3_jax.mesh import make_layout
+from step3_jax.model.parallel import place_model
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingMode, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.sharding import Parallel, fit_parallel
 
 # Bigger than the caches of any CPU the benchmark is likely to run on.
 READ_BYTES = 512 * 2**20
@@ -104,10 +112,21 @@ def prefill_flops(config: TextConfig, length: int) -> int:
 class Ours:
     """The project's own prefill and decode loop, greedy, on a model in one dtype."""
 
-    def __init__(self, model: Step3) -> None:
-        """Takes the model as it is to run."""
-        self._model, self._runner, self._mode = model, Runner(model), SamplingMode()
+    def __init__(self, model: Step3, parallel: Parallel | None = None, afd: AfdChoice | None = None) -> None:
+        """Takes the model as it is to run, and the devices that it is to run on, if they are several."""
+        self._model, self._mode = model, SamplingMode()
+        self._runner: Runner | HostExecutor
+        if afd is not None:
+            self._runner = place_executor(afd, model)
+        elif parallel is None:
+            self._runner = Runner(model)
+        else:
+            layout = make_layout(fit_parallel(parallel, model.config.text))
+            self._runner = ShardedRunner(place_model(model, layout), layout)
         self._vocab_size = model.config.text.vocab_size
+        self._storage = choose_storage("auto", self._runner.dtype, model.config.text.head_dim)
+        self._cache: Cache = ()
+        self._tokens: list[Int[np.ndarray, "B steps"]] = []
 
     def logits(self, ids: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
         """Logits of every token, without a cache."""
@@ -115,34 +134,69 @@ class Ours:
         return np.asarray(jax.jit(lambda state, ids: nnx.merge(graphdef, state)(ids))(state, ids))
 
     def prefill(self, ids: Int[np.ndarray, "B T"], room: int) -> float:
-        """Reads prompts; `room` is the tokens that may follow. Returns seconds."""
-        batch_size, length = ids.shape
-        limit = self._runner.config.text.max_position_embeddings
+        """Reads prompts and makes the first tokens; `room` is the tokens that may follow. Returns seconds."""
+        shards = self._runner.num_shards
+        self._batch_size, length = ids.shape
+        # As many rows in each shard, the last ones idle; the last token of each is left to the first decode step.
+        each = -(-self._batch_size // shards)
+        ids = np.pad(ids, ((0, each * shards - self._batch_size), (0, 0)))
+        is_idle = np.arange(len(ids)) >= self._batch_size
         row = SamplingRow(SamplingParams(temperature=0.0), room + 1, (0, 0), ())
-        self._sampling = sampling_batch([row] * batch_size, self._vocab_size, batch_size)
-        self._is_halted = np.zeros((batch_size,), bool)
-        batch = PrefillBatch(jnp.asarray(ids, jnp.int32), jnp.full((batch_size,), length, jnp.int32))
-        cache_length = bucket(length + room, MIN_CACHE_LENGTH, limit)
+        self._sampling = sampling_batch([row] * len(ids), self._vocab_size, len(ids))
+        width = power_of_two(pages_for(length + room))
+        if not self._cache or self._cache[0].keys.shape[0] < len(ids) * width:
+            self._cache = self._runner.allocate_cache(len(ids) * width, self._storage)
+        first = np.arange(shards)[:, None] * (self._cache[0].keys.shape[0] // shards) + np.arange(each) * width
+        table = (first.reshape(-1, 1) + np.arange(width)).astype(np.int32)
+        lengths = np.where(is_idle, 0, length - 1).astype(np.int32)
+        starts = np.zeros((shards, each + 1), np.int32)
+        starts[:, 1:] = np.cumsum(lengths.reshape(shards, each), axis=1)
+        packed = np.zeros((shards, power_of_two(each * (length - 1))), np.int32)
+        packed[:, : each * (length - 1)] = ids[:, :-1].reshape(shards, -1)
+        arrays = (packed.reshape(-1), starts.reshape(-1), lengths, table)
+        chunk = PrefillBatch(*(jnp.asarray(array) for array in arrays))
+        self._last, self._tokens, self._cached = ids[:, -1].astype(np.int32), [], lengths
+        self._table, self._is_active = chunk.table, ~is_idle
+        jax.block_until_ready(self._cache)
         begin = time.perf_counter()
-        self._state, report = self._runner.prefill(batch, self._sampling, cache_length=cache_length, mode=self._mode)
-        jax.block_until_ready(report)
+        if length > 1:
+            self._cache = self._runner.prefill(self._cache, chunk)
+        self.decode(1)
         return time.perf_counter() - begin
 
     def decode(self, steps: int) -> float:
         """Makes `steps` tokens of each row in one call of the jitted loop. Returns seconds."""
         begin = time.perf_counter()
-        self._state, report = self._runner.decode(self._state, self._sampling, self._is_halted, steps, mode=self._mode)
-        self._tokens = jax.block_until_ready(report).tokens
+        self._cache, report = self._runner.decode(
+            self._cache, self._batch(), self._sampling, steps, max_steps=self._max_steps(steps), mode=self._mode
+        )
+        report = jax.device_get(report)
+        self._tokens.append(report.tokens[:, :steps])
+        self._last, self._cached = report.tokens[:, steps - 1], self._cached + steps
         return time.perf_counter() - begin
 
     def tokens(self, count: int) -> Int[np.ndarray, "B count"]:
         """The first tokens made since the last prefill."""
-        return np.asarray(self._tokens)[:, :count]
+        return np.concatenate(self._tokens, axis=1)[: self._batch_size, :count]
 
-    def decode_text(self) -> str:
-        """The compiled decode loop of the last prefill's bucket, as HLO text."""
-        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._state)
-        return self._runner.decode_program(state, self._sampling, mode=self._mode).as_text() or ""
+    def decode_text(self, steps: int = 1) -> str:
+        """The compiled decode loop of the last prefill's bucket, as HLO text; "" where a loop is many programs."""
+        if isinstance(self._runner, HostExecutor):
+            return ""
+        cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._cache)
+        program = self._runner.decode_program(
+            cache, self._batch(), self._sampling, max_steps=self._max_steps(steps), mode=self._mode
+        )
+        return program.as_text() or ""
+
+    def _batch(self) -> DecodeBatch:
+        num_made = np.full(self._last.shape, sum(tokens.shape[1] for tokens in self._tokens), np.int32)
+        last, cached, made, active = jax.device_put((self._last, self._cached, num_made, self._is_active))
+        return DecodeBatch(last, cached, made, active, self._table)
+
+    @staticmethod
+    def _max_steps(steps: int) -> int:
+        return max(STEPS_PER_CALL, power_of_two(steps))
 
 
 class TorchPeer:

@@ -24,9 +24,15 @@ COMMANDS = {
     "inspect": "show what a checkpoint holds, and whether it is complete",
     "convert": "convert a checkpoint: released layout, Orbax, BF16, block-FP8",
     "launch": "start a command as many processes: here, over ssh, under Slurm, Open MPI, Kubernetes",
+    "afd": "look into attention and FFN on devices of their own: trace a run, draw it",
+    "plan": "whether a deployment of a large model fits, without its weights",
     "bench": "measure the speed of this machine",
     "env": "show versions, devices and folders",
 }
+
+
+# Set for the processes of `step3 launch`; `step3_jax.mesh` reads them.
+PROCESS_VARIABLES = ("STEP3_COORDINATOR", "STEP3_NUM_PROCESSES", "STEP3_PROCESS_ID", "STEP3_CPU_DEVICES")
 
 
 class UsageError(ValueError):
@@ -97,6 +103,9 @@ def _run(argv: list[str]) -> int:
         arguments = build_parser(command).parse_args(argv)
     except SystemExit as leave:  # --help and --version have printed what was asked.
         return leave.code if isinstance(leave.code, int) else 0
+    if command != "launch" and any(os.environ.get(name) for name in PROCESS_VARIABLES):
+        # Before the first use of a device.
+        importlib.import_module("step3_jax.mesh").initialise_distributed()
     return int(arguments.run(arguments))
 
 

@@ -7,6 +7,8 @@ import pathlib
 import secrets
 
 from step3_jax import resources
+from step3_jax.cache.paged import KV_CACHE_DTYPES
+from step3_jax.mesh import agree
 from step3_jax.sampling.params import SamplingParams
 
 DEFAULT_MODEL = "models/step3-tiny"
@@ -24,6 +26,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-model-len", type=int, metavar="N", help="most tokens of prompt and answer (default: the model's)"
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="of the key/value cache (default: that of the activations)",
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="most prompt tokens read at once; longer prompts come in chunks (default: %(default)s)",
     )
 
 
@@ -68,7 +83,8 @@ def read_sampling(arguments: argparse.Namespace, *, n: int = 1, logprobs: int | 
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         min_p=arguments.min_p,
-        seed=secrets.randbits(31) if arguments.seed is None else arguments.seed,
+        # Of several processes all must draw the same.
+        seed=agree(secrets.randbits(31)) if arguments.seed is None else arguments.seed,
         max_tokens=arguments.max_tokens,
         stop=arguments.stop,
         ignore_eos=arguments.ignore_eos,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, overload
 
@@ -10,16 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.pages import PAGE_SIZE
 from step3_jax.checkpoint.load import load_model
-from step3_jax.config import DTYPES
+from step3_jax.config import DTYPES, ModelConfig
 from step3_jax.engine.engine import Engine
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
 from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
+from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.stats import EngineStats
+from step3_jax.mesh import make_layout
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.sharding import Parallel, fit_parallel
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_input import ImageSource
 from step3_jax.text.image_settings import ImageSettings
@@ -55,9 +60,12 @@ class LLM:
         max_model_len: int | None = None,
         seed: int | None = 0,
         max_batch_size: int = 32,
-        max_batch_tokens: int = 8192,
+        max_num_batched_tokens: int = 4096,
+        kv_cache_dtype: str = "auto",
+        kv_cache_memory_bytes: int | None = None,
         stream_interval: int = 4,
         executor: Executor | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         """Loads a model's folder.
 
@@ -68,14 +76,23 @@ class LLM:
           max_model_len: Most tokens of prompt and output together; the model's own limit if None.
           seed: Of requests that have none of their own. The same calls then give the same outputs; None gives others at
             every start.
-          max_batch_size: Most sequences at once.
-          max_batch_tokens: Most prompt tokens read at once, padding counted.
+          max_batch_size: Most sequences at once, rounded down to a power of two; others wait for their places.
+          max_num_batched_tokens: Most prompt tokens read at once; longer prompts are read in chunks.
+          kv_cache_dtype: "float32", "bfloat16", "fp8", "int4", or "auto": that of the activations. "fp8" and "int4" keep
+            scales beside the values; "int4" needs a head size that is a multiple of 64.
+          kv_cache_memory_bytes: Memory of the cache. None takes what the device has left (256 MiB where it does not say,
+            or what one sequence of `max_model_len` needs), at most room for `max_batch_size` sequences of that length.
           stream_interval: Tokens between two pieces of a streamed completion.
           executor: Runs the model instead of loading it here; its weights must be those of the folder.
+          parallel: How the model is spread over several devices; one device if None. Of several processes (see
+            `mesh.initialise_distributed`) each makes the same calls.
 
         Raises:
-          ValueError: If a file is missing or unusable, or a value is not allowed.
+          ValueError: If a file is missing or unusable, or a value is not allowed; if `parallel` does not divide the
+            model, or there are too few devices, before anything is loaded.
         """
+        if executor is not None and parallel is not None:
+            raise ValueError("an executor has its devices already: give either executor or parallel")
         folder = pathlib.Path(path)
         if dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
@@ -83,7 +100,9 @@ class LLM:
             wanted = None if dtype == "auto" else jnp.dtype(dtype)
             if dtype == "auto" and jax.default_backend() == "cpu":
                 wanted = jnp.dtype("float32")
-            executor = Runner(load_model(folder, wanted))
+            executor = (
+                Runner(load_model(folder, wanted)) if parallel is None else _load_sharded(folder, wanted, parallel)
+            )
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
         has_template = any((folder / name).exists() for name in _TEMPLATE_FILES) or (
             read_json_object(folder / "tokenizer_config.json").get("chat_template") is not None
@@ -97,7 +116,9 @@ class LLM:
             max_model_len=max_model_len,
             seed=seed,
             max_batch_size=max_batch_size,
-            max_batch_tokens=max_batch_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
             stream_interval=stream_interval,
             source=str(path),
         )
@@ -114,7 +135,9 @@ class LLM:
         max_model_len: int | None = None,
         seed: int | None = 0,
         max_batch_size: int = 32,
-        max_batch_tokens: int = 8192,
+        max_num_batched_tokens: int = 4096,
+        kv_cache_dtype: str = "auto",
+        kv_cache_memory_bytes: int | None = None,
         stream_interval: int = 4,
     ) -> LLM:
         """The same from parts in memory.
@@ -128,7 +151,9 @@ class LLM:
           max_model_len: As for `LLM`, and so are the others.
           seed: See above.
           max_batch_size: See above.
-          max_batch_tokens: See above.
+          max_num_batched_tokens: See above.
+          kv_cache_dtype: See above.
+          kv_cache_memory_bytes: See above.
           stream_interval: See above.
 
         Raises:
@@ -144,7 +169,9 @@ class LLM:
             max_model_len=max_model_len,
             seed=seed,
             max_batch_size=max_batch_size,
-            max_batch_tokens=max_batch_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
             stream_interval=stream_interval,
             source="this model",
         )
@@ -161,7 +188,9 @@ class LLM:
         max_model_len: int | None,
         seed: int | None,
         max_batch_size: int,
-        max_batch_tokens: int,
+        max_num_batched_tokens: int,
+        kv_cache_dtype: str,
+        kv_cache_memory_bytes: int | None,
         stream_interval: int,
         source: str,
     ) -> None:
@@ -183,8 +212,18 @@ class LLM:
             max_model_len=self.max_model_len,
             eos_ids=_end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids),
             max_batch_size=max_batch_size,
-            max_batch_tokens=max_batch_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
         )
+        if isinstance(executor, ShardedRunner) and executor.layout.size("heads") > 1:
+            copies, num_tokens = executor.layout.size("heads"), self._engine.allocator.num_pages * PAGE_SIZE
+            warnings.warn(
+                f"tensor parallel attention keeps each sequence's KV cache on {copies} devices, as there is one key/value "
+                f"head: the same memory holds {num_tokens} tokens instead of {copies * num_tokens}. attention='data' "
+                "keeps one copy",
+                stacklevel=3,
+            )
 
     @property
     def stats(self) -> EngineStats:
@@ -334,6 +373,16 @@ class LLM:
 
     def _seed(self, params: SamplingParams) -> int:
         return params.seed if params.seed is not None else int(self._random.integers(2**63))
+
+
+def _load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Parallel) -> ShardedRunner:
+    """A model's folder, each part read to its device."""
+    config = ModelConfig.load(folder)
+    # As `load_model` decides it: on a CPU FP8 weights are dequantised.
+    stays_fp8 = config.quantization is not None and jax.default_backend() != "cpu"
+    block = config.quantization.weight_block_size if stays_fp8 and config.quantization is not None else None
+    layout = make_layout(fit_parallel(parallel, config.text, fp8_block=block))
+    return ShardedRunner(load_model(folder, dtype, layout=layout), layout)
 
 
 def _end_tokens(stored: object, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The jitted calls on one device: images, prefill, and the decode loop."""
+"""The jitted calls on one device: images, chunks of prompts, and the decode loop."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from step3_jax.cache.contiguous import empty_cache, extend_cache
-from step3_jax.engine.state import Cache, DecodeState, PrefillBatch, Report, decode_loop, start_state
+from pallas_kernels.pages import Storage
+from step3_jax.cache.paged import Cache, empty_cache
+from step3_jax.engine.state import DecodeBatch, PrefillBatch, Report, decode_loop
+from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 from step3_jax.layers.moe import separate_experts
 from step3_jax.model.step3 import Step3
@@ -23,71 +25,101 @@ from step3_jax.sampling.batch import SamplingBatch, SamplingMode
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Of a GPU's memory, what weights and cache may take; the rest is for activations.
+MEMORY_SHARE = 0.9
+
 
 class Runner:
     """Runs a `Step3` module; an `executor.Executor`.
 
-    The module is split once. What is compiled is keyed by shapes (batch, prompt bucket, cache length, feature rows) and,
-    but for prefill, by the sampling mode, and by nothing else.
+    The module is split once. What is compiled is keyed by shapes and, for decode, by the sampling mode, and by nothing
+    else. The shapes are those of the cache, and: for decode the rows, the width of the table and the most steps; for
+    prefill the tokens of the chunk and its rows of image features.
 
     Attributes:
       config: The model's sizes.
+      dtype: Of activations.
+      num_shards: See `Executor`.
       compile_s: Seconds spent in calls that had to trace, up to their dispatch.
       num_traces: How often each call was traced, by name.
     """
 
+    num_shards = 1
+
     def __init__(self, model: Step3) -> None:
-        """Takes a model, whose dtype is also the cache's.
+        """Takes a model.
 
         On a CPU a bfloat16 model is held and run in float32, which XLA:CPU decodes one sequence with faster, though it
         reads twice the bytes (see benchmarks/README.md).
         """
+        self._set_up(model)
+        if jax.default_backend() == "cpu":
+            model = widen_weights(model)
+            separate_experts(model)
+        self.dtype = model.text.embed_tokens.weight.get_value().dtype
+        self._split(model)
+        self._prefill = jax.jit(self._run_prefill, donate_argnames=("cache",))
+        self._decode = jax.jit(self._run_decode, static_argnames=("max_steps", "mode"), donate_argnames=("cache",))
+        self._encode = jax.jit(self._run_encode)
+
+    def _set_up(self, model: Step3) -> None:
         self.config = model.config
         self.compile_s = 0.0
         self.num_traces: collections.Counter[str] = collections.Counter()
-        if jax.default_backend() == "cpu":
-            # A module of its own, so that the caller's stays whole; weights that need no cast are shared.
-            graphdef, state = nnx.split(model)
-            model = nnx.merge(graphdef, jax.tree.map(_widen, state))
-            separate_experts(model)
-        self._dtype = model.text.embed_tokens.weight.get_value().dtype
+
+    def _split(self, model: Step3) -> None:
         self._graphdef, state = nnx.split(model)
         # Bare leaves: flattening nnx.State in Python at every call would cost more than the dispatch.
         self._weights, self._treedef = jax.tree.flatten(state)
-        self._prefill = jax.jit(self._run_prefill, static_argnames=("cache_length",))
-        self._start = jax.jit(self._run_start, static_argnames=("length", "mode"))
-        self._decode = jax.jit(self._run_decode, static_argnames=("mode",), donate_argnames=("state",))
-        self._encode = jax.jit(self._run_encode)
+
+    def cache_memory_bytes(self) -> int | None:
+        """See `Executor.cache_memory_bytes`."""
+        stats = jax.local_devices()[0].memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            return None
+        return int(MEMORY_SHARE * stats["bytes_limit"]) - stats["bytes_in_use"]
+
+    def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
+        """See `Executor.allocate_cache`."""
+        return empty_cache(self.config.text, num_pages, storage, as_bits=jax.default_backend() == "cpu")
 
     def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         """See `Executor.encode_images`."""
         return self._timed("encode_images", self._encode, self._weights, pixels)
 
-    def prefill(
-        self, batch: PrefillBatch, sampling: SamplingBatch, *, cache_length: int, mode: SamplingMode
-    ) -> tuple[DecodeState, Report]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> Cache:
         """See `Executor.prefill`."""
-        cache, logits = self._timed("prefill", self._prefill, self._weights, batch, cache_length=cache_length)
-        state, report = self._timed("start", self._start, logits, batch, sampling, length=cache_length, mode=mode)
-        return state._replace(cache=cache), report
+        return self._timed("prefill", self._prefill, self._weights, cache, batch)
 
     def decode(
         self,
-        state: DecodeState,
+        cache: Cache,
+        batch: DecodeBatch,
         sampling: SamplingBatch,
-        is_halted: Bool[np.ndarray, " B"],
         num_steps: int,
         *,
+        max_steps: int,
+        leave_early: bool = False,
         mode: SamplingMode,
-    ) -> tuple[DecodeState, Report]:
+    ) -> tuple[Cache, Report]:
         """See `Executor.decode`."""
-        steps = np.int32(num_steps)
-        return self._timed("decode", self._decode, self._weights, state, sampling, is_halted, steps, mode=mode)
+        given = np.int32(num_steps), np.bool_(leave_early)
+        return self._timed(
+            "decode", self._decode, self._weights, cache, batch, sampling, *given, max_steps=max_steps, mode=mode
+        )
 
-    def decode_program(self, state: DecodeState, sampling: SamplingBatch, *, mode: SamplingMode) -> jax.stages.Compiled:
-        """The compiled decode loop of a bucket, for reading; `state` may be abstract and is not consumed."""
-        is_halted, steps = np.zeros(state.last.shape, bool), np.int32(1)
-        return self._decode.lower(self._weights, state, sampling, is_halted, steps, mode=mode).compile()
+    def prefill_program(self, cache: Cache, batch: PrefillBatch) -> jax.stages.Compiled:
+        """The compiled chunk of a bucket, for reading; the arguments may be abstract, and are not consumed."""
+        return self._prefill.lower(self._weights, cache, batch).compile()
+
+    def decode_program(
+        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int, mode: SamplingMode
+    ) -> jax.stages.Compiled:
+        """The compiled decode loop of a bucket, for reading; the arguments may be abstract, and are not consumed."""
+        given = np.int32(1), np.bool_(False)
+        return self._decode.lower(
+            self._weights, cache, batch, sampling, *given, max_steps=max_steps, mode=mode
+        ).compile()
 
     def _timed(self, name: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         num_traces, start = self.num_traces[name], time.perf_counter()
@@ -107,57 +139,57 @@ class Runner:
         self.num_traces["encode_images"] += 1
         return self._model(weights).encode_images(pixels)
 
-    def _run_prefill(
-        self, weights: list[Array], batch: PrefillBatch, *, cache_length: int
-    ) -> tuple[Cache, Float[Array, "B V"]]:
+    def _run_prefill(self, weights: list[Array], cache: Cache, batch: PrefillBatch) -> Cache:
         self.num_traces["prefill"] += 1
         decoder = self._model(weights).text
-        batch_size, length = batch.token_ids.shape
-        embeddings = decoder.embed_tokens(batch.token_ids)
+        embeddings = decoder.embed_tokens(batch.token_ids[None])
         if batch.features is not None and batch.feature_rows is not None:
-            embeddings = merge_image_features(embeddings, batch.features, batch.feature_rows)
-        # Prompts attend to their own bucket alone; the room for the output is added behind.
-        cache = empty_cache(self.config.text, batch_size, length, self._dtype)
-        hidden, filled = decoder(embeddings, cache=cache)
-        # Of all the prompt only the last token's logits are needed.
-        last = jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
-        return extend_cache(filled or cache, cache_length), decoder.logits(last)
-
-    def _run_start(
-        self,
-        logits: Float[Array, "B V"],
-        batch: PrefillBatch,
-        sampling: SamplingBatch,
-        *,
-        length: int,
-        mode: SamplingMode,
-    ) -> tuple[DecodeState, Report]:
-        self.num_traces["start"] += 1
-        state = start_state(logits, batch, sampling, length=length, mode=mode)
-        # An output of its own: the state's is given away at the next call.
-        return state, state.report
+            embeddings = merge_image_features(embeddings, batch.features, batch.feature_rows[None])
+        step = CacheStep(batch.table, batch.lengths, batch.query_starts)
+        # The hidden states have no reader, so what only they need of the last layer is not computed.
+        _, filled = decoder(embeddings, cache=cache, step=step)
+        return filled or cache
 
     def _run_decode(
         self,
         weights: list[Array],
-        state: DecodeState,
+        cache: Cache,
+        batch: DecodeBatch,
         sampling: SamplingBatch,
-        is_halted: Bool[Array, " B"],
         num_steps: Int[Array, ""],
+        leave_early: Bool[Array, ""],
         *,
+        max_steps: int,
         mode: SamplingMode,
-    ) -> tuple[DecodeState, Report]:
+    ) -> tuple[Cache, Report]:
         self.num_traces["decode"] += 1
         decoder = self._model(weights).text
 
-        def forward(
-            last: Int[Array, " B"], cache: Cache, cached: Int[Array, " B"]
-        ) -> tuple[Float[Array, "B V"], Cache]:
-            hidden, filled = decoder(decoder.embed_tokens(last[:, None]), cache=cache, starts=cached)
+        def forward(last: Int[Array, " B"], cache: Cache, step: CacheStep) -> tuple[Float[Array, "B V"], Cache]:
+            hidden, filled = decoder(decoder.embed_tokens(last[:, None]), cache=cache, step=step)
             return decoder.logits(hidden[:, 0]), filled or cache
 
-        state = decode_loop(forward, state, sampling, is_halted, num_steps, mode=mode)
-        return state, state.report
+        return decode_loop(
+            forward,
+            cache,
+            batch,
+            sampling,
+            num_steps,
+            leave_early,
+            vocab_size=self.config.text.vocab_size,
+            max_steps=max_steps,
+            mode=mode,
+            any_row=self._any_row,
+        )
+
+    def _any_row(self, holds: Bool[Array, " B"]) -> Bool[Array, ""]:
+        return jnp.any(holds)
+
+
+def widen_weights(model: Step3) -> Step3:
+    """A module of its own with bfloat16 weights in float32, so that `model` stays whole; the others are shared."""
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(_widen, state))
 
 
 def _widen(weight: Array) -> Array:

@@ -1,4 +1,8 @@
-"""The state of a batch between decode steps, and the step's pure functions: what any executor shares."""
+"""What goes to the device and comes back, and the decode loop's pure functions: what any executor shares.
+
+Between two calls the device keeps the KV cache and nothing else. All that is known of a sequence stands on the host, and
+each call brings it along: a few numbers a row.
+"""
 
 from __future__ import annotations
 
@@ -9,187 +13,210 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from step3_jax.layers.attention import LayerKV
+from step3_jax.cache.paged import Cache
+from step3_jax.layers.attention import CacheStep
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode
-from step3_jax.sampling.penalties import TokenCounts, count_prompt, count_token
+from step3_jax.sampling.penalties import TokenCounts, count_history, count_token
 from step3_jax.sampling.sampler import StepLogprobs, sample, step_logprobs
 
-# Values of `Report.finish`. HALTED: the host has seen enough, as a stop string was found.
-RUNNING, STOPPED, FULL, HALTED = range(4)
+# Values of `Report.finish`. IDLE: the row had nothing to do.
+RUNNING, STOPPED, FULL, IDLE = range(4)
 
-Cache = tuple[LayerKV, ...]
-# One decoder step: (last tokens [B], cache, tokens cached [B]) -> (float32 logits [B, V], new cache).
-Forward = Callable[
-    [Int[Array, " B"], Cache, Int[Array, " B"]],
-    tuple[Float[Array, "B V"], Cache],
-]
+# One decoder step: (last tokens [B], cache, where they stand) -> (float32 logits [B, V], new cache).
+Forward = Callable[[Int[Array, " B"], Cache, CacheStep], tuple[Float[Array, "B V"], Cache]]
 
 
 class PrefillBatch(NamedTuple):
-    """Prompts of a batch, right-padded to a bucket.
+    """A chunk of prompts: tokens of several sequences one behind the other, filled up to a bucket.
 
     Attributes:
-      token_ids: Ids; whatever stands behind a row's length is padding.
-      lengths: Prompt tokens, at least 1.
-      features: Image features of all rows; None without pictures.
+      token_ids: Ids; what stands behind the last sequence is padding.
+      query_starts: First token of each sequence, and the end of the last one: B + 1 numbers.
+      lengths: Tokens of each sequence in the cache once the chunk is read; 0 for none.
+      table: Pages of each sequence.
+      features: Image features of the chunk; None without pictures.
       feature_rows: Row of `features` for each token, -1 for none; None without pictures.
     """
 
-    token_ids: Int[Array, "B T"]
+    token_ids: Int[Array, " N"]
+    query_starts: Int[Array, " starts"]
     lengths: Int[Array, " B"]
+    table: Int[Array, "B max_pages"]
     features: Float[Array, "M D"] | None = None
-    feature_rows: Int[Array, "B T"] | None = None
+    feature_rows: Int[Array, " N"] | None = None
+
+
+class DecodeBatch(NamedTuple):
+    """Sequences between two decode steps.
+
+    Attributes:
+      last: Last token of each sequence, not in the cache yet.
+      cached: Tokens in the cache: all before `last`.
+      num_made: Output tokens so far; 0 where `last` ends the prompt.
+      is_active: Rows that have something to do. The others write to no page.
+      table: Pages of each sequence, with room for all tokens it may get.
+      history: Prompt and output so far, `last` included, filled up with V; None unless the mode has penalties.
+    """
+
+    last: Int[Array, " B"]
+    cached: Int[Array, " B"]
+    num_made: Int[Array, " B"]
+    is_active: Bool[Array, " B"]
+    table: Int[Array, "B max_pages"]
+    history: Int[Array, "B M"] | None = None
 
 
 class Report(NamedTuple):
-    """What the host reads after a call. M is the cache length.
+    """What the host reads after a decode call. M is the most steps that a call takes.
 
     Attributes:
-      tokens: Output so far; the token that ended a row is the last of it.
-      num_tokens: Valid tokens of each row.
-      finish: RUNNING, STOPPED (an end token), FULL (max_tokens) or HALTED.
-      logprobs: Log-probabilities of each output token, if the mode records them.
+      tokens: New tokens; the one that ended a row is the last of it.
+      num_new: Valid tokens of each row.
+      finish: RUNNING, STOPPED (an end token), FULL (max_tokens) or IDLE.
+      logprobs: Log-probabilities of each new token, if the mode records them.
     """
 
     tokens: Int[Array, "B M"]
-    num_tokens: Int[Array, " B"]
+    num_new: Int[Array, " B"]
     finish: Int[Array, " B"]
     logprobs: StepLogprobs | None
 
 
-class DecodeState(NamedTuple):
-    """What the decode loop carries, all of it on the device and updated in place.
+class RowState(NamedTuple):
+    """What changes of the sequences from step to step.
 
     Attributes:
-      cache: One entry a layer.
-      cached: Tokens of each row in the cache: all but the last.
-      last: Last token of each row, not yet in the cache.
-      report: Output.
-      counts: Token counts, if the mode has penalties.
+      last: Last token of each, not in the cache yet.
+      report: What was made so far.
+      counts: Tokens of each, for penalties; None if the mode has none.
     """
 
-    cache: Cache
-    cached: Int[Array, " B"]
     last: Int[Array, " B"]
     report: Report
     counts: TokenCounts | None
 
 
-def start_state(
-    logits: Float[Array, "B V"],
-    batch: PrefillBatch,
-    sampling: SamplingBatch,
-    *,
-    length: int,
-    mode: SamplingMode,
-) -> DecodeState:
-    """The state after prefill, the first token chosen.
+class _Loop(NamedTuple):
+    """What the decode loop carries, all of it updated in place."""
 
-    It has no cache yet: the caller puts its own in. So this small program, which depends on the mode, is compiled apart
-    from prefill, which does not.
+    step: Int[Array, ""]
+    cache: Cache
+    rows: RowState
+
+
+def decode_loop(
+    forward: Forward,
+    cache: Cache,
+    batch: DecodeBatch,
+    sampling: SamplingBatch,
+    num_steps: Int[Array, ""],
+    leave_early: Bool[Array, ""],
+    *,
+    vocab_size: int,
+    max_steps: int,
+    mode: SamplingMode,
+    any_row: Callable[[Bool[Array, " B"]], Bool[Array, ""]] = jnp.any,
+) -> tuple[Cache, Report]:
+    """Makes up to `num_steps` tokens of each active row; returns early once no row is running.
 
     Args:
-      logits: Of each prompt's last token.
-      batch: The prompts.
-      sampling: Parameters of the rows; a row of `max_tokens` 0 is full from the start.
-      length: Tokens that the cache has room for.
+      forward: One decoder step.
+      cache: Pages of all layers.
+      batch: The sequences.
+      sampling: Parameters of the rows.
+      num_steps: A traced number, at most `max_steps`, so that one program serves streaming and whole outputs.
+      leave_early: Whether to return as soon as any row has ended, as others wait for its place.
+      vocab_size: V.
+      max_steps: Tokens of a row that the report has room for.
       mode: What may be left out.
+      any_row: Whether something holds for any row, also of those on other devices, so that all of them go on as long.
     """
-    batch_size, vocab_size = logits.shape
+    rows = begin_rows(batch, vocab_size=vocab_size, max_steps=max_steps, mode=mode)
+    start = _Loop(jnp.zeros((), jnp.int32), cache, rows)
+
+    def is_unfinished(loop: _Loop) -> Bool[Array, ""]:
+        finish = loop.rows.report.finish
+        has_ended = any_row((finish == STOPPED) | (finish == FULL))
+        return (loop.step < num_steps) & any_row(finish == RUNNING) & ~(leave_early & has_ended)
+
+    def take_step(loop: _Loop) -> _Loop:
+        place = CacheStep(batch.table, step_lengths(loop.rows, batch))
+        logits, cache = forward(loop.rows.last, loop.cache, place)
+        return _Loop(loop.step + 1, cache, choose_tokens(loop.rows, logits, batch, sampling, mode))
+
+    end = jax.lax.while_loop(is_unfinished, take_step, start)
+    return end.cache, end.rows.report
+
+
+def begin_rows(batch: DecodeBatch, *, vocab_size: int, max_steps: int, mode: SamplingMode) -> RowState:
+    """The state before a call's first step; arguments as for `decode_loop`."""
+    counts = None
+    if mode.use_penalties and batch.history is not None:
+        counts = count_history(batch.history, batch.cached + 1, batch.num_made, vocab_size)
+    return RowState(batch.last, _empty_report(batch, max_steps, mode), counts)
+
+
+def step_lengths(rows: RowState, batch: DecodeBatch) -> Int[Array, " B"]:
+    """Tokens of each sequence in the cache once the next step has written its own; 0 for a row that does not run."""
+    # Of a running row all new tokens but the last are cached, and now the last one too.
+    return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + 1, 0)
+
+
+def _empty_report(batch: DecodeBatch, max_steps: int, mode: SamplingMode) -> Report:
+    batch_size = batch.last.shape[0]
     logprobs = None
     if mode.num_logprobs:
-        one, wide = (batch_size, length), (batch_size, length, mode.num_logprobs)
+        one, wide = (batch_size, max_steps), (batch_size, max_steps, mode.num_logprobs)
         logprobs = StepLogprobs(
             jnp.zeros(one, jnp.float32),
             jnp.zeros(one, jnp.int32),
             jnp.zeros(wide, jnp.int32),
             jnp.zeros(wide, jnp.float32),
         )
-    report = Report(
-        tokens=jnp.zeros((batch_size, length), jnp.int32),
-        num_tokens=jnp.zeros((batch_size,), jnp.int32),
-        finish=jnp.where(sampling.max_tokens > 0, RUNNING, FULL).astype(jnp.int32),
+    return Report(
+        tokens=jnp.zeros((batch_size, max_steps), jnp.int32),
+        num_new=jnp.zeros((batch_size,), jnp.int32),
+        finish=jnp.where(batch.is_active, RUNNING, IDLE).astype(jnp.int32),
         logprobs=logprobs,
     )
-    counts = count_prompt(batch.token_ids, batch.lengths, vocab_size) if mode.use_penalties else None
-    lengths = batch.lengths.astype(jnp.int32)
-    state = DecodeState((), lengths, jnp.zeros((batch_size,), jnp.int32), report, counts)
-    return _choose(state, logits, sampling, mode)
 
 
-def decode_loop(
-    forward: Forward,
-    state: DecodeState,
-    sampling: SamplingBatch,
-    is_halted: Bool[Array, " B"],
-    num_steps: Int[Array, ""],
-    *,
-    mode: SamplingMode,
-) -> DecodeState:
-    """Makes up to `num_steps` more tokens of each row; returns early once no row is running.
-
-    Args:
-      forward: One decoder step.
-      state: As the last call left it.
-      sampling: Parameters of the rows.
-      is_halted: Rows that the host ends.
-      num_steps: A traced number, so that one program serves streaming and whole outputs.
-      mode: What may be left out.
-    """
-    finish = jnp.where(is_halted & (state.report.finish == RUNNING), HALTED, state.report.finish)
-    state = state._replace(report=state.report._replace(finish=finish))
-
-    def is_unfinished(carry: tuple[Int[Array, ""], DecodeState]) -> Bool[Array, ""]:
-        step, state = carry
-        return (step < num_steps) & jnp.any(state.report.finish == RUNNING)
-
-    def take_step(carry: tuple[Int[Array, ""], DecodeState]) -> tuple[Int[Array, ""], DecodeState]:
-        step, state = carry
-        logits, cache = forward(state.last, state.cache, state.cached)
-        # A finished row stays where it is, and writes the same cache row again and again.
-        cached = state.cached + (state.report.finish == RUNNING)
-        state = _choose(state._replace(cache=cache, cached=cached), logits, sampling, mode)
-        return step + 1, state
-
-    _, state = jax.lax.while_loop(is_unfinished, take_step, (jnp.zeros((), jnp.int32), state))
-    return state
-
-
-def _choose(
-    state: DecodeState, logits: Float[Array, "B V"], sampling: SamplingBatch, mode: SamplingMode
-) -> DecodeState:
+def choose_tokens(
+    rows: RowState, logits: Float[Array, "B V"], batch: DecodeBatch, sampling: SamplingBatch, mode: SamplingMode
+) -> RowState:
     """Chooses a token for each running row, writes it down, and ends rows."""
-    report, counts = state.report, state.counts
+    report, counts = rows.report, rows.counts
     is_running = report.finish == RUNNING
-    # `cached` tokens stand before the new one, so it is that token's position.
     with jax.named_scope("sample"):
         tokens = sample(
             logits,
             sampling,
-            positions=state.cached,
-            num_tokens=report.num_tokens,
+            # As many tokens stand before the new one.
+            positions=batch.cached + 1 + report.num_new,
+            num_tokens=batch.num_made + report.num_new,
             counts=counts,
             mode=mode,
         )
-    tokens = jnp.where(is_running, tokens, state.last)
-    rows = jnp.arange(tokens.shape[0])
-    # Finished rows write behind the buffer, which drops it.
-    columns = jnp.where(is_running, report.num_tokens, report.tokens.shape[1])
+    tokens = jnp.where(is_running, tokens, rows.last)
+    places = jnp.arange(tokens.shape[0])
+    # Rows that do not run write behind the buffer, which drops it.
+    columns = jnp.where(is_running, report.num_new, report.tokens.shape[1])
     logprobs = report.logprobs
     if logprobs is not None:
         new = step_logprobs(logits, tokens, mode.num_logprobs)
         logprobs = StepLogprobs(
-            *(buffer.at[rows, columns].set(value, mode="drop") for buffer, value in zip(logprobs, new, strict=True))
+            *(buffer.at[places, columns].set(value, mode="drop") for buffer, value in zip(logprobs, new, strict=True))
         )
     if counts is not None:
         counts = count_token(counts, tokens, is_running)
-    num_tokens = report.num_tokens + is_running
+    num_new = report.num_new + is_running
     is_end = jnp.any(tokens[:, None] == sampling.stop_ids, axis=-1)
-    finish = jnp.where(is_end, STOPPED, jnp.where(num_tokens >= sampling.max_tokens, FULL, RUNNING))
+    is_full = batch.num_made + num_new >= sampling.max_tokens
+    finish = jnp.where(is_end, STOPPED, jnp.where(is_full, FULL, RUNNING))
     report = Report(
-        tokens=report.tokens.at[rows, columns].set(tokens, mode="drop"),
-        num_tokens=num_tokens,
+        tokens=report.tokens.at[places, columns].set(tokens, mode="drop"),
+        num_new=num_new,
         finish=jnp.where(is_running, finish, report.finish).astype(jnp.int32),
         logprobs=logprobs,
     )
-    return state._replace(last=tokens, report=report, counts=counts)
+    return RowState(tokens, report, counts)

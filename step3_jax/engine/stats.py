@@ -11,26 +11,19 @@ class EngineStats:
 
     Attributes:
       num_requests: Requests that have ended.
-      num_prompt_tokens: Tokens read in prefill, padding not counted.
-      num_first_tokens: Tokens made in prefill: one for each completion.
-      num_decode_tokens: Tokens made in the decode loop.
-      prefill_s: Time of prefill, images counted.
+      num_prompt_tokens: Tokens of the prompts that were read, padding not counted.
+      num_generated_tokens: Tokens made.
+      prefill_s: Time of reading prompts, images counted.
       decode_s: Time of the decode loop.
       compile_s: Time of tracing and compiling.
     """
 
     num_requests: int = 0
     num_prompt_tokens: int = 0
-    num_first_tokens: int = 0
-    num_decode_tokens: int = 0
+    num_generated_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     compile_s: float = 0.0
-
-    @property
-    def num_generated_tokens(self) -> int:
-        """All tokens made."""
-        return self.num_first_tokens + self.num_decode_tokens
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -39,5 +32,5 @@ class EngineStats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Tokens of the decode loop a second, all rows together; 0 before the first."""
-        return self.num_decode_tokens / self.decode_s if self.decode_s > 0 else 0.0
+        """Generated tokens a second, all rows together; 0 before the first."""
+        return self.num_generated_tokens / self.decode_s if self.decode_s > 0 else 0.0

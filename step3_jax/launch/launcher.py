@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import BinaryIO, TextIO
 
+from step3_jax.deployment import Topology
 from step3_jax.launch import address, plan
 from step3_jax.launch.connection import Connection, Event, keeper_command
 from step3_jax.launch.environment import forwarded_environment
@@ -25,7 +26,7 @@ from step3_jax.launch.protocol import Message, Start
 from step3_jax.launch.rendezvous import Lines, check_versions, choose_coordinator
 from step3_jax.launch.schedule import HOW, Task, detect_task
 from step3_jax.launch.supervisor import Supervisor, catch_signals, send_beats
-from step3_jax.launch.topology import Topology, read_topology
+from step3_jax.launch.topology import read_topology
 
 MODULE = "step3_jax.cli.main"
 # Over the slowest ssh, and Python's own start on a shared file system.

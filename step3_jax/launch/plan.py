@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from step3_jax.deployment import Topology
 from step3_jax.launch.environment import rank_environment
-from step3_jax.launch.topology import Topology, processes_of
+from step3_jax.launch.topology import processes_of
 
 PLATFORMS = ("auto", "cpu", "cuda")
 _MAX_ROWS = 64

@@ -1,46 +1,15 @@
-"""What the launched command says about its topology: how many processes it needs, and what each of them is.
+"""What the launched command says about its topology: how many processes it needs.
 
-The only place of this package that knows how `--afd` is spelled and which ranks are which role.
+The only place of this package that knows of `--afd`. What its value means and which ranks are which role is said in
+`step3_jax/deployment.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import re
 from collections.abc import Sequence
 
-_SPEC = re.compile(r"([1-9][0-9]*)a([1-9][0-9]*)f", re.IGNORECASE)
-# Values of --afd that ask for no instances: nothing is disaggregated.
-_WITHOUT = ("off",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """Instances of the two roles, attention first.
-
-    Attributes:
-      spec: As it was given, such as "2a1f".
-      num_attention: Attention instances.
-      num_ffn: FFN instances.
-      devices_per_instance: Devices of each.
-    """
-
-    spec: str
-    num_attention: int
-    num_ffn: int
-    devices_per_instance: int
-
-    @property
-    def num_devices(self) -> int:
-        """Devices of all instances."""
-        return (self.num_attention + self.num_ffn) * self.devices_per_instance
-
-    def role_of(self, device: int) -> str:
-        """Role of a device, by its number among all devices: "attention 0", "ffn 1"."""
-        instance = device // self.devices_per_instance
-        is_attention = instance < self.num_attention
-        return f"attention {instance}" if is_attention else f"ffn {instance - self.num_attention}"
+from step3_jax.deployment import Topology, read_afd
 
 
 def read_topology(words: Sequence[str]) -> Topology | None:
@@ -57,34 +26,18 @@ def read_topology(words: Sequence[str]) -> Topology | None:
     """
     parser = argparse.ArgumentParser(prog="step3", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--afd")
-    parser.add_argument("--afd-devices", default="1")
+    parser.add_argument("--afd-devices")
     try:
         found, _ = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         raise ValueError(f"in the command to launch: {error}") from None
-    if found.afd is None or found.afd.lower() in _WITHOUT:
+    if found.afd is None:
         return None
-    if not found.afd_devices.isdecimal() or int(found.afd_devices) < 1:
-        raise ValueError(f"--afd-devices {found.afd_devices}: give the devices of an instance, 1 or more")
-    return parse_topology(found.afd, int(found.afd_devices))
-
-
-def parse_topology(spec: str, devices_per_instance: int = 1) -> Topology:
-    """Reads "xAyF".
-
-    Args:
-      spec: x attention and y FFN instances, such as "2a1f"; upper or lower case.
-      devices_per_instance: Devices of each instance.
-
-    Raises:
-      ValueError: If the spec is not of that form, or an instance has no device.
-    """
-    match = _SPEC.fullmatch(spec.strip())
-    if match is None:
-        raise ValueError(f"--afd {spec}: give the instances of attention and FFN as xAyF, such as 1a1f or 2a2f")
-    if devices_per_instance < 1:
-        raise ValueError(f"an instance of {spec} has {devices_per_instance} devices: it needs at least 1")
-    return Topology(spec, int(match[1]), int(match[2]), devices_per_instance)
+    devices = found.afd_devices
+    if devices is not None and not devices.isdecimal():
+        raise ValueError(f"--afd-devices {devices}: give the devices of an instance, 1 or more")
+    deployment = read_afd(found.afd, None if devices is None else int(devices))
+    return None if deployment is None else deployment.topology
 
 
 def processes_of(topology: Topology, devices_per_process: int = 1) -> int:

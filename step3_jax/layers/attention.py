@@ -12,19 +12,37 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.common import Implementation
+from pallas_kernels.mfa_decode import mfa_decode
+from pallas_kernels.mfa_prefill import mfa_prefill
+from pallas_kernels.pages import PAGE_SIZE, KVPages, write_rows
 from step3_jax.config import TextConfig
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.rope import apply_rope, rope_table
 
+# A page that no cache has: what is written to it is dropped.
+NO_PAGE = 2**30
 
-class LayerKV(NamedTuple):
-    """One layer's cached keys (rotated) and values, [B, S, K] each."""
 
-    keys: Float[Array, "B S K"]
-    values: Float[Array, "B S K"]
+class CacheStep(NamedTuple):
+    """Where the tokens of one step stand in the paged cache.
+
+    A decode step has T tokens of each sequence, the last T of its `lengths`. A chunk of prompts is packed: one row of N
+    tokens, in which those of sequence b are [query_starts[b], query_starts[b + 1]), the last of its `lengths`; what
+    stands behind query_starts[-1] is padding.
+
+    Attributes:
+      table: Page ids of each sequence in order; entries behind its last page may be any page.
+      lengths: Tokens of each sequence in the cache once this step's are written; 0 for a row that is idle.
+      query_starts: Of a chunk; None in a decode step.
+    """
+
+    table: Int[Array, "B max_pages"]
+    lengths: Int[Array, " B"]
+    query_starts: Int[Array, " starts"] | None = None
 
 
 class AttentionContext(NamedTuple):
@@ -32,14 +50,18 @@ class AttentionContext(NamedTuple):
 
     Attributes:
       cos, sin: Rotary table, [B, T, K/2].
-      mask: Which cached tokens each query token may see, [B, T, S].
-      starts: Cache row of the first query token of each sequence, [B].
+      mask: Which tokens each token may see, [B, T, T]; None with a cache.
+      step: Where the tokens stand in the cache; None without one.
+      page_ids: Page that each new token is written to, [N]; `NO_PAGE` for none. None without a cache.
+      slots: Its place in the page, [N]; None without a cache.
     """
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
-    mask: Bool[Array, "B T S"]
-    starts: Int[Array, " B"]
+    mask: Bool[Array, "B T T"] | None = None
+    step: CacheStep | None = None
+    page_ids: Int[Array, " N"] | None = None
+    slots: Int[Array, " N"] | None = None
 
 
 class MFA(nnx.Module):
@@ -57,47 +79,86 @@ class MFA(nnx.Module):
         self.head_dim = head_dim
 
     def __call__(
-        self, hidden: Float[Array, "B T D"], context: AttentionContext, kv: LayerKV | None = None
-    ) -> tuple[Float[Array, "B T D"], LayerKV | None]:
-        """Attends to the cache (with the new rows written into it), or to `hidden` alone when `kv` is None."""
+        self, hidden: Float[Array, "B T D"], context: AttentionContext, pages: KVPages | None = None
+    ) -> tuple[Float[Array, "B T D"], KVPages | None]:
+        """Attends to the cache (with the new rows written into it), or to `hidden` alone when `pages` is None."""
         batch, length, _ = hidden.shape
         queries = self.wq(self.inter_norm(self.q_proj(hidden)))
         queries = apply_rope(queries.reshape(batch, length, self.num_heads, -1), context.cos, context.sin)
         keys = apply_rope(self.k_proj(hidden), context.cos, context.sin)
         values = self.v_proj(hidden)
-        if kv is not None:
-            kv = LayerKV(write_rows(kv.keys, keys, context.starts), write_rows(kv.values, values, context.starts))
-            keys, values = kv
-        heads = attend(queries, keys, values, context.mask)
-        return self.o_proj(heads.reshape(batch, length, -1)), kv
+        if pages is None:
+            heads = attend(queries, keys, values, context.mask)
+        else:
+            pages = write_tokens(pages, keys.reshape(-1, self.head_dim), values.reshape(-1, self.head_dim), context)
+            heads = attend_pages(queries, pages, context.step)
+        return self.o_proj(heads.reshape(batch, length, -1)), pages
 
 
 def attention_context(
     config: TextConfig,
     shape: tuple[int, int],
     *,
-    starts: Int[Array, " B"] | None = None,
+    step: CacheStep | None = None,
+    page_size: int = PAGE_SIZE,
     positions: Int[Array, "B T"] | None = None,
-    cache_length: int | None = None,
 ) -> AttentionContext:
     """Builds the context of a step of `shape` [B, T].
 
     Args:
       config: Head size and rotary base.
-      shape: Sequences and query tokens.
-      starts: Tokens already cached, for each sequence; zero if absent.
-      positions: Rotary positions, if they are not starts + 0..T-1. The mask goes by order, not by position.
-      cache_length: Cache rows S; without a cache the T tokens see each other.
+      shape: Sequences and query tokens; [1, N] for a chunk of prompts.
+      step: Where the tokens stand in the cache; without one they see each other.
+      page_size: Tokens of a page.
+      positions: Rotary positions, if they are not the tokens' places in their sequences. Who sees whom goes by place,
+        not by position.
     """
     batch, length = shape
-    if starts is None:
-        starts = jnp.zeros((batch,), jnp.int32)
-    rows = starts[:, None] + jnp.arange(length, dtype=jnp.int32)
+    if step is None:
+        order = jnp.arange(length, dtype=jnp.int32)
+        if positions is None:
+            positions = jnp.broadcast_to(order, shape)
+        cos, sin = rope_table(positions, head_dim=config.head_dim, theta=config.rope_theta)
+        return AttentionContext(cos, sin, jnp.broadcast_to(order <= order[:, None], (batch, length, length)))
+    if step.query_starts is None:
+        places = (step.lengths[:, None] - length + jnp.arange(length, dtype=jnp.int32)).reshape(-1)
+        rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length)
+    else:
+        tokens = jnp.arange(length, dtype=jnp.int32)
+        # The last sequence that begins at or before a token is the one it belongs to: empty ones have no tokens.
+        rows = jnp.searchsorted(step.query_starts, tokens, side="right", method="compare_all").astype(jnp.int32) - 1
+        rows = jnp.minimum(rows, step.lengths.shape[0] - 1)
+        places = step.lengths[rows] - step.query_starts[rows + 1] + tokens
+        places = jnp.where(tokens < step.query_starts[-1], places, -1)
+    is_written = places >= 0
+    places = jnp.maximum(places, 0)
     if positions is None:
-        positions = rows
+        positions = places.reshape(shape)
     cos, sin = rope_table(positions, head_dim=config.head_dim, theta=config.rope_theta)
-    mask = jnp.arange(cache_length or length) <= rows[:, :, None]
-    return AttentionContext(cos, sin, mask, starts)
+    page_ids = jnp.where(is_written, step.table[rows, places // page_size], NO_PAGE)
+    return AttentionContext(cos, sin, step=step, page_ids=page_ids, slots=places % page_size)
+
+
+def write_tokens(
+    pages: KVPages, keys: Float[Array, "N K"], values: Float[Array, "N K"], context: AttentionContext
+) -> KVPages:
+    """Writes the step's new rows to their pages; the caller sees to it that the table has them."""
+    page_ids, slots = context.page_ids, context.slots
+    if keys.shape[0] == 1 and jax.default_backend() == "cpu":
+        # XLA:CPU merges a lone update into what reads the pages, and then copies all of them. Of two rows, the second
+        # dropped, it makes a scatter in place.
+        keys, values, slots = (jnp.repeat(array, 2, axis=0) for array in (keys, values, slots))
+        page_ids = jnp.append(page_ids, NO_PAGE)
+    return write_rows(pages, keys, values, page_ids, slots)
+
+
+def attend_pages(queries: Float[Array, "B T H K"], pages: KVPages, step: CacheStep) -> Float[Array, "B T H K"]:
+    """Attention of a decode step or of a packed chunk over the cache, which has the step's own rows already."""
+    implementation: Implementation = "reference" if pages.is_bits else "auto"
+    if step.query_starts is None:
+        return mfa_decode(queries, pages, step.table, step.lengths, implementation=implementation)
+    heads = mfa_prefill(queries[0], pages, step.table, step.query_starts, step.lengths, implementation=implementation)
+    return heads[None]
 
 
 def attend(
@@ -118,26 +179,3 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(batch, length * heads, -1)
     out = jnp.einsum("BQS,BSK->BQK", weights, values, preferred_element_type=jnp.float32)
     return out.astype(queries.dtype).reshape(queries.shape)
-
-
-def write_rows(
-    cache: Float[Array, "B S K"], rows: Float[Array, "B T K"], starts: Int[Array, " B"]
-) -> Float[Array, "B S K"]:
-    """Writes T new rows of each sequence at its own start; the caller sees to it that they fit."""
-    rows = rows.astype(cache.dtype)
-    if cache.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # As integers: XLA:CPU writes bfloat16 by turning the whole cache to float32 and back.
-        cache_bits, row_bits = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (cache, rows))
-        return jax.lax.bitcast_convert_type(_write_rows(cache_bits, row_bits, starts), cache.dtype)
-    return _write_rows(cache, rows, starts)
-
-
-def _write_rows(cache: Num[Array, "B S K"], rows: Num[Array, "B T K"], starts: Int[Array, " B"]) -> Num[Array, "B S K"]:
-    if cache.shape[0] == 1 and rows.shape[1] == 1 and jax.default_backend() == "cpu":
-        # A scatter stays in place: XLA:CPU merges a single update into the products that read the cache, and then copies
-        # the cache several times a step. Of two rows, the second outside and dropped, it makes no single update.
-        places = jnp.stack([starts[0], jnp.full((), cache.shape[1], starts.dtype)])
-        return cache.at[0, places].set(jnp.repeat(rows[0], 2, axis=0), mode="drop")
-    if cache.shape[0] == 1:
-        return jax.lax.dynamic_update_slice(cache, rows, (0, starts[0], 0))
-    return jax.vmap(lambda one, new, start: jax.lax.dynamic_update_slice(one, new, (start, 0)))(cache, rows, starts)

@@ -16,7 +16,11 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(table.astype(dtype))
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+        table = self.weight[...]
+        if table.dtype != jnp.bfloat16:
+            return jnp.take(table, ids, axis=0, mode="clip")
+        bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
+        return jax.lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), table.dtype)
 
 
 def merge_image_features(

@@ -17,13 +17,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from step3_jax.layers.linear import linear, normal
+from pallas_kernels.common import Implementation, dispatch
+from pallas_kernels.grouped_matmul.api import moe_ffn
+from pallas_kernels.quantise import BLOCK as FP8_BLOCK
+from step3_jax.layers.linear import fp8_unsupported, linear, normal
 from step3_jax.quant import BlockScaled, dequantise
 
 # Up to this many (token, expert) pairs each pair is computed by itself: only chosen experts are read.
 MAX_SINGLE_PAIRS = 12
-# Rows of a block in the grouped form: enough to fill a matrix product, few enough to waste little padding.
-MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 8, 128
+# Rows of a block in the grouped form. Reading an expert for a block costs about as much as 26 rows do, so few large blocks
+# are best; what is left over goes to at most so many small ones.
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 8, 256
+MAX_SMALL_BLOCKS = 2
 
 # An expert's matrix below this size is as well copied: it stays in the processor's cache, and the program is smaller.
 MIN_SEPARATE_BYTES = 2**20
@@ -77,18 +82,31 @@ class Experts(nnx.Module):
         self.capacity_factor: float | None = None
 
     def __call__(
-        self, hidden: Float[Array, "N D"], weights: Float[Array, "N top_k"], experts: Int[Array, "N top_k"]
+        self,
+        hidden: Float[Array, "N D"],
+        weights: Float[Array, "N top_k"],
+        experts: Int[Array, "N top_k"],
+        *,
+        all_experts: int | None = None,
     ) -> Float[Array, "N D"]:
-        stacks = [_plain(getattr(self, name)[...], hidden.dtype) for name in STACKS]
-        if self.capacity_factor is not None:
-            if any(isinstance(stack, SeparateStack) for stack in stacks):
-                raise ValueError("capacity_factor is for training, separate_experts for inference: use one of them")
-            num_pairs, num_experts = experts.size, stacks[0].shape[0]
-            capacity = min(-(-int(num_pairs * self.capacity_factor) // num_experts), hidden.shape[0])
-            return experts_by_capacity(hidden, weights, experts, *stacks, capacity=capacity)
-        if experts.size <= MAX_SINGLE_PAIRS:
-            return experts_by_pair(hidden, weights, experts, *stacks)
-        return experts_by_block(hidden, weights, experts, *stacks)
+        """The sum for N tokens.
+
+        `all_experts` says that the stacks are a part of so many experts: an id of E then stands for one that is not
+        here, whose weight must be 0.
+        """
+        stacks = [getattr(self, name)[...] for name in STACKS]
+        if self.capacity_factor is None:
+            unsupported = _kernel_unsupported(hidden.dtype, stacks)
+            plain, kernel = (
+                functools.partial(form, all_experts=all_experts) for form in (_experts_plain, _experts_kernel)
+            )
+            return dispatch("auto", unsupported, plain, kernel, hidden, weights, experts, stacks)
+        stacks = [_plain(stack, hidden.dtype) for stack in stacks]
+        if any(isinstance(stack, SeparateStack) for stack in stacks):
+            raise ValueError("capacity_factor is for training, separate_experts for inference: use one of them")
+        num_pairs, num_experts = experts.size, stacks[0].shape[0]
+        capacity = min(-(-int(num_pairs * self.capacity_factor) // num_experts), hidden.shape[0])
+        return experts_by_capacity(hidden, weights, experts, *stacks, capacity=capacity)
 
 
 def separate_experts(model: nnx.Module) -> None:
@@ -139,39 +157,70 @@ def experts_by_block(
     gate: Stack,
     up: Stack,
     down: Stack,
+    *,
+    all_experts: int | None = None,
 ) -> Float[Array, "N D"]:
     """Pairs sorted by expert and cut in blocks of one expert each; a loop over blocks picks the block's expert.
 
     No token is dropped: there are at most ceil(pairs / rows) + E blocks, the padding of each expert's last block
-    being all that is wasted.
+    being all that is wasted. Pairs of an expert that is not here (see `Experts.__call__`) take no block.
     """
     num_tokens, top_k = experts.shape
     num_experts, num_pairs = gate.shape[0], experts.size
-    rows = min(max(MIN_BLOCK_ROWS, 1 << max(num_pairs // num_experts - 1, 0).bit_length()), MAX_BLOCK_ROWS)
-    num_blocks = min(-(-num_pairs // rows) + num_experts, num_pairs)
+    large, small = block_rows(num_pairs, all_experts or num_experts)
     flat = experts.reshape(-1)
     counts = jnp.bincount(flat, length=num_experts)
-    blocks_each = -(-counts // rows)
+    # A rest that small blocks would fill three times or more is as well one large block.
+    rest = counts % large
+    num_small = jnp.where(rest > MAX_SMALL_BLOCKS * small, 0, -(-rest // small))
+    num_large = counts // large + (rest > MAX_SMALL_BLOCKS * small)
+    blocks_each = num_large + num_small
     block_ends = jnp.cumsum(blocks_each)
+    slots_each = num_large * large + num_small * small
+    first_slots = jnp.cumsum(slots_each) - slots_each
     order = jnp.argsort(flat, stable=True)
     sorted_experts = flat[order]
     rank = jnp.arange(num_pairs) - (jnp.cumsum(counts) - counts)[sorted_experts]
-    slots = (block_ends - blocks_each)[sorted_experts] * rows + rank
+    # No expert has more padding than a large block, and no block is without a pair.
+    num_slots = num_pairs + min(num_experts, num_pairs) * large
+    slots = jnp.where(sorted_experts < num_experts, first_slots[sorted_experts] + rank, num_slots)
     # Slot -> token; empty slots point at a row of zeros behind the last token.
-    tokens = jnp.full((num_blocks * rows,), num_tokens, jnp.int32).at[slots].set((order // top_k).astype(jnp.int32))
+    tokens = jnp.full((num_slots,), num_tokens, jnp.int32)
+    tokens = tokens.at[slots].set((order // top_k).astype(jnp.int32), mode="drop")
     padded = jnp.concatenate([hidden, jnp.zeros((1, hidden.shape[1]), hidden.dtype)])
-    block_experts = jnp.searchsorted(block_ends, jnp.arange(num_blocks), side="right")
+
+    def run_rows(
+        rows: int, start: Int[Array, ""], expert: Int[Array, ""], outputs: Float[Array, "slots D"]
+    ) -> Float[Array, "slots D"]:
+        picked = padded[jax.lax.dynamic_slice(tokens, (start,), (rows,))]
+        out = _run_expert(picked, expert, (gate, up, down))
+        return jax.lax.dynamic_update_slice(outputs, out, (start, 0))
 
     def run_block(block: Int[Array, ""], outputs: Float[Array, "slots D"]) -> Float[Array, "slots D"]:
-        picked = padded[jax.lax.dynamic_slice(tokens, (block * rows,), (rows,))]
-        out = _run_expert(picked, block_experts[block], (gate, up, down))
-        return jax.lax.dynamic_update_slice(outputs, out, (block * rows, 0))
+        expert = jnp.searchsorted(block_ends, block, side="right")
+        index = block - (block_ends - blocks_each)[expert]
+        is_large = index < num_large[expert]
+        start = first_slots[expert] + jnp.where(
+            is_large, index * large, num_large[expert] * large + (index - num_large[expert]) * small
+        )
+        if large == small:
+            return run_rows(large, start, expert, outputs)
+        return jax.lax.cond(
+            is_large, functools.partial(run_rows, large), functools.partial(run_rows, small), start, expert, outputs
+        )
 
-    outputs = jnp.zeros((num_blocks * rows, hidden.shape[1]), hidden.dtype)
+    outputs = jnp.zeros((num_slots, hidden.shape[1]), hidden.dtype)
     outputs = jax.lax.fori_loop(0, block_ends[-1], run_block, outputs)
     slot_of_pair = jnp.zeros((num_pairs,), jnp.int32).at[order].set(slots.astype(jnp.int32))
     gathered = outputs[slot_of_pair].reshape(num_tokens, top_k, -1).astype(jnp.float32)
     return jnp.einsum("NkD,Nk->ND", gathered, weights).astype(hidden.dtype)
+
+
+def block_rows(num_pairs: int, num_experts: int) -> tuple[int, int]:
+    """Rows of a large block, which holds an expert's even share and a little more, and of a small one."""
+    share = -(-num_pairs * 9 // (num_experts * 8))
+    large = min(max(-(-share // MIN_BLOCK_ROWS) * MIN_BLOCK_ROWS, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
+    return large, max(large // 4, MIN_BLOCK_ROWS)
 
 
 def experts_by_capacity(
@@ -225,3 +274,48 @@ def _run_expert(
 
 def _plain(stack: Stack | BlockScaled, dtype: jnp.dtype) -> Stack:
     return dequantise(stack, dtype) if isinstance(stack, BlockScaled) else stack
+
+
+def _experts_plain(
+    hidden: Float[Array, "N D"],
+    weights: Float[Array, "N top_k"],
+    experts: Int[Array, "N top_k"],
+    stacks: list[Stack | BlockScaled],
+    *,
+    all_experts: int | None,
+) -> Float[Array, "N D"]:
+    plain = [_plain(stack, hidden.dtype) for stack in stacks]
+    # One by one, pairs whose expert is elsewhere would cost as much as the others.
+    if experts.size <= MAX_SINGLE_PAIRS and all_experts is None:
+        return experts_by_pair(hidden, weights, experts, *plain)
+    return experts_by_block(hidden, weights, experts, *plain, all_experts=all_experts)
+
+
+def _experts_kernel(
+    hidden: Float[Array, "N D"],
+    weights: Float[Array, "N top_k"],
+    experts: Int[Array, "N top_k"],
+    stacks: list[Stack | BlockScaled],
+    *,
+    all_experts: int | None,
+    interpret: bool,
+) -> Float[Array, "N D"]:
+    gate, up, down = ((stack.values, stack.scales) if isinstance(stack, BlockScaled) else stack for stack in stacks)
+    implementation: Implementation = "interpret" if interpret else "mosaic"
+    return moe_ffn(hidden, weights, experts, gate, up, down, all_experts=all_experts, implementation=implementation)
+
+
+def _kernel_unsupported(dtype: jnp.dtype, stacks: list[Stack | BlockScaled]) -> str | None:
+    """Why the GPU kernels cannot serve these experts; None if they can."""
+    gate = stacks[0]
+    if isinstance(gate, SeparateStack):
+        return "the kernels take the experts as stacks, and these are taken apart for a CPU"
+    if dtype != jnp.bfloat16:
+        return f"the kernels take bfloat16 tokens, not {dtype}"
+    if isinstance(gate, BlockScaled):
+        reason = fp8_unsupported(dtype, gate)
+    else:
+        reason = None if gate.dtype == dtype else f"the kernels take experts in bfloat16 or FP8, not {gate.dtype}"
+    if any(size % FP8_BLOCK for size in gate.shape[1:]):
+        reason = f"the kernels take sizes that are multiples of {FP8_BLOCK}, not {gate.shape[1:]}"
+    return reason

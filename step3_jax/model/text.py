@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.pages import PAGE_SIZE, KVPages
 from step3_jax.config import TextConfig
-from step3_jax.layers.attention import MFA, AttentionContext, LayerKV, attention_context
+from step3_jax.layers.attention import MFA, AttentionContext, CacheStep, attention_context
 from step3_jax.layers.embed import Embedding
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.mlp import SwiGLU
@@ -27,13 +28,13 @@ class AttentionOutput(NamedTuple):
       residual: The residual stream after attention; it stays on the attention side.
       normed: Tokens for the FFN half, flattened over the batch.
       routing: Expert choice of each token; None in a dense layer.
-      kv: The layer's cache with the new rows.
+      pages: The layer's cache with the new rows.
     """
 
     residual: Float[Array, "B T D"]
     normed: Float[Array, "N D"]
     routing: Routing | None
-    kv: LayerKV | None
+    pages: KVPages | None
 
 
 class AttentionBlock(nnx.Module):
@@ -57,16 +58,16 @@ class AttentionBlock(nnx.Module):
         )
 
     def __call__(
-        self, hidden: Float[Array, "B T D"], context: AttentionContext, kv: LayerKV | None = None
+        self, hidden: Float[Array, "B T D"], context: AttentionContext, pages: KVPages | None = None
     ) -> AttentionOutput:
         with jax.named_scope("self_attn"):
-            out, kv = self.self_attn(self.input_layernorm(hidden), context, kv)
+            out, pages = self.self_attn(self.input_layernorm(hidden), context, pages)
         residual = hidden + out
         normed = self.post_attention_layernorm(residual).reshape(-1, residual.shape[-1])
         if self.router is None:
-            return AttentionOutput(residual, normed, None, kv)
+            return AttentionOutput(residual, normed, None, pages)
         with jax.named_scope("router"):
-            return AttentionOutput(residual, normed, self.router(normed), kv)
+            return AttentionOutput(residual, normed, self.router(normed), pages)
 
 
 class FfnBlock(nnx.Module):
@@ -102,10 +103,10 @@ class DecoderLayer(nnx.Module):
         self.ffn = FfnBlock(config, layer, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, hidden: Float[Array, "B T D"], context: AttentionContext, kv: LayerKV | None = None
-    ) -> tuple[Float[Array, "B T D"], LayerKV | None]:
-        out = self.attention(hidden, context, kv)
-        return out.residual + self.ffn(out.normed, out.routing).reshape(out.residual.shape), out.kv
+        self, hidden: Float[Array, "B T D"], context: AttentionContext, pages: KVPages | None = None
+    ) -> tuple[Float[Array, "B T D"], KVPages | None]:
+        out = self.attention(hidden, context, pages)
+        return out.residual + self.ffn(out.normed, out.routing).reshape(out.residual.shape), out.pages
 
 
 class Decoder(nnx.Module):
@@ -124,30 +125,35 @@ class Decoder(nnx.Module):
         self,
         embeddings: Float[Array, "B T D"],
         *,
-        cache: Sequence[LayerKV] | None = None,
-        starts: Int[Array, " B"] | None = None,
+        cache: Sequence[KVPages] | None = None,
+        step: CacheStep | None = None,
         positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerKV, ...] | None]:
+    ) -> tuple[Float[Array, "B T D"], tuple[KVPages, ...] | None]:
         """Runs all layers.
 
         Args:
-          embeddings: Token embeddings, image features merged in.
+          embeddings: Token embeddings, image features merged in; [1, N, D] for a packed chunk of prompts.
           cache: One entry a layer; None runs without a cache.
-          starts: Tokens already in the cache, for each sequence.
-          positions: Rotary positions, if they are not starts + 0..T-1.
+          step: Where the tokens stand in the cache; given if and only if there is one.
+          positions: Rotary positions, if they are not the tokens' places in their sequences.
 
         Returns:
           The normed hidden states (see `logits`) and the cache with the new rows.
+
+        Raises:
+          ValueError: If only one of `cache` and `step` is given.
         """
-        cache_length = cache[0].keys.shape[1] if cache is not None else None
+        if (cache is None) != (step is None):
+            raise ValueError("a cache needs the step that says where its tokens stand, and a step needs a cache")
+        page_size = cache[0].page_size if cache else PAGE_SIZE
         context = attention_context(
-            self.config, embeddings.shape[:2], starts=starts, positions=positions, cache_length=cache_length
+            self.config, embeddings.shape[:2], step=step, page_size=page_size, positions=positions
         )
         hidden, new_cache = embeddings, []
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layers.{index}"):
-                hidden, kv = layer(hidden, context, cache[index] if cache is not None else None)
-            new_cache.append(kv)
+                hidden, pages = layer(hidden, context, cache[index] if cache is not None else None)
+            new_cache.append(pages)
         return self.norm(hidden), tuple(new_cache) if cache is not None else None
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.mfa_prefill import dense_attention
 from step3_jax.config import NUM_CLASS_TOKENS, VISION_NORM_EPS, ModelConfig, VisionConfig
 from step3_jax.layers.linear import Linear, normal
 from step3_jax.layers.norm import LayerNorm
@@ -62,13 +63,9 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "B T width"]) -> Float[Array, "B T width"]:
         batch, length, width = hidden.shape
-        qkv = self.qkv_proj(hidden).reshape(batch, length, 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
-        queries, keys, values = qkv[0], qkv[1], qkv[2]
-        scale = queries.shape[-1] ** -0.5
-        scores = jnp.einsum("BHTK,BHSK->BHTS", queries, keys, preferred_element_type=jnp.float32) * scale
-        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        out = jnp.einsum("BHTS,BHSK->BHTK", weights, values, preferred_element_type=jnp.float32)
-        return self.out_proj(out.astype(hidden.dtype).transpose(0, 2, 1, 3).reshape(batch, length, width))
+        qkv = self.qkv_proj(hidden).reshape(batch, length, 3, self.num_heads, -1)
+        out = dense_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return self.out_proj(out.reshape(batch, length, width))
 
 
 class VisionMLP(nnx.Module):

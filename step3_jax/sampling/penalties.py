@@ -17,12 +17,28 @@ class TokenCounts(NamedTuple):
     in_output: Int[Array, "B V"]
 
 
-def count_prompt(token_ids: Int[Array, "B T"], lengths: Int[Array, " B"], vocab_size: int) -> TokenCounts:
-    """Counts at the begin of the output; tokens at or behind a row's length are padding."""
-    batch, length = token_ids.shape
-    ids = jnp.where(jnp.arange(length) < lengths[:, None], token_ids, vocab_size)
-    mask = jnp.zeros((batch, vocab_size), bool).at[jnp.arange(batch)[:, None], ids].set(True, mode="drop")
-    return TokenCounts(mask, jnp.zeros((batch, vocab_size), jnp.int32))
+def count_history(
+    token_ids: Int[Array, "B M"], lengths: Int[Array, " B"], num_output: Int[Array, " B"], vocab_size: int
+) -> TokenCounts:
+    """Counts of sequences so far.
+
+    Args:
+      token_ids: Prompt and output of each row; what stands at or behind its length is padding.
+      lengths: Tokens of each row.
+      num_output: How many of them, the last ones, are output.
+      vocab_size: V.
+    """
+    batch, width = token_ids.shape
+    rows = jnp.arange(batch)[:, None]
+    places, ends = jnp.arange(width), lengths[:, None]
+    is_output = (places >= ends - num_output[:, None]) & (places < ends)
+    # An id of V is outside the vocabulary and dropped.
+    prompt_ids = jnp.where((places < ends) & ~is_output, token_ids, vocab_size)
+    output_ids = jnp.where(is_output, token_ids, vocab_size)
+    return TokenCounts(
+        in_prompt=jnp.zeros((batch, vocab_size), bool).at[rows, prompt_ids].set(True, mode="drop"),
+        in_output=jnp.zeros((batch, vocab_size), jnp.int32).at[rows, output_ids].add(1, mode="drop"),
+    )
 
 
 def count_token(counts: TokenCounts, tokens: Int[Array, " B"], is_running: Bool[Array, " B"]) -> TokenCounts:

@@ -104,3 +104,19 @@ def test_the_kernels_import_and_run_without_the_model() -> None:
         [sys.executable, "-c", ALONE], check=False, capture_output=True, text=True, timeout=120, cwd=ROOT
     )
     assert "ALONE" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("implementation", ["auto", "interpret"])
+def test_a_kernel_has_the_references_derivative(implementation: common.Implementation) -> None:
+    def kernel(x: jax.Array, index: jax.Array, *, interpret: bool) -> jax.Array:
+        return jax.lax.stop_gradient(x[index]) * 2.0
+
+    def reference(x: jax.Array, index: jax.Array) -> jax.Array:
+        return x[index] * 2.0
+
+    def loss(x: jax.Array) -> jax.Array:
+        return common.dispatch(implementation, None, reference, kernel, x, jnp.int32(1))
+
+    value, slope = jax.value_and_grad(loss)(jnp.arange(3.0))
+    assert float(value) == 2.0
+    assert slope.tolist() == [0.0, 2.0, 0.0]

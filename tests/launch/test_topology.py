@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from step3_jax.launch.topology import Topology, parse_topology, processes_of, read_topology
+from step3_jax.deployment import Topology, parse_topology
+from step3_jax.launch.topology import processes_of, read_topology
 
 
 @pytest.mark.parametrize(

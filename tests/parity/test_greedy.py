@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from step3_jax.layers.attention import LayerKV
+from pallas_kernels.pages import PAGE_SIZE, empty_pages
+from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 
 STEPS = 30
@@ -44,21 +45,25 @@ def check(found_ids, found_logits, ids, logits):
 def test_greedy_with_the_cache(prompt):
     decoder, embeddings, ids, logits = prompt
     graphdef, state = nnx.split(decoder)
-    length = embeddings.shape[1] + STEPS
 
     @jax.jit
-    def step(state, embeddings, cache, starts):
+    def step(state, embeddings, cache, place):
         text = nnx.merge(graphdef, state)
-        hidden, cache = text(embeddings, cache=cache, starts=starts)
+        hidden, cache = text(embeddings, cache=cache, step=place)
         logits = text.logits(hidden[0, -1])
         return logits, text.embed_tokens(jnp.argmax(logits)[None, None]), cache
 
-    zeros = jnp.zeros((1, length, decoder.config.head_dim))
-    cache = tuple(LayerKV(zeros, zeros) for _ in decoder.layers)
-    start, found_ids, found_logits = 0, [], []
+    length = embeddings.shape[1]
+    num_pages = -(-(length + STEPS) // PAGE_SIZE)
+    cache = tuple(empty_pages(num_pages, decoder.config.head_dim, "float32") for _ in decoder.layers)
+    # Backwards, as pages need not be in order.
+    table = jnp.arange(num_pages)[None, ::-1]
+    place = CacheStep(table, jnp.asarray([length]), jnp.asarray([0, length]))
+    found_ids, found_logits = [], []
     for _ in range(STEPS):
-        row, following, cache = step(state, embeddings, cache, jnp.asarray([start]))
-        start, embeddings = start + embeddings.shape[1], following
+        row, embeddings, cache = step(state, embeddings, cache, place)
+        length += 1
+        place = CacheStep(table, jnp.asarray([length]))
         found_ids.append(int(jnp.argmax(row)))
         found_logits.append(row)
     check(found_ids, found_logits, ids, logits)

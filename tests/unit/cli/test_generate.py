@@ -108,6 +108,8 @@ def test_text_goes_to_stdout_and_notes_to_stderr(
         (["--raw", "--system", "Be brief."], "--system"),
         (["--n", "2"], "n is 2"),
         (["--dtype", "int8"], "invalid choice"),
+        (["--kv-cache-dtype", "fp4"], "invalid choice"),
+        (["--max-num-batched-tokens", "0"], "max_num_batched_tokens is 0"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(

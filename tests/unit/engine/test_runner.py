@@ -9,22 +9,69 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from step3_jax.cache.paged import Cache
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
-from step3_jax.engine.state import FULL, HALTED, RUNNING, PrefillBatch
+from step3_jax.engine.state import FULL, IDLE, RUNNING, STOPPED, DecodeBatch, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 
 VOCAB_SIZE = 264
+NUM_PAGES, MAX_PAGES, MAX_STEPS = 37, 2, 16
+PROMPT_LENGTH = 5
 
 
-def make_batch(max_tokens: list[int]) -> tuple[PrefillBatch, SamplingBatch]:
-    params = SamplingParams(temperature=0)
-    rows = [SamplingRow(params, count, (0, 0), ()) for count in max_tokens]
-    ids = jnp.asarray(np.arange(len(rows) * 32).reshape(len(rows), 32) % VOCAB_SIZE, jnp.int32)
-    batch = PrefillBatch(ids, jnp.full((len(rows),), 5, jnp.int32))
-    return batch, sampling_batch(rows, VOCAB_SIZE, len(rows))
+def chunk(num_rows: int, padding: int = 0) -> PrefillBatch:
+    """The first four of five tokens of each row, which has two pages."""
+    count = PROMPT_LENGTH - 1
+    ids = np.full((32,), padding, np.int32)
+    ids[: num_rows * count] = prompts(num_rows)[:, :-1].reshape(-1)
+    starts = np.arange(num_rows + 1, dtype=np.int32) * count
+    return PrefillBatch(
+        jnp.asarray(ids), jnp.asarray(starts), jnp.full((num_rows,), count, jnp.int32), jnp.asarray(table(num_rows))
+    )
+
+
+def prompts(num_rows: int) -> np.ndarray:
+    return (np.arange(num_rows * PROMPT_LENGTH, dtype=np.int32) * 7 % VOCAB_SIZE).reshape(num_rows, -1)
+
+
+def table(num_rows: int) -> np.ndarray:
+    return np.arange(num_rows * MAX_PAGES, dtype=np.int32).reshape(num_rows, -1)[:, ::-1] + 3
+
+
+def decode_batch(num_rows: int, *, is_active: list[bool] | None = None) -> DecodeBatch:
+    return DecodeBatch(
+        last=jnp.asarray(prompts(num_rows)[:, -1]),
+        cached=jnp.full((num_rows,), PROMPT_LENGTH - 1, jnp.int32),
+        num_made=jnp.zeros((num_rows,), jnp.int32),
+        is_active=jnp.asarray(is_active or [True] * num_rows),
+        table=jnp.asarray(table(num_rows)),
+    )
+
+
+def sampling_of(max_tokens: list[int], stop_ids: tuple[int, ...] = ()) -> SamplingBatch:
+    rows = [SamplingRow(SamplingParams(temperature=0), count, (0, 0), stop_ids) for count in max_tokens]
+    return sampling_batch(rows, VOCAB_SIZE, len(rows))
+
+
+def run(
+    runner: Runner,
+    cache: Cache,
+    batch: DecodeBatch,
+    sampling: SamplingBatch,
+    num_steps: int = MAX_STEPS,
+    *,
+    leave_early: bool = False,
+) -> tuple[Cache, Report]:
+    return runner.decode(
+        cache, batch, sampling, num_steps, max_steps=MAX_STEPS, leave_early=leave_early, mode=SamplingMode()
+    )
+
+
+def read(runner: Runner, num_rows: int, padding: int = 0) -> Cache:
+    return runner.prefill(runner.allocate_cache(NUM_PAGES, "float32"), chunk(num_rows, padding))
 
 
 def test_nothing_is_traced_twice_for_a_bucket(model: Step3) -> None:
@@ -35,71 +82,90 @@ def test_nothing_is_traced_twice_for_a_bucket(model: Step3) -> None:
         return SamplingParams(seed=seed, max_tokens=10, ignore_eos=True, **values)
 
     llm.generate([[1], [2, 3]], params(1, temperature=0.5, top_k=9))
-    assert runner.num_traces == {"prefill": 1, "start": 1, "decode": 1}
+    assert runner.num_traces == {"prefill": 1, "decode": 1}
     compile_s = runner.compile_s
     assert compile_s > 0
     assert llm.stats.compile_s == pytest.approx(compile_s)
-    # Other lengths, parameters, numbers of steps; streamed or not: all in the same bucket.
+    # Other lengths, parameters, numbers of steps; streamed or not: all in the same buckets.
     llm.generate([[1, 2, 3], list(range(20))], [params(2, top_k=40), params(3, top_k=8, top_p=0.3)])
     list(llm.generate([[4], [5]], params(4, temperature=2.0, top_k=100), stream=True))
-    assert runner.num_traces == {"prefill": 1, "start": 1, "decode": 1}
+    assert runner.num_traces == {"prefill": 1, "decode": 1}
     assert runner.compile_s == compile_s
-    llm.generate([[4], list(range(33))], params(5, top_k=1))
-    assert runner.num_traces == {"prefill": 2, "start": 2, "decode": 1}
+    llm.generate([[4], list(range(35))], params(5, top_k=1))
+    assert runner.num_traces == {"prefill": 2, "decode": 1}
 
 
 def test_the_cache_is_given_away_and_the_report_stays(runner: Runner) -> None:
-    batch, sampling = make_batch([9])
-    state, first = runner.prefill(batch, sampling, cache_length=64, mode=SamplingMode())
-    after, second = runner.decode(state, sampling, np.zeros(1, bool), 4, mode=SamplingMode())
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
-    assert first.num_tokens.tolist() == [1]
-    assert second.num_tokens.tolist() == [5]
-    assert first.tokens[0, 0] == second.tokens[0, 0]
-    assert after.cached.tolist() == [9]
-    _, third = runner.decode(after, sampling, np.zeros(1, bool), 4, mode=SamplingMode())
-    assert third.tokens[0, :5].tolist() == second.tokens[0, :5].tolist()
-
-
-@pytest.mark.parametrize("num_rows", [1, 4])
-def test_no_copy_of_the_cache_is_in_the_decode_loop(runner: Runner, num_rows: int) -> None:
-    batch, sampling = make_batch([9] * num_rows)
-    state = jax.eval_shape(
-        lambda batch, sampling: runner.prefill(batch, sampling, cache_length=64, mode=SamplingMode())[0],
-        batch,
-        sampling,
+    before = read(runner, 1)
+    after, first = run(runner, before, decode_batch(1), sampling_of([9]), 4)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    batch = decode_batch(1)._replace(
+        last=first.tokens[:, 3], cached=jnp.asarray([PROMPT_LENGTH + 3]), num_made=first.num_new
     )
+    _, second = run(runner, after, batch, sampling_of([9]))
+    assert (first.num_new.tolist(), first.finish.tolist()) == ([4], [RUNNING])
+    assert (second.num_new.tolist(), second.finish.tolist()) == ([5], [FULL])
+    _, whole = run(runner, read(runner, 1), decode_batch(1), sampling_of([9]))
+    assert whole.tokens[0, :9].tolist() == [*first.tokens[0, :4].tolist(), *second.tokens[0, :5].tolist()]
+
+
+@pytest.mark.parametrize(("num_rows", "storage"), [(1, "float32"), (4, "float32"), (1, "fp8"), (4, "fp8")])
+def test_no_copy_of_the_cache_is_in_the_compiled_calls(runner: Runner, num_rows: int, storage: str) -> None:
+    cache = jax.eval_shape(lambda: runner.allocate_cache(NUM_PAGES, storage))
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        text = runner.decode_program(state, sampling, mode=SamplingMode()).as_text()
+        decode = runner.decode_program(
+            cache, decode_batch(num_rows), sampling_of([9] * num_rows), max_steps=MAX_STEPS, mode=SamplingMode()
+        )
+        programs = [decode]
+        if num_rows == 4:
+            programs.append(runner.prefill_program(cache, chunk(num_rows)))
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
-    assert "while(" in text
-    shape = rf"f32\[{num_rows},64,16\]"
-    assert re.search(shape, text), "the cache's shape is nowhere: the test looks at the wrong program"
-    copies = [line for line in text.splitlines() if re.search(rf"= {shape}\S* copy\(", line)]
-    assert not copies, copies
+    assert "while(" in decode.as_text()
+    for program in programs:
+        # Whatever has as many rows as the cache has pages: the only things done to it are writes in place, each of
+        # them wrapped in a fusion of its own at most.
+        made = re.findall(rf"= (\w+)\[{NUM_PAGES},\S+ ([\w-]+)\(", program.as_text())
+        assert ("f32" if storage == "float32" else "s16" if storage == "bfloat16" else "s8") in {
+            kind for kind, _ in made
+        }
+        done = [name for _, name in made if name not in ("parameter", "get-tuple-element")]
+        writes = [name for name in done if name in ("scatter", "dynamic-update-slice")]
+        assert set(done) <= {"scatter", "dynamic-update-slice", "fusion"}, done
+        buffers = 2 * len(cache) * (2 if storage == "fp8" else 1)
+        assert len(writes) == buffers
+        assert done.count("fusion") <= buffers
 
 
-def test_rows_end_by_themselves_and_stay_as_they_are(runner: Runner) -> None:
-    batch, sampling = make_batch([2, 9, 0, 9])
-    state, report = runner.prefill(batch, sampling, cache_length=64, mode=SamplingMode())
-    assert report.finish.tolist() == [RUNNING, RUNNING, FULL, RUNNING]
-    is_halted = np.array([False, False, False, True])
-    state, report = runner.decode(state, sampling, is_halted, 100, mode=SamplingMode())
-    assert report.finish.tolist() == [FULL, FULL, FULL, HALTED]
-    assert report.num_tokens.tolist() == [2, 9, 0, 1]
+def test_rows_end_by_themselves_and_idle_ones_write_nothing(runner: Runner) -> None:
+    cache = read(runner, 4)
+    pages = table(4)
+    before = [np.asarray(kv.keys) for kv in cache]
+    is_active = [True, True, False, True]
+    cache, report = run(runner, cache, decode_batch(4, is_active=is_active), sampling_of([2, 9, 9, 1]))
+    assert report.finish.tolist() == [FULL, FULL, IDLE, FULL]
+    assert report.num_new.tolist() == [2, 9, 0, 1]
     assert not report.tokens[2].any()
-    again, report = runner.decode(state, sampling, is_halted, 100, mode=SamplingMode())
-    assert report.num_tokens.tolist() == [2, 9, 0, 1]
-    assert again.cached.tolist() == [6, 13, 5, 5]
+    for old, kv in zip(before, cache, strict=True):
+        changed = np.argwhere((old != np.asarray(kv.keys)).any(-1))
+        # A row's last token is never written.
+        want = [(pages[row, 0], 4 + step) for row, count in ((0, 2), (1, 9), (3, 1)) for step in range(count)]
+        assert sorted(map(tuple, changed.tolist())) == sorted(want)
 
 
-def test_padding_behind_a_prompt_changes_nothing(runner: Runner) -> None:
-    batch, sampling = make_batch([9])
-    other = batch._replace(token_ids=batch.token_ids.at[:, 5:].set(200))
-    reports = []
-    for one in (batch, other):
-        state, _ = runner.prefill(one, sampling, cache_length=64, mode=SamplingMode())
-        reports.append(runner.decode(state, sampling, np.zeros(1, bool), 100, mode=SamplingMode())[1])
+def test_an_end_token_ends_a_row_and_the_call_if_others_wait(runner: Runner) -> None:
+    _, report = run(runner, read(runner, 4), decode_batch(4), sampling_of([9] * 4))
+    end = int(report.tokens[1, 2])
+    first_end = [row.index(end) + 1 if end in row else 9 for row in report.tokens[:, :9].tolist()]
+    _, stopped = run(runner, read(runner, 4), decode_batch(4), sampling_of([9] * 4, (end,)))
+    assert stopped.num_new.tolist() == first_end
+    assert stopped.finish[1] == STOPPED
+    _, left = run(runner, read(runner, 4), decode_batch(4), sampling_of([9] * 4, (end,)), leave_early=True)
+    assert left.num_new.tolist() == [min(first_end)] * 4
+    assert RUNNING in left.finish.tolist()
+
+
+def test_padding_behind_a_chunk_changes_nothing(runner: Runner) -> None:
+    reports = [run(runner, read(runner, 1, padding), decode_batch(1), sampling_of([9]))[1] for padding in (0, 200)]
     np.testing.assert_array_equal(reports[0].tokens, reports[1].tokens)

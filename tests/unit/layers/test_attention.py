@@ -6,9 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from pallas_kernels.pages import empty_pages
 from step3_jax.config import TextConfig
-from step3_jax.layers.attention import attend, attention_context, write_rows
+from step3_jax.layers.attention import (
+    MFA,
+    NO_PAGE,
+    AttentionContext,
+    CacheStep,
+    attend,
+    attention_context,
+    write_tokens,
+)
 from step3_jax.layers.rope import apply_rope, rope_table
 
 HEAD_DIM, THETA = 8, 500000.0
@@ -50,13 +60,27 @@ def test_all_heads_share_one_key_and_value_head():
             np.testing.assert_allclose(found[0, token, head], weights @ values[0, : token + 1], atol=1e-5)
 
 
-def test_context_counts_positions_from_the_starts():
+def test_a_decode_step_stands_at_the_end_of_each_sequence():
     config = TextConfig(head_dim=HEAD_DIM)
-    context = attention_context(config, (2, 2), starts=jnp.asarray([0, 3]), cache_length=6)
-    np.testing.assert_array_equal(context.mask[0], [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(context.mask[1], [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]])
-    cos, _ = rope_table(jnp.asarray([[0, 1], [3, 4]]), head_dim=HEAD_DIM, theta=THETA)
+    table = jnp.asarray([[4, 9], [7, 3], [5, 5]])
+    context = attention_context(config, (3, 2), step=CacheStep(table, jnp.asarray([2, 66, 0])))
+    cos, _ = rope_table(jnp.asarray([[0, 1], [64, 65], [0, 0]]), head_dim=HEAD_DIM, theta=THETA)
     np.testing.assert_array_equal(context.cos, cos)
+    np.testing.assert_array_equal(context.page_ids, [4, 4, 3, 3, NO_PAGE, NO_PAGE])
+    np.testing.assert_array_equal(context.slots[:4], [0, 1, 0, 1])
+    assert context.mask is None
+
+
+def test_a_packed_chunk_gives_each_token_its_sequence_and_place():
+    config = TextConfig(head_dim=HEAD_DIM)
+    table = jnp.asarray([[1, 2], [0, 0], [3, 4], [0, 0]])
+    # Two tokens behind a prefix of 63, none, three at the begin, none; then padding.
+    step = CacheStep(table, jnp.asarray([65, 0, 3, 0]), jnp.asarray([0, 2, 2, 5, 5]))
+    context = attention_context(config, (1, 8), step=step)
+    cos, _ = rope_table(jnp.asarray([[63, 64, 0, 1, 2, 0, 0, 0]]), head_dim=HEAD_DIM, theta=THETA)
+    np.testing.assert_array_equal(context.cos, cos)
+    np.testing.assert_array_equal(context.page_ids, [1, 2, 3, 3, 3, NO_PAGE, NO_PAGE, NO_PAGE])
+    np.testing.assert_array_equal(context.slots[:5], [63, 0, 0, 1, 2])
 
 
 def test_given_positions_change_the_rotation_and_not_the_mask():
@@ -67,12 +91,59 @@ def test_given_positions_change_the_rotation_and_not_the_mask():
     assert np.abs(np.asarray(plain.cos - moved.cos)).max() > 0.1
 
 
-@pytest.mark.parametrize("starts", [[2], [0, 3]])
-def test_rows_are_written_at_each_sequences_own_start(starts):
-    cache = jnp.zeros((len(starts), 6, 2))
-    rows = jnp.ones((len(starts), 2, 2))
-    found = np.asarray(jax.jit(write_rows)(cache, rows, jnp.asarray(starts)))
-    for sequence, start in enumerate(starts):
-        np.testing.assert_array_equal(
-            found[sequence].sum(-1), [2.0 if start <= row < start + 2 else 0 for row in range(6)]
-        )
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_tokens_go_to_their_places_and_those_without_a_page_nowhere(num_tokens):
+    pages = empty_pages(3, 8, "float32")
+    rows = jnp.arange(1.0, num_tokens + 1)[:, None] * jnp.ones((num_tokens, 8))
+    ids, slots = jnp.asarray([2, NO_PAGE, 0][:num_tokens]), jnp.asarray([5, 6, 63][:num_tokens])
+    context = AttentionContext(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1, 4)), page_ids=ids, slots=slots)
+    found = jax.jit(write_tokens)(pages, rows, -rows, context)
+    want = np.zeros((3, 64, 8), np.float32)
+    want[2, 5] = 1
+    if num_tokens == 3:
+        want[0, 63] = 3
+    np.testing.assert_array_equal(found.keys, want)
+    np.testing.assert_array_equal(found.values, -want)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "fp8"])
+def test_attention_over_pages_in_chunks_and_steps_is_that_without_a_cache(storage):
+    """Two sequences: the first read in two chunks and two single steps, the second in one chunk beside the first's."""
+    config = TextConfig(
+        hidden_size=32, head_dim=16, num_attention_heads=2, share_q_dim=16, num_hidden_layers=1, moe_layers=()
+    )
+    layer = MFA(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+    hidden = jax.random.normal(jax.random.key(1), (2, 90, 32))
+
+    @jax.jit
+    def run(state, hidden, pages, step):
+        return nnx.merge(graphdef, state)(hidden, attention_context(config, hidden.shape[:2], step=step), pages)
+
+    whole, _ = run(state, hidden, None, None)
+    pages = empty_pages(5, 16, storage, as_bits=True)
+    table = jnp.asarray([[3, 1], [0, 2]])
+    found = np.zeros(whole.shape, np.float32)
+
+    def chunk(pages, parts, size):
+        """Reads `parts`: for each sequence the first and the last token."""
+        counts = [end - begin for begin, end in parts]
+        packed = np.zeros((1, size, 32), np.float32)
+        packed[0, : sum(counts)] = np.concatenate([hidden[row, begin:end] for row, (begin, end) in enumerate(parts)])
+        starts = jnp.asarray(np.cumsum([0, *counts]))
+        ends = jnp.asarray([end for _, end in parts])
+        out, pages = run(state, jnp.asarray(packed), pages, CacheStep(table, ends, starts))
+        for row, (begin, end) in enumerate(parts):
+            found[row, begin:end] = out[0, starts[row] : starts[row + 1]]
+        return pages
+
+    pages = chunk(pages, [(0, 30), (0, 0)], 128)
+    pages = chunk(pages, [(30, 88), (0, 61)], 128)
+    for place in (88, 89):
+        out, pages = run(state, hidden[:, place : place + 1], pages, CacheStep(table, jnp.asarray([place + 1, 0])))
+        found[0, place] = out[0, 0]
+    tolerance = {"float32": 1e-5, "bfloat16": 0.02, "fp8": 0.1}[storage] * float(jnp.abs(whole).max())
+    np.testing.assert_allclose(found[0], whole[0], atol=tolerance, rtol=0)
+    np.testing.assert_allclose(found[1, :61], whole[1, :61], atol=tolerance, rtol=0)
+    # The fifth page belongs to nobody.
+    assert not np.asarray(pages.keys[4]).any()

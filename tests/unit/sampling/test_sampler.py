@@ -9,7 +9,7 @@ import pytest
 
 from step3_jax.sampling.batch import SamplingMode, SamplingRow, sampling_batch, sampling_mode, seed_words
 from step3_jax.sampling.params import SamplingParams
-from step3_jax.sampling.penalties import TokenCounts, count_prompt, count_token
+from step3_jax.sampling.penalties import TokenCounts, count_history, count_token
 from step3_jax.sampling.sampler import filter_min_p, filter_top, gumbel_noise, process_logits, sample, step_logprobs
 
 VOCAB = 300
@@ -62,7 +62,7 @@ def make_row(params: SamplingParams) -> SamplingRow:
 
 def make_counts(num_rows: int) -> TokenCounts:
     ids = jnp.asarray([PROMPT + [0] * 4] * num_rows)
-    counts = count_prompt(ids, jnp.full((num_rows,), len(PROMPT)), VOCAB)
+    counts = count_history(ids, jnp.full((num_rows,), len(PROMPT)), jnp.zeros((num_rows,), jnp.int32), VOCAB)
     for token in OUTPUT:
         counts = count_token(counts, jnp.full((num_rows,), token), jnp.ones((num_rows,), bool))
     return counts
@@ -196,13 +196,14 @@ def test_logprobs_are_of_the_raw_distribution_with_ranks(logits: np.ndarray) -> 
         assert got.rank[row] == 1 + list(order).index(int(tokens[row]))
 
 
-def test_padding_of_the_prompt_is_not_counted() -> None:
-    counts = count_prompt(jnp.asarray([[1, 2, 0, 0], [1, 2, 3, 4]]), jnp.asarray([2, 4]), 6)
-    assert np.flatnonzero(counts.in_prompt[0]).tolist() == [1, 2]
-    assert np.flatnonzero(counts.in_prompt[1]).tolist() == [1, 2, 3, 4]
+def test_prompt_and_output_are_counted_apart_and_padding_is_not() -> None:
+    ids = jnp.asarray([[1, 2, 0, 0], [1, 2, 3, 3]])
+    counts = count_history(ids, jnp.asarray([2, 4]), jnp.asarray([0, 2]), 6)
+    assert [np.flatnonzero(row).tolist() for row in counts.in_prompt] == [[1, 2], [1, 2]]
+    assert counts.in_output.tolist() == [[0] * 6, [0, 0, 0, 2, 0, 0]]
 
 
 def test_tokens_of_ended_rows_are_not_counted() -> None:
-    counts = count_prompt(jnp.zeros((2, 1), jnp.int32), jnp.ones((2,), jnp.int32), 4)
+    counts = count_history(jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), 4)
     counts = count_token(counts, jnp.asarray([2, 2]), jnp.asarray([True, False]))
     assert counts.in_output.tolist() == [[0, 0, 1, 0], [0, 0, 0, 0]]

@@ -1,0 +1,200 @@
+"""What is under way: every call of a stage is noted, waits have a deadline, and who did what when can be recorded."""
+
+from __future__ import annotations
+
+import collections
+import queue
+import threading
+import time
+from typing import Literal, NamedTuple
+
+import jax
+from jaxtyping import Array
+
+Lane = Literal["attention", "to_ffn", "ffn", "to_attention"]
+# What a lane does, as a message says it.
+LANES: dict[Lane, str] = {
+    "attention": "the attention step",
+    "to_ffn": "the exchange from attention to FFN",
+    "ffn": "the FFN step",
+    "to_attention": "the exchange from FFN to attention",
+}
+# From the first look to the longest pause between two.
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 2e-3
+
+
+class Stage(NamedTuple):
+    """One piece of work.
+
+    Attributes:
+      lane: Who does it.
+      phase: "prefill" or "decode".
+      step: Number of the decode step, or of the chunk, since the executor was made.
+      layer: Number of the layer; that of the last one plus 1 stands for the head.
+      microbatch: Number of the micro-batch.
+    """
+
+    lane: Lane
+    phase: str
+    step: int
+    layer: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{LANES[self.lane]} of layer {self.layer}, micro-batch {self.microbatch} ({self.phase} {self.step})"
+
+
+class Event(NamedTuple):
+    """A stage that was recorded; times in seconds since the recording began."""
+
+    stage: Stage
+    start_s: float
+    end_s: float
+
+
+class Flight:
+    """Stages that were started and may not have ended."""
+
+    def __init__(self, deadline_s: float) -> None:
+        """Nothing is under way.
+
+        Args:
+          deadline_s: How long any stage may take once all before it have ended.
+
+        Raises:
+          ValueError: If the deadline is not positive.
+        """
+        if not deadline_s > 0:
+            raise ValueError(f"the deadline is {deadline_s:g} s; more than 0 is needed")
+        self._deadline_s = deadline_s
+        self._waiting: collections.deque[tuple[Stage, Array]] = collections.deque()
+        self._recorder: Recorder | None = None
+
+    def start_recording(self) -> None:
+        """Records all stages from now on."""
+        self._recorder = Recorder()
+
+    def stop_recording(self) -> list[Event]:
+        """Ends a recording; its events by the time of their end."""
+        recorder, self._recorder = self._recorder, None
+        return recorder.stop() if recorder is not None else []
+
+    def push(self, stage: Stage, array: Array, limit: int) -> None:
+        """Notes a stage that was started.
+
+        Args:
+          stage: What it is.
+          array: A result of it that nobody gives away.
+          limit: Stages that may be under way; waits for the oldest if there are more, so that a fast host does not fill
+            the devices' memory with work that is far from its turn.
+
+        Raises:
+          TimeoutError: As `drain`.
+        """
+        self._waiting.append((stage, array))
+        if self._recorder is not None:
+            self._recorder.push(stage, array)
+        while len(self._waiting) > limit:
+            self._wait_for_oldest()
+
+    def drain(self) -> None:
+        """Waits until nothing is under way.
+
+        Raises:
+          TimeoutError: If a stage has not ended by its deadline; the message names it. What is under way is forgotten.
+        """
+        while self._waiting:
+            self._wait_for_oldest()
+
+    def wait_for(self, array: Array) -> None:
+        """Waits for a result that was noted.
+
+        Raises:
+          TimeoutError: As `drain`.
+        """
+        while self._waiting and not is_ready(array):
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        stage, array = self._waiting.popleft()
+        begin, pause = time.monotonic(), _SHORTEST_PAUSE_S
+        while not is_ready(array):
+            if time.monotonic() - begin > self._deadline_s:
+                num_left = len(self._waiting)
+                self._waiting.clear()
+                raise TimeoutError(
+                    f"{stage} has not ended within {self._deadline_s:g} s; {num_left} more stages wait behind it. If the "
+                    "devices are only slow, raise the deadline (--afd-deadline)"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def is_ready(array: Array) -> bool:
+    """Whether an array has been computed; an error that came instead of it counts."""
+    return bool(array.is_ready())  # type: ignore[attr-defined]  # Of all arrays that hold values.
+
+
+class Recorder:
+    """Waits for the results of each lane in a thread of its own, and writes down when they came.
+
+    A stage begins when what it needs has come and the one before it on its lane has ended.
+    """
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._queues: dict[str, queue.SimpleQueue[tuple[Stage, Array, float] | None]] = {
+            lane: queue.SimpleQueue() for lane in LANES
+        }
+        self._ends: dict[str, list[tuple[Stage, float, float]]] = {lane: [] for lane in LANES}
+        self._threads = [threading.Thread(target=self._follow, args=(lane,), daemon=True) for lane in LANES]
+        for thread in self._threads:
+            thread.start()
+
+    def push(self, stage: Stage, array: Array) -> None:
+        """Takes a stage to follow."""
+        self._queues[stage.lane].put((stage, array, time.perf_counter() - self._begin))
+
+    def stop(self) -> list[Event]:
+        """Waits for all stages; their events by the time of their end."""
+        for own in self._queues.values():
+            own.put(None)
+        for thread in self._threads:
+            thread.join()
+        return reconstruct(self._ends)
+
+    def _follow(self, lane: str) -> None:
+        while (item := self._queues[lane].get()) is not None:
+            stage, array, started = item
+            jax.block_until_ready(array)
+            self._ends[lane].append((stage, started, time.perf_counter() - self._begin))
+
+
+def reconstruct(ends: dict[str, list[tuple[Stage, float, float]]]) -> list[Event]:
+    """Events from the times at which stages were handed out and at which they ended, in order on each lane.
+
+    Args:
+      ends: For each lane its stages with both times, in seconds.
+    """
+    before: dict[Lane, Lane] = {
+        "to_ffn": "attention",
+        "ffn": "to_ffn",
+        "to_attention": "ffn",
+        "attention": "to_attention",
+    }
+    end_of = {stage: end for items in ends.values() for stage, _, end in items}
+    events = []
+    for items in ends.values():
+        previous = 0.0
+        for stage, started, end in items:
+            # An attention step adds what came back from the layer before.
+            layer = stage.layer - 1 if stage.lane == "attention" else stage.layer
+            needed = end_of.get(stage._replace(lane=before[stage.lane], layer=layer), 0.0)
+            start = min(max(previous, started, needed), end)
+            events.append(Event(stage, start, end))
+            previous = end
+    return sorted(events, key=_end)
+
+
+def _end(event: Event) -> float:
+    return event.end_s

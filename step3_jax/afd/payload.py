@@ -1,0 +1,156 @@
+"""What crosses between the roles: one row of bytes a token, everything in it.
+
+| part | fp8 | bfloat16, float32 |
+| --- | --- | --- |
+| normed hidden state | D bytes, and ceil(D / 128) float32 scales (1 x 128 blocks) | D values |
+| expert ids | top_k of 16 bits | the same |
+| mixing weights | top_k of float32 | the same |
+| back: FFN output | D values of bfloat16 | D values of the payload's dtype |
+
+Rows of dense layers have the same form, with zeros for the experts, so that one program serves every exchange.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num, UInt8
+
+from pallas_kernels.quantise import BLOCK, FP8, quantise_rows
+from step3_jax.config import TextConfig
+from step3_jax.deployment import PAYLOADS
+
+_HIDDEN_DTYPES = {"fp8": FP8, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+def choose_payload(payload: str, dtype: jax.typing.DTypeLike) -> str:
+    """The payload that "auto" stands for: exact for float32 activations, FP8 for others.
+
+    Raises:
+      ValueError: For a payload that does not exist.
+    """
+    if payload not in PAYLOADS:
+        raise ValueError(f"the payload is {payload!r}; allowed: {', '.join(PAYLOADS)}")
+    if payload != "auto":
+        return payload
+    return "float32" if jnp.dtype(dtype) == jnp.float32 else "fp8"
+
+
+@dataclasses.dataclass(frozen=True)
+class PayloadFormat:
+    """Layout of the rows of both directions.
+
+    Attributes:
+      payload: "fp8", "bfloat16" or "float32".
+      hidden_size: D.
+      top_k: Experts a token; 0 for a model without experts.
+    """
+
+    payload: str
+    hidden_size: int
+    top_k: int
+
+    @classmethod
+    def of(cls, config: TextConfig, payload: str) -> PayloadFormat:
+        """The format for a model; `payload` is not "auto".
+
+        Raises:
+          ValueError: For a payload that does not exist.
+        """
+        if payload not in _HIDDEN_DTYPES:
+            raise ValueError(f"the payload is {payload!r}; allowed: {', '.join(_HIDDEN_DTYPES)}")
+        return cls(payload, config.hidden_size, config.moe_top_k if config.moe_layers else 0)
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of a token."""
+        return -(-self.hidden_size // BLOCK) if self.payload == "fp8" else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token from attention to FFN."""
+        itemsize = jnp.dtype(_HIDDEN_DTYPES[self.payload]).itemsize
+        return self.hidden_size * itemsize + 4 * self.num_scales + 6 * self.top_k
+
+    @property
+    def output_dtype(self) -> jnp.dtype:
+        """Of the values that come back."""
+        return jnp.dtype(jnp.float32 if self.payload == "float32" else jnp.bfloat16)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of a token from FFN to attention."""
+        return self.hidden_size * self.output_dtype.itemsize
+
+    def pack(
+        self,
+        normed: Float[Array, "N D"],
+        experts: Int[Array, "N top_k"] | None = None,
+        weights: Float[Array, "N top_k"] | None = None,
+    ) -> UInt8[Array, "N row_bytes"]:
+        """Attention to FFN.
+
+        Args:
+          normed: Tokens after the post-attention norm.
+          experts: Expert ids; None in a dense layer.
+          weights: Mixing weights; None in a dense layer.
+        """
+        shape = (normed.shape[0], self.top_k)
+        if self.payload == "fp8":
+            values, scales = quantise_rows(normed)
+            parts = [_to_bytes(values), _to_bytes(scales)]
+        else:
+            parts = [_to_bytes(normed.astype(_HIDDEN_DTYPES[self.payload]))]
+        experts = jnp.zeros(shape, jnp.int32) if experts is None else experts
+        weights = jnp.zeros(shape, jnp.float32) if weights is None else weights
+        parts += [_to_bytes(experts.astype(jnp.uint16)), _to_bytes(weights.astype(jnp.float32))]
+        return jnp.concatenate(parts, axis=1)
+
+    def unpack(
+        self, rows: UInt8[Array, "N row_bytes"], dtype: jax.typing.DTypeLike
+    ) -> tuple[Float[Array, "N D"], Int[Array, "N top_k"], Float[Array, "N top_k"]]:
+        """The inverse of `pack`, up to what FP8 rounds: tokens in `dtype`, expert ids, mixing weights."""
+        hidden_dtype = jnp.dtype(_HIDDEN_DTYPES[self.payload])
+        fields = (
+            (self.hidden_size, hidden_dtype),
+            (self.num_scales, jnp.dtype(jnp.float32)),
+            (self.top_k, jnp.dtype(jnp.uint16)),
+            (self.top_k, jnp.dtype(jnp.float32)),
+        )
+        found, start = [], 0
+        for count, field_dtype in fields:
+            end = start + count * field_dtype.itemsize
+            found.append(_from_bytes(rows[:, start:end], field_dtype))
+            start = end
+        values, scales, experts, weights = found
+        if self.payload == "fp8":
+            wide = jnp.repeat(scales, BLOCK, axis=1)[:, : self.hidden_size]
+            values = values.astype(jnp.float32) * wide
+        return values.astype(dtype), experts.astype(jnp.int32), weights
+
+    def pack_output(self, output: Float[Array, "N D"]) -> UInt8[Array, "N output_bytes"]:
+        """FFN to attention."""
+        return _to_bytes(output.astype(self.output_dtype))
+
+    def unpack_output(self, rows: UInt8[Array, "N output_bytes"], dtype: jax.typing.DTypeLike) -> Float[Array, "N D"]:
+        """The inverse of `pack_output`, in `dtype`."""
+        return _from_bytes(rows, self.output_dtype).astype(dtype)
+
+
+def _to_bytes(array: Num[Array, "N columns"]) -> UInt8[Array, "N bytes"]:
+    if array.dtype.itemsize == 1:
+        return jax.lax.bitcast_convert_type(array, jnp.uint8)
+    # The bytes of a value get an axis of their own.
+    wide = jax.lax.bitcast_convert_type(array, jnp.uint8)
+    return wide.reshape(array.shape[0], math.prod(wide.shape[1:]))
+
+
+def _from_bytes(rows: UInt8[Array, "N bytes"], dtype: jnp.dtype) -> Num[Array, "N columns"]:
+    if dtype.itemsize == 1:
+        return jax.lax.bitcast_convert_type(rows, dtype)
+    return jax.lax.bitcast_convert_type(
+        rows.reshape(rows.shape[0], rows.shape[1] // dtype.itemsize, dtype.itemsize), dtype
+    )

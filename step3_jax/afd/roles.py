@@ -1,0 +1,218 @@
+"""The two roles' steps: pure functions around the modules that the fused model is made of.
+
+What a layer's attention half hands on crosses to the FFN side as rows of bytes (`payload`), and what comes back is added
+to the residual stream by the next attention step. All of them run on each device's own tokens, inside `jax.shard_map`
+over the mesh of their role; an executor decides when, where and how rows cross.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels.pages import KVPages
+from step3_jax.afd.payload import PayloadFormat
+from step3_jax.config import TextConfig
+from step3_jax.layers.attention import AttentionContext, CacheStep, attention_context
+from step3_jax.layers.embed import Embedding, merge_image_features
+from step3_jax.layers.linear import Linear
+from step3_jax.layers.norm import RMSNorm
+from step3_jax.layers.router import Routing
+from step3_jax.mesh import Layout
+from step3_jax.model.parallel import ShardedFfn
+from step3_jax.model.step3 import Step3
+from step3_jax.model.text import AttentionBlock, FfnBlock
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+class Tokens(NamedTuple):
+    """Tokens of one step between two layers, on the attention side.
+
+    Attributes:
+      hidden: The residual stream, without what the last FFN half gave.
+      returned: What it gave, as it came back.
+      context: What all layers of the step share.
+    """
+
+    hidden: Float[Array, "B T D"]
+    returned: UInt8[Array, "N output_bytes"]
+    context: AttentionContext
+
+
+@dataclasses.dataclass(frozen=True)
+class Skeleton(Generic[M]):
+    """A module without its arrays, which come as arguments: one compiled program serves all layers of one form."""
+
+    graphdef: nnx.GraphDef[M]
+    treedef: jax.tree_util.PyTreeDef
+
+    def build(self, leaves: Sequence[Array]) -> M:
+        """The module with these arrays."""
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+
+class Ends(nnx.Module):
+    """What of the decoder stands before the first layer and behind the last one; it is on the attention side."""
+
+    def __init__(self, embed_tokens: Embedding, norm: RMSNorm, lm_head: Linear) -> None:
+        self.embed_tokens = embed_tokens
+        self.norm = norm
+        self.lm_head = lm_head
+
+
+@dataclasses.dataclass(frozen=True)
+class Part(Generic[M]):
+    """A module taken apart: skeleton and arrays."""
+
+    skeleton: Skeleton[M]
+    leaves: list[Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A model taken apart by role. Layers of one form share one skeleton.
+
+    Attributes:
+      ends: Embedding, last norm and head.
+      attention: Attention half of each layer.
+      ffn: FFN half of each layer.
+    """
+
+    ends: Part[Ends]
+    attention: list[Part[AttentionBlock]]
+    ffn: list[Part[FfnBlock]]
+
+
+def take_apart(model: Step3) -> Parts:
+    """Takes a model's decoder apart; the arrays stay where they are."""
+    decoder = model.text
+    return Parts(
+        ends=split_module(Ends(decoder.embed_tokens, decoder.norm, decoder.lm_head)),
+        attention=_share_skeletons([split_module(layer.attention) for layer in decoder.layers]),
+        ffn=_share_skeletons([split_module(layer.ffn) for layer in decoder.layers]),
+    )
+
+
+def split_module(module: M) -> Part[M]:
+    """Skeleton and arrays of a module."""
+    graphdef, state = nnx.split(module)
+    leaves, treedef = jax.tree.flatten(state)
+    return Part(Skeleton(graphdef, treedef), leaves)
+
+
+def arrays_by_role(model: Step3) -> dict[str, list[Array]]:
+    """All arrays of a model by the role that needs them, "attention" or "ffn"; for tests and reports."""
+    found: dict[str, list[Array]] = {"attention": [], "ffn": []}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        found["ffn" if "ffn" in path else "attention"] += jax.tree.leaves(variable.get_value())
+    return found
+
+
+def begin_step(
+    ends: Ends,
+    config: TextConfig,
+    form: PayloadFormat,
+    token_ids: Int[Array, "B T"],
+    step: CacheStep,
+    page_size: int,
+    features: Float[Array, "M D"] | None = None,
+    feature_rows: Int[Array, "B T"] | None = None,
+) -> Tokens:
+    """Embeds tokens.
+
+    Args:
+      ends: For the embedding.
+      config: Head size and rotary base.
+      form: Of the rows that come back.
+      token_ids: [B, 1] in a decode step, [1, N] for a chunk of prompts.
+      step: Where the tokens stand in the cache.
+      page_size: Tokens of a page.
+      features: Image features; None without pictures.
+      feature_rows: Row of `features` for each token, -1 for none; None without pictures.
+    """
+    hidden = ends.embed_tokens(token_ids)
+    if features is not None and feature_rows is not None:
+        hidden = merge_image_features(hidden, features, feature_rows)
+    context = attention_context(config, (token_ids.shape[0], token_ids.shape[1]), step=step, page_size=page_size)
+    return Tokens(hidden, jnp.zeros((token_ids.size, form.output_bytes), jnp.uint8), context)
+
+
+def attention_step(
+    block: AttentionBlock, form: PayloadFormat, tokens: Tokens, pages: KVPages
+) -> tuple[Float[Array, "B T D"], UInt8[Array, "N row_bytes"], KVPages]:
+    """Attention half of a layer.
+
+    Args:
+      block: The layer's.
+      form: Of the rows of both directions.
+      tokens: As the last layer left them.
+      pages: The layer's cache.
+
+    Returns:
+      The residual stream (it stays), rows for the FFN side, and the cache with the new rows.
+    """
+    out = block(add_returned(form, tokens), tokens.context, pages)
+    routing = out.routing
+    rows = form.pack(out.normed) if routing is None else form.pack(out.normed, routing.experts, routing.weights)
+    return out.residual, rows, cast(KVPages, out.pages)
+
+
+def ffn_step(
+    block: FfnBlock,
+    layout: Layout,
+    num_experts: int,
+    form: PayloadFormat,
+    rows: UInt8[Array, "N row_bytes"],
+    dtype: jax.typing.DTypeLike,
+) -> UInt8[Array, "N output_bytes"]:
+    """FFN half of a layer.
+
+    Args:
+      block: This device's part of the layer's.
+      layout: The FFN devices.
+      num_experts: Of the whole layer.
+      form: Of the rows of both directions.
+      rows: Tokens that came to this device.
+      dtype: To compute in.
+
+    Returns:
+      The layer's output for these tokens.
+    """
+    normed, experts, weights = form.unpack(rows, dtype)
+    routing = None
+    if block.moe is not None:
+        # The router's logits stay on the attention side; nothing here reads them.
+        routing = Routing(weights, experts, jnp.zeros((rows.shape[0], num_experts), jnp.float32))
+    return form.pack_output(ShardedFfn(block, layout, num_experts)(normed, routing))
+
+
+def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B V"]:
+    """Float32 logits of the last token of each sequence, after the last layer."""
+    hidden = ends.norm(add_returned(form, tokens)[:, -1])
+    with jax.named_scope("lm_head"):
+        return ends.lm_head(hidden).astype(jnp.float32)
+
+
+def add_returned(form: PayloadFormat, tokens: Tokens) -> Float[Array, "B T D"]:
+    """The residual stream with what came back."""
+    hidden = tokens.hidden
+    return hidden + form.unpack_output(tokens.returned, hidden.dtype).reshape(hidden.shape)
+
+
+def _share_skeletons(parts: list[Part[M]]) -> list[Part[M]]:
+    """Equal skeletons become one object, so that comparing them is quick."""
+    kinds: list[Skeleton[M]] = []
+    shared = []
+    for part in parts:
+        kind = next((kind for kind in kinds if kind == part.skeleton), part.skeleton)
+        if kind is part.skeleton:
+            kinds.append(kind)
+        shared.append(Part(kind, part.leaves))
+    return shared

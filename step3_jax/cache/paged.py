@@ -1,0 +1,87 @@
+"""The KV cache of all layers: pages of 64 tokens, and one page table a sequence that all layers share.
+
+A page number means the same place in every layer. What is written to a page number outside the cache is dropped, which
+is where rows that idle write to.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from pallas_kernels.pages import PAGE_SIZE, KVPages, Storage, bytes_per_token, empty_pages
+from step3_jax.config import TextConfig
+
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "fp8", "int4")
+
+# One entry a layer.
+Cache = tuple[KVPages, ...]
+
+
+def choose_storage(kv_cache_dtype: str, dtype: jnp.dtype, head_dim: int) -> Storage:
+    """The format of the pages.
+
+    Args:
+      kv_cache_dtype: One of `KV_CACHE_DTYPES`; "auto" is that of the activations.
+      dtype: Of the activations.
+      head_dim: K.
+
+    Raises:
+      ValueError: If there is no such format, or it cannot hold heads of this size.
+    """
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; allowed: {', '.join(KV_CACHE_DTYPES)}")
+    storage: Storage
+    if kv_cache_dtype == "auto":
+        storage = "bfloat16" if dtype == jnp.bfloat16 else "float32"
+    else:
+        storage = kv_cache_dtype  # type: ignore[assignment]
+    try:
+        bytes_per_token(head_dim, storage)
+    except ValueError as error:
+        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: {error}; give fp8 or bfloat16") from None
+    return storage
+
+
+def empty_cache(config: TextConfig, num_pages: int, storage: Storage, *, as_bits: bool = False) -> Cache:
+    """Pages of zeros for each layer; `as_bits` is for CPUs, see `pallas_kernels.pages.empty_pages`."""
+    return tuple(
+        empty_pages(num_pages, config.head_dim, storage, as_bits=as_bits) for _ in range(config.num_hidden_layers)
+    )
+
+
+def page_bytes(config: TextConfig, storage: Storage) -> int:
+    """Memory of one page in all layers, in bytes."""
+    return config.num_hidden_layers * PAGE_SIZE * bytes_per_token(config.head_dim, storage)
+
+
+def pages_for(num_tokens: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-num_tokens // PAGE_SIZE)
+
+
+def count_pages(
+    config: TextConfig, storage: Storage, *, max_model_len: int, max_batch_size: int, memory_bytes: int | None
+) -> int:
+    """How many pages a cache gets: room for every sequence at its longest, or as many as the memory holds.
+
+    Args:
+      config: Layers and head size.
+      storage: Format of the pages.
+      max_model_len: Tokens of the longest sequence.
+      max_batch_size: Sequences at once.
+      memory_bytes: What the cache may take; None for no limit.
+
+    Raises:
+      ValueError: If the memory does not hold one sequence at its longest.
+    """
+    longest, size = pages_for(max_model_len), page_bytes(config, storage)
+    wanted = max_batch_size * longest
+    if memory_bytes is None:
+        return wanted
+    if memory_bytes < longest * size:
+        raise ValueError(
+            f"the KV cache may take {max(memory_bytes, 0) / 2**20:.0f} MiB, and one sequence of max_model_len = "
+            f"{max_model_len} tokens needs {longest * size / 2**20:.0f} MiB in {storage}: lower max_model_len, take a "
+            "smaller kv_cache_dtype, or raise kv_cache_memory_bytes"
+        )
+    return min(wanted, memory_bytes // size)

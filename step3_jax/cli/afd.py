@@ -1,0 +1,93 @@
+"""`step3 afd trace`: records who computes which micro-batch of which layer when, and draws it."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+import numpy as np
+
+from step3_jax.afd.host import HostExecutor
+from step3_jax.afd.picture import write_picture
+from step3_jax.afd.trace import measure, read_trace, write_trace
+from step3_jax.cli.afd_option import add_afd, load_afd_executor, place_executor, read_afd_choice
+from step3_jax.cli.bench import PRESETS
+from step3_jax.cli.bench_decode import bench_config, random_model
+from step3_jax.cli.display import write_note
+from step3_jax.cli.option import add_model, find_model
+from step3_jax.engine.compile_cache import enable_compile_cache
+from step3_jax.engine.llm import LLM
+from step3_jax.sampling.params import SamplingParams
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    trace = what.add_parser("trace", help="run some decode steps, and draw who did what when")
+    add_model(trace)
+    trace.add_argument(
+        "--preset", choices=PRESETS, help="a model with random weights of this size, instead of a checkpoint"
+    )
+    trace.add_argument("--batch", type=int, default=32, metavar="N", help="sequences at once (default: %(default)s)")
+    trace.add_argument("--prompt-tokens", type=int, default=16, metavar="N", help="of each (default: %(default)s)")
+    trace.add_argument("--max-tokens", type=int, default=8, metavar="N", help="of each (default: %(default)s)")
+    trace.add_argument("--layers-shown", type=int, default=24, metavar="N", help="in the picture (default: 24)")
+    trace.add_argument("--out", metavar="FILE.json", help="write the trace, for ui.perfetto.dev")
+    trace.add_argument(
+        "--picture", default="afd.svg", metavar="FILE.svg", help="where to draw it (default: %(default)s)"
+    )
+    trace.add_argument("--from", dest="source", metavar="FILE.json", help="draw this trace instead of making one")
+    add_afd(trace, default="1a1f")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Makes a trace, or reads one, and draws it.
+
+    Raises:
+      ValueError: For sizes that cannot be, and whatever the executor refuses.
+    """
+    for name in ("batch", "prompt_tokens", "max_tokens", "layers_shown"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; at least 1 is needed")
+    if arguments.source is not None:
+        events, title = read_trace(arguments.source), pathlib.Path(arguments.source).stem
+    else:
+        executor, llm = _load(arguments)
+        _generate(llm, arguments)  # Compiles.
+        executor.start_recording()
+        _generate(llm, arguments)
+        events = executor.stop_recording()
+        title = (
+            f"{executor.topology.instances.spec.upper()}, {arguments.batch} sequences, payload {executor.form.payload}"
+        )
+        if arguments.out:
+            write_trace(arguments.out, events)
+            write_note(f"trace: {arguments.out} (open it at ui.perfetto.dev)")
+    write_picture(arguments.picture, events, title=title, num_ticks=arguments.layers_shown)
+    found = measure(events)
+    busy = ", ".join(f"{name} {time * 1e3:.2f}" for name, time in found.busy_s.items())
+    print(f"{found.tick_s * 1e3:.2f} ms a layer and micro-batch (busy: {busy}), efficiency {found.efficiency:.2f}")
+    write_note(f"picture: {arguments.picture}")
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> tuple[HostExecutor, LLM]:
+    choice = read_afd_choice(arguments)
+    enable_compile_cache()
+    sizes = {"max_batch_size": arguments.batch, "max_model_len": arguments.max_model_len}
+    if arguments.preset is None:
+        folder = find_model(arguments)
+        executor = load_afd_executor(choice, folder, arguments.dtype)
+        if executor is not None:
+            return executor, LLM(folder, executor=executor, **sizes)
+    elif choice is not None:
+        executor = place_executor(choice, random_model(bench_config(*PRESETS[arguments.preset])))
+        return executor, LLM.from_model(executor, **sizes)
+    raise ValueError("--afd off leaves nothing to trace: give xAyF")
+
+
+def _generate(llm: LLM, arguments: argparse.Namespace) -> None:
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(2, llm.config.text.vocab_size // 2, (arguments.batch, arguments.prompt_tokens))
+    params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens, ignore_eos=True)
+    llm.generate([{"prompt_token_ids": row.tolist()} for row in prompts], params)

@@ -1,0 +1,168 @@
+"""Options of attention-FFN disaggregation, and the executor that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+
+import jax
+
+from step3_jax.afd.host import DEFAULT_DEADLINE_S, HostExecutor, load_host_executor, place_model
+from step3_jax.afd.topology import AfdTopology
+from step3_jax.deployment import DEFAULT_MICROBATCHES, PAYLOADS, Division, check_microbatches, read_afd
+from step3_jax.mesh import force_cpu_devices
+from step3_jax.model.step3 import Step3
+
+EXECUTORS = ("auto", "host")
+# Options that mean nothing without --afd, with the value that stands for "not given".
+_NEEDS_AFD: dict[str, object] = {
+    "afd_devices": None,
+    "afd_microbatches": None,
+    "afd_payload": None,
+    "afd_executor": "auto",
+    "afd_deadline": DEFAULT_DEADLINE_S,
+}
+
+
+def add_afd(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """Adds where attention and FFN run if apart.
+
+    Args:
+      parser: Gets the options.
+      default: Of `--afd`.
+    """
+    group = parser.add_argument_group("attention and FFN on devices of their own (docs/afd.md)")
+    group.add_argument(
+        "--afd",
+        default=default,
+        metavar="xAyF",
+        help="x attention and y FFN instances, such as 1a1f or 2a2f, or a deployment file (.yaml)"
+        + (f" (default: {default})" if default else "; on CPUs as many devices are made up"),
+    )
+    group.add_argument("--afd-devices", type=int, metavar="N", help="devices of an instance (default: 1)")
+    group.add_argument(
+        "--afd-microbatches",
+        type=int,
+        metavar="N",
+        help=f"micro-batches in flight, 1 to 4 (default: {DEFAULT_MICROBATCHES})",
+    )
+    group.add_argument(
+        "--afd-payload",
+        choices=PAYLOADS,
+        help="what crosses from attention to FFN (default: auto, float32 for float32 models and else fp8)",
+    )
+    group.add_argument(
+        "--afd-executor", choices=EXECUTORS, default="auto", help="host: all devices in this process (default: auto)"
+    )
+    group.add_argument(
+        "--afd-deadline",
+        type=float,
+        default=DEFAULT_DEADLINE_S,
+        metavar="S",
+        help="longest time that one stage may take (default: %(default)g)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AfdChoice:
+    """What was asked for.
+
+    Attributes:
+      topology: The devices.
+      num_microbatches: In flight.
+      payload: What crosses from attention to FFN.
+      deadline_s: Longest time of a stage.
+    """
+
+    topology: AfdTopology
+    num_microbatches: int
+    payload: str
+    deadline_s: float
+
+
+def read_afd_choice(arguments: argparse.Namespace) -> AfdChoice | None:
+    """Reads the options, and makes a CPU look like as many devices: to be called before the first use of a device.
+
+    Args:
+      arguments: With the options of `add_afd`, and perhaps those of `cli.parallel`.
+
+    Returns:
+      The choice; None without `--afd`.
+
+    Raises:
+      ValueError: For options that mean nothing without `--afd` or not together with it, a topology that cannot be read,
+        or one that the devices do not fit.
+    """
+    deployment = None if arguments.afd is None else read_afd(arguments.afd, arguments.afd_devices)
+    if deployment is None or deployment.topology is None:
+        for name, default in _NEEDS_AFD.items():
+            if getattr(arguments, name) != default:
+                raise ValueError(f"--{name.replace('_', '-')} is for attention and FFN apart: add --afd xAyF")
+        return None
+    if getattr(arguments, "dp", None) is not None or getattr(arguments, "tensor_parallel_attention", False):
+        raise ValueError(
+            "--dp and --tensor-parallel-attention have no place beside --afd: attention is data parallel over the "
+            "devices of its instances; --tp and --ep share out the FFN side"
+        )
+    instances, division = deployment.topology, deployment.division
+    tp, ep = getattr(arguments, "tp", None), getattr(arguments, "ep", None)
+    if tp is not None or ep is not None:
+        tp = division.tp if tp is None else tp
+        division = Division(max(instances.num_ffn_devices // tp, 1), tp, division.ep if ep is None else ep)
+    given = arguments.afd_microbatches
+    num_microbatches = deployment.num_microbatches if given is None else given
+    check_microbatches(num_microbatches)
+    force_cpu_devices(instances.num_devices)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"executor host runs --afd {instances.spec} in one process, and there are {jax.process_count()}: start it "
+            "without step3 launch"
+        )
+    return AfdChoice(
+        AfdTopology.of(instances, division),
+        num_microbatches,
+        arguments.afd_payload or deployment.payload,
+        arguments.afd_deadline,
+    )
+
+
+def load_afd_executor(choice: AfdChoice | None, folder: pathlib.Path, dtype: str) -> HostExecutor | None:
+    """Loads a model on the devices that were chosen.
+
+    Args:
+      choice: From `read_afd_choice`.
+      folder: The model's.
+      dtype: "auto", or the dtype of weights and activations.
+
+    Returns:
+      The executor; None without a choice.
+
+    Raises:
+      ValueError: If the devices cannot share out the model, or it cannot be loaded.
+    """
+    if choice is None:
+        return None
+    return load_host_executor(
+        folder,
+        choice.topology,
+        dtype=None if dtype == "auto" else dtype,
+        num_microbatches=choice.num_microbatches,
+        payload=choice.payload,
+        deadline_s=choice.deadline_s,
+    )
+
+
+def place_executor(choice: AfdChoice, model: Step3) -> HostExecutor:
+    """The same for a model in memory.
+
+    Raises:
+      ValueError: If the devices cannot share out the model.
+    """
+    return HostExecutor(
+        place_model(model, choice.topology),
+        choice.topology,
+        num_microbatches=choice.num_microbatches,
+        payload=choice.payload,
+        deadline_s=choice.deadline_s,
+    )

@@ -1,0 +1,356 @@
+"""What runs on which devices: the instances of attention and FFN, and the file that describes a deployment.
+
+Pure: no device is needed to read one. `configs/afd/` holds those that ship.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import pathlib
+import re
+from collections.abc import Mapping
+
+import yaml
+
+from step3_jax import resources
+
+_SPEC = re.compile(r"([1-9][0-9]*)a([1-9][0-9]*)f", re.IGNORECASE)
+WITHOUT = "off"
+MIN_MICROBATCHES, MAX_MICROBATCHES = 1, 4
+DEFAULT_MICROBATCHES = 3
+# What crosses from attention to FFN; "auto" is float32 for float32 activations, else fp8.
+PAYLOADS = ("auto", "fp8", "bfloat16", "float32")
+WEIGHTS = ("float32", "bfloat16", "fp8")
+KV_CACHE_DTYPES = ("float32", "bfloat16", "fp8", "int4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Instances of the two roles, attention first.
+
+    Attributes:
+      spec: As it was given, such as "2a1f".
+      num_attention: Attention instances.
+      num_ffn: FFN instances.
+      devices_per_instance: Devices of each.
+    """
+
+    spec: str
+    num_attention: int
+    num_ffn: int
+    devices_per_instance: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all instances."""
+        return (self.num_attention + self.num_ffn) * self.devices_per_instance
+
+    @property
+    def num_attention_devices(self) -> int:
+        """Devices of the attention side; they come first."""
+        return self.num_attention * self.devices_per_instance
+
+    @property
+    def num_ffn_devices(self) -> int:
+        """Devices of the FFN side."""
+        return self.num_ffn * self.devices_per_instance
+
+    def role_of(self, device: int) -> str:
+        """Role of a device, by its number among all devices: "attention 0", "ffn 1"."""
+        instance = device // self.devices_per_instance
+        is_attention = instance < self.num_attention
+        return f"attention {instance}" if is_attention else f"ffn {instance - self.num_attention}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How weights are shared out over dp x tp devices, in the terms of `step3_jax/sharding.py`.
+
+    Attributes:
+      dp: Groups of devices that have the weights outside the routed experts once each.
+      tp: Devices of such a group; they share out the width of these weights.
+      ep: Groups that the routed experts are shared out over, a divisor of dp x tp; the devices of such a group share out
+        the width of each expert.
+    """
+
+    dp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a deployment is to hold.
+
+    Attributes:
+      sequences: At once, in all.
+      context_tokens: Of each.
+    """
+
+    sequences: int
+    context_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+    """One deployment file.
+
+    Attributes:
+      name: The file's, without its ending.
+      description: One line for people.
+      topology: The instances; None where every device does both roles.
+      num_devices: Devices of all.
+      division: Of the FFN side with a topology, of all devices without. Attention is data parallel: every attention
+        device (every device, without a topology) has sequences and KV cache of its own.
+      weights: "float32", "bfloat16" or "fp8" (with bfloat16 for what the FP8 release leaves so).
+      kv_cache: Format of the KV pages.
+      num_microbatches: In flight, 1 to 4.
+      payload: What crosses from attention to FFN, one of `PAYLOADS`.
+      hardware: Name of a file in `configs/hardware`; None for any.
+      device_memory_gib: Memory of a device; None for unlimited.
+      workload: What it is to hold; None if the file does not say.
+    """
+
+    name: str
+    description: str
+    topology: Topology | None
+    num_devices: int
+    division: Division
+    weights: str
+    kv_cache: str
+    num_microbatches: int
+    payload: str
+    hardware: str | None
+    device_memory_gib: float | None
+    workload: Workload | None
+
+
+def parse_topology(spec: str, devices_per_instance: int = 1) -> Topology:
+    """Reads "xAyF".
+
+    Args:
+      spec: x attention and y FFN instances, such as "2a1f"; upper or lower case.
+      devices_per_instance: Devices of each instance.
+
+    Raises:
+      ValueError: If the spec is not of that form, or an instance has no device.
+    """
+    match = _SPEC.fullmatch(spec.strip())
+    if match is None:
+        raise ValueError(f"--afd {spec}: give the instances of attention and FFN as xAyF, such as 1a1f or 2a2f")
+    if devices_per_instance < 1:
+        raise ValueError(f"--afd-devices {devices_per_instance}: an instance of {spec} needs at least 1 device")
+    return Topology(spec, int(match[1]), int(match[2]), devices_per_instance)
+
+
+def read_afd(value: str, devices_per_instance: int | None = None) -> Deployment | None:
+    """What `--afd` asks for.
+
+    Args:
+      value: "off", xAyF, or the path of a deployment file that ends in `.yaml`.
+      devices_per_instance: Of xAyF; 1 if absent. A file has its own.
+
+    Returns:
+      The deployment; None for "off".
+
+    Raises:
+      ValueError: If it cannot be read, or the file's deployment has no instances.
+    """
+    if value.lower() == WITHOUT:
+        return None
+    if not value.endswith((".yaml", ".yml")):
+        topology = parse_topology(value, 1 if devices_per_instance is None else devices_per_instance)
+        return parse_deployment(value, {"afd": value, "devices_per_instance": topology.devices_per_instance})
+    if devices_per_instance is not None:
+        raise ValueError(f"--afd-devices is for xAyF: {value} says itself how many devices an instance has")
+    deployment = load_deployment(value)
+    if deployment.topology is None:
+        raise ValueError(f"--afd {value}: this deployment has no instances, every device does both roles")
+    return deployment
+
+
+def check_microbatches(num_microbatches: int) -> None:
+    """Raises ValueError for a number of micro-batches that is not served."""
+    if not MIN_MICROBATCHES <= num_microbatches <= MAX_MICROBATCHES:
+        raise ValueError(
+            f"{num_microbatches} micro-batches; allowed: {MIN_MICROBATCHES} to {MAX_MICROBATCHES} "
+            f"(3 fill a pipeline of attention, exchange and FFN)"
+        )
+
+
+def find_deployment(name: str | pathlib.Path) -> pathlib.Path:
+    """The file of a deployment, given its path or the name of one that ships, such as "2a2f".
+
+    Raises:
+      ValueError: If there is neither; the message lists those that ship.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in sorted(resources.find("configs/afd").glob("*.yaml"))}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    raise ValueError(f"no deployment {name}: give the path of a YAML file, or one of {', '.join(shipped)}")
+
+
+def load_deployment(name: str | pathlib.Path) -> Deployment:
+    """Reads a deployment file.
+
+    Args:
+      name: As for `find_deployment`.
+
+    Raises:
+      ValueError: If there is no such file, or it says something that cannot be; the message names file and key.
+    """
+    path = find_deployment(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} holds {type(values).__name__}; a mapping with the key 'afd' is needed")
+    try:
+        return parse_deployment(path.stem, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
+    """Reads a deployment from the mapping that its file holds.
+
+    `configs/afd/2a2f.yaml` and `configs/afd/16gpu-bf16-80gb.yaml` have all keys.
+
+    Raises:
+      ValueError: For a key or a value that is not known, or numbers that do not fit together.
+    """
+    _check_keys(
+        values,
+        "",
+        (
+            "description",
+            "afd",
+            "devices",
+            "devices_per_instance",
+            "parallel",
+            "ffn",
+            "weights",
+            "kv_cache",
+            "microbatches",
+            "payload",
+            "hardware",
+            "device_memory_gib",
+            "workload",
+        ),
+    )
+    afd = values.get("afd")
+    # YAML reads a bare `off` as false.
+    is_fused = afd is False or (isinstance(afd, str) and afd.lower() == WITHOUT)
+    if not is_fused and not isinstance(afd, str):
+        raise ValueError(f"afd is {afd!r}; give xAyF such as 2a2f, or off")
+    if is_fused:
+        _check_absent(
+            values, ("devices_per_instance", "ffn", "microbatches", "payload"), "with afd: off it means nothing"
+        )
+        topology, num_devices = None, _whole(values, "devices", 1)
+        division = _division(values, "parallel", num_devices, Division(dp=num_devices, ep=num_devices))
+    else:
+        _check_absent(values, ("devices",), "afd and devices_per_instance give the number")
+        _check_absent(values, ("parallel",), "attention is data parallel, and ffn says how the FFN side is divided")
+        topology = parse_topology(str(afd), _whole(values, "devices_per_instance", 1))
+        num_devices = topology.num_devices
+        default = Division(topology.num_ffn, topology.devices_per_instance, topology.num_ffn)
+        division = _division(values, "ffn", topology.num_ffn_devices, default)
+    num_microbatches = _whole(values, "microbatches", DEFAULT_MICROBATCHES)
+    check_microbatches(num_microbatches)
+    return Deployment(
+        name=name,
+        description=_text(values, "description") or "",
+        topology=topology,
+        num_devices=num_devices,
+        division=division,
+        weights=_choice(values, "weights", WEIGHTS, "bfloat16"),
+        kv_cache=_choice(values, "kv_cache", KV_CACHE_DTYPES, "bfloat16"),
+        num_microbatches=num_microbatches,
+        payload=_choice(values, "payload", PAYLOADS, "auto"),
+        hardware=_text(values, "hardware"),
+        device_memory_gib=_positive(values, "device_memory_gib"),
+        workload=_workload(values),
+    )
+
+
+def _check_keys(values: Mapping[str, object], prefix: str, allowed: tuple[str, ...]) -> None:
+    for key in values:
+        if key not in allowed:
+            nearest = difflib.get_close_matches(str(key), allowed, 1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; allowed: {', '.join(allowed)}"
+            raise ValueError(f"unknown key {prefix}{key}{hint}")
+
+
+def _check_absent(values: Mapping[str, object], keys: tuple[str, ...], reason: str) -> None:
+    for key in keys:
+        if key in values:
+            raise ValueError(f"{key} has no place here: {reason}")
+
+
+def _whole(values: Mapping[str, object], key: str, default: int, prefix: str = "") -> int:
+    value = values.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{prefix}{key} is {value!r}; a whole number of at least 1 is needed")
+    return value
+
+
+def _positive(values: Mapping[str, object], key: str) -> float | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{key} is {value!r}; a number above 0 is needed")
+    return float(value)
+
+
+def _text(values: Mapping[str, object], key: str) -> str | None:
+    value = values.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{key} is {value!r}; a text is needed")
+    return value
+
+
+def _choice(values: Mapping[str, object], key: str, allowed: tuple[str, ...], default: str) -> str:
+    value = values.get(key, default)
+    if value not in allowed:
+        raise ValueError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
+    return str(value)
+
+
+def _section(values: Mapping[str, object], key: str, allowed: tuple[str, ...]) -> Mapping[str, object] | None:
+    section = values.get(key)
+    if section is None:
+        return None
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{key} is {section!r}; a mapping with {', '.join(allowed)} is needed")
+    _check_keys(section, f"{key}.", allowed)
+    return section
+
+
+def _division(values: Mapping[str, object], key: str, num_devices: int, default: Division) -> Division:
+    section = _section(values, key, ("dp", "tp", "ep"))
+    if section is None:
+        return default
+    tp = _whole(section, "tp", 1, f"{key}.")
+    division = Division(
+        _whole(section, "dp", max(num_devices // tp, 1), f"{key}."), tp, _whole(section, "ep", 1, f"{key}.")
+    )
+    if division.dp * tp != num_devices or num_devices % division.ep:
+        raise ValueError(
+            f"{key} is dp {division.dp}, tp {tp}, ep {division.ep}, for {num_devices} device(s): dp x tp must be "
+            f"{num_devices}, and ep a divisor of it"
+        )
+    return division
+
+
+def _workload(values: Mapping[str, object]) -> Workload | None:
+    section = _section(values, "workload", ("sequences", "context_tokens"))
+    if section is None:
+        return None
+    return Workload(_whole(section, "sequences", 1, "workload."), _whole(section, "context_tokens", 1, "workload."))

@@ -1,0 +1,128 @@
+"""A model for `jax.shard_map`: the same modules, those whose weights are shared out wrapped in their exchanges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from step3_jax.layers.collective import Group, ShardedEmbedding, ShardedHead, ShardedOutput
+from step3_jax.layers.expert_exchange import ShardedExperts, gather_tokens
+from step3_jax.layers.router import Routing
+from step3_jax.mesh import Layout, padded_shape
+from step3_jax.model.step3 import Step3
+from step3_jax.model.text import FfnBlock
+from step3_jax.sharding import AXES
+
+
+class ShardedFfn(nnx.Module):
+    """FFN half of a layer; `inner` holds this device's part of it."""
+
+    def __init__(self, inner: FfnBlock, layout: Layout, num_experts: int) -> None:
+        self.tensor = find_group(layout, "width")
+        everyone = find_group(layout, "experts", "expert_width")
+        self.mlp = inner.mlp
+        self.share_expert = inner.share_expert
+        self.moe = (
+            ShardedExperts(
+                inner.moe,
+                everyone,
+                expert_axes=layout.axes("experts"),
+                width=find_group(layout, "expert_width"),
+                num_experts=num_experts,
+                use_all_to_all=layout.parallel.exchange == "all_to_all",
+            )
+            if inner.moe is not None
+            else None
+        )
+        # Where routed and shared experts are shared out over the same devices, one exchange serves both.
+        self.is_joint = self.tensor == everyone and not (self.moe is not None and self.moe.use_all_to_all)
+
+    def __call__(self, normed: Float[Array, "N D"], routing: Routing | None) -> Float[Array, "N D"]:
+        """See `FfnBlock`; tokens are this device's own."""
+        if self.mlp is not None:
+            with jax.named_scope("mlp"):
+                return self.tensor.reduce(self.mlp(self.tensor.gather(normed)))
+        if self.is_joint:
+            tokens = gather_tokens(self.tensor, normed, routing.weights, routing.experts)
+            with jax.named_scope("moe"):
+                routed = self.moe.sum_part(*tokens)
+            with jax.named_scope("share_expert"):
+                return self.tensor.reduce(routed + self.share_expert(tokens[0]))
+        with jax.named_scope("moe"):
+            routed = self.moe(normed, routing)
+        with jax.named_scope("share_expert"):
+            shared = self.tensor.reduce(self.share_expert(self.tensor.gather(normed)))
+        return routed + shared
+
+
+def parallelise(model: Step3, layout: Layout) -> Step3:
+    """The model as one device runs it inside `jax.shard_map`.
+
+    Args:
+      model: With weights that lie as `layout.parameter` says, or abstract ones. It stays as it is; the weights are
+        shared.
+      layout: The devices.
+    """
+    model = nnx.merge(*nnx.split(model))
+    config = model.config.text
+    tensor = find_group(layout, "width")
+    decoder = model.text
+    decoder.embed_tokens = ShardedEmbedding(decoder.embed_tokens, tensor)  # type: ignore[assignment]
+    decoder.lm_head = ShardedHead(decoder.lm_head, tensor, config.vocab_size)  # type: ignore[assignment]
+    for layer in decoder.layers:
+        attention = layer.attention.self_attn
+        attention.o_proj = ShardedOutput(attention.o_proj, tensor)  # type: ignore[assignment]
+        attention.num_heads //= layout.size("heads")
+        layer.ffn = ShardedFfn(layer.ffn, layout, config.moe_num_experts)  # type: ignore[assignment]
+    return model
+
+
+def find_group(layout: Layout, *logical: str) -> Group:
+    """The devices along some logical axes, in the order of the mesh."""
+    wanted = {axis for name in logical for axis in layout.axes(name)}
+    rows = layout.axes("rows")
+    return Group(
+        split=tuple(axis for axis in AXES if axis in wanted and axis in rows),
+        copies=tuple(axis for axis in AXES if axis in wanted and axis not in rows),
+    )
+
+
+def place_model(model: Step3, layout: Layout) -> Step3:
+    """A copy of a model in memory on the devices of a layout; the head's rows are filled up where they do not divide.
+
+    Of several processes each has the same model. From a checkpoint, `load_model(..., layout=...)` never holds all of it.
+    """
+
+    def place(leaf: Array, sharding: NamedSharding) -> Array:
+        host = np.asarray(leaf)
+        shape = padded_shape(host.shape, sharding)
+        host = np.pad(host, [(0, new - old) for new, old in zip(shape, host.shape, strict=True)])
+        return jax.make_array_from_callback(shape, sharding, host.__getitem__)
+
+    return _map_parameters(model, layout, place)
+
+
+def place_shapes(model: Step3, layout: Layout) -> Step3:
+    """The same for an abstract model, as `nnx.eval_shape` gives it: shapes with shardings, to compile for."""
+
+    def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(padded_shape(leaf.shape, sharding), leaf.dtype, sharding=sharding)
+
+    return _map_parameters(model, layout, place)
+
+
+def _map_parameters(model: Step3, layout: Layout, place: Callable[..., object]) -> Step3:
+    """A module like `model`, each array of it (FP8 weights have two) placed where its parameter lies."""
+    graphdef, state = nnx.split(model)
+    placed = []
+    for path, variable in nnx.to_flat_state(state):
+        sharding = layout.parameter(path)
+        leaves, treedef = jax.tree.flatten(variable.get_value())
+        # New variables: those of `state` are the model's own.
+        placed.append((path, variable.replace(jax.tree.unflatten(treedef, [place(leaf, sharding) for leaf in leaves]))))
+    return nnx.merge(graphdef, nnx.from_flat_state(placed))

@@ -1,0 +1,303 @@
+"""Whether a deployment fits: weights, KV cache and workspace of each role against the memory of its devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+from step3_jax.config import ModelConfig, TextConfig
+from step3_jax.deployment import Deployment, Division
+from step3_jax.planner.weight import Role, deployed_config, roles_of, weight_bytes
+from step3_jax.planner.workspace import DEFAULT_CHUNK_TOKENS, Workspace, estimate_workspace
+
+# Of a device's memory; the rest is for the driver, the communication library's buffers and fragmentation.
+DEFAULT_MEMORY_SHARE = 0.95
+# Tokens of a page, and columns that share a scale in int4, as in `pallas_kernels/pages.py`.
+PAGE_SIZE, INT4_GROUP = 64, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """The KV cache of one device.
+
+    Attributes:
+      rows: Sequences at once.
+      pages_per_row: Pages of each.
+    """
+
+    rows: int
+    pages_per_row: int
+
+    @property
+    def num_pages(self) -> int:
+        return self.rows * self.pages_per_row
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledBytes:
+    """What the compiled program of a role says of one device.
+
+    Attributes:
+      weights: Arguments, less the cache and the step's own inputs.
+      kv_cache: Aliases: what comes in is given back in place.
+      kv_tokens: Tokens that this cache holds.
+    """
+
+    weights: int
+    kv_cache: int
+    kv_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RolePlan:
+    """One role; all bytes are those of one device.
+
+    Attributes:
+      role: Which devices.
+      parts: Weights by part of the model, by arithmetic.
+      weights: All of them: of the compiled program, where there is one.
+      kv_per_token: Cache of one token in all layers; 0 where there is no cache.
+      cache: Of the workload; None without a workload or a cache.
+      workspace: The estimate.
+      budget: What may be used of the memory; None for unlimited.
+      compiled: What the compiled program said; None if nothing was compiled.
+    """
+
+    role: Role
+    parts: dict[str, int]
+    weights: int
+    kv_per_token: int
+    cache: CacheShape | None
+    workspace: Workspace
+    budget: int | None
+    compiled: CompiledBytes | None
+
+    @property
+    def kv_needed(self) -> int:
+        """Of the workload."""
+        return 0 if self.cache is None else self.cache.num_pages * PAGE_SIZE * self.kv_per_token
+
+    @property
+    def left(self) -> int | None:
+        """For the cache; negative if not even weights and workspace fit. None for unlimited."""
+        return None if self.budget is None else self.budget - self.weights - self.workspace.total
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """Tokens, in whole pages, that fit on all devices of the role; None for unlimited, or without a cache."""
+        if self.left is None or not self.kv_per_token:
+            return None
+        return max(self.left, 0) // (PAGE_SIZE * self.kv_per_token) * PAGE_SIZE * self.role.num_devices
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """The plan of a deployment.
+
+    Attributes:
+      deployment: It.
+      config: Of the model, as deployed.
+      memory_bytes: Of a device; None for unlimited.
+      memory_share: What of it may be used.
+      chunk_tokens: Prompt tokens that each device with a cache reads at once.
+      roles: One or two.
+      problems: Why it does not fit; empty if it does.
+      remedies: What would make it fit, each by itself.
+    """
+
+    deployment: Deployment
+    config: ModelConfig
+    memory_bytes: int | None
+    memory_share: float
+    chunk_tokens: int
+    roles: list[RolePlan]
+    problems: list[str]
+    remedies: list[str]
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """Tokens of KV cache that fit in all; None for unlimited."""
+        return next(plan.kv_tokens for plan in self.roles if plan.role.has_cache)
+
+
+def kv_bytes_per_token(text: TextConfig, kv_cache: str) -> int:
+    """Cache of one token in all layers: keys and values of one head, with their scales.
+
+    Raises:
+      ValueError: For heads that int4 cannot cut in groups.
+    """
+    size = text.head_dim
+    if kv_cache == "int4" and size % INT4_GROUP:
+        raise ValueError(f"kv_cache int4 needs a head size that is a multiple of {INT4_GROUP}; it is {size}")
+    row = {"float32": 4 * size, "bfloat16": 2 * size, "fp8": size + 4, "int4": size // 2 + 2 * (size // INT4_GROUP)}
+    return 2 * row[kv_cache] * text.num_hidden_layers
+
+
+def shape_cache(deployment: Deployment, role: Role) -> CacheShape | None:
+    """The cache that the workload needs on each device of a role; None without a workload or a cache."""
+    workload = deployment.workload
+    if workload is None or not role.has_cache:
+        return None
+    return CacheShape(-(-workload.sequences // role.num_devices), -(-workload.context_tokens // PAGE_SIZE))
+
+
+def plan_memory(
+    config: ModelConfig,
+    deployment: Deployment,
+    *,
+    memory_gib: float | None,
+    text_only: bool = False,
+    memory_share: float = DEFAULT_MEMORY_SHARE,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    compiled: Mapping[str, CompiledBytes] | None = None,
+) -> MemoryPlan:
+    """Plans the memory of a deployment.
+
+    Args:
+      config: Of the model.
+      deployment: What runs where. Whether it divides the model is not looked at.
+      memory_gib: Of a device, in GiB; None for unlimited.
+      text_only: Whether vision tower and projector are left out.
+      memory_share: What of the memory may be used, above 0 and at most 1.
+      chunk_tokens: Prompt tokens that each device with a cache reads at once.
+      compiled: Bytes of the compiled programs by the name of their role; they replace the arithmetic.
+
+    Raises:
+      ValueError: If a number is out of its range.
+    """
+    if not 0 < memory_share <= 1:
+        raise ValueError(f"the share of the memory is {memory_share}; above 0 and at most 1 is allowed")
+    if memory_gib is not None and not memory_gib > 0:
+        raise ValueError(f"a device has {memory_gib} GiB; a number above 0 is needed")
+    if chunk_tokens < 1:
+        raise ValueError(f"prompts are read in chunks of {chunk_tokens} tokens; at least 1 is needed")
+    memory_bytes = None if memory_gib is None else int(memory_gib * 2**30)
+
+    def plan(deployment: Deployment, text_only: bool, chunk_tokens: int, exact: bool) -> MemoryPlan:
+        deployed = deployed_config(config, deployment.weights, text_only=text_only)
+        budget = None if memory_bytes is None else int(memory_bytes * memory_share)
+        roles = [
+            _plan_role(
+                deployed, deployment, role, budget, chunk_tokens, (compiled or {}).get(role.name) if exact else None
+            )
+            for role in roles_of(deployment)
+        ]
+        problems = [problem for one in roles for problem in _find_problems(one, deployment)]
+        return MemoryPlan(deployment, deployed, memory_bytes, memory_share, chunk_tokens, roles, problems, [])
+
+    wanted = plan(deployment, text_only, chunk_tokens, exact=True)
+    if not wanted.problems:
+        return wanted
+    remedies = [
+        name
+        for name, changed, without_vision, chunk in _vary(deployment, wanted.config, text_only, chunk_tokens)
+        if not plan(changed, without_vision, chunk, exact=False).problems
+    ]
+    return dataclasses.replace(wanted, remedies=remedies)
+
+
+def _plan_role(
+    config: ModelConfig,
+    deployment: Deployment,
+    role: Role,
+    budget: int | None,
+    chunk_tokens: int,
+    compiled: CompiledBytes | None,
+) -> RolePlan:
+    parts = weight_bytes(config, deployment.weights, role)
+    kv_per_token = kv_bytes_per_token(config.text, deployment.kv_cache) if role.has_cache else 0
+    if compiled is not None and compiled.kv_tokens:
+        kv_per_token = compiled.kv_cache // compiled.kv_tokens
+    return RolePlan(
+        role=role,
+        parts=parts,
+        weights=sum(parts.values()) if compiled is None else compiled.weights,
+        kv_per_token=kv_per_token,
+        cache=shape_cache(deployment, role),
+        workspace=estimate_workspace(
+            config, deployment, role, rows=rows_at_once(deployment), chunk_tokens=chunk_tokens
+        ),
+        budget=budget,
+        compiled=compiled,
+    )
+
+
+def rows_at_once(deployment: Deployment) -> int:
+    """Sequences that a device with a cache decodes at once: a micro-batch of its own, or one if nothing is said."""
+    cache = shape_cache(deployment, next(role for role in roles_of(deployment) if role.has_cache))
+    if cache is None:
+        return 1
+    return cache.rows if deployment.topology is None else -(-cache.rows // deployment.num_microbatches)
+
+
+def _find_problems(plan: RolePlan, deployment: Deployment) -> Iterator[str]:
+    if plan.left is None or plan.budget is None:
+        return
+    which = "a device" if deployment.topology is None else f"a device of the {plan.role.name} side"
+    if plan.left < 0:
+        yield (
+            f"weights of {_gib(plan.weights)} and workspace of {_gib(plan.workspace.total)} are "
+            f"{_gib(-plan.left)} more than {which} may use ({_gib(plan.budget)})"
+        )
+    elif plan.kv_per_token and plan.left < PAGE_SIZE * plan.kv_per_token:
+        yield f"no page of KV cache fits on {which}: {_gib(plan.left)} are left"
+    elif plan.kv_needed > plan.left and deployment.workload is not None:
+        load = deployment.workload
+        yield (
+            f"the KV cache of {load.sequences:,} sequences of {load.context_tokens:,} tokens takes "
+            f"{_gib(plan.kv_needed)} of {which}, and {_gib(plan.left)} are left"
+        )
+
+
+def _vary(
+    deployment: Deployment, config: ModelConfig, text_only: bool, chunk_tokens: int
+) -> Iterator[tuple[str, Deployment, bool, int]]:
+    """Changes that a user may make, one at a time: what it is called, and what to plan then."""
+    if config.vision is not None:
+        yield (
+            "--text-only leaves out the vision tower, which every device has a copy of",
+            deployment,
+            True,
+            chunk_tokens,
+        )
+    if chunk_tokens > 256:
+        yield "--max-num-batched-tokens 256 reads prompts in smaller chunks", deployment, text_only, 256
+    division = deployment.division
+    if deployment.topology is None:
+        for tp in range(2 * division.tp, deployment.num_devices + 1, division.tp):
+            if deployment.num_devices % tp == 0 and _divides(config, tp):
+                changed = dataclasses.replace(
+                    deployment, division=Division(deployment.num_devices // tp, tp, division.ep)
+                )
+                yield (
+                    f"parallel.tp {tp}, dp {deployment.num_devices // tp} shares out more",
+                    changed,
+                    text_only,
+                    chunk_tokens,
+                )
+    for kv_cache in ("fp8", "int4"):
+        if _row_bytes(config, kv_cache) < _row_bytes(config, deployment.kv_cache):
+            changed = dataclasses.replace(deployment, kv_cache=kv_cache)
+            yield f"kv_cache {kv_cache} makes the cache smaller", changed, text_only, chunk_tokens
+    if deployment.weights != "fp8":
+        yield "weights fp8", dataclasses.replace(deployment, weights="fp8"), text_only, chunk_tokens
+
+
+def _row_bytes(config: ModelConfig, kv_cache: str) -> float:
+    try:
+        return kv_bytes_per_token(config.text, kv_cache)
+    except ValueError:
+        return math.inf
+
+
+def _divides(config: ModelConfig, tp: int) -> bool:
+    """Whether tensor parallelism over `tp` devices leaves no partial block; see `sharding.find_problems`."""
+    text = config.text
+    block = max(config.quantization.weight_block_size) if config.quantization is not None else 1
+    sizes = [text.query_size, text.intermediate_size] + ([text.share_expert_dim] if text.moe_layers else [])
+    return text.hidden_size % tp == 0 and all(size % (tp * block) == 0 for size in sizes)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"

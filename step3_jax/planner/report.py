@@ -1,0 +1,112 @@
+"""A memory plan for a reader, and for scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from step3_jax.planner.memory import PAGE_SIZE, MemoryPlan, RolePlan
+
+_LABEL = 28
+_COLUMN = 18
+
+
+def to_lines(plan: MemoryPlan) -> Iterator[str]:
+    """The plan as a table: one column a role, GiB on one device."""
+    deployment = plan.deployment
+    yield f"{deployment.name}: {deployment.description or 'a deployment'}"
+    yield (
+        f"{deployment.num_devices} devices"
+        + (
+            f" of {_gib(plan.memory_bytes)} GiB, of which {plan.memory_share:.0%} may be used"
+            if plan.memory_bytes
+            else ""
+        )
+        + f"; weights {deployment.weights}, KV cache {deployment.kv_cache}, "
+        + ("with vision tower" if plan.config.vision is not None else "text only")
+    )
+    yield ""
+    yield _row("GiB on one device", [f"{one.role.name} ({one.role.num_devices})" for one in plan.roles])
+    names = list(dict.fromkeys(name for one in plan.roles for name in one.parts))
+    for name in names:
+        yield _row(f"  {name}", [_gib(one.parts.get(name)) for one in plan.roles])
+    is_compiled = all(one.compiled is not None for one in plan.roles)
+    source = "compiled" if is_compiled else "arithmetic"
+    yield _row(f"weights ({source})", [_gib(one.weights) for one in plan.roles])
+    yield _row(f"KV cache ({source})", [_gib(one.kv_needed or None) for one in plan.roles])
+    yield _row("workspace (estimate)", [_gib(one.workspace.total) for one in plan.roles])
+    yield _row("  largest in", [one.workspace.phase for one in plan.roles])
+    if plan.memory_bytes is not None:
+        yield _row("may be used", [_gib(one.budget) for one in plan.roles])
+        yield _row("left over", [_gib(None if one.left is None else one.left - one.kv_needed) for one in plan.roles])
+    yield ""
+    yield from _describe_cache(plan)
+    for problem in plan.problems:
+        yield f"DOES NOT FIT: {problem}"
+    for remedy in plan.remedies:
+        yield f"  would fit: {remedy}"
+    if not plan.problems:
+        yield "fits" if plan.memory_bytes is not None else "the deployment names no memory to compare with"
+
+
+def to_dict(plan: MemoryPlan) -> dict[str, object]:
+    """The plan as a JSON object; all sizes in bytes, on one device."""
+    workload = plan.deployment.workload
+    return {
+        "deployment": plan.deployment.name,
+        "devices": plan.deployment.num_devices,
+        "memory": plan.memory_bytes,
+        "memory_share": plan.memory_share,
+        "weights": plan.deployment.weights,
+        "kv_cache": plan.deployment.kv_cache,
+        "text_only": plan.config.vision is None,
+        "max_num_batched_tokens": plan.chunk_tokens,
+        "workload": None if workload is None else dataclasses.asdict(workload),
+        "roles": {one.role.name: _role_dict(one) for one in plan.roles},
+        "kv_tokens": plan.kv_tokens,
+        "fits": not plan.problems if plan.memory_bytes is not None else None,
+        "problems": plan.problems,
+        "remedies": plan.remedies,
+    }
+
+
+def _role_dict(one: RolePlan) -> dict[str, object]:
+    return {
+        "devices": one.role.num_devices,
+        "weights": one.weights,
+        "weights_by_part": one.parts,
+        "kv_cache": one.kv_needed,
+        "kv_per_token": one.kv_per_token,
+        "workspace_estimate": dataclasses.asdict(one.workspace),
+        "budget": one.budget,
+        "left_for_kv_cache": one.left,
+        "compiled": None if one.compiled is None else dataclasses.asdict(one.compiled),
+    }
+
+
+def _describe_cache(plan: MemoryPlan) -> Iterator[str]:
+    holder = next(one for one in plan.roles if one.role.has_cache)
+    workload = plan.deployment.workload
+    if workload is not None:
+        wanted = workload.sequences * workload.context_tokens
+        yield (
+            f"workload: {workload.sequences:,} sequences of {workload.context_tokens:,} tokens = {wanted:,} tokens of KV "
+            f"cache, {holder.kv_per_token:,} bytes each"
+        )
+    tokens = plan.kv_tokens
+    if tokens is not None:
+        enough = ""
+        if workload is not None and holder.cache is not None:
+            # Each sequence has whole pages on one device.
+            per_device = tokens // holder.role.num_devices // PAGE_SIZE // holder.cache.pages_per_row
+            rows = per_device * holder.role.num_devices
+            enough = f", or {rows:,} sequences of {workload.context_tokens:,}"
+        yield f"KV tokens that fit: {tokens:,}{enough}"
+
+
+def _row(label: str, cells: list[str]) -> str:
+    return f"{label:<{_LABEL}}" + "".join(f"{cell:>{_COLUMN}}" for cell in cells)
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**30:,.2f}"

@@ -1,0 +1,123 @@
+"""Memory for activations, estimated from shapes: what one call needs besides weights and cache.
+
+No program that is compiled for a CPU tells it: XLA:CPU widens FP8 and BF16 and has none of the GPU's kernels. The sums
+below count the arrays that the GPU's path holds at once, each expert's rows at their worst (all tokens choose experts
+of one device, as no token is dropped), and of the phases the largest. They are estimates, and are labelled so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from step3_jax.config import NUM_CLASS_TOKENS, ModelConfig
+from step3_jax.deployment import Deployment
+from step3_jax.planner.weight import ATTENTION, FFN, Role
+
+# Rows that the last tile of each expert is filled up to.
+TILE_ROWS = 128
+# Prompt tokens that each device reads at once, unless a user says otherwise.
+DEFAULT_CHUNK_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """Bytes on one device; phases follow one another, so the largest counts.
+
+    Attributes:
+      decode: A decode step.
+      prefill: A chunk of prompts.
+      image: One picture in the vision tower; 0 without one.
+    """
+
+    decode: int
+    prefill: int
+    image: int
+
+    @property
+    def total(self) -> int:
+        """Of the largest phase."""
+        return max(self.decode, self.prefill, self.image)
+
+    @property
+    def phase(self) -> str:
+        """Name of the largest phase."""
+        sizes = dataclasses.asdict(self)
+        return max(sizes, key=sizes.__getitem__)
+
+
+def estimate_workspace(
+    config: ModelConfig,
+    deployment: Deployment,
+    role: Role,
+    *,
+    rows: int,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+) -> Workspace:
+    """The estimate for one device of a role.
+
+    Args:
+      config: As `weight.deployed_config` gives it.
+      deployment: For the formats.
+      role: One of its roles.
+      rows: Sequences that each device with a cache decodes at once; of a micro-batch where there are several.
+      chunk_tokens: Prompt tokens that each such device reads at once.
+    """
+    itemsize = 4 if deployment.weights == "float32" else 2
+    # A gathered batch: every device computes its experts' part of the tokens of all.
+    num_sources = deployment.topology.num_attention_devices if deployment.topology is not None else role.num_devices
+
+    def phase(tokens: int, *, has_head: bool) -> int:
+        exchange = 0
+        if deployment.topology is not None:
+            # Both directions of each micro-batch in flight, at most one row a token each.
+            exchange = deployment.num_microbatches * tokens * config.text.hidden_size * 2 * itemsize
+            if role.name == FFN:
+                exchange = exchange * num_sources // role.num_devices
+        needed = [0]
+        if role.has_cache:
+            needed.append(_attention_bytes(config, tokens, itemsize))
+        if role.has_cache and has_head:
+            # The device's part, the whole row, and the row in float32.
+            needed.append(tokens * config.text.vocab_size * (2 * itemsize + 4))
+        if role.name != ATTENTION:
+            needed.append(_ffn_bytes(config, deployment, role, tokens * num_sources, itemsize))
+        residual = tokens * config.text.hidden_size * 2 * itemsize if role.has_cache else 0
+        return exchange + residual + max(needed)
+
+    image = _image_bytes(config, itemsize) if role.has_cache else 0
+    return Workspace(phase(rows, has_head=True), phase(chunk_tokens, has_head=False), image)
+
+
+def _attention_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
+    text = config.text
+    low_rank = tokens * text.share_q_dim * itemsize
+    # Queries, attention's output, and what o-proj's exchange turns it into; the sums before it in float32.
+    heads = tokens * text.query_size * (3 * itemsize + 4)
+    return low_rank + heads + tokens * text.hidden_size * itemsize
+
+
+def _ffn_bytes(config: ModelConfig, deployment: Deployment, role: Role, tokens: int, itemsize: int) -> int:
+    text, division = config.text, role.division
+    # FP8 products read rows in FP8.
+    packed = 1 if deployment.weights == "fp8" else itemsize
+    gathered = tokens * text.hidden_size * 2 * itemsize
+    dense = tokens // division.dp * text.intermediate_size // division.tp * 3 * itemsize
+    if not text.moe_layers:
+        return gathered + dense
+    experts = text.moe_num_experts // division.ep
+    width = text.moe_intermediate_size * division.ep // role.num_devices
+    pairs = tokens * text.moe_top_k + experts * TILE_ROWS
+    routed = pairs * (text.hidden_size * (packed + itemsize) + width * packed)
+    shared = tokens // division.dp * text.share_expert_dim // division.tp * 3 * itemsize
+    return gathered + max(routed + shared, dense)
+
+
+def _image_bytes(config: ModelConfig, itemsize: int) -> int:
+    vision = config.vision
+    if vision is None:
+        return 0
+    tokens = NUM_CLASS_TOKENS + vision.grid**2
+    # Scores and their softmax in float32, then as weights.
+    attention = vision.num_attention_heads * tokens**2 * (8 + itemsize) + 4 * tokens * vision.hidden_size * itemsize
+    mlp = 2 * tokens * vision.intermediate_size * itemsize
+    return 2 * tokens * vision.hidden_size * itemsize + max(attention, mlp)

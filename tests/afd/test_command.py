@@ -1,0 +1,69 @@
+"""The commands: `--afd` runs out of the box, and mistakes are told before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.afd.conftest import ROOT, environment
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("xla"))
+
+
+def step3(*words: str, cache: str, cwd: pathlib.Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "step3_jax.cli.main", *words]
+    own = environment(JAX_COMPILATION_CACHE_DIR=cache, **more)
+    return subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_generate_answers_as_the_fused_model_does(cache: str) -> None:
+    words = ["generate", "-p", "What is the capital of France?", "--max-tokens", "24", "--json"]
+    found = []
+    for more in ([], ["--afd", "2a2f"]):
+        ran = step3(*words, *more, cache=cache)
+        assert ran.returncode == 0, ran.stderr
+        found.append(json.loads(ran.stdout.splitlines()[-1]))
+    fused, apart = found
+    assert "Paris" in fused["text"]
+    assert apart["token_ids"] == fused["token_ids"]
+
+
+def test_a_timeline_is_drawn(cache: str, tmp_path: pathlib.Path) -> None:
+    words = ["afd", "trace", "--preset", "tiny", "--batch", "4", "--max-tokens", "3", "--afd-microbatches", "2"]
+    ran = step3(*words, "--out", "trace.json", cache=cache, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "efficiency" in ran.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["afd.svg", "trace.json"]
+    (tmp_path / "afd.svg").unlink()
+    again = step3("afd", "trace", "--from", "trace.json", cache=cache, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "afd.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--afd", "2a"], "xAyF, such as 1a1f or 2a2f"),
+        (["--afd-payload", "fp8"], "--afd-payload is for attention and FFN apart: add --afd"),
+        (["--afd", "2a2f", "--afd-microbatches", "5"], "allowed: 1 to 4"),
+        (["--afd", "2a2f", "--dp", "2"], "--dp and --tensor-parallel-attention have no place beside --afd"),
+        (["--afd", "1a5f"], "moe_num_experts is 24, which ep = 5 does not cut into equal parts"),
+    ],
+)
+def test_mistakes_are_told(words: list[str], message: str, cache: str) -> None:
+    ran = step3("generate", "-p", "x", *words, cache=cache)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+
+
+def test_devices_that_are_too_few_are_counted(cache: str) -> None:
+    ran = step3("generate", "-p", "x", "--afd", "2a2f", cache=cache, STEP3_CPU_DEVICES="2")
+    assert ran.returncode == 2
+    assert "needs 4 devices, and there are 2 (cpu): 1a1f fits" in ran.stderr

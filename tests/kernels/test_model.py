@@ -1,0 +1,149 @@
+"""The decoder on the kernels: a packed prefill chunk and a decode step, interpreted, against the plain path."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pallas_kernels.common import ENVIRONMENT_VARIABLE
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.grouped_matmul import moe_ffn
+from pallas_kernels.pages import PAGE_SIZE, empty_pages
+from pallas_kernels.quantise import quantise_rows
+from step3_jax.config import TextConfig
+from step3_jax.layers import linear, moe
+from step3_jax.layers.attention import CacheStep
+from step3_jax.layers.linear import Linear
+from step3_jax.layers.moe import STACKS, Experts
+from step3_jax.model.text import Decoder
+from step3_jax.quant import BlockScaled, quantise
+from tests.kernels.support import lower_for_cuda, row_errors
+
+# Sizes that every kernel serves, and no more of them than it takes: one dense layer and one with experts.
+CONFIG = TextConfig(
+    hidden_size=256,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    head_dim=256,
+    share_q_dim=128,
+    moe_num_experts=4,
+    moe_top_k=3,
+    moe_intermediate_size=128,
+    share_expert_dim=128,
+    moe_layers=(1,),
+    vocab_size=256,
+    max_position_embeddings=512,
+)
+PROMPTS = (70, 1, 40)
+# bfloat16 rounds at 2^-9 in each of some twenty steps. FP8 is compared with products of the same quantised activations,
+# where such a rounding now and then tips a value to the next of its steps of 2^-4.
+TOLERANCE = {"bfloat16": 0.03, "fp8": 0.06}
+# Of FP8 against unquantised activations: each of some ten products adds an error of 2.6 %.
+QUANTISED_TOLERANCE = 0.25
+
+
+@pytest.fixture(
+    scope="module", params=[("bfloat16", "bfloat16"), pytest.param(("fp8", "fp8"), marks=pytest.mark.kernels)]
+)
+def case(request):
+    """Kind of weights, storage of the pages, and the decoder."""
+    weights, storage = request.param
+    decoder = Decoder(CONFIG, dtype=jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0))
+    if weights == "fp8":
+        for path, module in nnx.iter_modules(decoder):
+            if isinstance(module, Linear) and path[0] == "layers" and "router" not in path:
+                module.weight.set_value(quantise(module.weight.get_value()))
+            for name in STACKS if isinstance(module, Experts) else ():
+                stack = getattr(module, name)
+                stack.set_value(quantise(stack.get_value()))
+    return weights, storage, decoder
+
+
+def functions(decoder: Decoder):
+    """Prefill and decode as pure functions, and the weights; made anew for each implementation, which tracing picks."""
+    graphdef, state = nnx.split(decoder)
+
+    def run(state, tokens, cache, step):
+        text = nnx.merge(graphdef, state)
+        hidden, cache = text(text.embed_tokens(tokens), cache=cache, step=step)
+        return text.logits(hidden), cache
+
+    return run, state
+
+
+def inputs(storage: str):
+    lengths = np.array(PROMPTS)
+    pages_each = -(-(lengths + 1) // PAGE_SIZE)
+    table = np.zeros((len(PROMPTS), pages_each.max()), np.int32)
+    order = np.random.default_rng(0).permutation(pages_each.sum())
+    for row, (count, end) in enumerate(zip(pages_each, np.cumsum(pages_each), strict=True)):
+        table[row, :count] = order[end - count : end]
+    cache = tuple(empty_pages(int(pages_each.sum()), CONFIG.head_dim, storage) for _ in range(CONFIG.num_hidden_layers))
+    tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (1, 128))
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    chunk = CacheStep(jnp.asarray(table), jnp.asarray(lengths, jnp.int32), jnp.asarray(starts))
+    step = CacheStep(jnp.asarray(table), jnp.asarray(lengths + 1, jnp.int32))
+    return jnp.asarray(tokens, jnp.int32), cache, chunk, step
+
+
+def quantised_linear(hidden, weight):
+    """A product with quantised activations in plain JAX."""
+    values, scales = quantise_rows(hidden.reshape(-1, hidden.shape[-1]))
+    out = fp8_matmul(values, scales, weight.values, weight.scales, out_dtype=hidden.dtype, implementation="reference")
+    return out.reshape(*hidden.shape[:-1], -1)
+
+
+def quantised_experts(hidden, weights, experts, stacks, *, all_experts):
+    """The experts with quantised activations in plain JAX."""
+    assert all_experts is None
+    pairs = [(stack.values, stack.scales) for stack in stacks]
+    return moe_ffn(hidden, weights, experts, *pairs, implementation="reference")
+
+
+def test_kernels_give_the_models_logits(case, monkeypatch) -> None:
+    weights, storage, decoder = case
+    tokens, cache, chunk, step = inputs(storage)
+    last = jnp.asarray([[3], [5], [7]], jnp.int32)
+
+    def logits(implementation: str) -> np.ndarray:
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, implementation)
+        run, state = functions(decoder)
+        read, filled = jax.jit(run)(state, tokens, cache, chunk)
+        made, _ = jax.jit(run)(state, last, filled, step)
+        return np.concatenate([np.asarray(read)[0, : sum(PROMPTS)], np.asarray(made)[:, 0]])
+
+    found, plain = logits("interpret"), logits("reference")
+    assert np.all(np.isfinite(found))
+    expected = plain
+    if weights == "fp8":
+        assert np.median(row_errors(found, plain)) < QUANTISED_TOLERANCE
+        monkeypatch.setattr(linear, "_linear_dequantised", quantised_linear)
+        monkeypatch.setattr(moe, "_experts_plain", quantised_experts)
+        expected = logits("reference")
+        assert np.any(expected != plain), "the activations were not quantised"
+    errors = row_errors(found, expected)
+    assert np.median(errors) < TOLERANCE[weights] / 2
+    # A token whose third and fourth expert tie may take another one.
+    assert np.mean(errors > TOLERANCE[weights]) < 0.05
+    assert errors.max() > 0, "both ran the same program"
+
+
+def test_the_model_takes_the_kernels_on_a_gpu(case) -> None:
+    weights, storage, decoder = case
+    tokens, cache, chunk, step = inputs(storage)
+    run, state = functions(decoder)
+    num_moe = len(CONFIG.moe_layers)
+    for ids, place in ((tokens, chunk), (jnp.zeros((3, 1), jnp.int32), step)):
+        text = lower_for_cuda(run, state, ids, cache, place)
+        # Attention and two products of the experts; in FP8 also the five projections, and three of each dense FFN.
+        attention = CONFIG.num_hidden_layers
+        expected = attention + 2 * num_moe
+        if weights == "fp8":
+            expected += 5 * CONFIG.num_hidden_layers + 3 * CONFIG.num_hidden_layers
+        assert text.count("mosaic_gpu_v2") >= expected
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, BlockScaled))
+    assert any(isinstance(leaf, BlockScaled) for leaf in leaves) == (weights == "fp8")

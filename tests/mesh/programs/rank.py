@@ -1,0 +1,51 @@
+"""One of several processes that run a checkpoint together: FOLDER PARALLEL, the latter as JSON.
+
+Prints, as JSON, the tokens of some prompts and the bytes of each tensor that this process has read.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+
+import jax
+import numpy as np
+
+from step3_jax.checkpoint.shards import Checkpoint
+from step3_jax.engine.llm import LLM
+from step3_jax.mesh import agree, initialise_distributed
+from step3_jax.sampling.params import SamplingParams
+from step3_jax.sharding import Parallel
+
+PROMPTS = [[5, 9, 14, 3], [8], [40, 41, 42, 43, 44, 45, 46], [11, 12, 13]]
+
+
+def main() -> None:
+    folder, setting = sys.argv[1], json.loads(sys.argv[2])
+    initialise_distributed()
+    jax.config.update("jax_default_matmul_precision", "float32")
+    read: collections.Counter[str] = collections.Counter()
+    read_part = Checkpoint.read
+
+    def count(self: Checkpoint, name: str, index: object = ...) -> np.ndarray:
+        part = read_part(self, name, index)
+        read[name] += part.nbytes
+        return part
+
+    Checkpoint.read = count
+    llm = LLM(folder, max_model_len=128, max_batch_size=4, parallel=Parallel(**setting) if setting else None)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params)
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    rank = jax.process_index()
+    # Behind a mark: gloo writes to standard output too.
+    print(
+        "answer",
+        json.dumps({"tokens": tokens, "read": read, "rank": rank, "agreed": agree(7000000000 + rank)}),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Several processes over gloo: the same tokens as one, each reading its own part of the weights; and their start."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from step3_jax.mesh import initialise_distributed
+from tests.mesh.conftest import HARD_LIMIT_S, PROGRAMS, ROOT, environment
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def run_together(num_processes: int, *words: str, cpu_devices: int = 1) -> list[dict[str, object]]:
+    """What each process answers. All are killed when one fails, and after a fixed time."""
+    coordinator, own = f"127.0.0.1:{free_port()}", {"STEP3_CPU_DEVICES": str(cpu_devices)}
+    if num_processes > 1:
+        own |= {"STEP3_COORDINATOR": coordinator, "STEP3_NUM_PROCESSES": str(num_processes)}
+    command = [sys.executable, str(PROGRAMS / "rank.py"), *words]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(**own, **({"STEP3_PROCESS_ID": str(rank)} if num_processes > 1 else {})),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_processes)
+    ]
+
+    def kill() -> None:
+        for process in processes:
+            process.kill()
+
+    watch = threading.Timer(HARD_LIMIT_S, kill)
+    watch.start()
+    try:
+        answers = []
+        for process in processes:
+            out, err = process.communicate()
+            assert process.returncode == 0, f"exit code {process.returncode}: {err[-3000:]}"
+            answers.append(json.loads(out.partition("answer ")[2].splitlines()[0]))
+        return answers
+    finally:
+        watch.cancel()
+        kill()
+        for process in processes:
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def alone(goldens: pathlib.Path) -> dict[str, object]:
+    return run_together(1, str(goldens / "tiny_text"), "{}")[0]
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "cpu_devices", "setting"),
+    [
+        (2, 2, {"dp": 2, "tp": 2, "ep": 2}),
+        (4, 1, {"dp": 2, "tp": 2, "ep": 2, "exchange": "all_to_all"}),
+    ],
+)
+def test_processes_give_the_tokens_of_one(
+    goldens: pathlib.Path, alone: dict[str, object], num_processes: int, cpu_devices: int, setting: dict[str, int]
+) -> None:
+    answers = run_together(num_processes, str(goldens / "tiny_text"), json.dumps(setting), cpu_devices=cpu_devices)
+    assert [answer["rank"] for answer in answers] == list(range(num_processes))
+    assert all(answer["tokens"] == alone["tokens"] for answer in answers)
+    assert {answer["agreed"] for answer in answers} == {7000000000}
+    # Experts are shared out over all devices, whatever the setting; the rest of a process's are read by it alone.
+    experts = [name for name in alone["read"] if ".moe." in name and "moe.gate.weight" not in name]
+    assert experts
+    for name in experts:
+        parts = [answer["read"][name] for answer in answers]
+        assert parts == [alone["read"][name] // num_processes] * num_processes, name
+    output = "model.layers.0.self_attn.o_proj.weight"
+    own_share = 1 if cpu_devices > 1 else 2
+    assert {answer["read"][output] for answer in answers} == {alone["read"][output] // own_share}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"STEP3_COORDINATOR": "a:1"}, "STEP3_COORDINATOR is set, but not STEP3_NUM_PROCESSES, STEP3_PROCESS_ID"),
+        (
+            {"STEP3_COORDINATOR": "a", "STEP3_NUM_PROCESSES": "2", "STEP3_PROCESS_ID": "0"},
+            "STEP3_COORDINATOR is 'a'; host:port",
+        ),
+        (
+            {"STEP3_COORDINATOR": "a:1", "STEP3_NUM_PROCESSES": "two", "STEP3_PROCESS_ID": "0"},
+            "STEP3_NUM_PROCESSES is 'two'; a whole number",
+        ),
+        (
+            {"STEP3_COORDINATOR": "a:1", "STEP3_NUM_PROCESSES": "2", "STEP3_PROCESS_ID": "2"},
+            "STEP3_PROCESS_ID is 2; of 2 processes the numbers are 0 to 1",
+        ),
+        ({"STEP3_CPU_DEVICES": "0"}, "STEP3_CPU_DEVICES is '0'; a whole number of at least 1"),
+    ],
+)
+def test_variables_that_cannot_be_are_refused(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        initialise_distributed(variables)
+    assert message in str(caught.value)
+
+
+def test_without_variables_a_process_is_alone() -> None:
+    assert initialise_distributed({}) is False
+
+
+def variables(rank: int, port: int) -> dict[str, str]:
+    return {
+        "STEP3_COORDINATOR": f"127.0.0.1:{port}",
+        "STEP3_NUM_PROCESSES": "3",
+        "STEP3_PROCESS_ID": str(rank),
+        "STEP3_START_TIMEOUT": "1",
+    }
+
+
+def test_a_process_says_that_the_coordinator_does_not_answer() -> None:
+    port = free_port()
+    with pytest.raises(TimeoutError, match=rf"process 1 was not called on .* at 127.0.0.1:{port} within 1 s"):
+        initialise_distributed(variables(1, port))
+
+
+def test_the_coordinator_names_the_processes_that_did_not_come() -> None:
+    port = free_port()
+    with pytest.raises(TimeoutError, match=r"of 3 processes, number 1, 2 did not come to the coordinator"):
+        initialise_distributed(variables(0, port))
+
+
+def test_a_port_that_is_taken_is_said() -> None:
+    with socket.create_server(("", 0)) as server:
+        port = int(server.getsockname()[1])
+        with pytest.raises(ValueError, match=rf"port {port} cannot be opened"):
+            initialise_distributed(variables(0, port))

@@ -1,0 +1,123 @@
+"""Every way to spread a model gives the answer of one device: tokens, log-probabilities, image features."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.mesh.conftest import Ask
+
+# Prompts of one bucket, so that a case compiles two programs.
+LENGTHS, COUNTS = [5, 20, 1, 13, 30, 17, 9, 24], [8] * 8
+
+SETTINGS = {
+    "one device": {},
+    "all tensor": {"tp": 8},
+    "all data": {"dp": 8},
+    "experts in four groups of two": {"dp": 8, "ep": 4},
+    "experts cut in width alone": {"dp": 2, "tp": 2, "ep": 1},
+    "both, width along tensor and data": {"dp": 4, "tp": 2, "ep": 2},
+    "no power of two, no common factor": {"dp": 3, "tp": 2, "ep": 2},
+    "all-to-all": {"dp": 4, "tp": 2, "ep": 4, "exchange": "all_to_all"},
+    "tensor parallel attention": {"dp": 2, "tp": 4, "ep": 4, "attention": "tensor"},
+    "tensor parallel attention of one group": {"dp": 1, "tp": 4, "ep": 2, "attention": "tensor"},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(eight: Ask) -> dict[str, object]:
+    return eight("generate", parallel=None, lengths=LENGTHS, counts=COUNTS)
+
+
+def assert_same(found: dict[str, object], expected: dict[str, object]) -> None:
+    assert found["tokens"] == expected["tokens"]
+    for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    assert found["free_pages"] == found["pages"], "pages are left behind"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_gives_the_answer_of_one_device(eight: Ask, alone: dict[str, object], name: str) -> None:
+    setting = SETTINGS[name]
+    found = eight("generate", parallel=setting or {"dp": 1}, lengths=LENGTHS, counts=COUNTS)
+    assert_same(found, alone)
+    is_tensor = setting.get("attention") == "tensor"
+    assert found["shards"] == setting.get("dp", 1) * (1 if is_tensor else setting.get("tp", 1))
+    # Copies of the cache are what tensor parallel attention costs, and it says so.
+    tokens = found["pages"] * 64
+    said = [f"the same memory holds {tokens} tokens instead of {4 * tokens}"] if is_tensor else []
+    assert len(found["warnings"]) == len(said)
+    assert all(part in message for part, message in zip(said, found["warnings"], strict=True))
+
+
+def test_rows_that_come_and_go_wait_for_a_place_and_read_in_chunks(eight: Ask) -> None:
+    """More sequences than places, of different lengths, sampled: devices never wait for each other in vain."""
+    lengths = [3, 90, 40, 1, 64, 10, 77, 30, 5, 21, 55, 2]
+    counts = [4, 9, 1, 12, 6, 3, 8, 2, 15, 5, 7, 1]
+    seeds = list(range(len(lengths)))
+    request = {"lengths": lengths, "counts": counts, "seeds": seeds, "chunk": 128}
+    found = eight("generate", parallel={"dp": 2, "tp": 2, "ep": 4}, batch=4, **request)
+    assert_same(found, eight("generate", parallel=None, batch=4, **request))
+
+
+def test_fp8_weights_are_cut_with_their_scales(eight: Ask) -> None:
+    request = {"kind": "fp8", "lengths": [9, 4], "counts": [4, 4]}
+    expected = eight("generate", parallel=None, **request)
+    assert_same(eight("generate", parallel={"dp": 1, "tp": 2, "ep": 1}, **request), expected)
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_pictures_are_shared_out_over_all_devices(eight: Ask, images: int) -> None:
+    found = eight("encode", parallel={"tp": 8}, images=images)
+    assert found["shape"][0] == images
+    assert found["error"] < 1e-5 * found["largest"] + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("setting", "tokens", "skew", "room"),
+    [
+        # Of four groups any may be wanted by nearly all tokens, so that there is room for all.
+        ({"dp": 4, "tp": 2, "ep": 4}, 16, False, 32),
+        ({"dp": 3, "tp": 2, "ep": 6}, 64, False, 56),
+        # All want the same group: this step takes the other way.
+        ({"dp": 3, "tp": 2, "ep": 6}, 64, True, 56),
+    ],
+)
+def test_all_to_all_drops_no_token(eight: Ask, setting: dict[str, int], tokens: int, skew: bool, room: int) -> None:
+    found = eight("exchange", parallel=setting | {"exchange": "all_to_all"}, tokens=tokens, skew=skew)
+    assert found["error"] < 1e-5
+    assert found["room"] == room
+    assert found["has_choice"] == (room == 56)
+
+
+def test_nothing_compiles_anew_once_its_shapes_were_met(eight: Ask) -> None:
+    assert set(eight("traces", parallel={"tp": 8})["new_traces"].values()) == {0}
+
+
+def test_weights_and_cache_lie_where_the_table_says(eight: Ask) -> None:
+    found = eight("describe", parallel={"dp": 4, "tp": 2, "ep": 4})
+    whole = {name: size for name, (size, _) in found["weights"].items()}
+    parts = {name: size // part for name, (size, part) in found["weights"].items()}
+    dense, experts = "text.layers.0.ffn.mlp.gate_proj.weight", "text.layers.1.ffn.moe.gate_proj"
+    assert (parts[dense], parts["text.layers.1.attention.self_attn.o_proj.weight"]) == (2, 2)
+    assert parts["text.layers.1.attention.self_attn.wq.weight"] == 1
+    # Four groups of experts, each expert's width on two devices.
+    assert parts[experts] == 8
+    # 131 rows do not divide by two: one of zeros is added.
+    assert (parts["text.lm_head.weight"], whole["text.lm_head.weight"]) == (2, 132 * 48)
+    assert all(part == 1 for name, part in parts.items() if name.startswith(("vision", "projector")))
+    assert (found["pages_each"], found["cache_parts"]) == (found["pages"] // 8, 8)
+    assert found["is_original_whole"], "placing a model changes it"
+
+
+def test_with_tensor_parallel_attention_a_group_has_one_cache(eight: Ask) -> None:
+    found = eight("describe", parallel={"dp": 2, "tp": 4, "ep": 4, "attention": "tensor"})
+    assert (found["pages_each"], found["cache_parts"]) == (found["pages"] // 2, 2)
+    size, part = found["weights"]["text.layers.1.attention.self_attn.wq.weight"]
+    assert size // part == 4
+
+
+def test_more_devices_than_there_are_is_refused_with_what_to_do(eight: Ask) -> None:
+    answer = eight("layout_error", parallel={"dp": 2, "tp": 8, "ep": 4})
+    assert answer["error_type"] == "ValueError"
+    assert "needs 16 devices, and there are 8 (cpu): set STEP3_CPU_DEVICES=16" in answer["message"]

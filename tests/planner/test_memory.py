@@ -1,0 +1,151 @@
+"""The arithmetic of memory, against the published sizes of the model and the cache's own formats."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pallas_kernels import pages
+from step3_jax import resources
+from step3_jax.config import ModelConfig
+from step3_jax.deployment import KV_CACHE_DTYPES, load_deployment, parse_deployment
+from step3_jax.planner.memory import PAGE_SIZE, MemoryPlan, kv_bytes_per_token, plan_memory
+from step3_jax.planner.report import to_dict, to_lines
+from step3_jax.planner.weight import count_vision_parameters, deployed_config, roles_of, weight_bytes
+
+STEP3 = ModelConfig.preset("step3")
+
+
+def plan(name: str, memory_gib: float | None = None, text_only: bool = False, **options: object) -> MemoryPlan:
+    changes = {key: options.pop(key) for key in ("kv_cache", "workload", "weights", "division") if key in options}
+    deployment = dataclasses.replace(load_deployment(name), **changes)
+    memory_gib = deployment.device_memory_gib if memory_gib is None else memory_gib
+    return plan_memory(STEP3, deployment, memory_gib=memory_gib, text_only=text_only, **options)
+
+
+@pytest.mark.parametrize(("weights", "published"), [("bfloat16", 641_939_825_664), ("fp8", 327_589_017_984)])
+def test_one_device_holds_the_published_bytes(weights: str, published: int) -> None:
+    deployment = parse_deployment("one", {"afd": "off", "devices": 1, "weights": weights})
+    (role,) = roles_of(deployment)
+    assert sum(weight_bytes(deployed_config(STEP3, weights), weights, role).values()) == published
+
+
+def test_the_vision_parameters_are_the_published_ones() -> None:
+    assert count_vision_parameters(STEP3) == 4_285_292_032 + 390_082_560
+    assert count_vision_parameters(deployed_config(STEP3, "fp8", text_only=True)) == 0
+
+
+def test_roles_together_hold_each_weight_once() -> None:
+    deployment = parse_deployment("pair", {"afd": "1a1f", "weights": "fp8"})
+    config = deployed_config(STEP3, "fp8")
+    held = [sum(weight_bytes(config, "fp8", role).values()) for role in roles_of(deployment)]
+    assert sum(held) == 327_589_017_984
+
+
+@pytest.mark.parametrize("kv_cache", KV_CACHE_DTYPES)
+def test_the_cache_takes_what_its_format_says(kv_cache: str) -> None:
+    per_layer = pages.bytes_per_token(STEP3.text.head_dim, kv_cache)  # type: ignore[arg-type]
+    assert kv_bytes_per_token(STEP3.text, kv_cache) == per_layer * STEP3.text.num_hidden_layers
+    assert PAGE_SIZE == pages.PAGE_SIZE
+
+
+def test_2a2f_holds_the_published_batch() -> None:
+    found = plan("2a2f", 79.6)
+    assert not found.problems
+    assert found.kv_tokens is not None
+    assert found.kv_tokens >= 6144 * 4096
+    attention, ffn = found.roles
+    assert attention.kv_needed == 384 * 4096 * 31_720
+    assert "routed experts" not in attention.parts
+    assert ffn.kv_needed == 0
+    assert set(ffn.parts) == {"dense layers", "shared experts", "routed experts"}
+
+
+def test_2a2f_does_not_hold_it_with_a_bfloat16_cache() -> None:
+    found = plan("2a2f", 79.6, kv_cache="bfloat16")
+    assert len(found.problems) == 1
+    assert "6,144 sequences of 4,096 tokens" in found.problems[0]
+    assert any("kv_cache fp8" in remedy for remedy in found.remedies)
+
+
+def test_eight_cards_of_48_gb_hold_the_decoder_and_800_000_tokens() -> None:
+    found = plan("8gpu-fp8-48gb", text_only=True)
+    assert not found.problems
+    assert found.kv_tokens is not None
+    assert found.kv_tokens >= 800_000
+
+
+def test_eight_cards_of_48_gb_do_not_hold_a_vision_tower_each() -> None:
+    found = plan("8gpu-fp8-48gb")
+    assert "more than a device may use" in found.problems[0]
+    assert found.kv_tokens == 0
+    assert any("--text-only" in remedy for remedy in found.remedies)
+
+
+def test_what_is_copied_too_often_is_told_to_be_shared_out() -> None:
+    division = dataclasses.replace(load_deployment("8gpu-fp8-48gb").division, dp=8, tp=1)
+    found = plan("8gpu-fp8-48gb", text_only=True, division=division)
+    assert found.problems
+    assert any("parallel.tp 8, dp 1" in remedy for remedy in found.remedies)
+
+
+def test_more_memory_holds_more_tokens_in_whole_pages() -> None:
+    tokens = [plan("8gpu-fp8-48gb", memory_gib, text_only=True).kv_tokens for memory_gib in (46, 48, 80)]
+    assert None not in tokens
+    assert tokens == sorted(set(tokens))
+    assert all(number % (8 * PAGE_SIZE) == 0 for number in tokens)
+
+
+def test_larger_chunks_of_prompts_leave_less_for_the_cache() -> None:
+    small, large = (plan("8gpu-fp8-48gb", text_only=True, chunk_tokens=tokens) for tokens in (256, 4096))
+    assert small.roles[0].workspace.total < large.roles[0].workspace.total
+    assert small.kv_tokens > large.kv_tokens
+
+
+def test_without_a_memory_nothing_is_refused() -> None:
+    found = plan("local")
+    assert found.memory_bytes is None
+    assert found.kv_tokens is None
+    assert not found.problems
+    assert to_dict(found)["fits"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_share": 0.0}, "above 0 and at most 1"),
+        ({"memory_gib": -1}, "above 0 is needed"),
+        ({"chunk_tokens": 0}, "at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan("2a2f", **options)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in resources.find("configs/afd").glob("*.yaml")))
+def test_every_shipped_deployment_can_be_planned_and_shown(name: str) -> None:
+    found = plan(name)
+    text = "\n".join(to_lines(found))
+    for one in found.roles:
+        assert f"{one.role.name} ({one.role.num_devices})" in text
+    assert "workspace (estimate)" in text
+    assert ("DOES NOT FIT" in text) == bool(found.problems)
+
+
+def test_the_columns_of_the_report_add_up() -> None:
+    found = plan("2a2f")
+    cells = {line[:28].strip(): line[28:].split() for line in to_lines(found) if not line.startswith(" ")}
+    for column in range(2):
+        weights, cache, workspace, budget, left = (
+            0.0 if cells[name][column] == "-" else float(cells[name][column])
+            for name in (
+                "weights (arithmetic)",
+                "KV cache (arithmetic)",
+                "workspace (estimate)",
+                "may be used",
+                "left over",
+            )
+        )
+        assert budget - weights - cache - workspace == pytest.approx(left, abs=0.03)

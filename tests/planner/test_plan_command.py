@@ -1,0 +1,146 @@
+"""`step3 plan memory`: what the compiled programs say, and the command around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from step3_jax.cli.main import main
+from step3_jax.cli.plan_compile import compile_deployment, run_layers
+from step3_jax.config import ModelConfig, TextConfig, VisionConfig
+from step3_jax.deployment import Deployment, load_deployment, parse_deployment
+from step3_jax.planner.memory import PAGE_SIZE, CacheShape, kv_bytes_per_token, shape_cache
+from step3_jax.planner.weight import deployed_config, roles_of, weight_bytes
+
+# Sizes that FP8 blocks of 128 are cut out of whole, twice; a vocabulary that is not.
+SMALL = ModelConfig(
+    text=TextConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        head_dim=64,
+        share_q_dim=128,
+        moe_num_experts=4,
+        moe_top_k=2,
+        moe_intermediate_size=256,
+        share_expert_dim=256,
+        moe_layers=(1, 2, 3),
+        vocab_size=301,
+    ),
+    vision=VisionConfig(
+        hidden_size=64,
+        output_hidden_size=64,
+        image_size=56,
+        intermediate_size=128,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+    ),
+    image_token_id=300,
+    image_token_len=1,
+)
+
+
+def check(deployment: Deployment, cache: CacheShape) -> None:
+    """The compiled bytes are those of the arithmetic, to the byte."""
+    config = deployed_config(SMALL, deployment.weights)
+    found = compile_deployment(config, deployment, cache)
+    for role in roles_of(deployment):
+        assert found.roles[role.name].weights == sum(weight_bytes(config, deployment.weights, role).values())
+        tokens = cache.num_pages * PAGE_SIZE if role.has_cache else 0
+        assert found.roles[role.name].kv_tokens == tokens
+        assert found.roles[role.name].kv_cache == tokens * kv_bytes_per_token(config.text, deployment.kv_cache)
+
+
+def test_compiled_bytes_of_a_deployment_that_does_both_are_those_of_the_arithmetic() -> None:
+    parallel = {"dp": 2, "tp": 2, "ep": 2}
+    values = {"afd": "off", "devices": 4, "parallel": parallel, "weights": "fp8", "kv_cache": "int4"}
+    check(parse_deployment("four", values), CacheShape(3, 2))
+
+
+def test_compiled_bytes_of_disjoint_roles_are_those_of_the_arithmetic() -> None:
+    values = {"afd": "1a1f", "devices_per_instance": 2, "ffn": {"tp": 1, "ep": 2}, "weights": "bfloat16"}
+    check(parse_deployment("pair", values | {"kv_cache": "fp8", "payload": "fp8"}), CacheShape(6, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["2a2f", "8gpu-fp8-48gb", "16gpu-bf16-80gb"])
+def test_the_full_model_is_compiled_in_little_memory(name: str) -> None:
+    deployment = load_deployment(name)
+    config = deployed_config(ModelConfig.preset("step3"), deployment.weights)
+    cache = shape_cache(deployment, roles_of(deployment)[0])
+    assert cache is not None
+    found = compile_deployment(config, deployment, cache)
+    for role in roles_of(deployment):
+        assert found.roles[role.name].weights == sum(weight_bytes(config, deployment.weights, role).values())
+    assert found.peak_bytes < 2 * 2**30
+
+
+def test_what_fits_is_exit_code_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "memory", "2a2f", "--no-compile"]) == 0
+    text = capsys.readouterr().out
+    assert "attention (16)" in text
+    assert "6,144 sequences of 4,096 tokens" in text
+    assert text.splitlines()[-1] == "fits"
+
+
+def test_what_does_not_fit_is_exit_code_1_and_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "memory", "8gpu-fp8-48gb", "--no-compile", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["compilation"] is None
+    assert any("--text-only" in remedy for remedy in found["remedies"])
+
+
+def test_options_replace_what_the_file_says(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--kv-cache-dtype", "int4", "--hardware", "h200-sxm", "--sequences", "16", "--context-tokens", "65536"]
+    assert main(["plan", "memory", "8gpu-fp8-48gb", "--no-compile", "--json", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kv_cache"] == "int4"
+    assert found["memory"] == int(140.4 * 2**30)
+    assert found["workload"] == {"sequences": 16, "context_tokens": 65536}
+    assert found["roles"]["both"]["kv_cache"] == 2 * 65536 * 272 * 61
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothere"], "no deployment nothere"),
+        (["2a2f", "--model", "nothere"], "--model nothere"),
+        (["local", "--sequences", "4"], "give both"),
+        (["2a2f", "--sequences", "0"], "at least 1"),
+        (["2a2f", "--model", "step3-tiny"], "does not divide the model"),
+    ],
+)
+def test_mistakes_are_exit_code_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "memory", "--no-compile", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_sizes_of_the_test_model_are_all_different_enough() -> None:
+    """Else a weight that lies in the wrong place could go unnoticed."""
+    one = parse_deployment("one", {"afd": "off", "weights": "bfloat16"})
+    config = dataclasses.replace(deployed_config(SMALL, "bfloat16"))
+    sizes = weight_bytes(config, "bfloat16", roles_of(one)[0]).values()
+    assert len(set(sizes)) == len(sizes)
+
+
+def test_equal_neighbouring_layers_as_a_loop_give_what_they_give_one_by_one() -> None:
+    """What makes 61 layers compile in a minute must not lose, double or reorder one."""
+
+    def run_layer(kind: str, total: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total = total * 2 + own if kind == "wide" else total + 3 * own
+        return total, total - own
+
+    kinds, layers = ["narrow", "wide", "wide", "wide", "narrow"], list(jnp.arange(1.0, 6.0))
+    expected, results = jnp.zeros(()), []
+    for kind, own in zip(kinds, layers, strict=True):
+        expected, result = run_layer(kind, expected, own)
+        results.append(float(result))
+    total, outs = run_layers(run_layer, kinds, jnp.zeros(()), layers)
+    assert float(total) == float(expected)
+    assert [float(out) for out in outs] == results

@@ -1,0 +1,48 @@
+"""Formats, memory and capacity of the paged cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from step3_jax.cache.paged import choose_storage, count_pages, empty_cache, page_bytes, pages_for
+from step3_jax.config import TextConfig
+
+CONFIG = TextConfig(num_hidden_layers=3, head_dim=64, moe_layers=())
+FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "fp8", "int4"])
+@pytest.mark.parametrize("as_bits", [False, True])
+def test_memory_is_that_of_the_arrays(storage: str, as_bits: bool) -> None:
+    cache = empty_cache(CONFIG, 5, storage, as_bits=as_bits)
+    assert len(cache) == 3
+    leaves = jax.tree.leaves(cache)
+    assert sum(leaf.nbytes for leaf in leaves) == 5 * page_bytes(CONFIG, storage)
+    # None twice, or they could not be given away.
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+def test_auto_is_the_format_of_the_activations() -> None:
+    assert choose_storage("auto", FLOAT32, 64) == "float32"
+    assert choose_storage("auto", BFLOAT16, 64) == "bfloat16"
+    assert choose_storage("int4", BFLOAT16, 64) == "int4"
+
+
+def test_what_no_cache_can_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'fp16'; allowed: auto, float32, bfloat16, fp8, int4"):
+        choose_storage("fp16", FLOAT32, 64)
+    with pytest.raises(ValueError, match=r"'int4': .* multiple of 64; it is 32; give fp8 or bfloat16"):
+        choose_storage("int4", FLOAT32, 32)
+
+
+def test_capacity_is_what_the_sequences_need_or_the_memory_holds() -> None:
+    size = page_bytes(CONFIG, "fp8")
+    sizes = {"max_model_len": 130, "max_batch_size": 4}
+    assert [pages_for(tokens) for tokens in (0, 1, 64, 65)] == [0, 1, 1, 2]
+    assert count_pages(CONFIG, "fp8", **sizes, memory_bytes=None) == 12
+    assert count_pages(CONFIG, "fp8", **sizes, memory_bytes=100 * size) == 12
+    assert count_pages(CONFIG, "fp8", **sizes, memory_bytes=7 * size + 1) == 7
+    with pytest.raises(ValueError, match=r"max_model_len = 130 .* in fp8: lower max_model_len"):
+        count_pages(CONFIG, "fp8", **sizes, memory_bytes=3 * size - 1)

@@ -266,7 +266,7 @@ def quality(request: Answer) -> Answer:
     questions.append([picture, {"type": "text", "text": "What number is this?"}])
     params = SamplingParams(temperature=0, max_tokens=24, logprobs=1)
     found: Answer = {}
-    for payload in (None, "float32", "bfloat16", "fp8"):
+    for payload in (None, "float32", "fp8"):
         executor = None
         if payload is not None:
             executor = load_host_executor(folder, make_topology(request), payload=payload)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Compiling is most of the time here, and nothing runs long.
+QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 PROGRAMS = pathlib.Path(__file__).resolve().parent / "programs"
 # Nothing takes a tenth of it; what hangs fails its test and not the whole run.
 HARD_LIMIT_S = 300
@@ -31,7 +33,7 @@ def eight() -> Iterator[Ask]:
     """Asks the process; an exception there is one here."""
     command = [sys.executable, str(PROGRAMS / "worker.py"), "8"]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment(**QUICK_COMPILE), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None

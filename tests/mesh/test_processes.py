@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from step3_jax.mesh import initialise_distributed
-from tests.mesh.conftest import HARD_LIMIT_S, PROGRAMS, ROOT, environment
+from tests.mesh.conftest import HARD_LIMIT_S, PROGRAMS, QUICK_COMPILE, ROOT, environment
 
 
 def free_port() -> int:
@@ -22,7 +22,7 @@ def free_port() -> int:
 
 def run_together(num_processes: int, *words: str, cpu_devices: int = 1) -> list[dict[str, object]]:
     """What each process answers. All are killed when one fails, and after a fixed time."""
-    coordinator, own = f"127.0.0.1:{free_port()}", {"STEP3_CPU_DEVICES": str(cpu_devices)}
+    coordinator, own = f"127.0.0.1:{free_port()}", QUICK_COMPILE | {"STEP3_CPU_DEVICES": str(cpu_devices)}
     if num_processes > 1:
         own |= {"STEP3_COORDINATOR": coordinator, "STEP3_NUM_PROCESSES": str(num_processes)}
     command = [sys.executable, str(PROGRAMS / "rank.py"), *words]

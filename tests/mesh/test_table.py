@@ -14,7 +14,6 @@ SETTINGS = {
     "one device": {},
     "all tensor": {"tp": 8},
     "all data": {"dp": 8},
-    "experts in four groups of two": {"dp": 8, "ep": 4},
     "experts cut in width alone": {"dp": 2, "tp": 2, "ep": 1},
     "both, width along tensor and data": {"dp": 4, "tp": 2, "ep": 2},
     "no power of two, no common factor": {"dp": 3, "tp": 2, "ep": 2},

@@ -55,3 +55,9 @@ def tiny_model_path() -> pathlib.Path:
     if not (path / "model.safetensors").exists():
         pytest.skip(f"{path} has no model.safetensors: the shipped model's weights are not in this checkout")
     return path
+
+
+@pytest.fixture
+def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversion finds a process as small as a command's: this one holds the compiled programs of other tests too."""
+    monkeypatch.setattr("step3_jax.checkpoint.convert.anonymous_bytes", lambda: 2**28)

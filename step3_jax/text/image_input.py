@@ -73,7 +73,8 @@ def _name(source: ImageSource) -> str:
     if isinstance(source, Image.Image):
         return f"The {source.mode} picture"
     text = str(source)
-    return f"Image {text[:80] + '...' if len(text) > 80 else text!r}"
+    # The middle is left out: a data URL is known by its start, a file by its end.
+    return f"Image {text[:40] + '...' + text[-40:] if len(text) > 83 else text!r}"
 
 
 def _read(source: str | Path | bytes, name: str, max_bytes: int, allow_paths: bool) -> bytes:

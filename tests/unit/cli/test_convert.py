@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def step3(capsys):
+def step3(capsys, small_process):
     """Runs a command: exit code, and what it printed."""
 
     def run(*argv):

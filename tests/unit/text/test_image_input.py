@@ -119,7 +119,8 @@ def test_size_is_refused_from_the_header_alone(side):
 
 
 def test_truncated_and_garbage_files_are_named(tmp_path, picture):
-    path = tmp_path / "broken.png"
+    (tmp_path / ("long" * 30)).mkdir()
+    path = tmp_path / ("long" * 30) / "broken.png"
     path.write_bytes(_encode(picture.resize((300, 300)))[:-2000])
     with pytest.raises(ValueError, match=r"broken\.png.* is damaged"):
         open_image(path)

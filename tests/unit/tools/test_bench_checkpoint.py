@@ -23,6 +23,7 @@ def source(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "source"
 
 
+@pytest.mark.usefixtures("small_process")
 def test_every_side_runs_cold_and_warm(source: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     scratch = source.parent / "scratch"
     scratch.mkdir()

@@ -26,8 +26,9 @@ from step3_jax.cli.bench_decode import (
     active_parameters,
     bench_config,
     check_agreement,
-    gemm_rate,
     prefill_flops,
+    prefill_products,
+    product_rate,
     random_model,
     read_meter,
 )
@@ -158,7 +159,8 @@ def measure_decode(
             decode_rows += [_decode_row(config, name, batch, steps, *times[name]) for name in dtypes]
         ids = rng.integers(2, config.text.vocab_size, (1, prefill_length))
         for name, side in sides.items():
-            gemm, *seconds = _prefill_times(side, peer, name, ids, rounds)
+            products = prefill_products(config.text, prefill_length)
+            gemm, *seconds = _prefill_times(side, peer, name, ids, rounds, products)
             prefill_rows.append(_prefill_row(config, name, prefill_length, gemm, *seconds))
         versions = peer.versions if peer is not None else {}
     read_rate = statistics.median(rates)
@@ -232,18 +234,23 @@ def _decode_times(
 
 
 def _prefill_times(
-    side: Ours, peer: TorchPeer | None, dtype: str, ids: Int[np.ndarray, "B T"], rounds: int
+    side: Ours,
+    peer: TorchPeer | None,
+    dtype: str,
+    ids: Int[np.ndarray, "B T"],
+    rounds: int,
+    products: Mapping[tuple[int, int, int], int],
 ) -> tuple[float, list[float], list[float]]:
-    """The best rate of a matrix product before and after, and the times between."""
+    """The better rate of the bare products before and after, and the times between."""
     side.prefill(ids, 1)
-    gemm = gemm_rate(dtype)
+    gemm = product_rate(dtype, products)
     ours: list[float] = []
     theirs: list[float] = []
     for _ in range(rounds):
         ours.append(side.prefill(ids, 1))
         if peer is not None:
             theirs.append(peer.prefill(dtype, ids, 1))
-    return max(gemm, gemm_rate(dtype)), ours, theirs
+    return max(gemm, product_rate(dtype, products)), ours, theirs
 
 
 def _decode_row(

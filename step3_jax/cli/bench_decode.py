@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import importlib.util
 import json
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import cast
 
@@ -319,22 +320,54 @@ def read_meter(num_threads: int) -> Callable[[], float]:
     return measure
 
 
-def gemm_rate(dtype: str, size: int = 1024, repeats: int = 5) -> float:
-    """The best rate, FLOP/s, of a square matrix product: XLA's, and for float32 also numpy's."""
-    host = np.random.default_rng(0).standard_normal((size, size), np.float32)
-    array = jnp.asarray(host, dtype)
+def prefill_products(config: TextConfig, length: int) -> dict[tuple[int, int, int], int]:
+    """The matrix products of reading a prompt: how often each (M, N, K) occurs.
+
+    Experts have the even share of rows each. The products of attention itself, which depend on the data's length twice,
+    are not among them.
+    """
+    hidden, rank, head = config.hidden_size, config.share_q_dim, config.head_dim
+    products: collections.Counter[tuple[int, int, int]] = collections.Counter()
+
+    def add(count: int, rows: int, *sizes: tuple[int, int]) -> None:
+        for outputs, inputs in sizes:
+            products[rows, outputs, inputs] += count
+
+    num_experts, num_moe = config.moe_num_experts, len(config.moe_layers)
+    query = (rank, hidden), (config.query_size, rank), (hidden, config.query_size)
+    add(config.num_hidden_layers, length, *query, (head, hidden), (head, hidden))
+    for count, rows, width in (
+        (config.num_hidden_layers - num_moe, length, config.intermediate_size),
+        (num_moe, length, config.share_expert_dim),
+        (num_moe * num_experts, max(1, length * config.moe_top_k // num_experts), config.moe_intermediate_size),
+    ):
+        add(count, rows, (width, hidden), (width, hidden), (hidden, width))
+    add(num_moe, length, (num_experts, hidden))
+    add(1, 1, (config.vocab_size, hidden))
+    return {shape: count for shape, count in products.items() if count}
+
+
+def product_rate(dtype: str, products: Mapping[tuple[int, int, int], int], repeats: int = 5) -> float:
+    """FLOP/s of these products, each by itself at the best rate seen: XLA's, and for float32 also numpy's."""
+    rng = np.random.default_rng(0)
     product = jax.jit(_product)
-    calls: list[Callable[[], object]] = [lambda: product(array, array).block_until_ready()]
-    if dtype == "float32":
-        calls.append(lambda: host @ host)
-    best = float("inf")
-    for call in calls:
-        call()
-        for _ in range(repeats):
-            begin = time.perf_counter()
+    operations, seconds = 0.0, 0.0
+    for (rows, outputs, inputs), count in products.items():
+        left, right = (rng.standard_normal((size, inputs), np.float32) for size in (rows, outputs))
+        placed = jnp.asarray(left, dtype), jnp.asarray(right, dtype)
+        calls: list[Callable[[], object]] = [lambda placed=placed: product(*placed).block_until_ready()]  # type: ignore[misc]
+        if dtype == "float32":
+            calls.append(lambda left=left, right=right: left @ right.T)  # type: ignore[misc]
+        best = float("inf")
+        for call in calls:
             call()
-            best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+            for _ in range(repeats):
+                begin = time.perf_counter()
+                call()
+                best = min(best, time.perf_counter() - begin)
+        operations += count * 2 * rows * outputs * inputs
+        seconds += count * best
+    return operations / seconds
 
 
 def _product(left: Float[Array, "M K"], right: Float[Array, "N K"]) -> Float[Array, "M N"]:

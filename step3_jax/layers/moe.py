@@ -172,10 +172,9 @@ def experts_by_block(
     counts = jnp.bincount(flat, length=num_experts)
     # A rest that small blocks would fill three times or more is as well one large block.
     rest = counts % large
-    num_small = jnp.where(rest > MAX_SMALL_BLOCKS * small, 0, -(-rest // small))
-    num_large = counts // large + (rest > MAX_SMALL_BLOCKS * small)
-    blocks_each = num_large + num_small
-    block_ends = jnp.cumsum(blocks_each)
+    is_large = (rest > MAX_SMALL_BLOCKS * small) | (small == large)
+    num_small = jnp.where(is_large, 0, -(-rest // small))
+    num_large = counts // large + (is_large & (rest > 0))
     slots_each = num_large * large + num_small * small
     first_slots = jnp.cumsum(slots_each) - slots_each
     order = jnp.argsort(flat, stable=True)
@@ -189,28 +188,27 @@ def experts_by_block(
     tokens = tokens.at[slots].set((order // top_k).astype(jnp.int32), mode="drop")
     padded = jnp.concatenate([hidden, jnp.zeros((1, hidden.shape[1]), hidden.dtype)])
 
-    def run_rows(
-        rows: int, start: Int[Array, ""], expert: Int[Array, ""], outputs: Float[Array, "slots D"]
+    def run_blocks(
+        rows: int, blocks_each: Int[Array, " E"], skipped: Int[Array, " E"], outputs: Float[Array, "slots D"]
     ) -> Float[Array, "slots D"]:
-        picked = padded[jax.lax.dynamic_slice(tokens, (start,), (rows,))]
-        out = _run_expert(picked, expert, (gate, up, down))
-        return jax.lax.dynamic_update_slice(outputs, out, (start, 0))
+        """All blocks of one size; an expert's stand behind the slots that are `skipped`."""
+        ends = jnp.cumsum(blocks_each)
 
-    def run_block(block: Int[Array, ""], outputs: Float[Array, "slots D"]) -> Float[Array, "slots D"]:
-        expert = jnp.searchsorted(block_ends, block, side="right")
-        index = block - (block_ends - blocks_each)[expert]
-        is_large = index < num_large[expert]
-        start = first_slots[expert] + jnp.where(
-            is_large, index * large, num_large[expert] * large + (index - num_large[expert]) * small
-        )
-        if large == small:
-            return run_rows(large, start, expert, outputs)
-        return jax.lax.cond(
-            is_large, functools.partial(run_rows, large), functools.partial(run_rows, small), start, expert, outputs
-        )
+        def run_block(block: Int[Array, ""], outputs: Float[Array, "slots D"]) -> Float[Array, "slots D"]:
+            expert = jnp.searchsorted(ends, block, side="right")
+            index = block - (ends - blocks_each)[expert]
+            start = first_slots[expert] + skipped[expert] + index * rows
+            picked = padded[jax.lax.dynamic_slice(tokens, (start,), (rows,))]
+            out = _run_expert(picked, expert, (gate, up, down))
+            return jax.lax.dynamic_update_slice(outputs, out, (start, 0))
+
+        return jax.lax.fori_loop(0, ends[-1], run_block, outputs)
 
     outputs = jnp.zeros((num_slots, hidden.shape[1]), hidden.dtype)
-    outputs = jax.lax.fori_loop(0, block_ends[-1], run_block, outputs)
+    outputs = run_blocks(large, num_large, jnp.zeros_like(counts), outputs)
+    # A loop for each size: a choice between them inside one loop would copy `outputs` for every block.
+    if small < large:
+        outputs = run_blocks(small, num_small, num_large * large, outputs)
     slot_of_pair = jnp.zeros((num_pairs,), jnp.int32).at[order].set(slots.astype(jnp.int32))
     gathered = outputs[slot_of_pair].reshape(num_tokens, top_k, -1).astype(jnp.float32)
     return jnp.einsum("NkD,Nk->ND", gathered, weights).astype(hidden.dtype)

@@ -13,7 +13,14 @@ from flax import nnx
 
 from step3_jax.cli import bench_decode
 from step3_jax.cli.bench import PRESETS, format_report, measure_decode
-from step3_jax.cli.bench_decode import TorchPeer, active_parameters, bench_config, prefill_flops, random_model
+from step3_jax.cli.bench_decode import (
+    TorchPeer,
+    active_parameters,
+    bench_config,
+    prefill_flops,
+    prefill_products,
+    random_model,
+)
 from step3_jax.cli.main import main
 from step3_jax.model.step3 import Step3
 
@@ -52,6 +59,11 @@ def test_prefill_counts_the_head_once_and_attention_by_the_square():
     layers, head = active_parameters(text)
     attention = prefill_flops(text, 64) - 2 * (64 * layers + head)
     assert prefill_flops(text, 128) - 2 * (128 * layers + head) == 4 * attention > 0
+    # The bare products are the rest: 64 tokens share out evenly over the experts.
+    products = prefill_products(text, 64)
+    assert sum(count * rows * outputs * inputs for (rows, outputs, inputs), count in products.items()) == (
+        64 * layers + head
+    )
 
 
 @pytest.mark.parametrize(

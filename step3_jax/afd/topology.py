@@ -15,14 +15,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from step3_jax.checkpoint.names import Path, parameters_of
 from step3_jax.config import ModelConfig
 from step3_jax.deployment import Division, Topology
 from step3_jax.mesh import Layout, make_layout
-from step3_jax.model.step3 import Step3
+from step3_jax.model.step3 import abstract_step3
 from step3_jax.sharding import Parallel, find_problems
 
 # The axis of the mesh of all devices.
@@ -136,7 +135,7 @@ class AfdTopology:
           ValueError: As `check`.
         """
         self.check(config)
-        model = nnx.eval_shape(lambda: Step3(config, rngs=nnx.Rngs(0)))
+        model = abstract_step3(config)
         return {path: self.parameter(path) for path in parameters_of(model)}
 
 

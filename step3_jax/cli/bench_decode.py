@@ -34,7 +34,7 @@ from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, PrefillBatch
 from step3_jax.mesh import make_layout
 from step3_jax.model.parallel import place_model
-from step3_jax.model.step3 import Step3
+from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.sampling.batch import SamplingMode, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sharding import Parallel, fit_parallel
@@ -75,7 +75,7 @@ def bench_config(hidden_size: int, num_layers: int) -> ModelConfig:
 
 def random_model(config: ModelConfig) -> Step3:
     """A float32 model with normal weights of standard deviation fan_in^-0.5, and norms of ones."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Step3(config, dtype="float32", rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(abstract_step3(config, "float32"))
     rng = np.random.default_rng(0)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> Array:

@@ -39,7 +39,7 @@ from step3_jax.deployment import Deployment
 from step3_jax.layers.attention import CacheStep, attention_context
 from step3_jax.mesh import Layout, make_layout
 from step3_jax.model.parallel import parallelise, place_shapes
-from step3_jax.model.step3 import Step3
+from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
 from step3_jax.planner.memory import CacheShape, CompiledBytes, rows_at_once
 from step3_jax.planner.weight import ATTENTION, BOTH, FFN
@@ -142,16 +142,9 @@ def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape)
     }
 
 
-class _OneKey(nnx.Rngs):
-    """The same key for all weights: none is drawn, and counting keys while tracing takes most of a minute."""
-
-    def params(self) -> Array:
-        return jax.random.key(0)
-
-
 def abstract_model(config: ModelConfig) -> Step3:
     """The module with shapes for arrays, linear weights of the decoder in FP8 if the configuration says so."""
-    model = nnx.eval_shape(lambda: Step3(config, rngs=_OneKey(0)))
+    model = abstract_step3(config)
     if config.quantization is None:
         return model
     block = config.quantization.weight_block_size

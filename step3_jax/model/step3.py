@@ -113,3 +113,15 @@ def check_places(num_places: int, num_features: int) -> None:
             f"the prompt has {num_places} image places, but the pictures give {num_features} features: expand one "
             "image place for each picture (step3_jax.text.images), and give all pictures"
         )
+
+
+class _OneKey(nnx.Rngs):
+    """The same key for all weights: none is drawn, and counting keys while tracing takes most of a minute at full size."""
+
+    def params(self) -> Array:
+        return jax.random.key(0)
+
+
+def abstract_step3(config: ModelConfig, dtype: jax.typing.DTypeLike | None = None) -> Step3:
+    """The module with shapes in place of arrays, which takes no memory; arguments as of `Step3`."""
+    return nnx.eval_shape(lambda: Step3(config, dtype=dtype, rngs=_OneKey(0)))

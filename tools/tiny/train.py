@@ -22,7 +22,7 @@ from step3_jax.checkpoint.load import load_model
 from step3_jax.checkpoint.save import save_model
 from step3_jax.config import ModelConfig
 from step3_jax.engine.compile_cache import enable_compile_cache
-from step3_jax.model.step3 import Step3
+from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.text.image_settings import ImageSettings
 from step3_jax.train.data import pack_rows
 from step3_jax.train.loop import Metrics, Schedule, train
@@ -213,7 +213,7 @@ def run_stage(
 def export(params: PyTree, folder: pathlib.Path) -> None:
     """Writes the weights in the released checkpoint format."""
     config = ModelConfig.preset("step3-tiny")
-    model = nnx.eval_shape(lambda: Step3(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    model = abstract_step3(config, jnp.float32)
     set_capacity(model, None)
     graphdef, _ = nnx.split(model)
     save_model(nnx.merge(graphdef, params["model"]), folder, dtype="bfloat16", overwrite=True)

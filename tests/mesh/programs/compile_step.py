@@ -27,7 +27,7 @@ from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, PrefillBatch
 from step3_jax.mesh import Layout, make_layout
 from step3_jax.model.parallel import place_shapes
-from step3_jax.model.step3 import Step3
+from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import quantise
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
@@ -48,7 +48,7 @@ def abstract_model(num_layers: int, layout: Layout) -> Step3:
     if num_layers < text.num_hidden_layers:
         text = dataclasses.replace(text, num_hidden_layers=num_layers, moe_layers=tuple(range(1, num_layers)))
     config = dataclasses.replace(CONFIG, text=text)
-    model = nnx.eval_shape(lambda: Step3(config, dtype="bfloat16", rngs=nnx.Rngs(0)))
+    model = abstract_step3(config, "bfloat16")
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if is_fp8_tensor(released_name(path)):
             variable.set_value(jax.eval_shape(quantise, variable.get_value()))

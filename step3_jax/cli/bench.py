@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from step3_jax import __version__
-from step3_jax.cli.afd_option import AfdChoice, add_afd, read_afd_choice
+from step3_jax.cli.afd_option import AfdChoice
 from step3_jax.cli.bench_decode import (
     Ours,
     TorchPeer,
@@ -32,7 +32,7 @@ from step3_jax.cli.bench_decode import (
     random_model,
     read_meter,
 )
-from step3_jax.cli.parallel import add_parallel, read_parallel
+from step3_jax.cli.engine import add_devices, read_devices
 from step3_jax.config import DTYPES, ModelConfig
 from step3_jax.model.step3 import Step3
 from step3_jax.sharding import Parallel
@@ -60,8 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument(
         "--prefill", type=int, default=512, metavar="N", help="tokens of prefill (default: %(default)s)"
     )
-    add_parallel(decode)
-    add_afd(decode)
+    add_devices(decode)
     decode.add_argument("--torch", action="store_true", help="measure PyTorch too, on the same weights")
     decode.add_argument("--torch-python", metavar="PATH", help="interpreter that has torch and numpy; implies --torch")
     decode.add_argument("--json", metavar="FILE", help="also write all figures to FILE")
@@ -84,8 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{longest} tokens are needed, at most {config.text.max_position_embeddings} are allowed: lower --steps, "
             "--rounds, --prompt or --prefill"
         )
-    # With it --tp and --ep are the FFN side's.
-    afd = read_afd_choice(arguments)
+    devices = read_devices(arguments)
     found = measure_decode(
         config,
         dtypes=arguments.dtype,
@@ -95,8 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         prompt_length=arguments.prompt,
         prefill_length=arguments.prefill,
         torch_python=arguments.torch_python or (sys.executable if arguments.torch else None),
-        parallel=read_parallel(arguments) if afd is None else None,
-        afd=afd,
+        parallel=devices.parallel,
+        afd=devices.afd,
     )
     print(format_report(found))
     if arguments.json:

@@ -7,11 +7,10 @@ import contextlib
 import pathlib
 import sys
 
-from step3_jax.cli.afd_option import add_afd, load_afd_executor, read_afd_choice
 from step3_jax.cli.display import Display, default_show_reasoning, write_note
+from step3_jax.cli.engine import add_devices, load_llm, read_devices
 from step3_jax.cli.message import check_images, starts_thinking, system_messages, user_message
 from step3_jax.cli.option import add_model, add_sampling, find_model, read_sampling
-from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
 
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message at the begin")
     add_sampling(parser)
-    add_afd(parser)
+    add_devices(parser)
     parser.add_argument(
         "--reasoning",
         action=argparse.BooleanOptionalAction,
@@ -41,18 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
     A mistake in one turn is told and forgotten, so that the conversation goes on; over a pipe, where nobody can
     answer it, the exit code is 2 in the end.
     """
-    afd = read_afd_choice(arguments)
+    devices = read_devices(arguments)
     params = read_sampling(arguments)
     folder = find_model(arguments)
-    enable_compile_cache()
-    llm = LLM(
-        folder,
-        dtype=arguments.dtype,
-        max_model_len=arguments.max_model_len,
-        kv_cache_dtype=arguments.kv_cache_dtype,
-        max_num_batched_tokens=arguments.max_num_batched_tokens,
-        executor=load_afd_executor(afd, folder, arguments.dtype),
-    )
+    llm = load_llm(arguments, folder, devices)
     show_reasoning = default_show_reasoning() if arguments.reasoning is None else arguments.reasoning
     conversation = Conversation(llm, folder, params, system=arguments.system, show_reasoning=show_reasoning)
     is_interactive = sys.stdin.isatty()

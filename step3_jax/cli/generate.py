@@ -11,13 +11,11 @@ import pathlib
 import sys
 import time
 
-from step3_jax.cli.afd_option import add_afd, load_afd_executor, read_afd_choice
 from step3_jax.cli.display import Display, default_show_reasoning, write_note
+from step3_jax.cli.engine import add_devices, load_llm, read_devices
 from step3_jax.cli.message import check_images, starts_thinking, system_messages, user_message
 from step3_jax.cli.option import add_model, add_sampling, find_model, read_sampling
-from step3_jax.cli.parallel import add_parallel, read_parallel
 from step3_jax.cli.reasoning import is_thinking, split_reasoning
-from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import CompletionOutput, Logprob, RequestOutput
 from step3_jax.sampling.params import SamplingParams
@@ -35,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--raw", action="store_true", help="give the prompt to the model as it is, without the chat template"
     )
     add_sampling(parser)
-    add_parallel(parser)
-    add_afd(parser)
+    add_devices(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--n", type=int, default=1, metavar="N", help="so many answers (needs a temperature)")
     group.add_argument("--json", action="store_true", help="print one JSON object")
@@ -60,25 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
       ValueError: For options that do not go together, and for everything the engine refuses.
     """
     _check_together(arguments)
-    # With it --tp and --ep are the FFN side's.
-    afd = read_afd_choice(arguments)
-    parallel = read_parallel(arguments) if afd is None else None
+    devices = read_devices(arguments)
     params = read_sampling(arguments, n=arguments.n, logprobs=arguments.logprobs)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     check_images(arguments.image)
     folder = find_model(arguments)
 
     begin = time.perf_counter()
-    enable_compile_cache()
-    llm = LLM(
-        folder,
-        dtype=arguments.dtype,
-        max_model_len=arguments.max_model_len,
-        kv_cache_dtype=arguments.kv_cache_dtype,
-        max_num_batched_tokens=arguments.max_num_batched_tokens,
-        parallel=parallel,
-        executor=load_afd_executor(afd, folder, arguments.dtype),
-    )
+    llm = load_llm(arguments, folder, devices)
     load_s = time.perf_counter() - begin
 
     call = _Call(llm, folder, prompt, arguments)

@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.process import Ask, environment, worker
+
 PROGRAMS = pathlib.Path(__file__).resolve().parent / "programs"
-# Nothing takes a tenth of it; what hangs fails its test and not the whole run.
-HARD_LIMIT_S = 300
-
-Ask = Callable[..., dict[str, object]]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Of the processes that tests start: CPU alone, nothing of a launcher's."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("STEP3_")}
-    return own | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
 
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     """Asks the process; an exception there is one here."""
-    command = [sys.executable, str(PROGRAMS / "host_worker.py"), "6"]
     # The programs of one test are those of the next one too.
     kept = environment(
         JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("xla")),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     )
-    with subprocess.Popen(
-        command, cwd=ROOT, env=kept, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        stdin, stdout = process.stdin, process.stdout
-
-        def ask(do: str, **request: object) -> dict[str, object]:
-            watch = threading.Timer(HARD_LIMIT_S, process.kill)
-            watch.start()
-            try:
-                print(json.dumps({"do": do} | request), file=stdin, flush=True)
-                line = stdout.readline()
-            finally:
-                watch.cancel()
-            assert line, f"the process ended, or was killed after {HARD_LIMIT_S} s, at {do} {request}"
-            answer: dict[str, object] = json.loads(line)
-            assert "trace" not in answer or answer["error_type"] in ("ValueError", "TimeoutError"), answer["trace"]
-            return answer
-
+    errors = "ValueError", "TimeoutError"
+    with worker(PROGRAMS / "host_worker.py", "6", env=kept, errors=errors) as ask:
         yield ask
-        process.kill()

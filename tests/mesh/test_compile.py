@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.mesh.conftest import PROGRAMS, ROOT, environment
+from tests.mesh.conftest import PROGRAMS
+from tests.process import ROOT, environment
 from tools import gpu_compile
 
 pytestmark = [

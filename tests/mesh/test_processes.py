@@ -12,7 +12,8 @@ import threading
 import pytest
 
 from step3_jax.mesh import initialise_distributed
-from tests.mesh.conftest import HARD_LIMIT_S, PROGRAMS, QUICK_COMPILE, ROOT, environment
+from tests.mesh.conftest import PROGRAMS, QUICK_COMPILE
+from tests.process import HARD_LIMIT_S, ROOT, environment
 
 
 def free_port() -> int:

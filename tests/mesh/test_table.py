@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.mesh.conftest import Ask
+from tests.process import Ask
 
 # Prompts of one bucket, so that a case compiles two programs.
 LENGTHS, COUNTS = [5, 20, 1, 13, 30, 17, 9, 24], [8] * 8

@@ -1,0 +1,61 @@
+"""The engine that a command's options ask for: on one device, on several, or with attention and FFN apart."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+
+from step3_jax.cli.afd_option import AfdChoice, add_afd, load_afd_executor, read_afd_choice
+from step3_jax.cli.parallel import add_parallel, read_parallel
+from step3_jax.engine.compile_cache import enable_compile_cache
+from step3_jax.engine.llm import LLM
+from step3_jax.sharding import Parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceChoice:
+    """Where the model is to run; one device if neither is given.
+
+    Attributes:
+      parallel: Sharded over several devices.
+      afd: With attention and FFN on devices of their own.
+    """
+
+    parallel: Parallel | None
+    afd: AfdChoice | None
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Adds where the model runs."""
+    add_parallel(parser)
+    add_afd(parser)
+
+
+def read_devices(arguments: argparse.Namespace) -> DeviceChoice:
+    """Reads the options of `add_devices`: to be called before the first use of a device.
+
+    Raises:
+      ValueError: For options that do not go together or that the devices do not fit.
+    """
+    # With it --tp and --ep are the FFN side's.
+    afd = read_afd_choice(arguments)
+    return DeviceChoice(read_parallel(arguments) if afd is None else None, afd)
+
+
+def load_llm(arguments: argparse.Namespace, folder: pathlib.Path, devices: DeviceChoice) -> LLM:
+    """The model in `folder`, loaded as `option.add_model`'s options say.
+
+    Raises:
+      ValueError: For everything that the checkpoint or the engine refuses.
+    """
+    enable_compile_cache()
+    return LLM(
+        folder,
+        dtype=arguments.dtype,
+        max_model_len=arguments.max_model_len,
+        kv_cache_dtype=arguments.kv_cache_dtype,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+        parallel=devices.parallel,
+        executor=load_afd_executor(devices.afd, folder, arguments.dtype),
+    )

@@ -1,0 +1,62 @@
+"""Processes that tests start: their environment, the command line, and a worker that answers questions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Nothing takes a tenth of it; what hangs fails its test and not the whole run.
+HARD_LIMIT_S = 300
+
+Ask = Callable[..., dict[str, object]]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of the processes that tests start: CPU alone, nothing of a launcher's."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("STEP3_")}
+    return own | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
+
+
+def step3(*words: str, cwd: pathlib.Path = ROOT, given: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command; `given` is its standard input, `more` its environment."""
+    command = [sys.executable, "-m", "step3_jax.cli.main", *words]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**more), input=given, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@contextlib.contextmanager
+def worker(
+    program: pathlib.Path, *words: str, env: Mapping[str, str], errors: Sequence[str] = ("ValueError",)
+) -> Iterator[Ask]:
+    """A process that answers a line of JSON with one. An exception there is an answer if it is one of `errors`."""
+    command = [sys.executable, str(program), *words]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=dict(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def ask(do: str, **request: object) -> dict[str, object]:
+            watch = threading.Timer(HARD_LIMIT_S, process.kill)
+            watch.start()
+            try:
+                print(json.dumps({"do": do} | request), file=stdin, flush=True)
+                line = stdout.readline()
+            finally:
+                watch.cancel()
+            assert line, f"the process ended, or was killed after {HARD_LIMIT_S} s, at {do} {request}"
+            answer: dict[str, object] = json.loads(line)
+            assert "trace" not in answer or answer["error_type"] in errors, answer["trace"]
+            return answer
+
+        yield ask
+        process.kill()

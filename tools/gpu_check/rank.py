@@ -102,8 +102,8 @@ def _measure(sizes: RankSizes) -> dict[str, object]:
 def _interpret() -> dict[str, object]:
     """The small step, composed as on a GPU, of the references: each kernel has its own case in the interpreter.
 
-    Interpreted whole it hangs: two kernels that do not wait for each other run at once on a CPU, and the interpreter
-    keeps one memory for all.
+    Interpreted whole it did not finish, for a reason not found; kernels that do not wait for each other, which a CPU runs
+    at once while the interpreter keeps one memory for all, are the suspicion.
     """
     weights = make_weights(SMALL)
     state, table = make_state(SMALL)

@@ -14,28 +14,15 @@ from step3_jax.afd.microbatch import merge_reports, part_size, split_chunk, spli
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.roles import Tokens, arrays_by_role, attention_step, begin_step, end_step, ffn_step, take_apart
 from step3_jax.cache.paged import Cache, empty_cache
-from step3_jax.config import ModelConfig, TextConfig
+from step3_jax.config import ModelConfig
 from step3_jax.engine.state import PrefillBatch, Report
 from step3_jax.layers.attention import CacheStep
 from step3_jax.mesh import make_layout
 from step3_jax.model.step3 import Step3
 from step3_jax.sharding import Parallel
+from tests.small import small_text
 
-TEXT = TextConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    head_dim=16,
-    share_q_dim=16,
-    moe_num_experts=4,
-    moe_top_k=2,
-    moe_intermediate_size=16,
-    share_expert_dim=16,
-    moe_layers=(1,),
-    vocab_size=61,
-    max_position_embeddings=256,
-)
+TEXT = small_text(num_hidden_layers=3)
 
 
 @pytest.fixture(scope="module", autouse=True)

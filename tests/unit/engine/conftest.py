@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from step3_jax.config import ModelConfig, TextConfig, VisionConfig
+from step3_jax.config import ModelConfig, VisionConfig
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.model.step3 import Step3
@@ -17,6 +17,7 @@ from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_settings import ImageSettings
 from step3_jax.text.tokenizer import Tokenizer
 from step3_jax.text.vocabulary import byte_alphabet
+from tests.small import small_text
 
 CONTROL = (
     "<bos>",
@@ -38,21 +39,7 @@ TEMPLATE = (
 
 
 def make_config() -> ModelConfig:
-    text = TextConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        head_dim=16,
-        share_q_dim=16,
-        moe_num_experts=4,
-        moe_top_k=2,
-        moe_intermediate_size=16,
-        share_expert_dim=16,
-        moe_layers=(1,),
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=256,
-    )
+    text = small_text(vocab_size=VOCAB_SIZE)
     vision = VisionConfig(
         hidden_size=16,
         output_hidden_size=8,

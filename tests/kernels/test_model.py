@@ -19,7 +19,7 @@ from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.moe import STACKS, Experts
 from step3_jax.model.text import Decoder
-from step3_jax.quant import BlockScaled, quantise
+from step3_jax.quant import FP8, quantise
 from tests.kernels.support import lower_for_cuda, row_errors
 
 # Sizes that every kernel serves, and no more of them than it takes: one dense layer and one with experts.
@@ -39,15 +39,23 @@ CONFIG = TextConfig(
     max_position_embeddings=512,
 )
 PROMPTS = (70, 1, 40)
-# bfloat16 rounds at 2^-9 in each of some twenty steps. FP8 is compared with products of the same quantised activations,
-# where such a rounding now and then tips a value to the next of its steps of 2^-4.
-TOLERANCE = {"bfloat16": 0.03, "fp8": 0.06}
+# bfloat16 rounds at 2^-9 in each of some twenty steps. FP8 weights are compared with products of the same quantised
+# activations. Where those come out as equal, all does; what differs by half a percent before (bfloat16's rounding over a
+# long sequence, or FP8 pages, which the kernel reads as float16) tips a tenth of the values to the next of their steps of
+# 2^-4, in each product anew.
+TOLERANCE = {("bfloat16", "bfloat16"): 0.03, ("fp8", "bfloat16"): 0.12, ("fp8", "fp8"): 0.24}
+# Of the rows that come out best.
+BEST_TOLERANCE = 0.01
 # Of FP8 against unquantised activations: each of some ten products adds an error of 2.6 %.
 QUANTISED_TOLERANCE = 0.25
 
 
 @pytest.fixture(
-    scope="module", params=[("bfloat16", "bfloat16"), pytest.param(("fp8", "fp8"), marks=pytest.mark.kernels)]
+    scope="module",
+    params=[
+        pytest.param(kinds, marks=pytest.mark.kernels if kinds[0] == "fp8" else (), id="-".join(kinds))
+        for kinds in TOLERANCE
+    ],
 )
 def case(request):
     """Kind of weights, storage of the pages, and the decoder."""
@@ -66,13 +74,14 @@ def case(request):
 def functions(decoder: Decoder):
     """Prefill and decode as pure functions, and the weights; made anew for each implementation, which tracing picks."""
     graphdef, state = nnx.split(decoder)
+    leaves, treedef = jax.tree.flatten(state)
 
-    def run(state, tokens, cache, step):
-        text = nnx.merge(graphdef, state)
+    def run(leaves, tokens, cache, step):
+        text = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
         hidden, cache = text(text.embed_tokens(tokens), cache=cache, step=step)
         return text.logits(hidden), cache
 
-    return run, state
+    return run, leaves
 
 
 def inputs(storage: str):
@@ -111,9 +120,9 @@ def test_kernels_give_the_models_logits(case, monkeypatch) -> None:
 
     def logits(implementation: str) -> np.ndarray:
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, implementation)
-        run, state = functions(decoder)
-        read, filled = jax.jit(run)(state, tokens, cache, chunk)
-        made, _ = jax.jit(run)(state, last, filled, step)
+        run, leaves = functions(decoder)
+        read, filled = jax.jit(run)(leaves, tokens, cache, chunk)
+        made, _ = jax.jit(run)(leaves, last, filled, step)
         return np.concatenate([np.asarray(read)[0, : sum(PROMPTS)], np.asarray(made)[:, 0]])
 
     found, plain = logits("interpret"), logits("reference")
@@ -126,24 +135,25 @@ def test_kernels_give_the_models_logits(case, monkeypatch) -> None:
         expected = logits("reference")
         assert np.any(expected != plain), "the activations were not quantised"
     errors = row_errors(found, expected)
-    assert np.median(errors) < TOLERANCE[weights] / 2
+    assert np.median(errors) < TOLERANCE[weights, storage] / 2
+    if storage == "bfloat16":
+        assert np.quantile(errors, 0.1) < BEST_TOLERANCE
     # A token whose third and fourth expert tie may take another one.
-    assert np.mean(errors > TOLERANCE[weights]) < 0.05
+    assert np.mean(errors > TOLERANCE[weights, storage]) < 0.05
     assert errors.max() > 0, "both ran the same program"
 
 
 def test_the_model_takes_the_kernels_on_a_gpu(case) -> None:
     weights, storage, decoder = case
     tokens, cache, chunk, step = inputs(storage)
-    run, state = functions(decoder)
+    run, leaves = functions(decoder)
     num_moe = len(CONFIG.moe_layers)
     for ids, place in ((tokens, chunk), (jnp.zeros((3, 1), jnp.int32), step)):
-        text = lower_for_cuda(run, state, ids, cache, place)
+        text = lower_for_cuda(run, leaves, ids, cache, place)
         # Attention and two products of the experts; in FP8 also the five projections, and three of each dense FFN.
         attention = CONFIG.num_hidden_layers
         expected = attention + 2 * num_moe
         if weights == "fp8":
             expected += 5 * CONFIG.num_hidden_layers + 3 * CONFIG.num_hidden_layers
         assert text.count("mosaic_gpu_v2") >= expected
-    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, BlockScaled))
-    assert any(isinstance(leaf, BlockScaled) for leaf in leaves) == (weights == "fp8")
+    assert any(leaf.dtype == FP8 for leaf in leaves) == (weights == "fp8")

@@ -72,7 +72,9 @@ def quantise(array: Float[Array, "*lead rows columns"], block: tuple[int, int] =
     lead, (row_blocks, column_blocks) = blocks_shape[:-2], blocks_shape[-2:]
     blocked = jnp.pad(array, pad).reshape(*lead, row_blocks, block[0], column_blocks, block[1])
     largest = jnp.max(jnp.abs(blocked), axis=(-3, -1))
-    scales = jnp.where(largest > 0, largest / FP8_MAX, 1.0)
+    # A divisor that XLA cannot know: by a constant it multiplies with the reciprocal, and the last bit may differ.
+    scales = largest / jnp.where(largest > 0, FP8_MAX, 1.0)
+    scales = jnp.where(scales > 0, scales, 1.0)
     values = (array / expand_scales(scales, array.shape, block)).astype(FP8)
     return BlockScaled(values, scales, block)
 

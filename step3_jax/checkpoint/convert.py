@@ -18,10 +18,11 @@ import time
 
 from tqdm import tqdm
 
-from step3_jax.checkpoint.manifest import Manifest
+from step3_jax.checkpoint.buffer import BufferPool
+from step3_jax.checkpoint.manifest import Manifest, Record
 from step3_jax.checkpoint.orbax_io import ABOUT_FILE, TREE_FILE, WEIGHTS, place_arrays, write_item
-from step3_jax.checkpoint.placement import Placement
-from step3_jax.checkpoint.plan import UNIT_BYTES, Plan, result_config
+from step3_jax.checkpoint.placement import Band, Placement
+from step3_jax.checkpoint.plan import UNIT_BYTES, Plan, Task, result_config
 from step3_jax.checkpoint.safetensors_io import DTYPES, LazyArray
 from step3_jax.checkpoint.shards import Checkpoint, write_checkpoint
 from step3_jax.checkpoint.source import CONFIG_FILE, Source, open_source
@@ -31,7 +32,7 @@ from step3_jax.checkpoint.zarr_array import CACHE_BYTES, HEADER_FILE, StoredArra
 
 MANIFEST_FILE = "manifest.jsonl"
 DATA = "data"
-# A unit's input, its output, panels of both in float32, and what the allocator keeps.
+# A unit where tensorstore reads it whole; else parts of it in both dtypes, panels in float32; what the allocator keeps.
 WORKER_BYTES = 6 * UNIT_BYTES
 # Headers, the record, compiled code, and a margin.
 RESERVED_BYTES = 2**27
@@ -202,10 +203,7 @@ def _lay_out(plan: Plan, data: pathlib.Path, manifest: Manifest) -> dict[str, Pl
             place.path.mkdir(parents=True, exist_ok=True)
         return places
     with Checkpoint(data) as checkpoint:
-        return {
-            name: Placement(info.dtype, info.shape, checkpoint.path_of(name), info.start)
-            for name, info in checkpoint.tensors.items()
-        }
+        return checkpoint.places
 
 
 def _check_space(plan: Plan, data: pathlib.Path) -> None:
@@ -220,6 +218,7 @@ def _write_units(plan: Plan, places: dict[str, Placement], manifest: Manifest, n
     """Does all units that are not done yet; gives the bytes read."""
     todo, done_bytes, total_bytes = [], 0, 0
     written: set[pathlib.Path] = set()
+    buffers = BufferPool()
     for task, number, band in plan.units():
         size = task.num_bytes(band)
         total_bytes += size
@@ -237,10 +236,15 @@ def _write_units(plan: Plan, places: dict[str, Placement], manifest: Manifest, n
         total=total_bytes, initial=done_bytes, desc="converting", unit="B", unit_scale=True, disable=not progress
     )
     fresh_bytes, last_sync = 0, time.monotonic()
+
+    def work(task: Task, number: int, band: Band) -> tuple[Record, list[pathlib.Path]]:
+        with buffers.lend() as own:
+            return do_unit(plan, places, task, number, band, own)
+
     pool = concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="convert")
     try:
         with bar:
-            jobs = {pool.submit(do_unit, plan, places, *unit): unit for unit in todo}
+            jobs = {pool.submit(work, *unit): unit for unit in todo}
             for job in concurrent.futures.as_completed(jobs):
                 record, paths = job.result()
                 manifest.add(record)

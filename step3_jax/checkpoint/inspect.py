@@ -13,10 +13,11 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-from step3_jax.checkpoint.load import FP8_DTYPE, find_differences
+from step3_jax.checkpoint.load import find_differences
 from step3_jax.checkpoint.names import SCALE_SUFFIX, is_fp8_tensor, is_vision_tensor, our_path
 from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, find_item
 from step3_jax.checkpoint.placement import Placement, as_matrices
+from step3_jax.checkpoint.reader import FP8_DTYPE
 from step3_jax.checkpoint.safetensors_io import DTYPES, SafetensorsFile, TensorInfo
 from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, open_files
 from step3_jax.config import ModelConfig

@@ -1,7 +1,8 @@
-"""Loading a released checkpoint: everything is checked first, then tensors go slice by slice from the map to the device.
+"""Loading a checkpoint: everything is checked first, then tensors go band by band from the disk to their devices.
 
-Host memory never holds the model. What it holds at a time is, for each of the reading threads, one slice (one expert of
-a stack, or one matrix) and its copy in the wanted dtype.
+On the CPU, threads read each band to its place in memory that JAX then takes as it is: a model takes no more memory than
+its weights. For accelerators host memory never holds the model. What it holds at a time is, for each of the threads, one
+slice (one expert of a stack, one matrix, or a device's part of it) and its copy in the wanted dtype.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 from tqdm import tqdm
 
+from step3_jax.checkpoint.buffer import BufferPool, empty_aligned
 from step3_jax.checkpoint.names import (
     SCALE_SUFFIX,
     Path,
@@ -34,22 +35,20 @@ from step3_jax.checkpoint.names import (
     scale_name,
 )
 from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, find_item
+from step3_jax.checkpoint.reader import FP8_DTYPE, TensorReader
 from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
 from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Checkpoint, summarise
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig
 from step3_jax.mesh import Layout, padded_shape
-from step3_jax.model.step3 import Step3
+from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import BlockScaled, scale_shape
 from step3_jax.sharding import fit_parallel
 
 NUM_READERS = 4
 PLAIN_DTYPES = ("BF16", "F32", "F16", "F64")
-FP8_DTYPE = "F8_E4M3"
 # Buffers that old tools store though they follow from the configuration.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-# A table is several times faster than the element-wise cast, and exact.
-_FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 def load_model(
@@ -107,7 +106,7 @@ def load_model(
         )
         if layout is not None:
             fit_parallel(layout.parallel, config.text, fp8_block=block if config.quantization is not None else None)
-        reader = _Reader(checkpoint, np.dtype(dtype_name), block, keep_fp8)
+        reader = TensorReader(checkpoint, np.dtype(dtype_name), block, keep_fp8)
         return _fill(config, reader, layout.parameter if layout is not None else shardings, progress)
 
 
@@ -152,48 +151,14 @@ def find_differences(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> 
     return {title: sorted(items) for title, items in groups.items() if items}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Reads parts of tensors into memory of their own, in the dtype they are wanted in.
-
-    The copy is on purpose: JAX on CPU may use numpy's memory as it is, and a weight must not change, or crash the
-    process, when somebody changes the file.
-    """
-
-    checkpoint: Checkpoint | OrbaxCheckpoint
-    dtype: np.dtype
-    block: tuple[int, int]
-    keep_fp8: bool
-
-    def is_fp8(self, name: str) -> bool:
-        return self.checkpoint.tensors[name].dtype == FP8_DTYPE
-
-    def stored(self, name: str, index: tuple[slice | int, ...]) -> Shaped[np.ndarray, "..."]:
-        """A part in the dtype of the file."""
-        return np.array(self.checkpoint.read(name, index))
-
-    def converted(self, name: str, index: tuple[slice | int, ...]) -> Shaped[np.ndarray, "..."]:
-        """A part in the model's dtype; an FP8 tensor is dequantised, multiplied in float32."""
-        part = self.checkpoint.read(name, index)
-        if not self.is_fp8(name):
-            return part.astype(self.dtype)
-        num_rows, num_columns = self.checkpoint.tensors[name].shape[-2:]
-        rows = np.arange(num_rows)[index[-2]] // self.block[0]
-        columns = np.arange(num_columns)[index[-1]] // self.block[1]
-        scales = self.checkpoint.read(scale_name(name), index[:-2])
-        values = _FP8_VALUES[part.view(np.uint8)]
-        values *= scales[..., rows, :][..., columns]
-        return values.astype(self.dtype, copy=False)
-
-
 def _fill(
     config: ModelConfig,
-    reader: _Reader,
+    reader: TensorReader,
     shardings: Mapping[Path, NamedSharding] | Callable[[Path], NamedSharding] | None,
     progress: bool,
 ) -> Step3:
     """The module with every parameter read; no memory is ever taken for random weights."""
-    model = nnx.eval_shape(lambda: Step3(config, rngs=nnx.Rngs(0)))
+    model = abstract_step3(config)
     flat = parameters_of(model)
     if callable(shardings):
         shardings = {path: shardings(path) for path in flat}
@@ -210,6 +175,9 @@ def _fill(
     pool = concurrent.futures.ThreadPoolExecutor(NUM_READERS)
     try:
         with bar:
+            if shardings is None and _is_host():
+                _fill_host(flat, reader, pool, bar)
+                return model
             jobs = {
                 pool.submit(_load_parameter, reader, path, shardings[path] if shardings is not None else None): path
                 for path in flat
@@ -223,7 +191,37 @@ def _fill(
     return model
 
 
-def _load_parameter(reader: _Reader, path: Path, sharding: NamedSharding | None) -> Array | BlockScaled:
+def _is_host() -> bool:
+    """Whether arrays go to the CPU if nothing else is said."""
+    return next(iter(jnp.empty(0).devices())).platform == "cpu"
+
+
+def _fill_host(
+    flat: Mapping[Path, nnx.Param], reader: TensorReader, pool: concurrent.futures.ThreadPoolExecutor, bar: tqdm
+) -> None:
+    """Reads every parameter to memory that is JAX's own afterwards, several bands at a time."""
+    buffers = BufferPool()
+    arrays: dict[str, Shaped[np.ndarray, "..."]] = {}
+    jobs: dict[Path, list[concurrent.futures.Future[int]]] = {}
+    for path in flat:
+        name = released_name(path)
+        is_kept = reader.keep_fp8 and reader.is_fp8(name)
+        jobs[path] = []
+        for part in (name, scale_name(name)) if is_kept else (name,):
+            info = reader.checkpoint.tensors[part]
+            # The system gives no memory before it is written to.
+            array = arrays[part] = empty_aligned(info.shape, DTYPES[info.dtype] if is_kept else reader.dtype)
+            jobs[path] += [pool.submit(reader.read_band, part, band, array, buffers) for band in reader.cut(part)]
+    for path, parts in jobs.items():
+        for job in parts:
+            bar.update(job.result())
+        name = released_name(path)
+        values = jax.device_put(arrays.pop(name))
+        scales = arrays.pop(scale_name(name), None)
+        flat[path].set_value(values if scales is None else BlockScaled(values, jax.device_put(scales), reader.block))
+
+
+def _load_parameter(reader: TensorReader, path: Path, sharding: NamedSharding | None) -> Array | BlockScaled:
     name = released_name(path)
     if not (reader.keep_fp8 and reader.is_fp8(name)):
         return _place(reader, name, reader.dtype, sharding)
@@ -232,12 +230,15 @@ def _load_parameter(reader: _Reader, path: Path, sharding: NamedSharding | None)
     return BlockScaled(values, scales, reader.block)
 
 
-def _place(reader: _Reader, name: str, dtype: np.dtype | None, sharding: NamedSharding | None) -> Shaped[Array, "..."]:
+def _place(
+    reader: TensorReader, name: str, dtype: np.dtype | None, sharding: NamedSharding | None
+) -> Shaped[Array, "..."]:
     """Puts a tensor on its devices, part by part; `dtype` None leaves it as stored."""
     info = reader.checkpoint.tensors[name]
     read = functools.partial(reader.stored if dtype is None else reader.converted, name)
     if sharding is not None:
-        array = _place_parts(read, info.shape, sharding, is_scale=name.endswith(SCALE_SUFFIX))
+        stored = DTYPES[info.dtype] if dtype is None else dtype
+        array = _place_parts(read, info.shape, sharding, stored, is_scale=name.endswith(SCALE_SUFFIX))
     elif len(info.shape) == 3:
         array = jnp.zeros(info.shape, DTYPES[info.dtype] if dtype is None else dtype)
         for expert in range(info.shape[0]):
@@ -252,6 +253,7 @@ def _place_parts(
     read: Callable[[tuple[slice | int, ...]], Shaped[np.ndarray, "..."]],
     shape: tuple[int, ...],
     sharding: NamedSharding,
+    dtype: np.dtype,
     *,
     is_scale: bool,
 ) -> Shaped[Array, "..."]:
@@ -260,6 +262,9 @@ def _place_parts(
         sharding, padded = _fit(sharding, shape), shape
     else:
         padded = padded_shape(shape, sharding)
+    if not sharding.addressable_devices:
+        # `make_array_from_callback` would ask for all of an array that every device has a copy of.
+        return jax.make_array_from_single_device_arrays(padded, sharding, [], dtype=dtype)
     parts: dict[tuple[tuple[int, int, int], ...], Shaped[np.ndarray, "..."]] = {}
 
     def read_part(index: tuple[slice, ...] | None) -> Shaped[np.ndarray, "..."]:

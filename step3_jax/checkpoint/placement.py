@@ -9,6 +9,7 @@ written with `pwrite` alone, by any number of threads, and what is written twice
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import math
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from step3_jax.checkpoint.buffer import Buffers
 from step3_jax.checkpoint.safetensors_io import DTYPES
 
 Matrices = tuple[int, int, int]
@@ -36,9 +38,36 @@ class Band:
     start: int
     stop: int
 
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Its place in the tensor, without the columns."""
+        return slice(self.first, self.last), slice(self.start, self.stop)
+
+    def within(self, other: Band) -> Band:
+        """The same rows, counted from the beginning of another band."""
+        return Band(
+            self.first - other.first, self.last - other.first, self.start - other.start, self.stop - other.start
+        )
+
     def scaled(self, rows: int) -> Band:
         """The band of the scales, one row for each `rows` rows of the values."""
         return Band(self.first, self.last, self.start // rows, -(-self.stop // rows))
+
+    def cut(self, row_bytes: int, *, max_bytes: int, multiple: int = 1) -> list[Band]:
+        """Parts of at most `max_bytes`, in order; see `cut_bands`."""
+        num_rows = self.stop - self.start
+        if num_rows * row_bytes <= max_bytes:
+            step = max(max_bytes // max(num_rows * row_bytes, 1), 1)
+            return [
+                Band(first, min(first + step, self.last), self.start, self.stop)
+                for first in range(self.first, self.last, step)
+            ]
+        step = max(max_bytes // row_bytes // multiple, 1) * multiple
+        return [
+            Band(matrix, matrix + 1, start, min(start + step, self.stop))
+            for matrix in range(self.first, self.last)
+            for start in range(self.start, self.stop, step)
+        ]
 
 
 def as_matrices(shape: tuple[int, ...]) -> Matrices:
@@ -61,15 +90,7 @@ def cut_bands(shape: tuple[int, ...], itemsize: int, *, max_bytes: int, multiple
     """
     matrices, rows, columns = as_matrices(shape)
     row_bytes = max(columns * itemsize, 1)
-    if rows * row_bytes <= max_bytes:
-        step = max(max_bytes // max(rows * row_bytes, 1), 1)
-        return [Band(first, min(first + step, matrices), 0, rows) for first in range(0, matrices, step)]
-    step = max(max_bytes // row_bytes // multiple, 1) * multiple
-    return [
-        Band(matrix, matrix + 1, start, min(start + step, rows))
-        for matrix in range(matrices)
-        for start in range(0, rows, step)
-    ]
+    return Band(0, matrices, 0, rows).cut(row_bytes, max_bytes=max_bytes, multiple=multiple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,30 +116,33 @@ class Placement:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def read(self, band: Band) -> Shaped[np.ndarray, "M R C"]:
-        """A band in memory of its own.
+    def read(self, band: Band, buffers: Buffers | None = None, name: str = "values") -> Shaped[np.ndarray, "M R C"]:
+        """A band in memory of its own, or in that of `buffers`, where it stays until `name` is read again.
 
         Raises:
           ValueError: If a file is shorter than it must be.
           OSError: If a file is missing or cannot be read.
         """
-        columns, itemsize = as_matrices(self.shape)[2], DTYPES[self.dtype].itemsize
-        out = np.empty((band.last - band.first, band.stop - band.start, columns * itemsize), np.uint8)
+        shape = (band.last - band.first, band.stop - band.start, as_matrices(self.shape)[2])
+        buffers = buffers or Buffers()
+        out = buffers.take(name, shape, DTYPES[self.dtype])
+        self.read_into(band, out, buffers)
+        return out
+
+    def read_into(self, band: Band, out: Shaped[np.ndarray, "M R C"], buffers: Buffers | None = None) -> None:
+        """As `read`, into an array of the tensor's dtype without gaps."""
+        data = out.view(np.uint8)
         for path, offset, place in self._pieces(band):
-            piece = out[place]
+            piece = data[place]
             if piece.flags.c_contiguous:
                 _read_exactly(path, offset, piece)
                 continue
-            buffer = np.empty(piece.shape, np.uint8)
+            buffer = (buffers or Buffers()).take("piece", piece.shape, piece.dtype)
             _read_exactly(path, offset, buffer)
-            out[place] = buffer
-        return out.view(DTYPES[self.dtype])
+            piece[...] = buffer
 
-    def write(self, band: Band, values: Shaped[np.ndarray, "M R C"]) -> list[pathlib.Path]:
+    def write(self, band: Band, values: Shaped[np.ndarray, "M R C"], buffers: Buffers | None = None) -> None:
         """Writes a band; chunk files that are not there yet are made.
-
-        Returns:
-          The files written to.
 
         Raises:
           OSError: If a file cannot be written.
@@ -128,11 +152,22 @@ class Placement:
         else:
             file_bytes = math.prod(self.chunk) * DTYPES[self.dtype].itemsize
         data = as_bytes(values)
-        paths = []
         for path, offset, place in self._pieces(band):
-            _write_all(path, offset, np.ascontiguousarray(data[place]), file_bytes)
-            paths.append(path)
-        return paths
+            piece = data[place]
+            if not piece.flags.c_contiguous:
+                piece = (buffers or Buffers()).take("piece", piece.shape, piece.dtype)
+                piece[...] = data[place]
+            _write_all(path, offset, piece, file_bytes)
+
+    def start_writeback(self, band: Band) -> None:
+        """Lets the system begin to bring a written band to the disk, while others are made; nothing is waited for."""
+        for path, offset, place in self._pieces(band):
+            _advise(path, offset, _num_bytes(place), "POSIX_FADV_DONTNEED")
+
+    def start_reading(self, band: Band) -> None:
+        """Lets the system begin to read a band from the disk; nothing is waited for."""
+        for path, offset, place in self._pieces(band):
+            _advise(path, offset, _num_bytes(place), "POSIX_FADV_WILLNEED")
 
     def files(self, band: Band) -> list[pathlib.Path]:
         """The files that a band lies in."""
@@ -173,6 +208,18 @@ class Placement:
 def as_bytes(values: Shaped[np.ndarray, "M R C"]) -> UInt8[np.ndarray, "M R bytes"]:
     """The same memory as bytes: FP8 and BF16 have no buffer protocol."""
     return np.ascontiguousarray(values).view(np.uint8)
+
+
+def _num_bytes(place: tuple[slice, slice, slice]) -> int:
+    return math.prod(part.stop - part.start for part in place)
+
+
+def _advise(path: pathlib.Path, offset: int, num_bytes: int, advice: str) -> None:
+    """Tells the system what to expect, where it can be told; a missing file is found by who uses it."""
+    if not hasattr(os, advice):
+        return
+    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), offset, num_bytes, getattr(os, advice))
 
 
 def _read_exactly(path: pathlib.Path, offset: int, out: UInt8[np.ndarray, "..."]) -> None:

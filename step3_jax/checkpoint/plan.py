@@ -8,9 +8,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from step3_jax.checkpoint.load import FP8_DTYPE
 from step3_jax.checkpoint.names import SCALE_SUFFIX, expected_tensors, is_fp8_tensor, scale_name
-from step3_jax.checkpoint.placement import Band, Placement, as_matrices, cut_bands
+from step3_jax.checkpoint.placement import Band, Placement, as_matrices
+from step3_jax.checkpoint.reader import FP8_DTYPE
 from step3_jax.checkpoint.safetensors_io import DTYPES
 from step3_jax.checkpoint.shards import plan_shards
 from step3_jax.checkpoint.source import Source
@@ -63,9 +63,15 @@ class Task:
 
     def bands(self, max_bytes: int, block: tuple[int, int]) -> list[Band]:
         """The parts it is done in: no more than `max_bytes` read or written, whole blocks."""
+        matrices, rows, _ = as_matrices(self.shape)
+        return self.cut(Band(0, matrices, 0, rows), max_bytes, block)
+
+    def cut(self, band: Band, max_bytes: int, block: tuple[int, int]) -> list[Band]:
+        """Cuts a band that starts at a block as `bands` cuts the tensor."""
         itemsize = max(DTYPES[self.source_dtype].itemsize, DTYPES[self.dtype].itemsize)
         multiple = block[0] if self.action in ("quantise", "dequantise") else 1
-        return cut_bands(self.shape, itemsize, max_bytes=max_bytes, multiple=multiple)
+        row_bytes = max(as_matrices(self.shape)[2] * itemsize, 1)
+        return band.cut(row_bytes, max_bytes=max_bytes, multiple=multiple)
 
     def num_bytes(self, band: Band) -> int:
         """Bytes of a band in the source; scales are not counted."""

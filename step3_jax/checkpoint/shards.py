@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Shaped
 
+from step3_jax.checkpoint.placement import Placement
 from step3_jax.checkpoint.safetensors_io import (
     MAX_HEADER_BYTES,
     Index,
@@ -36,6 +37,7 @@ class Checkpoint:
     Attributes:
       folder: Where they lie.
       tensors: Name -> dtype, shape and place.
+      places: Name -> where it lies.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -54,6 +56,10 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._files.values():
             self.tensors |= file.tensors
+        self.places = {
+            name: Placement(info.dtype, info.shape, self.folder / self._file_of[name], info.start)
+            for name, info in self.tensors.items()
+        }
 
     def read(self, name: str, index: Index = ...) -> Shaped[np.ndarray, "..."]:
         """A tensor, or a part of it, as a read-only view of the mapped file.

@@ -8,10 +8,11 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
-from step3_jax.checkpoint.load import FP8_DTYPE, IGNORED_SUFFIXES, find_problems
+from step3_jax.checkpoint.load import IGNORED_SUFFIXES, find_problems
 from step3_jax.checkpoint.names import is_vision_tensor
 from step3_jax.checkpoint.orbax_io import WEIGHTS, OrbaxCheckpoint, find_item
 from step3_jax.checkpoint.placement import Placement
+from step3_jax.checkpoint.reader import FP8_DTYPE
 from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Checkpoint
 from step3_jax.checkpoint.zarr_array import StoredArray
 from step3_jax.config import ModelConfig
@@ -111,10 +112,7 @@ def open_source(folder: str | os.PathLike[str], companions: str | os.PathLike[st
     if (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists():
         form = "hf"
         with Checkpoint(folder) as checkpoint:
-            tensors = {
-                name: Placement(info.dtype, info.shape, checkpoint.path_of(name), info.start)
-                for name, info in checkpoint.tensors.items()
-            }
+            tensors = dict(checkpoint.places)
             infos = checkpoint.tensors
     elif find_item(folder) is not None:
         form = "orbax"

@@ -3,6 +3,9 @@
 The FP8 scheme is that of `quant` (scale = max|block| / 448, 1 for a block of zeros, round to nearest even). Here it
 works on panels of one block row, which stay in the processor's cache, and at the disk's speed: XLA compiles reductions
 over blocks, and numpy casts to FP8, ten times slower than this.
+
+Programs are given numpy's memory as it is where that is aligned (see `buffer`); each result is waited for before the
+memory is used again.
 """
 
 from __future__ import annotations
@@ -15,11 +18,15 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8, UInt32
 
+from step3_jax.checkpoint.buffer import empty_aligned
 from step3_jax.quant import FP8_MAX
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+# XLA takes subnormal numbers for zeros. With scales from here on all that is lost so is a zero in FP8 anyway.
+SMALLEST_SCALE = np.float32(2**-100)
+_ZERO = np.zeros((), np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +72,18 @@ def quantise_band(
     matrices, rows, columns = values.shape
     if values.dtype not in (np.float32, ml_dtypes.bfloat16):
         values = values.astype(np.float32)
-    out = np.empty(values.shape, FP8)
     scales = np.empty((matrices, -(-rows // block[0]), -(-columns // block[1])), np.float32)
-    # One for all panels: fresh memory costs as much as the arithmetic.
-    buffer = np.empty((min(block[0], rows), columns), np.float32)
+    out = empty_aligned(values.shape, FP8)
     for matrix in range(matrices):
         for index, start in enumerate(range(0, rows, block[0])):
             panel = values[matrix, start : start + block[0]]
-            scale = _scales(panel, block[1])
-            scales[matrix, index] = scale
+            scale = scales[matrix, index] = _scales(panel, block[1])
             row = _expand(scale, block[1], columns)
-            scaled = buffer[: len(panel)]
-            scaled[...] = panel
-            # Not in XLA, which multiplies by the reciprocal instead: ties would go the wrong way.
-            np.divide(scaled, row, out=scaled)
-            codes = np.asarray(_encode(_on_host(scaled)))
-            out[matrix, start : start + block[0]] = codes.view(FP8)
+            if scale.min(initial=1) < SMALLEST_SCALE:
+                panel = np.divide(panel, row, dtype=np.float32)
+                row = np.ones_like(row)
+            with jax.default_device("cpu"):
+                out[matrix, start : start + block[0]] = np.asarray(_encode(panel, row)).view(FP8)
     return out, scales
 
 
@@ -89,14 +92,15 @@ def dequantise_band(
     scales: Float[np.ndarray, "M row_blocks column_blocks"],
     block: tuple[int, int],
     dtype: np.dtype,
+    out: Float[np.ndarray, "M R C"] | None = None,
 ) -> Float[np.ndarray, "M R C"]:
-    """Value * scale of a band that starts at a block, multiplied in float32, in `dtype`."""
-    out = np.empty(values.shape, dtype)
+    """Value * scale of a band that starts at a block, multiplied in float32, in `dtype`; into `out` if it is given."""
+    if out is None:
+        out = np.empty(values.shape, dtype)
     for matrix in range(values.shape[0]):
         for index, start in enumerate(range(0, values.shape[1], block[0])):
             panel = values[matrix, start : start + block[0]]
-            row = _expand(scales[matrix, index], block[1], values.shape[2])
-            out[matrix, start : start + block[0]] = np.asarray(_decode(_on_host(panel), _on_host(row), dtype))
+            out[matrix, start : start + block[0]] = _dequantise(panel, scales[matrix, index], block[1], dtype)
     return out
 
 
@@ -108,20 +112,34 @@ def measure_error(
 ) -> BandError:
     """Difference of stored values (times their scales, if there are any) from the source."""
     total = BandError()
-    exact_buffer, error_buffer = np.empty((2, min(block[0], values.shape[1]), values.shape[2]), np.float32)
     for matrix in range(values.shape[0]):
         for index, start in enumerate(range(0, values.shape[1], block[0])):
             rows = slice(start, start + block[0])
-            found = values[matrix, rows]
-            if scales is not None:
-                row = _expand(scales[matrix, index], block[1], values.shape[2])
-                found = np.asarray(_decode(_on_host(found), _on_host(row), np.dtype(np.float32)))
-            exact, error = exact_buffer[: len(found)], error_buffer[: len(found)]
-            exact[...] = source[matrix, rows]
-            error[...] = found
-            error -= exact
-            largest = max(float(error.max()), -float(error.min())) if error.size else 0.0
-            total += BandError(largest, _squares(error), _squares(exact))
+            scale = None if scales is None else scales[matrix, index]
+            total += _panel_error(source[matrix, rows], values[matrix, rows], scale, block[1])
+    return total
+
+
+def _panel_error(
+    source: Float[np.ndarray, "R C"],
+    values: Float[np.ndarray, "R C"],
+    scale: Float[np.ndarray, "column_blocks"] | None,
+    width: int,
+) -> BandError:
+    if scale is None:
+        error = np.abs(np.subtract(values, source, dtype=np.float32))
+    else:
+        if source.dtype not in (np.float32, ml_dtypes.bfloat16):
+            source = source.astype(np.float32)
+        with jax.default_device("cpu"):
+            row = _expand(scale, width, values.shape[1])
+            error = np.asarray(_decode_error(values.view(np.uint8), row, source, _ZERO))
+    total = BandError()
+    # A few rows at a time, which stay in the processor's cache.
+    for start in range(0, len(error), 16):
+        part = error[start : start + 16]
+        exact = source[start : start + 16].astype(np.float32, copy=False)
+        total += BandError(float(part.max(initial=0)), _squares(part), _squares(exact))
     return total
 
 
@@ -146,27 +164,63 @@ def _expand(scale: Float[np.ndarray, "column_blocks"], width: int, columns: int)
     return np.repeat(scale, width)[:columns]
 
 
-def _on_host(array: Shaped[np.ndarray, "..."]) -> Shaped[Array, "..."]:
-    """Conversion stays on the CPU where there is an accelerator too: the way there is slower than the work."""
-    return jax.device_put(array, jax.local_devices(backend="cpu")[0])
+def _dequantise(
+    panel: Float[np.ndarray, "R C"], scale: Float[np.ndarray, "column_blocks"], width: int, dtype: np.dtype
+) -> Float[np.ndarray, "R C"]:
+    # Conversion stays on the CPU where there is an accelerator too: the way there is slower than the work.
+    with jax.default_device("cpu"):
+        return np.asarray(_decode(panel.view(np.uint8), _expand(scale, width, panel.shape[1]), dtype))
 
 
 @jax.jit
-def _encode(scaled: Float[Array, "R C"]) -> UInt8[Array, "R C"]:
-    """Bits in E4M3, rounded to nearest even; scaled values are at most 448 (and a rounding), so none overflows.
+def _encode(panel: Float[Array, "R C"], row: Float[Array, "C"]) -> UInt8[Array, "R C"]:
+    """Bits of panel / row in E4M3, rounded to nearest even; quotients are at most 448 (and a rounding): none overflows.
 
     With integers, for XLA's own conversion to FP8 is many times slower on CPUs.
     """
-    bits = jax.lax.bitcast_convert_type(scaled, jnp.uint32)
-    magnitude = bits & 0x7FFFFFFF
-    # Keeps 3 of 23 bits of the mantissa; the exponent's bias goes from 127 to 7.
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 the step is 2^-9, as it is of floats from 2^14 on: the addition rounds.
-    shifted = jax.lax.bitcast_convert_type(magnitude, jnp.float32) + jnp.float32(2**14)
-    small = jax.lax.bitcast_convert_type(shifted, jnp.uint32) & 0xF
-    return (jnp.where(magnitude < (121 << 23), small, normal) | ((bits >> 24) & 0x80)).astype(jnp.uint8)
+    panel = panel.astype(jnp.float32)
+    # A divisor that varies, for of one that is repeated XLA takes the reciprocal, and ties go the wrong way. (The bits
+    # of the value that are joined to it are zero: without its sign it has 31.)
+    nothing = _bits(jnp.abs(panel)) >> 31
+    bits = _bits(panel / _float(_bits(row) | nothing))
+    # The sum of a value and the power of two 20 binades above rounds it to 3 bits behind its leading one. Below 2^-6 the
+    # step is 2^-9, as it is for values from 2^-6 on.
+    power = jnp.maximum(bits & 0x7F800000, 121 << 23) + (20 << 23)
+    steps = _bits(_float(bits & 0x7FFFFFFF) + _float(power)) - power
+    # Eight steps from one exponent to the next, and the bias goes from 127 to 7.
+    codes = steps + (power >> 20) - (141 << 3)
+    return (codes | ((bits >> 24) & 0x80)).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _decode(panel: Float[Array, "R C"], scale: Float[Array, "C"], dtype: np.dtype) -> Float[Array, "R C"]:
-    return (panel.astype(jnp.float32) * scale).astype(dtype)
+def _decode(codes: UInt8[Array, "R C"], row: Float[Array, "C"], dtype: np.dtype) -> Float[Array, "R C"]:
+    """Values of E4M3 times row, multiplied in float32."""
+    return (_values(codes) * row).astype(dtype)
+
+
+@jax.jit
+def _decode_error(
+    codes: UInt8[Array, "R C"], row: Float[Array, "C"], exact: Float[Array, "R C"], zero: UInt32[np.ndarray, ""]
+) -> Float[Array, "R C"]:
+    """Absolute difference of what `_decode` gives from the exact values.
+
+    `zero` is 0, which the compiler cannot know: it would join product and difference, and leave out a rounding.
+    """
+    return jnp.abs(_float(_bits(_values(codes) * row) ^ zero) - exact.astype(jnp.float32))
+
+
+def _values(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """E4M3 as float32. With integers, as `_encode`."""
+    magnitude = codes.astype(jnp.uint32) & 0x7F
+    normal = _float((magnitude << 20) + (120 << 23))
+    values = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * jnp.float32(2**-9), normal)
+    values = jnp.where(magnitude == 0x7F, jnp.float32(jnp.nan), values)
+    return _float(_bits(values) | ((codes.astype(jnp.uint32) & 0x80) << 24))
+
+
+def _bits(values: Float[Array, "..."]) -> UInt32[Array, "..."]:
+    return jax.lax.bitcast_convert_type(values, jnp.uint32)
+
+
+def _float(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -5,32 +5,62 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Shaped
 
+from step3_jax.checkpoint.buffer import Buffers
 from step3_jax.checkpoint.manifest import Record
 from step3_jax.checkpoint.names import scale_name
 from step3_jax.checkpoint.placement import Band, Placement, as_bytes
 from step3_jax.checkpoint.plan import Plan, Task, Tensors
 from step3_jax.checkpoint.safetensors_io import DTYPES
-from step3_jax.checkpoint.transform import cast_band, dequantise_band, measure_error, quantise_band
+from step3_jax.checkpoint.transform import BandError, cast_band, dequantise_band, measure_error, quantise_band
+from step3_jax.checkpoint.zarr_array import StoredArray
+
+# Of a part of a unit: what is read, changed, summed and written while it is in the processor's cache.
+PART_BYTES = 2**21
 
 
 def read_input(
-    task: Task, band: Band, tensors: Tensors, block: tuple[int, int]
-) -> tuple[Shaped[np.ndarray, "M R C"], Shaped[np.ndarray, "M row_blocks column_blocks"] | None]:
-    """Values of a band of the source, and their scales if the task takes them.
+    task: Task, band: Band, tensors: Tensors, block: tuple[int, int], buffers: Buffers
+) -> Iterator[tuple[Band, Shaped[np.ndarray, "M R C"], Shaped[np.ndarray, "M row_blocks column_blocks"] | None]]:
+    """Reads a band of the source in parts that stay in the processor's cache until they are done with.
 
     Args:
-      task: What is to be done with them.
-      band: Which part.
+      task: What is to be done with it.
+      band: Which part of the tensor.
       tensors: Of the source.
       block: Rows and columns that share a scale.
+      buffers: Where to read to; each part overwrites the one before it.
+
+    Yields:
+      Part, its values, and their scales if the task takes them.
     """
-    scales = tensors[scale_name(task.name)].read(band.scaled(block[0])) if task.action == "dequantise" else None
-    return tensors[task.name].read(band), scales
+    parts = task.cut(band, PART_BYTES, block)
+    values = _read_parts(tensors[task.name], band, parts, buffers, "values")
+    if task.action != "dequantise":
+        for part, found in zip(parts, values, strict=True):
+            yield part, found, None
+        return
+    rows = [part.scaled(block[0]) for part in parts]
+    scales = _read_parts(tensors[scale_name(task.name)], band.scaled(block[0]), rows, buffers, "scales")
+    yield from zip(parts, values, scales, strict=True)
+
+
+def _read_parts(
+    place: Placement | StoredArray, band: Band, parts: Sequence[Band], buffers: Buffers, name: str
+) -> Iterator[Shaped[np.ndarray, "M R C"]]:
+    if isinstance(place, Placement):
+        place.start_reading(band)
+        for part in parts:
+            yield place.read(part, buffers, name)
+    else:
+        # What tensorstore decodes, a chunk at a time, is read once.
+        whole = place.read(band)
+        for part in parts:
+            yield whole[part.within(band).slices]
 
 
 def apply_task(
@@ -59,7 +89,7 @@ def apply_task(
 
 
 def do_unit(
-    plan: Plan, places: Mapping[str, Placement], task: Task, number: int, band: Band
+    plan: Plan, places: Mapping[str, Placement], task: Task, number: int, band: Band, buffers: Buffers
 ) -> tuple[Record, list[pathlib.Path]]:
     """Does one unit.
 
@@ -69,21 +99,27 @@ def do_unit(
       task: Of the unit.
       number: Of the band in the task.
       band: Which part.
+      buffers: Memory to use.
 
     Returns:
       What to write down, and the files written to.
     """
     block = plan.source.block
-    values, scales = read_input(task, band, plan.source.tensors, block)
-    results = apply_task(task, values, scales, block)
-    paths, checksums = [], []
-    for name, place, part in _outputs(plan, places, task, band):
-        paths += place.write(part, results[name])
-        checksums.append(_checksum(results[name]))
-    error = None
-    if task.is_lossy:
-        error = measure_error(values, results[task.name], results.get(scale_name(task.name)), block)
-    return Record(task.name, number, tuple(checksums), error), paths
+    outputs = _outputs(plan, places, task, band)
+    checksums = dict.fromkeys((name for name, _, _ in outputs), 0)
+    error = BandError() if task.is_lossy else None
+    for part, values, scales in read_input(task, band, plan.source.tensors, block, buffers):
+        results = apply_task(task, values, scales, block)
+        for name, place, _ in outputs:
+            place.write(part if name == task.name else part.scaled(block[0]), results[name], buffers)
+            checksums[name] = _checksum(results[name], checksums[name])
+        if error is not None:
+            error += measure_error(values, results[task.name], results.get(scale_name(task.name)), block)
+    paths = []
+    for _, place, written in outputs:
+        place.start_writeback(written)
+        paths += place.files(written)
+    return Record(task.name, number, tuple(checksums.values()), error), paths
 
 
 def find_written(
@@ -104,5 +140,6 @@ def _outputs(plan: Plan, places: Mapping[str, Placement], task: Task, band: Band
     return [(name, places[name], band if name == task.name else band.scaled(block[0])) for name in names]
 
 
-def _checksum(values: Shaped[np.ndarray, "..."]) -> int:
-    return zlib.crc32(as_bytes(values).reshape(-1).data)
+def _checksum(values: Shaped[np.ndarray, "..."], before: int = 0) -> int:
+    """CRC-32 of the bytes, going on with that of what stands before them."""
+    return zlib.crc32(as_bytes(values).reshape(-1).data, before)

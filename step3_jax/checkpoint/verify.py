@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Shaped
 from tqdm import tqdm
 
+from step3_jax.checkpoint.buffer import Buffers
 from step3_jax.checkpoint.names import scale_name
 from step3_jax.checkpoint.placement import Band, as_bytes
 from step3_jax.checkpoint.plan import UNIT_BYTES, Task, compare_tasks
@@ -75,12 +76,12 @@ def verify(source: Source, result: Source, *, num_workers: int = 2, progress: bo
 
 def _compare(source: Source, result: Source, task: Task, band: Band, block: tuple[int, int]) -> tuple[int, BandError]:
     """Wrong bytes of a band, and the error of its values as they are stored."""
-    values, scales = read_input(task, band, source.tensors, block)
-    wrong = 0
-    stored: dict[str, Shaped[np.ndarray, "..."]] = {}
-    for name, right in apply_task(task, values, scales, block).items():
-        stored[name] = result.tensors[name].read(band if name == task.name else band.scaled(block[0]))
-        wrong += int(np.count_nonzero(as_bytes(right) != as_bytes(stored[name])))
-    if not task.is_lossy:
-        return wrong, BandError()
-    return wrong, measure_error(values, stored[task.name], stored.get(scale_name(task.name)), block)
+    wrong, error = 0, BandError()
+    for part, values, scales in read_input(task, band, source.tensors, block, Buffers()):
+        stored: dict[str, Shaped[np.ndarray, "..."]] = {}
+        for name, right in apply_task(task, values, scales, block).items():
+            stored[name] = result.tensors[name].read(part if name == task.name else part.scaled(block[0]))
+            wrong += int(np.count_nonzero(as_bytes(right) != as_bytes(stored[name])))
+        if task.is_lossy:
+            error += measure_error(values, stored[task.name], stored.get(scale_name(task.name)), block)
+    return wrong, error

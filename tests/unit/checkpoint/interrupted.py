@@ -61,9 +61,9 @@ def run(options, target, *, resume, kill_at=None, kill_after=None):
             units = []
             do_unit = conversion.do_unit
 
-            def log_unit(plan, places, task, number, band):
+            def log_unit(plan, places, task, number, band, buffers):
                 units.append((task.name, number))
-                return do_unit(plan, places, task, number, band)
+                return do_unit(plan, places, task, number, band, buffers)
 
             conversion.do_unit = log_unit
             plan = plan_conversion(

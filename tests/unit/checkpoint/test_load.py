@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import tracemalloc
 
@@ -15,6 +14,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from step3_jax.checkpoint import load
+from step3_jax.checkpoint.convert import anonymous_bytes
 from step3_jax.checkpoint.load import load_model
 from step3_jax.checkpoint.names import expected_tensors, parameters_of, released_name
 from step3_jax.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
@@ -194,26 +195,56 @@ def test_shardings_place_the_same_values(goldens, keep_fp8):
             np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
 
 
-def test_host_memory_never_holds_a_stack(goldens, tmp_path):
+@pytest.fixture
+def stacks(goldens, tmp_path):
+    """A model that is three stacks of experts and little else; its folder, and the bytes of a stack and of the model."""
     config = ModelConfig.load(goldens / "tiny_text")
-    text = dataclasses.replace(config.text, moe_num_experts=256, moe_intermediate_size=128, moe_layers=(1,))
+    text = dataclasses.replace(config.text, moe_num_experts=256, moe_intermediate_size=256, moe_layers=(1,))
     config = dataclasses.replace(config, text=text, vision=None)
-    shapes = expected_tensors(config)
-    largest = max(math.prod(shape) for shape in shapes.values()) * 4
-    assert largest == 256 * 128 * 64 * 4
-    write_safetensors(
-        tmp_path / "model.safetensors", ((name, np.zeros(shape, np.float32)) for name, shape in shapes.items())
-    )
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.random(shape, np.float32) for name, shape in expected_tensors(config).items()}
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    assert sorted(sizes)[-3:] == [256 * 256 * 64 * 4] * 3
+    write_safetensors(tmp_path / "model.safetensors", tensors.items())
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    load_model(tmp_path)  # what is compiled and imported once is not counted
+    return tmp_path, max(sizes), sum(sizes)
+
+
+def peak_of_host_memory(folder, dtype=None):
+    """Bytes of numpy's arrays and Python's objects (what JAX takes for itself is not counted), and the model."""
+    load_model(folder, dtype)  # what is compiled and imported once is not counted
     tracemalloc.start()
     try:
-        load_model(tmp_path)
+        model = load_model(folder, dtype)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Not one of the three stacks is in host memory, let alone all; buffers on the device are not counted.
-    assert peak < largest / 2
+    return peak, model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_on_the_cpu_takes_the_memory_of_its_weights_once(stacks, dtype):
+    folder, _, total = stacks
+    total = total * jnp.dtype(dtype).itemsize // 4
+    peak, model = peak_of_host_memory(folder, dtype)
+    # Besides, there are the buffers in which threads cast.
+    assert peak < total + 2**21 * load.NUM_READERS
+    del model
+    before = anonymous_bytes()
+    model = load_model(folder, dtype)
+    # JAX has taken the arrays as they are.
+    assert anonymous_bytes() - before < 1.3 * total
+    assert model.config.dtype == dtype
+
+
+def test_host_memory_never_holds_a_stack_that_goes_to_an_accelerator(stacks, monkeypatch):
+    folder, stack, _ = stacks
+    whole = parameters_of(load_model(folder))
+    monkeypatch.setattr(load, "_is_host", lambda: False)
+    peak, model = peak_of_host_memory(folder)
+    assert peak < stack / 2
+    for path, parameter in parameters_of(model).items():
+        np.testing.assert_array_equal(parameter.get_value(), whole[path].get_value())
 
 
 def test_shardings_must_name_every_parameter(goldens):

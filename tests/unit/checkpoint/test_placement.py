@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from step3_jax.checkpoint.buffer import Buffers
 from step3_jax.checkpoint.placement import Band, Placement, as_matrices, cut_bands
 from step3_jax.checkpoint.safetensors_io import DTYPES
 
@@ -82,6 +83,38 @@ def test_what_is_written_in_some_bands_is_read_in_others(tmp_path, shape, chunk,
             part = values[band.first : band.last, band.start : band.stop]
             assert place.read(band).tobytes() == part.tobytes()
             assert all(path.exists() for path in place.files(band))
+
+
+@pytest.mark.parametrize("chunk", [None, (1, 4, 2)])
+def test_buffers_are_used_again_and_hold_the_band(tmp_path, chunk):
+    place = make_place(tmp_path, "F32", (3, 10, 8), chunk)
+    values = np.random.default_rng(0).random((3, 10, 8), np.float32)
+    buffers = Buffers()
+    for band in cut_bands((3, 10, 8), 4, max_bytes=100):
+        place.write(band, values[band.slices], buffers)
+        place.start_writeback(band)
+    addresses = set()
+    for band in cut_bands((3, 10, 8), 4, max_bytes=100):
+        place.start_reading(band)
+        found = place.read(band, buffers)
+        addresses.add(found.ctypes.data)
+        np.testing.assert_array_equal(found, values[band.slices])
+    assert len(addresses) == 1
+    whole = np.zeros((3, 10, 8), np.float32)
+    place.read_into(Band(0, 3, 0, 10), whole)
+    np.testing.assert_array_equal(whole, values)
+
+
+@pytest.mark.parametrize("band", [Band(0, 3, 0, 10), Band(1, 2, 4, 10), Band(2, 3, 8, 9)])
+@pytest.mark.parametrize("max_bytes", [1, 70, 10**6])
+def test_parts_of_a_band_cover_it_in_order(band, max_bytes):
+    values = np.arange(3 * 10 * 8).reshape(3, 10, 8)
+    parts = band.cut(8, max_bytes=max_bytes, multiple=4)
+    found = np.concatenate([values[part.slices].reshape(-1) for part in parts])
+    np.testing.assert_array_equal(found, values[band.slices].reshape(-1))
+    inside = [values[band.slices][part.within(band).slices].reshape(-1) for part in parts]
+    np.testing.assert_array_equal(np.concatenate(inside), found)
+    assert all((part.start - band.start) % 4 == 0 for part in parts)
 
 
 def test_a_file_is_written_nowhere_but_in_the_band(tmp_path):

@@ -19,6 +19,8 @@ _SPEC = re.compile(r"([1-9][0-9]*)a([1-9][0-9]*)f", re.IGNORECASE)
 WITHOUT = "off"
 MIN_MICROBATCHES, MAX_MICROBATCHES = 1, 4
 DEFAULT_MICROBATCHES = 3
+# Longest wait for the other role, in seconds.
+DEFAULT_DEADLINE_S = 120.0
 # What crosses from attention to FFN; "auto" is float32 for float32 activations, else fp8.
 PAYLOADS = ("auto", "fp8", "bfloat16", "float32")
 WEIGHTS = ("float32", "bfloat16", "fp8")

@@ -8,16 +8,12 @@ FFN side works on one micro-batch while the attention side works on the next.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pages import KVPages, Storage
@@ -25,18 +21,15 @@ from step3_jax.afd.calls import Flow, RoleCalls
 from step3_jax.afd.exchange import Exchange
 from step3_jax.afd.flight import Event, Flight, Lane, Stage
 from step3_jax.afd.payload import PayloadFormat, choose_payload
+from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, empty_cache
-from step3_jax.checkpoint.load import load_model
-from step3_jax.checkpoint.names import Path
-from step3_jax.config import ModelConfig
-from step3_jax.deployment import DEFAULT_MICROBATCHES, check_microbatches
+from step3_jax.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.engine.runner import MEMORY_SHARE, widen_weights
 from step3_jax.engine.state import DecodeBatch, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode
 
-DEFAULT_DEADLINE_S = 120.0
 # Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
 _STAGES_AHEAD = 8
 
@@ -245,34 +238,9 @@ def load_host_executor(
       deadline_s: See there.
 
     Raises:
-      ValueError: As `load_model` and `HostExecutor` do; what the devices cannot share out is refused before anything is
-        loaded.
+      ValueError: As `load_placed_model` and `HostExecutor` do; what the devices cannot share out is refused before anything
+        is loaded.
     """
     check_microbatches(num_microbatches)
-    config = ModelConfig.load(pathlib.Path(path))
-    if topology.devices[0].platform == "cpu":
-        # FP8 weights are dequantised there.
-        config = dataclasses.replace(config, quantization=None)
-        dtype = jnp.float32 if dtype is None else dtype
-    choose_payload(payload, config.dtype if dtype is None else dtype)
-    model = load_model(path, dtype, shardings=topology.shardings(config))
+    model = load_placed_model(path, topology, dtype=dtype, payload=payload)
     return HostExecutor(model, topology, num_microbatches=num_microbatches, payload=payload, deadline_s=deadline_s)
-
-
-def place_model(model: Step3, topology: AfdTopology) -> Step3:
-    """A copy of a model in memory, each weight on the devices of its role.
-
-    Raises:
-      ValueError: If the FFN side cannot share out the model.
-    """
-    topology.check(model.config)
-    graphdef, state = nnx.split(model)
-    flat = []
-    for path, variable in nnx.to_flat_state(state):
-        sharding = topology.parameter(_path(path))
-        flat.append((path, jax.tree.map(lambda leaf, to=sharding: jax.device_put(np.asarray(leaf), to), variable)))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
-def _path(path: Sequence[object]) -> Path:
-    return tuple(part if isinstance(part, int) else str(part) for part in path)

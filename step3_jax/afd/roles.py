@@ -37,12 +37,13 @@ class Tokens(NamedTuple):
 
     Attributes:
       hidden: The residual stream, without what the last FFN half gave.
-      returned: What it gave, as it came back.
+      returned: What it gave, as it came back: of each token one row, or one part of the sum for each FFN device, those of
+        a device together.
       context: What all layers of the step share.
     """
 
     hidden: Float[Array, "B T D"]
-    returned: UInt8[Array, "N output_bytes"]
+    returned: UInt8[Array, "rows output_bytes"]
     context: AttentionContext
 
 
@@ -158,7 +159,7 @@ def attention_step(
     Returns:
       The residual stream (it stays), rows for the FFN side, and the cache with the new rows.
     """
-    out = block(add_returned(form, tokens), tokens.context, pages)
+    out = block(add_returned(form, tokens.hidden, tokens.returned), tokens.context, pages)
     routing = out.routing
     rows = form.pack(out.normed) if routing is None else form.pack(out.normed, routing.experts, routing.weights)
     return out.residual, rows, cast(KVPages, out.pages)
@@ -195,15 +196,22 @@ def ffn_step(
 
 def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B V"]:
     """Float32 logits of the last token of each sequence, after the last layer."""
-    hidden = ends.norm(add_returned(form, tokens)[:, -1])
+    return last_logits(ends, add_returned(form, tokens.hidden, tokens.returned))
+
+
+def last_logits(ends: Ends, hidden: Float[Array, "B T D"]) -> Float[Array, "B V"]:
+    """The same of the residual stream behind the last layer."""
+    hidden = ends.norm(hidden[:, -1])
     with jax.named_scope("lm_head"):
         return ends.lm_head(hidden).astype(jnp.float32)
 
 
-def add_returned(form: PayloadFormat, tokens: Tokens) -> Float[Array, "B T D"]:
-    """The residual stream with what came back."""
-    hidden = tokens.hidden
-    return hidden + form.unpack_output(tokens.returned, hidden.dtype).reshape(hidden.shape)
+def add_returned(
+    form: PayloadFormat, hidden: Float[Array, "B T D"], returned: UInt8[Array, "rows output_bytes"]
+) -> Float[Array, "B T D"]:
+    """The residual stream with what came back, see `Tokens`."""
+    parts = form.unpack_output(returned, hidden.dtype).reshape(-1, *hidden.shape)
+    return hidden + jnp.sum(parts, axis=0)
 
 
 def _share_skeletons(parts: list[Part[M]]) -> list[Part[M]]:

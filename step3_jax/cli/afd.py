@@ -73,12 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> tuple[HostExecutor, LLM]:
     choice = read_afd_choice(arguments)
+    if choice is not None and choice.executor != "host":
+        raise ValueError(
+            "a trace is of executor host, whose one process sees all stages: start it without step3 launch"
+        )
     enable_compile_cache()
     sizes = {"max_batch_size": arguments.batch, "max_model_len": arguments.max_model_len}
     if arguments.preset is None:
         folder = find_model(arguments)
         executor = load_afd_executor(choice, folder, arguments.dtype)
-        if executor is not None:
+        if isinstance(executor, HostExecutor):
             return executor, LLM(folder, executor=executor, **sizes)
     elif choice is not None:
         executor = place_executor(choice, random_model(bench_config(*PRESETS[arguments.preset])))

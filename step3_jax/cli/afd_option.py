@@ -8,13 +8,25 @@ import pathlib
 
 import jax
 
-from step3_jax.afd.host import DEFAULT_DEADLINE_S, HostExecutor, load_host_executor, place_model
+from step3_jax.afd.attention_process import AttentionProcess
+from step3_jax.afd.ffn_process import FfnProcess
+from step3_jax.afd.host import HostExecutor, load_host_executor
+from step3_jax.afd.placement import place_model
+from step3_jax.afd.program import load_program_executor
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.deployment import DEFAULT_MICROBATCHES, PAYLOADS, Division, check_microbatches, read_afd
+from step3_jax.deployment import (
+    DEFAULT_DEADLINE_S,
+    DEFAULT_MICROBATCHES,
+    PAYLOADS,
+    Division,
+    Topology,
+    check_microbatches,
+    read_afd,
+)
 from step3_jax.mesh import force_cpu_devices
 from step3_jax.model.step3 import Step3
 
-EXECUTORS = ("auto", "host")
+EXECUTORS = ("auto", "host", "program")
 # Options that mean nothing without --afd, with the value that stands for "not given".
 _NEEDS_AFD: dict[str, object] = {
     "afd_devices": None,
@@ -53,7 +65,11 @@ def add_afd(parser: argparse.ArgumentParser, *, default: str | None = None) -> N
         help="what crosses from attention to FFN (default: auto, float32 for float32 models and else fp8)",
     )
     group.add_argument(
-        "--afd-executor", choices=EXECUTORS, default="auto", help="host: all devices in this process (default: auto)"
+        "--afd-executor",
+        choices=EXECUTORS,
+        default="auto",
+        help="host: all devices in this process; program: a process for each device, under step3 launch (default: auto, "
+        "program where there are several processes)",
     )
     group.add_argument(
         "--afd-deadline",
@@ -72,13 +88,15 @@ class AfdChoice:
       topology: The devices.
       num_microbatches: In flight.
       payload: What crosses from attention to FFN.
-      deadline_s: Longest time of a stage.
+      deadline_s: Longest time of a stage, for executor host.
+      executor: "host" or "program".
     """
 
     topology: AfdTopology
     num_microbatches: int
     payload: str
     deadline_s: float
+    executor: str
 
 
 def read_afd_choice(arguments: argparse.Namespace) -> AfdChoice | None:
@@ -114,20 +132,18 @@ def read_afd_choice(arguments: argparse.Namespace) -> AfdChoice | None:
     num_microbatches = deployment.num_microbatches if given is None else given
     check_microbatches(num_microbatches)
     force_cpu_devices(instances.num_devices)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"executor host runs --afd {instances.spec} in one process, and there are {jax.process_count()}: start it "
-            "without step3 launch"
-        )
     return AfdChoice(
         AfdTopology.of(instances, division),
         num_microbatches,
         arguments.afd_payload or deployment.payload,
         arguments.afd_deadline,
+        _choose_executor(arguments.afd_executor, instances),
     )
 
 
-def load_afd_executor(choice: AfdChoice | None, folder: pathlib.Path, dtype: str) -> HostExecutor | None:
+def load_afd_executor(
+    choice: AfdChoice | None, folder: pathlib.Path, dtype: str
+) -> HostExecutor | AttentionProcess | FfnProcess | None:
     """Loads a model on the devices that were chosen.
 
     Args:
@@ -143,26 +159,55 @@ def load_afd_executor(choice: AfdChoice | None, folder: pathlib.Path, dtype: str
     """
     if choice is None:
         return None
+    own_dtype = None if dtype == "auto" else dtype
+    topology, num_microbatches, payload = choice.topology, choice.num_microbatches, choice.payload
+    if choice.executor == "program":
+        return load_program_executor(
+            folder, topology, dtype=own_dtype, num_microbatches=num_microbatches, payload=payload
+        )
     return load_host_executor(
         folder,
-        choice.topology,
-        dtype=None if dtype == "auto" else dtype,
-        num_microbatches=choice.num_microbatches,
-        payload=choice.payload,
+        topology,
+        dtype=own_dtype,
+        num_microbatches=num_microbatches,
+        payload=payload,
         deadline_s=choice.deadline_s,
     )
 
 
 def place_executor(choice: AfdChoice, model: Step3) -> HostExecutor:
-    """The same for a model in memory.
+    """The same for a model in memory and one process, whose speed or trace is wanted.
 
     Raises:
-      ValueError: If the devices cannot share out the model.
+      ValueError: If the devices cannot share out the model, or there are several processes.
     """
+    if choice.executor != "host":
+        raise ValueError("this is for executor host, whose one process sees both sides: start it without step3 launch")
     return HostExecutor(
         place_model(model, choice.topology),
         choice.topology,
         num_microbatches=choice.num_microbatches,
         payload=choice.payload,
         deadline_s=choice.deadline_s,
+    )
+
+
+def _choose_executor(asked: str, instances: Topology) -> str:
+    """The executor that the number of processes calls for.
+
+    Raises:
+      ValueError: If another one was asked for.
+    """
+    count = jax.process_count()
+    fitting = "host" if count == 1 else "program"
+    if asked in ("auto", fitting):
+        return fitting
+    if asked == "program":
+        raise ValueError(
+            f"--afd-executor program runs {instances.spec} in a process for each device, and this is one process: start "
+            f"it with step3 launch --local {instances.num_devices} -- ..., or leave the option out"
+        )
+    raise ValueError(
+        f"--afd-executor host runs {instances.spec} in one process, and there are {count}: leave the option out, or start "
+        "it without step3 launch"
     )

@@ -1,6 +1,7 @@
 """The command `step3`: finds the sub-command, runs it, and turns what goes wrong into one line and an exit code.
 
-Exit codes: 0 done; 1 it failed; 2 a mistake in what was given; 130 interrupted; 141 the reader of the output left.
+Exit codes: 0 done; 1 it failed; 2 a mistake in what was given; 75 another process of the run failed; 130 interrupted; 141
+the reader of the output left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from step3_jax import __version__
+from step3_jax.afd.beacon import START, Beacon
 
 # Each has a module of its name, with `add_arguments(parser)` and `run(arguments) -> exit code`. Only the chosen one is
 # imported, so that `step3 --help` does not wait for jax.
@@ -99,11 +101,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     # No option before the sub-command takes a value, so the first other word is the sub-command.
     command = next((word for word in argv if not word.startswith("-")), None)
+    is_rank = command != "launch" and any(os.environ.get(name) for name in PROCESS_VARIABLES)
+    if is_rank:
+        code: int | None = importlib.import_module("step3_jax.cli.supervise").supervise_rank(argv)
+        if code is not None:
+            return code
+        # Before jax is imported, which takes seconds. A worker says by itself what it does after this.
+        Beacon.from_environment().enter(START)
     try:
         arguments = build_parser(command).parse_args(argv)
     except SystemExit as leave:  # --help and --version have printed what was asked.
         return leave.code if isinstance(leave.code, int) else 0
-    if command != "launch" and any(os.environ.get(name) for name in PROCESS_VARIABLES):
+    if is_rank:
         # Before the first use of a device.
         importlib.import_module("step3_jax.mesh").initialise_distributed()
     return int(arguments.run(arguments))

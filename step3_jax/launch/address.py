@@ -73,6 +73,11 @@ def check_port(port: str | int) -> int:
     return int(port)
 
 
+def next_port(port: int) -> int:
+    """The port beside one that was given: the supervisors of the ranks meet there (see `step3_jax/afd/supervisor.py`)."""
+    return port + 1 if port < 65535 else port - 1
+
+
 def listen(port: int, host: str | None = None) -> socket.socket:
     """Takes a port on this machine, so that others can try to reach it.
 

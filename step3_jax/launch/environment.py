@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+# Where the supervisors of the ranks meet (`step3_jax/afd/supervisor.py`), and what only this run's know.
+WATCH, WATCH_TOKEN = "STEP3_WATCH", "STEP3_WATCH_TOKEN"
 # Settings that a user makes here and expects there; a host's own devices and paths are not among them.
 FORWARDED = ("STEP3_", "JAX_", "XLA_", "NCCL_", "HF_", "TF_CPP_")
 # All of them exist in every jaxlib that this project supports: XLA ends a process that has one it does not know.

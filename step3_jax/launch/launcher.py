@@ -10,20 +10,21 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import secrets
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import BinaryIO, TextIO
 
 from step3_jax.deployment import Topology
 from step3_jax.launch import address, plan
 from step3_jax.launch.connection import Connection, Event, keeper_command
-from step3_jax.launch.environment import forwarded_environment
+from step3_jax.launch.environment import WATCH, WATCH_TOKEN, forwarded_environment
 from step3_jax.launch.log import Log
 from step3_jax.launch.options import LaunchOptions, check_options
 from step3_jax.launch.protocol import Message, Start
-from step3_jax.launch.rendezvous import Lines, check_versions, choose_coordinator
+from step3_jax.launch.rendezvous import Lines, check_versions, choose_coordinator, choose_watch
 from step3_jax.launch.schedule import HOW, Task, detect_task
 from step3_jax.launch.supervisor import Supervisor, catch_signals, send_beats
 from step3_jax.launch.topology import read_topology
@@ -124,6 +125,12 @@ class _Launch:
             raise ValueError("--devices-per-process is for CPU: on GPU a process has one device")
         ranks, num_processes = self._place(hosts, platform)
         coordinator = choose_coordinator(lines, options, task, hellos)
+        watch = {}
+        if self._topology is not None and num_processes > 1 and WATCH not in self._user:
+            watch[WATCH] = choose_watch(lines, options, task, hellos, coordinator)
+            # The tasks of a scheduler have no way to agree on one.
+            if task is None:
+                watch[WATCH_TOKEN] = self._user.get(WATCH_TOKEN) or secrets.token_hex(16)
         if task is None:
             log.note(f"{num_processes} process(es) on {len(hosts)} host(s), {platform}, coordinator {coordinator}")
             for line in plan.format_table(ranks, hosts):
@@ -145,7 +152,9 @@ class _Launch:
         with catch_signals(lines.inbox):
             for index, connection in enumerate(lines.connections):
                 starts = [
-                    self._start(rank, connection, num_processes, coordinator) for rank in ranks if rank.host == index
+                    self._start(rank, connection, num_processes, coordinator, watch)
+                    for rank in ranks
+                    if rank.host == index
                 ]
                 connection.send(Message(kind="start", processes=starts))
             return supervisor.run()
@@ -202,7 +211,9 @@ class _Launch:
         )
         return ranks, per_task * task.num_tasks
 
-    def _start(self, rank: plan.Rank, connection: Connection, num_processes: int, coordinator: str) -> Start:
+    def _start(
+        self, rank: plan.Rank, connection: Connection, num_processes: int, coordinator: str, watch: Mapping[str, str]
+    ) -> Start:
         is_here = not self._options.hosts or address.is_this_machine(connection.host)
         environment = {} if is_here else forwarded_environment(os.environ)
         environment |= dict(self._options.environment)
@@ -213,6 +224,7 @@ class _Launch:
             devices_per_process=self._options.devices_per_process,
             user=self._user,
         )
+        environment |= watch
         return Start(rank=rank.rank, module=self._module, words=self._words, environment=environment)
 
 

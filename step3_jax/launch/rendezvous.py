@@ -151,5 +151,31 @@ def choose_coordinator(lines: Lines, options: LaunchOptions, task: Task | None, 
     return address.join_address(host, port)
 
 
+def choose_watch(
+    lines: Lines, options: LaunchOptions, task: Task | None, hellos: Sequence[Message], coordinator: str
+) -> str:
+    """Chooses where the supervisors of the ranks meet, and tries it as `choose_coordinator` does.
+
+    Args:
+      lines: As for `choose_coordinator`, and so are `options`, `task` and `hellos`.
+      options: With a port of the user's, or a task's, it is the one beside it.
+      task: See there.
+      hellos: See there.
+      coordinator: What `choose_coordinator` has found.
+
+    Raises:
+      ValueError: As `choose_coordinator`.
+    """
+    host, port = address.split_coordinator(coordinator)
+    given = None if options.coordinator is None else address.split_coordinator(options.coordinator)[1]
+    is_given = task is not None or options.port is not None or given is not None
+    beside = address.next_port(port) if is_given and port is not None else None
+    options = dataclasses.replace(options, coordinator=host if ":" not in host else f"[{host}]", port=beside)
+    # A free port that was tried is free again, so the same one may be found.
+    while (found := choose_coordinator(lines, options, task, hellos)) == coordinator:
+        pass
+    return found
+
+
 def _said(connection: Connection) -> str:
     return f" ({connection.last_noise()})" if connection.last_noise() else ""

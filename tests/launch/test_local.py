@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +34,24 @@ def test_every_rank_is_told_its_place(start: Start) -> None:
     [address] = set(running.wait_for(r"STEP3_COORDINATOR=(\S+)"))
     assert f"coordinator {address}" in text
     assert address.startswith("127.0.0.1:")
+
+
+def test_ranks_with_roles_are_told_where_their_supervisors_meet(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    shown = [f"*:show={name}" for name in ("STEP3_COORDINATOR", "STEP3_WATCH", "STEP3_WATCH_TOKEN")]
+    for options, is_beside in (("--local 2", False), (f"--local 2 --port {port}", True)):
+        running = start(options, [*shown, "--afd", "1a1f"])
+        assert running.wait() == 0, running.stderr
+        [address] = set(running.wait_for(r"STEP3_COORDINATOR=127.0.0.1:(\d+)"))
+        [watch] = set(running.wait_for(r"STEP3_WATCH=127.0.0.1:(\d+)"))
+        [token] = set(running.wait_for(r"STEP3_WATCH_TOKEN=(\S+)"))
+        assert len(token) == 32
+        assert watch != address
+        assert (int(watch) == int(address) + 1) or not is_beside
+    running = start("--local 2", shown)
+    assert running.wait() == 0
+    assert running.stderr.count("STEP3_WATCH=\n") == running.stderr.count("STEP3_WATCH_TOKEN=\n") == 2
 
 
 def test_standard_output_of_rank_0_is_untouched_and_all_else_has_its_rank(start: Start) -> None:

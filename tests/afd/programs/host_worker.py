@@ -23,7 +23,8 @@ from flax import nnx
 
 from step3_jax.afd.calls import Flow
 from step3_jax.afd.flight import Flight, Stage
-from step3_jax.afd.host import HostExecutor, load_host_executor, place_model
+from step3_jax.afd.host import HostExecutor, load_host_executor
+from step3_jax.afd.placement import place_model
 from step3_jax.afd.roles import arrays_by_role
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.afd.trace import measure, to_chrome

@@ -1,0 +1,155 @@
+"""A process of the attention side in executor `program`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec, SingleDeviceSharding
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.pages import Storage
+from step3_jax.afd.attention_loop import AttentionLoop, AttentionWeights
+from step3_jax.afd.process import COPY, OWN, RoleProcess, encode, take_vision
+from step3_jax.afd.roles import take_apart
+from step3_jax.afd.schedule import Numbers
+from step3_jax.afd.topology import AfdTopology
+from step3_jax.cache.paged import Cache, empty_cache
+from step3_jax.engine.runner import MEMORY_SHARE
+from step3_jax.engine.state import DecodeBatch, PrefillBatch, Report
+from step3_jax.mesh import agree_least
+from step3_jax.model.step3 import Step3
+from step3_jax.sampling.batch import SamplingBatch, SamplingMode
+
+
+class AttentionProcess(RoleProcess):
+    """A process of the attention side.
+
+    Attributes:
+      weights: Those that this process holds, as arrays over all devices.
+      loop: What a call does on each device.
+    """
+
+    def __init__(self, model: Step3, topology: AfdTopology, *, num_microbatches: int, payload: str) -> None:
+        """As for `make_program_executor`."""
+        super().__init__(model, topology, payload)
+        parts = take_apart(model)
+        self.loop = AttentionLoop(
+            parts, self.config.text, topology, self.form, num_microbatches, self.dtype, self._observe
+        )
+        self.weights = AttentionWeights(
+            self._take(parts.ends.leaves), [self._take(part.leaves) for part in parts.attention]
+        )
+        self._sampling: tuple[SamplingBatch, SamplingBatch] | None = None
+        own, copies = self._own, self._copies
+        self._prefill = jax.jit(self._run_prefill, in_shardings=(own, own, copies), out_shardings=own, donate_argnums=1)
+        self._decode = jax.jit(
+            self._run_decode,
+            static_argnums=(5, 6),
+            in_shardings=(own, own, copies, copies, copies),
+            out_shardings=(own, copies, copies),
+            donate_argnums=1,
+        )
+        self._vision = take_vision(model)
+        leaves = self._vision.leaves if self._vision is not None else []
+        self._vision_leaves = [leaf.astype(self._run_dtype(leaf.dtype)) for leaf in leaves]
+        self._encode_jit = jax.jit(self._run_encode, out_shardings=topology.attention.sharding())
+
+    def cache_memory_bytes(self) -> int | None:
+        """See `Executor.cache_memory_bytes`."""
+        left = []
+        for device in self.topology.union.local_devices:
+            stats = device.memory_stats()
+            if not stats or "bytes_limit" not in stats:
+                return None
+            left.append(int(MEMORY_SHARE * stats["bytes_limit"]) - stats["bytes_in_use"])
+        return agree_least(min(left))
+
+    def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
+        """See `Executor.allocate_cache`; this process holds the pages of its own devices."""
+        make = functools.partial(
+            empty_cache, self.config.text, num_pages // self.num_shards, storage, as_bits=self._is_cpu
+        )
+        parts = [
+            jax.jit(make, out_shardings=SingleDeviceSharding(device))() for device in self.topology.union.local_devices
+        ]
+        return jax.tree.map(lambda *leaves: self._spread(leaves), *parts)
+
+    def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
+        """See `Executor.encode_images`; the squares are shared out over the attention devices."""
+        count, sharding = pixels.shape[0], self.topology.attention.sharding("rows")
+        padded = np.pad(pixels, ((0, -count % self.num_shards), (0, 0), (0, 0), (0, 0)))
+        placed = jax.make_array_from_callback(padded.shape, sharding, padded.__getitem__)
+        return self._call("encoding pictures", self._encode_jit, self._vision_leaves, placed)[:count]
+
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> Cache:
+        """See `Executor.prefill`."""
+        features = batch.features
+        if features is not None:
+            # They are on the attention devices, and the program is one of all devices.
+            own = [shard.data for shard in features.addressable_shards]
+            features = jax.make_array_from_single_device_arrays(features.shape, self._copies, own)
+        given = jax.tree.map(np.asarray, batch._replace(features=None))
+        return self._call("prefill", self._prefill, self.weights, cache, given._replace(features=features))
+
+    def decode(
+        self,
+        cache: Cache,
+        batch: DecodeBatch,
+        sampling: SamplingBatch,
+        num_steps: int,
+        *,
+        max_steps: int,
+        leave_early: bool = False,
+        mode: SamplingMode,
+    ) -> tuple[Cache, Report]:
+        """See `Executor.decode`. After a row has ended, a call may take a step in which it does nothing."""
+        if self._sampling is None or self._sampling[0] is not sampling:
+            # The engine gives the same parameters again until a row comes or goes.
+            self._sampling = sampling, jax.tree.map(self._copy, sampling)
+        given = jax.tree.map(np.asarray, batch), self._sampling[1]
+        numbers = self._numbers(num_steps, leave_early)
+        cache, report, taken = self._call("decode", self._decode, self.weights, cache, *given, numbers, max_steps, mode)
+        self._num_steps += int(taken)
+        return cache, report
+
+    def prefill_program(self, cache: Cache, batch: PrefillBatch) -> jax.stages.Compiled:
+        """The compiled chunk of a bucket, for reading; the arguments may be abstract, and are not consumed."""
+        return self._prefill.lower(self.weights, cache, batch).compile()
+
+    def decode_program(
+        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int, mode: SamplingMode
+    ) -> jax.stages.Compiled:
+        """The compiled decode loop of a bucket, for reading; the arguments may be abstract, and are not consumed."""
+        return self._decode.lower(
+            self.weights, cache, batch, sampling, self._numbers(1, False), max_steps, mode
+        ).compile()
+
+    # The functions below are traced; each counts its traces by a side effect of Python.
+
+    def _run_encode(self, leaves: list[Array], pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:
+        self.num_traces["encode_images"] += 1
+        layout = self.topology.attention
+        run = functools.partial(encode, self._vision)
+        specs = PartitionSpec(), layout.spec("rows")
+        return jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=specs[1], check_vma=False)(leaves, pixels)
+
+    def _run_prefill(self, weights: AttentionWeights, cache: Cache, batch: PrefillBatch) -> Cache:
+        self.num_traces["prefill"] += 1
+        return self._on_union(self.loop.prefill, (OWN, OWN, COPY), OWN)(weights, cache, batch)
+
+    def _run_decode(
+        self,
+        weights: AttentionWeights,
+        cache: Cache,
+        batch: DecodeBatch,
+        sampling: SamplingBatch,
+        numbers: Numbers,
+        max_steps: int,
+        mode: SamplingMode,
+    ) -> tuple[Cache, Report, Int[Array, ""]]:
+        self.num_traces["decode"] += 1
+        run = functools.partial(self.loop.decode, max_steps=max_steps, mode=mode)
+        specs = OWN, OWN, COPY, COPY, COPY
+        return self._on_union(run, specs, (OWN, COPY, COPY))(weights, cache, batch, sampling, numbers)

@@ -1,0 +1,107 @@
+"""A process of the FFN side in executor `program`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.pages import Storage
+from step3_jax.afd.ffn_loop import FfnLoop, FfnWeights
+from step3_jax.afd.process import COPY, OWN, RoleProcess, encode, take_vision
+from step3_jax.afd.roles import take_apart
+from step3_jax.afd.schedule import Numbers
+from step3_jax.afd.topology import AfdTopology
+from step3_jax.afd.wire import Slots
+from step3_jax.cache.paged import Cache
+from step3_jax.engine.state import DecodeBatch, PrefillBatch, Report
+from step3_jax.mesh import agree_least
+from step3_jax.model.step3 import Step3
+from step3_jax.sampling.batch import SamplingBatch, SamplingMode
+
+# What a process that holds no cache says of the memory that is left for it.
+_NO_LIMIT_BYTES = 2**50
+
+
+class FfnProcess(RoleProcess):
+    """A process of the FFN side: it holds no cache, reads of a batch nothing but its size, and gets the whole report.
+
+    Attributes:
+      weights: Those that this process holds, as arrays over all devices.
+      loop: What a call does on each device.
+    """
+
+    def __init__(self, model: Step3, topology: AfdTopology, *, num_microbatches: int, payload: str) -> None:
+        """As for `make_program_executor`."""
+        super().__init__(model, topology, payload)
+        parts = take_apart(model)
+        self.loop = FfnLoop(parts, self.config.text, topology, self.form, num_microbatches, self.dtype, self._observe)
+        self.weights: FfnWeights = [self._take(part.leaves) for part in parts.ffn]
+        self._vision = take_vision(model)
+        own, copies = self._own, self._copies
+        self._prefill = jax.jit(self._run_prefill, static_argnums=1, in_shardings=(own,), out_shardings=copies)
+        self._decode = jax.jit(
+            self._run_decode, static_argnums=(2, 3, 4), in_shardings=(own, copies), out_shardings=copies
+        )
+
+    def cache_memory_bytes(self) -> int | None:
+        """See `Executor.cache_memory_bytes`: what the attention side has left."""
+        stats = self.topology.union.local_devices[0].memory_stats()
+        return agree_least(_NO_LIMIT_BYTES) if stats and "bytes_limit" in stats else None
+
+    def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
+        """See `Executor.allocate_cache`: nothing."""
+        return ()
+
+    def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
+        """See `Executor.encode_images`: zeros, as the attention side alone needs the features.
+
+        Raises:
+          ValueError: If the model has no vision tower.
+        """
+        leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self._vision.leaves] if self._vision else []
+        shape = jax.eval_shape(functools.partial(encode, self._vision), leaves, pixels)
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> Cache:
+        """See `Executor.prefill`."""
+        self._call("prefill", self._prefill, self.weights, batch.token_ids.shape[0] // self.num_shards)
+        return cache
+
+    def decode(
+        self,
+        cache: Cache,
+        batch: DecodeBatch,
+        sampling: SamplingBatch,
+        num_steps: int,
+        *,
+        max_steps: int,
+        leave_early: bool = False,
+        mode: SamplingMode,
+    ) -> tuple[Cache, Report]:
+        """See `Executor.decode`."""
+        num_rows, numbers = batch.last.shape[0] // self.num_shards, self._numbers(num_steps, leave_early)
+        report, taken = self._call("decode", self._decode, self.weights, numbers, num_rows, max_steps, mode)
+        self._num_steps += int(taken)
+        return cache, report
+
+    def decode_program(
+        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int, mode: SamplingMode
+    ) -> jax.stages.Compiled:
+        """See `AttentionProcess.decode_program`."""
+        num_rows, numbers = batch.last.shape[0] // self.num_shards, self._numbers(1, False)
+        return self._decode.lower(self.weights, numbers, num_rows, max_steps, mode).compile()
+
+    def _run_prefill(self, weights: FfnWeights, num_tokens: int) -> Slots:
+        self.num_traces["prefill"] += 1
+        return self._on_union(functools.partial(self.loop.prefill, num_tokens=num_tokens), (OWN,), COPY)(weights)
+
+    def _run_decode(
+        self, weights: FfnWeights, numbers: Numbers, num_rows: int, max_steps: int, mode: SamplingMode
+    ) -> tuple[Report, Int[Array, ""]]:
+        self.num_traces["decode"] += 1
+        run = functools.partial(self.loop.decode, num_rows=num_rows, max_steps=max_steps, mode=mode)
+        return self._on_union(run, (OWN, COPY), COPY)(weights, numbers)

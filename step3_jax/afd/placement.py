@@ -1,0 +1,75 @@
+"""Models on the devices of a topology: each weight where its role needs it, and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from step3_jax.afd.payload import choose_payload
+from step3_jax.afd.topology import AfdTopology
+from step3_jax.checkpoint.load import load_model
+from step3_jax.checkpoint.names import Path
+from step3_jax.config import ModelConfig
+from step3_jax.model.step3 import Step3
+
+
+def load_placed_model(
+    path: str | os.PathLike[str],
+    topology: AfdTopology,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    payload: str = "auto",
+) -> Step3:
+    """Loads a model's folder, each weight straight to the devices of its role.
+
+    Of each weight only the parts are read that devices of this process hold.
+
+    Args:
+      path: Folder with `config.json` and the weights.
+      topology: The devices.
+      dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
+      payload: What is to cross; checked before anything is loaded.
+
+    Raises:
+      ValueError: As `load_model` does, for a payload that does not exist, and if the devices cannot share out the model.
+    """
+    config = ModelConfig.load(pathlib.Path(path))
+    if topology.devices[0].platform == "cpu":
+        # FP8 weights are dequantised there.
+        config = dataclasses.replace(config, quantization=None)
+        dtype = jnp.float32 if dtype is None else dtype
+    choose_payload(payload, config.dtype if dtype is None else dtype)
+    return load_model(path, dtype, shardings=topology.shardings(config))
+
+
+def place_model(model: Step3, topology: AfdTopology) -> Step3:
+    """A copy of a model in memory, each weight on the devices of its role. Of several processes each has the same model.
+
+    Raises:
+      ValueError: If the FFN side cannot share out the model.
+    """
+    topology.check(model.config)
+    graphdef, state = nnx.split(model)
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        sharding = topology.parameter(_path(path))
+
+        def place(leaf: jax.Array, to: jax.sharding.NamedSharding = sharding) -> jax.Array:
+            if not to.addressable_devices:
+                return jax.make_array_from_single_device_arrays(leaf.shape, to, [], dtype=leaf.dtype)
+            host = np.asarray(leaf)
+            return jax.make_array_from_callback(host.shape, to, host.__getitem__)
+
+        flat.append((path, jax.tree.map(place, variable)))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _path(path: Sequence[object]) -> Path:
+    return tuple(part if isinstance(part, int) else str(part) for part in path)

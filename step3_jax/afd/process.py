@@ -1,0 +1,123 @@
+"""What the processes of both roles have in common in executor `program`."""
+
+from __future__ import annotations
+
+import collections
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from step3_jax.afd.beacon import BEACON, Beacon
+from step3_jax.afd.payload import PayloadFormat, choose_payload
+from step3_jax.afd.roles import Part, split_module
+from step3_jax.afd.schedule import Numbers
+from step3_jax.afd.topology import UNION, AfdTopology
+from step3_jax.model.step3 import Step3
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Specs = tuple[PartitionSpec, ...]
+# Of arrays of which each device has a part of its own, and of those that are the same on all.
+OWN, COPY = PartitionSpec(UNION), PartitionSpec()
+
+
+class RoleProcess:
+    """What both roles' processes have in common; `AttentionProcess` and `FfnProcess` are `engine.executor.Executor`s.
+
+    Attributes:
+      config: The model's sizes.
+      dtype: Of activations.
+      num_shards: Attention devices, see `Executor`.
+      compile_s: Seconds spent in calls that had to trace, up to their dispatch.
+      num_traces: How often each call was traced, by name.
+      topology: The devices of all processes.
+      form: What crosses between the roles.
+    """
+
+    def __init__(self, model: Step3, topology: AfdTopology, payload: str) -> None:
+        """As for `make_program_executor`."""
+        topology.check(model.config)
+        self.config = model.config
+        self.topology = topology
+        self.num_shards = topology.num_attention
+        self.compile_s = 0.0
+        self.num_traces: collections.Counter[str] = collections.Counter()
+        self._is_cpu = topology.devices[0].platform == "cpu"
+        self.dtype = self._run_dtype(model.text.embed_tokens.weight.get_value().dtype)
+        self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype))
+        self._own = NamedSharding(topology.union, OWN)
+        self._copies = NamedSharding(topology.union, COPY)
+        self._beacon = Beacon.from_environment()
+        # Telling how far a program is costs a call of Python a step.
+        self._observe = self._beacon.step if os.environ.get(BEACON) else None
+        self._num_steps = 0
+
+    def _run_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
+        return jnp.dtype(jnp.float32) if self._is_cpu and dtype == jnp.bfloat16 else dtype
+
+    def _take(self, leaves: Sequence[Array]) -> list[Array]:
+        """This process's parts of weights as arrays over all devices. Of the others' parts nobody knows or asks."""
+        return [
+            self._spread([shard.data.astype(self._run_dtype(leaf.dtype)) for shard in leaf.addressable_shards])
+            for leaf in leaves
+        ]
+
+    def _spread(self, parts: Sequence[Array]) -> Array:
+        """One array over all devices of arrays that are on one device of this process each."""
+        shape = (self.topology.union.size * parts[0].shape[0], *parts[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, self._own, parts)
+
+    def _call(self, place: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Makes a call and waits for it, so that the exchanges of two calls never mix."""
+        self._beacon.enter(place)
+        num_traces, start = self.num_traces.total(), time.perf_counter()
+        result = call(*args, **kwargs)
+        if self.num_traces.total() != num_traces:
+            self.compile_s += time.perf_counter() - start
+        jax.block_until_ready(result)
+        self._beacon.leave()
+        return result
+
+    def _copy(self, leaf: Array | np.generic) -> Array:
+        """A copy of an array on every device."""
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, self._copies, host.__getitem__)
+
+    def _numbers(self, num_steps: int, leave_early: bool) -> Numbers:
+        given = np.int32(num_steps), np.bool_(leave_early), np.int32(self._num_steps)
+        return Numbers(*(self._copy(number) for number in given))
+
+    def _on_union(self, run: Callable[P, R], in_specs: Specs, out_specs: Specs | PartitionSpec) -> Callable[P, R]:
+        mesh = self.topology.union
+        return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def take_vision(model: Step3) -> Part[nnx.List] | None:
+    """Vision tower and projector, taken apart; None for a text-only model."""
+    if model.vision is None or model.projector is None:
+        return None
+    return split_module(nnx.List([model.vision, model.projector]))
+
+
+def encode(
+    vision: Part[nnx.List] | None, leaves: list[Array], pixels: Float[Array, "images 3 S S"]
+) -> Float[Array, "images tokens D"]:
+    """Features of squares.
+
+    Raises:
+      ValueError: If the model has no vision tower.
+    """
+    if vision is None:
+        raise ValueError("this is a text-only model: its checkpoint has no vision tower, so it takes no images")
+    tower, projector = vision.skeleton.build(leaves)
+    with jax.named_scope("vision"):
+        return projector(tower(pixels))

@@ -1,0 +1,113 @@
+"""Who computes what in which tick, and when it crosses: fixed before anything runs, so that nothing has to be agreed on.
+
+Time goes in ticks. In each, attention computes one item (a layer of a micro-batch), the FFN side one, and there is one
+exchange that carries both directions. A rotation is the ticks of one step: all layers of all micro-batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Int
+
+# Ticks that what attention, and what the FFN side has computed waits for its exchange, by the number of micro-batches.
+# Without waiting a side computes and then sends in the same tick; with it, it sends what it computed in the tick before
+# while it computes, which takes a tick longer and so one micro-batch more to fill.
+_LAGS = {1: (0, 0), 2: (0, 0), 3: (1, 0), 4: (1, 1)}
+
+
+# Hears of each step its number, and that of the last exchange behind it.
+Observe = Callable[[int, int], None]
+
+
+class Numbers(NamedTuple):
+    """What both roles are told of a decode call.
+
+    Attributes:
+      num_steps: Steps to take at most; at least 1.
+      leave_early: Whether to return soon after a row has ended.
+      first_step: Number of the call's first step, for `Observe`.
+    """
+
+    num_steps: Int[Array, ""]
+    leave_early: Bool[Array, ""]
+    first_step: Int[Array, ""]
+
+
+class Item(NamedTuple):
+    """One layer of one micro-batch."""
+
+    layer: int
+    microbatch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The order of work for L layers and n micro-batches.
+
+    Attention computes item (l, m) in tick l * period + m. It crosses `attention_lag` ticks later, the FFN side computes
+    it in the tick after that, and its output crosses `ffn_lag` ticks later: `depth` ticks after the item the next layer
+    of the micro-batch can be computed.
+
+    Attributes:
+      num_layers: L.
+      num_microbatches: n, 1 to 4.
+    """
+
+    num_layers: int
+    num_microbatches: int
+
+    @property
+    def attention_lag(self) -> int:
+        """Ticks from an attention half to its exchange."""
+        return _LAGS[self.num_microbatches][0]
+
+    @property
+    def ffn_lag(self) -> int:
+        """Ticks from an FFN half to its exchange."""
+        return _LAGS[self.num_microbatches][1]
+
+    @property
+    def depth(self) -> int:
+        """Ticks from one layer of a micro-batch to the next one."""
+        return 2 + self.attention_lag + self.ffn_lag
+
+    @property
+    def period(self) -> int:
+        """Ticks of a layer; those beyond the micro-batches are idle."""
+        return max(self.num_microbatches, self.depth)
+
+    @property
+    def num_ticks(self) -> int:
+        """Ticks of a rotation."""
+        return self.num_layers * self.period
+
+    @property
+    def num_last_exchanges(self) -> int:
+        """Exchanges after the last rotation until all that is on its way has come back."""
+        return self.num_microbatches - 1 + self.depth - self.period
+
+    @property
+    def num_chunk_exchanges(self) -> int:
+        """Exchanges of a chunk of prompts, whose last layer only fills the cache."""
+        if self.num_layers == 1:
+            return 0
+        return (self.num_layers - 2) * self.period + self.num_microbatches - 1 + self.depth
+
+    def attention_item(self, tick: int) -> Item | None:
+        """What attention computes in a tick of the rotation; None for nothing."""
+        return self._item(tick)
+
+    def ffn_item(self, tick: int) -> Item | None:
+        """What the FFN side computes in a tick of the rotation; in the first ones, what the rotation before has sent."""
+        return self._item((tick - 1 - self.attention_lag) % self.num_ticks)
+
+    def is_from_before(self, tick: int) -> bool:
+        """Whether what the FFN side computes in a tick was sent by the rotation before."""
+        return tick <= self.attention_lag
+
+    def _item(self, slot: int) -> Item | None:
+        layer, microbatch = divmod(slot, self.period)
+        return Item(layer, microbatch) if microbatch < self.num_microbatches else None

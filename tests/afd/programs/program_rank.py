@@ -1,0 +1,224 @@
+"""One of several processes that run a model with executor `program`; process 0 runs it on one device too.
+
+    python program_rank.py CASES
+
+CASES is a JSON list of {"do": name, ...}, done one after the other. Prints "answer" and a JSON list, behind a mark: gloo
+writes to standard output too. Models have random weights, the same in each process.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from step3_jax.afd.attention_process import AttentionProcess
+from step3_jax.afd.ffn_process import FfnProcess
+from step3_jax.afd.placement import place_model
+from step3_jax.afd.program import load_program_executor, make_program_executor
+from step3_jax.afd.topology import AfdTopology
+from step3_jax.checkpoint.shards import Checkpoint
+from step3_jax.config import ModelConfig
+from step3_jax.deployment import Division, parse_topology
+from step3_jax.engine.executor import Executor
+from step3_jax.engine.llm import LLM
+from step3_jax.engine.runner import Runner
+from step3_jax.engine.state import DecodeBatch, PrefillBatch
+from step3_jax.mesh import initialise_distributed
+from step3_jax.model.step3 import Step3
+from step3_jax.resources import find
+from step3_jax.sampling.batch import SamplingMode, SamplingRow, sampling_batch
+from step3_jax.sampling.params import SamplingParams
+from tests.small import small_text
+
+Answer = dict[str, object]
+# No other axis of an array has this size.
+NUM_PAGES = 38
+
+
+@functools.cache
+def make_model(num_layers: int) -> Step3:
+    """A dense layer, and others of experts; their number is divided by 2 and 3."""
+    layers = tuple(range(1, num_layers))
+    text = small_text(num_hidden_layers=num_layers, moe_layers=layers, moe_num_experts=6)
+    config = ModelConfig(text=text, vision=None, dtype="float32", image_token_id=1, eos_token_id=0)
+    make = jax.jit(lambda: nnx.split(Step3(config, rngs=nnx.Rngs(3)))[1])
+    return nnx.merge(nnx.split(nnx.eval_shape(lambda: Step3(config, rngs=nnx.Rngs(3))))[0], make())
+
+
+def make_topology(case: Answer) -> AfdTopology:
+    instances = parse_topology(str(case["afd"]), int(case.get("devices", 1)))  # type: ignore[call-overload]
+    division = case.get("division")
+    return AfdTopology.of(instances, Division(*division) if division else None)  # type: ignore[misc]
+
+
+@functools.cache
+def make_executor(key: str) -> AttentionProcess | FfnProcess:
+    case = json.loads(key)
+    topology = make_topology(case)
+    return make_program_executor(
+        place_model(make_model(case.get("layers", 2)), topology),
+        topology,
+        num_microbatches=case.get("microbatches", 3),
+        payload=case.get("payload", "auto"),
+    )
+
+
+def executor_of(case: Answer) -> AttentionProcess | FfnProcess:
+    names = ("afd", "devices", "division", "microbatches", "payload", "layers")
+    return make_executor(json.dumps({name: case[name] for name in names if name in case}))
+
+
+@functools.cache
+def make_runner(num_layers: int) -> Runner:
+    return Runner(make_model(num_layers))
+
+
+def generate(executor: Executor, count: int, each: SamplingParams | None = None, **settings: int) -> list[list[int]]:
+    """Tokens of prompts that are longer than a chunk and more than there are rows, of which some end in every call."""
+    sizes = {"max_batch_size": 4 * executor.num_shards, "max_num_batched_tokens": 32 * executor.num_shards} | settings
+    llm = LLM.from_model(executor, max_model_len=64, **sizes)  # type: ignore[arg-type]
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(2, executor.config.text.vocab_size, 3 + 9 * index).tolist() for index in range(count)]
+    params = [each or SamplingParams(temperature=0, max_tokens=4 + 3 * (index % 3)) for index in range(count)]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+    return [list(one.token_ids) for output in outputs for one in output.outputs]
+
+
+def run_both(case: Answer, count: int, each: SamplingParams | None = None) -> Answer:
+    found: Answer = {"afd": generate(executor_of(case), count, each)}
+    if jax.process_index() == 0:
+        found["fused"] = generate(make_runner(int(case.get("layers", 2))), count, each)  # type: ignore[call-overload]
+    return found
+
+
+def tokens(case: Answer) -> Answer:
+    """Greedy tokens beside the fused model's."""
+    return run_both(case, int(case.get("count", 6)))  # type: ignore[call-overload]
+
+
+def features(case: Answer) -> Answer:
+    """Seeded draws with penalties and log-probabilities, several of a prompt, beside the fused model's."""
+    params = SamplingParams(
+        temperature=0.9, n=2, top_k=20, seed=11, max_tokens=6, repetition_penalty=1.3, logprobs=3, ignore_eos=True
+    )
+    return run_both(case, 2, params)
+
+
+def repeat(case: Answer) -> Answer:
+    """Traces after the same work was done before, and after doing it again."""
+    executor = executor_of(case)
+    generate(executor, 6)
+    before = dict(executor.num_traces)
+    generate(executor, 6)
+    return {"before": before, "after": dict(executor.num_traces)}
+
+
+def places(case: Answer) -> Answer:
+    """What this process holds: elements of its own weights and of the cache on its devices."""
+    executor = executor_of(case)
+    cache = executor.allocate_cache(NUM_PAGES * executor.num_shards, "float32")
+    own = set(jax.local_devices())
+    weights = jax.tree.leaves(executor.weights)
+    for array in (*weights, *jax.tree.leaves(cache)):
+        assert {shard.device for shard in array.addressable_shards} == own
+    topology = make_topology(case)
+    placed = place_model(make_model(int(case.get("layers", 2))), topology)  # type: ignore[call-overload]
+    return {
+        "weights": sum(weight.addressable_data(0).size for weight in weights),
+        "cache": sum(leaf.addressable_data(0).size for leaf in jax.tree.leaves(cache)),
+        "placed": {
+            name: sum(len(leaf.addressable_shards) > 0 for leaf in jax.tree.leaves(nnx.state(module)))
+            for name, module in (
+                ("ends", nnx.List([placed.text.embed_tokens, placed.text.norm, placed.text.lm_head])),
+                ("attention", nnx.List([layer.attention for layer in placed.text.layers])),
+                ("ffn", nnx.List([layer.ffn for layer in placed.text.layers])),
+            )
+        },
+    }
+
+
+def hlo(case: Answer) -> Answer:
+    """What a compiled call does to arrays that have as many rows as a device's cache has pages.
+
+    Without rows the call is that of a chunk of prompts.
+    """
+    executor = executor_of(case)
+    if isinstance(executor, FfnProcess):
+        return {}
+    shards, num_rows, vocab_size = executor.num_shards, case.get("rows"), executor.config.text.vocab_size
+    cache = executor.allocate_cache(NUM_PAGES * shards, str(case["storage"]))  # type: ignore[arg-type]
+    jax.config.update("jax_disable_most_optimizations", False)
+    if isinstance(num_rows, int):
+        rows = shards * num_rows
+        numbers = jnp.ones((rows,), jnp.int32)
+        batch = DecodeBatch(numbers, numbers, numbers, numbers > 0, jnp.zeros((rows, 2), jnp.int32))
+        sampling = sampling_batch([SamplingRow(SamplingParams(temperature=0), 8, (0, 0), ())] * rows, vocab_size, rows)
+        program = executor.decode_program(cache, batch, sampling, max_steps=8, mode=SamplingMode())
+    else:
+        starts, lengths = jnp.array([0, 20, 30] * shards, jnp.int32), jnp.array([20, 10] * shards, jnp.int32)
+        table = jnp.zeros((shards * 2, 2), jnp.int32)
+        chunk = PrefillBatch(jnp.zeros((shards * 32,), jnp.int32), starts, lengths, table)
+        program = executor.prefill_program(cache, chunk)
+    jax.config.update("jax_disable_most_optimizations", True)
+    done = re.findall(rf"= \w+\[{NUM_PAGES},\S+ ([\w-]+)\(", program.as_text() or "")
+    return {"done": dict(collections.Counter(done))}
+
+
+def loaded(case: Answer) -> Answer:
+    """Elements read of each tensor when a checkpoint is loaded."""
+    read: collections.Counter[str] = collections.Counter()
+    read_part = Checkpoint.read
+
+    def count(self: Checkpoint, name: str, index: object = ...) -> np.ndarray:
+        part = read_part(self, name, index)  # type: ignore[arg-type]
+        read[name] += part.size
+        return part
+
+    Checkpoint.read = count  # type: ignore[method-assign, assignment]
+    load_program_executor(str(case["folder"]), make_topology(case))
+    Checkpoint.read = read_part  # type: ignore[method-assign]
+    return {"read": read}
+
+
+def shipped(case: Answer) -> Answer:
+    """The shipped model's answers about a picture and to a question, beside the fused model's."""
+    folder = find("models/step3-tiny")
+    executor = load_program_executor(folder, make_topology(case))
+    picture = {"type": "image", "image": str(folder / "examples" / "number-6267.png")}
+    contents = [[picture, {"type": "text", "text": "What number is this?"}], "What is the capital of France?"]
+    params = SamplingParams(temperature=0, max_tokens=24)
+    found: Answer = {}
+    for name, one in (("afd", executor), ("fused", None)):
+        if one is not None or jax.process_index() == 0:
+            llm = LLM(folder, executor=one, max_model_len=256)
+            outputs = llm.chat([[{"role": "user", "content": content}] for content in contents], params)
+            found[name] = [list(output.outputs[0].token_ids) for output in outputs]
+            found[f"{name}_text"] = outputs[0].outputs[0].text
+    return found
+
+
+def main() -> None:
+    warnings.simplefilter("error")
+    initialise_distributed()
+    jax.config.update("jax_default_matmul_precision", "float32")
+    # These programs run for milliseconds and take seconds to compile.
+    jax.config.update("jax_disable_most_optimizations", True)
+    answers: dict[str, Callable[[Answer], Answer]] = {
+        function.__name__: function for function in (tokens, features, repeat, places, hlo, loaded, shipped)
+    }
+    found = [answers[str(case["do"])](case) for case in json.loads(sys.argv[1])]
+    print("answer", json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Attention and FFN in processes of their own over gloo: the fused model's tokens, everything where it belongs."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from step3_jax.afd.beacon import BeaconFile, read_beacon
+from tests.afd.conftest import PROGRAMS
+from tests.process import HARD_LIMIT_S, ROOT, environment
+
+Answer = dict
+# Compiling is most of the time here, and nothing runs long.
+QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+PAIR = [
+    {"do": "tokens", "afd": "1a1f", "microbatches": 1},
+    {"do": "tokens", "afd": "1a1f", "microbatches": 2},
+    {"do": "tokens", "afd": "1a1f", "microbatches": 3, "layers": 3},
+    {"do": "tokens", "afd": "1a1f", "microbatches": 4},
+    {"do": "features", "afd": "1a1f", "microbatches": 2},
+    {"do": "repeat", "afd": "1a1f", "microbatches": 2},
+    {"do": "places", "afd": "1a1f", "microbatches": 2},
+    {"do": "loaded", "afd": "1a1f", "folder": str(ROOT / "tests" / "goldens" / "tiny_text")},
+    {"do": "hlo", "afd": "1a1f", "microbatches": 3, "rows": 6, "storage": "float32"},
+]
+MORE_PAIR = [
+    {"do": "hlo", "afd": "1a1f", "microbatches": count, "storage": storage} | rows
+    for count, storage, rows in (
+        (3, "float32", {}),
+        (4, "float32", {"rows": 4}),
+        (1, "bfloat16", {"rows": 1}),
+        (2, "fp8", {"rows": 4}),
+    )
+]
+
+
+def run_ranks(num_processes: int, cases: Sequence[Answer], **more: str | list[str]) -> list[list[Answer]]:
+    """What each process answers to the cases. All are killed when one fails, and after a fixed time.
+
+    A variable in `more` may have a value for each process.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        coordinator = f"127.0.0.1:{server.getsockname()[1]}"
+    own = QUICK_COMPILE | {
+        "STEP3_COORDINATOR": coordinator,
+        "STEP3_NUM_PROCESSES": str(num_processes),
+        "STEP3_CPU_DEVICES": "1",
+    }
+    command = [sys.executable, str(PROGRAMS / "program_rank.py"), json.dumps(cases)]
+    processes = []
+    for rank in range(num_processes):
+        each = {name: value if isinstance(value, str) else value[rank] for name, value in more.items()}
+        variables = environment(**(own | {"STEP3_PROCESS_ID": str(rank)} | each))
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+
+    def kill() -> None:
+        for process in processes:
+            process.kill()
+
+    watch = threading.Timer(HARD_LIMIT_S, kill)
+    watch.start()
+    try:
+        answers = []
+        for process in processes:
+            out, err = process.communicate()
+            assert process.returncode == 0, f"exit code {process.returncode}: {err[-3000:]}"
+            answers.append(json.loads(out.partition("answer ")[2].splitlines()[0]))
+        return answers
+    finally:
+        watch.cancel()
+        kill()
+        for process in processes:
+            process.wait()
+
+
+def assert_as_fused(answers: Sequence[Answer]) -> None:
+    """All processes have the same tokens, those of the fused model that process 0 has."""
+    assert answers[0]["fused"]
+    assert all(answer["afd"] == answers[0]["fused"] for answer in answers)
+
+
+@pytest.fixture(scope="module")
+def pair() -> list[list[Answer]]:
+    """Of each of two processes, the answers to `PAIR`."""
+    return run_ranks(2, PAIR)
+
+
+def answers_to(answers: list[list[Answer]], cases: Sequence[Answer], do: str) -> list[Answer]:
+    """What each process answers to the first case of a name."""
+    index = next(index for index, case in enumerate(cases) if case["do"] == do)
+    return [own[index] for own in answers]
+
+
+@pytest.mark.parametrize("index", range(5), ids=["1", "2", "3", "4", "sampling"])
+def test_tokens_are_those_of_the_fused_model(pair: list[list[Answer]], index: int) -> None:
+    assert_as_fused([own[index] for own in pair])
+
+
+def test_nothing_is_compiled_after_warm_up(pair: list[list[Answer]]) -> None:
+    for found in answers_to(pair, PAIR, "repeat"):
+        assert found["before"]["decode"] >= 1
+        assert found["before"] == found["after"]
+
+
+def test_a_process_holds_what_its_role_needs(pair: list[list[Answer]]) -> None:
+    attention, ffn = answers_to(pair, PAIR, "places")
+    # Embedding, norm and head; norms, MFA and router; dense layer and experts.
+    assert attention["placed"] == {"ends": 3, "attention": 17, "ffn": 0}
+    assert ffn["placed"] == {"ends": 0, "attention": 0, "ffn": 9}
+    assert attention["cache"] == 2 * 2 * 38 * 64 * 16
+    assert ffn["cache"] == 0
+    assert ffn["weights"] == 32 * (3 * 48 + 3 * 16 + 3 * 6 * 16)
+
+
+def test_a_process_reads_what_its_role_needs(pair: list[list[Answer]]) -> None:
+    attention, ffn = (set(found["read"]) for found in answers_to(pair, PAIR, "loaded"))
+    assert not attention & ffn
+    assert "model.embed_tokens.weight" in attention
+    assert all(".mlp." in name or ".moe." in name or ".share_expert." in name for name in ffn)
+    assert any(".moe.down_proj" in name for name in ffn)
+
+
+def test_no_copy_of_the_cache_is_in_the_decode_loop(pair: list[list[Answer]]) -> None:
+    done = answers_to(pair, PAIR, "hlo")[0]["done"]
+    # Keys and values of two layers, for three micro-batches.
+    assert done["scatter"] == 12
+    assert set(done) <= {"parameter", "get-tuple-element", "scatter", "dynamic-update-slice", "fusion"}
+
+
+def test_two_attention_processes_share_an_ffn_process(tmp_path: pathlib.Path) -> None:
+    files = [BeaconFile(tmp_path / str(rank)) for rank in range(3)]
+    cases = [{"do": "tokens", "afd": "2a1f", "microbatches": 3}]
+    answers = run_ranks(3, cases, STEP3_BEACON=[str(file.path) for file in files])
+    assert_as_fused([answer for [answer] in answers])
+    # How far each process was is known from outside.
+    readings = [read_beacon(file.path) for file in files]
+    assert len({(reading.step, reading.exchange) for reading in readings}) == 1
+    assert readings[0].step >= 9
+    assert readings[0].exchange > 0
+    for file in files:
+        file.close()
+
+
+def test_two_attention_processes_and_two_ffn_processes() -> None:
+    cases = [{"do": "tokens", "afd": "2a2f", "microbatches": 2}, {"do": "places", "afd": "2a2f", "microbatches": 2}]
+    answers = run_ranks(4, cases)
+    assert_as_fused([answer[0] for answer in answers])
+    weights = [answer[1]["weights"] for answer in answers]
+    assert weights[0] == weights[1]
+    # Half of the experts each, and a copy of the dense layer and the shared expert.
+    assert weights[2] == weights[3] == 32 * (3 * 48 + 3 * 16 + 3 * 3 * 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_processes", "cpu_devices", "case"),
+    [
+        (3, 1, {"afd": "1a2f", "microbatches": 4}),
+        (3, 1, {"afd": "1a2f", "microbatches": 2, "division": [1, 2, 1]}),
+        (4, 1, {"afd": "2a2f", "microbatches": 4, "layers": 3, "division": [1, 2, 2]}),
+        (4, 1, {"afd": "1a1f", "devices": 2, "microbatches": 3, "count": 1}),
+        (4, 1, {"afd": "1a3f", "microbatches": 1}),
+        # A process with all devices of its role.
+        (2, 2, {"afd": "1a1f", "devices": 2, "microbatches": 3}),
+    ],
+    ids=str,
+)
+def test_other_topologies(num_processes: int, cpu_devices: int, case: Answer) -> None:
+    answers = run_ranks(num_processes, [{"do": "tokens"} | case], STEP3_CPU_DEVICES=str(cpu_devices))
+    assert_as_fused([answer for [answer] in answers])
+
+
+@pytest.mark.slow
+def test_no_copy_of_the_cache_with_other_rows_and_formats() -> None:
+    for found in run_ranks(2, MORE_PAIR)[0]:
+        done = found["done"]
+        assert done["scatter"] >= 4
+        assert set(done) <= {"parameter", "get-tuple-element", "scatter", "dynamic-update-slice", "fusion"}
+
+
+@pytest.mark.slow
+def test_the_shipped_model_sees_pictures_on_two_attention_processes() -> None:
+    answers = run_ranks(3, [{"do": "shipped", "afd": "2a1f"}])
+    assert_as_fused([answer for [answer] in answers])
+    assert "6267" in answers[0][0]["afd_text"]

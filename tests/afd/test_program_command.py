@@ -1,0 +1,48 @@
+"""`step3 launch -- generate --afd`: what two processes answer is what one does, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.process import ROOT, step3
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla"))}
+
+
+def test_two_processes_answer_as_one_does(cache: dict[str, str]) -> None:
+    picture = str(ROOT / "models" / "step3-tiny" / "examples" / "number-6267.png")
+    words = ["generate", "--image", picture, "-p", "What number is this?", "--max-tokens", "24", "--json"]
+    found = []
+    for command in (words, ["launch", "--local", "2", "--", *words, "--afd", "1a1f"]):
+        ran = step3(*command, **cache)
+        assert ran.returncode == 0, ran.stderr
+        found.append(json.loads(ran.stdout.splitlines()[-1]))
+    fused, apart = found
+    assert "6267" in fused["text"]
+    assert apart["token_ids"] == fused["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "generate -p x --afd 1a1f --afd-executor program",
+            "this is one process: start it with step3 launch --local 2",
+        ),
+        ("launch --local 3 -- generate -p x --afd 1a1f", "--afd 1a1f needs 2 processes"),
+        (
+            "launch --local 2 -- generate -p x --afd 1a1f --afd-executor host",
+            "--afd-executor host runs 1a1f in one process, and there are 2",
+        ),
+        ("launch --local 2 -- afd trace --afd 1a1f", "start it without step3 launch"),
+    ],
+)
+def test_what_does_not_fit_is_refused(words: str, message: str, cache: dict[str, str]) -> None:
+    ran = step3(*words.split(), **cache)
+    assert ran.returncode == 2
+    assert message in ran.stderr

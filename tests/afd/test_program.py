@@ -195,3 +195,10 @@ def test_the_shipped_model_sees_pictures_on_two_attention_processes() -> None:
     answers = run_ranks(3, [{"do": "shipped", "afd": "2a1f"}])
     assert_as_fused([answer for [answer] in answers])
     assert "6267" in answers[0][0]["afd_text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("payload", ["bfloat16", "fp8"])
+def test_the_shipped_model_answers_alike_with_a_narrow_payload(payload: str) -> None:
+    answers = run_ranks(2, [{"do": "shipped", "afd": "1a1f", "payload": payload}])
+    assert_as_fused([answer for [answer] in answers])

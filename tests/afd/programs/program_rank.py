@@ -193,7 +193,7 @@ def loaded(case: Answer) -> Answer:
 def shipped(case: Answer) -> Answer:
     """The shipped model's answers about a picture and to a question, beside the fused model's."""
     folder = find("models/step3-tiny")
-    executor = load_program_executor(folder, make_topology(case))
+    executor = load_program_executor(folder, make_topology(case), payload=str(case.get("payload", "auto")))
     picture = {"type": "image", "image": str(folder / "examples" / "number-6267.png")}
     contents = [[picture, {"type": "text", "text": "What number is this?"}], "What is the capital of France?"]
     params = SamplingParams(temperature=0, max_tokens=24)

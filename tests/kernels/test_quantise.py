@@ -25,7 +25,8 @@ def test_rows_are_quantised_as_the_checkpoint_is(rows: np.ndarray) -> None:
     values, scales = quantise_rows(jnp.asarray(rows))
     expected = quant.quantise(jnp.asarray(rows), block=(1, 128))
     np.testing.assert_array_equal(values.astype(jnp.float32), expected.values.astype(jnp.float32))
-    np.testing.assert_array_equal(scales, expected.scales)
+    # XLA multiplies by 1 / 448 here, which may change the last bit.
+    np.testing.assert_allclose(scales, expected.scales, rtol=2e-7)
     assert scales[2, 1] == 1
 
 

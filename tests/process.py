@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import threading
@@ -60,3 +61,51 @@ def worker(
 
         yield ask
         process.kill()
+
+
+def run_together(program: pathlib.Path, words: Sequence[str], variables: Sequence[Mapping[str, str]]) -> list[object]:
+    """What each of several processes answers: JSON behind "answer ", since gloo writes to standard output too.
+
+    All are killed when one fails, and after a fixed time.
+
+    Args:
+      program: What each runs.
+      words: For all.
+      variables: Of each process, its whole environment.
+    """
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(program), *words],
+            cwd=ROOT,
+            env=dict(own),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for own in variables
+    ]
+
+    def kill() -> None:
+        for process in processes:
+            process.kill()
+
+    watch = threading.Timer(HARD_LIMIT_S, kill)
+    watch.start()
+    try:
+        answers: list[object] = []
+        for process in processes:
+            out, err = process.communicate()
+            assert process.returncode == 0, f"exit code {process.returncode}: {err[-3000:]}"
+            answers.append(json.loads(out.partition("answer ")[2].splitlines()[0]))
+        return answers
+    finally:
+        watch.cancel()
+        kill()
+        for process in processes:
+            process.wait()
+
+
+def free_port() -> int:
+    """A port that nothing uses."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

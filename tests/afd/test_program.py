@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-import socket
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
 
 import pytest
 
 from step3_jax.afd.beacon import BeaconFile, read_beacon
 from tests.afd.conftest import PROGRAMS
-from tests.process import HARD_LIMIT_S, ROOT, environment
+from tests.process import ROOT, environment, free_port, run_together
 
 Answer = dict
 # Compiling is most of the time here, and nothing runs long.
@@ -43,46 +39,17 @@ MORE_PAIR = [
 
 
 def run_ranks(num_processes: int, cases: Sequence[Answer], **more: str | list[str]) -> list[list[Answer]]:
-    """What each process answers to the cases. All are killed when one fails, and after a fixed time.
-
-    A variable in `more` may have a value for each process.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        coordinator = f"127.0.0.1:{server.getsockname()[1]}"
+    """What each process answers to the cases; a variable in `more` may have a value for each process."""
     own = QUICK_COMPILE | {
-        "STEP3_COORDINATOR": coordinator,
+        "STEP3_COORDINATOR": f"127.0.0.1:{free_port()}",
         "STEP3_NUM_PROCESSES": str(num_processes),
         "STEP3_CPU_DEVICES": "1",
     }
-    command = [sys.executable, str(PROGRAMS / "program_rank.py"), json.dumps(cases)]
-    processes = []
+    variables = []
     for rank in range(num_processes):
         each = {name: value if isinstance(value, str) else value[rank] for name, value in more.items()}
-        variables = environment(**(own | {"STEP3_PROCESS_ID": str(rank)} | each))
-        processes.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-
-    def kill() -> None:
-        for process in processes:
-            process.kill()
-
-    watch = threading.Timer(HARD_LIMIT_S, kill)
-    watch.start()
-    try:
-        answers = []
-        for process in processes:
-            out, err = process.communicate()
-            assert process.returncode == 0, f"exit code {process.returncode}: {err[-3000:]}"
-            answers.append(json.loads(out.partition("answer ")[2].splitlines()[0]))
-        return answers
-    finally:
-        watch.cancel()
-        kill()
-        for process in processes:
-            process.wait()
+        variables.append(environment(**(own | {"STEP3_PROCESS_ID": str(rank)} | each)))
+    return run_together(PROGRAMS / "program_rank.py", [json.dumps(cases)], variables)  # type: ignore[return-value]
 
 
 def assert_as_fused(answers: Sequence[Answer]) -> None:

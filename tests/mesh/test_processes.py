@@ -5,64 +5,27 @@ from __future__ import annotations
 import json
 import pathlib
 import socket
-import subprocess
-import sys
-import threading
 
 import pytest
 
 from step3_jax.checkpoint.shards import Checkpoint
 from step3_jax.mesh import initialise_distributed
 from tests.mesh.conftest import PROGRAMS, QUICK_COMPILE
-from tests.process import HARD_LIMIT_S, ROOT, environment
+from tests.process import environment, free_port, run_together
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def run_together(num_processes: int, *words: str, cpu_devices: int = 1) -> list[dict[str, object]]:
-    """What each process answers. All are killed when one fails, and after a fixed time."""
-    coordinator, own = f"127.0.0.1:{free_port()}", QUICK_COMPILE | {"STEP3_CPU_DEVICES": str(cpu_devices)}
+def run_ranks(num_processes: int, *words: str, cpu_devices: int = 1) -> list[dict[str, object]]:
+    """What each process answers."""
+    own = QUICK_COMPILE | {"STEP3_CPU_DEVICES": str(cpu_devices)}
     if num_processes > 1:
-        own |= {"STEP3_COORDINATOR": coordinator, "STEP3_NUM_PROCESSES": str(num_processes)}
-    command = [sys.executable, str(PROGRAMS / "rank.py"), *words]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(**own, **({"STEP3_PROCESS_ID": str(rank)} if num_processes > 1 else {})),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_processes)
-    ]
-
-    def kill() -> None:
-        for process in processes:
-            process.kill()
-
-    watch = threading.Timer(HARD_LIMIT_S, kill)
-    watch.start()
-    try:
-        answers = []
-        for process in processes:
-            out, err = process.communicate()
-            assert process.returncode == 0, f"exit code {process.returncode}: {err[-3000:]}"
-            answers.append(json.loads(out.partition("answer ")[2].splitlines()[0]))
-        return answers
-    finally:
-        watch.cancel()
-        kill()
-        for process in processes:
-            process.wait()
+        own |= {"STEP3_COORDINATOR": f"127.0.0.1:{free_port()}", "STEP3_NUM_PROCESSES": str(num_processes)}
+    ranks = [{"STEP3_PROCESS_ID": str(rank)} if num_processes > 1 else {} for rank in range(num_processes)]
+    return run_together(PROGRAMS / "rank.py", words, [environment(**own, **rank) for rank in ranks])  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
 def alone(goldens: pathlib.Path) -> dict[str, object]:
-    return run_together(1, str(goldens / "tiny_text"), "{}")[0]
+    return run_ranks(1, str(goldens / "tiny_text"), "{}")[0]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +38,7 @@ def alone(goldens: pathlib.Path) -> dict[str, object]:
 def test_processes_give_the_tokens_of_one(
     goldens: pathlib.Path, alone: dict[str, object], num_processes: int, cpu_devices: int, setting: dict[str, int]
 ) -> None:
-    answers = run_together(num_processes, str(goldens / "tiny_text"), json.dumps(setting), cpu_devices=cpu_devices)
+    answers = run_ranks(num_processes, str(goldens / "tiny_text"), json.dumps(setting), cpu_devices=cpu_devices)
     assert [answer["rank"] for answer in answers] == list(range(num_processes))
     assert all(answer["tokens"] == alone["tokens"] for answer in answers)
     assert {answer["agreed"] for answer in answers} == {7000000000}

@@ -9,12 +9,14 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Nothing takes a tenth of it; what hangs fails its test and not the whole run.
 HARD_LIMIT_S = 300
+_ANSWER_FILE = "TEST_ANSWER_FILE"
 
 Ask = Callable[..., dict[str, object]]
 
@@ -64,45 +66,49 @@ def worker(
 
 
 def run_together(program: pathlib.Path, words: Sequence[str], variables: Sequence[Mapping[str, str]]) -> list[object]:
-    """What each of several processes answers: JSON behind "answer ", since gloo writes to standard output too.
-
-    All are killed when one fails, and after a fixed time.
+    """What each of several processes gives to `give_answer`. All are killed when one fails, and after a fixed time.
 
     Args:
       program: What each runs.
       words: For all.
       variables: Of each process, its whole environment.
     """
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(program), *words],
-            cwd=ROOT,
-            env=dict(own),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for own in variables
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [pathlib.Path(folder) / str(rank) for rank in range(len(variables))]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(program), *words],
+                cwd=ROOT,
+                env=dict(own) | {_ANSWER_FILE: str(file)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for own, file in zip(variables, files, strict=True)
+        ]
 
-    def kill() -> None:
-        for process in processes:
-            process.kill()
+        def kill() -> None:
+            for process in processes:
+                process.kill()
 
-    watch = threading.Timer(HARD_LIMIT_S, kill)
-    watch.start()
-    try:
-        answers: list[object] = []
-        for process in processes:
-            out, err = process.communicate()
-            assert process.returncode == 0, f"exit code {process.returncode}: {err[-3000:]}"
-            answers.append(json.loads(out.partition("answer ")[2].splitlines()[0]))
-        return answers
-    finally:
-        watch.cancel()
-        kill()
-        for process in processes:
-            process.wait()
+        watch = threading.Timer(HARD_LIMIT_S, kill)
+        watch.start()
+        try:
+            for process, file in zip(processes, files, strict=True):
+                said, _ = process.communicate()
+                assert process.returncode == 0, f"exit code {process.returncode}: {said[-3000:]}"
+                assert file.exists(), f"no answer: {said[-3000:]}"
+            return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        finally:
+            watch.cancel()
+            kill()
+            for process in processes:
+                process.wait()
+
+
+def give_answer(answer: object) -> None:
+    """In a process of `run_together`: hands JSON back. Not over standard output, to which gloo writes too."""
+    pathlib.Path(os.environ[_ANSWER_FILE]).write_text(json.dumps(answer), encoding="utf-8")
 
 
 def free_port() -> int:

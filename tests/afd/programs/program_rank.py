@@ -2,8 +2,8 @@
 
     python program_rank.py CASES
 
-CASES is a JSON list of {"do": name, ...}, done one after the other. Prints "answer" and a JSON list, behind a mark: gloo
-writes to standard output too. Models have random weights, the same in each process.
+CASES is a JSON list of {"do": name, ...}, done one after the other; the answer is the list of what they give. Models have
+random weights, the same in each process.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from step3_jax.model.step3 import Step3
 from step3_jax.resources import find
 from step3_jax.sampling.batch import SamplingMode, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
+from tests.process import give_answer
 from tests.small import small_text
 
 Answer = dict[str, object]
@@ -217,7 +218,7 @@ def main() -> None:
         function.__name__: function for function in (tokens, features, repeat, places, hlo, loaded, shipped)
     }
     found = [answers[str(case["do"])](case) for case in json.loads(sys.argv[1])]
-    print("answer", json.dumps(found), flush=True)
+    give_answer(found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One of several processes that run a checkpoint together: FOLDER PARALLEL, the latter as JSON.
 
-Prints, as JSON, the tokens of some prompts and the bytes of each tensor that this process has read.
+Its answer: the tokens of some prompts and the bytes of each tensor that this process has read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from step3_jax.engine.llm import LLM
 from step3_jax.mesh import agree, initialise_distributed
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sharding import Parallel
+from tests.process import give_answer
 
 PROMPTS = [[5, 9, 14, 3], [8], [40, 41, 42, 43, 44, 45, 46], [11, 12, 13]]
 
@@ -39,12 +40,7 @@ def main() -> None:
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     rank = jax.process_index()
-    # Behind a mark: gloo writes to standard output too.
-    print(
-        "answer",
-        json.dumps({"tokens": tokens, "read": read, "rank": rank, "agreed": agree(7000000000 + rank)}),
-        flush=True,
-    )
+    give_answer({"tokens": tokens, "read": read, "rank": rank, "agreed": agree(7000000000 + rank)})
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ DATA = "data"
 WORKER_BYTES = 6 * UNIT_BYTES
 # Headers, the record, compiled code, and a margin.
 RESERVED_BYTES = 2**27
+# What a conversion may take if nobody says.
+MAX_MEMORY = 4 * 2**30
 # Between two times that what is written is brought to the disk itself.
 SYNC_BYTES, SYNC_SECONDS = 2**32, 30.0
 
@@ -70,7 +72,7 @@ def convert(
     *,
     resume: bool = False,
     num_workers: int = 2,
-    max_memory: int = 4 * 2**30,
+    max_memory: int | None = None,
     progress: bool = False,
 ) -> Report:
     """Converts, or goes on with a conversion that was stopped.
@@ -82,7 +84,7 @@ def convert(
         starts. A conversion that is done already is found to be so.
       num_workers: Threads; fewer are used if memory is short.
       max_memory: Most bytes of anonymous memory of this process, what it has already included; mapped files are not
-        counted.
+        counted. By default 4 GiB more than it has: a process that holds a model can convert one.
       progress: Whether to show a bar with bytes, rate and the time left.
 
     Returns:
@@ -99,6 +101,8 @@ def convert(
     start = time.perf_counter()
     if _is_done(plan, target, partial, resume):
         return Report(len(plan.outputs), sum(plan.output_bytes), 0, time.perf_counter() - start, {})
+    if max_memory is None:
+        max_memory = anonymous_bytes() + MAX_MEMORY
     num_workers = fit_workers(plan.source, num_workers, max_memory)
     about = _about(plan)
     try:

@@ -13,7 +13,7 @@ import sys
 
 import jax
 
-from step3_jax.checkpoint.convert import Report, convert, fit_workers
+from step3_jax.checkpoint.convert import MAX_MEMORY, Report, convert, fit_workers
 from step3_jax.checkpoint.plan import DTYPE_CHOICES, FORMS, Plan, plan_conversion
 from step3_jax.checkpoint.shards import write_text
 from step3_jax.checkpoint.source import open_source
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory",
         type=parse_bytes,
-        default=parse_bytes("4GiB"),
+        default=MAX_MEMORY,
         metavar="SIZE",
         help="most memory, mapped files not counted (default: 4GiB)",
     )

@@ -34,7 +34,7 @@ from step3_jax.config import ModelConfig
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
-def run(source, target, *, companions=None, resume=False, workers=2, max_memory=2**34, **options):
+def run(source, target, *, companions=None, resume=False, workers=2, max_memory=None, **options):
     plan = plan_conversion(open_source(source, companions), **options)
     return convert(plan, target, resume=resume, num_workers=workers, max_memory=max_memory)
 
@@ -400,6 +400,13 @@ def test_options_out_of_range_are_refused(goldens, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(goldens / "tiny_text", tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_holds_a_model_can_convert_one(goldens, tmp_path, monkeypatch):
+    monkeypatch.setattr("step3_jax.checkpoint.convert.anonymous_bytes", lambda: 2**35)
+    assert run(goldens / "tiny_text", tmp_path / "out").num_tensors > 0
+    with pytest.raises(ValueError, match=r"this conversion needs at least 32\d\d\d MiB"):
+        run(goldens / "tiny_text", tmp_path / "other", max_memory=2**32)
 
 
 def test_memory_stays_in_its_budget(tmp_path):

@@ -16,7 +16,7 @@ def make(tmp_path):
 
     def convert_to(source, **options):
         source = open_source(source)
-        report = convert(plan_conversion(source, **options), tmp_path / "out", max_memory=2**34)
+        report = convert(plan_conversion(source, **options), tmp_path / "out")
         return source, open_source(tmp_path / "out"), report
 
     return convert_to

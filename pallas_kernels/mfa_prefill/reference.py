@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mfa_prefill.tile import make_tiles
 from pallas_kernels.pages import KVPages, decode_rows
 
-# Rows (tokens times heads) of a tile and keys of a block: the scores of a block take 8 MiB, about a core's share of
-# cache, and the products have enough rows and columns to reach the rate of large ones.
-TILE_ROWS = 4096
-BLOCK_KEYS = 512
+# Rows (tokens times heads) of a tile and keys of a block: the scores of a block take 1 MiB, which stays in a core's cache,
+# and little is computed above the diagonal. Twice the keys are 3 % faster at 4,096 tokens and 10 % slower at 1,024.
+TILE_ROWS = 2048
+BLOCK_KEYS = 128
 # Bytes of the scores of a tile in `dense_attention`.
 DENSE_SCORE_BYTES = 64 << 20
 # Stands for "no key seen yet": finite, so that the difference of two of them is zero.

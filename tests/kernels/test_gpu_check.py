@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import tuning
+from pallas_kernels.compat import IS_0_11
 from tools.gpu_check import __main__ as gpu_check
 from tools.gpu_check import bare, cases, measure, report
 from tools.gpu_check.case import Case, row_errors, same_bits
@@ -58,6 +59,14 @@ def test_every_quick_case_passes_on_a_cpu(tmp_path: pathlib.Path, mode: str) -> 
     code, results = run(tmp_path, mode, "--quick", "--budget", "280")
     assert code == 0
     assert len(results) >= 9
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not IS_0_11, reason="the interpreter of JAX 0.10 compiles a kernel at every call: over ten minutes")
+def test_a_ranks_step_in_the_interpreter_is_that_of_the_references(tmp_path: pathlib.Path) -> None:
+    code, results = run(tmp_path, "--interpret", "--budget", "280", "--only", "rank_step")
+    assert code == 0
+    assert 0 < results["rank_step"]["error"] < 0.2
 
 
 def test_a_child_that_hangs_or_dies_fails_its_case_and_the_rest_runs(

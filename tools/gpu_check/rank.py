@@ -7,12 +7,16 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.common import Implementation
+from pallas_kernels.compat import IS_0_11
+from pallas_kernels.pages import decode_rows
 from tools import gpu_compile
 from tools.gpu_check import measure
 from tools.rank_step import COMPILER_OPTIONS, decode_step, decode_steps
-from tools.rank_weights import RankSizes, make_state, make_weights
+from tools.rank_weights import RankSizes, RankState, make_state, make_weights
 
 SMALL = RankSizes(
     hidden=1024,
@@ -32,6 +36,9 @@ SMALL = RankSizes(
 STEPS, RUNS = 8, 4
 # Share of the measured roofline that the step aims at.
 GOAL = 0.85
+# Keys of the interpreted step against the references', both as stored in FP8. In the first layer a key that lies between
+# two FP8 numbers may go either way, later every activation may: 0.027 and 0.13 were seen, and 1.4 is no relation at all.
+FIRST_LAYER_ERROR, LAYER_ERROR = 0.05, 0.2
 
 
 def ceilings(mode: str, *, is_quick: bool) -> dict[str, object]:
@@ -45,7 +52,7 @@ def ceilings(mode: str, *, is_quick: bool) -> dict[str, object]:
 def rank_step(mode: str, *, is_quick: bool) -> dict[str, object]:
     """One rank's step of all 61 layers; on a CPU three narrow layers, or the compiled program."""
     if mode == "interpret":
-        return _interpret()
+        return _interpret(is_quick=is_quick)
     if mode == "compile":
         return _compile(SMALL if is_quick else RankSizes())
     if is_quick:
@@ -99,25 +106,46 @@ def _measure(sizes: RankSizes) -> dict[str, object]:
     }
 
 
-def _interpret() -> dict[str, object]:
-    """The small step, composed as on a GPU, of the references: each kernel has its own case in the interpreter.
+def _interpret(*, is_quick: bool) -> dict[str, object]:
+    """The small step, every kernel interpreted, against the references: the rows that each layer wrote to the cache.
 
-    Interpreted whole it did not finish, for a reason not found; kernels that do not wait for each other, which a CPU runs
-    at once while the interpreter keeps one memory for all, are the suspicion.
+    That takes two minutes where the interpreter compiles a kernel once (JAX 0.11), and more than ten where it does so at
+    every call. There, and in a quick run, the references run alone: the composition is tested, the kernels have their
+    own cases.
     """
     weights = make_weights(SMALL)
     state, table = make_state(SMALL)
-    step = jax.jit(functools.partial(decode_step, sizes=SMALL, implementation="reference"))
-    before = np.asarray(state.pages.key_scales)
-    after = step(weights, step(weights, state, table), table)
+
+    def run(implementation: Implementation) -> RankState:
+        return jax.jit(functools.partial(decode_step, sizes=SMALL, implementation=implementation))(
+            weights, state, table
+        )
+
+    def written(after: RankState) -> np.ndarray:
+        """Keys that each layer wrote, [layers, B, K] in float32."""
+        pages = table[:, SMALL.context // SMALL.page_size] + SMALL.layer_pages * jnp.arange(SMALL.num_layers)[:, None]
+        slot = SMALL.context % SMALL.page_size
+        scales = after.pages.key_scales[pages, :, slot]
+        return np.asarray(decode_rows(after.pages.keys[pages, slot], scales, jnp.float32))
+
+    after = run("reference")
     tokens, lengths = np.asarray(after.tokens), np.asarray(after.lengths)
-    written = int((np.asarray(after.pages.key_scales) != before).sum())
+    changed = int((np.asarray(after.pages.key_scales) != np.asarray(state.pages.key_scales)).sum())
     is_right = (
         bool(((tokens >= 0) & (tokens < SMALL.rank_vocab)).all())
-        and bool((lengths == SMALL.context + 2).all())
-        and written == 2 * SMALL.batch * SMALL.num_layers
+        and bool((lengths == SMALL.context + 1).all())
+        and changed == SMALL.batch * SMALL.num_layers
     )
-    return {"status": "PASS" if is_right else "FAIL", "reason": f"references; {written} rows written to the cache"}
+    if is_quick or not IS_0_11:
+        return {"status": "PASS" if is_right else "FAIL", "reason": f"references; {changed} rows written to the cache"}
+    expected, found = written(after), written(run("interpret"))
+    errors = np.linalg.norm(found - expected, axis=(1, 2)) / np.linalg.norm(expected, axis=(1, 2))
+    is_right &= bool(errors[0] < FIRST_LAYER_ERROR and (errors < LAYER_ERROR).all())
+    return {
+        "status": "PASS" if is_right else "FAIL",
+        "error": float(errors.max()),
+        "reason": f"keys of layers 1 to {len(errors)} differ by " + ", ".join(f"{error:.1e}" for error in errors),
+    }
 
 
 def _compile(sizes: RankSizes) -> dict[str, object]:

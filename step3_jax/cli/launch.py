@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes-per-host",
         type=int,
         metavar="N",
-        help="(default: what --afd of the command needs; else one for each GPU, or 1)",
+        help="(default: what --afd, or --dp and --tp, of the command needs; else one for each GPU, or 1)",
     )
     where.add_argument(
         "--devices-per-process", type=int, default=1, metavar="N", help="on CPU (default: 1; on GPU always 1)"

@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO, TextIO
 
-from step3_jax.deployment import Topology
 from step3_jax.launch import address, plan
 from step3_jax.launch.connection import Connection, Event, keeper_command
 from step3_jax.launch.environment import WATCH, WATCH_TOKEN, forwarded_environment
@@ -27,7 +26,7 @@ from step3_jax.launch.protocol import Message, Start
 from step3_jax.launch.rendezvous import Lines, check_versions, choose_coordinator, choose_watch
 from step3_jax.launch.schedule import HOW, Task, detect_task
 from step3_jax.launch.supervisor import Supervisor, catch_signals, send_beats
-from step3_jax.launch.topology import read_topology
+from step3_jax.launch.topology import Need, read_need
 
 MODULE = "step3_jax.cli.main"
 # Over the slowest ssh, and Python's own start on a shared file system.
@@ -60,11 +59,11 @@ def launch(
 
     Raises:
       ValueError: Before anything is started: if the options do not fit together, a host cannot be reached or has
-        another version, the port is taken, or the number of processes does not fit the command's topology.
+        another version, the port is taken, or the number of processes does not fit the command's devices.
       BrokenPipeError: If the reader of standard output left; all ranks have ended then.
     """
     check_options(words, options)
-    topology = read_topology(words)
+    need = read_need(words)
     task = None
     if options.local is None and not options.hosts:
         given = None if options.coordinator is None else address.split_coordinator(options.coordinator)[0]
@@ -89,7 +88,7 @@ def launch(
             )
             connections.append(Connection(name, command, inbox))
         with send_beats(connections, options.deadline_s / 5):
-            return _Launch(words, module, options, topology, task, Lines(connections, inbox, log)).run()
+            return _Launch(words, module, options, need, task, Lines(connections, inbox, log)).run()
     finally:
         _leave(connections, options.grace_s)
 
@@ -102,14 +101,15 @@ class _Launch:
         words: Sequence[str],
         module: str,
         options: LaunchOptions,
-        topology: Topology | None,
+        need: Need | None,
         task: Task | None,
         lines: Lines,
     ) -> None:
         self._words = list(words)
         self._module = module
         self._options = options
-        self._topology = topology
+        self._need = need
+        self._topology = None if need is None else need.topology
         self._task = task
         self._lines = lines
         self._user = dict(os.environ) | dict(options.environment)
@@ -161,14 +161,14 @@ class _Launch:
 
     def _place(self, hosts: list[plan.Host], platform: str) -> tuple[list[plan.Rank], int]:
         """The ranks that are started from here, and the number of all."""
-        options, task, topology = self._options, self._task, self._topology
+        options, task, need, topology = self._options, self._task, self._need, self._topology
         devices = options.devices_per_process
         if task is None:
             per_host = plan.count_processes(
                 hosts,
                 per_host=options.processes_per_host if options.local is None else options.local,
                 platform=platform,
-                topology=topology,
+                need=need,
                 devices_per_process=devices,
             )
             ranks = [
@@ -195,7 +195,7 @@ class _Launch:
             hosts * task.num_tasks,
             per_host=1 if task.num_local > 1 else options.processes_per_host,
             platform=platform,
-            topology=topology,
+            need=need,
             devices_per_process=devices,
         )
         ranks = plan.place_ranks(

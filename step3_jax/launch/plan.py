@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from step3_jax.deployment import Topology
 from step3_jax.launch.environment import rank_environment
-from step3_jax.launch.topology import processes_of
+from step3_jax.launch.topology import Need
 
 PLATFORMS = ("auto", "cpu", "cuda")
 _MAX_ROWS = 64
@@ -65,47 +65,50 @@ def choose_platform(platform: str, hosts: Sequence[Host], user: Mapping[str, str
 
 
 def count_processes(
-    hosts: Sequence[Host], *, per_host: int | None, platform: str, topology: Topology | None, devices_per_process: int
+    hosts: Sequence[Host], *, per_host: int | None, platform: str, need: Need | None, devices_per_process: int
 ) -> int:
     """Processes on each host.
 
     Args:
       hosts: The machines.
-      per_host: What was asked for. If absent: what the topology needs, shared out; without one the GPUs, or 1.
+      per_host: What was asked for. If absent: what the command needs, shared out; if it does not say the GPUs, or 1.
       platform: "cpu" or "cuda".
-      topology: Of the launched command.
+      need: Of the launched command.
       devices_per_process: Devices of each.
 
     Raises:
-      ValueError: If the number does not fit the topology, or the hosts' GPUs.
+      ValueError: If the number does not fit the command, or the hosts cannot share it out.
     """
-    needed = None if topology is None else processes_of(topology, devices_per_process)
-    if per_host is None and needed is not None:
+    if per_host is None and need is not None:
+        needed = need.processes(devices_per_process)
         if needed % len(hosts):
             raise ValueError(
-                f"--afd {topology.spec if topology else ''} needs {needed} processes, which {len(hosts)} hosts cannot "
-                f"share out: give a number of hosts that divides {needed}"
+                f"{need.option} needs {needed} processes, which {len(hosts)} hosts cannot share out: give a number of "
+                f"hosts that divides {needed}"
             )
         per_host = needed // len(hosts)
     if per_host is None:
         per_host = min(len(host.gpus) for host in hosts) if platform == "cuda" else 1
-    check_count(per_host * len(hosts), topology, devices_per_process)
+    check_count(per_host * len(hosts), need, devices_per_process)
     return per_host
 
 
-def check_count(num_processes: int, topology: Topology | None, devices_per_process: int) -> None:
-    """Refuses a number of processes that does not fit the topology.
+def check_count(num_processes: int, need: Need | None, devices_per_process: int) -> None:
+    """Refuses a number of processes that does not fit the command.
 
     Raises:
       ValueError: That.
     """
-    if topology is None or num_processes == (needed := processes_of(topology, devices_per_process)):
+    if need is None or num_processes == (needed := need.processes(devices_per_process)):
         return
-    instances = topology.num_attention + topology.num_ffn
-    alone = "" if needed == 1 else f", or 1 with --devices-per-process {topology.num_devices}"
+    topology, what = need.topology, f"{need.num_devices} device(s)"
+    if topology is not None:
+        instances = topology.num_attention + topology.num_ffn
+        what = f"{instances} instances of {topology.devices_per_instance} device(s)"
+    alone = "" if needed == 1 else f", or 1 with --devices-per-process {need.num_devices}"
     raise ValueError(
-        f"--afd {topology.spec} needs {needed} processes ({instances} instances of {topology.devices_per_instance} "
-        f"device(s), {devices_per_process} in a process), not {num_processes}: start {needed}{alone}"
+        f"{need.option} needs {needed} processes ({what}, {devices_per_process} in a process), not {num_processes}: "
+        f"start {needed}{alone}"
     )
 
 

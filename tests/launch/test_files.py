@@ -12,7 +12,7 @@ import yaml
 from step3_jax import resources
 from step3_jax.cli.main import build_parser
 from step3_jax.launch.schedule import KUBERNETES_PORT, detect_task
-from step3_jax.launch.topology import processes_of, read_topology
+from step3_jax.launch.topology import read_need
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def test_the_pods_command_is_one_that_the_command_line_takes_and_its_processes_f
     program, *argv = container["command"]
     assert program == "step3"
     arguments = build_parser("launch").parse_args(argv)
-    topology = read_topology(arguments.words)
-    assert topology is not None
-    assert processes_of(topology) == spec["completions"] * arguments.processes_per_host
+    need = read_need(arguments.words)
+    assert need is not None
+    assert need.processes() == spec["completions"] * arguments.processes_per_host
     assert arguments.processes_per_host == container["resources"]["limits"]["nvidia.com/gpu"]
     # The pod is given time to end its ranks.
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > arguments.grace

@@ -13,6 +13,7 @@ from step3_jax.launch.keeper import list_gpus
 from step3_jax.launch.plan import Host, Rank, choose_platform, count_processes, format_table, place_ranks
 from step3_jax.launch.protocol import Message, decode, encode, pack_output, unpack_output
 from step3_jax.launch.rendezvous import check_versions
+from step3_jax.launch.topology import read_need
 
 GPUS = tuple("01234567")
 TWO = [Host("a", GPUS), Host("b", GPUS)]
@@ -32,19 +33,30 @@ def _place(host: Host, count: int, *, platform: str = "cuda", **extra: int) -> l
 
 
 def test_one_process_for_each_gpu() -> None:
-    assert count_processes(TWO, per_host=None, platform="cuda", topology=None, devices_per_process=1) == 8
+    assert count_processes(TWO, per_host=None, platform="cuda", need=None, devices_per_process=1) == 8
     ranks = _place(TWO[1], 8, first_rank=8)
     assert [rank.rank for rank in ranks] == list(range(8, 16))
     assert [rank.gpu for rank in ranks] == list(GPUS)
 
 
 def test_the_topology_decides_the_number_of_processes() -> None:
-    topology = parse_topology("1a1f", 4)
-    assert count_processes(TWO, per_host=None, platform="cuda", topology=topology, devices_per_process=1) == 4
+    need = read_need(["--afd", "1a1f", "--afd-devices", "4"])
+    assert count_processes(TWO, per_host=None, platform="cuda", need=need, devices_per_process=1) == 4
     with pytest.raises(ValueError, match="needs 3 processes, which 2 hosts cannot share out"):
-        count_processes(TWO, per_host=None, platform="cpu", topology=parse_topology("2a1f"), devices_per_process=1)
-    with pytest.raises(ValueError, match=r"needs 8 processes .* not 4: start 8"):
-        count_processes(TWO, per_host=2, platform="cpu", topology=topology, devices_per_process=1)
+        count_processes(TWO, per_host=None, platform="cpu", need=read_need(["--afd", "2a1f"]), devices_per_process=1)
+    with pytest.raises(ValueError, match=r"--afd 1a1f needs 8 processes .* not 4: start 8"):
+        count_processes(TWO, per_host=2, platform="cpu", need=need, devices_per_process=1)
+
+
+def test_data_and_tensor_parallel_sizes_decide_it_too() -> None:
+    need = read_need(["generate", "--dp", "4", "--tensor-parallel-size=2"])
+    assert count_processes(TWO, per_host=None, platform="cuda", need=need, devices_per_process=1) == 4
+    assert count_processes(TWO, per_host=2, platform="cpu", need=need, devices_per_process=2) == 2
+    message = (
+        r"--dp 4 --tp 2 needs 8 processes \(8 device\(s\), 1 in a process\), not 2: start 8, or 1 with --devices-per"
+    )
+    with pytest.raises(ValueError, match=message):
+        count_processes(TWO, per_host=1, platform="cpu", need=need, devices_per_process=1)
 
 
 def test_more_processes_than_gpus_are_refused() -> None:

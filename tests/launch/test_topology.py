@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from step3_jax.deployment import Topology, parse_topology
-from step3_jax.launch.topology import processes_of, read_topology
+from step3_jax.launch.topology import Need, read_need, read_topology
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,42 @@ def test_what_cannot_be_read_is_refused(words: str) -> None:
     [("1a1f", 1, 1, 2), ("2a2f", 1, 1, 4), ("2a2f", 8, 1, 32), ("2a1f", 4, 2, 6), ("2a2f", 1, 4, 1)],
 )
 def test_processes_of_a_topology(spec: str, per_instance: int, per_process: int, processes: int) -> None:
-    assert processes_of(parse_topology(spec, per_instance), per_process) == processes
+    need = read_need(["generate", "--afd", spec, "--afd-devices", str(per_instance)])
+    assert need is not None
+    assert need.processes(per_process) == processes
 
 
 def test_a_process_cannot_hold_parts_of_two_instances() -> None:
     with pytest.raises(ValueError, match="2a2f has 3 device"):
-        processes_of(parse_topology("2a2f", 3), 2)
+        Need("--afd 2a2f", 12, parse_topology("2a2f", 3)).processes(2)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("generate -p Hello", None),
+        ("generate --dp 2 -p Hello", Need("--dp 2", 2)),
+        ("generate --data-parallel-size=2 --tp 4 --ep 8", Need("--dp 2 --tp 4", 8)),
+        ("generate --ep 4", Need("--ep 4", 4)),
+        ("generate --afd off --tp 4", Need("--tp 4", 4)),
+    ],
+)
+def test_parallel_sizes_are_found_among_the_words(words: str, expected: Need | None) -> None:
+    assert read_need(words.split()) == expected
+
+
+def test_the_ffn_sides_sizes_are_no_need_of_their_own() -> None:
+    need = read_need("generate --afd 1a1f --afd-devices 2 --tp 2".split())
+    assert need is not None
+    assert need.num_devices == 4
+
+
+def test_parallel_sizes_that_cannot_be_are_refused() -> None:
+    for words in ("--dp 0", "--tp x"):
+        with pytest.raises(ValueError, match=r"--(dp 0|tp x); a whole number of at least 1 is needed"):
+            read_need(["generate", *words.split()])
+    with pytest.raises(ValueError, match="--dp 4 is for 4 devices, which processes of 3 cannot share out"):
+        Need("--dp 4", 4).processes(3)
 
 
 def test_attention_comes_first() -> None:

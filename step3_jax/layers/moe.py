@@ -183,8 +183,9 @@ def experts_by_block(
     order = jnp.argsort(flat, stable=True)
     sorted_experts = flat[order]
     rank = jnp.arange(num_pairs) - (jnp.cumsum(counts) - counts)[sorted_experts]
-    # No expert has more padding than a large block, and no block is without a pair.
-    num_slots = num_pairs + min(num_experts, num_pairs) * large
+    # What an expert's last block may be padded with, and no block is without a pair.
+    padding = max(large - MAX_SMALL_BLOCKS * small, small)
+    num_slots = num_pairs + min(num_experts, num_pairs) * padding
     slots = jnp.where(sorted_experts < num_experts, first_slots[sorted_experts] + rank, num_slots)
     # Slot -> token; empty slots point at a row of zeros behind the last token.
     tokens = jnp.full((num_slots,), num_tokens, jnp.int32)

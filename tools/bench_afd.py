@@ -48,7 +48,7 @@ from step3_jax.afd.wire import Slots, Wire
 from step3_jax.cli.bench_decode import random_model
 from step3_jax.config import ModelConfig, TextConfig
 from step3_jax.deployment import parse_topology
-from step3_jax.engine.state import DecodeBatch
+from step3_jax.engine.state import DecodeBatch, DecodeCall
 from step3_jax.mesh import initialise_distributed
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
@@ -132,12 +132,12 @@ class Rank:
         """The decode call; both processes make it together."""
         executor, (batch, sampling, num_pages) = self.executor(count), self.batch(count)
         held = [executor.allocate_cache(num_pages, "float32")]
-        steps = self._arguments.steps
+        call = DecodeCall(batch, sampling, MODE, self._arguments.steps, max_steps=self._arguments.steps)
 
-        def call() -> None:
-            held[0], _ = executor.decode(held[0], batch, sampling, steps, max_steps=steps, mode=MODE)
+        def run() -> None:
+            held[0], _ = executor.decode(held[0], call)
 
-        return call
+        return run
 
     def alone(self, count: int) -> Callable[[], None]:
         """The same without the exchange, on this process's device."""

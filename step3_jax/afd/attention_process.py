@@ -17,7 +17,7 @@ from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.engine.runner import MEMORY_SHARE
-from step3_jax.engine.state import DecodeBatch, PrefillBatch, Report
+from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode
@@ -93,24 +93,15 @@ class AttentionProcess(RoleProcess):
         given = jax.tree.map(np.asarray, batch._replace(features=None))
         return self._call("prefill", self._prefill, self.weights, cache, given._replace(features=features))
 
-    def decode(
-        self,
-        cache: Cache,
-        batch: DecodeBatch,
-        sampling: SamplingBatch,
-        num_steps: int,
-        *,
-        max_steps: int,
-        leave_early: bool = False,
-        mode: SamplingMode,
-    ) -> tuple[Cache, Report]:
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
         """See `Executor.decode`. After a row has ended, a call may take a step in which it does nothing."""
-        if self._sampling is None or self._sampling[0] is not sampling:
+        if self._sampling is None or self._sampling[0] is not call.sampling:
             # The engine gives the same parameters again until a row comes or goes.
-            self._sampling = sampling, jax.tree.map(self._copy, sampling)
-        given = jax.tree.map(np.asarray, batch), self._sampling[1]
-        numbers = self._numbers(num_steps, leave_early)
-        cache, report, taken = self._call("decode", self._decode, self.weights, cache, *given, numbers, max_steps, mode)
+            self._sampling = call.sampling, jax.tree.map(self._copy, call.sampling)
+        given = jax.tree.map(np.asarray, call.batch), self._sampling[1], self._numbers(call.num_steps, call.leave_early)
+        cache, report, taken = self._call(
+            "decode", self._decode, self.weights, cache, *given, call.max_steps, call.mode
+        )
         self._num_steps += int(taken)
         return cache, report
 

@@ -17,7 +17,7 @@ from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.afd.wire import Slots
 from step3_jax.cache.paged import Cache
-from step3_jax.engine.state import DecodeBatch, PrefillBatch, Report
+from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode
@@ -71,20 +71,10 @@ class FfnProcess(RoleProcess):
         self._call("prefill", self._prefill, self.weights, batch.token_ids.shape[0] // self.num_shards)
         return cache
 
-    def decode(
-        self,
-        cache: Cache,
-        batch: DecodeBatch,
-        sampling: SamplingBatch,
-        num_steps: int,
-        *,
-        max_steps: int,
-        leave_early: bool = False,
-        mode: SamplingMode,
-    ) -> tuple[Cache, Report]:
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
         """See `Executor.decode`."""
-        num_rows, numbers = batch.last.shape[0] // self.num_shards, self._numbers(num_steps, leave_early)
-        report, taken = self._call("decode", self._decode, self.weights, numbers, num_rows, max_steps, mode)
+        num_rows, numbers = call.batch.last.shape[0] // self.num_shards, self._numbers(call.num_steps, call.leave_early)
+        report, taken = self._call("decode", self._decode, self.weights, numbers, num_rows, call.max_steps, call.mode)
         self._num_steps += int(taken)
         return cache, report
 

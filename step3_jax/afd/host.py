@@ -26,9 +26,8 @@ from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.engine.runner import MEMORY_SHARE, widen_weights
-from step3_jax.engine.state import DecodeBatch, PrefillBatch, Report
+from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode
 
 # Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
 _STAGES_AHEAD = 8
@@ -124,17 +123,7 @@ class HostExecutor:
         self.compile_s = calls.compile_s
         return tuple(pages)
 
-    def decode(
-        self,
-        cache: Cache,
-        batch: DecodeBatch,
-        sampling: SamplingBatch,
-        num_steps: int,
-        *,
-        max_steps: int,
-        leave_early: bool = False,
-        mode: SamplingMode,
-    ) -> tuple[Cache, Report]:
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
         """See `Executor.decode`.
 
         Whether rows have ended is read one step late, so that no step waits for the answer of the one before: a call may
@@ -143,11 +132,11 @@ class HostExecutor:
         Raises:
           TimeoutError: If a stage does not end by its deadline; the message names it.
         """
-        calls, pages = self.calls, list(cache)
-        parts = calls.split(batch, sampling, self._pages_of_shard(cache), max_steps=max_steps, mode=mode)
+        calls, pages, mode = self.calls, list(cache), call.mode
+        parts = calls.split(call.batch, call.sampling, self._pages_of_shard(cache), max_steps=call.max_steps, mode=mode)
         counts: collections.deque[list[Int[Array, "S 2"]]] = collections.deque()
-        for _ in range(num_steps):
-            if len(counts) == 2 and self._is_over(counts.popleft(), leave_early):
+        for _ in range(call.num_steps):
+            if len(counts) == 2 and self._is_over(counts.popleft(), call.leave_early):
                 break
             number = self._count("decode")
             flows = [calls.begin(part) for part in parts]
@@ -159,7 +148,7 @@ class HostExecutor:
                 parts[index] = part._replace(rows=rows)
                 counts[-1].append(count)
                 self._note(Stage("attention", "decode", number, len(pages), index), count, len(parts))
-        report = calls.merge([part.rows.report for part in parts], batch.last.shape[0] // self.num_shards)
+        report = calls.merge([part.rows.report for part in parts], call.batch.last.shape[0] // self.num_shards)
         self._flight.drain()
         self.compile_s = calls.compile_s
         return tuple(pages), report

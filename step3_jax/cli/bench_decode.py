@@ -31,7 +31,7 @@ from step3_jax.config import ModelConfig, TextConfig
 from step3_jax.engine.engine import STEPS_PER_CALL
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
-from step3_jax.engine.state import DecodeBatch, PrefillBatch
+from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
 from step3_jax.mesh import make_layout
 from step3_jax.model.parallel import place_model
 from step3_jax.model.step3 import Step3, abstract_step3
@@ -168,9 +168,8 @@ class Ours:
     def decode(self, steps: int) -> float:
         """Makes `steps` tokens of each row in one call of the jitted loop. Returns seconds."""
         begin = time.perf_counter()
-        self._cache, report = self._runner.decode(
-            self._cache, self._batch(), self._sampling, steps, max_steps=self._max_steps(steps), mode=self._mode
-        )
+        call = DecodeCall(self._batch(), self._sampling, self._mode, steps, max_steps=self._max_steps(steps))
+        self._cache, report = self._runner.decode(self._cache, call)
         report = jax.device_get(report)
         self._tokens.append(report.tokens[:, :steps])
         self._last, self._cached = report.tokens[:, steps - 1], self._cached + steps

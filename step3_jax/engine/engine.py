@@ -20,7 +20,7 @@ from step3_jax.engine.media import chunk_features
 from step3_jax.engine.pack import pack_chunk, pack_decode, pack_sampling, pack_table
 from step3_jax.engine.request import Request, RequestOutput, StreamPiece
 from step3_jax.engine.scheduler import Chunk, Scheduler
-from step3_jax.engine.state import Report
+from step3_jax.engine.state import DecodeCall, Report
 from step3_jax.engine.stats import EngineStats
 from step3_jax.sampling.batch import (
     SamplingBatch,
@@ -292,15 +292,15 @@ class Engine:
             has_history=packed.mode.use_penalties,
         )
         start, compiled = self._now(), executor.compile_s
-        self._cache, report = executor.decode(
-            self._take_cache(),
+        call = DecodeCall(
             batch,
             packed.sampling,
+            packed.mode,
             num_steps,
             max_steps=max(STEPS_PER_CALL, power_of_two(num_steps)),
             leave_early=self._scheduler.num_waiting > 0,
-            mode=packed.mode,
         )
+        self._cache, report = executor.decode(self._take_cache(), call)
         report = jax.device_get(report)
         elapsed = self._now() - start
         stats.decode_s += elapsed

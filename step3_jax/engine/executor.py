@@ -11,8 +11,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.pages import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.config import ModelConfig
-from step3_jax.engine.state import DecodeBatch, PrefillBatch, Report
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode
+from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
 
 
 class Executor(Protocol):
@@ -58,27 +57,12 @@ class Executor(Protocol):
         """
         ...
 
-    def decode(
-        self,
-        cache: Cache,
-        batch: DecodeBatch,
-        sampling: SamplingBatch,
-        num_steps: int,
-        *,
-        max_steps: int,
-        leave_early: bool = False,
-        mode: SamplingMode,
-    ) -> tuple[Cache, Report]:
-        """Makes up to `num_steps` tokens of each active row.
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
+        """Makes up to `call.num_steps` tokens of each active row.
 
         Args:
           cache: Of the last call; it is consumed.
-          batch: The sequences.
-          sampling: Parameters of the rows.
-          num_steps: Steps to take at most.
-          max_steps: Tokens of a row that the report has room for; a part of the compiled program's key.
-          leave_early: Whether to return as soon as a row has ended.
-          mode: What may be left out.
+          call: What to do.
 
         Returns:
           The cache, and a report that stays valid after the next call.

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.pages import Storage
 from step3_jax.cache.paged import Cache, empty_cache
-from step3_jax.engine.state import DecodeBatch, PrefillBatch, Report, decode_loop
+from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report, decode_loop
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 from step3_jax.layers.moe import separate_experts
@@ -91,21 +91,11 @@ class Runner:
         """See `Executor.prefill`."""
         return self._timed("prefill", self._prefill, self._weights, cache, batch)
 
-    def decode(
-        self,
-        cache: Cache,
-        batch: DecodeBatch,
-        sampling: SamplingBatch,
-        num_steps: int,
-        *,
-        max_steps: int,
-        leave_early: bool = False,
-        mode: SamplingMode,
-    ) -> tuple[Cache, Report]:
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
         """See `Executor.decode`."""
-        given = np.int32(num_steps), np.bool_(leave_early)
+        given = call.batch, call.sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
         return self._timed(
-            "decode", self._decode, self._weights, cache, batch, sampling, *given, max_steps=max_steps, mode=mode
+            "decode", self._decode, self._weights, cache, *given, max_steps=call.max_steps, mode=call.mode
         )
 
     def prefill_program(self, cache: Cache, batch: PrefillBatch) -> jax.stages.Compiled:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.pages import Storage
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.engine.runner import MEMORY_SHARE, Runner, widen_weights
-from step3_jax.engine.state import DecodeBatch, PrefillBatch, Report
+from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.mesh import Layout, agree_least
 from step3_jax.model.parallel import parallelise
 from step3_jax.model.step3 import Step3
@@ -93,23 +93,13 @@ class ShardedRunner(Runner):
         """See `Executor.prefill`."""
         return self._timed("prefill", self._prefill, self._weights, cache, self._on_host(batch))
 
-    def decode(
-        self,
-        cache: Cache,
-        batch: DecodeBatch,
-        sampling: SamplingBatch,
-        num_steps: int,
-        *,
-        max_steps: int,
-        leave_early: bool = False,
-        mode: SamplingMode,
-    ) -> tuple[Cache, Report]:
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
         """See `Executor.decode`."""
-        if self._sampling is None or self._sampling[0] is not sampling:
+        if self._sampling is None or self._sampling[0] is not call.sampling:
             # The engine gives the same parameters again until a row comes or goes.
-            self._sampling = sampling, self._place(sampling)
-        given = self._on_host(batch), self._sampling[1], np.int32(num_steps), np.bool_(leave_early)
-        return self._timed("decode", self._decode_calls, self._weights, cache, *given, max_steps, mode)
+            self._sampling = call.sampling, self._place(call.sampling)
+        given = self._on_host(call.batch), self._sampling[1], np.int32(call.num_steps), np.bool_(call.leave_early)
+        return self._timed("decode", self._decode_calls, self._weights, cache, *given, call.max_steps, call.mode)
 
     def decode_program(
         self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int, mode: SamplingMode

@@ -6,6 +6,7 @@ each call brings it along: a few numbers a row.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,6 +65,27 @@ class DecodeBatch(NamedTuple):
     is_active: Bool[Array, " B"]
     table: Int[Array, "B max_pages"]
     history: Int[Array, "B M"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCall:
+    """What one decode call is to do.
+
+    Attributes:
+      batch: The sequences.
+      sampling: Parameters of the rows.
+      mode: What may be left out; a part of the compiled program's key.
+      num_steps: Steps to take at most.
+      max_steps: Tokens of a row that the report has room for; a part of the compiled program's key.
+      leave_early: Whether to return as soon as a row has ended.
+    """
+
+    batch: DecodeBatch
+    sampling: SamplingBatch
+    mode: SamplingMode
+    num_steps: int
+    max_steps: int
+    leave_early: bool = False
 
 
 class Report(NamedTuple):

@@ -12,7 +12,7 @@ import pytest
 from step3_jax.cache.paged import Cache
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
-from step3_jax.engine.state import FULL, IDLE, RUNNING, STOPPED, DecodeBatch, PrefillBatch, Report
+from step3_jax.engine.state import FULL, IDLE, RUNNING, STOPPED, DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
@@ -65,9 +65,8 @@ def run(
     *,
     leave_early: bool = False,
 ) -> tuple[Cache, Report]:
-    return runner.decode(
-        cache, batch, sampling, num_steps, max_steps=MAX_STEPS, leave_early=leave_early, mode=SamplingMode()
-    )
+    call = DecodeCall(batch, sampling, SamplingMode(), num_steps, max_steps=MAX_STEPS, leave_early=leave_early)
+    return runner.decode(cache, call)
 
 
 def read(runner: Runner, num_rows: int, padding: int = 0) -> Cache:

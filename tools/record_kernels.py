@@ -14,6 +14,7 @@ import pathlib
 
 import jax
 
+from pallas_kernels.compat import IS_0_11
 from tools import gpu_compile
 from tools.gpu_check import cases as case_list
 from tools.gpu_check.case import Case
@@ -53,7 +54,8 @@ ALLOWED_SPILLS = {
         176,
         "sums of 64 x 256, scores and weights are held at once; most of it in the merge of two warpgroups",
     ),
-    "mfa_prefill/fp8/": (28, "the warpgroup that turns 8-bit rows to float16 has few registers"),
+    # JAX 0.10 orders it otherwise.
+    "mfa_prefill/fp8/": (28 if IS_0_11 else 52, "the warpgroup that turns 8-bit rows to float16 has few registers"),
     "moe_ffn/fp8/": (44, "gate + up at tiles of 128 rows: two sums and a product are 192 registers; once a work item"),
 }
 

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from step3_jax.checkpoint.load import load_model
     from step3_jax.checkpoint.save import save_model
     from step3_jax.config import ModelConfig
+    from step3_jax.engine.config import EngineConfig
     from step3_jax.engine.llm import LLM
     from step3_jax.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "ModelConfig", "SamplingParams", "load_model", "save_model"]
+__all__ = ["LLM", "EngineConfig", "ModelConfig", "SamplingParams", "load_model", "save_model"]
 
 _PLACES = {
+    "EngineConfig": "step3_jax.engine.config",
     "LLM": "step3_jax.engine.llm",
     "ModelConfig": "step3_jax.config",
     "SamplingParams": "step3_jax.sampling.params",

@@ -37,7 +37,7 @@ HELD_OUT = pathlib.Path(__file__).parent / "heldout"
 @pytest.fixture(scope="module")
 def replies(tiny_model_path: pathlib.Path) -> dict[str, list[Reply]]:
     """The model's answers to all committed questions."""
-    llm = LLM(tiny_model_path, dtype="float32", max_batch_size=64)
+    llm = LLM(tiny_model_path, dtype="float32", max_num_seqs=64)
     return {part.name: ask_all(llm, part.cases) for part in load_committed_sets(HELD_OUT)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -15,10 +16,10 @@ from step3_jax.afd.process import COPY, OWN, RoleProcess, encode, take_vision
 from step3_jax.afd.roles import take_apart
 from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.cache.paged import Cache, empty_cache
-from step3_jax.engine.runner import MEMORY_SHARE
+from step3_jax.cache.bucket import power_of_two
+from step3_jax.cache.paged import Cache, copy_pages, empty_cache
+from step3_jax.engine.executor import Started, local_pages
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
-from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode
 
@@ -41,7 +42,7 @@ class AttentionProcess(RoleProcess):
         self.weights = AttentionWeights(
             self._take(parts.ends.leaves), [self._take(part.leaves) for part in parts.attention]
         )
-        self._sampling: tuple[SamplingBatch, SamplingBatch] | None = None
+        self._images_multiple = self.num_shards
         own, copies = self._own, self._copies
         self._prefill = jax.jit(self._run_prefill, in_shardings=(own, own, copies), out_shardings=own, donate_argnums=1)
         self._decode = jax.jit(
@@ -51,59 +52,53 @@ class AttentionProcess(RoleProcess):
             out_shardings=(own, copies, copies),
             donate_argnums=1,
         )
+        self._copy = jax.jit(
+            self._on_union(copy_pages, (OWN, OWN, OWN), OWN),
+            in_shardings=(own, own, own),
+            out_shardings=own,
+            donate_argnums=0,
+        )
         self._vision = take_vision(model)
         leaves = self._vision.leaves if self._vision is not None else []
-        self._vision_leaves = [leaf.astype(self._run_dtype(leaf.dtype)) for leaf in leaves]
+        self._vision_leaves = [leaf.astype(self.run_dtype(leaf.dtype)) for leaf in leaves]
         self._encode_jit = jax.jit(self._run_encode, out_shardings=topology.attention.sharding())
-
-    def cache_memory_bytes(self) -> int | None:
-        """See `Executor.cache_memory_bytes`."""
-        left = []
-        for device in self.topology.union.local_devices:
-            stats = device.memory_stats()
-            if not stats or "bytes_limit" not in stats:
-                return None
-            left.append(int(MEMORY_SHARE * stats["bytes_limit"]) - stats["bytes_in_use"])
-        return agree_least(min(left))
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; this process holds the pages of its own devices."""
         make = functools.partial(
-            empty_cache, self.config.text, num_pages // self.num_shards, storage, as_bits=self._is_cpu
+            empty_cache, self.config.text, num_pages // self.num_shards, storage, as_bits=self.is_cpu
         )
         parts = [
             jax.jit(make, out_shardings=SingleDeviceSharding(device))() for device in self.topology.union.local_devices
         ]
         return jax.tree.map(lambda *leaves: self._spread(leaves), *parts)
 
-    def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """See `Executor.encode_images`; the squares are shared out over the attention devices."""
-        count, sharding = pixels.shape[0], self.topology.attention.sharding("rows")
-        padded = np.pad(pixels, ((0, -count % self.num_shards), (0, 0), (0, 0), (0, 0)))
-        placed = jax.make_array_from_callback(padded.shape, sharding, padded.__getitem__)
-        return self._call("encoding pictures", self._encode_jit, self._vision_leaves, placed)[:count]
+    def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
+        placed = jax.make_array_from_callback(
+            pixels.shape, self.topology.attention.sharding("rows"), pixels.__getitem__
+        )
+        return self._call("encoding images", self._encode_jit, self._vision_leaves, placed)
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> Cache:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
         """See `Executor.prefill`."""
-        features = batch.features
-        if features is not None:
-            # They are on the attention devices, and the program is one of all devices.
-            own = [shard.data for shard in features.addressable_shards]
-            features = jax.make_array_from_single_device_arrays(features.shape, self._copies, own)
-        given = jax.tree.map(np.asarray, batch._replace(features=None))
-        return self._call("prefill", self._prefill, self.weights, cache, given._replace(features=features))
+        return self._call("prefill", self._prefill, self.weights, cache, batch), Started(None)
 
-    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
-        """See `Executor.decode`. After a row has ended, a call may take a step in which it does nothing."""
-        if self._sampling is None or self._sampling[0] is not call.sampling:
-            # The engine gives the same parameters again until a row comes or goes.
-            self._sampling = call.sampling, jax.tree.map(self._copy, call.sampling)
-        given = jax.tree.map(np.asarray, call.batch), self._sampling[1], self._numbers(call.num_steps, call.leave_early)
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
+        """See `Executor.decode`. After a sequence has ended, a call may take a step in which it does nothing."""
+        given = call.batch, self._place_sampling(call.sampling), self._numbers(call.num_steps, call.leave_early)
         cache, report, taken = self._call(
             "decode", self._decode, self.weights, cache, *given, call.max_steps, call.mode
         )
         self._num_steps += int(taken)
-        return cache, report
+        return cache, Started(report)
+
+    def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
+        """See `Executor.copy_pages`; each device copies its own."""
+        num_own, size = cache[0].keys.shape[0] // self.topology.union.size, power_of_two(len(sources))
+        # The FFN side's devices have pages of no shard; the attention side's come first.
+        num_parts = self.topology.union.size
+        own = (local_pages(pages, num_own, num_parts, size) for pages in (sources, targets))
+        return self._call("copying pages", self._copy, cache, *own)
 
     def prefill_program(self, cache: Cache, batch: PrefillBatch) -> jax.stages.Compiled:
         """The compiled chunk of a bucket, for reading; the arguments may be abstract, and are not consumed."""

@@ -34,6 +34,7 @@ from step3_jax.afd.roles import (
     take_apart,
 )
 from step3_jax.afd.topology import AfdTopology
+from step3_jax.cache.paged import Cache, copy_pages
 from step3_jax.engine.state import (
     FULL,
     RUNNING,
@@ -147,16 +148,20 @@ class RoleCalls:
         return self._timed("merge", self._merge, list(reports), rows_of_shard)
 
     def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """Features of squares, shared out over the attention devices.
+        """Features of squares, as many for each attention device.
 
         Raises:
           ValueError: If the model has no vision tower.
         """
         if self._vision is None:
             raise ValueError("this is a text-only model: its checkpoint has no vision tower, so it takes no images")
-        count = pixels.shape[0]
-        padded = np.pad(pixels, ((0, -count % self._topology.num_attention), (0, 0), (0, 0), (0, 0)))
-        return self._timed("encode_images", self._encode, self._vision.leaves, padded)[:count]
+        return self._timed("encode_images", self._encode, self._vision.leaves, pixels)
+
+    def copy_pages(
+        self, cache: Cache, sources: Int[np.ndarray, " copies"], targets: Int[np.ndarray, " copies"]
+    ) -> Cache:
+        """Copies pages, of each attention device as it counts its own."""
+        return self._copy(cache, sources, targets)
 
     def attention_program(self, layer: int, flow: Flow, pages: KVPages) -> jax.stages.Compiled:
         """The compiled attention step of a layer, for reading; flow and pages may be abstract, and are not consumed."""
@@ -221,6 +226,7 @@ class RoleCalls:
         self._split = jax.jit(split, static_argnums=(3, 4))
         self._end = jax.jit(end, static_argnames="mode", donate_argnums=6)
         self._merge = jax.jit(merge, static_argnums=1)
+        self._copy = jax.jit(on_attention(copy_pages, in_specs=(rows, rows, rows)), donate_argnums=0)
 
     # The functions below are traced, on one device's own part; each counts its traces by a side effect of Python.
 

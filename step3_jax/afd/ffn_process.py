@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +17,7 @@ from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.afd.wire import Slots
 from step3_jax.cache.paged import Cache
+from step3_jax.engine.executor import Started
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
@@ -47,7 +48,7 @@ class FfnProcess(RoleProcess):
             self._run_decode, static_argnums=(2, 3, 4), in_shardings=(own, copies), out_shardings=copies
         )
 
-    def cache_memory_bytes(self) -> int | None:
+    def cache_memory_bytes(self, share: float) -> int | None:
         """See `Executor.cache_memory_bytes`: what the attention side has left."""
         stats = self.topology.union.local_devices[0].memory_stats()
         return agree_least(_NO_LIMIT_BYTES) if stats and "bytes_limit" in stats else None
@@ -56,7 +57,7 @@ class FfnProcess(RoleProcess):
         """See `Executor.allocate_cache`: nothing."""
         return ()
 
-    def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
+    def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[np.ndarray, "images tokens D"]:
         """See `Executor.encode_images`: zeros, as the attention side alone needs the features.
 
         Raises:
@@ -64,19 +65,26 @@ class FfnProcess(RoleProcess):
         """
         leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self._vision.leaves] if self._vision else []
         shape = jax.eval_shape(functools.partial(encode, self._vision), leaves, pixels)
-        return jnp.zeros(shape.shape, shape.dtype)
+        return np.zeros(shape.shape, shape.dtype)
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> Cache:
+    def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
+        raise NotImplementedError("the FFN side has no use for image features")
+
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
         """See `Executor.prefill`."""
         self._call("prefill", self._prefill, self.weights, batch.token_ids.shape[0] // self.num_shards)
-        return cache
+        return cache, Started(None)
 
-    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
         num_rows, numbers = call.batch.last.shape[0] // self.num_shards, self._numbers(call.num_steps, call.leave_early)
         report, taken = self._call("decode", self._decode, self.weights, numbers, num_rows, call.max_steps, call.mode)
         self._num_steps += int(taken)
-        return cache, report
+        return cache, Started(report)
+
+    def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
+        """See `Executor.copy_pages`: nothing."""
+        return cache
 
     def decode_program(
         self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int, mode: SamplingMode

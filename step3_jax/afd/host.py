@@ -23,9 +23,10 @@ from step3_jax.afd.flight import Event, Flight, Lane, Stage
 from step3_jax.afd.payload import PayloadFormat, choose_payload
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
+from step3_jax.cache.bucket import power_of_two
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
-from step3_jax.engine.runner import MEMORY_SHARE, widen_weights
+from step3_jax.engine.executor import Executor, Started, local_pages, widen_weights
 from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
 
@@ -33,14 +34,10 @@ from step3_jax.model.step3 import Step3
 _STAGES_AHEAD = 8
 
 
-class HostExecutor:
-    """Runs a model with attention and FFN on disjoint devices of this process; an `engine.executor.Executor`.
+class HostExecutor(Executor):
+    """Runs a model with attention and FFN on disjoint devices of this process; `num_shards` are the attention devices.
 
     Attributes:
-      config: The model's sizes.
-      dtype: Of activations.
-      num_shards: Attention devices, see `Executor`.
-      compile_s: Seconds spent in calls that had to trace, up to their dispatch.
       topology: The devices.
       form: What crosses between the roles.
       calls: The jitted calls, with their counts.
@@ -57,8 +54,6 @@ class HostExecutor:
     ) -> None:
         """Takes a model whose weights lie as `topology.parameter` says: `load_host_executor` and `place_model` see to it.
 
-        On a CPU a bfloat16 model is held and run in float32, as `Runner` does.
-
         Args:
           model: The model.
           topology: The devices.
@@ -72,42 +67,39 @@ class HostExecutor:
         """
         check_microbatches(num_microbatches)
         topology.check(model.config)
-        self._is_cpu = topology.devices[0].platform == "cpu"
-        if self._is_cpu:
+        super().__init__(
+            model.config,
+            list(topology.attention.mesh.devices.flat),
+            model.text.embed_tokens.weight.get_value().dtype,
+            num_shards=topology.num_attention,
+        )
+        if self.is_cpu:
             model = widen_weights(model)
-        self.config = model.config
         self.topology = topology
-        self.num_shards = topology.num_attention
-        self.compile_s = 0.0
-        self.dtype = model.text.embed_tokens.weight.get_value().dtype
+        self._images_multiple = topology.num_attention
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype))
         self.calls = RoleCalls(model, topology, self.form, num_microbatches)
         self._exchange = Exchange(topology)
         self._flight = Flight(deadline_s)
         self._num_started: collections.Counter[str] = collections.Counter()
 
-    def cache_memory_bytes(self) -> int | None:
-        """See `Executor.cache_memory_bytes`."""
-        left = []
-        for device in self.topology.attention.mesh.devices.flat:
-            stats = device.memory_stats()
-            if not stats or "bytes_limit" not in stats:
-                return None
-            left.append(int(MEMORY_SHARE * stats["bytes_limit"]) - stats["bytes_in_use"])
-        return min(left)
-
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; the pages are on the attention devices alone."""
-        make = functools.partial(empty_cache, self.config.text, num_pages, storage, as_bits=self._is_cpu)
+        make = functools.partial(empty_cache, self.config.text, num_pages, storage, as_bits=self.is_cpu)
         return jax.jit(make, out_shardings=self.topology.attention.sharding("rows"))()
 
-    def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """See `Executor.encode_images`; the squares are shared out over the attention devices."""
+    def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
+        """See `Executor.copy_pages`."""
+        shard_pages, size = self._pages_of_shard(cache), power_of_two(len(sources))
+        own = (local_pages(pages, shard_pages, self.num_shards, size) for pages in (sources, targets))
+        return self.calls.copy_pages(cache, *own)
+
+    def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         features = self.calls.encode_images(pixels)
         self.compile_s = self.calls.compile_s
         return features
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> Cache:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
         """See `Executor.prefill`.
 
         Raises:
@@ -121,9 +113,9 @@ class HostExecutor:
             flows = self._run_layer(flows, pages, layer, "prefill", number, needs_ffn=layer < len(pages) - 1)
         self._flight.drain()
         self.compile_s = calls.compile_s
-        return tuple(pages)
+        return tuple(pages), Started(None)
 
-    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`.
 
         Whether rows have ended is read one step late, so that no step waits for the answer of the one before: a call may
@@ -151,7 +143,7 @@ class HostExecutor:
         report = calls.merge([part.rows.report for part in parts], call.batch.last.shape[0] // self.num_shards)
         self._flight.drain()
         self.compile_s = calls.compile_s
-        return tuple(pages), report
+        return tuple(pages), Started(report)
 
     def start_recording(self) -> None:
         """Records who does which stage when, from now on; see `afd.trace`."""

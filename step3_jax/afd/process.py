@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -20,6 +18,7 @@ from step3_jax.afd.payload import PayloadFormat, choose_payload
 from step3_jax.afd.roles import Part, split_module
 from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import UNION, AfdTopology
+from step3_jax.engine.executor import Executor
 from step3_jax.model.step3 import Step3
 
 P = ParamSpec("P")
@@ -30,15 +29,10 @@ Specs = tuple[PartitionSpec, ...]
 OWN, COPY = PartitionSpec(UNION), PartitionSpec()
 
 
-class RoleProcess:
-    """What both roles' processes have in common; `AttentionProcess` and `FfnProcess` are `engine.executor.Executor`s.
+class RoleProcess(Executor):
+    """What both roles' processes have in common; `num_shards` are the attention devices of all processes.
 
     Attributes:
-      config: The model's sizes.
-      dtype: Of activations.
-      num_shards: Attention devices, see `Executor`.
-      compile_s: Seconds spent in calls that had to trace, up to their dispatch.
-      num_traces: How often each call was traced, by name.
       topology: The devices of all processes.
       form: What crosses between the roles.
     """
@@ -46,13 +40,13 @@ class RoleProcess:
     def __init__(self, model: Step3, topology: AfdTopology, payload: str) -> None:
         """As for `make_program_executor`."""
         topology.check(model.config)
-        self.config = model.config
+        super().__init__(
+            model.config,
+            topology.union.local_devices,
+            model.text.embed_tokens.weight.get_value().dtype,
+            num_shards=topology.num_attention,
+        )
         self.topology = topology
-        self.num_shards = topology.num_attention
-        self.compile_s = 0.0
-        self.num_traces: collections.Counter[str] = collections.Counter()
-        self._is_cpu = topology.devices[0].platform == "cpu"
-        self.dtype = self._run_dtype(model.text.embed_tokens.weight.get_value().dtype)
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype))
         self._own = NamedSharding(topology.union, OWN)
         self._copies = NamedSharding(topology.union, COPY)
@@ -61,13 +55,10 @@ class RoleProcess:
         self._observe = self._beacon.step if os.environ.get(BEACON) else None
         self._num_steps = 0
 
-    def _run_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
-        return jnp.dtype(jnp.float32) if self._is_cpu and dtype == jnp.bfloat16 else dtype
-
     def _take(self, leaves: Sequence[Array]) -> list[Array]:
-        """This process's parts of weights as arrays over all devices. Of the others' parts nobody knows or asks."""
+        """This process's parts of weights as arrays over all devices; other processes' parts are never made here."""
         return [
-            self._spread([shard.data.astype(self._run_dtype(leaf.dtype)) for shard in leaf.addressable_shards])
+            self._spread([shard.data.astype(self.run_dtype(leaf.dtype)) for shard in leaf.addressable_shards])
             for leaf in leaves
         ]
 
@@ -87,14 +78,13 @@ class RoleProcess:
         self._beacon.leave()
         return result
 
-    def _copy(self, leaf: Array | np.generic) -> Array:
-        """A copy of an array on every device."""
-        host = np.asarray(leaf)
+    def _place(self, array: np.ndarray | np.generic) -> Array:
+        host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, self._copies, host.__getitem__)
 
     def _numbers(self, num_steps: int, leave_early: bool) -> Numbers:
         given = np.int32(num_steps), np.bool_(leave_early), np.int32(self._num_steps)
-        return Numbers(*(self._copy(number) for number in given))
+        return Numbers(*(self._place(number) for number in given))
 
     def _on_union(self, run: Callable[P, R], in_specs: Specs, out_specs: Specs | PartitionSpec) -> Callable[P, R]:
         mesh = self.topology.union

@@ -1,8 +1,13 @@
-"""Which pages of the cache are whose: numbers on the host, no memory."""
+"""Which pages of the cache belong to which sequences, and which hold tokens that another sequence may use again.
+
+Numbers on the host, no memory. A page is in one of three states: owned (by one sequence or several), cached (no owner, but
+its tokens are known by a key, so that a later sequence may take it), or free.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import collections
+from collections.abc import Iterable, Sequence
 
 
 class OutOfPages(RuntimeError):
@@ -10,14 +15,15 @@ class OutOfPages(RuntimeError):
 
 
 class PageAllocator:
-    """Hands out pages by number and counts their owners; a page is free again when its last owner lets go.
+    """Hands out pages by number and counts their owners.
 
-    A cache that is spread over devices has shards, each with as many pages, one shard's numbers behind the other's. All
-    pages of a sequence are of one shard.
+    A cache that is spread over devices has shards, each with equally many pages, numbered shard after shard. All pages of
+    a sequence are of one shard. When free pages run out, the cached page that was released longest ago is used.
 
     Attributes:
-      num_pages: Pages there are.
+      num_pages: Pages of all shards.
       num_shards: Shards they are in.
+      shard_pages: Pages of each.
     """
 
     def __init__(self, num_pages: int, num_shards: int = 1) -> None:
@@ -33,36 +39,54 @@ class PageAllocator:
             )
         self.num_pages = num_pages
         self.num_shards = num_shards
-        self._shard_pages = num_pages // num_shards
+        self.shard_pages = num_pages // num_shards
         # The page that was freed last is the next one out: it may still be in a processor's cache.
-        self._free = [list(reversed(range(end - self._shard_pages, end))) for end in self._ends()]
+        self._free = [list(reversed(range(end - self.shard_pages, end))) for end in self._ends()]
         self._owners = [0] * num_pages
+        # Of each shard: pages by key, and of those the ones without an owner, least recently used first.
+        self._published: list[dict[bytes, int]] = [{} for _ in range(num_shards)]
+        self._evictable: list[collections.OrderedDict[int, None]] = [
+            collections.OrderedDict() for _ in range(num_shards)
+        ]
+        self._keys: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody owns."""
-        return sum(map(len, self._free))
+        """Pages without an owner, cached ones included."""
+        return sum(self.num_free_in(shard) for shard in range(self.num_shards))
+
+    @property
+    def num_cached(self) -> int:
+        """Pages without an owner whose tokens may be used again."""
+        return sum(map(len, self._evictable))
 
     def num_free_in(self, shard: int) -> int:
-        """Pages of a shard that nobody owns."""
-        return len(self._free[shard])
+        """Pages of a shard without an owner, cached ones included."""
+        return len(self._free[shard]) + len(self._evictable[shard])
 
     def shard_of(self, page: int) -> int:
         """The shard that a page is in."""
-        return page // self._shard_pages
+        return page // self.shard_pages
 
     def allocate(self, count: int, shard: int = 0) -> list[int]:
-        """Numbers of `count` pages of a shard, each with one owner.
+        """Numbers of `count` pages of a shard, each with one owner; cached pages lose their keys when they are needed.
 
         Raises:
           OutOfPages: If so many are not free; none is taken then.
         """
-        free = self._free[shard]
-        if count > len(free):
-            raise OutOfPages(f"{count} pages of the KV cache are needed, {len(free)} of {self._shard_pages} are free")
-        pages = [free.pop() for _ in range(count)]
-        for page in pages:
+        available = self.num_free_in(shard)
+        if count > available:
+            raise OutOfPages(f"{count} pages of the KV cache are needed, {available} of {self.shard_pages} are free")
+        free, evictable = self._free[shard], self._evictable[shard]
+        pages = []
+        for _ in range(count):
+            if free:
+                page = free.pop()
+            else:
+                page, _ = evictable.popitem(last=False)
+                del self._published[shard][self._keys.pop(page)]
             self._owners[page] = 1
+            pages.append(page)
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
@@ -72,23 +96,71 @@ class PageAllocator:
           ValueError: If a page is free.
         """
         for page in pages:
-            self._check_owned(page)
+            if self._is_cached(page):
+                del self._evictable[self.shard_of(page)][page]
+            else:
+                self._check_owned(page)
             self._owners[page] += 1
 
-    def free(self, pages: Iterable[int]) -> None:
-        """Takes an owner from each page.
+    def free(self, pages: Sequence[int]) -> None:
+        """Takes an owner from each page; a published page without an owner is cached, the others are free.
+
+        Args:
+          pages: In the order of the sequence's tokens: the last ones are evicted first.
 
         Raises:
           ValueError: If a page is free already.
         """
-        for page in pages:
+        for page in reversed(pages):
             self._check_owned(page)
             self._owners[page] -= 1
-            if not self._owners[page]:
-                self._free[self.shard_of(page)].append(page)
+            if self._owners[page]:
+                continue
+            shard = self.shard_of(page)
+            if page in self._keys:
+                self._evictable[shard][page] = None
+            else:
+                self._free[shard].append(page)
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Makes a page known by the key of its tokens; it must be written whole. A key that is known stays as it is.
+
+        Raises:
+          ValueError: If the page has no owner.
+        """
+        self._check_owned(page)
+        published = self._published[self.shard_of(page)]
+        if key not in published and page not in self._keys:
+            published[key] = page
+            self._keys[page] = key
+
+    def find(self, keys: Iterable[bytes], shard: int = 0) -> list[int]:
+        """Pages of a shard known by the first keys, up to the first unknown one. They get no owner: see `share`."""
+        published, pages = self._published[shard], []
+        for key in keys:
+            page = published.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def num_unowned(self, pages: Iterable[int]) -> int:
+        """How many of some pages have no owner."""
+        return sum(not self._owners[page] for page in pages)
+
+    def unpublish_all(self) -> None:
+        """Forgets all keys, as when what the cache holds is lost; cached pages become free."""
+        for shard, evictable in enumerate(self._evictable):
+            self._free[shard].extend(reversed(evictable))
+            evictable.clear()
+            self._published[shard].clear()
+        self._keys.clear()
 
     def _ends(self) -> range:
-        return range(self._shard_pages, self.num_pages + 1, self._shard_pages)
+        return range(self.shard_pages, self.num_pages + 1, self.shard_pages)
+
+    def _is_cached(self, page: int) -> bool:
+        return 0 <= page < self.num_pages and page in self._evictable[self.shard_of(page)]
 
     def _check_owned(self, page: int) -> None:
         if not 0 <= page < self.num_pages or not self._owners[page]:

@@ -6,12 +6,15 @@ is where rows that idle write to.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from pallas_kernels.pages import PAGE_SIZE, KVPages, Storage, bytes_per_token, empty_pages
+from step3_jax import deployment
 from step3_jax.config import TextConfig
 
-KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "fp8", "int4")
+KV_CACHE_DTYPES = ("auto", *deployment.KV_CACHE_DTYPES)
 
 # One entry a layer.
 Cache = tuple[KVPages, ...]
@@ -49,6 +52,15 @@ def empty_cache(config: TextConfig, num_pages: int, storage: Storage, *, as_bits
     )
 
 
+def copy_pages(cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
+    """Copies pages in all layers; a target outside the cache drops its copy."""
+
+    def copy(pages: Array) -> Array:
+        return pages.at[targets].set(pages.at[sources].get(mode="clip"), mode="drop")
+
+    return jax.tree.map(copy, cache)
+
+
 def page_bytes(config: TextConfig, storage: Storage) -> int:
     """Memory of one page in all layers, in bytes."""
     return config.num_hidden_layers * PAGE_SIZE * bytes_per_token(config.head_dim, storage)
@@ -60,7 +72,7 @@ def pages_for(num_tokens: int) -> int:
 
 
 def count_pages(
-    config: TextConfig, storage: Storage, *, max_model_len: int, max_batch_size: int, memory_bytes: int | None
+    config: TextConfig, storage: Storage, *, max_model_len: int, max_num_seqs: int, memory_bytes: int | None
 ) -> int:
     """How many pages a cache gets: room for every sequence at its longest, or as many as the memory holds.
 
@@ -68,14 +80,14 @@ def count_pages(
       config: Layers and head size.
       storage: Format of the pages.
       max_model_len: Tokens of the longest sequence.
-      max_batch_size: Sequences at once.
+      max_num_seqs: Sequences at once.
       memory_bytes: What the cache may take; None for no limit.
 
     Raises:
       ValueError: If the memory does not hold one sequence at its longest.
     """
     longest, size = pages_for(max_model_len), page_bytes(config, storage)
-    wanted = max_batch_size * longest
+    wanted = max_num_seqs * longest
     if memory_bytes is None:
         return wanted
     if memory_bytes < longest * size:

@@ -10,10 +10,11 @@ import numpy as np
 from step3_jax.afd.host import HostExecutor
 from step3_jax.afd.picture import write_picture
 from step3_jax.afd.trace import measure, read_trace, write_trace
-from step3_jax.cli.afd_option import add_afd, load_afd_executor, place_executor, read_afd_choice
+from step3_jax.cli.afd_option import add_afd, load_afd_executor, place_executor
 from step3_jax.cli.bench import PRESETS
 from step3_jax.cli.bench_decode import bench_config, random_model
 from step3_jax.cli.display import write_note
+from step3_jax.cli.engine import add_engine, read_engine
 from step3_jax.cli.option import add_model, find_model
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--picture", default="afd.svg", metavar="FILE.svg", help="where to draw it (default: %(default)s)"
     )
     trace.add_argument("--from", dest="source", metavar="FILE.json", help="draw this trace instead of making one")
+    add_engine(trace, ("model",))
     add_afd(trace, default="1a1f")
 
 
@@ -72,21 +74,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[HostExecutor, LLM]:
-    choice = read_afd_choice(arguments)
+    engine = read_engine(arguments)
+    choice = engine.afd
     if choice is not None and choice.executor != "host":
         raise ValueError(
             "a trace is of executor host, whose one process sees all stages: start it without step3 launch"
         )
     enable_compile_cache()
-    sizes = {"max_batch_size": arguments.batch, "max_model_len": arguments.max_model_len}
+    config = engine.config.replace(max_num_seqs=arguments.batch)
     if arguments.preset is None:
         folder = find_model(arguments)
-        executor = load_afd_executor(choice, folder, arguments.dtype)
+        executor = load_afd_executor(choice, folder, config.dtype)
         if isinstance(executor, HostExecutor):
-            return executor, LLM(folder, executor=executor, **sizes)
+            return executor, LLM(folder, executor=executor, config=config)
     elif choice is not None:
         executor = place_executor(choice, random_model(bench_config(*PRESETS[arguments.preset])))
-        return executor, LLM.from_model(executor, **sizes)
+        return executor, LLM.from_model(executor, config=config)
     raise ValueError("--afd off leaves nothing to trace: give xAyF")
 
 

@@ -18,11 +18,13 @@ from step3_jax.deployment import (
     DEFAULT_DEADLINE_S,
     DEFAULT_MICROBATCHES,
     PAYLOADS,
+    Deployment,
     Division,
     Topology,
     check_microbatches,
     read_afd,
 )
+from step3_jax.engine.config import EngineConfig
 from step3_jax.mesh import force_cpu_devices
 from step3_jax.model.step3 import Step3
 
@@ -99,11 +101,15 @@ class AfdChoice:
     executor: str
 
 
-def read_afd_choice(arguments: argparse.Namespace) -> AfdChoice | None:
+def read_afd_choice(
+    arguments: argparse.Namespace, config: EngineConfig | None = None, deployment: Deployment | None = None
+) -> AfdChoice | None:
     """Reads the options, and makes a CPU look like as many devices: to be called before the first use of a device.
 
     Args:
-      arguments: With the options of `add_afd`, and perhaps those of `cli.parallel`.
+      arguments: With the options of `add_afd`.
+      config: The settings, of which the tensor and expert parallel sizes are the FFN side's; None for the defaults.
+      deployment: Of a configuration file, where `--afd` says nothing.
 
     Returns:
       The choice; None without `--afd`.
@@ -112,21 +118,23 @@ def read_afd_choice(arguments: argparse.Namespace) -> AfdChoice | None:
       ValueError: For options that mean nothing without `--afd` or not together with it, a topology that cannot be read,
         or one that the devices do not fit.
     """
-    deployment = None if arguments.afd is None else read_afd(arguments.afd, arguments.afd_devices)
+    if arguments.afd is not None:
+        deployment = read_afd(arguments.afd, arguments.afd_devices)
     if deployment is None or deployment.topology is None:
         for name, default in _NEEDS_AFD.items():
             if getattr(arguments, name) != default:
                 raise ValueError(f"--{name.replace('_', '-')} is for attention and FFN apart: add --afd xAyF")
         return None
-    if getattr(arguments, "dp", None) is not None or getattr(arguments, "tensor_parallel_attention", False):
+    config = config or EngineConfig()
+    if config.data_parallel_size != 1 or config.attention_parallelism != "data":
         raise ValueError(
-            "--dp and --tensor-parallel-attention have no place beside --afd: attention is data parallel over the "
-            "devices of its instances; --tp and --ep share out the FFN side"
+            "--data-parallel-size and --attention-parallelism have no place beside --afd: attention is data parallel over "
+            "the devices of its instances; --tensor-parallel-size and --expert-parallel-size divide the FFN side"
         )
     instances, division = deployment.topology, deployment.division
-    tp, ep = getattr(arguments, "tp", None), getattr(arguments, "ep", None)
-    if tp is not None or ep is not None:
-        tp = division.tp if tp is None else tp
+    tp, ep = config.tensor_parallel_size, config.expert_parallel_size
+    if tp != 1 or ep is not None:
+        tp = division.tp if tp == 1 else tp
         division = Division(max(instances.num_ffn_devices // tp, 1), tp, division.ep if ep is None else ep)
     given = arguments.afd_microbatches
     num_microbatches = deployment.num_microbatches if given is None else given

@@ -32,7 +32,7 @@ from step3_jax.cli.bench_decode import (
     random_model,
     read_meter,
 )
-from step3_jax.cli.engine import add_devices, read_devices
+from step3_jax.cli.engine import add_engine, read_engine
 from step3_jax.config import DTYPES, ModelConfig
 from step3_jax.model.step3 import Step3
 from step3_jax.sharding import Parallel
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument(
         "--prefill", type=int, default=512, metavar="N", help="tokens of prefill (default: %(default)s)"
     )
-    add_devices(decode)
+    add_engine(decode, ("devices",))
     decode.add_argument("--torch", action="store_true", help="measure PyTorch too, on the same weights")
     decode.add_argument("--torch-python", metavar="PATH", help="interpreter that has torch and numpy; implies --torch")
     decode.add_argument("--json", metavar="FILE", help="also write all figures to FILE")
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{longest} tokens are needed, at most {config.text.max_position_embeddings} are allowed: lower --steps, "
             "--rounds, --prompt or --prefill"
         )
-    devices = read_devices(arguments)
+    devices = read_engine(arguments)
     found = measure_decode(
         config,
         dtypes=arguments.dtype,

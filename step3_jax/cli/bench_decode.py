@@ -28,7 +28,7 @@ from step3_jax.cache.paged import Cache, choose_storage, pages_for
 from step3_jax.checkpoint.save import save_model
 from step3_jax.cli.afd_option import AfdChoice, place_executor
 from step3_jax.config import ModelConfig, TextConfig
-from step3_jax.engine.engine import STEPS_PER_CALL
+from step3_jax.engine.core import STEPS_PER_CALL
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
@@ -116,7 +116,7 @@ class Ours:
     def __init__(self, model: Step3, parallel: Parallel | None = None, afd: AfdChoice | None = None) -> None:
         """Takes the model as it is to run, and the devices that it is to run on, if they are several."""
         self._model, self._mode = model, SamplingMode()
-        self._runner: Runner | HostExecutor
+        self._runner: HostExecutor | Runner | ShardedRunner
         if afd is not None:
             self._runner = place_executor(afd, model)
         elif parallel is None:
@@ -161,7 +161,7 @@ class Ours:
         jax.block_until_ready(self._cache)
         begin = time.perf_counter()
         if length > 1:
-            self._cache = self._runner.prefill(self._cache, chunk)
+            self._cache, _ = self._runner.prefill(self._cache, chunk)
         self.decode(1)
         return time.perf_counter() - begin
 
@@ -169,10 +169,11 @@ class Ours:
         """Makes `steps` tokens of each row in one call of the jitted loop. Returns seconds."""
         begin = time.perf_counter()
         call = DecodeCall(self._batch(), self._sampling, self._mode, steps, max_steps=self._max_steps(steps))
-        self._cache, report = self._runner.decode(self._cache, call)
-        report = jax.device_get(report)
-        self._tokens.append(report.tokens[:, :steps])
-        self._last, self._cached = report.tokens[:, steps - 1], self._cached + steps
+        self._cache, started = self._runner.decode(self._cache, call)
+        report = started.result()
+        tokens = np.asarray(report.tokens)
+        self._tokens.append(tokens[:, :steps])
+        self._last, self._cached = tokens[:, steps - 1], self._cached + steps
         return time.perf_counter() - begin
 
     def tokens(self, count: int) -> Int[np.ndarray, "B count"]:
@@ -190,8 +191,8 @@ class Ours:
         return program.as_text() or ""
 
     def _batch(self) -> DecodeBatch:
-        num_made = np.full(self._last.shape, sum(tokens.shape[1] for tokens in self._tokens), np.int32)
-        last, cached, made, active = jax.device_put((self._last, self._cached, num_made, self._is_active))
+        num_generated = np.full(self._last.shape, sum(tokens.shape[1] for tokens in self._tokens), np.int32)
+        last, cached, made, active = jax.device_put((self._last, self._cached, num_generated, self._is_active))
         return DecodeBatch(last, cached, made, active, self._table)
 
     @staticmethod

@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 from step3_jax.cli.display import Display, default_show_reasoning, write_note
-from step3_jax.cli.engine import add_devices, load_llm, read_devices
+from step3_jax.cli.engine import add_engine, load_llm, print_config, read_engine
 from step3_jax.cli.message import check_images, starts_thinking, system_messages, user_message
 from step3_jax.cli.option import add_model, add_sampling, find_model, read_sampling
 from step3_jax.engine.llm import LLM
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message at the begin")
     add_sampling(parser)
-    add_devices(parser)
+    add_engine(parser, without=["seed"])
     parser.add_argument(
         "--reasoning",
         action=argparse.BooleanOptionalAction,
@@ -40,10 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
     A mistake in one turn is told and forgotten, so that the conversation goes on; over a pipe, where nobody can
     answer it, the exit code is 2 in the end.
     """
-    devices = read_devices(arguments)
+    if print_config(arguments):
+        return 0
+    choice = read_engine(arguments)
     params = read_sampling(arguments)
     folder = find_model(arguments)
-    llm = load_llm(arguments, folder, devices)
+    llm = load_llm(choice, folder)
     show_reasoning = default_show_reasoning() if arguments.reasoning is None else arguments.reasoning
     conversation = Conversation(llm, folder, params, system=arguments.system, show_reasoning=show_reasoning)
     is_interactive = sys.stdin.isatty()

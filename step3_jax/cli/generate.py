@@ -12,7 +12,7 @@ import sys
 import time
 
 from step3_jax.cli.display import Display, default_show_reasoning, write_note
-from step3_jax.cli.engine import add_devices, load_llm, read_devices
+from step3_jax.cli.engine import add_engine, load_llm, print_config, read_engine
 from step3_jax.cli.message import check_images, starts_thinking, system_messages, user_message
 from step3_jax.cli.option import add_model, add_sampling, find_model, read_sampling
 from step3_jax.cli.reasoning import is_thinking, split_reasoning
@@ -24,7 +24,7 @@ from step3_jax.sampling.params import SamplingParams
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_model(parser)
-    parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="what to ask; - reads it from stdin")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="what to ask; - reads it from stdin")
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a picture the prompt is about; may be repeated"
     )
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--raw", action="store_true", help="give the prompt to the model as it is, without the chat template"
     )
     add_sampling(parser)
-    add_devices(parser)
+    add_engine(parser, without=["seed"])
     group = parser.add_argument_group("output")
     group.add_argument("--n", type=int, default=1, metavar="N", help="so many answers (needs a temperature)")
     group.add_argument("--json", action="store_true", help="print one JSON object")
@@ -56,15 +56,17 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
       ValueError: For options that do not go together, and for everything the engine refuses.
     """
+    if print_config(arguments):
+        return 0
     _check_together(arguments)
-    devices = read_devices(arguments)
+    choice = read_engine(arguments)
     params = read_sampling(arguments, n=arguments.n, logprobs=arguments.logprobs)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     check_images(arguments.image)
     folder = find_model(arguments)
 
     begin = time.perf_counter()
-    llm = load_llm(arguments, folder, devices)
+    llm = load_llm(choice, folder)
     load_s = time.perf_counter() - begin
 
     call = _Call(llm, folder, prompt, arguments)
@@ -136,6 +138,8 @@ class _Call:
 
 
 def _check_together(arguments: argparse.Namespace) -> None:
+    if arguments.prompt is None:
+        raise ValueError("there is nothing to answer: give the prompt with -p TEXT, or -p - to read it from stdin")
     if arguments.stream and (arguments.json or arguments.n > 1):
         raise ValueError("--stream shows one answer as text: leave it out with --json or --n, which come whole")
     if arguments.logprobs is not None and not arguments.json:

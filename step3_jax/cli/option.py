@@ -7,38 +7,16 @@ import pathlib
 import secrets
 
 from step3_jax import resources
-from step3_jax.cache.paged import KV_CACHE_DTYPES
 from step3_jax.mesh import agree
 from step3_jax.sampling.params import SamplingParams
 
 DEFAULT_MODEL = "models/step3-tiny"
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the model's folder and how it is loaded."""
+    """Adds the model's folder."""
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="folder of a checkpoint (default: the tiny model that ships)"
-    )
-    group = parser.add_argument_group("loading")
-    group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of weights and activations (default: the checkpoint's)"
-    )
-    group.add_argument(
-        "--max-model-len", type=int, metavar="N", help="most tokens of prompt and answer (default: the model's)"
-    )
-    group.add_argument(
-        "--kv-cache-dtype",
-        choices=KV_CACHE_DTYPES,
-        default="auto",
-        help="of the key/value cache (default: that of the activations)",
-    )
-    group.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="most prompt tokens read at once; longer prompts come in chunks (default: %(default)s)",
     )
 
 

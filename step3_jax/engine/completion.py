@@ -1,14 +1,15 @@
-"""One completion on the host: text, stop strings and log-probabilities of the tokens that come in."""
+"""One completion in front of the core: text, stop strings and log-probabilities of the tokens that come in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from step3_jax.engine.request import CompletionOutput, Logprob, Request, StreamPiece
-from step3_jax.engine.state import RUNNING, STOPPED
+from step3_jax.engine.request import ABORTED, FAILED, CompletionOutput, Logprob, Request, SequenceOutput, StreamPiece
 from step3_jax.sampling.sampler import StepLogprobs
 from step3_jax.text.detokenize import Detokenizer, StopStrings
 from step3_jax.text.tokenizer import Tokenizer
+
+_FINISH_REASONS = {"stop": "stop", "length": "length", ABORTED: "abort", FAILED: "error"}
 
 
 class Completion:
@@ -19,12 +20,15 @@ class Completion:
       finish_reason: None while it goes on.
     """
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, request: Request, index: int, place: int, tokenizer: Tokenizer | None, eos_ids: Sequence[int]
+    ) -> None:
         """Starts an empty completion.
 
         Args:
           request: What it belongs to.
           index: Its number among the `n` of the request.
+          place: The prompt's place in the call.
           tokenizer: None gives no text.
           eos_ids: The model's own end tokens.
         """
@@ -33,6 +37,7 @@ class Completion:
         self.index = index
         self.num_tokens = 0
         self.finish_reason: str | None = None
+        self._place = place
         self._stop_reason: int | str | None = None
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
@@ -44,39 +49,44 @@ class Completion:
         self._text: list[str] = []
         self._logprobs: list[dict[int, Logprob]] = []
 
-    def push(self, ids: Sequence[int], finish: int, logprobs: StepLogprobs | None = None) -> StreamPiece | None:
-        """Takes what the device made since the last call.
-
-        Args:
-          ids: New tokens; with `finish` STOPPED the last of them is the end token.
-          finish: The row's state after them, see `state.Report`.
-          logprobs: Of each of `ids` (one more axis in front of `StepLogprobs`' own), if recorded.
+    def push(self, output: SequenceOutput) -> StreamPiece | None:
+        """Takes what the core generated.
 
         Returns:
-          The news; None if there are none, or the completion has ended before.
+          What is new; None if nothing is, or the completion has ended before.
         """
         if self.finish_reason is not None:
             return None
-        kept = tuple(ids[:-1] if finish == STOPPED else ids)
+        ids = output.token_ids
+        kept = ids[:-1] if output.finish == "stop" else ids
         text, num_kept = self._push_text(kept)
-        # Tokens behind a stop string were made, but nobody sees them.
+        # Tokens behind a stop string were generated, but are not part of the completion.
         kept = kept[:num_kept]
         self.num_tokens += num_kept
-        if self.finish_reason is None and finish != RUNNING:
+        if self.finish_reason is None and output.finish:
             text += self._finish_text()
-            if self.finish_reason is None and finish == STOPPED:
-                self.finish_reason = "stop"
-                self._stop_reason = None if ids[-1] in self._eos_ids else ids[-1]
-                self.num_tokens += 1
-            elif self.finish_reason is None:
-                self.finish_reason = "length"
-        records = self._read_logprobs(kept, logprobs)
+            if self.finish_reason is None:
+                self.finish_reason = _FINISH_REASONS[output.finish]
+                if output.finish == "stop":
+                    self._stop_reason = None if ids[-1] in self._eos_ids else ids[-1]
+                    self.num_tokens += 1
+        records = self._read_logprobs(kept, output.logprobs)
         self._token_ids += kept
         self._text.append(text)
         self._logprobs += records or ()
         if not text and not kept and self.finish_reason is None:
             return None
-        return StreamPiece(self.request.index, self.index, text, kept, self.finish_reason, self._stop_reason, records)
+        return StreamPiece(
+            self._place,
+            self.index,
+            text,
+            kept,
+            self.finish_reason,
+            self._stop_reason,
+            records,
+            self.request.request_id,
+            output.error or None,
+        )
 
     def output(self) -> CompletionOutput:
         """The completion, once `finish_reason` is set."""
@@ -100,11 +110,8 @@ class Completion:
             return self._detokenizer.push(ids), len(ids)
         text = ""
         for count, token in enumerate(ids, start=1):
-            piece = self._detokenizer.push([token])
-            if len(self._token_ids) + count <= self.request.params.min_tokens:
-                text += piece
-                continue
-            text += self._push_stops(piece)
+            may_stop = len(self._token_ids) + count > self.request.params.min_tokens
+            text += self._push_stops(self._detokenizer.push([token]), may_stop=may_stop)
             if self.finish_reason is not None:
                 return text, count
         return text, len(ids)
@@ -119,10 +126,10 @@ class Completion:
         text = self._push_stops(rest)
         return text if self.finish_reason is not None else text + self._stops.flush()
 
-    def _push_stops(self, piece: str) -> str:
+    def _push_stops(self, piece: str, *, may_stop: bool = True) -> str:
         if self._stops is None:
             return piece
-        text, is_stopped = self._stops.push(piece)
+        text, is_stopped = self._stops.push(piece, may_stop=may_stop)
         if is_stopped:
             self.finish_reason, self._stop_reason = "stop", self._stops.matched
         return text

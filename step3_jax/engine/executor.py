@@ -1,70 +1,204 @@
-"""What the engine asks of whatever runs the model: five calls over pytrees."""
+"""What the engine asks of whatever runs the model: plain data in, plain data out, and a cache that it only hands back."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import abc
+import collections
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, ParamSpec, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.pages import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.config import ModelConfig
 from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.mesh import agree_least
+from step3_jax.model.step3 import Step3
+from step3_jax.sampling.batch import SamplingBatch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
 
-class Executor(Protocol):
-    """Runs a model's calls. `runner.Runner` does on one device; others may spread a model over many.
+class Started(Generic[T]):
+    """A call that was dispatched and may still run."""
 
-    The cache is the executor's own: the engine only hands it back at each call, which consumes it, and decides which
-    pages belong to whom. Between calls an executor remembers nothing of a sequence.
+    def __init__(self, value: T) -> None:
+        """Takes what the call returned: a pytree of arrays."""
+        self._value = value
+
+    def result(self) -> T:
+        """Waits for the call; its values on the host.
+
+        Raises:
+          Exception: What the call failed with.
+        """
+        return jax.device_get(self._value)
+
+
+class Executor(abc.ABC):
+    """Runs a model's calls, and holds what all that do so have in common.
+
+    `runner.Runner` runs them on one device; others spread a model over many. The engine decides which pages belong to which
+    sequence and hands the cache back at each call, which consumes it. Between calls an executor remembers nothing of a
+    sequence.
 
     Attributes:
       config: The model's sizes.
-      dtype: Of activations, and of the cache unless another is asked for.
-      num_shards: Shards that the cache and the batch are in. Page numbers count through: those of one shard stand behind
-        the other's. A batch has equally many rows of each shard, and a row's pages are of its own shard.
-      compile_s: Seconds spent tracing and compiling so far.
+      devices: Those of this process that run the model; the first one says of which kind they are.
+      dtype: Of activations, and of the cache unless another is asked for. A CPU computes in float32: XLA:CPU decodes one
+        sequence faster so than in bfloat16, though it reads twice the bytes (see benchmarks/README.md).
+      num_shards: Shards that the cache and the batch are in. Page numbers count through: those of one shard follow the
+        other's. A batch has equally many sequences of each shard, and a sequence's pages are of its own shard.
+      compile_s: Seconds spent in calls that had to trace, up to their dispatch.
+      num_traces: How often each call was traced, by name.
     """
 
-    config: ModelConfig
-    dtype: jnp.dtype
-    num_shards: int
-    compile_s: float
+    # Images that one call of the tower takes must be a multiple of this.
+    _images_multiple = 1
 
-    def cache_memory_bytes(self) -> int | None:
-        """Memory that is left for each shard of the cache; None where devices do not say."""
-        ...
+    def __init__(self, config: ModelConfig, devices: Sequence[jax.Device], dtype: jnp.dtype, num_shards: int) -> None:
+        self.config = config
+        self.devices = tuple(devices)
+        self.dtype = self.run_dtype(dtype)
+        self.num_shards = num_shards
+        self.compile_s = 0.0
+        self.num_traces: collections.Counter[str] = collections.Counter()
+        self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the model runs on CPUs."""
+        return self.devices[0].platform == "cpu"
+
+    def run_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
+        """The dtype that weights or activations of `dtype` are held in: one rule for all executors."""
+        return jnp.dtype(jnp.float32) if self.is_cpu and dtype == jnp.bfloat16 else jnp.dtype(dtype)
+
+    def cache_memory_bytes(self, share: float) -> int | None:
+        """Memory left for each shard of the cache; None where devices do not say.
+
+        Args:
+          share: Of a device's memory, what weights and cache may take.
+        """
+        left = []
+        for device in self.devices:
+            stats = device.memory_stats()
+            if not stats or "bytes_limit" not in stats:
+                return None
+            left.append(int(share * stats["bytes_limit"]) - stats["bytes_in_use"])
+        return agree_least(min(left))
+
+    @abc.abstractmethod
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """Empty pages of all layers, to be handed to `prefill` and `decode`."""
-        ...
 
-    def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """Features of views, or of windows: one size a call."""
-        ...
+    def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[np.ndarray, "images tokens D"]:
+        """Features of views, or of windows: one size a call.
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> Cache:
-        """Reads a chunk of prompts into the cache.
+        Raises:
+          ValueError: If the model has no vision tower.
+        """
+        count = pixels.shape[0]
+        padded = np.pad(pixels, ((0, -count % self._images_multiple), (0, 0), (0, 0), (0, 0)))
+        return np.asarray(self._encode_images(padded))[:count]
+
+    @abc.abstractmethod
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+        """Computes the keys and values of a chunk of prompts.
 
         Args:
           cache: Of the last call; it is consumed.
           batch: The chunk.
 
         Returns:
-          The cache with the chunk's rows. No logits: a prompt's last token is read by `decode`.
+          The cache with the chunk's tokens, and the call. No logits: a prompt's last token is left to `decode`.
         """
-        ...
 
-    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
-        """Makes up to `call.num_steps` tokens of each active row.
+    @abc.abstractmethod
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
+        """Generates up to `call.num_steps` tokens of each active sequence.
 
         Args:
           cache: Of the last call; it is consumed.
           call: What to do.
 
         Returns:
-          The cache, and a report that stays valid after the next call.
+          The cache, and the call, whose report stays valid after the next call.
         """
-        ...
+
+    @abc.abstractmethod
+    def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
+        """Copies whole pages inside their shards, in all layers.
+
+        Args:
+          cache: Of the last call; it is consumed.
+          sources: Pages to copy.
+          targets: Where each goes: different pages, none of them a source.
+        """
+
+    @abc.abstractmethod
+    def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
+        """`encode_images` of a number of images that is a multiple of `_images_multiple`."""
+
+    def _timed(self, name: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Makes a call; its time counts as compiling if it traced anything. Each traced function counts its traces."""
+        num_traces, start = self.num_traces[name], time.perf_counter()
+        result = call(*args, **kwargs)
+        if self.num_traces[name] != num_traces:
+            self.compile_s += time.perf_counter() - start
+        return result
+
+    def _place_sampling(self, sampling: SamplingBatch) -> SamplingBatch:
+        """Sampling parameters on the devices; the engine gives the same ones again until a sequence joins or leaves."""
+        if self._placed is None or self._placed[0] is not sampling:
+            self._placed = sampling, jax.tree.map(self._place, sampling)
+        return self._placed[1]
+
+    def _place(self, array: np.ndarray) -> Array:
+        """An array of the host where every device of the model has all of it."""
+        return jax.device_put(array)
+
+
+def own_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
+    """Those of this process; all of them where none is, as when a program is compiled for other machines."""
+    every = list(devices)
+    return [device for device in every if device.process_index == jax.process_index()] or every
+
+
+def widen_weights(model: Step3) -> Step3:
+    """A module of its own with bfloat16 weights in float32, so that `model` stays whole; the others are shared."""
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(_widen, state))
+
+
+def local_pages(pages: Iterable[int], shard_pages: int, num_shards: int, size: int) -> np.ndarray:
+    """Page numbers by shard, as each counts its own, filled up with a number that no shard has.
+
+    Args:
+      pages: Page numbers that count through all shards.
+      shard_pages: Pages of a shard.
+      num_shards: Shards.
+      size: Numbers of each shard in the result.
+
+    Returns:
+      int32 [num_shards * size].
+    """
+    found = np.full((num_shards, size), shard_pages, np.int32)
+    filled: collections.Counter[int] = collections.Counter()
+    for page in pages:
+        shard = page // shard_pages
+        found[shard, filled[shard]] = page % shard_pages
+        filled[shard] += 1
+    return found.reshape(-1)
+
+
+def _widen(weight: Array) -> Array:
+    return weight.astype(jnp.float32) if weight.dtype == jnp.bfloat16 else weight

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 import pathlib
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from pallas_kernels.pages import PAGE_SIZE
 from step3_jax.checkpoint.load import load_model
-from step3_jax.config import DTYPES, ModelConfig
-from step3_jax.engine.engine import Engine
+from step3_jax.config import ModelConfig
+from step3_jax.engine.config import EngineConfig
+from step3_jax.engine.core import STEPS_PER_CALL, EngineCore
+from step3_jax.engine.engine import Engine, Refused
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
 from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
@@ -32,6 +39,8 @@ from step3_jax.text.json_file import read_json_object
 from step3_jax.text.message import Message
 from step3_jax.text.tokenizer import Tokenizer
 
+_LOGGER = logging.getLogger(__name__)
+
 Conversation = Sequence[Message]
 ParamsInput = SamplingParams | Sequence[SamplingParams] | None
 
@@ -40,10 +49,11 @@ _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 class LLM:
-    """A model that answers prompts.
+    """A model that answers prompts; it may be used from several threads at once.
 
     Attributes:
       config: The model's sizes.
+      engine_config: The engine's settings.
       tokenizer: None if its folder has none.
       max_model_len: Most tokens of prompt and output together.
       default_sampling_params: What is used where none are given: vLLM's defaults, with those of the model's
@@ -54,51 +64,35 @@ class LLM:
 
     def __init__(
         self,
-        path: str | pathlib.Path,
+        model: str | pathlib.Path,
         *,
-        dtype: str = "auto",
-        max_model_len: int | None = None,
-        seed: int | None = 0,
-        max_batch_size: int = 32,
-        max_num_batched_tokens: int = 4096,
-        kv_cache_dtype: str = "auto",
-        kv_cache_memory_bytes: int | None = None,
-        stream_interval: int = 4,
         executor: Executor | None = None,
         parallel: Parallel | None = None,
+        config: EngineConfig | None = None,
+        **settings: object,
     ) -> None:
         """Loads a model's folder.
 
         Args:
-          path: Folder with `config.json`, the weights and, for text, `tokenizer.json`.
-          dtype: "float32", "bfloat16" or "auto": the configuration's, but float32 on a CPU. A CPU computes in float32 in
-            any case (see `Runner`).
-          max_model_len: Most tokens of prompt and output together; the model's own limit if None.
-          seed: Of requests that have none of their own. The same calls then give the same outputs; None gives others at
-            every start.
-          max_batch_size: Most sequences at once, rounded down to a power of two; others wait for their places.
-          max_num_batched_tokens: Most prompt tokens read at once; longer prompts are read in chunks.
-          kv_cache_dtype: "float32", "bfloat16", "fp8", "int4", or "auto": that of the activations. "fp8" and "int4" keep
-            scales beside the values; "int4" needs a head size that is a multiple of 64.
-          kv_cache_memory_bytes: Memory of the cache. None takes what the device has left (256 MiB where it does not say,
-            or what one sequence of `max_model_len` needs), at most room for `max_batch_size` sequences of that length.
-          stream_interval: Tokens between two pieces of a streamed completion.
+          model: Folder with `config.json`, the weights and, for text, `tokenizer.json`.
           executor: Runs the model instead of loading it here; its weights must be those of the folder.
-          parallel: How the model is spread over several devices; one device if None. Of several processes (see
+          parallel: How the model is spread over devices, in place of the settings for it. Of several processes (see
             `mesh.initialise_distributed`) each makes the same calls.
+          config: Settings that were made before; None starts from the defaults.
+          **settings: Fields of `EngineConfig`, such as `max_model_len=4096`.
 
         Raises:
-          ValueError: If a file is missing or unusable, or a value is not allowed; if `parallel` does not divide the
-            model, or there are too few devices, before anything is loaded.
+          ValueError: If a file is missing or unusable, or a value is not allowed or not known; if the model does not divide
+            over the devices, or there are too few, before anything is loaded.
         """
+        own = _configure(config, settings)
+        parallel = parallel or (read_parallel(own) if executor is None else None)
         if executor is not None and parallel is not None:
             raise ValueError("an executor has its devices already: give either executor or parallel")
-        folder = pathlib.Path(path)
-        if dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+        folder = pathlib.Path(model)
         if executor is None:
-            wanted = None if dtype == "auto" else jnp.dtype(dtype)
-            if dtype == "auto" and jax.default_backend() == "cpu":
+            wanted = None if own.dtype == "auto" else jnp.dtype(own.dtype)
+            if wanted is None and jax.default_backend() == "cpu":
                 wanted = jnp.dtype("float32")
             executor = (
                 Runner(load_model(folder, wanted)) if parallel is None else _load_sharded(folder, wanted, parallel)
@@ -110,17 +104,11 @@ class LLM:
         self._set_up(
             executor,
             tokenizer,
+            own,
             template=ChatTemplate.load(folder) if has_template else None,
             settings=ImageSettings.load(folder),
             generation_config=read_json_object(folder / "generation_config.json"),
-            max_model_len=max_model_len,
-            seed=seed,
-            max_batch_size=max_batch_size,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_dtype=kv_cache_dtype,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            stream_interval=stream_interval,
-            source=str(path),
+            source=str(model),
         )
 
     @classmethod
@@ -130,15 +118,10 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         *,
         template: ChatTemplate | None = None,
-        settings: ImageSettings | None = None,
+        image_settings: ImageSettings | None = None,
         generation_config: Mapping[str, object] | None = None,
-        max_model_len: int | None = None,
-        seed: int | None = 0,
-        max_batch_size: int = 32,
-        max_num_batched_tokens: int = 4096,
-        kv_cache_dtype: str = "auto",
-        kv_cache_memory_bytes: int | None = None,
-        stream_interval: int = 4,
+        config: EngineConfig | None = None,
+        **settings: object,
     ) -> LLM:
         """The same from parts in memory.
 
@@ -146,33 +129,22 @@ class LLM:
           model: A module, or an executor that has its weights.
           tokenizer: None serves token ids alone.
           template: None serves no chats.
-          settings: Of the image processor; None for the released ones.
+          image_settings: Of the image processor; None for the released ones.
           generation_config: What `generation_config.json` would hold.
-          max_model_len: As for `LLM`, and so are the others.
-          seed: See above.
-          max_batch_size: See above.
-          max_num_batched_tokens: See above.
-          kv_cache_dtype: See above.
-          kv_cache_memory_bytes: See above.
-          stream_interval: See above.
+          config: As for `LLM`.
+          **settings: As for `LLM`.
 
         Raises:
-          ValueError: If a value is not allowed.
+          ValueError: If a value is not allowed or not known.
         """
         llm = cls.__new__(cls)
         llm._set_up(
             Runner(model) if isinstance(model, Step3) else model,
             tokenizer,
+            _configure(config, settings),
             template=template,
-            settings=settings,
+            settings=image_settings,
             generation_config=generation_config or {},
-            max_model_len=max_model_len,
-            seed=seed,
-            max_batch_size=max_batch_size,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_dtype=kv_cache_dtype,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            stream_interval=stream_interval,
             source="this model",
         )
         return llm
@@ -181,54 +153,52 @@ class LLM:
         self,
         executor: Executor,
         tokenizer: Tokenizer | None,
+        config: EngineConfig,
         *,
         template: ChatTemplate | None,
         settings: ImageSettings | None,
         generation_config: Mapping[str, object],
-        max_model_len: int | None,
-        seed: int | None,
-        max_batch_size: int,
-        max_num_batched_tokens: int,
-        kv_cache_dtype: str,
-        kv_cache_memory_bytes: int | None,
-        stream_interval: int,
         source: str,
     ) -> None:
         self.config = executor.config
+        self.engine_config = config
         limit = self.config.text.max_position_embeddings
-        if max_model_len is not None and max_model_len > limit:
-            raise ValueError(f"max_model_len is {max_model_len}; {source} has positions for at most {limit} tokens")
-        if not isinstance(stream_interval, int) or stream_interval < 1:
-            raise ValueError(f"stream_interval is {stream_interval!r}; a whole number of at least 1 is needed")
+        if config.max_model_len is not None and config.max_model_len > limit:
+            raise ValueError(
+                f"max_model_len is {config.max_model_len}; {source} has positions for at most {limit} tokens"
+            )
         self.tokenizer = tokenizer
-        self.max_model_len = limit if max_model_len is None else max_model_len
+        self.max_model_len = config.max_model_len or limit
         self.default_sampling_params = SamplingParams.from_generation_config(generation_config)
         self.prompts = PromptBuilder(self.config, tokenizer, template=template, settings=settings, source=source)
-        self._stream_interval = stream_interval
-        self._random = np.random.default_rng(seed)
-        self._engine = Engine(
-            executor,
-            tokenizer,
-            max_model_len=self.max_model_len,
-            eos_ids=_end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids),
-            max_batch_size=max_batch_size,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_dtype=kv_cache_dtype,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-        )
+        self._random = np.random.default_rng(config.seed)
+        self._random_lock = threading.Lock()
+        eos_ids = _end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids)
+        core = EngineCore(executor, config, max_model_len=self.max_model_len, eos_ids=eos_ids)
+        self._engine = Engine(core, tokenizer, eos_ids)
         if isinstance(executor, ShardedRunner) and executor.layout.size("heads") > 1:
-            copies, num_tokens = executor.layout.size("heads"), self._engine.allocator.num_pages * PAGE_SIZE
+            copies, num_tokens = executor.layout.size("heads"), core.allocator.num_pages * PAGE_SIZE
             warnings.warn(
                 f"tensor parallel attention keeps each sequence's KV cache on {copies} devices, as there is one key/value "
-                f"head: the same memory holds {num_tokens} tokens instead of {copies * num_tokens}. attention='data' "
-                "keeps one copy",
+                f"head: the same memory holds {num_tokens} tokens instead of {copies * num_tokens}. "
+                "attention_parallelism='data' keeps one copy",
                 stacklevel=3,
             )
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          ValueError: If the model has none.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer.json: it takes and gives token ids")
+        return self.tokenizer
 
     @property
     def stats(self) -> EngineStats:
         """Counts and times so far."""
-        return self._engine.stats
+        return self._engine.core.stats
 
     @overload
     def generate(
@@ -238,6 +208,7 @@ class LLM:
         *,
         images: ImagesInput | ImageSource | None = None,
         stream: Literal[False] = False,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]: ...
 
     @overload
@@ -248,6 +219,7 @@ class LLM:
         *,
         images: ImagesInput | ImageSource | None = None,
         stream: Literal[True],
+        use_tqdm: bool = True,
     ) -> Iterator[StreamPiece]: ...
 
     def generate(
@@ -257,28 +229,32 @@ class LLM:
         *,
         images: ImagesInput | ImageSource | None = None,
         stream: bool = False,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput] | Iterator[StreamPiece]:
         """Continues prompts.
 
         Args:
-          prompts: One prompt or a list of them. A prompt is text (control tokens in it count, and the begin token is
-            put in front), a list of token ids (taken as they are), or {"prompt": text} or {"prompt_token_ids": ids},
-            either with {"multi_modal_data": {"image": picture or list}}.
-          sampling_params: For all prompts, or one for each; `default_sampling_params` if None.
-          images: For one prompt its pictures; for several a list for each (None for none). The prompt has one
-            `<im_patch>` for each picture.
-          stream: Whether to return an iterator of pieces as they are made, instead of whole outputs.
+          prompts: One prompt or a list of them. A prompt is text (control tokens in it count, and BOS is prepended), a
+            list of token ids (taken unchanged), or {"prompt": text} or {"prompt_token_ids": ids}, either with
+            {"multi_modal_data": {"image": image or list}} and {"cache_salt": text}.
+          sampling_params: For all prompts, or one for each; `default_sampling_params` if None. `max_tokens` is an upper
+            bound: an output also ends, with finish_reason "length", where the context does.
+          images: For one prompt its images; for several a list for each (None for none). The prompt has one
+            `<im_patch>` for each image.
+          stream: Whether to return an iterator of pieces as they are generated, instead of whole outputs.
+          use_tqdm: Whether to show a progress bar, where stderr is a terminal; streams have none.
 
         Returns:
-          Outputs in the order of the prompts, or the iterator.
+          Outputs in the order of the prompts, or the iterator. Where some of several prompts cannot be answered, the
+          others are, and theirs say why in `RequestOutput.error`.
 
         Raises:
-          ValueError: If a prompt, a picture or a parameter cannot be used, before anything is computed.
+          ValueError: If no prompt can be used: none of the outputs would be an answer. For streams, if any cannot.
+          RuntimeError: If the calls on the device failed for all prompts (of a stream: for its only one).
         """
         pairs = split_prompts(prompts, images)
-        return self._answer(
-            [self.prompts.from_input(prompt, own_images) for prompt, own_images in pairs], sampling_params, stream
-        )
+        build = [functools.partial(self.prompts.from_input, prompt, own_images) for prompt, own_images in pairs]
+        return self._answer(build, sampling_params, stream, use_tqdm)
 
     @overload
     def chat(
@@ -288,6 +264,7 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
         stream: Literal[False] = False,
+        use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]: ...
@@ -300,6 +277,7 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
         stream: Literal[True],
+        use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> Iterator[StreamPiece]: ...
@@ -311,6 +289,7 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
         stream: bool = False,
+        use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput] | Iterator[StreamPiece]:
@@ -334,8 +313,9 @@ class LLM:
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError("messages must be a list of at least one {'role': ..., 'content': ...}")
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        built = [
-            self.prompts.from_chat(
+        build = [
+            functools.partial(
+                self.prompts.from_chat,
                 conversation,  # type: ignore[arg-type]
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
@@ -343,21 +323,73 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self._answer(built, sampling_params, stream)
+        return self._answer(build, sampling_params, stream, use_tqdm)
 
     def _answer(
-        self, prompts: Sequence[Prompt], sampling_params: ParamsInput, stream: bool
+        self, build: Sequence[Callable[[], Prompt]], sampling_params: ParamsInput, stream: bool, use_tqdm: bool
     ) -> list[RequestOutput] | Iterator[StreamPiece]:
-        params = self._spread(sampling_params, len(prompts))
-        requests = [
-            Request(index, prompt, own, self._seed(own))
-            for index, (prompt, own) in enumerate(zip(prompts, params, strict=True))
-        ]
-        for request in requests:
+        params = self._spread(sampling_params, len(build))
+        if not stream:
+            return self._collect(self._make_requests(build, params), len(build), use_tqdm)
+        requests: list[Request] = []
+        for place, request in enumerate(self._make_requests(build, params, self.engine_config.stream_interval)):
+            error = request.error if isinstance(request, Refused) else self._find_error(request)
+            if error is not None:
+                raise ValueError(_named(place, len(build), error))
+            requests.append(request)  # type: ignore[arg-type]
+        return self._stream(requests)
+
+    def _make_requests(
+        self, build: Sequence[Callable[[], Prompt]], params: Sequence[SamplingParams], steps: int = STEPS_PER_CALL
+    ) -> Iterator[Request | Refused]:
+        """Requests one by one, so that their prompts (and images) need not be in memory all at once."""
+        for make, own in zip(build, params, strict=True):
+            seed = self._seed(own)
+            try:
+                prompt = make()
+            except ValueError as error:
+                yield Refused(None, str(error))
+            else:
+                yield self._engine.new_request(prompt, own, seed, steps)
+
+    def _find_error(self, request: Request) -> str | None:
+        try:
             self._engine.check(request)
-        if stream:
-            return self._engine.stream(requests, self._stream_interval)
-        return self._engine.generate(requests)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _collect(self, requests: Iterator[Request | Refused], count: int, use_tqdm: bool) -> list[RequestOutput]:
+        """Whole outputs in the order of the prompts."""
+        outputs: dict[int, RequestOutput] = {}
+        refused: set[int] = set()
+        with tqdm(total=count, desc="prompts", disable=None if use_tqdm and count > 1 else True) as bar:
+            for event in self._engine.run(requests):
+                if event.output is None:
+                    continue
+                outputs[event.output.index] = event.output
+                if event.is_refused:
+                    refused.add(event.output.index)
+                bar.update()
+        failed = [place for place, output in sorted(outputs.items()) if output.error is not None]
+        for place in failed:
+            text = _named(place, count, str(outputs[place].error))
+            outputs[place] = dataclasses.replace(outputs[place], error=text)
+        if len(failed) == count:
+            kind = ValueError if failed[0] in refused else RuntimeError
+            raise kind(str(outputs[failed[0]].error))
+        for place in failed:
+            _LOGGER.warning("%s", outputs[place].error)
+        return [outputs[place] for place in range(count)]
+
+    def _stream(self, requests: Sequence[Request]) -> Iterator[StreamPiece]:
+        for event in self._engine.run(requests):
+            piece = event.piece
+            if piece is None:
+                continue
+            if piece.error is not None and len(requests) == 1:
+                raise RuntimeError(piece.error)
+            yield piece
 
     def _spread(self, sampling_params: ParamsInput, num_prompts: int) -> list[SamplingParams]:
         if sampling_params is None:
@@ -372,7 +404,31 @@ class LLM:
         return params
 
     def _seed(self, params: SamplingParams) -> int:
-        return params.seed if params.seed is not None else int(self._random.integers(2**63))
+        if params.seed is not None:
+            return params.seed
+        with self._random_lock:
+            return int(self._random.integers(2**63))
+
+
+def read_parallel(config: EngineConfig) -> Parallel | None:
+    """How the settings spread a model over devices; None for one device."""
+    if not config.is_parallel:
+        return None
+    dp, tp, ep = config.data_parallel_size, config.tensor_parallel_size, config.expert_parallel_size
+    if ep is not None and dp * tp == 1:
+        # As in vLLM: experts are spread over the devices there are, and nothing else is said of them.
+        dp = ep
+    return Parallel(dp, tp, ep, config.attention_parallelism, config.expert_exchange)  # type: ignore[arg-type]
+
+
+def _configure(config: EngineConfig | None, settings: Mapping[str, object]) -> EngineConfig:
+    base = {} if config is None else config.to_dict()
+    return EngineConfig.of(base | dict(settings))
+
+
+def _named(place: int, count: int, error: str) -> str:
+    """An error of one prompt, which it names where there are several."""
+    return error if count == 1 else f"prompt {place} of {count}: {error}"
 
 
 def _load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Parallel) -> ShardedRunner:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.sampling.sampler import StepLogprobs
 from step3_jax.text.images import ProcessedImage
 
 
@@ -13,16 +15,18 @@ class Prompt:
     """A prompt ready for the model.
 
     Attributes:
-      token_ids: Ids with every picture's places expanded.
+      token_ids: Ids with every image's places expanded.
       text: The prompt as text, if there is one.
-      images: The pictures, in the order of their places.
-      image_places: Where in `token_ids` image features go, in order; empty without pictures.
+      images: The images, in the order of their places.
+      image_places: Where in `token_ids` image features go, in order; empty without images.
+      cache_salt: Prompts with different salts share nothing of the prefix cache.
     """
 
     token_ids: tuple[int, ...]
     text: str | None = None
     images: tuple[ProcessedImage, ...] = ()
     image_places: tuple[int, ...] = ()
+    cache_salt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +34,57 @@ class Request:
     """One prompt with its parameters.
 
     Attributes:
-      index: Its place in the call, from 0.
+      request_id: Its name, unique among the requests of an engine at one time.
       prompt: What is continued.
       params: How it is sampled.
       seed: Of its random numbers.
+      steps_per_call: Most decode steps between two of its outputs.
+      must_fit: Whether `max_tokens` must fit into the context; otherwise it is an upper bound.
     """
 
-    index: int
+    request_id: str
     prompt: Prompt
     params: SamplingParams
     seed: int
+    steps_per_call: int = 32
+    must_fit: bool = False
+
+
+# Values of `SequenceOutput.finish` besides "stop" and "length".
+ABORTED, FAILED = "aborted", "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceOutput:
+    """What one sequence got since its last output.
+
+    Attributes:
+      request_id: Of the request.
+      index: The sequence's number among the request's.
+      token_ids: New tokens, the one that ended it included.
+      finish: "" while it goes on; "stop" (its last token ended it), "length", "aborted" or "failed".
+      logprobs: Of the new tokens, if asked for.
+      error: Why it failed.
+      num_cached_tokens: Prompt tokens that came from the prefix cache.
+      time_s: When the tokens were there: seconds since the request arrived, without compiling.
+      compile_s: Seconds of compiling since then.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    finish: str = ""
+    logprobs: StepLogprobs | None = None
+    error: str = ""
+    num_cached_tokens: int = 0
+    time_s: float = 0.0
+    compile_s: float = 0.0
+
+
+class OutputSink(Protocol):
+    """Where a request's outputs go: a `queue.SimpleQueue`, or whatever has its `put`. It must not block or raise."""
+
+    def put(self, output: SequenceOutput) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +110,7 @@ class CompletionOutput:
       index: Its number among the `n` of its prompt.
       text: The text, without the stop string unless that was asked for; "" without a tokenizer.
       token_ids: What was sampled, without the token that ended it.
-      finish_reason: "stop" (an end token or a stop string) or "length".
+      finish_reason: "stop" (an end token or a stop string), "length", or "error" (see `RequestOutput.error`).
       stop_reason: The stop string, or the id from `stop_token_ids`; None for the model's own end or "length".
       logprobs: For each of `token_ids` the chosen token and the likeliest ones; None if not asked for.
       cumulative_logprob: Sum over `token_ids`; None if not asked for.
@@ -109,23 +154,29 @@ class RequestOutput:
     """All completions of one prompt.
 
     Attributes:
+      request_id: The request's name.
       index: The prompt's place in the call.
       prompt: The prompt as text, None if it was given as token ids.
       prompt_token_ids: What the model saw, image places expanded.
       outputs: `n` completions.
       metrics: Counts and times.
+      num_cached_tokens: Prompt tokens whose keys and values came from the prefix cache.
+      error: Why the prompt was not answered; None if it was.
     """
 
+    request_id: str
     index: int
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     metrics: RequestMetrics
+    num_cached_tokens: int = 0
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamPiece:
-    """News of one completion. The pieces of a completion, put together, are its `CompletionOutput`.
+    """New output of one completion. The pieces of a completion, put together, are its `CompletionOutput`.
 
     Attributes:
       index: The prompt's place in the call.
@@ -135,6 +186,8 @@ class StreamPiece:
       finish_reason: None until the last piece.
       stop_reason: As in `CompletionOutput`.
       logprobs: Of the new tokens, if asked for.
+      request_id: The request's name.
+      error: Why it failed, where `finish_reason` is "error".
     """
 
     index: int
@@ -144,3 +197,5 @@ class StreamPiece:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: tuple[dict[int, Logprob], ...] | None = None
+    request_id: str = ""
+    error: str | None = None

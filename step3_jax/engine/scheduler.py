@@ -1,11 +1,15 @@
-"""Who runs: rows wait, get a slot and pages, have their prompt read in chunks, and decode until they end.
+"""Which sequences run: they wait, get a slot and pages, are prefilled in chunks, and decode until they end.
 
-First come, first served. A row is admitted when a slot is free and the pages for its prompt and all of its output are: so
-no row that runs ever waits for a page, and none has to be thrown out. A row that ends early gives back what it did not
-use. Nothing here touches a device.
+First come, first served, but a sequence whose pages are not free is passed by smaller ones, at most `MAX_PASSES` times. It
+is admitted with pages for its tokens and the first `RESERVED_OUTPUT` tokens of output, and gets more as it grows. When
+pages run out, the sequence with the fewest tokens in the cache goes back to the head of the queue (preemption) and is
+computed again later; after `MAX_PREEMPTIONS` times it is admitted with all the pages that it may ever need, and is left
+alone from then on. So something always goes on, and every sequence ends.
 
-Where the cache is in shards, so are slots and chunks: a row has its slot and its pages in one shard, the one that has the
-fewest rows when it is admitted.
+Where the cache is in shards, so are slots and chunks: a sequence has its slot and its pages in one shard, the one that has
+the most of its prompt cached, and of those the one with the fewest sequences.
+
+Nothing here touches a device.
 """
 
 from __future__ import annotations
@@ -14,145 +18,368 @@ import collections
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from pallas_kernels.pages import PAGE_SIZE
 from step3_jax.cache.allocator import PageAllocator
 from step3_jax.cache.bucket import power_of_two
 from step3_jax.cache.paged import pages_for
-from step3_jax.engine.job import Row
+from step3_jax.cache.prefix import extend_keys
+from step3_jax.engine.sequence import Group, Sequence
+
+# Output tokens that a sequence has pages for when it is admitted, and pages that it grows by.
+RESERVED_OUTPUT = 512
+GROWTH_PAGES = 8
+MAX_PASSES = 8
+MAX_PREEMPTIONS = 3
 
 
 class Chunk(NamedTuple):
-    """Tokens of one prompt to be read next: `num_tokens` from `start` on."""
+    """Tokens of one sequence to prefill next: `num_tokens` from `start` on."""
 
-    row: Row
+    sequence: Sequence
     start: int
     num_tokens: int
+
+
+class PageCopy(NamedTuple):
+    """A page whose content another one is to get."""
+
+    source: int
+    target: int
 
 
 class Scheduler:
     """Slots and a queue.
 
     Attributes:
-      slots: The rows that run, each at its place in the batch; None where a place is free. Shards have equally many,
-        zero or a power of two, one shard's behind the other's.
-      version: Changes whenever a row comes to a slot or moves to another; when one ends, its slot only gets free.
+      slots: The sequences that run, each at its place in the batch; None where a place is free. Shards have equally many,
+        zero or a power of two, shard after shard.
+      version: Changes whenever a sequence comes to a slot or moves to another; when one ends, its slot only becomes free.
+      table_version: Changes whenever a sequence in a slot gets pages.
+      num_preemptions: Sequences that lost their pages so far.
+      num_queries: Prompt tokens looked for in the prefix cache so far.
+      num_hits: Those that were there.
     """
 
-    def __init__(self, allocator: PageAllocator, *, max_batch_size: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        long_prefill_tokens: int | None = None,
+        has_prefix_cache: bool = True,
+    ) -> None:
         """Starts with nothing to do.
 
         Args:
           allocator: Of the cache's pages.
-          max_batch_size: Most slots of a shard, a power of two.
-          max_num_batched_tokens: Most tokens that a shard reads at once.
+          max_num_seqs: Most slots of a shard, a power of two.
+          max_num_batched_tokens: Most tokens that a shard prefills at once.
+          long_prefill_tokens: Most of those for one sequence while others wait for theirs; half of them if None.
+          has_prefix_cache: Whether pages are published for later sequences.
         """
-        self.slots: list[Row | None] = []
+        self.slots: list[Sequence | None] = []
         self.version = 0
+        self.table_version = 0
+        self.num_preemptions = 0
+        self.num_queries = 0
+        self.num_hits = 0
         self._allocator = allocator
-        self._max_batch_size = max_batch_size
+        self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._waiting: collections.deque[Row] = collections.deque()
+        self._long_prefill_tokens = long_prefill_tokens or max(1, max_num_batched_tokens // 2)
+        self._has_prefix_cache = has_prefix_cache
+        self._waiting: collections.deque[Sequence] = collections.deque()
         # In the order they were admitted in.
-        self._running: list[Row] = []
+        self._running: list[Sequence] = []
+        # Groups that hold pages of their prompt.
+        self._holding: list[Group] = []
 
     @property
-    def running(self) -> tuple[Row, ...]:
-        """The rows in slots, in the order they were admitted in."""
+    def running(self) -> tuple[Sequence, ...]:
+        """The sequences in slots, in the order they were admitted in."""
         return tuple(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Rows that have no slot yet."""
+        """Sequences without a slot that could get one."""
         return len(self._waiting)
 
     @property
-    def has_unread(self) -> bool:
-        """Whether a row in a slot has tokens of its prompt to be read."""
-        return any(row.num_unread for row in self._running)
+    def has_prefill(self) -> bool:
+        """Whether a sequence in a slot has tokens to prefill."""
+        return any(sequence.num_to_prefill for sequence in self._running)
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Puts rows at the end of the queue."""
-        self._waiting.extend(rows)
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Puts sequences at the end of the queue."""
+        self._waiting.extend(sequences)
 
-    def admit(self) -> None:
-        """Gives slots and pages to rows of the queue, as far as they go."""
-        admitted: list[Row] = []
-        while self._waiting:
-            count = pages_for(self._waiting[0].max_cached)
-            shard = self._choose_shard(count)
-            if shard is None:
+    def admit(self) -> list[PageCopy]:
+        """Gives slots and pages to sequences of the queue, as far as they go.
+
+        Returns:
+          Copies of pages to make before anything else: a sequence that shares its prompt's pages has the last one, which
+          is not full, to itself.
+        """
+        admitted: list[Sequence] = []
+        copies: list[PageCopy] = []
+        blocked: list[Sequence] = []
+        for sequence in tuple(self._waiting):
+            if not any(len(own) < self._max_num_seqs for own in self._sequences_of_shards()):
                 break
-            row = self._waiting.popleft()
-            row.pages = self._allocator.allocate(count, shard)
-            self._running.append(row)
-            admitted.append(row)
-        if not admitted:
-            return
-        size = power_of_two(max(map(len, self._rows_of_shards())))
-        parts = [[*part, *[None] * (size - len(part))] for part in self._parts()]
-        for row in admitted:
-            part = parts[self.shard_of(row)]
-            part[part.index(None)] = row
-        self.slots = [row for part in parts for row in part]
-        self.version += 1
+            if len(blocked) > MAX_PASSES or any(other.num_passed >= MAX_PASSES for other in blocked):
+                break
+            taken = self._take_pages(sequence)
+            if taken is None:
+                blocked.append(sequence)
+                continue
+            for other in blocked:
+                other.num_passed += 1
+            copies += taken
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
+            admitted.append(sequence)
+        if admitted:
+            self._give_slots(admitted)
+        return copies
 
     def plan_chunk(self) -> list[Chunk]:
-        """The next tokens of prompts to read, oldest rows first; nothing if all are read."""
-        chunks, room = [], [self._max_num_batched_tokens] * self._allocator.num_shards
-        for row in self._running:
-            shard = self.shard_of(row)
-            count = min(row.num_unread, room[shard])
-            if count:
-                chunks.append(Chunk(row, row.num_read, count))
+        """The next tokens to prefill, oldest sequences first; nothing if there are none.
+
+        While several sequences of a shard wait for a part, none gets more than `long_prefill_tokens` before all have had
+        theirs. Chunks end where pages end, so that the same pages are computed the same way with and without cached ones
+        before them.
+        """
+        room = [self._max_num_batched_tokens] * self._allocator.num_shards
+        unfinished = [sequence for sequence in self._running if sequence.num_to_prefill]
+        counts = dict.fromkeys(unfinished, 0)
+        num_of_shard = collections.Counter(map(self.shard_of, unfinished))
+        for is_limited in (True, False):
+            for sequence in unfinished:
+                shard = self.shard_of(sequence)
+                limit = room[shard]
+                if is_limited and num_of_shard[shard] > 1:
+                    limit = min(limit, self._long_prefill_tokens)
+                count = min(sequence.num_to_prefill - counts[sequence], limit)
+                if count < sequence.num_to_prefill - counts[sequence] and self._max_num_batched_tokens >= PAGE_SIZE:
+                    start = sequence.num_computed + counts[sequence]
+                    count = max(0, (start + count) // PAGE_SIZE * PAGE_SIZE - start)
+                counts[sequence] += count
                 room[shard] -= count
-        return chunks
+        return [Chunk(sequence, sequence.num_computed, count) for sequence, count in counts.items() if count]
 
-    def release(self, row: Row) -> None:
-        """Takes a row out, whether it runs, waits or is out already, and frees its pages."""
-        if row in self._waiting:
-            self._waiting.remove(row)
-        if row not in self._running:
+    def make_room(self, num_steps: int) -> tuple[int, list[Sequence]]:
+        """Gives pages to the sequences that decode, for as many as `num_steps` more tokens of each.
+
+        Preempts others where pages run out.
+
+        Returns:
+          How many steps there is room for, at least 1 if anything is ready, and sequences that fill a shard's cache alone
+          and cannot go on.
+        """
+        stuck: list[Sequence] = []
+        for sequence in tuple(self._running):
+            while sequence.is_ready:
+                room = self._grow(sequence, num_steps)
+                if room:
+                    num_steps = min(num_steps, room)
+                    break
+                if not self._reclaim(sequence):
+                    stuck.append(sequence)
+                    break
+        return num_steps, stuck
+
+    def publish(self, sequence: Sequence) -> None:
+        """Makes the whole pages that a sequence has written known to others."""
+        if not self._has_prefix_cache or not sequence.pages:
             return
-        self._running.remove(row)
-        self.slots[self.slots.index(row)] = None
-        self._allocator.free(row.pages)
-        row.pages = []
+        num_whole = sequence.num_computed // PAGE_SIZE
+        self._extend_keys(sequence, num_whole)
+        for page in range(sequence.num_published, num_whole):
+            self._allocator.publish(sequence.pages[page], sequence.page_keys[page])
+        sequence.num_published = max(sequence.num_published, num_whole)
+
+    def fork(self, first: Sequence) -> None:
+        """Queues the other sequences of a group once one has prefilled the prompt, whose pages they share."""
+        group = first.group
+        others = [one for one in group.sequences if not (one.pages or one.is_finished or self.is_queued(one))]
+        if not others:
+            return
+        group.held_pages = first.pages[: pages_for(first.num_prompt - 1)]
+        if group.held_pages:
+            self._allocator.share(group.held_pages)
+            self._holding.append(group)
+        self._waiting.extendleft(reversed(others))
+
+    def is_queued(self, sequence: Sequence) -> bool:
+        """Whether a sequence waits for a slot."""
+        return sequence in self._waiting
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes a sequence out, whether it runs, waits or is out already, and frees its pages."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        sequence.is_finished = True
+        self._take_out(sequence)
+        self._let_go(sequence.group)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Puts a sequence that runs back to the head of the queue; what it computed is computed again or found cached."""
+        self._take_out(sequence)
+        sequence.num_computed = 0
+        self._waiting.appendleft(sequence)
+
+    def preempt_all(self) -> None:
+        """Puts all sequences back into the queue, in order, as when what the cache holds is lost."""
+        for group in tuple(self._holding):
+            self._drop(group)
+        for sequence in reversed(self._running.copy()):
+            self.preempt(sequence)
+        self._allocator.unpublish_all()
+
+    def shard_of(self, sequence: Sequence) -> int:
+        """The shard of a sequence that runs."""
+        return self._allocator.shard_of(sequence.pages[0])
+
+    def _take_pages(self, sequence: Sequence) -> list[PageCopy] | None:
+        """Pages for a sequence, if there are enough in any shard; returns the copies to make."""
+        num_tokens = sequence.max_cached
+        if not _is_pinned(sequence):
+            num_tokens = min(num_tokens, len(sequence.token_ids) - 1 + RESERVED_OUTPUT)
+        count = min(pages_for(num_tokens), self._allocator.shard_pages)
+        held = sequence.group.held_pages
+        best: tuple[int, list[int]] | None = None
+        for shard, hits in self._choices(sequence):
+            missing = count - len(hits) + self._allocator.num_unowned(hits)
+            if missing <= self._allocator.num_free_in(shard):
+                best = shard, hits
+                break
+        if best is None:
+            return None
+        shard, hits = best
+        # Shared first, so that allocating does not evict them.
+        self._allocator.share(hits)
+        sequence.pages = [*hits, *self._allocator.allocate(count - len(hits), shard)]
+        sequence.num_computed = len(hits) * PAGE_SIZE
+        sequence.num_published = len(hits)
+        copies: list[PageCopy] = []
+        num_prompt_pages = len(held)
+        if held and self._allocator.shard_of(held[0]) == shard and not sequence.num_output:
+            if num_prompt_pages > len(hits):
+                copies.append(PageCopy(held[-1], sequence.pages[num_prompt_pages - 1]))
+            sequence.num_computed = sequence.num_prompt - 1
+        elif sequence.group.num_cached_tokens is None:
+            sequence.group.num_cached_tokens = sequence.num_computed
+            self.num_queries += sequence.num_prompt * self._has_prefix_cache
+            self.num_hits += sequence.num_computed
+        return copies
+
+    def _choices(self, sequence: Sequence) -> list[tuple[int, list[int]]]:
+        """Shards with a free slot, the best first, each with the pages there that the sequence can share."""
+        held = sequence.group.held_pages
+        if self._has_prefix_cache:
+            # The last token is left to the decode step, so its page is never whole.
+            self._extend_keys(sequence, (len(sequence.token_ids) - 1) // PAGE_SIZE)
+        choices = []
+        for shard, own in enumerate(self._sequences_of_shards()):
+            if len(own) >= self._max_num_seqs:
+                continue
+            hits = self._allocator.find(sequence.page_keys[: (len(sequence.token_ids) - 1) // PAGE_SIZE], shard)
+            if held and self._allocator.shard_of(held[0]) == shard:
+                whole = held[: (sequence.num_prompt - 1) // PAGE_SIZE]
+                hits = max(hits, whole, key=len)
+            choices.append((-len(hits), len(own), -self._allocator.num_free_in(shard), shard, hits))
+        return [(shard, hits) for *_, shard, hits in sorted(choices)]
+
+    def _give_slots(self, admitted: Iterable[Sequence]) -> None:
+        size = power_of_two(max(map(len, self._sequences_of_shards())))
+        parts = [[*part, *[None] * (size - len(part))] for part in self._parts()]
+        for sequence in admitted:
+            part = parts[self.shard_of(sequence)]
+            part[part.index(None)] = sequence
+            self._let_go(sequence.group)
+        self.slots = [sequence for part in parts for sequence in part]
+        self.version += 1
+        self.table_version += 1
+
+    def _grow(self, sequence: Sequence, num_steps: int) -> int:
+        """Gives a sequence pages for up to `num_steps` more tokens; returns how many it has room for."""
+        cached = len(sequence.token_ids) - 1
+        needed = pages_for(min(cached + num_steps, sequence.max_cached)) - len(sequence.pages)
+        if needed > 0:
+            most = pages_for(sequence.max_cached) - len(sequence.pages)
+            free = self._allocator.num_free_in(self.shard_of(sequence))
+            count = min(max(needed, min(GROWTH_PAGES, most)), free)
+            if count:
+                sequence.pages += self._allocator.allocate(count, self.shard_of(sequence))
+                self.table_version += 1
+        if len(sequence.pages) >= pages_for(sequence.max_cached):
+            return num_steps
+        return min(num_steps, len(sequence.pages) * PAGE_SIZE - cached)
+
+    def _reclaim(self, sequence: Sequence) -> bool:
+        """Frees pages for a sequence that needs one; False if there are none to free, and it cannot go on."""
+        shard = self.shard_of(sequence)
+        holding = [group for group in self._holding if self._allocator.shard_of(group.held_pages[0]) == shard]
+        if holding:
+            self._drop(holding[-1])
+            return True
+        own = self._sequences_of_shards()[shard]
+        if len(own) == 1:
+            return False
+        # Of those with equally few the one that came last. What is pinned has all its pages, so `sequence` is not.
+        victim = min((one for one in reversed(own) if not _is_pinned(one)), key=lambda one: one.num_computed)
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self.preempt(victim)
+        return True
+
+    def _take_out(self, sequence: Sequence) -> None:
+        """Takes a sequence from its slot and frees its pages."""
+        if sequence not in self._running:
+            return
+        self._running.remove(sequence)
+        self.slots[self.slots.index(sequence)] = None
+        pages, sequence.pages = sequence.pages, []
+        self._allocator.free(pages)
+        sequence.num_published = 0
         # Free slots cost little, another batch size a program of its own: so the batch shrinks late.
-        rows = self._rows_of_shards()
-        most = max(map(len, rows))
-        if 4 * most * len(rows) <= len(self.slots):
+        parts = self._sequences_of_shards()
+        most = max(map(len, parts))
+        if 4 * most * len(parts) <= len(self.slots):
             size = power_of_two(most) if most else 0
-            self.slots = [place for own in rows for place in (*own, *[None] * (size - len(own)))]
+            self.slots = [place for own in parts for place in (*own, *[None] * (size - len(own)))]
             self.version += 1
+            self.table_version += 1
 
-    def clear(self) -> list[Row]:
-        """Takes all rows out; returns them."""
-        rows = [*self._running, *self._waiting]
-        for row in rows:
-            self.release(row)
-        return rows
+    def _let_go(self, group: Group) -> None:
+        """Frees what a group holds of its prompt once no sequence waits for it."""
+        if group.held_pages and not group.is_waiting_for_prompt:
+            self._drop(group)
 
-    def shard_of(self, row: Row) -> int:
-        """The shard of a row that runs."""
-        return self._allocator.shard_of(row.pages[0])
+    def _drop(self, group: Group) -> None:
+        self._holding.remove(group)
+        pages, group.held_pages = group.held_pages, []
+        self._allocator.free(pages)
 
-    def _choose_shard(self, num_pages: int) -> int | None:
-        """The shard for a row that needs so many pages; None if no shard has them and a slot."""
-        rows = self._rows_of_shards()
-        fitting = [
-            (len(own), -self._allocator.num_free_in(shard), shard)
-            for shard, own in enumerate(rows)
-            if len(own) < self._max_batch_size and num_pages <= self._allocator.num_free_in(shard)
-        ]
-        return min(fitting)[2] if fitting else None
+    def _extend_keys(self, sequence: Sequence, num_pages: int) -> None:
+        if num_pages > len(sequence.page_keys):
+            group = sequence.group
+            extend_keys(sequence.page_keys, sequence.token_ids[: num_pages * PAGE_SIZE], group.root, group.marks)
 
-    def _rows_of_shards(self) -> list[list[Row]]:
-        """The rows that run, by shard."""
-        rows: list[list[Row]] = [[] for _ in range(self._allocator.num_shards)]
-        for row in self._running:
-            rows[self.shard_of(row)].append(row)
-        return rows
+    def _sequences_of_shards(self) -> list[list[Sequence]]:
+        """The sequences that run, by shard."""
+        found: list[list[Sequence]] = [[] for _ in range(self._allocator.num_shards)]
+        for sequence in self._running:
+            found[self.shard_of(sequence)].append(sequence)
+        return found
 
-    def _parts(self) -> list[list[Row | None]]:
+    def _parts(self) -> list[list[Sequence | None]]:
         """The slots of each shard."""
         size = len(self.slots) // self._allocator.num_shards
         return [self.slots[shard * size : (shard + 1) * size] for shard in range(self._allocator.num_shards)]
+
+
+def _is_pinned(sequence: Sequence) -> bool:
+    """Whether a sequence was preempted so often that it is admitted with all its pages and then left alone."""
+    return sequence.num_preemptions >= MAX_PREEMPTIONS

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.pages import Storage
-from step3_jax.cache.paged import Cache, empty_cache
-from step3_jax.engine.runner import MEMORY_SHARE, Runner, widen_weights
+from step3_jax.cache.bucket import power_of_two
+from step3_jax.cache.paged import Cache, copy_pages, empty_cache
+from step3_jax.engine.executor import Executor, Started, local_pages, own_devices, widen_weights
+from step3_jax.engine.runner import SplitModel, TracedCalls, Weights
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
-from step3_jax.mesh import Layout, agree_least
+from step3_jax.mesh import Layout
 from step3_jax.model.parallel import parallelise
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode
@@ -23,10 +26,10 @@ from step3_jax.sampling.batch import SamplingBatch, SamplingMode
 Batch = TypeVar("Batch", PrefillBatch, DecodeBatch)
 
 
-class ShardedRunner(Runner):
-    """Runs a model that is spread over the devices of a layout; an `executor.Executor`.
+class ShardedRunner(Executor):
+    """Runs a model that is spread over the devices of a layout.
 
-    Each device runs the single-device program on its own rows and pages; what the layers exchange is in
+    Each device runs the single-device program on its own sequences and pages; what the layers exchange is in
     `model.parallel`. Of several processes each calls with the same arguments, and gets the same report.
 
     Attributes:
@@ -36,23 +39,29 @@ class ShardedRunner(Runner):
     def __init__(self, model: Step3, layout: Layout) -> None:
         """Takes a model whose weights lie as `layout.parameter` says (`load_model` and `place_model` put them so).
 
-        The weights may be abstract, for `prefill_program` and `decode_program`. On a CPU a bfloat16 model is held and run
-        in float32, as `Runner` does.
+        The weights may be abstract, for `prefill_program` and `decode_program`. On a CPU a bfloat16 model is held in
+        float32, see `Executor.dtype`.
         """
-        self._set_up(model)
+        super().__init__(
+            model.config,
+            own_devices(layout.mesh.devices.flat),
+            model.text.embed_tokens.weight.get_value().dtype,
+            num_shards=layout.size("rows"),
+        )
         self.layout = layout
-        self.num_shards = layout.size("rows")
-        if jax.default_backend() == "cpu" and layout.mesh.devices.flat[0].platform == "cpu":
+        self._images_multiple = layout.size("images")
+        if self.is_cpu:
             model = widen_weights(model)
-        self.dtype = model.text.embed_tokens.weight.get_value().dtype
-        self._split(parallelise(model, layout))
+        self._split = SplitModel(parallelise(model, layout))
+        self._traced = TracedCalls(
+            self._split.build, self.num_traces, self.config.text.vocab_size, any_row=self._any_row
+        )
         rows, copies = layout.sharding("rows"), layout.sharding()
-        weights = [weight.sharding for weight in self._weights]
+        weights = [weight.sharding for weight in self._split.weights]
         self._copies = copies
         self._rows_axes = layout.axes("rows")
-        self._sampling: tuple[SamplingBatch, SamplingBatch] | None = None
         self._prefill = jax.jit(
-            self._prefill_shards, in_shardings=(weights, rows, copies), out_shardings=rows, donate_argnums=1
+            self._prefill_shards, in_shardings=(weights, rows, copies), out_shardings=(rows, copies), donate_argnums=1
         )
         self._decode_calls = jax.jit(
             self._decode_shards,
@@ -64,72 +73,67 @@ class ShardedRunner(Runner):
         self._encode = jax.jit(
             self._encode_shards, in_shardings=(weights, layout.sharding("images")), out_shardings=copies
         )
-
-    def cache_memory_bytes(self) -> int | None:
-        """See `Executor.cache_memory_bytes`."""
-        left = []
-        for device in self.layout.mesh.local_devices:
-            stats = device.memory_stats()
-            if not stats or "bytes_limit" not in stats:
-                return None
-            left.append(int(MEMORY_SHARE * stats["bytes_limit"]) - stats["bytes_in_use"])
-        return agree_least(min(left))
+        spec = layout.spec("rows")
+        self._copy = jax.jit(
+            jax.shard_map(copy_pages, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False),
+            in_shardings=(rows, rows, rows),
+            out_shardings=rows,
+            donate_argnums=0,
+        )
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`."""
-        as_bits = jax.default_backend() == "cpu"
-        make = functools.partial(empty_cache, self.config.text, num_pages, storage, as_bits=as_bits)
+        make = functools.partial(empty_cache, self.config.text, num_pages, storage, as_bits=self.is_cpu)
         return jax.jit(make, out_shardings=self.layout.sharding("rows"))()
 
-    def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """See `Executor.encode_images`; the squares are shared out over all devices."""
-        count, sharding = pixels.shape[0], self.layout.sharding("images")
-        missing = -count % self.layout.size("images")
-        padded = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        placed = jax.make_array_from_callback(padded.shape, sharding, padded.__getitem__)
-        return self._timed("encode_images", self._encode, self._weights, placed)[:count]
+    def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
+        placed = jax.make_array_from_callback(pixels.shape, self.layout.sharding("images"), pixels.__getitem__)
+        return self._timed("encode_images", self._encode, self._split.weights, placed)
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> Cache:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
         """See `Executor.prefill`."""
-        return self._timed("prefill", self._prefill, self._weights, cache, self._on_host(batch))
+        cache, lengths = self._timed("prefill", self._prefill, self._split.weights, cache, batch)
+        return cache, Started(lengths)
 
-    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Report]:
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
-        if self._sampling is None or self._sampling[0] is not call.sampling:
-            # The engine gives the same parameters again until a row comes or goes.
-            self._sampling = call.sampling, self._place(call.sampling)
-        given = self._on_host(call.batch), self._sampling[1], np.int32(call.num_steps), np.bool_(call.leave_early)
-        return self._timed("decode", self._decode_calls, self._weights, cache, *given, call.max_steps, call.mode)
+        sampling = self._place_sampling(call.sampling)
+        given = call.batch, sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
+        cache, report = self._timed(
+            "decode", self._decode_calls, self._split.weights, cache, *given, call.max_steps, call.mode
+        )
+        return cache, Started(report)
+
+    def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
+        """See `Executor.copy_pages`."""
+        shard_pages, size = cache[0].keys.shape[0] // self.num_shards, power_of_two(len(sources))
+        return self._copy(
+            cache, *(local_pages(pages, shard_pages, self.num_shards, size) for pages in (sources, targets))
+        )
+
+    def prefill_program(self, cache: Cache, batch: PrefillBatch) -> jax.stages.Compiled:
+        """See `Runner.prefill_program`."""
+        return self._prefill.lower(self._split.weights, cache, batch).compile()
 
     def decode_program(
         self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int, mode: SamplingMode
     ) -> jax.stages.Compiled:
         """See `Runner.decode_program`."""
         given = batch, sampling, np.int32(1), np.bool_(False)
-        return self._decode_calls.lower(self._weights, cache, *given, max_steps, mode).compile()
+        return self._decode_calls.lower(self._split.weights, cache, *given, max_steps, mode).compile()
 
-    def _on_host(self, batch: Batch) -> Batch:
-        """Arrays of one device as numpy's, which every process may give to a call over all devices."""
-        return jax.tree.map(lambda leaf: leaf if isinstance(leaf.sharding, NamedSharding) else np.asarray(leaf), batch)
-
-    def _place(self, sampling: SamplingBatch) -> SamplingBatch:
-        """A copy on every device."""
-
-        def place(leaf: Array) -> Array:
-            host = np.asarray(leaf)
-            return jax.make_array_from_callback(host.shape, self._copies, host.__getitem__)
-
-        return jax.tree.map(place, sampling)
+    def _place(self, array: np.ndarray) -> Array:
+        return jax.make_array_from_callback(array.shape, self._copies, array.__getitem__)
 
     # The functions below are traced. A batch comes whole to every device, which takes its own rows.
 
-    def _prefill_shards(self, weights: list[Array], cache: Cache, batch: PrefillBatch) -> Cache:
+    def _prefill_shards(self, weights: Weights, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Int[Array, " B"]]:
         rows = self.layout.spec("rows")
         specs = jax.tree.map(lambda _: rows, batch)
         if batch.features is not None:
             specs = specs._replace(features=PartitionSpec())
         return jax.shard_map(
-            self._run_prefill,
+            self._traced.prefill,
             mesh=self.layout.mesh,
             in_specs=(self._specs(), rows, specs),
             out_specs=rows,
@@ -138,7 +142,7 @@ class ShardedRunner(Runner):
 
     def _decode_shards(
         self,
-        weights: list[Array],
+        weights: Weights,
         cache: Cache,
         batch: DecodeBatch,
         sampling: SamplingBatch,
@@ -159,7 +163,7 @@ class ShardedRunner(Runner):
 
     def _decode_own(
         self,
-        weights: list[Array],
+        weights: Weights,
         cache: Cache,
         batch: DecodeBatch,
         sampling: SamplingBatch,
@@ -169,18 +173,16 @@ class ShardedRunner(Runner):
         max_steps: int,
         mode: SamplingMode,
     ) -> tuple[Cache, Report]:
-        cache, report = self._run_decode(
+        cache, report = self._traced.decode(
             weights, cache, batch, sampling, num_steps, leave_early, max_steps=max_steps, mode=mode
         )
         # Every process reads all of it.
         return cache, jax.tree.map(self._gather_rows, report)
 
-    def _encode_shards(
-        self, weights: list[Array], pixels: Float[Array, "images 3 S S"]
-    ) -> Float[Array, "images tokens D"]:
+    def _encode_shards(self, weights: Weights, pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         images = self.layout.spec("images")
         return jax.shard_map(
-            self._run_encode,
+            self._traced.encode,
             mesh=self.layout.mesh,
             in_specs=(self._specs(), images),
             out_specs=images,
@@ -188,7 +190,7 @@ class ShardedRunner(Runner):
         )(weights, pixels)
 
     def _specs(self) -> list[PartitionSpec]:
-        return [weight.sharding.spec for weight in self._weights]
+        return [weight.sharding.spec for weight in self._split.weights]  # type: ignore[attr-defined]
 
     def _with_local_pages(self, cache: Cache, batch: Batch) -> Batch:
         """Page numbers as each shard counts its own."""

@@ -1,7 +1,8 @@
 """What goes to the device and comes back, and the decode loop's pure functions: what any executor shares.
 
 Between two calls the device keeps the KV cache and nothing else. All that is known of a sequence stands on the host, and
-each call brings it along: a few numbers a row.
+each call brings it along: a few numbers a row. Batches are numpy on the host; the same classes hold arrays and tracers on
+the device.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class DecodeBatch(NamedTuple):
     Attributes:
       last: Last token of each sequence, not in the cache yet.
       cached: Tokens in the cache: all before `last`.
-      num_made: Output tokens so far; 0 where `last` ends the prompt.
+      num_generated: Output tokens so far; 0 where `last` ends the prompt.
       is_active: Rows that have something to do. The others write to no page.
       table: Pages of each sequence, with room for all tokens it may get.
       history: Prompt and output so far, `last` included, filled up with V; None unless the mode has penalties.
@@ -61,7 +62,7 @@ class DecodeBatch(NamedTuple):
 
     last: Int[Array, " B"]
     cached: Int[Array, " B"]
-    num_made: Int[Array, " B"]
+    num_generated: Int[Array, " B"]
     is_active: Bool[Array, " B"]
     table: Int[Array, "B max_pages"]
     history: Int[Array, "B M"] | None = None
@@ -174,7 +175,7 @@ def begin_rows(batch: DecodeBatch, *, vocab_size: int, max_steps: int, mode: Sam
     """The state before a call's first step; arguments as for `decode_loop`."""
     counts = None
     if mode.use_penalties and batch.history is not None:
-        counts = count_history(batch.history, batch.cached + 1, batch.num_made, vocab_size)
+        counts = count_history(batch.history, batch.cached + 1, batch.num_generated, vocab_size)
     return RowState(batch.last, _empty_report(batch, max_steps, mode), counts)
 
 
@@ -215,7 +216,7 @@ def choose_tokens(
             sampling,
             # As many tokens stand before the new one.
             positions=batch.cached + 1 + report.num_new,
-            num_tokens=batch.num_made + report.num_new,
+            num_tokens=batch.num_generated + report.num_new,
             counts=counts,
             mode=mode,
         )
@@ -233,7 +234,7 @@ def choose_tokens(
         counts = count_token(counts, tokens, is_running)
     num_new = report.num_new + is_running
     is_end = jnp.any(tokens[:, None] == sampling.stop_ids, axis=-1)
-    is_full = batch.num_made + num_new >= sampling.max_tokens
+    is_full = batch.num_generated + num_new >= sampling.max_tokens
     finish = jnp.where(is_end, STOPPED, jnp.where(is_full, FULL, RUNNING))
     report = Report(
         tokens=report.tokens.at[places, columns].set(tokens, mode="drop"),

@@ -11,9 +11,12 @@ class EngineStats:
 
     Attributes:
       num_requests: Requests that have ended.
-      num_prompt_tokens: Tokens of the prompts that were read, padding not counted.
-      num_generated_tokens: Tokens made.
-      prefill_s: Time of reading prompts, images counted.
+      num_prompt_tokens: Tokens of the prompts that were prefilled or found cached, each prompt once.
+      num_generated_tokens: Tokens generated.
+      num_preemptions: Sequences that lost their pages to others and were computed again.
+      prefix_cache_queries: Prompt tokens looked for in the prefix cache.
+      prefix_cache_hits: Those that were there.
+      prefill_s: Time of prefill, images included.
       decode_s: Time of the decode loop.
       compile_s: Time of tracing and compiling.
     """
@@ -21,6 +24,9 @@ class EngineStats:
     num_requests: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     compile_s: float = 0.0

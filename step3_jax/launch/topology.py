@@ -1,7 +1,7 @@
 """What the launched command says about its devices: how many processes it needs.
 
-The only place of this package that knows of `--afd` and of `--dp`, `--tp` and `--ep`. What a topology means and which
-ranks are which role is said in `step3_jax/deployment.py`.
+The only place of this package that knows of `--afd`, of `--dp`, `--tp` and `--ep`, and of `--config`. What a topology means
+and which ranks are which role is said in `step3_jax/deployment.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from step3_jax.deployment import Topology, read_afd
+from step3_jax.deployment import Deployment, Topology, load_deployment, parse_deployment, read_afd
+from step3_jax.engine.config import read_config_file
 
-# As `step3_jax/cli/parallel.py` has them: groups, devices of a group, groups of experts.
+# As `step3_jax/engine/config.py` has them: groups, devices of a group, groups of experts.
 _SIZES = {
     "dp": ("--dp", "--data-parallel-size"),
     "tp": ("--tp", "--tensor-parallel-size"),
@@ -75,6 +76,7 @@ def read_need(words: Sequence[str]) -> Need | None:
     for name, options in _SIZES.items():
         parser.add_argument(*options, dest=name)
     found = {name: value for name, value in vars(_parse(parser, words)).items() if value is not None}
+    found = _sizes_of_file(words) | found
     for name, value in found.items():
         if not value.isdecimal() or int(value) < 1:
             raise ValueError(f"in the command to launch: --{name} {value}; a whole number of at least 1 is needed")
@@ -104,12 +106,42 @@ def read_topology(words: Sequence[str]) -> Topology | None:
     parser.add_argument("--afd-devices")
     found = _parse(parser, words)
     if found.afd is None:
-        return None
+        deployment = _deployment_of_file(words)
+        return None if deployment is None else deployment.topology
     devices = found.afd_devices
     if devices is not None and not devices.isdecimal():
         raise ValueError(f"--afd-devices {devices}: give the devices of an instance, 1 or more")
     deployment = read_afd(found.afd, None if devices is None else int(devices))
     return None if deployment is None else deployment.topology
+
+
+def _sizes_of_file(words: Sequence[str]) -> dict[str, str]:
+    """The sizes that a configuration file gives, by their short names."""
+    path = _config_file(words)
+    if path is None:
+        return {}
+    fields, _ = read_config_file(path)
+    names = {"data_parallel_size": "dp", "tensor_parallel_size": "tp", "expert_parallel_size": "ep"}
+    sizes = {short: str(fields[name]) for name, short in names.items() if fields.get(name) is not None}
+    deployment = _deployment_of_file(words)
+    if deployment is not None and deployment.topology is None:
+        division = deployment.division
+        sizes = {"dp": str(division.dp), "tp": str(division.tp)} | sizes
+    return sizes
+
+
+def _deployment_of_file(words: Sequence[str]) -> Deployment | None:
+    path = _config_file(words)
+    section = None if path is None else read_config_file(path)[1]
+    if section is None:
+        return None
+    return load_deployment(section) if isinstance(section, str) else parse_deployment("deployment", section)
+
+
+def _config_file(words: Sequence[str]) -> str | None:
+    parser = _parser()
+    parser.add_argument("--config")
+    return _parse(parser, words).config
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
@@ -40,7 +39,7 @@ class SamplingMode(NamedTuple):
 
 
 class SamplingBatch(NamedTuple):
-    """Parameters of each row. Lists of token ids are filled up with V, which is no token.
+    """Parameters of each row, on the host or on a device. Lists of token ids are filled up with V, which is no token.
 
     Attributes:
       temperature: 0 for greedy rows.
@@ -128,8 +127,8 @@ def sampling_mode(params: Sequence[SamplingParams], vocab_size: int) -> Sampling
 def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int) -> SamplingBatch:
     """Puts rows in arrays, filled up to `batch_size` with rows that make no token."""
 
-    def column(values: Sequence[float], fill: float, dtype: type[np.generic]) -> Array:
-        return jnp.asarray(np.array([*values, *[fill] * (batch_size - len(rows))], dtype))
+    def column(values: Sequence[float], fill: float, dtype: type[np.generic]) -> np.ndarray:
+        return np.array([*values, *[fill] * (batch_size - len(rows))], dtype)
 
     params = [row.params for row in rows]
     seeds = np.zeros((batch_size, 2), np.uint32)
@@ -140,7 +139,7 @@ def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int
         top_k=column([row.top_k if row.top_k > 0 else vocab_size for row in params], vocab_size, np.int32),
         top_p=column([row.top_p for row in params], 1.0, np.float32),
         min_p=column([row.min_p for row in params], 0.0, np.float32),
-        seeds=jnp.asarray(seeds),
+        seeds=seeds,
         repetition_penalty=column([row.repetition_penalty for row in params], 1.0, np.float32),
         presence_penalty=column([row.presence_penalty for row in params], 0.0, np.float32),
         frequency_penalty=column([row.frequency_penalty for row in params], 0.0, np.float32),
@@ -152,10 +151,10 @@ def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int
     )
 
 
-def _ragged(lists: Sequence[Sequence[float]], fill: float, batch_size: int, dtype: type[np.generic]) -> Array:
+def _ragged(lists: Sequence[Sequence[float]], fill: float, batch_size: int, dtype: type[np.generic]) -> np.ndarray:
     """Lists of different lengths in one array, its width a power of two of at least 4."""
     width = 1 << (max([4, *map(len, lists)]) - 1).bit_length()
     array = np.full((batch_size, width), fill, dtype)
     for row, values in enumerate(lists):
         array[row, : len(values)] = values
-    return jnp.asarray(array)
+    return array

@@ -98,11 +98,12 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
         """Takes the next piece of text.
 
         Args:
           text: New text.
+          may_stop: Whether a stop string that ends in it ends the text. One that ends later may begin in it all the same.
 
         Returns:
           Text that is certain to be part of the result, and whether the text has ended. Anything after the
@@ -110,9 +111,12 @@ class StopStrings:
         """
         if self.matched is not None:
             return "", True
+        before = len(self._held)
         self._held += text
-        found = [(start + len(stop), start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
-        if found:
+        # Only what ends in the new text: the rest was looked at when it came.
+        starts = ((stop, self._held.find(stop, max(0, before - len(stop) + 1))) for stop in self._stops)
+        found = [(start + len(stop), start, stop) for stop, start in starts if start >= 0]
+        if found and may_stop:
             end, start, self.matched = min(found)
             emitted, self._held = self._held[: end if self._include else start], ""
             return emitted, True

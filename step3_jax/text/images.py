@@ -7,6 +7,8 @@ then the view. The rules are those of the released processor.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,6 +102,19 @@ class ProcessedImage:
     pixel_values: np.ndarray
     patch_pixel_values: np.ndarray
     plan: ImagePlan
+
+    @property
+    def num_features(self) -> int:
+        """Rows of features that it takes: one for each of its `<im_patch>` places."""
+        return self.plan.num_patches * self.plan.patch_token_len + self.plan.image_token_len
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of pixels and geometry: two images with the same digest have the same features."""
+        found = hashlib.sha256(repr((self.pixel_values.shape, self.patch_pixel_values.shape, self.plan)).encode())
+        for pixels in (self.pixel_values, self.patch_pixel_values):
+            found.update(np.ascontiguousarray(pixels, np.float32).tobytes())
+        return found.digest()
 
 
 def plan(width: int, height: int, settings: ImageSettings | None = None) -> ImagePlan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 
 from step3_jax.deployment import Topology, parse_topology
@@ -78,3 +80,19 @@ def test_parallel_sizes_that_cannot_be_are_refused() -> None:
 def test_attention_comes_first() -> None:
     roles = [parse_topology("2a1f", 2).role_of(device) for device in range(6)]
     assert roles == ["attention 0", "attention 0", "attention 1", "attention 1", "ffn 0", "ffn 0"]
+
+
+def test_a_configuration_file_says_what_the_words_do_not(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "engine.yaml"
+    words = ["generate", "--config", str(file), "-p", "Hello"]
+    file.write_text("deployment:\n  afd: 1a2f\n", encoding="utf-8")
+    need = read_need(words)
+    assert need is not None
+    assert (need.num_devices, need.topology.spec if need.topology else None) == (3, "1a2f")
+    assert read_topology([*words, "--afd", "off"]) is None
+    file.write_text("tensor_parallel_size: 4\ndata-parallel-size: 2\n", encoding="utf-8")
+    assert (read_need(words).num_devices, read_need([*words, "--dp", "1"]).num_devices) == (8, 4)
+    file.write_text("deployment: {afd: off, devices: 6}\n", encoding="utf-8")
+    assert read_need(words).num_devices == 6
+    file.write_text("max_num_seqs: 2\n", encoding="utf-8")
+    assert read_need(words) is None

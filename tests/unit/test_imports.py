@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 
@@ -80,6 +81,14 @@ def test_every_module_belongs_to_a_known_part() -> None:
     known = {name for row in ROWS for name in row}
     unknown = {_dotted(path) for path in _modules() if _part(_dotted(path)) not in known | {None}}
     assert not unknown, f"not in the table of rows: {sorted(unknown)}"
+
+
+def test_the_architecture_page_has_all_rooms_in_their_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)` \|", page[page.index("## The rooms") :], re.MULTILINE)
+    assert sorted(shown) == sorted(name for row in ROWS for name in row)
+    row_of = {name: number for number, row in enumerate(ROWS) for name in row}
+    assert [row_of[name] for name in shown] == sorted(row_of[name] for name in shown)
 
 
 def test_imports_flow_one_way() -> None:

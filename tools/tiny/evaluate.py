@@ -172,7 +172,7 @@ def evaluate(
     Raises:
       ValueError: If a file is missing.
     """
-    llm = LLM(model, dtype="float32", kv_cache_dtype=kv_cache_dtype, max_batch_size=64)
+    llm = LLM(model, dtype="float32", kv_cache_dtype=kv_cache_dtype, max_num_seqs=64)
     replies, titles = {}, {}
     for cases in load_sets(data):
         start = time.perf_counter()

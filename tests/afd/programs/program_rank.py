@@ -86,7 +86,7 @@ def make_runner(num_layers: int) -> Runner:
 
 def generate(executor: Executor, count: int, each: SamplingParams | None = None, **settings: int) -> list[list[int]]:
     """Tokens of prompts that are longer than a chunk and more than there are rows, of which some end in every call."""
-    sizes = {"max_batch_size": 4 * executor.num_shards, "max_num_batched_tokens": 32 * executor.num_shards} | settings
+    sizes = {"max_num_seqs": 4 * executor.num_shards, "max_num_batched_tokens": 32 * executor.num_shards} | settings
     llm = LLM.from_model(executor, max_model_len=64, **sizes)  # type: ignore[arg-type]
     rng = np.random.default_rng(5)
     prompts = [rng.integers(2, executor.config.text.vocab_size, 3 + 9 * index).tolist() for index in range(count)]

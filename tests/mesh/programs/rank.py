@@ -35,7 +35,7 @@ def main() -> None:
         return part
 
     Checkpoint.read = count
-    llm = LLM(folder, max_model_len=128, max_batch_size=4, parallel=Parallel(**setting) if setting else None)
+    llm = LLM(folder, max_model_len=128, max_num_seqs=4, parallel=Parallel(**setting) if setting else None)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]

@@ -128,10 +128,10 @@ def generate(request: Answer) -> Answer:
             executor,
             max_model_len=256,
             max_num_batched_tokens=int(request.get("chunk", 512)),
-            max_batch_size=int(request.get("batch", 8)),
+            max_num_seqs=int(request.get("batch", 8)),
         )
     outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
-    engine = llm._engine
+    engine = llm._engine.core
     return {
         "tokens": [list(output.token_ids) for output in outputs],
         "logprobs": [

@@ -39,7 +39,7 @@ def test_what_no_cache_can_hold_is_refused() -> None:
 
 def test_capacity_is_what_the_sequences_need_or_the_memory_holds() -> None:
     size = page_bytes(CONFIG, "fp8")
-    sizes = {"max_model_len": 130, "max_batch_size": 4}
+    sizes = {"max_model_len": 130, "max_num_seqs": 4}
     assert [pages_for(tokens) for tokens in (0, 1, 64, 65)] == [0, 1, 1, 2]
     assert count_pages(CONFIG, "fp8", **sizes, memory_bytes=None) == 12
     assert count_pages(CONFIG, "fp8", **sizes, memory_bytes=100 * size) == 12

@@ -115,7 +115,7 @@ def runner(model: Step3) -> Runner:
 @pytest.fixture(scope="session")
 def llm(runner: Runner, tokenizer: Tokenizer) -> LLM:
     settings = ImageSettings(image_size=32, window_size=24, max_side=96, image_token_len=4, patch_token_len=4)
-    return LLM.from_model(runner, tokenizer, template=ChatTemplate(TEMPLATE), settings=settings)
+    return LLM.from_model(runner, tokenizer, template=ChatTemplate(TEMPLATE), image_settings=settings)
 
 
 @pytest.fixture(scope="session")

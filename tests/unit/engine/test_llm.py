@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -11,6 +13,7 @@ from step3_jax.checkpoint.save import save_model
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import CompletionOutput, Logprob, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
+from step3_jax.engine.state import PrefillBatch
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.text.tokenizer import Tokenizer
@@ -228,7 +231,7 @@ def test_the_whole_context_can_be_filled(runner: Runner) -> None:
 
 def test_what_does_not_fit_is_refused_with_the_numbers(llm: LLM, runner: Runner) -> None:
     with pytest.raises(ValueError, match=r"250 tokens and 16 more are asked for, together 266; at most .* 256"):
-        llm.generate([list(range(250))], SamplingParams())
+        llm.generate([list(range(250))], SamplingParams(min_tokens=16))
     with pytest.raises(ValueError, match="max_model_len is 300"):
         LLM.from_model(runner, max_model_len=300)
     with pytest.raises(ValueError, match=r"token ids \[264\]; allowed: 0 to 263"):
@@ -237,7 +240,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(llm: LLM, runner: Runner)
         llm.generate([1], SamplingParams(logit_bias={900: 1}))
     with pytest.raises(ValueError, match="2 sampling_params are given for 1 prompt"):
         llm.generate([1], [SamplingParams(), SamplingParams()])
-    for name in ("max_batch_size", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+    for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
         with pytest.raises(ValueError, match=f"{name} is 0"):
             LLM.from_model(runner, **{name: 0})
     with pytest.raises(ValueError, match=r"kv_cache_dtype is 'fp4'; allowed: auto, float32"):
@@ -248,10 +251,84 @@ def test_what_does_not_fit_is_refused_with_the_numbers(llm: LLM, runner: Runner)
         LLM.from_model(runner, kv_cache_memory_bytes=1000)
 
 
+def test_max_tokens_is_a_bound_where_the_context_is_shorter(llm: LLM) -> None:
+    output = only(llm.generate(list(range(250)), SamplingParams(temperature=0, max_tokens=2048, ignore_eos=True)))
+    assert (len(output.token_ids), output.finish_reason) == (6, "length")
+
+
+def test_a_prompt_that_cannot_be_used_is_named_and_the_others_are_answered(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    outputs = llm.generate([[1, 2, 3], list(range(256)), [], [77]], GREEDY)
+    assert [output.error is None for output in outputs] == [True, False, False, True]
+    assert outputs[1].error.startswith("prompt 1 of 4: the prompt has 256 tokens and 1 more")
+    assert outputs[2].error.startswith("prompt 2 of 4: the prompt has no tokens")
+    assert (outputs[2].outputs[0].finish_reason, outputs[2].outputs[0].token_ids) == ("error", ())
+    assert ids([outputs[0], outputs[3]]) == ids(llm.generate([[1, 2, 3], [77]], GREEDY))
+    assert "prompt 2 of 4" in caplog.text
+    with pytest.raises(ValueError, match="prompt 0 of 2: the prompt has no tokens"):
+        llm.generate([[], []], GREEDY)
+
+
+def test_requests_have_ids_of_their_own_and_the_tokenizer_is_at_hand(llm: LLM, runner: Runner) -> None:
+    outputs = llm.generate([[1], [2], [3]], GREEDY) + llm.generate([[4]], GREEDY, use_tqdm=False)
+    assert len({output.request_id for output in outputs}) == 4
+    assert llm.get_tokenizer() is llm.tokenizer
+    with pytest.raises(ValueError, match=r"no tokenizer.json"):
+        LLM.from_model(runner).get_tokenizer()
+
+
+def test_an_unknown_setting_is_named_with_the_nearest_one(runner: Runner, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="there is no setting 'max_num_seq'; did you mean max_num_seqs"):
+        LLM.from_model(runner, max_num_seq=3)
+    with pytest.raises(ValueError, match="there is no setting 'max_batch_size'; did you mean max_num_seqs"):
+        LLM(model=tmp_path, max_batch_size=3)
+
+
+def test_threads_get_each_its_own_answers(runner: Runner, llm: LLM) -> None:
+    """Eight threads with calls of different lengths, plain and streamed, on one engine."""
+    shared = LLM.from_model(runner, stream_interval=2)
+    cases = [(PROMPTS[index % 4], 3 + index % 7) for index in range(40)]
+    want = [ids(llm.generate(prompt, dataclasses.replace(GREEDY, max_tokens=count)))[0] for prompt, count in cases]
+
+    def ask(number: int) -> tuple[int, ...]:
+        prompt, count = cases[number]
+        params = dataclasses.replace(GREEDY, max_tokens=count)
+        if number % 3:
+            return ids(shared.generate(prompt, params, use_tqdm=False))[0]
+        return sum((piece.token_ids for piece in shared.generate(prompt, params, stream=True)), ())
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(len(cases)))) == want
+    core = shared._engine.core
+    assert (core.has_work, core.allocator.num_free) == (False, core.allocator.num_pages)
+
+
+def test_n_completions_prefill_their_prompt_once(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = [7 + index % 50 for index in range(150)]
+    params = SamplingParams(temperature=1.0, seed=4, max_tokens=6, ignore_eos=True)
+    llm = LLM.from_model(runner, enable_prefix_caching=False, max_num_batched_tokens=256)
+    alone = only(llm.generate(prompt, params))
+    prefilled = []
+    prefill = Runner.prefill
+
+    def count(self: Runner, cache: object, batch: PrefillBatch) -> object:
+        prefilled.append(int(np.diff(batch.query_starts).sum()))
+        return prefill(self, cache, batch)
+
+    monkeypatch.setattr(Runner, "prefill", count)
+    [output] = llm.generate(prompt, dataclasses.replace(params, n=5))
+    assert sum(prefilled) == 149
+    assert output.outputs[0].token_ids == alone.token_ids
+    assert len({one.token_ids for one in output.outputs}) == 5
+    core = llm._engine.core
+    assert core.allocator.num_free == core.allocator.num_pages
+
+
 def test_more_prompts_than_slots_wait_their_turn_and_come_in_order(
     runner: Runner, tokenizer: Tokenizer, llm: LLM
 ) -> None:
-    narrow = LLM.from_model(runner, tokenizer, max_batch_size=2)
+    narrow = LLM.from_model(runner, tokenizer, max_num_seqs=2)
     prompts = [PROMPTS[index % 4] for index in (2, 0, 3, 1, 2)]
     outputs = narrow.generate(prompts, GREEDY)
     assert [output.prompt_token_ids for output in outputs] == [tuple(prompt) for prompt in prompts]

@@ -45,7 +45,7 @@ def decode_batch(num_rows: int, *, is_active: list[bool] | None = None) -> Decod
     return DecodeBatch(
         last=jnp.asarray(prompts(num_rows)[:, -1]),
         cached=jnp.full((num_rows,), PROMPT_LENGTH - 1, jnp.int32),
-        num_made=jnp.zeros((num_rows,), jnp.int32),
+        num_generated=jnp.zeros((num_rows,), jnp.int32),
         is_active=jnp.asarray(is_active or [True] * num_rows),
         table=jnp.asarray(table(num_rows)),
     )
@@ -66,11 +66,12 @@ def run(
     leave_early: bool = False,
 ) -> tuple[Cache, Report]:
     call = DecodeCall(batch, sampling, SamplingMode(), num_steps, max_steps=MAX_STEPS, leave_early=leave_early)
-    return runner.decode(cache, call)
+    cache, started = runner.decode(cache, call)
+    return cache, started.result()
 
 
 def read(runner: Runner, num_rows: int, padding: int = 0) -> Cache:
-    return runner.prefill(runner.allocate_cache(NUM_PAGES, "float32"), chunk(num_rows, padding))
+    return runner.prefill(runner.allocate_cache(NUM_PAGES, "float32"), chunk(num_rows, padding))[0]
 
 
 def test_nothing_is_traced_twice_for_a_bucket(model: Step3) -> None:
@@ -99,7 +100,7 @@ def test_the_cache_is_given_away_and_the_report_stays(runner: Runner) -> None:
     after, first = run(runner, before, decode_batch(1), sampling_of([9]), 4)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     batch = decode_batch(1)._replace(
-        last=first.tokens[:, 3], cached=jnp.asarray([PROMPT_LENGTH + 3]), num_made=first.num_new
+        last=first.tokens[:, 3], cached=jnp.asarray([PROMPT_LENGTH + 3]), num_generated=first.num_new
     )
     _, second = run(runner, after, batch, sampling_of([9]))
     assert (first.num_new.tolist(), first.finish.tolist()) == ([4], [RUNNING])
@@ -168,3 +169,15 @@ def test_an_end_token_ends_a_row_and_the_call_if_others_wait(runner: Runner) -> 
 def test_padding_behind_a_chunk_changes_nothing(runner: Runner) -> None:
     reports = [run(runner, read(runner, 1, padding), decode_batch(1), sampling_of([9]))[1] for padding in (0, 200)]
     np.testing.assert_array_equal(reports[0].tokens, reports[1].tokens)
+
+
+def test_copied_pages_are_the_same_in_all_layers_and_no_other_page_changes(runner: Runner) -> None:
+    cache = read(runner, 4)
+    before = [np.array(kv.keys) for kv in cache]
+    copied = runner.copy_pages(cache, [4, 6, 8], [20, 21, 36])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+    for old, kv in zip(before, copied, strict=True):
+        want = old.copy()
+        want[[20, 21, 36]] = old[[4, 6, 8]]
+        np.testing.assert_array_equal(np.asarray(kv.keys), want)
+    assert before[0][4].any()

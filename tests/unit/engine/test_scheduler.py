@@ -1,18 +1,18 @@
-"""Admission, chunks, slots and pages, without a device."""
+"""Admission, chunks, slots, growth and preemption, without a device."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step3_jax.cache.allocator import PageAllocator
-from step3_jax.engine.completion import Completion
-from step3_jax.engine.job import Job, Row
 from step3_jax.engine.request import Prompt, Request
-from step3_jax.engine.scheduler import Scheduler
+from step3_jax.engine.scheduler import MAX_PASSES, MAX_PREEMPTIONS, Scheduler
+from step3_jax.engine.sequence import Group, Sequence
 from step3_jax.sampling.batch import SamplingRow
 from step3_jax.sampling.params import SamplingParams
 
@@ -28,97 +28,216 @@ class Clerk:
 
     def check(self) -> None:
         running, slots = self.scheduler.running, self.scheduler.slots
-        assert sorted(map(id, running)) == sorted(id(row) for row in slots if row is not None)
+        assert sorted(map(id, running)) == sorted(id(one) for one in slots if one is not None)
         assert len(slots) & (len(slots) - 1) == 0
         assert len(slots) <= 4
-        assert all(len(row.pages) * 64 >= row.max_cached for row in running)
-        pages = [page for row in running for page in row.pages]
-        assert len(set(pages)) == len(pages) == NUM_PAGES - self.allocator.num_free
+        assert all(len(one.pages) * 64 >= len(one.token_ids) - 1 for one in running)
+        pages = [page for one in running for page in one.pages]
+        assert len(set(pages)) == len(pages) == self.allocator.num_pages - self.allocator.num_free
 
 
-def clerk(max_num_batched_tokens: int = 100) -> Clerk:
-    allocator = PageAllocator(NUM_PAGES)
-    return Clerk(Scheduler(allocator, max_batch_size=4, max_num_batched_tokens=max_num_batched_tokens), allocator)
+def clerk(max_num_batched_tokens: int = 128, num_pages: int = NUM_PAGES, **values: int) -> Clerk:
+    allocator = PageAllocator(num_pages)
+    scheduler = Scheduler(
+        allocator,
+        max_num_seqs=4,
+        max_num_batched_tokens=max_num_batched_tokens,
+        has_prefix_cache=False,
+        **values,
+    )
+    return Clerk(scheduler, allocator)
 
 
-def row(num_prompt: int, max_tokens: int = 1) -> Row:
+def sequence(num_prompt: int, max_tokens: int = 1) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens)
-    request = Request(0, Prompt(tuple(range(num_prompt))), params, 0)
-    job = Job(request, 1, 0.0, 0.0)
-    job.rows.append(Row(job, Completion(request, 0, None, ()), SamplingRow(params, max_tokens, (0, 0), ())))
-    return job.rows[0]
+    ids = list(range(num_prompt))
+    group = Group(Request("", Prompt(tuple(ids)), params, 0), b"root", {}, 0.0, 0.0)
+    group.sequences.append(Sequence(group, 0, SamplingRow(params, max_tokens, (0, 0), ()), 32, ids, num_prompt))
+    return group.sequences[0]
 
 
-def admitted(scheduler: Scheduler, rows: Sequence[Row]) -> list[bool]:
+def admitted(scheduler: Scheduler, sequences: Seq[Sequence]) -> list[bool]:
     scheduler.admit()
-    return [one in scheduler.running for one in rows]
+    return [one in scheduler.running for one in sequences]
 
 
-def test_first_come_first_served_even_if_a_later_one_would_fit() -> None:
+def prefill(scheduler: Scheduler) -> None:
+    while scheduler.has_prefill:
+        for chunk in scheduler.plan_chunk():
+            chunk.sequence.num_computed += chunk.num_tokens
+
+
+def decode(scheduler: Scheduler, num_steps: int) -> int:
+    """Tokens that the next call makes of each."""
+    count, stuck = scheduler.make_room(num_steps)
+    assert not stuck
+    for one in scheduler.running:
+        if one.is_ready:
+            new = min(count, one.sampling.max_tokens - one.num_output)
+            one.token_ids += [0] * new
+            one.num_computed += new
+    return count
+
+
+def test_small_ones_pass_a_large_one_only_so_often() -> None:
     own = clerk()
-    # 5 pages, 8 pages, 1 page: the second does not fit beside the first, and the third waits behind it.
-    rows = [row(300, 20), row(500, 12), row(10)]
-    own.scheduler.add(rows)
-    assert admitted(own.scheduler, rows) == [True, False, False]
-    assert (own.scheduler.num_waiting, own.allocator.num_free) == (2, 7)
-    own.scheduler.release(rows[0])
-    assert admitted(own.scheduler, rows) == [False, True, True]
+    # 8 pages, 8 pages, 1 page each.
+    first, large = sequence(500, 12), sequence(500, 12)
+    small = [sequence(10) for _ in range(MAX_PASSES + 3)]
+    own.scheduler.add([first, large, *small])
+    passed = 0
+    assert admitted(own.scheduler, [first, large, small[0]]) == [True, False, True]
+    while large not in own.scheduler.running:
+        for one in own.scheduler.running[1:]:
+            own.scheduler.release(one)
+            passed += 1
+        own.scheduler.admit()
+        if passed >= MAX_PASSES:
+            assert own.scheduler.running == (first,), "now all wait for the large one"
+            own.scheduler.release(first)
+            own.scheduler.admit()
+    assert passed == large.num_passed == MAX_PASSES
     own.check()
 
 
-def test_pages_are_those_of_all_tokens_but_the_last() -> None:
-    own = clerk()
-    exact, over = row(60, 5), row(60, 6)
-    own.scheduler.add([exact, over])
+def test_pages_are_those_of_all_tokens_but_the_last_and_of_the_first_output() -> None:
+    own = clerk(num_pages=40)
+    exact, over, long = sequence(60, 5), sequence(60, 6), sequence(60, 2000)
+    own.scheduler.add([exact, over, long])
     own.scheduler.admit()
-    assert (len(exact.pages), len(over.pages)) == (1, 2)
+    # 59 + 512 tokens.
+    assert [len(one.pages) for one in (exact, over, long)] == [1, 2, 9]
 
 
-def test_long_prompts_come_in_chunks_and_leave_their_last_token() -> None:
-    own = clerk(max_num_batched_tokens=100)
-    rows = [row(131), row(1), row(41), row(60)]
-    own.scheduler.add(rows)
+def test_long_prompts_come_in_chunks_of_whole_pages_and_leave_their_last_token() -> None:
+    own = clerk(max_num_batched_tokens=128)
+    sequences = [sequence(300), sequence(1), sequence(41), sequence(70)]
+    own.scheduler.add(sequences)
     own.scheduler.admit()
-    assert [one.is_ready for one in rows] == [False, True, False, False]
+    assert [one.is_ready for one in sequences] == [False, True, False, False]
     seen = []
-    while own.scheduler.has_unread:
+    while own.scheduler.has_prefill:
         chunks = own.scheduler.plan_chunk()
-        seen.append([(rows.index(chunk.row), chunk.start, chunk.num_tokens) for chunk in chunks])
+        seen.append([(sequences.index(chunk.sequence), chunk.start, chunk.num_tokens) for chunk in chunks])
         for chunk in chunks:
-            chunk.row.num_read += chunk.num_tokens
-    assert seen == [[(0, 0, 100)], [(0, 100, 30), (2, 0, 40), (3, 0, 30)], [(3, 30, 29)]]
+            chunk.sequence.num_computed += chunk.num_tokens
+    # The first gets half of a chunk while others wait, then all of it.
+    assert seen == [[(0, 0, 64), (2, 0, 40)], [(0, 64, 64), (3, 0, 64)], [(0, 128, 64), (3, 64, 5)], [(0, 192, 107)]]
     assert own.scheduler.plan_chunk() == []
-    assert all(one.is_ready for one in rows)
+    assert all(one.is_ready for one in sequences)
 
 
-def test_slots_stay_while_rows_end_and_shrink_late() -> None:
+def test_a_limit_on_long_prompts_holds_only_while_others_wait() -> None:
+    own = clerk(max_num_batched_tokens=256, long_prefill_tokens=64)
+    sequences = [sequence(300), sequence(150)]
+    own.scheduler.add(sequences)
+    own.scheduler.admit()
+    found = [(chunk.start, chunk.num_tokens) for chunk in own.scheduler.plan_chunk()]
+    # 64 each first; what is left goes to the older one.
+    assert found == [(0, 192), (0, 64)]
+
+
+def test_slots_stay_while_sequences_end_and_shrink_late() -> None:
     own = clerk()
-    rows = [row(5) for _ in range(4)]
-    own.scheduler.add(rows)
+    sequences = [sequence(5) for _ in range(4)]
+    own.scheduler.add(sequences)
     own.scheduler.admit()
     version = own.scheduler.version
-    own.scheduler.release(rows[0])
-    own.scheduler.release(rows[2])
-    assert own.scheduler.slots == [None, rows[1], None, rows[3]]
+    own.scheduler.release(sequences[0])
+    own.scheduler.release(sequences[2])
+    assert own.scheduler.slots == [None, sequences[1], None, sequences[3]]
     assert own.scheduler.version == version
-    new = row(5)
+    new = sequence(5)
     own.scheduler.add([new])
     own.scheduler.admit()
-    assert own.scheduler.slots == [new, rows[1], None, rows[3]]
+    assert own.scheduler.slots == [new, sequences[1], None, sequences[3]]
     assert own.scheduler.version > version
-    own.scheduler.release(rows[1])
-    own.scheduler.release(rows[3])
+    own.scheduler.release(sequences[1])
+    own.scheduler.release(sequences[3])
     assert own.scheduler.slots == [new]
     own.scheduler.release(new)
     assert own.scheduler.slots == []
     own.check()
 
 
-@settings(max_examples=60)
+def test_a_sequence_grows_by_some_pages_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("step3_jax.engine.scheduler.RESERVED_OUTPUT", 10)
+    own = clerk(num_pages=40)
+    one = sequence(60, 1500)
+    own.scheduler.add([one])
+    own.scheduler.admit()
+    prefill(own.scheduler)
+    assert len(one.pages) == 2
+    version = own.scheduler.table_version
+    assert [decode(own.scheduler, 32) for _ in range(2)] == [32, 32]
+    assert (len(one.pages), own.scheduler.table_version) == (2, version)
+    assert decode(own.scheduler, 32) == 32
+    assert (len(one.pages), own.scheduler.table_version) == (10, version + 1)
+    own.check()
+
+
+def test_the_least_computed_one_gives_its_pages_back_and_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("step3_jax.engine.scheduler.RESERVED_OUTPUT", 1)
+    own = clerk(num_pages=6)
+    old, young, late = sequence(128, 200), sequence(100, 60), sequence(64, 100)
+    own.scheduler.add([old, young, late])
+    own.scheduler.admit()
+    prefill(own.scheduler)
+    assert (len(old.pages), len(young.pages), len(late.pages)) == (2, 2, 1)
+    own.scheduler.add([sequence(500)])
+    while not own.scheduler.num_preemptions:
+        decode(own.scheduler, 64)
+        own.check()
+    # One page was free; the next growth took those of the one with the fewest tokens in the cache.
+    assert late not in own.scheduler.running
+    assert (late.num_preemptions, late.num_computed) == (1, 0)
+    own.scheduler.release(old)
+    own.scheduler.release(young)
+    own.scheduler.admit()
+    assert own.scheduler.running[0] is late
+    own.check()
+
+
+def test_what_was_preempted_often_is_admitted_whole_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("step3_jax.engine.scheduler.RESERVED_OUTPUT", 1)
+    own = clerk(num_pages=8)
+    small = sequence(10, 190)
+    small.num_preemptions = MAX_PREEMPTIONS
+    other = sequence(64, 400)
+    own.scheduler.add([small, other])
+    own.scheduler.admit()
+    assert len(small.pages) == 4
+    prefill(own.scheduler)
+    while other in own.scheduler.running:
+        decode(own.scheduler, 64)
+    # The other one, with more in the cache, had to go.
+    assert small in own.scheduler.running
+    assert (small.num_preemptions, other.num_preemptions) == (MAX_PREEMPTIONS, 1)
+    own.check()
+
+
+def test_a_lone_sequence_that_fills_the_cache_cannot_go_on() -> None:
+    own = clerk(num_pages=2)
+    one = sequence(100, 500)
+    own.scheduler.add([one])
+    own.scheduler.admit()
+    prefill(own.scheduler)
+    # 128 tokens fit; 99 are there.
+    assert own.scheduler.make_room(64) == (29, [])
+    one.token_ids += [0] * 29
+    one.num_computed += 29
+    assert own.scheduler.make_room(64) == (64, [one])
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["add", "read", "release", "abort"]), st.integers(1, 300), st.integers(1, 80)),
-        max_size=40,
+        st.tuples(
+            st.sampled_from(["add", "prefill", "decode", "release", "abort", "lose"]),
+            st.integers(1, 300),
+            st.integers(1, 80),
+        ),
+        max_size=60,
     )
 )
 def test_whatever_comes_pages_and_slots_add_up(actions: list[tuple[str, int, int]]) -> None:
@@ -126,20 +245,28 @@ def test_whatever_comes_pages_and_slots_add_up(actions: list[tuple[str, int, int
     scheduler, arrived = own.scheduler, []
     for action, number, other in actions:
         if action == "add":
-            arrived.append(row(number, other))
+            arrived.append(sequence(number, other))
             scheduler.add(arrived[-1:])
-        elif action == "read":
+        elif action == "prefill":
             chunks = scheduler.plan_chunk()
-            assert sum(chunk.num_tokens for chunk in chunks) <= 100
+            assert sum(chunk.num_tokens for chunk in chunks) <= 128
             for chunk in chunks:
-                chunk.row.num_read += chunk.num_tokens
+                chunk.sequence.num_computed += chunk.num_tokens
+        elif action == "decode":
+            decode(scheduler, other)
+            for one in scheduler.running:
+                if one.num_output >= one.sampling.max_tokens:
+                    scheduler.release(one)
         elif action == "release" and scheduler.running:
             scheduler.release(scheduler.running[number % len(scheduler.running)])
         elif action == "abort" and arrived:
             scheduler.release(arrived[number % len(arrived)])
+        elif action == "lose":
+            scheduler.preempt_all()
         scheduler.admit()
         own.check()
-        # Nobody waits for nothing: an empty engine takes the next one.
+        # Something always runs if anything waits: an empty engine takes the next one.
         assert scheduler.running or not scheduler.num_waiting
-    assert {id(one) for one in scheduler.clear()} <= {id(one) for one in arrived}
+    for one in arrived:
+        scheduler.release(one)
     assert (own.allocator.num_free, scheduler.slots, scheduler.num_waiting) == (NUM_PAGES, [], 0)

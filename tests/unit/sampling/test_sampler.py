@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from step3_jax.sampling.batch import SamplingMode, SamplingRow, sampling_batch, sampling_mode, seed_words
+from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch, sampling_mode, seed_words
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sampling.penalties import TokenCounts, count_history, count_token
 from step3_jax.sampling.sampler import filter_min_p, filter_top, gumbel_noise, process_logits, sample, step_logprobs
@@ -56,6 +56,10 @@ def oracle_kept(logits: np.ndarray, params: SamplingParams) -> set[int]:
     return {token for token, _ in nucleus}
 
 
+def device_batch(rows: list[SamplingRow], vocab_size: int, batch_size: int) -> SamplingBatch:
+    return jax.tree.map(jnp.asarray, sampling_batch(rows, vocab_size, batch_size))
+
+
 def make_row(params: SamplingParams) -> SamplingRow:
     return SamplingRow(params, 16, seed_words(params.seed or 0), (*STOPS, *params.stop_token_ids))
 
@@ -86,7 +90,7 @@ PROCESSED = {
 def test_processed_logits_are_the_oracles(name: str, logits: np.ndarray) -> None:
     # The other rows have other parameters, so that a mix-up of rows shows.
     rows = [SamplingParams(), PROCESSED[name], PROCESSED["all"]]
-    batch = sampling_batch([make_row(row) for row in rows], VOCAB, 3)
+    batch = device_batch([make_row(row) for row in rows], VOCAB, 3)
     got = process_logits(
         jnp.asarray(logits),
         batch,
@@ -116,7 +120,7 @@ FILTERS = {
 @pytest.mark.parametrize("name", FILTERS)
 def test_tokens_left_by_the_filters_are_the_oracles(name: str, logits: np.ndarray) -> None:
     rows = [FILTERS[name], SamplingParams(), SamplingParams(top_k=5)]
-    batch = sampling_batch([make_row(row) for row in rows], VOCAB, 3)
+    batch = device_batch([make_row(row) for row in rows], VOCAB, 3)
     mode = sampling_mode(rows, VOCAB)
     left = filter_min_p(jnp.asarray(logits), batch.min_p)
     left = filter_top(left, batch.top_k, batch.top_p, num_candidates=mode.num_candidates)
@@ -136,7 +140,7 @@ def test_draws_follow_the_distribution_after_temperature() -> None:
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(1, 8)).astype(np.float32))
     params = SamplingParams(temperature=0.5, seed=3)
     rows = 4000
-    batch = sampling_batch([make_row(params)] * rows, 8, rows)
+    batch = device_batch([make_row(params)] * rows, 8, rows)
     drawn = sample(
         jnp.repeat(logits, rows, axis=0),
         batch,
@@ -161,7 +165,7 @@ def test_noise_is_of_seed_and_position_not_of_the_row() -> None:
 
 def test_greedy_rows_beside_drawn_rows_take_the_likeliest_token(logits: np.ndarray) -> None:
     rows = [SamplingParams(temperature=0), SamplingParams(seed=1), SamplingParams(temperature=1e-6, top_k=3)]
-    batch = sampling_batch([make_row(row) for row in rows], VOCAB, 3)
+    batch = device_batch([make_row(row) for row in rows], VOCAB, 3)
     tokens = sample(
         jnp.asarray(logits),
         batch,
@@ -175,7 +179,7 @@ def test_greedy_rows_beside_drawn_rows_take_the_likeliest_token(logits: np.ndarr
 
 
 def test_greedy_mode_draws_no_random_numbers(logits: np.ndarray) -> None:
-    batch = sampling_batch([make_row(SamplingParams(temperature=0))] * 3, VOCAB, 3)
+    batch = device_batch([make_row(SamplingParams(temperature=0))] * 3, VOCAB, 3)
     zeros = jnp.zeros((3,), jnp.int32)
     jaxpr = jax.make_jaxpr(
         lambda logits: sample(logits, batch, positions=zeros, num_tokens=zeros, counts=None, mode=SamplingMode())

@@ -1,0 +1,495 @@
+"""The engine core: one owner steps it, any thread may hand it requests or abort them. Plain data in and out, no text.
+
+Each step takes what has arrived, collects the decode call under way, dispatches the next one, and only then hands over
+what was generated, so that text is made while the device works. A call that fails ends the requests that ran in it; all
+others are computed again, with the same tokens.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import time
+
+import jax
+
+from pallas_kernels.pages import PAGE_SIZE
+from step3_jax.cache.allocator import PageAllocator
+from step3_jax.cache.bucket import power_of_two
+from step3_jax.cache.paged import Cache, choose_storage, count_pages, page_bytes, pages_for
+from step3_jax.cache.prefix import image_marks, root_key
+from step3_jax.engine.config import EngineConfig
+from step3_jax.engine.executor import Executor, Started
+from step3_jax.engine.failure import CallError, blame
+from step3_jax.engine.media import FeatureCache
+from step3_jax.engine.pack import Packer
+from step3_jax.engine.request import ABORTED, FAILED, OutputSink, Request, SequenceOutput
+from step3_jax.engine.scheduler import Chunk, Scheduler
+from step3_jax.engine.sequence import Group, Sequence
+from step3_jax.engine.state import FULL, STOPPED, Report
+from step3_jax.engine.stats import EngineStats
+from step3_jax.sampling.batch import (
+    SamplingRow,
+    check_token_ids,
+    seed_words,
+)
+from step3_jax.sampling.sampler import StepLogprobs
+
+# Most decode steps of a call: the longest that the host does not look at what is generated.
+STEPS_PER_CALL = 32
+# The cache's memory where devices do not say what is left, unless one sequence needs more.
+DEFAULT_CACHE_BYTES = 2**28
+
+_FINISH = {STOPPED: "stop", FULL: "length"}
+# A call whose result comes faster had ended before it was asked for.
+_READY_S = 1e-3
+
+
+@dataclasses.dataclass
+class _Flight:
+    """The calls of one step that were dispatched.
+
+    Attributes:
+      start_s: When, on the engine's clock.
+      chunks: What is prefilled, and the call.
+      slots: The sequences of the decode call at their places; None where there is nothing to do.
+      decode: The decode call.
+    """
+
+    start_s: float
+    chunks: list[Chunk] = dataclasses.field(default_factory=list)
+    prefill: Started[object] | None = None
+    slots: list[Sequence | None] = dataclasses.field(default_factory=list)
+    decode: Started[Report] | None = None
+    num_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Abort:
+    """A request, or one of its sequences, that is to end."""
+
+    request_id: str
+    index: int | None
+
+
+class EngineCore:
+    """Runs requests on an executor, as many at once as slots and pages allow; new ones join while others run.
+
+    `step` must be called by one thread at a time; `check`, `add`, `abort` and the properties may be used from any.
+
+    Attributes:
+      config: The settings.
+      max_model_len: Most tokens of prompt and output together.
+      stats: Counts and times so far.
+      allocator: Of the cache's pages.
+      scheduler: Of the sequences.
+    """
+
+    def __init__(
+        self, executor: Executor, config: EngineConfig, *, max_model_len: int, eos_ids: tuple[int, ...] = ()
+    ) -> None:
+        """Prepares an engine. The cache itself is made with the first request.
+
+        Args:
+          executor: Runs the model.
+          config: The settings.
+          max_model_len: Most tokens of prompt and output together, where the configuration leaves it to the model.
+          eos_ids: The model's own end tokens.
+
+        Raises:
+          ValueError: If the cache format does not serve the model's head size, or the memory does not hold one sequence
+            of `max_model_len`.
+        """
+        self.config = config
+        self.max_model_len = max_model_len
+        self.stats = EngineStats()
+        self._executor = executor
+        self._eos_ids = eos_ids
+        shards = executor.num_shards
+        # Of each shard.
+        max_num_seqs = 1 << (max(1, config.max_num_seqs // shards).bit_length() - 1)
+        max_num_batched_tokens = max(1, config.max_num_batched_tokens // shards)
+        max_pages = pages_for(max_model_len)
+        text = executor.config.text
+        self._vocab_size = text.vocab_size
+        self._storage = choose_storage(config.kv_cache_dtype, executor.dtype, text.head_dim)
+        memory = config.kv_cache_memory_bytes
+        if memory is None:
+            memory = executor.cache_memory_bytes(config.gpu_memory_utilization)
+        if memory is None:
+            memory = max(DEFAULT_CACHE_BYTES, max_pages * page_bytes(text, self._storage))
+        num_pages = count_pages(
+            text, self._storage, max_model_len=max_model_len, max_num_seqs=max_num_seqs, memory_bytes=memory
+        )
+        self.allocator = PageAllocator(num_pages * shards, shards)
+        long_tokens = config.long_prefill_token_threshold
+        self.scheduler = Scheduler(
+            self.allocator,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            long_prefill_tokens=None if long_tokens is None else max(1, long_tokens // shards),
+            has_prefix_cache=config.enable_prefix_caching,
+        )
+        self._packer = Packer(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_pages=max_pages,
+            num_shards=shards,
+            vocab_size=self._vocab_size,
+        )
+        self._features = FeatureCache(executor)
+        self._cache: Cache | None = None
+        self._flight: _Flight | None = None
+        self._step_s = 0.0
+        self._is_alone = jax.process_count() == 1
+        # What other threads hand over, and what they may read meanwhile.
+        self._lock = threading.Lock()
+        self._inbox: collections.deque[Group | _Abort] = collections.deque()
+        self._sinks: dict[str, OutputSink] = {}
+        self._groups: dict[str, Group] = {}
+        self._outbox: list[tuple[OutputSink, SequenceOutput]] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return bool(self._inbox or self._groups)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have a slot."""
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for one."""
+        return self.scheduler.num_waiting
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError if a request cannot be served; the message says what would be."""
+        prompt, params = request.prompt, request.params
+        num_tokens, limit = len(prompt.token_ids), self.max_model_len
+        if not num_tokens:
+            raise ValueError("the prompt has no tokens; at least one is needed")
+        outside = [token for token in prompt.token_ids if not 0 <= token < self._vocab_size]
+        if outside:
+            raise ValueError(f"the prompt has token ids {outside[:8]}; allowed: 0 to {self._vocab_size - 1}")
+        if num_tokens - 1 in prompt.image_places:
+            raise ValueError("the prompt ends with an image's place; at least one token is needed behind it")
+        num_output = max(1, params.min_tokens)
+        if request.must_fit:
+            num_output = params.max_tokens or num_output
+        if num_tokens + num_output > limit:
+            raise ValueError(
+                f"the prompt has {num_tokens} tokens and {num_output} more are asked for, together "
+                f"{num_tokens + num_output}; at most max_model_len = {limit} are allowed: shorten the prompt, lower "
+                f"{'max_tokens' if request.must_fit else 'min_tokens'}, or load with a larger max_model_len"
+            )
+        check_token_ids(self._sampling_row(request, 0), self._vocab_size)
+
+    def add(self, request: Request, sink: OutputSink) -> None:
+        """Hands a request over; it joins with the next step.
+
+        Args:
+          request: What is asked for.
+          sink: Gets its outputs, from the thread that steps. The last one of each sequence has a `finish`.
+
+        Raises:
+          ValueError: As `check`, or if another request has the same id.
+        """
+        self.check(request)
+        group = self._make_group(request)
+        with self._lock:
+            if request.request_id in self._sinks:
+                raise ValueError(f"request_id {request.request_id!r} is in use; each request needs its own")
+            self._sinks[request.request_id] = sink
+        self._inbox.append(group)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its sequences, with the next step; nothing happens if it has ended.
+
+        Args:
+          request_id: Of the request.
+          index: The sequence's number; all of them if None.
+        """
+        self._inbox.append(_Abort(request_id, index))
+
+    def step(self) -> None:
+        """One round: admits sequences, prefills a chunk, and makes one decode call for those whose prompt is prefilled.
+
+        While prompts are prefilled the sequences that decode get one token a round, so that neither waits for the other.
+
+        Raises:
+          BaseException: What interrupted it, such as KeyboardInterrupt; all sequences are then computed again. A call that
+            fails raises nothing: its requests end with the reason. Of several processes, though, the others wait in that
+            call, so there its error is raised.
+        """
+        try:
+            self._take_inbox()
+            if self._flight is None:
+                self._flight = self._dispatch()
+            flight, self._flight = self._flight, None
+            if flight is not None:
+                self._collect(flight)
+                if self._may_lead():
+                    self._take_inbox()
+                    self._flight = self._dispatch()
+        except CallError as failure:
+            self._recover()
+            if not self._is_alone:
+                raise failure.error from None
+            text = f"{type(failure.error).__name__}: {failure.error}"
+            for group in {id(one.group): one.group for one in failure.sequences}.values():
+                self._fail(group, f"the call that computed it failed: {text}")
+        except BaseException:
+            self._recover()
+            raise
+        finally:
+            self._deliver()
+
+    def settle(self) -> None:
+        """Takes what has arrived without computing anything, so that aborted requests free their pages; as `step` else."""
+        try:
+            self._take_inbox()
+        finally:
+            self._deliver()
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            given = self._inbox.popleft()
+            if isinstance(given, Group):
+                self._groups[given.request.request_id] = given
+                # The others share the prompt once the first has prefilled it.
+                self.scheduler.add(given.sequences[:1])
+                continue
+            group = self._groups.get(given.request_id)
+            for sequence in () if group is None else tuple(group.sequences):
+                if given.index in (None, sequence.index):
+                    self._finish(sequence, ABORTED)
+
+    def _make_group(self, request: Request) -> Group:
+        """A request's sequences."""
+        prompt = request.prompt
+        images = [(image.digest, image.num_features) for image in prompt.images]
+        group = Group(
+            request,
+            root_key(self._storage, prompt.cache_salt),
+            image_marks(prompt.image_places, images) if images else {},
+            self._now(),
+            self._executor.compile_s,
+        )
+        for index in range(request.params.n):
+            ids = list(prompt.token_ids)
+            row = self._sampling_row(request, index)
+            group.sequences.append(Sequence(group, index, row, request.steps_per_call, ids, len(ids)))
+        return group
+
+    def _sampling_row(self, request: Request, index: int) -> SamplingRow:
+        params = request.params
+        room = self.max_model_len - len(request.prompt.token_ids)
+        eos_ids = () if params.ignore_eos else self._eos_ids
+        return SamplingRow(
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            seed_words=seed_words(request.seed, index),
+            stop_ids=tuple(dict.fromkeys((*eos_ids, *params.stop_token_ids))),
+        )
+
+    def _dispatch(self) -> _Flight | None:
+        """Starts the calls of a round; None if there is nothing to do."""
+        scheduler = self.scheduler
+        copies = scheduler.admit()
+        flight = _Flight(self._now())
+        if copies:
+            with blame([one for one in scheduler.running if one.group.request.params.n > 1]):
+                sources, targets = zip(*copies, strict=True)
+                self._cache = self._executor.copy_pages(self._take_cache(), sources, targets)
+        chunks = self._encode_images(scheduler.plan_chunk())
+        if chunks:
+            self._prefill(chunks, flight)
+        if any(one.is_ready for one in scheduler.running):
+            self._decode(flight)
+        return flight if flight.prefill is not None or flight.decode is not None else None
+
+    def _encode_images(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks whose images, if they have any, are encoded; a request whose images fail ends."""
+        kept = []
+        for chunk in chunks:
+            group = chunk.sequence.group
+            if chunk.sequence.is_finished:
+                continue
+            places = group.request.prompt.image_places
+            end = chunk.start + chunk.num_tokens
+            if group.features is None and any(chunk.start <= place < end for place in places):
+                try:
+                    group.features = self._features.encode(group.request.prompt.images)
+                except Exception as error:
+                    self._fail(group, f"its images could not be encoded: {type(error).__name__}: {error}")
+                    continue
+            kept.append(chunk)
+        return kept
+
+    def _prefill(self, chunks: list[Chunk], flight: _Flight) -> None:
+        scheduler, executor = self.scheduler, self._executor
+        with blame([chunk.sequence for chunk in chunks]):
+            batch = self._packer.chunk(chunks, [scheduler.shard_of(chunk.sequence) for chunk in chunks])
+            self._cache, flight.prefill = executor.prefill(self._take_cache(), batch)
+        flight.chunks = chunks
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_computed += chunk.num_tokens
+            scheduler.publish(sequence)
+            if not sequence.num_to_prefill:
+                sequence.group.features = None
+
+    def _decode(self, flight: _Flight) -> None:
+        scheduler = self.scheduler
+        for sequence in scheduler.running:
+            if sequence.is_ready:
+                # Those that share its prompt may join; they do with the next round.
+                scheduler.fork(sequence)
+        num_steps, stuck = scheduler.make_room(self._choose_steps())
+        for sequence in stuck:
+            self._finish(sequence, "length")
+        slots = [one if one is not None and one.is_ready else None for one in scheduler.slots]
+        ready = [one for one in slots if one is not None]
+        if not ready:
+            return
+        with blame(ready):
+            call = self._packer.decode(scheduler, num_steps, max_steps=max(STEPS_PER_CALL, power_of_two(num_steps)))
+            self._cache, flight.decode = self._executor.decode(self._take_cache(), call)
+        flight.slots, flight.num_steps = slots, num_steps
+
+    def _choose_steps(self) -> int:
+        """Steps of the next decode call: one while a prompt or a first token is waited for, else what fits its time."""
+        ready = [one for one in self.scheduler.running if one.is_ready]
+        if self.scheduler.has_prefill or not all(one.num_output for one in ready):
+            return 1
+        num_steps = min(one.steps_per_call for one in ready)
+        # Several processes must choose the same, and they measure different times.
+        if self._is_alone and self._step_s > 0:
+            num_steps = min(num_steps, max(1, int(self.config.max_call_ms / 1000 / self._step_s)))
+        return num_steps
+
+    def _may_lead(self) -> bool:
+        """Whether the next calls may be dispatched before what was generated is looked at.
+
+        A stop string ends its sequence only once the text has been made; until then no step is spent on it.
+        """
+        return not any(one.sampling.params.stop for one in self.scheduler.running)
+
+    def _collect(self, flight: _Flight) -> None:
+        """Waits for a round's calls and takes what they generated."""
+        stats, executor = self.stats, self._executor
+        if flight.prefill is not None:
+            with blame([chunk.sequence for chunk in flight.chunks]):
+                flight.prefill.result()
+            stats.prefill_s += self._now() - flight.start_s
+        if flight.decode is not None:
+            begin = self._now()
+            start = begin if flight.prefill is not None else flight.start_s
+            with blame([one for one in flight.slots if one is not None]):
+                report = flight.decode.result()
+            end, taken = self._now(), max(1, int(report.num_new.max(initial=0)))
+            elapsed = end - start
+            if end - begin < _READY_S and self._step_s:
+                # It had ended before it was waited for, so this is no measure of it.
+                elapsed = min(elapsed, self._step_s * taken)
+            self._step_s = elapsed / taken
+            stats.decode_s += elapsed
+            stats.num_generated_tokens += int(report.num_new.sum())
+            for slot, sequence in enumerate(flight.slots):
+                if sequence is not None and not sequence.is_finished:
+                    self._take(sequence, report, slot)
+        stats.compile_s = executor.compile_s
+        stats.num_preemptions = self.scheduler.num_preemptions
+        stats.prefix_cache_queries = self.scheduler.num_queries
+        stats.prefix_cache_hits = self.scheduler.num_hits
+
+    def _take(self, sequence: Sequence, report: Report, slot: int) -> None:
+        """Takes what a decode call generated of a sequence."""
+        count = int(report.num_new[slot])
+        new = report.tokens[slot, :count].tolist()
+        logprobs = None
+        if report.logprobs is not None and sequence.sampling.params.logprobs is not None:
+            logprobs = jax.tree.map(lambda buffer: buffer[slot, :count], report.logprobs)
+        if not sequence.num_output and not sequence.index:
+            self.stats.num_prompt_tokens += sequence.num_prompt
+        sequence.token_ids += new
+        sequence.num_computed += count
+        self.scheduler.publish(sequence)
+        finish = _FINISH.get(int(report.finish[slot]), "")
+        self._send(sequence, new, finish, logprobs)
+        if finish:
+            self._end(sequence)
+
+    def _finish(self, sequence: Sequence, finish: str, error: str = "") -> None:
+        """Ends a sequence without new tokens."""
+        if not sequence.is_finished:
+            self._send(sequence, [], finish, None, error)
+            self._end(sequence)
+
+    def _fail(self, group: Group, error: str) -> None:
+        for sequence in tuple(group.sequences):
+            self._finish(sequence, FAILED, error)
+
+    def _end(self, sequence: Sequence) -> None:
+        group = sequence.group
+        self.scheduler.release(sequence)
+        if group.is_finished:
+            del self._groups[group.request.request_id]
+            with self._lock:
+                del self._sinks[group.request.request_id]
+            self.stats.num_requests += 1
+            return
+        # If it was the one that prefilled the prompt for the others, the next one does.
+        if all(one.is_finished or not one.pages for one in group.sequences):
+            waiting = [one for one in group.sequences if not one.is_finished]
+            if not any(self.scheduler.is_queued(one) for one in waiting):
+                self.scheduler.add(waiting[:1])
+
+    def _send(
+        self, sequence: Sequence, new: list[int], finish: str, logprobs: StepLogprobs | None, error: str = ""
+    ) -> None:
+        group = sequence.group
+        output = SequenceOutput(
+            group.request.request_id,
+            sequence.index,
+            tuple(new),
+            finish,
+            logprobs,
+            error,
+            group.num_cached_tokens or 0,
+            self._now() - group.start_s,
+            self._executor.compile_s - group.compile_start_s,
+        )
+        sequence.num_sent += len(new)
+        self._outbox.append((self._sinks[group.request.request_id], output))
+
+    def _deliver(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        for sink, output in outbox:
+            sink.put(output)
+
+    def _recover(self) -> None:
+        """Drops what the cache holds, which is unknown after a failure; all sequences are computed again."""
+        self._cache = None
+        self._flight = None
+        self.scheduler.preempt_all()
+        for group in self._groups.values():
+            group.features = None
+            for sequence in group.sequences:
+                # What was not handed over is generated again.
+                del sequence.token_ids[sequence.num_prompt + sequence.num_sent :]
+                del sequence.page_keys[len(sequence.token_ids) // PAGE_SIZE :]
+
+    def _take_cache(self) -> Cache:
+        """The cache for a call that consumes it."""
+        if self._cache is None:
+            return self._executor.allocate_cache(self.allocator.num_pages, self._storage)
+        cache, self._cache = self._cache, None
+        return cache
+
+    def _now(self) -> float:
+        """A clock that stands still while programs are compiled."""
+        return time.perf_counter() - self._executor.compile_s

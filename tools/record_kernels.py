@@ -43,6 +43,7 @@ CASES: dict[str, str | None] = {
     "norm_quantise/64x7168": None,
     "norm_quantise/4096x7168": None,
     "swiglu_quantise/64x5120": None,
+    "swiglu_quantise/77x5120": None,
     "swiglu_quantise/4096x5120": None,
     "permute_rows/128x7168": None,
     "rope_cache_write/bfloat16/128": None,

@@ -7,7 +7,9 @@ import functools
 import jax
 import pytest
 
-from tools import gpu_compile, record_kernels
+from pallas_kernels.mfa_prefill import mosaic as prefill
+from pallas_kernels.swiglu_quantise import mosaic as swiglu
+from tools import gpu_compile, ptx, record_kernels
 from tools.gpu_check import cases as case_list
 from tools.rank_step import COMPILER_OPTIONS, decode_step
 from tools.rank_weights import RankSizes, make_state, make_weights
@@ -34,6 +36,7 @@ def test_kernel_compiles_without_spills_to_the_products_meant(name: str, known: 
         assert report.num_mma_sync == 0, report
         assert 0 < report.registers <= 255, report
         assert report.smem_bytes <= SHARED_MEMORY, report
+        assert ptx.store_fault(name, report.num_plain_stores) is None, report
     products = {kind for report in reports for kind in report.wgmma}
     expected = record_kernels.CASES[name]
     if expected is None:
@@ -41,6 +44,28 @@ def test_kernel_compiles_without_spills_to_the_products_meant(name: str, known: 
     elif reports:
         assert products
         assert all(kind.endswith(expected) for kind in products), products
+
+
+def test_a_planted_trade_of_more_registers_than_there_are_is_refused(
+    known: dict[str, case_list.Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "REGISTERS", (232, 48))
+    with pytest.raises(
+        RuntimeError, match=r"mfa_prefill: 3 warpgroups .* 504 together, and ask for 2 x 232 \+ 48 = 512"
+    ):
+        record_kernels.compile_case(gpu_compile.h100_mesh(), known["mfa_prefill/fp8/1k"])
+
+
+def test_a_planted_store_past_the_end_of_a_row_is_found(
+    known: dict[str, case_list.Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whole tiles all along: the last one's scales would run into the next block's.
+    monkeypatch.setattr(swiglu, "_tiles_of", lambda columns: (-(-columns // swiglu.TILE), 0))
+    name = "swiglu_quantise/77x5120"
+    (report,) = record_kernels.compile_case(gpu_compile.h100_mesh(), known[name])
+    fault = ptx.store_fault(name, report.num_plain_stores)
+    assert fault is not None
+    assert "nothing cuts them off" in fault
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "fp8"])

@@ -12,7 +12,7 @@ import traceback
 import jax
 
 from pallas_kernels import tuning
-from tools import gpu_compile
+from tools import gpu_compile, ptx
 from tools.gpu_check import cases as case_list
 from tools.gpu_check import measure, rank, sweep
 from tools.gpu_check.case import Case, Inputs, row_errors, same_bits
@@ -156,6 +156,9 @@ def compile_case(case: Case) -> dict[str, object]:
     }
     if any(report.num_mma_sync for report in reports):
         return {**result, "status": "FAIL", "reason": "an mma.sync is in the kernel: not Hopper's own product"}
+    faults = [fault for report in reports if (fault := ptx.store_fault(case.name, report.num_plain_stores))]
+    if faults:
+        return {**result, "status": "FAIL", "reason": faults[0]}
     return result
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from step3_jax.gpu import COMPILER_OPTIONS
 from tools import ptx
 
 H100 = """
@@ -113,11 +114,12 @@ def compile_for(
     function: Callable[..., object],
     *args: object,
     donate: Sequence[int] = (),
-    compiler_options: Mapping[str, int] | None = None,
+    compiler_options: Mapping[str, str] = COMPILER_OPTIONS,
 ) -> jax.stages.Compiled:
     """Compiles `function` for the devices of `mesh`; `args` are pytrees of arrays or of `jax.ShapeDtypeStruct`.
 
-    An argument without a sharding is replicated; those numbered in `donate` are given up.
+    An argument without a sharding is replicated; those numbered in `donate` are given up. Options are by default those of
+    every program for GPUs.
     """
 
     def place(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -128,7 +130,7 @@ def compile_for(
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*jax.tree.map(place, args))
-        return lowered.compile(compiler_options=dict(compiler_options or {}))
+        return lowered.compile(compiler_options=dict(compiler_options))
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from step3_jax.afd.roles import take_apart
 from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, empty_cache
-from step3_jax.engine.runner import MEMORY_SHARE
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
+from step3_jax.gpu import memory_left
 from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch, SamplingMode
@@ -43,8 +43,10 @@ class AttentionProcess(RoleProcess):
         )
         self._sampling: tuple[SamplingBatch, SamplingBatch] | None = None
         own, copies = self._own, self._copies
-        self._prefill = jax.jit(self._run_prefill, in_shardings=(own, own, copies), out_shardings=own, donate_argnums=1)
-        self._decode = jax.jit(
+        self._prefill = self._jit(
+            self._run_prefill, in_shardings=(own, own, copies), out_shardings=own, donate_argnums=1
+        )
+        self._decode = self._jit(
             self._run_decode,
             static_argnums=(5, 6),
             in_shardings=(own, own, copies, copies, copies),
@@ -54,17 +56,12 @@ class AttentionProcess(RoleProcess):
         self._vision = take_vision(model)
         leaves = self._vision.leaves if self._vision is not None else []
         self._vision_leaves = [leaf.astype(self._run_dtype(leaf.dtype)) for leaf in leaves]
-        self._encode_jit = jax.jit(self._run_encode, out_shardings=topology.attention.sharding())
+        self._encode_jit = self._jit(self._run_encode, out_shardings=topology.attention.sharding())
 
     def cache_memory_bytes(self) -> int | None:
         """See `Executor.cache_memory_bytes`."""
-        left = []
-        for device in self.topology.union.local_devices:
-            stats = device.memory_stats()
-            if not stats or "bytes_limit" not in stats:
-                return None
-            left.append(int(MEMORY_SHARE * stats["bytes_limit"]) - stats["bytes_in_use"])
-        return agree_least(min(left))
+        left = memory_left(self.topology.union.local_devices)
+        return None if left is None else agree_least(left)
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; this process holds the pages of its own devices."""

@@ -46,6 +46,7 @@ from step3_jax.engine.state import (
     choose_tokens,
     step_lengths,
 )
+from step3_jax.gpu import compiler_options
 from step3_jax.layers.attention import AttentionContext, CacheStep
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
@@ -94,6 +95,7 @@ class RoleCalls:
         # Pieces of a micro-batch on each device of a role.
         self._attention_pieces = topology.num_pieces // topology.num_attention
         self._ffn_pieces = topology.num_pieces // topology.num_ffn
+        self._jit = functools.partial(jax.jit, compiler_options=compiler_options(topology.devices[0].platform))
         parts = take_apart(model)
         self.num_layers = len(parts.ffn)
         self._ends, self._attention, self._ffn = parts.ends, parts.attention, parts.ffn
@@ -181,7 +183,7 @@ class RoleCalls:
             out_specs=rows,
             check_vma=False,
         )
-        return jax.jit(run, donate_argnums=(1, 4))
+        return self._jit(run, donate_argnums=(1, 4))
 
     def _jit_ffn(self, part: Part[FfnBlock]) -> jax.stages.Wrapped:
         layout = self._topology.ffn
@@ -193,15 +195,15 @@ class RoleCalls:
             out_specs=rows,
             check_vma=False,
         )
-        return jax.jit(run)
+        return self._jit(run)
 
     def _make_jits(self) -> None:
         layout = self._topology.attention
         rows, copy = layout.spec("rows"), PartitionSpec()
         on_attention = functools.partial(jax.shard_map, mesh=layout.mesh, out_specs=rows, check_vma=False)
-        self._begin_chunk = jax.jit(on_attention(self._run_begin_chunk, in_specs=(copy, rows, copy, copy)))
-        self._begin = jax.jit(on_attention(self._run_begin, in_specs=(copy, rows, rows)))
-        self._encode = jax.jit(on_attention(self._run_encode, in_specs=(copy, rows)), out_shardings=layout.sharding())
+        self._begin_chunk = self._jit(on_attention(self._run_begin_chunk, in_specs=(copy, rows, copy, copy)))
+        self._begin = self._jit(on_attention(self._run_begin, in_specs=(copy, rows, rows)))
+        self._encode = self._jit(on_attention(self._run_encode, in_specs=(copy, rows)), out_shardings=layout.sharding())
 
         # Static arguments are no business of `shard_map`.
         def split(
@@ -218,9 +220,9 @@ class RoleCalls:
             self.num_traces["merge"] += 1
             return on_attention(functools.partial(merge_reports, num_rows=num_rows), in_specs=(rows,))(reports)
 
-        self._split = jax.jit(split, static_argnums=(3, 4))
-        self._end = jax.jit(end, static_argnames="mode", donate_argnums=6)
-        self._merge = jax.jit(merge, static_argnums=1)
+        self._split = self._jit(split, static_argnums=(3, 4))
+        self._end = self._jit(end, static_argnames="mode", donate_argnums=6)
+        self._merge = self._jit(merge, static_argnums=1)
 
     # The functions below are traced, on one device's own part; each counts its traces by a side effect of Python.
 

@@ -42,8 +42,8 @@ class FfnProcess(RoleProcess):
         self.weights: FfnWeights = [self._take(part.leaves) for part in parts.ffn]
         self._vision = take_vision(model)
         own, copies = self._own, self._copies
-        self._prefill = jax.jit(self._run_prefill, static_argnums=1, in_shardings=(own,), out_shardings=copies)
-        self._decode = jax.jit(
+        self._prefill = self._jit(self._run_prefill, static_argnums=1, in_shardings=(own,), out_shardings=copies)
+        self._decode = self._jit(
             self._run_decode, static_argnums=(2, 3, 4), in_shardings=(own, copies), out_shardings=copies
         )
 

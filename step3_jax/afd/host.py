@@ -25,8 +25,9 @@ from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
-from step3_jax.engine.runner import MEMORY_SHARE, widen_weights
+from step3_jax.engine.runner import widen_weights
 from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.gpu import memory_left
 from step3_jax.model.step3 import Step3
 
 # Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
@@ -88,13 +89,7 @@ class HostExecutor:
 
     def cache_memory_bytes(self) -> int | None:
         """See `Executor.cache_memory_bytes`."""
-        left = []
-        for device in self.topology.attention.mesh.devices.flat:
-            stats = device.memory_stats()
-            if not stats or "bytes_limit" not in stats:
-                return None
-            left.append(int(MEMORY_SHARE * stats["bytes_limit"]) - stats["bytes_in_use"])
-        return min(left)
+        return memory_left(self.topology.attention.mesh.devices.flat)
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; the pages are on the attention devices alone."""

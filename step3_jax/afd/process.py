@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from step3_jax.afd.payload import PayloadFormat, choose_payload
 from step3_jax.afd.roles import Part, split_module
 from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import UNION, AfdTopology
+from step3_jax.gpu import compiler_options
 from step3_jax.model.step3 import Step3
 
 P = ParamSpec("P")
@@ -51,7 +53,9 @@ class RoleProcess:
         self.num_shards = topology.num_attention
         self.compile_s = 0.0
         self.num_traces: collections.Counter[str] = collections.Counter()
-        self._is_cpu = topology.devices[0].platform == "cpu"
+        platform = topology.devices[0].platform
+        self._is_cpu = platform == "cpu"
+        self._jit = functools.partial(jax.jit, compiler_options=compiler_options(platform))
         self.dtype = self._run_dtype(model.text.embed_tokens.weight.get_value().dtype)
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype))
         self._own = NamedSharding(topology.union, OWN)

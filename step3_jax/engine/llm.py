@@ -21,6 +21,7 @@ from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.stats import EngineStats
+from step3_jax.gpu import claim_memory
 from step3_jax.mesh import make_layout
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
@@ -91,6 +92,7 @@ class LLM:
           ValueError: If a file is missing or unusable, or a value is not allowed; if `parallel` does not divide the
             model, or there are too few devices, before anything is loaded.
         """
+        claim_memory()
         if executor is not None and parallel is not None:
             raise ValueError("an executor has its devices already: give either executor or parallel")
         folder = pathlib.Path(path)

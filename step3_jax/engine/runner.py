@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.pages import Storage
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report, decode_loop
+from step3_jax.gpu import compiler_options, memory_left
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 from step3_jax.layers.moe import separate_experts
@@ -24,9 +26,6 @@ from step3_jax.sampling.batch import SamplingBatch, SamplingMode
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-# Of a GPU's memory, what weights and cache may take; the rest is for activations.
-MEMORY_SHARE = 0.9
 
 
 class Runner:
@@ -58,9 +57,10 @@ class Runner:
             separate_experts(model)
         self.dtype = model.text.embed_tokens.weight.get_value().dtype
         self._split(model)
-        self._prefill = jax.jit(self._run_prefill, donate_argnames=("cache",))
-        self._decode = jax.jit(self._run_decode, static_argnames=("max_steps", "mode"), donate_argnames=("cache",))
-        self._encode = jax.jit(self._run_encode)
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
+        self._prefill = jit(self._run_prefill, donate_argnames=("cache",))
+        self._decode = jit(self._run_decode, static_argnames=("max_steps", "mode"), donate_argnames=("cache",))
+        self._encode = jit(self._run_encode)
 
     def _set_up(self, model: Step3) -> None:
         self.config = model.config
@@ -74,10 +74,7 @@ class Runner:
 
     def cache_memory_bytes(self) -> int | None:
         """See `Executor.cache_memory_bytes`."""
-        stats = jax.local_devices()[0].memory_stats()
-        if not stats or "bytes_limit" not in stats:
-            return None
-        return int(MEMORY_SHARE * stats["bytes_limit"]) - stats["bytes_in_use"]
+        return memory_left(jax.local_devices()[:1])
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`."""

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.pages import Storage
 from step3_jax.cache.paged import Cache, empty_cache
-from step3_jax.engine.runner import MEMORY_SHARE, Runner, widen_weights
+from step3_jax.engine.runner import Runner, widen_weights
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
+from step3_jax.gpu import compiler_options, memory_left
 from step3_jax.mesh import Layout, agree_least
 from step3_jax.model.parallel import parallelise
 from step3_jax.model.step3 import Step3
@@ -51,29 +52,23 @@ class ShardedRunner(Runner):
         self._copies = copies
         self._rows_axes = layout.axes("rows")
         self._sampling: tuple[SamplingBatch, SamplingBatch] | None = None
-        self._prefill = jax.jit(
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(layout.mesh.devices.flat[0].platform))
+        self._prefill = jit(
             self._prefill_shards, in_shardings=(weights, rows, copies), out_shardings=rows, donate_argnums=1
         )
-        self._decode_calls = jax.jit(
+        self._decode_calls = jit(
             self._decode_shards,
             static_argnums=(6, 7),
             in_shardings=(weights, rows, copies, copies, copies, copies),
             out_shardings=(rows, copies),
             donate_argnums=1,
         )
-        self._encode = jax.jit(
-            self._encode_shards, in_shardings=(weights, layout.sharding("images")), out_shardings=copies
-        )
+        self._encode = jit(self._encode_shards, in_shardings=(weights, layout.sharding("images")), out_shardings=copies)
 
     def cache_memory_bytes(self) -> int | None:
         """See `Executor.cache_memory_bytes`."""
-        left = []
-        for device in self.layout.mesh.local_devices:
-            stats = device.memory_stats()
-            if not stats or "bytes_limit" not in stats:
-                return None
-            left.append(int(MEMORY_SHARE * stats["bytes_limit"]) - stats["bytes_in_use"])
-        return agree_least(min(left))
+        left = memory_left(self.layout.mesh.local_devices)
+        return None if left is None else agree_least(left)
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`."""

@@ -181,7 +181,8 @@ from tools.gpu_check import cases, rank
 
 case = cases.by_name("swiglu_quantise/7x512", "interpret", is_quick=True)
 case.run(*case.make(0), implementation="reference")
-assert not any(name.split(".")[0] in {"step3_jax", "pytest", "beartype"} for name in sys.modules)
+assert not any(name.split(".")[0] in {"flax", "pytest", "beartype", "yaml"} for name in sys.modules)
+assert {name for name in sys.modules if name.startswith("step3_jax.")} == {"step3_jax.gpu"}
 print("BARE")
 """
 

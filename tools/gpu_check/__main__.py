@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 
 from pallas_kernels import common, tuning
+from step3_jax.gpu import claim_memory
 from tools.gpu_check import cases as case_list
 from tools.gpu_check import report, torch_peers
 
@@ -125,7 +126,8 @@ def _run_child(
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out / "cache"))
     if names == [case_list.STEP]:
         # Weights and cache nearly fill the GPU: one block of memory, so that nothing is lost between pieces.
-        environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
+        claim_memory(environment)
     if mode == "gpu" and names == [case_list.FIRST]:
         # XLA's description of this GPU, for compiling where there is none, is among what it dumps.
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_dump_to={args.out / 'xla'}"

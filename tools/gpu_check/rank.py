@@ -13,9 +13,10 @@ import numpy as np
 from pallas_kernels.common import Implementation
 from pallas_kernels.compat import IS_0_11
 from pallas_kernels.pages import decode_rows
+from step3_jax.gpu import COMPILER_OPTIONS
 from tools import gpu_compile
 from tools.gpu_check import measure
-from tools.rank_step import COMPILER_OPTIONS, decode_step, decode_steps
+from tools.rank_step import decode_step, decode_steps
 from tools.rank_weights import RankSizes, RankState, make_state, make_weights
 
 SMALL = RankSizes(
@@ -72,7 +73,7 @@ def _measure(sizes: RankSizes) -> dict[str, object]:
         state = jax.block_until_ready(loop(weights, state, table, count))
         return (time.perf_counter() - start) / count, state
 
-    options = {"donate_argnums": 1, "compiler_options": COMPILER_OPTIONS}
+    options = {"donate_argnums": 1, "compiler_options": dict(COMPILER_OPTIONS)}
     loop = jax.jit(functools.partial(decode_steps, sizes=sizes, implementation="mosaic"), **options)
     _, state = timed(1, state)
     times = []
@@ -155,9 +156,7 @@ def _compile(sizes: RankSizes) -> dict[str, object]:
     if gpu_compile.missing():
         jax.jit(step).trace(weights, state, table).lower(lowering_platforms=("cuda",))
         return {"status": "PASS", "reason": f"lowered only: {gpu_compile.missing()}"}
-    compiled = gpu_compile.compile_for(
-        gpu_compile.h100_mesh(), step, weights, state, table, donate=(1,), compiler_options=COMPILER_OPTIONS
-    )
+    compiled = gpu_compile.compile_for(gpu_compile.h100_mesh(), step, weights, state, table, donate=(1,))
     memory = compiled.memory_analysis()
     given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return {

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from step3_jax.gpu import MEMORY_SHARE
 from tests.process import environment
 from tools.gpu_check import __main__ as gpu_check
 from tools.gpu_check import cases, order, parent, rank, report
@@ -102,6 +103,17 @@ def test_what_a_child_has_told_before_it_hung_holds(children: parent.Children) -
     found = results(children, ("partial-silent",), phase="time")["partial-silent"]
     assert (found["status"], found["us"]) == ("PASS", 5.0)
     assert "silent" in found["reason"]
+
+
+def test_compiled_programs_lie_outside_the_results(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    args = gpu_check._parser().parse_args(["--out", str(tmp_path)])
+    assert tmp_path not in args.cache.parents
+    made = parent.Children(settings(tmp_path))
+    assert made._environment("op")["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "cache")
+    # The step fills the GPU: its pool is what the engine's is.
+    assert "XLA_CLIENT_MEM_FRACTION" not in made._environment("op")
+    assert made._environment(STEP)["XLA_CLIENT_MEM_FRACTION"] == str(MEMORY_SHARE)
 
 
 def test_what_still_runs_at_the_end_is_cut_off(

@@ -23,8 +23,8 @@ from tools.gpu_check.parent import ROOT, Children, Settings
 
 # Nothing new is begun in the last tenth of a run.
 USABLE_BUDGET = 0.9
-# What the results hold for, besides versions: the text of these folders.
-SOURCES = ("pallas_kernels", "tools")
+# What the results hold for, besides versions: the text of these files.
+SOURCES = ("pallas_kernels/**/*.py", "tools/**/*.py", "step3_jax/gpu.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,7 +167,7 @@ def _keep_target_config(out: pathlib.Path) -> None:
 def _conditions(mode: str, *, is_quick: bool) -> dict[str, object]:
     """What the results hold for."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
     conditions: dict[str, object] = {"mode": mode, "quick": is_quick, "sources": digest.hexdigest()[:16]}
     conditions["python"] = sys.version.split()[0]

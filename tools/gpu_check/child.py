@@ -108,7 +108,7 @@ def check_case(case: Case, mode: str, seed: int, say: Say) -> dict[str, object]:
     say("making inputs")
     inputs = jax.block_until_ready(case.make(seed))
     say("compiling the kernel")
-    run = _compile(functools.partial(case.run, implementation=CHECKED[mode]), inputs)
+    run = measure.compiled(functools.partial(case.run, implementation=CHECKED[mode]), *inputs)
     say("running the kernel")
     first = jax.block_until_ready(case.view(run(*inputs), inputs))
     if mode == "gpu":
@@ -127,7 +127,7 @@ def time_case(case: Case, mode: str, sets: list[Inputs], say: Say) -> dict[str, 
     run = functools.partial(case.run, implementation=TIMED[mode])
     if case.tolerance is None:
         say("compiling the kernel")
-        compiled = _compile(run, sets[0])
+        compiled = measure.compiled(run, *sets[0])
         say("running the kernel twice")
         if not same_bits(*(case.view(compiled(*sets[0]), sets[0]) for _ in range(2))):
             return {"status": "FAIL", "reason": "two runs on the same inputs differ"}
@@ -153,10 +153,6 @@ def reference_of(case: Case, inputs: Inputs) -> object:
     """What the case means; float32 products in float32, which is not what a GPU does unasked."""
     with jax.default_matmul_precision("highest"):
         return case.view(jax.jit(functools.partial(case.run, implementation="reference"))(*inputs), inputs)
-
-
-def _compile(run: Callable[..., object], inputs: Inputs) -> Callable[..., object]:
-    return jax.jit(run).lower(*inputs).compile()
 
 
 def _make_sets(case: Case, say: Say) -> list[Inputs]:

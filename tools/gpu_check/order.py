@@ -85,7 +85,7 @@ def first(cases: Iterable[Case], mode: str) -> list[Stage]:
     """Rates, one small case of each form, times of the kernels that a step consists of, and the step."""
     known = {case.name: case for case in cases}
     forms = [name for name in FORMS if name in known] if mode == "gpu" else _checked(known.values(), mode)
-    times = [name for name in FIRST_TIMES if name in known] if mode == "gpu" else _timed(known.values(), mode)
+    times = [name for name in FIRST_TIMES if name in known and mode == "gpu"] or _timed(known.values(), mode)
     return [
         Stage("rates", ((FIRST,),)),
         Stage("check", _spread(forms, known), until=0.4),
@@ -101,9 +101,10 @@ def rest(cases: Iterable[Case], mode: str) -> list[Stage]:
     timed = _timed(known.values(), mode)
     goals = [name for name in timed if known[name].goal is not None]
     forms = [name for name in FORMS if name in known]
-    # On a CPU one is enough to rehearse it.
-    again = forms if mode == "gpu" else checked[:1] if mode == "interpret" else []
-    swept = [name for name in FIRST_SWEEPS if name in known]
+    # On a CPU one kernel, which the interpreter is quick with, is enough to rehearse it.
+    quickest = [name for name in checked if known[name].kernel == "norm_quantise"]
+    again = {"gpu": forms, "interpret": quickest, "compile": []}[mode]
+    swept = [name for name in FIRST_SWEEPS if name in timed]
 
     def alone(phase: Phase, names: Iterable[str]) -> Stage:
         return Stage(phase, (tuple(names),))
@@ -112,7 +113,7 @@ def rest(cases: Iterable[Case], mode: str) -> list[Stage]:
         Stage("rates", ((FIRST,),)),
         alone("more_rates", [FIRST]),
         Stage("check", _spread(forms, known)),
-        alone("time", [name for name in FIRST_TIMES if name in known]),
+        alone("time", [name for name in FIRST_TIMES if name in timed]),
         alone("time", [STEP]),
         Stage("check_again", _spread(again, known)),
         alone("time", goals),

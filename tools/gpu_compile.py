@@ -24,6 +24,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from step3_jax.gpu import COMPILER_OPTIONS
+from tools import ptx
+
 H100 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
@@ -71,6 +74,7 @@ class KernelReport:
       spill_bytes: Bytes that a thread stores to local memory for want of registers.
       wgmma: Kinds of tensor-core instruction, such as "m64n128k32.f32.e4m3.e4m3".
       num_wgmma, num_mma_sync, num_tma: Instructions of warpgroup products, of older products, and of bulk copies.
+      num_plain_stores: Bulk stores without a tensor map, see `ptx.store_fault`.
       smem_bytes: Shared memory of a block, without its barriers.
     """
 
@@ -81,6 +85,7 @@ class KernelReport:
     num_wgmma: int
     num_mma_sync: int
     num_tma: int
+    num_plain_stores: int = 0
     smem_bytes: int = 0
 
 
@@ -109,11 +114,12 @@ def compile_for(
     function: Callable[..., object],
     *args: object,
     donate: Sequence[int] = (),
-    compiler_options: Mapping[str, int] | None = None,
+    compiler_options: Mapping[str, str] = COMPILER_OPTIONS,
 ) -> jax.stages.Compiled:
     """Compiles `function` for the devices of `mesh`; `args` are pytrees of arrays or of `jax.ShapeDtypeStruct`.
 
-    An argument without a sharding is replicated; those numbered in `donate` are given up.
+    An argument without a sharding is replicated; those numbered in `donate` are given up. Options are by default those of
+    every program for GPUs.
     """
 
     def place(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -124,7 +130,7 @@ def compile_for(
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*jax.tree.map(place, args))
-        return lowered.compile(compiler_options=dict(compiler_options or {}))
+        return lowered.compile(compiler_options=dict(compiler_options))
 
 
 @contextlib.contextmanager
@@ -150,16 +156,20 @@ def compile_and_read(
 ) -> tuple[jax.stages.Compiled, list[KernelReport]]:
     """`compile_for`, and the Mosaic kernels that this process had not compiled before."""
     folder = _process_folder()
-    compiled = compile_for(mesh, function, *args, donate=donate)
-    reports = read_kernels(folder)
-    # The log of the compiler's passes is tens of megabytes a kernel.
-    for path in folder.iterdir():
-        path.unlink()
-    return compiled, reports
+    try:
+        return compile_for(mesh, function, *args, donate=donate), read_kernels(folder)
+    finally:
+        # The log of the compiler's passes is tens of megabytes a kernel.
+        for path in folder.iterdir():
+            path.unlink()
 
 
 def read_kernels(folder: pathlib.Path) -> list[KernelReport]:
-    """Assembles each PTX file of `folder` for sm_90a and reads what the assembler says of it."""
+    """Assembles each PTX file of `folder` for sm_90a and reads what the assembler says of it.
+
+    Raises:
+      RuntimeError: For a kernel whose warpgroups ask for more registers than there are: it would hang.
+    """
     reports = []
     for path in sorted(folder.glob("*.ptx")):
         text = path.read_text()
@@ -167,15 +177,21 @@ def read_kernels(folder: pathlib.Path) -> list[KernelReport]:
         resources = path.with_suffix(".resources.txt")
         smem = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else None
         said = _assemble(path)
+        name = entry.group(1).removesuffix("_mosaic_gpu_kernel") if entry else path.stem
+        registers = max(map(int, re.findall(r"Used (\d+) registers", said)), default=0)
+        fault = ptx.register_fault(text, registers)
+        if fault is not None:
+            raise RuntimeError(f"{name}: {fault}")
         reports.append(
             KernelReport(
-                name=entry.group(1).removesuffix("_mosaic_gpu_kernel") if entry else path.stem,
-                registers=max(map(int, re.findall(r"Used (\d+) registers", said)), default=0),
+                name=name,
+                registers=registers,
                 spill_bytes=max(map(int, re.findall(r"(\d+) bytes spill stores", said)), default=0),
                 wgmma=tuple(sorted(set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", text)))),
                 num_wgmma=text.count("wgmma.mma_async"),
                 num_mma_sync=text.count("mma.sync"),
                 num_tma=text.count("cp.async.bulk.tensor"),
+                num_plain_stores=ptx.count_plain_stores(text),
                 smem_bytes=int(smem.group(1)) if smem else 0,
             )
         )

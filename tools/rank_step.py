@@ -24,11 +24,6 @@ from pallas_kernels.rope_cache_write.api import rope_cache_write
 from pallas_kernels.swiglu_quantise.api import swiglu_quantise
 from tools.rank_weights import FeedForward, RankSizes, RankState, RankWeights, Scaled
 
-# XLA takes 80 % of the memory, less what the program is given, for all that it may use, weights in a loop included: with
-# weights that nearly fill a GPU it then computes many things several times over, to save memory that is not short.
-# In percent of what it would take.
-COMPILER_OPTIONS = {"xla_gpu_memory_limit_slop_factor": 10_000}
-
 
 def decode_step(
     weights: RankWeights,

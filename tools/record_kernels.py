@@ -43,6 +43,7 @@ CASES: dict[str, str | None] = {
     "norm_quantise/64x7168": None,
     "norm_quantise/4096x7168": None,
     "swiglu_quantise/64x5120": None,
+    "swiglu_quantise/77x5120": None,
     "swiglu_quantise/4096x5120": None,
     "permute_rows/128x7168": None,
     "rope_cache_write/bfloat16/128": None,
@@ -55,7 +56,7 @@ ALLOWED_SPILLS = {
         "sums of 64 x 256, scores and weights are held at once; most of it in the merge of two warpgroups",
     ),
     # JAX 0.10 orders it otherwise.
-    "mfa_prefill/fp8/": (28 if IS_0_11 else 52, "the warpgroup that turns 8-bit rows to float16 has few registers"),
+    "mfa_prefill/fp8/": (28 if IS_0_11 else 56, "the warpgroup that turns 8-bit rows to float16 has few registers"),
     "moe_ffn/fp8/": (44, "gate + up at tiles of 128 rows: two sums and a product are 192 registers; once a work item"),
 }
 

@@ -15,8 +15,8 @@ that an H100 holds; the ring then draws 6.2 TB/s from L2, all blocks of threads 
 but the 8-bit rows pass shared memory twice more, 288 KiB a block against 192: 2,304 clocks at 128 bytes each against
 2,048 of the tensor cores. Not measured on a GPU.
 
-Compiled for sm_90a (jax 0.11.2): 168 registers, nothing spilled with bfloat16, 40 to 56 bytes a thread with fp8, which is
-the least of the splits of registers and widths of conversion that were tried.
+Compiled for sm_90a (jax 0.11.2): 168 registers, nothing spilled with bfloat16, 28 bytes a thread with fp8, the least of the
+splits of registers that a block's pool allows (56 for 224 and 56, 44 for 216 and 72).
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ HEAD_DIM = 256
 BLOCK_KEYS = 64
 # Columns that are converted at a time: few enough for the registers of the third warpgroup, and a tile of both buffers.
 CONVERTED_COLUMNS = 64
+# Of the ring behind a conversion: scales have two places, and with a fourth slot block i's would come while those of block
+# i - 2 are read (see `_converting`).
+MAX_CONVERTED_SLOTS = 3
 # The 8-bit rows in such tiles, of 64 bytes a row.
 RAW_TRANSFORMS = (plgpu.TilingTransform((8, CONVERTED_COLUMNS)), plgpu.SwizzleTransform(CONVERTED_COLUMNS))
-# Of the 512 registers that a thread of three warpgroups may have together: for those that compute, and for the third.
-REGISTERS = {"bfloat16": (232, 40), "fp8": (232, 48)}
+# For a thread of those that compute, and of the third: 2 * 232 + 40 = 504 = 3 * 168, which is what they start with. To ask
+# for more than that hangs, though a multiprocessor has 512: what it has beyond a launch is in no warpgroup's reach.
+REGISTERS = (232, 40)
 
 
 class Scratch(NamedTuple):
@@ -133,8 +137,11 @@ def mfa_prefill(
       scale: As there.
       interpret: Run in the interpreter, on a CPU.
       detect_races: The interpreter looks for unordered accesses.
-      slots: Items of the ring, at least 2; by default what was measured best.
+      slots: Items of the ring, at least 2, with fp8 at most 3; by default what was measured best.
       raw_slots: 8-bit blocks on their way, at least 2; fp8 only.
+
+    Raises:
+      ValueError: For more slots than the form of the kernel can order.
     """
     num_tokens, num_heads, head_dim = queries.shape
     if pages.storage == "int4":
@@ -145,6 +152,8 @@ def mfa_prefill(
     chosen = tuning.blocks("mfa_prefill", default_blocks(storage), n=num_tokens, h=num_heads, storage=storage)
     slots = slots or chosen["slots"]
     raw_slots = raw_slots or chosen.get("raw_slots", 2)
+    if storage == "fp8" and slots > MAX_CONVERTED_SLOTS:
+        raise ValueError(f"mfa_prefill over an fp8 cache takes 2 or {MAX_CONVERTED_SLOTS} slots, not {slots}")
     tile_tokens = COMPUTE_WARPGROUPS * ROWS // num_heads
     missing = max(tile_tokens - num_tokens, 0)
     if missing:
@@ -163,9 +172,7 @@ def mfa_prefill(
         cache += [pages.key_scales, pages.value_scales, last_scales, value_factors]
     target = Target(interpret, detect_races)
     out = plgpu.kernel(
-        functools.partial(
-            _body, num_heads=num_heads, scale=scale, registers=REGISTERS[storage], num_cache=len(cache), target=target
-        ),
+        functools.partial(_body, num_heads=num_heads, scale=scale, num_cache=len(cache), target=target),
         out_type=jax.ShapeDtypeStruct(rows.shape, dtype),
         grid=(numbers.shape[0],),
         grid_names=("tile",),
@@ -207,7 +214,6 @@ def _body(
     *refs: Ref,
     num_heads: int,
     scale: float,
-    registers: tuple[int, int],
     num_cache: int,
     target: Target,
 ) -> None:
@@ -219,7 +225,7 @@ def _body(
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute() -> None:
-        plgpu.set_max_registers(registers[0], action="increase")
+        plgpu.set_max_registers(REGISTERS[0], action="increase")
         own = scratch.rows.at[warpgroup]
         tokens = ROWS // num_heads
         offset = warpgroup * tokens
@@ -256,7 +262,7 @@ def _body(
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _load() -> None:
-        plgpu.set_max_registers(registers[1], action="decrease")
+        plgpu.set_max_registers(REGISTERS[1], action="decrease")
         last_block = lax.div(length - 1, jnp.int32(BLOCK_KEYS))
         per_page = cache.keys.shape[1] // BLOCK_KEYS
 

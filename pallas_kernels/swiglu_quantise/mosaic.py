@@ -5,7 +5,9 @@ the "columns" layout. It reads 2 x 2 bytes a number and writes 1, and 1/32 of a 
 CTAs share a multiprocessor, one copying while the other computes: 32 KB under way, where 18 KB cover the latency of
 HBM (3.35 TB/s x 0.7 us / 132). That takes the place of a ring, and a small product is spread over most multiprocessors.
 
-Rows past M: a TMA copy fills them with zeros on the way in, and drops them on the way out.
+Rows past M: a TMA copy fills them with zeros on the way in, and drops them on the way out. Not so the scales: a copy that is
+not swizzled goes out as plain bytes, cut off at the end of the whole array and not of its row, so the last tile stores only
+what its row has room for.
 """
 
 from __future__ import annotations
@@ -83,8 +85,8 @@ def _body(
     target: Target,
 ) -> None:
     """`up_at`: the column where up starts in its array."""
-    block = lax.axis_index("block")
-    rows = pl.ds(lax.axis_index("tile") * TILE, TILE)
+    block, tile = lax.axis_index("block"), lax.axis_index("tile")
+    rows = pl.ds(tile * TILE, TILE)
     plgpu.copy_gmem_to_smem(gate_ref.at[rows, pl.ds(block * BLOCK, BLOCK)], gate_smem, copied)
     plgpu.copy_gmem_to_smem(up_ref.at[rows, pl.ds(up_at + block * BLOCK, BLOCK)], up_smem, copied)
     plgpu.barrier_wait(copied)
@@ -100,5 +102,22 @@ def _body(
     # What was written must be seen by the copies.
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values_smem, values_ref.at[rows, pl.ds(block * BLOCK, BLOCK)])
-    plgpu.copy_smem_to_gmem(scales_smem, scales_ref.at[block, rows])
+    full_tiles, rest = _tiles_of(scales_ref.shape[1])
+
+    @pl.when(tile < full_tiles)
+    def _store_scales() -> None:
+        plgpu.copy_smem_to_gmem(scales_smem, scales_ref.at[block, rows])
+
+    if rest:
+
+        @pl.when(tile == full_tiles)
+        def _store_last_scales() -> None:
+            last = pl.ds(tile * TILE, rest)
+            plgpu.copy_smem_to_gmem(scales_smem.at[pl.ds(0, rest)], scales_ref.at[block, last])
+
     plgpu.wait_smem_to_gmem(0)
+
+
+def _tiles_of(columns: int) -> tuple[int, int]:
+    """Whole tiles of the scales' columns, and columns of the last one: a multiple of 4, 16 bytes, as a copy wants."""
+    return divmod(columns, TILE)

@@ -44,15 +44,17 @@ class AttentionProcess(RoleProcess):
         )
         self._images_multiple = self.num_shards
         own, copies = self._own, self._copies
-        self._prefill = jax.jit(self._run_prefill, in_shardings=(own, own, copies), out_shardings=own, donate_argnums=1)
-        self._decode = jax.jit(
+        self._prefill = self._jit(
+            self._run_prefill, in_shardings=(own, own, copies), out_shardings=own, donate_argnums=1
+        )
+        self._decode = self._jit(
             self._run_decode,
             static_argnums=(5, 6),
             in_shardings=(own, own, copies, copies, copies),
             out_shardings=(own, copies, copies),
             donate_argnums=1,
         )
-        self._copy = jax.jit(
+        self._copy = self._jit(
             self._on_union(copy_pages, (OWN, OWN, OWN), OWN),
             in_shardings=(own, own, own),
             out_shardings=own,
@@ -61,7 +63,7 @@ class AttentionProcess(RoleProcess):
         self._vision = take_vision(model)
         leaves = self._vision.leaves if self._vision is not None else []
         self._vision_leaves = [leaf.astype(self.run_dtype(leaf.dtype)) for leaf in leaves]
-        self._encode_jit = jax.jit(self._run_encode, out_shardings=topology.attention.sharding())
+        self._encode_jit = self._jit(self._run_encode, out_shardings=topology.attention.sharding())
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; this process holds the pages of its own devices."""

@@ -47,6 +47,7 @@ from step3_jax.engine.state import (
     choose_tokens,
     step_lengths,
 )
+from step3_jax.gpu import compiler_options
 from step3_jax.layers.attention import AttentionContext, CacheStep
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
@@ -101,6 +102,7 @@ class RoleCalls:
         self._vision: Part[nnx.List] | None = None
         if model.vision is not None and model.projector is not None:
             self._vision = split_module(nnx.List([model.vision, model.projector]))
+        self._jit = functools.partial(jax.jit, compiler_options=compiler_options(topology.devices[0].platform))
         self._attention_jits = {id(part.skeleton): self._jit_attention(part.skeleton) for part in parts.attention}
         self._ffn_jits = {id(part.skeleton): self._jit_ffn(part) for part in parts.ffn}
         self._make_jits()
@@ -186,7 +188,7 @@ class RoleCalls:
             out_specs=rows,
             check_vma=False,
         )
-        return jax.jit(run, donate_argnums=(1, 4))
+        return self._jit(run, donate_argnums=(1, 4))
 
     def _jit_ffn(self, part: Part[FfnBlock]) -> jax.stages.Wrapped:
         layout = self._topology.ffn
@@ -198,15 +200,15 @@ class RoleCalls:
             out_specs=rows,
             check_vma=False,
         )
-        return jax.jit(run)
+        return self._jit(run)
 
     def _make_jits(self) -> None:
         layout = self._topology.attention
         rows, copy = layout.spec("rows"), PartitionSpec()
         on_attention = functools.partial(jax.shard_map, mesh=layout.mesh, out_specs=rows, check_vma=False)
-        self._begin_chunk = jax.jit(on_attention(self._run_begin_chunk, in_specs=(copy, rows, copy, copy)))
-        self._begin = jax.jit(on_attention(self._run_begin, in_specs=(copy, rows, rows)))
-        self._encode = jax.jit(on_attention(self._run_encode, in_specs=(copy, rows)), out_shardings=layout.sharding())
+        self._begin_chunk = self._jit(on_attention(self._run_begin_chunk, in_specs=(copy, rows, copy, copy)))
+        self._begin = self._jit(on_attention(self._run_begin, in_specs=(copy, rows, rows)))
+        self._encode = self._jit(on_attention(self._run_encode, in_specs=(copy, rows)), out_shardings=layout.sharding())
 
         # Static arguments are no business of `shard_map`.
         def split(
@@ -223,10 +225,10 @@ class RoleCalls:
             self.num_traces["merge"] += 1
             return on_attention(functools.partial(merge_reports, num_rows=num_rows), in_specs=(rows,))(reports)
 
-        self._split = jax.jit(split, static_argnums=(3, 4))
-        self._end = jax.jit(end, static_argnames="mode", donate_argnums=6)
-        self._merge = jax.jit(merge, static_argnums=1)
-        self._copy = jax.jit(on_attention(copy_pages, in_specs=(rows, rows, rows)), donate_argnums=0)
+        self._split = self._jit(split, static_argnums=(3, 4))
+        self._end = self._jit(end, static_argnames="mode", donate_argnums=6)
+        self._merge = self._jit(merge, static_argnums=1)
+        self._copy = self._jit(on_attention(copy_pages, in_specs=(rows, rows, rows)), donate_argnums=0)
 
     # The functions below are traced, on one device's own part; each counts its traces by a side effect of Python.
 

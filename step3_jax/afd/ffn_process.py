@@ -43,12 +43,12 @@ class FfnProcess(RoleProcess):
         self.weights: FfnWeights = [self._take(part.leaves) for part in parts.ffn]
         self._vision = take_vision(model)
         own, copies = self._own, self._copies
-        self._prefill = jax.jit(self._run_prefill, static_argnums=1, in_shardings=(own,), out_shardings=copies)
-        self._decode = jax.jit(
+        self._prefill = self._jit(self._run_prefill, static_argnums=1, in_shardings=(own,), out_shardings=copies)
+        self._decode = self._jit(
             self._run_decode, static_argnums=(2, 3, 4), in_shardings=(own, copies), out_shardings=copies
         )
 
-    def cache_memory_bytes(self, share: float) -> int | None:
+    def cache_memory_bytes(self) -> int | None:
         """See `Executor.cache_memory_bytes`: what the attention side has left."""
         stats = self.topology.union.local_devices[0].memory_stats()
         return agree_least(_NO_LIMIT_BYTES) if stats and "bytes_limit" in stats else None

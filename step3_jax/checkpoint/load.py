@@ -40,6 +40,7 @@ from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
 from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Checkpoint, summarise
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig
+from step3_jax.gpu import claim_memory
 from step3_jax.mesh import Layout, padded_shape
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import BlockScaled, scale_shape
@@ -82,6 +83,7 @@ def load_model(
       ValueError: If `path` is no model folder, the configuration is wrong, or tensors are missing, superfluous, damaged,
         of the wrong shape or dtype: all of them are listed. Also if the layout does not divide the model.
     """
+    claim_memory()
     if shardings is not None and layout is not None:
         raise ValueError("shardings and layout both say where parameters go: give one of them")
     folder = _find_folder(path)

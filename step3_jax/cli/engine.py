@@ -96,6 +96,15 @@ def read_engine(arguments: argparse.Namespace) -> EngineChoice:
     return EngineChoice(config, parallel, afd)
 
 
+def read_config(arguments: argparse.Namespace) -> EngineConfig:
+    """The settings of the file and the command line.
+
+    Raises:
+      ValueError: For values that are not allowed.
+    """
+    return _read_settings(arguments)[0]
+
+
 def load_llm(choice: EngineChoice, folder: pathlib.Path) -> LLM:
     """The model in `folder`, loaded as the options say.
 

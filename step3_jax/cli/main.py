@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from step3_jax import __version__
 from step3_jax.afd.beacon import START, Beacon
+from step3_jax.gpu import claim_memory
 
 # Each has a module of its name, with `add_arguments(parser)` and `run(arguments) -> exit code`. Only the chosen one is
 # imported, so that `step3 --help` does not wait for jax.
@@ -112,8 +113,13 @@ def _run(argv: list[str]) -> int:
         arguments = build_parser(command).parse_args(argv)
     except SystemExit as leave:  # --help and --version have printed what was asked.
         return leave.code if isinstance(leave.code, int) else 0
+    # Both before the first use of a device.
+    if hasattr(arguments, "setting_names"):
+        config = importlib.import_module("step3_jax.cli.engine").read_config(arguments)
+        claim_memory(share=config.gpu_memory_utilization)
+    elif command != "launch":
+        claim_memory()
     if is_rank:
-        # Before the first use of a device.
         importlib.import_module("step3_jax.mesh").initialise_distributed()
     return int(arguments.run(arguments))
 

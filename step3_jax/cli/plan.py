@@ -14,8 +14,9 @@ from step3_jax.cli.display import write_note
 from step3_jax.cli.plan_compile import Compilation, check_division, compile_deployment
 from step3_jax.config import PRESETS, ModelConfig
 from step3_jax.deployment import KV_CACHE_DTYPES, WEIGHTS, Deployment, Workload, load_deployment
+from step3_jax.gpu import MEMORY_SHARE
 from step3_jax.planner.hardware import load_hardware
-from step3_jax.planner.memory import DEFAULT_MEMORY_SHARE, CacheShape, MemoryPlan, plan_memory, shape_cache
+from step3_jax.planner.memory import CacheShape, MemoryPlan, plan_memory, shape_cache
 from step3_jax.planner.report import to_dict, to_lines
 from step3_jax.planner.weight import deployed_config, roles_of
 from step3_jax.planner.workspace import DEFAULT_CHUNK_TOKENS
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument(
         "--memory-share",
         type=float,
-        default=DEFAULT_MEMORY_SHARE,
+        default=MEMORY_SHARE,
         metavar="X",
         help="of a device's memory that may be used; the driver and NCCL take some (default: %(default)s)",
     )

@@ -16,6 +16,7 @@ from typing import Self
 import yaml
 
 from step3_jax.deployment import KV_CACHE_DTYPES
+from step3_jax.gpu import MEMORY_SHARE
 
 # In the order in which help and docs show them.
 GROUPS = {
@@ -117,7 +118,12 @@ class EngineConfig:
         choices=("auto", *KV_CACHE_DTYPES),
     )
     gpu_memory_utilization: float = _setting(
-        0.9, "share of a GPU's memory for weights and KV cache", "cache", least=0.01, most=1.0, metavar="X"
+        MEMORY_SHARE,
+        "share of a GPU's memory that JAX takes, unless XLA_CLIENT_MEM_FRACTION says otherwise",
+        "cache",
+        least=0.01,
+        most=1.0,
+        metavar="X",
     )
     kv_cache_memory_bytes: int | None = _setting(
         None,

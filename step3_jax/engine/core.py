@@ -116,7 +116,7 @@ class EngineCore:
         self._storage = choose_storage(config.kv_cache_dtype, executor.dtype, text.head_dim)
         memory = config.kv_cache_memory_bytes
         if memory is None:
-            memory = executor.cache_memory_bytes(config.gpu_memory_utilization)
+            memory = executor.cache_memory_bytes()
         if memory is None:
             memory = max(DEFAULT_CACHE_BYTES, max_pages * page_bytes(text, self._storage))
         num_pages = count_pages(

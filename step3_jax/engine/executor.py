@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, ParamSpec, TypeVar
@@ -18,6 +19,7 @@ from pallas_kernels.pages import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.config import ModelConfig
 from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.gpu import compiler_options, memory_left
 from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
@@ -71,6 +73,7 @@ class Executor(abc.ABC):
         self.num_shards = num_shards
         self.compile_s = 0.0
         self.num_traces: collections.Counter[str] = collections.Counter()
+        self._jit = functools.partial(jax.jit, compiler_options=compiler_options(self.devices[0].platform))
         self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
 
     @property
@@ -82,19 +85,10 @@ class Executor(abc.ABC):
         """The dtype that weights or activations of `dtype` are held in: one rule for all executors."""
         return jnp.dtype(jnp.float32) if self.is_cpu and dtype == jnp.bfloat16 else jnp.dtype(dtype)
 
-    def cache_memory_bytes(self, share: float) -> int | None:
-        """Memory left for each shard of the cache; None where devices do not say.
-
-        Args:
-          share: Of a device's memory, what weights and cache may take.
-        """
-        left = []
-        for device in self.devices:
-            stats = device.memory_stats()
-            if not stats or "bytes_limit" not in stats:
-                return None
-            left.append(int(share * stats["bytes_limit"]) - stats["bytes_in_use"])
-        return agree_least(min(left))
+    def cache_memory_bytes(self) -> int | None:
+        """Memory left for each shard of the cache; None where devices do not say."""
+        left = memory_left(self.devices)
+        return None if left is None else agree_least(left)
 
     @abc.abstractmethod
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:

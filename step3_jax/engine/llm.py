@@ -28,6 +28,7 @@ from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.stats import EngineStats
+from step3_jax.gpu import claim_memory
 from step3_jax.mesh import make_layout
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
@@ -86,6 +87,7 @@ class LLM:
             over the devices, or there are too few, before anything is loaded.
         """
         own = _configure(config, settings)
+        claim_memory(share=own.gpu_memory_utilization)
         parallel = parallel or (read_parallel(own) if executor is None else None)
         if executor is not None and parallel is not None:
             raise ValueError("an executor has its devices already: give either executor or parallel")

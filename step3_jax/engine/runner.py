@@ -43,10 +43,10 @@ class Runner(Executor):
             separate_experts(model)
         self._split = SplitModel(model)
         self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text.vocab_size)
-        self._prefill = jax.jit(self._traced.prefill, donate_argnames=("cache",))
-        self._decode = jax.jit(self._traced.decode, static_argnames=("max_steps", "mode"), donate_argnames=("cache",))
-        self._encode = jax.jit(self._traced.encode)
-        self._copy = jax.jit(copy_pages, donate_argnames=("cache",))
+        self._prefill = self._jit(self._traced.prefill, donate_argnames=("cache",))
+        self._decode = self._jit(self._traced.decode, static_argnames=("max_steps", "mode"), donate_argnames=("cache",))
+        self._encode = self._jit(self._traced.encode)
+        self._copy = self._jit(copy_pages, donate_argnames=("cache",))
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`."""

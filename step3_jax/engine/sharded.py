@@ -60,21 +60,21 @@ class ShardedRunner(Executor):
         weights = [weight.sharding for weight in self._split.weights]
         self._copies = copies
         self._rows_axes = layout.axes("rows")
-        self._prefill = jax.jit(
+        self._prefill = self._jit(
             self._prefill_shards, in_shardings=(weights, rows, copies), out_shardings=(rows, copies), donate_argnums=1
         )
-        self._decode_calls = jax.jit(
+        self._decode_calls = self._jit(
             self._decode_shards,
             static_argnums=(6, 7),
             in_shardings=(weights, rows, copies, copies, copies, copies),
             out_shardings=(rows, copies),
             donate_argnums=1,
         )
-        self._encode = jax.jit(
+        self._encode = self._jit(
             self._encode_shards, in_shardings=(weights, layout.sharding("images")), out_shardings=copies
         )
         spec = layout.spec("rows")
-        self._copy = jax.jit(
+        self._copy = self._jit(
             jax.shard_map(copy_pages, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False),
             in_shardings=(rows, rows, rows),
             out_shardings=rows,

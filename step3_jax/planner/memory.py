@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 
 from step3_jax.config import ModelConfig, TextConfig
 from step3_jax.deployment import Deployment, Division
+from step3_jax.gpu import MEMORY_SHARE
 from step3_jax.planner.weight import Role, deployed_config, roles_of, weight_bytes
 from step3_jax.planner.workspace import DEFAULT_CHUNK_TOKENS, Workspace, estimate_workspace
 
-# Of a device's memory; the rest is for the driver, the communication library's buffers and fragmentation.
-DEFAULT_MEMORY_SHARE = 0.95
 # Tokens of a page, and columns that share a scale in int4, as in `pallas_kernels/pages.py`.
 PAGE_SIZE, INT4_GROUP = 64, 64
 
@@ -148,7 +147,7 @@ def plan_memory(
     *,
     memory_gib: float | None,
     text_only: bool = False,
-    memory_share: float = DEFAULT_MEMORY_SHARE,
+    memory_share: float = MEMORY_SHARE,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     compiled: Mapping[str, CompiledBytes] | None = None,
 ) -> MemoryPlan:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
 
-from tools import gpu_compile, record_kernels
+from pallas_kernels.mfa_prefill import mosaic as prefill
+from pallas_kernels.swiglu_quantise import mosaic as swiglu
+from tests.process import ROOT, environment
+from tools import gpu_compile, ptx, record_kernels
 from tools.gpu_check import cases as case_list
-from tools.rank_step import COMPILER_OPTIONS, decode_step
+from tools.rank_step import decode_step
 from tools.rank_weights import RankSizes, make_state, make_weights
 
 pytestmark = [
@@ -34,6 +41,7 @@ def test_kernel_compiles_without_spills_to_the_products_meant(name: str, known: 
         assert report.num_mma_sync == 0, report
         assert 0 < report.registers <= 255, report
         assert report.smem_bytes <= SHARED_MEMORY, report
+        assert ptx.store_fault(name, report.num_plain_stores) is None, report
     products = {kind for report in reports for kind in report.wgmma}
     expected = record_kernels.CASES[name]
     if expected is None:
@@ -41,6 +49,28 @@ def test_kernel_compiles_without_spills_to_the_products_meant(name: str, known: 
     elif reports:
         assert products
         assert all(kind.endswith(expected) for kind in products), products
+
+
+def test_a_planted_trade_of_more_registers_than_there_are_is_refused(
+    known: dict[str, case_list.Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "REGISTERS", (232, 48))
+    with pytest.raises(
+        RuntimeError, match=r"mfa_prefill: 3 warpgroups .* 504 together, and ask for 2 x 232 \+ 48 = 512"
+    ):
+        record_kernels.compile_case(gpu_compile.h100_mesh(), known["mfa_prefill/fp8/1k"])
+
+
+def test_a_planted_store_past_the_end_of_a_row_is_found(
+    known: dict[str, case_list.Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whole tiles all along: the last one's scales would run into the next block's.
+    monkeypatch.setattr(swiglu, "_tiles_of", lambda columns: (-(-columns // swiglu.TILE), 0))
+    name = "swiglu_quantise/77x5120"
+    (report,) = record_kernels.compile_case(gpu_compile.h100_mesh(), known[name])
+    fault = ptx.store_fault(name, report.num_plain_stores)
+    assert fault is not None
+    assert "nothing cuts them off" in fault
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "fp8"])
@@ -60,9 +90,7 @@ def test_a_ranks_step_of_all_layers_compiles_and_copies_neither_weights_nor_cach
     sizes = RankSizes()
     weights, (state, table) = jax.eval_shape(lambda: (make_weights(sizes), make_state(sizes)))
     step = functools.partial(decode_step, sizes=sizes, implementation="mosaic")
-    compiled = gpu_compile.compile_for(
-        gpu_compile.h100_mesh(), step, weights, state, table, donate=(1,), compiler_options=COMPILER_OPTIONS
-    )
+    compiled = gpu_compile.compile_for(gpu_compile.h100_mesh(), step, weights, state, table, donate=(1,))
     memory = compiled.memory_analysis()
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.pages))
     assert memory.alias_size_in_bytes >= cache
@@ -73,3 +101,23 @@ def test_a_ranks_step_of_all_layers_compiles_and_copies_neither_weights_nor_cach
     assert text.count('custom_call_target="mosaic_gpu_v2"') >= 12
     # Short of memory, as it believes, XLA computes things several times over instead of keeping them.
     assert "remat" not in text
+
+
+@pytest.mark.parametrize("options", ["yes", "no"])
+def test_a_gpu_filled_with_weights_and_cache_computes_nothing_twice(options: str) -> None:
+    """The engine's decode loop; in a process of its own, where shapes are not checked. Without the options it does."""
+    program = pathlib.Path(__file__).parent / "programs" / "filled_gpu.py"
+    done = subprocess.run(
+        [sys.executable, str(program), options],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["share"] == pytest.approx(0.9, abs=0.001)
+    assert (found["remat"] == 0) == (options == "yes")
+    assert found["temp"] < 150e6

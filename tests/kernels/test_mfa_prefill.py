@@ -311,6 +311,11 @@ def test_kernel_does_not_depend_on_the_ring(slots: int) -> None:
     assert row_errors(interpret(fp8, detect_races=True, **options), exact_prefill(fp8)).max() < TOLERANCE["fp8"]
 
 
+def test_an_fp8_ring_of_more_slots_than_its_scales_can_follow_is_refused() -> None:
+    with pytest.raises(ValueError, match="fp8 cache takes 2 or 3 slots, not 4"):
+        interpret(make_case("fp8", ((1, 1),), heads=32), slots=4)
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [None, (0, 130)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import pages as kv_pages
-from pallas_kernels.mfa_decode.api import mfa_decode
+from pallas_kernels.common import Implementation
+from pallas_kernels.mfa_decode.api import mfa_decode, plan_decode
+from pallas_kernels.mfa_decode.plan import Plan
 from pallas_kernels.mfa_prefill.api import dense_attention, mfa_prefill
 from tools.gpu_check.case import Case, Inputs, Peer, normal
 
@@ -35,8 +38,8 @@ def decode_cases(*, is_small: bool) -> list[Case]:
         )[: 2 if is_small else None]
     ]
     shapes = {
-        "bfloat16": [(64, 8192), (64, 4096), (64, 32_768), (8, 32_768), (1, 32_768), (8, 65_536)],
-        "fp8": [(64, 8192), (128, 4096), (64, 4096), (64, 32_768), (8, 32_768), (1, 32_768), (8, 65_536)],
+        "bfloat16": [(64, 8192), (64, 32_768), (8, 32_768), (1, 32_768)],
+        "fp8": [(64, 8192), (128, 4096), (64, 32_768), (8, 32_768), (1, 32_768), (8, 65_536)],
         "int4": [(64, 8192), (64, 32_768)],
     }
     if is_small:
@@ -45,6 +48,9 @@ def decode_cases(*, is_small: bool) -> list[Case]:
         for batch, length in sizes:
             name = f"mfa_decode/{storage}/{batch}x{length}"
             cases.append(_decode(name, storage, (length,) * batch, 1, 64, is_timed=True))
+            if cases[-1].goal is not None:
+                # As a step of many layers runs it: they share the plan.
+                cases.append(_planned(cases[-1], storage))
         ragged = tuple(int(length) for length in np.random.default_rng(0).integers(1024, 8193, 64))
         cases.append(_decode(f"mfa_decode/{storage}/64xragged", storage, ragged, 1, 64, is_timed=True))
     return cases
@@ -70,6 +76,31 @@ def _decode(
         if is_timed and (len(lengths), lengths[0]) in ((64, 8192), (8, 32_768), (1, 32_768))
         else (),
     )
+
+
+def _planned(case: Case, storage: kv_pages.Storage) -> Case:
+    """The same with the plan among the inputs, so that its small kernels are not in the time."""
+
+    def make(seed: int) -> Inputs:
+        queries, pages, table, lengths = case.make(seed)
+        num_tokens, num_heads = queries.shape[1:3]
+        max_tokens = table.shape[1] * PAGE
+        plan = plan_decode(lengths, tokens=num_tokens, heads=num_heads, storage=storage, max_tokens=max_tokens)
+        return queries, pages, table, lengths, plan
+
+    return dataclasses.replace(case, name=f"{case.name}/planned", make=make, run=_decode_planned, peers={}, tuned=())
+
+
+def _decode_planned(
+    queries: jax.Array,
+    pages: kv_pages.KVPages,
+    table: jax.Array,
+    lengths: jax.Array,
+    plan: Plan,
+    *,
+    implementation: Implementation,
+) -> jax.Array:
+    return mfa_decode(queries, pages, table, lengths, plan=plan, implementation=implementation)
 
 
 def _decode_inputs(storage: str, lengths: tuple[int, ...], num_tokens: int, num_heads: int, seed: int) -> Inputs:
@@ -151,6 +182,8 @@ def prefill_cases(*, is_small: bool) -> list[Case]:
             ("32k", ((32_768, 32_768),)),
             ("2k-behind-62k", ((2048, 65_536),)),
         ):
+            if (storage, name) == ("fp8", "32k"):
+                continue
             cases.append(_prefill(f"mfa_prefill/{storage}/{name}", storage, pack, is_timed=True))
     cases.append(_dense("dense_attention/vision/4x2708", 4, 2708, 16, 112, True))
     return cases

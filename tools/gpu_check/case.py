@@ -50,10 +50,12 @@ class Case:
       tolerance: Largest error of a row against the reference, as a share of the row's norm; None: timed only.
       num_bytes, flops: The least that must be read and written, and the arithmetic; 0 where nothing is timed.
       rate: Which of the two tensor-core ceilings `flops` count against.
-      goal: Share of the ceiling to reach (performance goals, docs/kernels.md); None where there is none.
+      goal: Share of the ceiling to reach (docs/kernels.md); None where there is none.
+      exception: Why the goal is shown and not judged.
       peers: What else the machine offers for the same work.
       carry: Inputs of the next call from this one's and its output, where the kernel changes an input in place.
       tuned: Operations whose blocks the sweep may change here.
+      allowed_s: Seconds of silence between two of its steps; the mode's if None.
     """
 
     name: str
@@ -66,9 +68,11 @@ class Case:
     flops: int = 0
     rate: Rate = "bf16"
     goal: float | None = None
+    exception: str | None = None
     peers: Mapping[str, Peer] = dataclasses.field(default_factory=dict)
     carry: Callable[[Inputs, object], Inputs] | None = None
     tuned: tuple[str, ...] = ()
+    allowed_s: float | None = None
 
     @property
     def is_timed(self) -> bool:

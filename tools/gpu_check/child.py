@@ -1,38 +1,55 @@
-"""What runs in a child process: some cases in one mode, one line of JSON on standard output for each thing done."""
+"""What runs in a child process: one phase of some cases, one line of JSON on standard output for each thing done."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import pathlib
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Callable
+from typing import get_args
 
 import jax
 
 from pallas_kernels import tuning
-from tools import gpu_compile
+from tools import gpu_compile, ptx
 from tools.gpu_check import cases as case_list
 from tools.gpu_check import measure, rank, sweep
 from tools.gpu_check.case import Case, Inputs, row_errors, same_bits
+from tools.gpu_check.order import FIRST, STEP, Phase
 
 # Longest search for better blocks in one case.
 SWEEP_SECONDS = 20.0
-# Inputs of the two checks, and of the sets that are timed.
-CHECK_SEEDS = (11, 12)
+# Inputs of the checks, and of the sets that are timed.
+CHECK_SEEDS = {"check": 11, "check_again": 12}
 TIMED_SEED = 100
+# Which implementation is checked in which mode, and which is timed: the interpreter's time would mean nothing, so on a CPU
+# the references stand in.
+CHECKED = {"gpu": "mosaic", "interpret": "interpret"}
+TIMED = {"gpu": "mosaic", "interpret": "reference"}
+RUNS = {"gpu": 7, "interpret": 2}
+
+# Told what is done next, and, if it may take longer than usual, for how many seconds nothing will be heard.
+Say = Callable[..., None]
 
 
 def main(argv: list[str]) -> None:
     """Runs the cases named in `argv`."""
     parser = argparse.ArgumentParser(prog="gpu_check child")
     parser.add_argument("--mode", choices=("gpu", "interpret", "compile"), required=True)
+    parser.add_argument("--phase", choices=get_args(Phase), required=True)
     parser.add_argument("--deadline", type=float, required=True, help="time.time() after which nothing new starts")
-    parser.add_argument("--tuning", type=pathlib.Path, help="where to write better blocks")
+    parser.add_argument("--tuning", type=pathlib.Path, required=True, help="where to write better blocks")
+    parser.add_argument("--copy-rate", type=float, help="bytes a second of a copy, as measured")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("names", nargs="+")
     args = parser.parse_args(argv)
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     for name in args.names:
         tell(event="start", name=name)
         if time.time() > args.deadline:
@@ -46,71 +63,113 @@ def main(argv: list[str]) -> None:
         tell(event="result", name=name, **result)
 
 
+def _leave_with_parent(parent: int) -> None:
+    """Ends the process when its parent is gone: what hangs on a GPU would stay there for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 def tell(**message: object) -> None:
     """One line to the parent."""
     print(json.dumps(message), flush=True)
 
 
 def run_one(name: str, args: argparse.Namespace) -> dict[str, object]:
-    """Everything of one case."""
-    special = {"ceilings": rank.ceilings, "rank_step": rank.rank_step}.get(name)
-    if special is not None:
-        return special(args.mode, is_quick=args.quick)
-    case = case_list.by_name(name, args.mode, is_quick=args.quick)
+    """One phase of one case."""
+
+    def say(doing: str, allowed_s: float | None = None) -> None:
+        tell(event="doing", name=name, doing=doing, allowed_s=allowed_s)
+
+    if name == FIRST:
+        return rank.ceilings(args.mode, say, are_more=args.phase == "more_rates")
+    if name == STEP:
+        report = functools.partial(tell, event="partial", name=name)
+        return rank.rank_step(
+            args.mode, say, report, is_quick=args.quick, copy_rate=args.copy_rate, deadline=args.deadline
+        )
+    case = case_list.by_name(name, args.mode)
+    say = functools.partial(say, allowed_s=case.allowed_s) if case.allowed_s is not None else say
     if args.mode == "compile":
         return compile_case(case)
-    if args.mode == "interpret":
-        return interpret_case(case)
-    return gpu_case(case, args)
+    if args.phase in CHECK_SEEDS:
+        return check_case(case, args.mode, CHECK_SEEDS[args.phase], say)
+    sets = _make_sets(case, say)
+    if args.phase == "time":
+        return time_case(case, args.mode, sets, say)
+    if args.phase == "peers":
+        return {"status": "PASS", "peers": {name: _peer_us(case, name, args.mode, sets, say) for name in case.peers}}
+    return sweep_case(case, args, sets, say)
 
 
-def gpu_case(case: Case, args: argparse.Namespace) -> dict[str, object]:
-    """Correctness with fresh inputs and repeated, then times, peers and better blocks."""
-    result: dict[str, object] = {"status": "PASS"}
-    run = jax.jit(lambda *inputs: case.run(*inputs, implementation="mosaic"))
-    for seed in CHECK_SEEDS if case.tolerance is not None else ():
-        inputs = case.make(seed)
-        first = case.view(jax.block_until_ready(run(*inputs)), inputs)
+def check_case(case: Case, mode: str, seed: int, say: Say) -> dict[str, object]:
+    """The kernel on fresh inputs against its reference, and on a GPU run twice."""
+    assert case.tolerance is not None
+    say("making inputs")
+    inputs = jax.block_until_ready(case.make(seed))
+    say("compiling the kernel")
+    run = measure.compiled(functools.partial(case.run, implementation=CHECKED[mode]), *inputs)
+    say("running the kernel")
+    first = jax.block_until_ready(case.view(run(*inputs), inputs))
+    if mode == "gpu":
+        say("running the kernel again")
         if not same_bits(first, case.view(run(*inputs), inputs)):
             return {"status": "FAIL", "reason": "two runs on the same inputs differ"}
-        worst = float(row_errors(first, reference_of(case, inputs)).max(initial=0.0))
-        result["error"] = max(worst, float(result.get("error", 0.0)))
-        if not worst <= case.tolerance:
-            return {**result, "status": "FAIL", "reason": f"error {worst:.2e} above {case.tolerance:.0e}"}
-        del inputs, first
-    if not case.is_timed:
-        return result
-    sets = [case.make(TIMED_SEED + index) for index in range(case.num_sets)]
-    if case.tolerance is None and not same_bits(*(case.view(run(*sets[0]), sets[0]) for _ in range(2))):
-        return {"status": "FAIL", "reason": "two runs on the same inputs differ"}
-    seconds = measure.seconds_per_call(run, sets, carry=case.carry)
-    result |= {"us": seconds * 1e6, "sets": len(sets)}
-    result["peers"] = {name: _peer_us(case, name, sets) for name in case.peers}
-    if case.tuned and not args.quick and args.tuning is not None:
-        # A trial may hang; what is known by now must not be lost with it.
-        tell(event="partial", name=case.name, **result)
-        left = min(SWEEP_SECONDS, args.deadline - time.time())
-        entries = sweep.best_blocks(
-            case, sets, seconds, seconds=left, report=lambda what: tell(event="trial", name=case.name, blocks=what)
-        )
-        if entries:
-            add_to_tuning(args.tuning, entries)
-            result["tuned_us"] = entries[0]["us"]
-    return result
+    say("running the reference")
+    worst = float(row_errors(first, reference_of(case, inputs)).max(initial=0.0))
+    if not worst <= case.tolerance:
+        return {"status": "FAIL", "error": worst, "reason": f"error {worst:.2e} above {case.tolerance:.0e}"}
+    return {"status": "PASS", "error": worst}
+
+
+def time_case(case: Case, mode: str, sets: list[Inputs], say: Say) -> dict[str, object]:
+    """Microseconds of a call; where nothing is compared with, also whether two runs give the same bits."""
+    run = functools.partial(case.run, implementation=TIMED[mode])
+    if case.tolerance is None:
+        say("compiling the kernel")
+        compiled = measure.compiled(run, *sets[0])
+        say("running the kernel twice")
+        if not same_bits(*(case.view(compiled(*sets[0]), sets[0]) for _ in range(2))):
+            return {"status": "FAIL", "reason": "two runs on the same inputs differ"}
+    seconds = measure.seconds_per_call(run, sets, carry=case.carry, runs=RUNS[mode], say=say)
+    return {"status": "PASS", "us": seconds * 1e6, "sets": len(sets)}
+
+
+def sweep_case(case: Case, args: argparse.Namespace, sets: list[Inputs], say: Say) -> dict[str, object]:
+    """A search for better blocks, which go to the tuning file."""
+    implementation = TIMED[args.mode]
+    run = functools.partial(case.run, implementation=implementation)
+    before = measure.seconds_per_call(run, sets, carry=case.carry, runs=RUNS[args.mode], say=say)
+    # On a CPU there is nothing to gain: the way there is rehearsed, and no block tried.
+    left = min(SWEEP_SECONDS, args.deadline - time.time()) if args.mode == "gpu" else 0.0
+    entries = sweep.best_blocks(case, sets, before, implementation=implementation, seconds=left, report=say)
+    if not entries:
+        return {"status": "PASS"}
+    add_to_tuning(args.tuning, entries)
+    return {"status": "PASS", "tuned_us": entries[0]["us"]}
 
 
 def reference_of(case: Case, inputs: Inputs) -> object:
     """What the case means; float32 products in float32, which is not what a GPU does unasked."""
     with jax.default_matmul_precision("highest"):
-        return case.view(jax.jit(lambda *given: case.run(*given, implementation="reference"))(*inputs), inputs)
+        return case.view(jax.jit(functools.partial(case.run, implementation="reference"))(*inputs), inputs)
 
 
-def _peer_us(case: Case, name: str, sets: list[Inputs]) -> float | str:
+def _make_sets(case: Case, say: Say) -> list[Inputs]:
+    sets = []
+    for index in range(case.num_sets):
+        say(f"making inputs {index + 1} of {case.num_sets}")
+        sets.append(jax.block_until_ready(case.make(TIMED_SEED + index)))
+    return sets
+
+
+def _peer_us(case: Case, name: str, mode: str, sets: list[Inputs], say: Say) -> float | str:
     """Microseconds of a peer, or why it does not run here."""
     peer = case.peers[name]
     try:
+        say(f"making inputs of {name}")
         prepared = [peer.prepare(*inputs) for inputs in sets]
-        return measure.seconds_per_call(peer.run, prepared, carry=case.carry) * 1e6
+        return measure.seconds_per_call(peer.run, prepared, carry=case.carry, runs=RUNS[mode], say=say) * 1e6
     except Exception as error:  # a library that is missing or refuses: no fault of the kernel
         return f"{type(error).__name__}: {error}"[:160]
 
@@ -120,17 +179,6 @@ def add_to_tuning(path: pathlib.Path, entries: list[tuning.Entry]) -> None:
     old = json.loads(path.read_text())["entries"] if path.exists() else []
     device = jax.devices()[0].device_kind
     tuning.write(path, [*old, *entries], device=device, jax_version=jax.__version__)
-
-
-def interpret_case(case: Case) -> dict[str, object]:
-    """The kernel in the interpreter against its reference."""
-    inputs = case.make(CHECK_SEEDS[0])
-    got = case.view(jax.jit(lambda *given: case.run(*given, implementation="interpret"))(*inputs), inputs)
-    worst = float(row_errors(got, reference_of(case, inputs)).max(initial=0.0))
-    assert case.tolerance is not None
-    if not worst <= case.tolerance:
-        return {"status": "FAIL", "error": worst, "reason": f"error {worst:.2e} above {case.tolerance:.0e}"}
-    return {"status": "PASS", "error": worst}
 
 
 def compile_case(case: Case) -> dict[str, object]:
@@ -156,6 +204,9 @@ def compile_case(case: Case) -> dict[str, object]:
     }
     if any(report.num_mma_sync for report in reports):
         return {**result, "status": "FAIL", "reason": "an mma.sync is in the kernel: not Hopper's own product"}
+    faults = [fault for report in reports if (fault := ptx.store_fault(case.name, report.num_plain_stores))]
+    if faults:
+        return {**result, "status": "FAIL", "reason": faults[0]}
     return result
 
 

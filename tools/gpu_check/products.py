@@ -19,8 +19,14 @@ TOLERANCE = 5e-3
 # Two quantisations of activations lie between: input, and what goes into the down-projection.
 MOE_TOLERANCE = {"bfloat16": 1e-2, "fp8": 2e-2}
 HIDDEN, EXPERT_WIDTH, NUM_EXPERTS, TOP_K = 7168, 5120, 48, 3
+# A product of fewer bytes takes so few microseconds that a launch's ramp and tail, some four, are a fifth of them.
+SMALL_PRODUCT_BYTES = 20_000_000
+SMALL_PRODUCT = "not judged alone: a product under 20 MB is mostly its launch; see rank_step"
 # (N, K) of q down, q up, o, shared gate and up, shared down, dense gate and up.
 DECODE_SHAPES = ((2048, 7168), (16_384, 2048), (7168, 16_384), (5120, 7168), (7168, 5120), (18_432, 7168))
+
+SMALL_TIMED = (64, 256, 256)
+TUNED = ((64, 7168, 16_384), (64, 2048, 7168), (128, 5120, 7168), (4096, 7168, 16_384), SMALL_TIMED)
 
 
 def matmul_cases(*, is_small: bool) -> list[Case]:
@@ -29,18 +35,24 @@ def matmul_cases(*, is_small: bool) -> list[Case]:
     cases = [_matmul(m, n, k) for m, n, k in edges]
     cases.append(_matmul(70 if is_small else 100, 256, 256, num_layers=3))
     if is_small:
-        return cases
-    for rows in (1, 64, 128):
-        for n, k in DECODE_SHAPES if rows > 1 else DECODE_SHAPES[2:4]:
-            cases.append(_matmul(rows, n, k, is_timed=True, goal=0.85 if rows == 64 else None))
+        # A rehearsal of what is timed: the references stand in.
+        return [*cases, _matmul(*SMALL_TIMED, is_timed=True)]
+    # One whose weight's rows a cluster shares.
+    cases.append(_matmul(128, 2048, 7168))
+    for n, k in DECODE_SHAPES:
+        cases.append(_matmul(64, n, k, is_timed=True, goal=0.85))
+    for m, n, k in ((1, 7168, 16_384), (128, 5120, 7168), (128, 18_432, 7168)):
+        cases.append(_matmul(m, n, k, is_timed=True))
     for n, k in ((7168, 16_384), (5120, 7168), (7168, 5120)):
-        cases.append(_matmul(4096, n, k, is_timed=True, goal=0.70 if k == 16_384 else None))
+        # As fast as XLA's own FP8 product, which has one scale for all.
+        cases.append(_matmul(4096, n, k, is_timed=True, goal=1.0 if k == 16_384 else None))
     return cases
 
 
 def _matmul(
     m: int, n: int, k: int, *, num_layers: int | None = None, is_timed: bool = False, goal: float | None = None
 ) -> Case:
+    num_bytes = m * k + n * k + 2 * m * n
     run = fp8_matmul if num_layers is None else functools.partial(fp8_matmul, layer=num_layers - 1)
     return Case(
         name=f"fp8_matmul/{m}x{n}x{k}" + (f"/layer-of-{num_layers}" if num_layers else ""),
@@ -48,14 +60,13 @@ def _matmul(
         make=functools.partial(_matmul_inputs, m, n, k, num_layers),
         run=run,
         tolerance=TOLERANCE,
-        num_bytes=m * k + n * k + 2 * m * n if is_timed else 0,
+        num_bytes=num_bytes if is_timed else 0,
         flops=2 * m * n * k,
         rate="fp8",
         goal=goal,
-        peers={"xla-bf16": Peer(_dot, _widened), "xla-fp8": Peer(xla_fp8, _unscaled)} if is_timed else {},
-        tuned=("fp8_matmul",)
-        if is_timed and (m, n, k) in ((64, 7168, 16_384), (64, 2048, 7168), (128, 5120, 7168), (4096, 7168, 16_384))
-        else (),
+        exception=SMALL_PRODUCT if goal is not None and num_bytes < SMALL_PRODUCT_BYTES else None,
+        peers={"xla-fp8": Peer(xla_fp8, _unscaled)} if is_timed else {},
+        tuned=("fp8_matmul",) if is_timed and (m, n, k) in TUNED else (),
     )
 
 
@@ -74,16 +85,8 @@ def scaled_weight(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, ja
     return values, scales
 
 
-def _widened(x: jax.Array, _: jax.Array, weight: jax.Array, __: jax.Array) -> Inputs:
-    return x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
-
-
 def _unscaled(x: jax.Array, _: jax.Array, weight: jax.Array, __: jax.Array) -> Inputs:
     return x, weight, jnp.ones((), jnp.bfloat16)
-
-
-def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
 
 
 def moe_cases(*, is_small: bool) -> list[Case]:
@@ -96,13 +99,16 @@ def moe_cases(*, is_small: bool) -> list[Case]:
     for storage in ("bfloat16", "fp8"):
         for load in ("uniform", "one", "skewed"):
             cases.append(_moe(storage, 200, 6, load, hidden=1024, width=512))
+    # More pairs than tiles of 64 rows are for: those of 128, the form of long prefills and of many ranks.
+    cases.append(_moe("fp8", 700, 6, "skewed", hidden=1024, width=512))
     # One EP8 rank: the tokens of all eight, of which about one pair in eight is this rank's.
     for num_tokens in (256, 1024):
         cases.append(_moe("fp8", num_tokens, 6, "uniform", is_timed=True, goal=0.85))
     cases.append(_moe("fp8", 1024, 6, "skewed", is_timed=True))
     cases.append(_moe("fp8", 256, 48, "uniform", is_timed=True, goal=0.85))
     cases.append(_moe("bfloat16", 256, 6, "uniform", is_timed=True))
-    cases.append(_moe("fp8", 2731, 48, "uniform", is_timed=True))
+    # 1,150 TFLOP/s where XLA's large product reaches some 1,350.
+    cases.append(_moe("fp8", 2731, 48, "uniform", is_timed=True, goal=0.85))
     return cases
 
 

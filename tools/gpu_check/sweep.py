@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
 from pallas_kernels import tuning
+from pallas_kernels.common import Implementation
 from tools.gpu_check.case import Case, Inputs, row_errors
 from tools.gpu_check.measure import seconds_per_call
 
@@ -20,7 +22,13 @@ MAX_CHANGE = 1e-2
 
 
 def best_blocks(
-    case: Case, sets: Sequence[Inputs], before: float, *, seconds: float, report: Callable[[str], None]
+    case: Case,
+    sets: Sequence[Inputs],
+    before: float,
+    *,
+    implementation: Implementation = "mosaic",
+    seconds: float,
+    report: Callable[[str], None],
 ) -> list[tuning.Entry]:
     """Tries neighbours of each block of `case.tuned` and gives entries for `tuning.write`, if any is faster.
 
@@ -28,10 +36,11 @@ def best_blocks(
       case: Timed.
       sets: Inputs to rotate among.
       before: Seconds of a call with the blocks as they are.
+      implementation: What is tried.
       seconds: When to stop.
       report: Told of each trial before it runs; it may hang, and the parent must know where.
     """
-    run = _with_kernel(case)
+    run = functools.partial(case.run, implementation=implementation)
     expected = case.view(jax.jit(run)(*sets[0]), sets[0])
     deadline = time.perf_counter() + seconds
     best: dict[str, dict[str, int]] = {op: {} for op in case.tuned}
@@ -42,7 +51,7 @@ def best_blocks(
                 if time.perf_counter() > deadline:
                     break
                 changed = {**best, op: {**best[op], name: candidate}}
-                report(f"{op} {changed[op]}")
+                report(f"trying {op} {changed[op]}")
                 with _trials(changed):
                     now = _try(case, run, sets, expected)
                 if now is not None and now < fastest * (1 - MIN_GAIN):
@@ -56,10 +65,6 @@ def best_blocks(
         for request in requests
         if best[request.op]
     ]
-
-
-def _with_kernel(case: Case) -> Callable[..., object]:
-    return lambda *inputs: case.run(*inputs, implementation="mosaic")
 
 
 def _blocks_of(op: str, run: Callable[..., object], inputs: Inputs) -> dict[str, int]:

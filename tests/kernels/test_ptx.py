@@ -1,0 +1,38 @@
+"""The faults that PTX shows, found in small texts; `test_compile` plants them in real kernels."""
+
+from __future__ import annotations
+
+from tools import ptx
+
+
+def trade(increase: int, decrease: int, threads: int = 384) -> str:
+    return (
+        f".maxntid {threads}, 1, 1\nsetmaxnreg.inc.sync.aligned.u32 {increase};\n"
+        f"setmaxnreg.dec.sync.aligned.u32 {decrease};\n"
+    )
+
+
+def test_a_trade_of_registers_must_not_ask_for_more_than_the_launch_had() -> None:
+    for increase, decrease, threads, registers in ((232, 40, 384, 168), (240, 24, 384, 168), (152, 56, 512, 128)):
+        assert ptx.register_fault(trade(increase, decrease, threads), registers) is None
+    fault = ptx.register_fault(trade(232, 48), 168)
+    assert fault is not None
+    assert "2 x 232 + 48 = 512" in fault
+    assert ptx.register_fault(trade(160, 56, 512), 128) is not None
+    # The warpgroup that gives nothing back keeps what it started with.
+    assert ptx.register_fault(".maxntid 384\nsetmaxnreg.inc.sync.aligned.u32 176;", 168) is not None
+    assert ptx.register_fault(".maxntid 384, 1, 1", 168) is None
+    assert ptx.register_fault("setmaxnreg.inc.sync.aligned.u32 232;", 168) is not None
+
+
+def test_a_store_that_nothing_cuts_off_must_be_known() -> None:
+    plain = "@%p3 cp.async.bulk.global.shared::cta.bulk_group [%rd4], [%rd5], %r2;\n"
+    mapped = "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%rd9], [%rd5];\n"
+    assert ptx.count_plain_stores(plain + mapped + plain) == 2
+    assert ptx.store_fault("fp8_matmul/64", 0) is None
+    assert ptx.store_fault("fp8_matmul/64", 1) is not None
+    assert ptx.store_fault("norm_quantise/64", 1) is None
+    assert ptx.store_fault("norm_quantise/64", 2) is not None
+    # Rows that are no whole number of tiles need a store of their own.
+    assert ptx.store_fault("swiglu_quantise/77x5120", 2) is None
+    assert ptx.store_fault("swiglu_quantise/77x5120", 1) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -19,7 +20,7 @@ from step3_jax.text.tokenizer import Tokenizer
 PromptInput = str | Sequence[int] | Mapping[str, object]
 ImagesInput = Sequence[ImageSource | Sequence[ImageSource] | None]
 
-_PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data")
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt")
 
 
 class PromptBuilder:
@@ -149,8 +150,8 @@ class PromptBuilder:
         given = [key for key in _PROMPT_KEYS[:2] if prompt.get(key) is not None]
         if unknown or len(given) != 1:
             raise ValueError(
-                f"the prompt has keys {sorted(map(str, prompt))}; allowed: 'prompt' (text) or 'prompt_token_ids', and "
-                "'multi_modal_data'"
+                f"the prompt has keys {sorted(map(str, prompt))}; allowed: 'prompt' (text) or 'prompt_token_ids', "
+                "'multi_modal_data' and 'cache_salt'"
             )
         media = prompt.get("multi_modal_data") or {}
         if not isinstance(media, Mapping) or set(media) - {"image"}:
@@ -161,7 +162,11 @@ class PromptBuilder:
         value = prompt[given[0]]
         if given[0] == "prompt" and not isinstance(value, str):
             raise ValueError(f"the prompt's 'prompt' is {type(value).__name__}; text is needed")
-        return self.from_input(value if isinstance(value, str) else _as_ids(value), own or images)
+        built = self.from_input(value if isinstance(value, str) else _as_ids(value), own or images)
+        salt = prompt.get("cache_salt") or ""
+        if not isinstance(salt, str):
+            raise ValueError(f"the prompt's 'cache_salt' is {salt!r}; text is needed")
+        return dataclasses.replace(built, cache_salt=salt)
 
     def _process(self, source: ImageSource) -> ProcessedImage:
         return process(open_image(source), self._settings)

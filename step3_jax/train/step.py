@@ -58,7 +58,7 @@ def packed_context(decoder: Decoder, rows: TokenRows) -> AttentionContext:
     order = jnp.arange(rows.ids.shape[1])
     same = rows.segments[:, :, None] == rows.segments[:, None, :]
     mask = same & (order[None, :] <= order[:, None])
-    return AttentionContext(cos, sin, mask, jnp.zeros((rows.ids.shape[0],), jnp.int32))
+    return AttentionContext(cos, sin, mask)
 
 
 def row_loss(

@@ -58,6 +58,12 @@ def test_weights_and_cache_are_only_where_their_role_needs_them(host: Ask, case:
     assert found["gate_proj_each"] == ([6, 12, 48] if "division" in case else [3, 24, 48])
 
 
+def test_prompts_that_share_their_start_get_the_same_from_cached_pages(host: Ask) -> None:
+    found = host("prefix", afd="2a2f")
+    assert found["warm"] == found["cold"]
+    assert (found["warm_cached"], found["cold_cached"]) == ([0, 128, 128, 128], [0] * 4)
+
+
 def test_a_checkpoint_is_loaded_straight_to_its_roles_devices(host: Ask) -> None:
     found = host("loaded", afd="2a2f")
     assert found == {"attention": [0, 1], "ends": [0, 1], "ffn": [2, 3], "dtype": "float32"}

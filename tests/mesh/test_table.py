@@ -59,6 +59,17 @@ def test_rows_that_come_and_go_wait_for_a_place_and_read_in_chunks(eight: Ask) -
     assert_same(found, eight("generate", parallel=None, batch=4, **request))
 
 
+def test_prompts_that_share_their_start_get_the_same_from_cached_pages(eight: Ask) -> None:
+    found = eight("prefix", parallel={"dp": 2, "tp": 2, "ep": 4})
+    one = eight("prefix", parallel=None)
+    assert found["warm"] == found["cold"] == one["warm"] == one["cold"]
+    # In which shard the start is, is found too.
+    assert found["warm_cached"] == one["warm_cached"] == [0, 128, 128, 128]
+    assert found["cold_cached"] == [0] * 4
+    assert found["warm_free"]
+    assert found["cold_free"]
+
+
 def test_fp8_weights_are_cut_with_their_scales(eight: Ask) -> None:
     request = {"kind": "fp8", "lengths": [9, 4], "counts": [4, 4]}
     expected = eight("generate", parallel=None, **request)

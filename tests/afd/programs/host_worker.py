@@ -135,6 +135,21 @@ def features(request: Answer) -> Answer:
     return found
 
 
+def prefix(request: Answer) -> Answer:
+    """Tokens of prompts that share their start, with the prefix cache and without, and of several samples."""
+    start = np.random.default_rng(3).integers(2, VOCAB_SIZE, 130).tolist()
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    several = SamplingParams(temperature=1, seed=3, n=3, max_tokens=5, ignore_eos=True)
+    found: Answer = {}
+    for name, is_enabled in (("warm", True), ("cold", False)):
+        llm = make_llm(executor_of(request), enable_prefix_caching=is_enabled)
+        outputs = [llm.generate([*start, 5 + index], params)[0] for index in range(3)]
+        outputs.append(llm.generate([*start, 5], several)[0])
+        found[name] = [[list(one.token_ids) for one in output.outputs] for output in outputs]
+        found[f"{name}_cached"] = [output.num_cached_tokens for output in outputs]
+    return found
+
+
 def repeat(request: Answer) -> Answer:
     """Traces of all calls after a warm-up, and after other prompts of the same buckets."""
     executor = executor_of(request)
@@ -292,7 +307,7 @@ def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     answers: dict[str, Callable[[Answer], Answer]] = {
         function.__name__: function
-        for function in (tokens, features, repeat, places, loaded, hlo, deadline, trace, quality)
+        for function in (tokens, features, prefix, repeat, places, loaded, hlo, deadline, trace, quality)
     }
     for line in sys.stdin:
         request = json.loads(line)

@@ -144,6 +144,28 @@ def generate(request: Answer) -> Answer:
     }
 
 
+def prefix(request: Answer) -> Answer:
+    """Greedy tokens of prompts that share their start, with the prefix cache and without; several samples too."""
+    executor: Executor = (
+        make_runner("plain", read_parallel(request)) if request["parallel"] else Runner(make_model("plain"))
+    )
+    rng = np.random.default_rng(3)
+    start = rng.integers(2, executor.config.text.vocab_size, 150).tolist()
+    prompts = [{"prompt_token_ids": [*start, 5 + index]} for index in range(3)]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    several = SamplingParams(temperature=1, seed=3, n=3, max_tokens=6, ignore_eos=True)
+    found: Answer = {}
+    for name, is_enabled in (("warm", True), ("cold", False)):
+        llm = LLM.from_model(executor, max_model_len=256, max_num_seqs=8, enable_prefix_caching=is_enabled)
+        outputs = [llm.generate(prompt, params)[0] for prompt in prompts]
+        outputs.append(llm.generate(prompts[0], several)[0])
+        found[name] = [[list(one.token_ids) for one in output.outputs] for output in outputs]
+        found[f"{name}_cached"] = [output.num_cached_tokens for output in outputs]
+        allocator = llm._engine.core.allocator
+        found[f"{name}_free"] = allocator.num_free == allocator.num_pages
+    return found
+
+
 def describe(request: Answer) -> Answer:
     """Where the arrays of a sharded model and of its cache lie: elements on the first device, by name."""
     runner = make_runner("plain", read_parallel(request))
@@ -240,7 +262,7 @@ def layout_error(request: Answer) -> Answer:
 
 
 COMMANDS: dict[str, Callable[[Answer], Answer]] = {
-    function.__name__: function for function in (generate, describe, encode, exchange, traces, layout_error)
+    function.__name__: function for function in (generate, prefix, describe, encode, exchange, traces, layout_error)
 }
 
 

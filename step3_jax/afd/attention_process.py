@@ -56,7 +56,7 @@ class AttentionProcess(RoleProcess):
         )
         self._copy = self._jit(
             self._on_union(copy_pages, (OWN, OWN, OWN), OWN),
-            in_shardings=(own, own, own),
+            in_shardings=(own, copies, copies),
             out_shardings=own,
             donate_argnums=0,
         )

@@ -76,7 +76,8 @@ class ShardedRunner(Executor):
         spec = layout.spec("rows")
         self._copy = self._jit(
             jax.shard_map(copy_pages, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False),
-            in_shardings=(rows, rows, rows),
+            # Whole on every device, as each process has them; `shard_map` gives each its own.
+            in_shardings=(rows, copies, copies),
             out_shardings=rows,
             donate_argnums=0,
         )

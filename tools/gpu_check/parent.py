@@ -35,7 +35,7 @@ class Settings:
       out: Folder of the results.
       cache: Folder of compiled programs.
       tuning: File that better blocks go to.
-      end: `time.time()` at which what still runs is ended.
+      end: `time.time()` at which what still runs is ended; infinite where it may go on.
       is_quick: See the command's --quick.
     """
 

@@ -28,7 +28,7 @@ def run(tmp_path: pathlib.Path, *args: str) -> tuple[int, dict[str, dict[str, ob
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         cwd=ROOT,
     )
     written = tmp_path / "results.json"

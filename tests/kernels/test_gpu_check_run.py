@@ -42,7 +42,7 @@ for name in names:
             time.sleep(0.5)
     if "asks" in name:
         tell("doing", doing="a long part", allowed_s=60.0)
-        time.sleep(3)
+        time.sleep(4)
     if "dies" in name:
         os._exit(3)
     result = {"status": "FAIL" if "wrong" in name else "PASS"}
@@ -65,7 +65,7 @@ def children(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         return [sys.executable, str(script), phase, *names]
 
     monkeypatch.setattr(parent.Children, "_command", command)
-    monkeypatch.setitem(parent.SILENCE_SECONDS, "gpu", 2.0)
+    monkeypatch.setitem(parent.SILENCE_SECONDS, "gpu", 3.0)
     made = parent.Children(settings(tmp_path))
     yield made
     made.end()
@@ -84,7 +84,7 @@ def test_a_silent_child_and_a_dead_one_fail_their_case_and_the_rest_runs(childre
     found = results(children, ("a", "silent", "b", "dies", "c"))
     statuses = [found[name]["status"] for name in ("a", "silent", "b", "dies", "c")]
     assert statuses == ["PASS", "FAIL", "PASS", "FAIL", "PASS"]
-    assert "silent for 2 s" in found["silent"]["reason"]
+    assert "silent for 3 s" in found["silent"]["reason"]
     assert "ended with 3" in found["dies"]["reason"]
 
 

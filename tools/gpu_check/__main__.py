@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import math
 import pathlib
 import shutil
 import signal
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(conditions), flush=True)
     if record.results:
         print(f"going on with {len(record.results)} cases of {out / 'results.json'}", flush=True)
-    children = Children(Settings(mode, out, args.cache.resolve(), tuning_file, start + budget, args.quick))
+    # Time on a GPU is what is short; on a CPU what has begun may end.
+    end = start + budget if mode == "gpu" else math.inf
+    children = Children(Settings(mode, out, args.cache.resolve(), tuning_file, end, args.quick))
     try:
         for is_first, part in stages:
             seconds = min(budget, order.FIRST_S) if is_first and mode == "gpu" else budget * USABLE_BUDGET

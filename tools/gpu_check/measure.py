@@ -18,6 +18,8 @@ RUNS = 7
 # Long enough that the start of a program and the wait for its end do not count.
 TARGET_SECONDS = 0.02
 MAX_CALLS = 400
+# Seconds that nothing may be heard for while a program is compiled, beside others.
+COMPILING_S = 120.0
 
 
 def compiled(run: Callable[..., object], *args: object) -> Callable[..., object]:
@@ -25,7 +27,7 @@ def compiled(run: Callable[..., object], *args: object) -> Callable[..., object]
     return jax.jit(run).lower(*args).compile(compiler_options=compiler_options(jax.default_backend()))
 
 
-def silent(doing: str) -> None:
+def silent(doing: str, allowed_s: float | None = None) -> None:
     """Where there is no parent to hear what is done."""
 
 
@@ -35,7 +37,7 @@ def seconds_per_call(
     *,
     carry: Callable[[tuple[object, ...], object], tuple[object, ...]] | None = None,
     runs: int = RUNS,
-    say: Callable[[str], None] = silent,
+    say: Callable[..., None] = silent,
 ) -> float:
     """Median seconds of one `run(*inputs)` over `runs` programs, each of which calls it on all `sets` many times.
 
@@ -51,7 +53,7 @@ def seconds_per_call(
       say: Told what comes next.
     """
     # The number of turns is a constant of the program: else the host would wait for each turn's end.
-    say("compiling one call")
+    say("compiling one call", COMPILING_S)
     single = compiled(run, *sets[0])
     say("running one call")
     output = jax.block_until_ready(single(*sets[0]))
@@ -75,7 +77,7 @@ def seconds_per_call(
         result, changed = (output, None) if carry is None else output
         return lax.fori_loop(0, turns, once, ([result] * len(sets), changed))
 
-    say(f"compiling {turns} turns of {len(sets)} calls")
+    say(f"compiling {turns} turns of {len(sets)} calls", COMPILING_S)
     program = compiled(call_all, output, sets)
     say("timing")
     for _ in range(WARM_UP):
@@ -89,7 +91,7 @@ def _elapsed(program: Callable[..., object], *args: object) -> float:
     return time.perf_counter() - start
 
 
-def ceilings(say: Callable[[str], None] = silent, *, scale: float = 1.0) -> dict[str, float]:
+def ceilings(say: Callable[..., None] = silent, *, scale: float = 1.0) -> dict[str, float]:
     """What this device reaches: bytes a second of a copy, and FLOPs a second of a large bfloat16 product.
 
     Args:
@@ -106,7 +108,7 @@ def ceilings(say: Callable[[str], None] = silent, *, scale: float = 1.0) -> dict
     return {"copy_bytes_per_s": 2 * num_bytes / copy, "bf16_flops": 2 * left.shape[0] ** 3 / bf16}
 
 
-def more_ceilings(say: Callable[[str], None] = silent, *, scale: float = 1.0) -> dict[str, float]:
+def more_ceilings(say: Callable[..., None] = silent, *, scale: float = 1.0) -> dict[str, float]:
     """The others: bytes a second of a read, FLOPs a second of a large FP8 product, seconds of a launch; see `ceilings`."""
     source = _words(4e9 * scale)
     read = seconds_per_call(lambda x: lax.reduce(x, jnp.uint32(0), lax.bitwise_xor, (0,)), [(source,)], say=say)

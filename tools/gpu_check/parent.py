@@ -22,6 +22,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A child that says nothing for so long hangs, unless it has asked for longer: a barrier that never completes, on a GPU,
 # looks like this. A child that works says so between what it does.
 SILENCE_SECONDS = {"gpu": 60.0, "interpret": 300.0, "compile": 300.0}
+# Python, jax and the kernels are imported before the first word.
+STARTING_SECONDS = 120.0
 
 Result = dict[str, object]
 
@@ -35,7 +37,7 @@ class Settings:
       out: Folder of the results.
       cache: Folder of compiled programs.
       tuning: File that better blocks go to.
-      end: `time.time()` at which what still runs is ended.
+      end: `time.time()` at which what still runs is ended; infinite where it may go on.
       is_quick: See the command's --quick.
     """
 
@@ -132,7 +134,7 @@ class Children:
     def _run_child(self, command: list[str], names: list[str]) -> Iterator[tuple[str, Result, bool]]:
         """Results of one child. If it ends before its time, the case it was at is over, and the rest is left to another."""
         usual = SILENCE_SECONDS[self.settings.mode]
-        current, doing, allowed, partial = names[0], "starting", usual, {}
+        current, doing, allowed, partial = names[0], "starting", max(usual, STARTING_SECONDS), {}
         with (self.settings.out / "child.log").open("a") as log, self._start(command, names[0], log) as child:
             messages: queue.Queue[str | None] = queue.Queue()
             reader = threading.Thread(target=_read, args=(child, messages), daemon=True)

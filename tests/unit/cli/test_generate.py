@@ -101,7 +101,6 @@ def test_text_goes_to_stdout_and_notes_to_stderr(
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--top-p", "2"], "top_p is 2.0"),
         (["--max-tokens", "0"], "max_tokens is 0"),
-        (["--max-tokens", "100000"], "max_model_len"),
         (["--max-tokens", "many"], "invalid int value"),
         (["--logprobs", "2"], "--json"),
         (["--json", "--stream"], "--stream"),

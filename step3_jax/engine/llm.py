@@ -25,10 +25,10 @@ from step3_jax.mesh import make_layout
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sharding import Parallel, fit_parallel
+from step3_jax.stored_file import read_json_object
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_input import ImageSource
 from step3_jax.text.image_settings import ImageSettings
-from step3_jax.text.json_file import read_json_object
 from step3_jax.text.message import Message
 from step3_jax.text.tokenizer import Tokenizer
 

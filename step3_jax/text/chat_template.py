@@ -16,7 +16,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from step3_jax.text.json_file import read_json_object
+from step3_jax.stored_file import read_json_object
 from step3_jax.text.message import Message, MessageGuard, collect_images, normalise_messages
 from step3_jax.text.tokenizer import Tokenizer, token_name
 
@@ -105,8 +105,9 @@ class ChatTemplate:
         `encode_chat` for messages of others.
 
         Args:
-          messages: Each with a `role` and `content`: text, None, or a list of items of type text, image, or
-            image_url. Other keys are the template's business.
+          messages: Each with a `role` and `content`: text, None, or a list of texts and of items of the types that
+            OpenAI's interfaces and vLLM have: text, input_text, image, image_url, input_image, image_pil. The arguments
+            of an assistant's `tool_calls` are objects or their JSON text. Other keys are the template's business.
           tools: JSON schemas of functions the model may call.
           add_generation_prompt: Whether the prompt ends with the begin of the assistant's turn.
           **template_kwargs: Further variables of the template.

@@ -14,8 +14,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from step3_jax.stored_file import read_json_object
 from step3_jax.text.images import ImageTokenIds
-from step3_jax.text.json_file import read_json_object
 from step3_jax.text.vocabulary import byte_alphabet, control_pattern, is_byte_level, without_control_tokens
 
 

@@ -87,6 +87,21 @@ def test_assistant_keeps_reasoning_tokens_only(tokenizer, template):
     assert tokenizer.control_id("<im_patch>") not in ids
 
 
+def test_tool_calls_as_clients_write_them_give_the_prompt_of_the_object(shipped):
+    tokenizer, template = Tokenizer.load(shipped), ChatTemplate.load(shipped)
+
+    def encode(arguments, result):
+        call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        messages = [
+            *_user("How warm is it in Oslo?"),
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": result},
+        ]
+        return template.encode_chat(tokenizer, messages)
+
+    assert encode('{"city": "Oslo", "days": 2}', None) == encode({"city": "Oslo", "days": 2}, "")
+
+
 def test_control_tokens_in_tool_schemas_stay_text(tokenizer, template):
     tools = [{"type": "function", "function": {"name": "f", "description": "takes <im_patch>", "<think>": 1}}]
     ids = template.encode_chat(tokenizer, _user("a"), tools, add_generation_prompt=False)
@@ -145,7 +160,7 @@ def test_collect_images_keeps_order():
         ([{"role": "<im_patch>", "content": "a"}], "has role '<im_patch>'"),
         ([{"role": "user"}], "no content"),
         ([{"role": "user", "content": 3}], "type int"),
-        ([{"role": "user", "content": ["a"]}], "item of type None"),
+        ([{"role": "user", "content": [{}]}], "item of type None"),
         ([{"role": "user", "content": [{"type": "video"}]}], "type 'video'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "no text"),
         ([{"role": "system", "content": [IMAGE]}], "only user and tool may"),

@@ -35,9 +35,6 @@ from step3_jax.text.tokenizer import Tokenizer
 Conversation = Sequence[Message]
 ParamsInput = SamplingParams | Sequence[SamplingParams] | None
 
-# Where a chat template may stand in a model's folder; see `ChatTemplate.load`.
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-
 
 class LLM:
     """A model that answers prompts.
@@ -104,13 +101,10 @@ class LLM:
                 Runner(load_model(folder, wanted)) if parallel is None else _load_sharded(folder, wanted, parallel)
             )
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
-        has_template = any((folder / name).exists() for name in _TEMPLATE_FILES) or (
-            read_json_object(folder / "tokenizer_config.json").get("chat_template") is not None
-        )
         self._set_up(
             executor,
             tokenizer,
-            template=ChatTemplate.load(folder) if has_template else None,
+            template=ChatTemplate.find(folder),
             settings=ImageSettings.load(folder),
             generation_config=read_json_object(folder / "generation_config.json"),
             max_model_len=max_model_len,

@@ -251,8 +251,8 @@ class MessageGuard:
 
     def _mark_found(self, text: str, found: Sequence[tuple[int, int, str]]) -> str:
         pieces, position = [], 0
-        for start, end, inner in found:
-            pieces += [text[position:start], self._opening, inner, self._closing]
+        for start, end, _ in found:
+            pieces += [text[position:start], self._opening, text[start:end], self._closing]
             position = end
         return "".join([*pieces, text[position:]])
 

@@ -6,6 +6,7 @@ without control tokens, so that `<im_patch>` or `<think>` typed by a user stays 
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 from collections.abc import Sequence
@@ -205,13 +206,15 @@ class Tokenizer:
         """
         guarded = re.compile(f"{re.escape(opening)}([^{re.escape(closing)}]*){re.escape(closing)}")
         clean = guarded.sub(r"\1", text)
-        trusted = self._split(guarded.sub(_hide_stretch, text))
-        if trusted == self._split(clean):
-            # Nothing untrusted has a part in a control token: the library's own ids, with all flags of added tokens.
+        hidden = guarded.sub(_hide_stretch, text)
+        # Each stretch had two marks, and those before it too.
+        places = ((n, *match.span()) for n, match in enumerate(guarded.finditer(text)))
+        if self._is_safe(clean, hidden, [(start - 2 * n, end - 2 * (n + 1)) for n, start, end in places]):
+            # The library's own ids, with all flags of added tokens.
             return self.encode(clean)
         ids: list[int] = []
         position = 0
-        for start, end, token in trusted:
+        for start, end, token in self._split(hidden):
             ids += self.encode_user_text(clean[position:start])
             ids.append(self._control[token.content])
             position = end
@@ -230,6 +233,16 @@ class Tokenizer:
             num_after = len(text[start:end]) - len(text[start:end].rstrip()) if token.rstrip else 0
             found.append((start + num_before, end - num_after, token.content))
         return found
+
+    def _is_safe(self, clean: str, hidden: str, stretches: Sequence[tuple[int, int]]) -> bool:
+        """Whether untrusted stretches make and unmake no control token of a text; `hidden` has their letters hidden."""
+        found = self.find_control(clean)
+        ends = [end for _, end in stretches]
+        for start, end, _ in found:
+            index = bisect.bisect_right(ends, start)
+            if index < len(stretches) and stretches[index][0] < end:
+                return False
+        return set(self.find_control(hidden)) <= set(found)
 
     def _split(self, text: str) -> list[tuple[int, int, tokenizers.AddedToken]]:
         """The control tokens of a text as the library finds them, with the blanks that each takes along."""

@@ -221,7 +221,8 @@ def test_no_flag_lets_untrusted_text_make_or_unmake_a_control_token(checkpoint, 
     tokenizer, _ = _with_added(checkpoint, [{"content": "x<"}], flags, normalizer={"type": "NFKC"})
     ids = tokenizer.encode_guarded("".join(p if t else f"[{p}]" for t, p in pieces), "[", "]")
     wanted = [tokenizer.control_id(p) for t, p in pieces if t and p in flags]
-    if "x" not in [p for t, p in pieces if t]:
+    # Trusted text may well unmake one of its own.
+    if not any(t and p.endswith("x") for t, p in pieces):
         assert [token for token in ids if token in tokenizer.control_tokens.values()] == wanted
 
 

@@ -204,7 +204,7 @@ class LLM:
             executor,
             tokenizer,
             max_model_len=self.max_model_len,
-            eos_ids=_end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids),
+            eos_ids=_end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer),
             max_batch_size=max_batch_size,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_dtype=kv_cache_dtype,
@@ -379,10 +379,10 @@ def _load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Paral
     return ShardedRunner(load_model(folder, dtype, layout=layout), layout)
 
 
-def _end_tokens(stored: object, default: tuple[int, ...]) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json, a number or a list; the configuration's if it has none."""
+def _end_tokens(stored: object, configured: tuple[int, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, a number or a list; else the configuration's, else the tokenizer's."""
     if stored is None:
-        return default
+        return configured or (tokenizer.eos_ids if tokenizer is not None else ())
     ids = stored if isinstance(stored, list | tuple) else [stored]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
         raise ValueError(f"generation_config.json: eos_token_id is {stored!r}; token ids are needed")

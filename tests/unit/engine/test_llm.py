@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pathlib
+import types
 
 import numpy as np
 import pytest
 
 from step3_jax.checkpoint.save import save_model
-from step3_jax.engine.llm import LLM
+from step3_jax.engine.llm import LLM, _end_tokens
 from step3_jax.engine.request import CompletionOutput, Logprob, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
 from step3_jax.model.step3 import Step3
@@ -203,6 +204,14 @@ def test_defaults_come_from_the_generation_config(runner: Runner) -> None:
     assert (output.token_ids, output.finish_reason) == (made[: made.index(made[2])], "stop")
     with pytest.raises(ValueError, match="eos_token_id is 'x'"):
         LLM.from_model(runner, generation_config={"eos_token_id": "x"})
+
+
+def test_the_tokenizer_names_the_end_token_where_no_other_file_does() -> None:
+    tokenizer = types.SimpleNamespace(eos_ids=(7,))
+    assert _end_tokens(None, (), tokenizer) == (7,)
+    assert _end_tokens(None, (), None) == ()
+    assert _end_tokens(None, (5,), tokenizer) == (5,)
+    assert _end_tokens([3, 4], (5,), tokenizer) == (3, 4)
 
 
 def test_without_a_tokenizer_ids_work_and_text_is_refused(runner: Runner, llm: LLM) -> None:

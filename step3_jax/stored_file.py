@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import re
 
+# Where transformers keeps further chat templates, today and in early versions.
+TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
+# Of paths that look like names on the Hugging Face hub: there, no user can be called so.
+_NO_HUB_USERS = ("models", "datasets", "spaces")
 # How a file begins that is not what its name says. Longest first where one is the begin of another.
 _STAND_INS = (
     (
@@ -73,3 +79,29 @@ def read_json_object(path: pathlib.Path) -> dict[str, object]:
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds {type(stored).__name__}; a JSON object is needed")
     return stored
+
+
+def require_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of a checkpoint that a user names.
+
+    Raises:
+      ValueError: If there is none; for a name on the Hugging Face hub the message says how to download it.
+    """
+    folder = pathlib.Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{path} is a file; give the folder that holds config.json and the weights")
+    advice = download_advice(path) or "; give a local model folder with config.json and the weights"
+    raise ValueError(f"there is no folder {path}{advice}")
+
+
+def download_advice(path: str | os.PathLike[str]) -> str | None:
+    """What to do where a path that is not there may be a name on the Hugging Face hub, as the end of a message."""
+    name = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(path))
+    if name is None or name[1] in _NO_HUB_USERS:
+        return None
+    return (
+        f". If it is a name on the Hugging Face hub: nothing is downloaded here, so run `hf download {path} --local-dir "
+        "FOLDER` and give FOLDER"
+    )

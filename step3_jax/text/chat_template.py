@@ -20,7 +20,7 @@ import jinja2.parser
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from step3_jax.stored_file import read_json_object, read_text
+from step3_jax.stored_file import TEMPLATE_FOLDERS, read_json_object, read_text
 from step3_jax.text.message import Message, MessageGuard, collect_images, normalise_messages
 from step3_jax.text.tokenizer import Tokenizer, token_name
 
@@ -28,8 +28,6 @@ from step3_jax.text.tokenizer import Tokenizer, token_name
 __all__ = ["ChatTemplate", "Message", "collect_images"]
 
 TEMPLATE_FILE = "chat_template.jinja"
-# Where transformers keeps further templates, today and in early versions.
-TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
 _TEMPLATE_JSONS = ("chat_template.json", "tokenizer_config.json")
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 

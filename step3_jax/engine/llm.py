@@ -25,7 +25,7 @@ from step3_jax.mesh import make_layout
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sharding import Parallel, fit_parallel
-from step3_jax.stored_file import read_json_object
+from step3_jax.stored_file import read_json_object, require_folder
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_input import ImageSource
 from step3_jax.text.image_settings import ImageSettings
@@ -90,7 +90,7 @@ class LLM:
         """
         if executor is not None and parallel is not None:
             raise ValueError("an executor has its devices already: give either executor or parallel")
-        folder = pathlib.Path(path)
+        folder = require_folder(path)
         if dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
         if executor is None:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 
 from step3_jax import resources
+from step3_jax.config_file import (
+    check_fixed,
+    check_layers,
+    check_positive,
+    parse_dtype,
+    parse_layers,
+    pick,
+    rope_theta,
+    section,
+    typed,
+    with_outer,
+)
+from step3_jax.stored_file import read_json_object
 
 ARCHITECTURES = ("Step3VLForConditionalGeneration", "Step3vForConditionalGeneration", "Step3TextForCausalLM")
 MODEL_TYPES = ("step3_vl", "step3_text")
 DTYPES = ("float32", "bfloat16")
 PRESETS = ("step3", "step3-fp8", "step3-tiny")
 
-# A config.json may come from anyone: what is made for each layer must not fill the memory.
-MAX_LAYERS = 10_000
 # The tower's LayerNorm epsilon is a constant of the vendor's code, whatever the file says (spec, section 5).
 VISION_NORM_EPS = 1e-6
 # The class token stands four times in front of the patches (spec, section 5, step 2).
@@ -56,8 +65,8 @@ class TextConfig:
             "vocab_size",
             "max_position_embeddings",
         ):
-            _check_positive(f"text_config.{name}", getattr(self, name))
-        _check_layers("text_config", self.num_hidden_layers)
+            check_positive(f"text_config.{name}", getattr(self, name))
+        check_layers("text_config", self.num_hidden_layers)
         if self.num_attention_groups != 1:
             raise ValueError(
                 f"text_config.num_attention_groups is {self.num_attention_groups}: Step3's attention has one key/value "
@@ -73,7 +82,7 @@ class TextConfig:
             )
         if self.moe_layers:
             for name in ("moe_num_experts", "moe_top_k", "moe_intermediate_size", "share_expert_dim"):
-                _check_positive(f"text_config.{name}", getattr(self, name))
+                check_positive(f"text_config.{name}", getattr(self, name))
             if self.moe_top_k > self.moe_num_experts:
                 raise ValueError(
                     f"text_config.moe_top_k is {self.moe_top_k}, more than the {self.moe_num_experts} experts there are"
@@ -95,17 +104,19 @@ class TextConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> TextConfig:
         """Reads the `text_config` part of a released `config.json`; missing keys take the released defaults."""
-        picked = _pick(cls, "text_config.", values, skip=("moe_layers", "max_position_embeddings"))
-        if values.get("rope_scaling"):
-            raise ValueError(f"text_config.rope_scaling is {values['rope_scaling']!r}: Step3 has none, remove the key")
+        picked = pick(cls, "text_config.", values, skip=("moe_layers", "max_position_embeddings"))
+        check_fixed("text_config.", values)
+        theta = rope_theta("text_config.", values)
+        if theta is not None:
+            picked["rope_theta"] = theta
         # The file spells it without the final s; `max_seq_len` is the same figure under another name.
         for name in ("max_position_embedding", "max_position_embeddings", "max_seq_len"):
             if values.get(name) is not None:
-                picked["max_position_embeddings"] = _typed(f"text_config.{name}", values[name], "int")
+                picked["max_position_embeddings"] = typed(f"text_config.{name}", values[name], "int")
                 break
         num_layers = int(picked.get("num_hidden_layers", cls.num_hidden_layers))  # type: ignore[call-overload]
-        _check_layers("text_config", num_layers)
-        picked["moe_layers"] = _parse_layers(values.get("moe_layers_enum"), num_layers)
+        check_layers("text_config", num_layers)
+        picked["moe_layers"] = parse_layers(values.get("moe_layers_enum"), num_layers)
         return cls(**picked)  # type: ignore[arg-type]
 
     def to_dict(self, dtype: str) -> dict[str, object]:
@@ -134,8 +145,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.name != "hidden_act":
-                _check_positive(f"vision_config.{field.name}", getattr(self, field.name))
-        _check_layers("vision_config", self.num_hidden_layers)
+                check_positive(f"vision_config.{field.name}", getattr(self, field.name))
+        check_layers("vision_config", self.num_hidden_layers)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"vision_config.hidden_size ({self.hidden_size}) is no multiple of num_attention_heads "
@@ -160,7 +171,7 @@ class VisionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> VisionConfig:
         """Reads the `vision_config` part of a released `config.json`; missing keys take the released defaults."""
-        return cls(**_pick(cls, "vision_config.", values))  # type: ignore[arg-type]
+        return cls(**pick(cls, "vision_config.", values))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +201,7 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> QuantConfig:
         """Reads `quantization_config`; keys this project has no use for are ignored."""
-        picked = _pick(cls, "quantization_config.", values, skip=("weight_block_size",))
+        picked = pick(cls, "quantization_config.", values, skip=("weight_block_size",))
         block = values.get("weight_block_size")
         if block is not None:
             if not isinstance(block, list | tuple) or [type(size) for size in block] != [int, int]:
@@ -223,7 +234,7 @@ class ModelConfig:
             raise ValueError(f"torch_dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         if self.vision is None:
             return
-        _check_positive("understand_projector_stride", self.understand_projector_stride)
+        check_positive("understand_projector_stride", self.understand_projector_stride)
         if not 0 <= self.image_token_id < self.text.vocab_size:
             raise ValueError(
                 f"image_token_id is {self.image_token_id}, outside the vocabulary of {self.text.vocab_size}"
@@ -237,7 +248,7 @@ class ModelConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All ids that end a text."""
+        """All ids that end a text; empty where the file names none."""
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     def num_image_tokens(self, grid: int) -> int:
@@ -263,22 +274,25 @@ class ModelConfig:
                 f"{' or '.join(MODEL_TYPES)}, architectures among {', '.join(ARCHITECTURES)}"
             )
         is_text_only = model_type == "step3_text"
-        text = values if is_text_only else _section(values, "text_config")
+        text = values if is_text_only else section(values, "text_config")
+        if not is_text_only:
+            text = with_outer(text, values, {field.name for field in dataclasses.fields(TextConfig)})
         vision = None if is_text_only else values.get("vision_config")
         quantization = values.get("quantization_config")
-        picked = _pick(cls, "", values, skip=("text", "vision", "quantization", "dtype", "eos_token_id"))
+        picked = pick(cls, "", values, skip=("text", "vision", "quantization", "dtype", "eos_token_id"))
         picked["text"] = TextConfig.from_dict(text)
-        picked["vision"] = VisionConfig.from_dict(_section(values, "vision_config")) if vision is not None else None
+        picked["vision"] = VisionConfig.from_dict(section(values, "vision_config")) if vision is not None else None
         if quantization:
-            picked["quantization"] = QuantConfig.from_dict(_section(values, "quantization_config"))
-        dtype = values.get("torch_dtype") or values.get("dtype") or text.get("torch_dtype")
+            picked["quantization"] = QuantConfig.from_dict(section(values, "quantization_config"))
+        dtype = next((part[key] for part in (values, text) for key in ("torch_dtype", "dtype") if part.get(key)), None)
         if dtype is not None:
-            picked["dtype"] = _typed("torch_dtype", dtype, "str")
-        eos = values.get("eos_token_id")
+            picked["dtype"] = parse_dtype(dtype)
+        eos = values["eos_token_id"] if values.get("eos_token_id") is not None else text.get("eos_token_id")
         if isinstance(eos, list | tuple):
-            picked["eos_token_id"] = tuple(_typed("eos_token_id", item, "int") for item in eos)
-        elif eos is not None:
-            picked["eos_token_id"] = _typed("eos_token_id", eos, "int")
+            picked["eos_token_id"] = tuple(typed("eos_token_id", item, "int") for item in eos)
+        else:
+            # The released model's number would mean nothing in another vocabulary.
+            picked["eos_token_id"] = () if eos is None else typed("eos_token_id", eos, "int")
         return cls(**picked)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, object]:
@@ -294,7 +308,7 @@ class ModelConfig:
         nested = ("text", "vision", "quantization", "dtype")
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in nested}
         if not isinstance(self.eos_token_id, int):
-            flat["eos_token_id"] = list(self.eos_token_id)
+            flat["eos_token_id"] = list(self.eos_token_id) or None
         values |= flat | {"text_config": self.text.to_dict(self.dtype)}
         if self.vision is not None:
             values["vision_config"] = dataclasses.asdict(self.vision)
@@ -309,14 +323,9 @@ class ModelConfig:
         """Reads `config.json`, given the file or its folder."""
         path = pathlib.Path(path)
         file = path / "config.json" if path.is_dir() else path
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"no config.json at {file}; give a model folder or a config file") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} holds {type(values).__name__}, a JSON object is needed")
+        if not file.exists():
+            raise ValueError(f"no config.json at {file}; give a model folder or a config file")
+        values = read_json_object(file)
         try:
             return cls.from_dict(values)
         except ValueError as error:
@@ -328,62 +337,3 @@ class ModelConfig:
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; allowed: {', '.join(PRESETS)}")
         return cls.load(resources.find(f"configs/models/{name}.json"))
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{name} is {value!r}; a positive whole number is needed")
-
-
-def _check_layers(section: str, num_layers: int) -> None:
-    if num_layers > MAX_LAYERS:
-        raise ValueError(f"{section}.num_hidden_layers is {num_layers}; at most {MAX_LAYERS} are allowed")
-
-
-_KINDS = {
-    "int": (int, "a whole number"),
-    "float": (float, "a number"),
-    "bool": (bool, "true or false"),
-    "str": (str, "a text"),
-}
-
-
-def _pick(cls: type, prefix: str, values: Mapping[str, object], skip: Sequence[str] = ()) -> dict[str, object]:
-    """The fields of a configuration class that a file gives, each checked to be of the field's type."""
-    return {
-        field.name: _typed(prefix + field.name, values[field.name], str(field.type))
-        for field in dataclasses.fields(cls)
-        if field.name not in skip and values.get(field.name) is not None
-    }
-
-
-def _typed(name: str, value: object, kind: str) -> object:
-    allowed, noun = _KINDS[kind]
-    if kind == "float" and type(value) is int:
-        value = float(min(value, sys.float_info.max))
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
-        raise ValueError(f"{name} is {value!r}; {noun} is needed")
-    return value
-
-
-def _section(values: Mapping[str, object], name: str) -> Mapping[str, object]:
-    section = values.get(name)
-    if not isinstance(section, Mapping):
-        raise ValueError(f"{name} is {section!r}; config.json of a Step3 model has an object there")
-    return section
-
-
-def _parse_layers(value: object, num_layers: int) -> tuple[int, ...]:
-    """`moe_layers_enum`: the released file has a string "4,5,...", others a list or a tuple.
-
-    Absent, the released code makes every layer but the first a mixture.
-    """
-    if value is None:
-        return tuple(range(1, num_layers))
-    items = [item for item in value.strip().split(",") if item.strip()] if isinstance(value, str) else value
-    try:
-        return tuple(sorted({int(item) for item in items}))  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise ValueError(
-            f'text_config.moe_layers_enum is {value!r}; layer numbers are needed, as "4,5,6" or [4, 5, 6]'
-        ) from None

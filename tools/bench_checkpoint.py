@@ -32,9 +32,10 @@ import jax
 import numpy as np
 import safetensors
 
-from step3_jax.checkpoint.convert import anonymous_bytes, convert
+from step3_jax.checkpoint.convert import convert
 from step3_jax.checkpoint.inspect import inspect_checkpoint
 from step3_jax.checkpoint.load import load_model
+from step3_jax.checkpoint.memory import anonymous_bytes
 from step3_jax.checkpoint.plan import plan_conversion
 from step3_jax.checkpoint.safetensors_io import DTYPES
 from step3_jax.checkpoint.shards import Checkpoint

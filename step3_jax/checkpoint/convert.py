@@ -19,7 +19,8 @@ import time
 from tqdm import tqdm
 
 from step3_jax.checkpoint.buffer import BufferPool
-from step3_jax.checkpoint.manifest import Manifest, Record
+from step3_jax.checkpoint.manifest import Manifest, Record, check_free
+from step3_jax.checkpoint.memory import anonymous_bytes, format_bytes
 from step3_jax.checkpoint.orbax_io import ABOUT_FILE, TREE_FILE, WEIGHTS, place_arrays, write_item
 from step3_jax.checkpoint.placement import Band, Placement
 from step3_jax.checkpoint.plan import UNIT_BYTES, Plan, Task, result_config
@@ -105,10 +106,14 @@ def convert(
         max_memory = anonymous_bytes() + MAX_MEMORY
     num_workers = fit_workers(plan.source, num_workers, max_memory)
     about = _about(plan)
+    is_kept = partial.exists()
     try:
+        if not is_kept:
+            _check_space(plan, partial)
         partial.mkdir(parents=True, exist_ok=True)
         with Manifest(partial / MANIFEST_FILE, about) as manifest:
             places = _lay_out(plan, partial / DATA, manifest)
+            is_kept = True
             bytes_read = _write_units(plan, places, manifest, num_workers, progress)
             if plan.source.fingerprint() != about["source"]:
                 raise ValueError(f"{plan.source.folder} changed while it was read; remove {partial} and start over")
@@ -119,6 +124,9 @@ def convert(
                     errors[record.tensor] = errors.get(record.tensor, BandError()) + record.error
             shutil.rmtree(partial)
     except OSError as error:
+        if not is_kept:
+            # Nothing is done that would be worth going on with.
+            shutil.rmtree(partial, ignore_errors=True)
         raise _explain(error, partial) from error
     return Report(len(plan.outputs), sum(plan.output_bytes), bytes_read, time.perf_counter() - start, errors)
 
@@ -126,6 +134,7 @@ def convert(
 def _is_done(plan: Plan, target: pathlib.Path, partial: pathlib.Path, resume: bool) -> bool:
     """Whether there is nothing left to do; refuses what is in the way."""
     has_target = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    check_free(partial / MANIFEST_FILE)
     if partial.exists() and not resume:
         raise ValueError(f"{partial} holds an unfinished conversion: go on with --resume, or remove it to start over")
     if not has_target:
@@ -177,17 +186,6 @@ def fit_workers(source: Source, num_workers: int, max_memory: int) -> int:
     return min(num_workers, (max_memory - base) // each)
 
 
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process; a guess where the system does not tell."""
-    try:
-        for line in pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 2**29
-
-
 def _lay_out(plan: Plan, data: pathlib.Path, manifest: Manifest) -> dict[str, Placement]:
     """Makes the files that units are written to, of full length, and finds the units' places in them."""
     item = data / WEIGHTS
@@ -210,12 +208,13 @@ def _lay_out(plan: Plan, data: pathlib.Path, manifest: Manifest) -> dict[str, Pl
         return checkpoint.places
 
 
-def _check_space(plan: Plan, data: pathlib.Path) -> None:
-    needed, free = sum(plan.output_bytes), shutil.disk_usage(data).free
+def _check_space(plan: Plan, folder: pathlib.Path) -> None:
+    """Refuses what does not fit on the disk that `folder` is to be on."""
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    needed, free = sum(plan.output_bytes), shutil.disk_usage(place).free
     if needed > free:
-        raise OSError(
-            errno.ENOSPC, f"the result needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free", str(data)
-        )
+        text = f"the result needs {format_bytes(needed)}, and {format_bytes(free)} are free"
+        raise OSError(errno.ENOSPC, text, str(place))
 
 
 def _write_units(plan: Plan, places: dict[str, Placement], manifest: Manifest, num_workers: int, progress: bool) -> int:
@@ -274,10 +273,13 @@ def _write_units(plan: Plan, places: dict[str, Placement], manifest: Manifest, n
 
 def _finish(plan: Plan, places: dict[str, Placement], data: pathlib.Path, target: pathlib.Path) -> None:
     """Adds what is not weights, brings all to the disk, and gives the result its name."""
-    for companion in plan.source.companions:
-        shutil.copyfile(companion, data / companion.name)
-    files = {data / name for name in (*(path.name for path in plan.source.companions), CONFIG_FILE)}
-    folders = {data}
+    files, folders = {data / CONFIG_FILE}, {data}
+    for name, companion in plan.source.companion_names.items():
+        path = data / name
+        path.parent.mkdir(exist_ok=True)
+        shutil.copyfile(companion, path)
+        files.add(path)
+        folders.add(path.parent)
     if plan.form == "orbax":
         item = data / WEIGHTS
         write_item(places, item)

@@ -13,14 +13,15 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-from step3_jax.checkpoint.load import find_differences
-from step3_jax.checkpoint.names import SCALE_SUFFIX, is_fp8_tensor, is_vision_tensor, our_path
-from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, find_item
+from step3_jax.checkpoint.load import find_differences, has_vision
+from step3_jax.checkpoint.names import SCALE_SUFFIX, is_fp8_tensor, our_path
+from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, is_orbax
 from step3_jax.checkpoint.placement import Placement, as_matrices
 from step3_jax.checkpoint.reader import FP8_DTYPE
 from step3_jax.checkpoint.safetensors_io import DTYPES, SafetensorsFile, TensorInfo
 from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, open_files
 from step3_jax.config import ModelConfig
+from step3_jax.stored_file import download_advice
 
 PARTS = ("text", "vision", "projector", "other")
 _NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})\.")
@@ -112,10 +113,9 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        has_released = any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
-        is_orbax = not has_released and find_item(path) is not None
-        tensors, files, damage = _read_orbax(path) if is_orbax else _read_files(*open_files(path))
-        form = "Orbax" if is_orbax else "released layout"
+        has_item = is_orbax(path)
+        tensors, files, damage = _read_orbax(path) if has_item else _read_files(*open_files(path))
+        form = "Orbax" if has_item else "released layout"
         return _report(path, path, form, tensors, files, damage, is_whole=True)
     if path.suffix == ".safetensors" and path.exists():
         tensors, files, damage = _read_files(*_open_file(path))
@@ -123,7 +123,8 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
         return _report(path, path.parent, "released layout", tensors, files, damage, is_whole=is_whole)
     if path.exists():
         raise ValueError(f"{path} is no checkpoint: give a model folder or a .safetensors file")
-    raise ValueError(f"there is nothing at {path}; give a model folder or a .safetensors file")
+    advice = download_advice(path) or "; give a model folder or a .safetensors file"
+    raise ValueError(f"there is nothing at {path}{advice}")
 
 
 def collapse(items: Iterable[str]) -> list[str]:
@@ -239,7 +240,7 @@ def _compare(
     is_whole: bool,
 ) -> ModelConfig:
     """Adds what does not fit to `problems` and `notes`; gives the configuration of what is there."""
-    if is_whole and config.vision is not None and not any(is_vision_tensor(name) for name in tensors):
+    if is_whole and config.vision is not None and not has_vision(tensors):
         notes.append("it has no vision tensors, so it loads as a text-only model")
         config = dataclasses.replace(config, vision=None)
     differences = find_differences(tensors, config)
@@ -262,6 +263,8 @@ def _note_unread(folder: pathlib.Path, files: dict[str, WeightFile]) -> list[str
     unread = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in files)
     if (folder / SINGLE_FILE).exists() and (folder / INDEX_FILE).exists():
         return [f"there are {SINGLE_FILE} and {INDEX_FILE}; the former is read, the shards are not"]
+    if files and not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
+        return [f"there is no {INDEX_FILE}; the shards are known by their names"]
     if not unread:
         return []
     more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""

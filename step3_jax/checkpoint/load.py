@@ -10,10 +10,9 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
-import pathlib
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from jaxtyping import Array, Int, Shaped
 from tqdm import tqdm
 
 from step3_jax.checkpoint.buffer import BufferPool, empty_aligned
+from step3_jax.checkpoint.memory import available_bytes, format_bytes
 from step3_jax.checkpoint.names import (
     SCALE_SUFFIX,
     Path,
@@ -34,10 +34,10 @@ from step3_jax.checkpoint.names import (
     released_name,
     scale_name,
 )
-from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, find_item
+from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, is_orbax
 from step3_jax.checkpoint.reader import FP8_DTYPE, TensorReader
 from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
-from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Checkpoint, summarise
+from step3_jax.checkpoint.shards import Checkpoint, summarise
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig
 from step3_jax.gpu import claim_memory
@@ -45,11 +45,19 @@ from step3_jax.mesh import Layout, padded_shape
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import BlockScaled, scale_shape
 from step3_jax.sharding import fit_parallel
+from step3_jax.stored_file import require_folder
 
 NUM_READERS = 4
 PLAIN_DTYPES = ("BF16", "F32", "F16", "F64")
+# The release has float32; some tools store scales as the other tensors, or as powers of two. All become float32.
+SCALE_DTYPES = (*PLAIN_DTYPES, "F8_E8M0")
 # Buffers that old tools store though they follow from the configuration.
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+IGNORED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "position_ids",
+)
 
 
 def load_model(
@@ -86,17 +94,18 @@ def load_model(
     claim_memory()
     if shardings is not None and layout is not None:
         raise ValueError("shardings and layout both say where parameters go: give one of them")
-    folder = _find_folder(path)
+    folder = require_folder(path)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no model folder: it holds no config.json")
     config = ModelConfig.load(folder)
     dtype_name = _dtype_name(config.dtype if dtype is None else dtype)
     if keep_fp8 is None:
         keep_fp8 = jax.default_backend() != "cpu"
-    is_orbax = not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)) and find_item(folder) is not None
-    with OrbaxCheckpoint(folder) if is_orbax else Checkpoint(folder) as checkpoint:
+    with OrbaxCheckpoint(folder) if is_orbax(folder) else Checkpoint(folder) as checkpoint:
         tensors = {
             name: info for name, info in checkpoint.tensors.items() if not (text_only and is_vision_tensor(name))
         }
-        if config.vision is not None and not any(is_vision_tensor(name) for name in tensors):
+        if config.vision is not None and not has_vision(tensors):
             config = dataclasses.replace(config, vision=None)
         problems = find_problems(tensors, config)
         if problems:
@@ -110,6 +119,11 @@ def load_model(
             fit_parallel(layout.parallel, config.text, fp8_block=block if config.quantization is not None else None)
         reader = TensorReader(checkpoint, np.dtype(dtype_name), block, keep_fp8)
         return _fill(config, reader, layout.parameter if layout is not None else shardings, progress)
+
+
+def has_vision(names: Iterable[str]) -> bool:
+    """Whether a checkpoint with tensors of these names has a vision tower, or a part of one."""
+    return any(is_vision_tensor(name) and not name.endswith(IGNORED_SUFFIXES) for name in names)
 
 
 def find_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> list[str]:
@@ -142,8 +156,8 @@ def find_differences(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> 
     for name in shapes.keys() & tensors.keys():
         if tensors[name].shape != shapes[name]:
             wrong_shape.append(f"{name} is {list(tensors[name].shape)}, {list(shapes[name])} needed")
-        if name.endswith(SCALE_SUFFIX) and tensors[name].dtype != "F32":
-            wrong_dtype.append(f"{name} is {tensors[name].dtype}, F32 needed")
+        if name.endswith(SCALE_SUFFIX) and tensors[name].dtype not in SCALE_DTYPES:
+            wrong_dtype.append(f"{name} is {tensors[name].dtype}, {' or '.join(SCALE_DTYPES)} needed")
     groups = {
         "tensors missing": missing,
         "tensors it should not have (scales belong to FP8 tensors alone)": extra,
@@ -167,6 +181,7 @@ def _fill(
     if shardings is not None and flat.keys() - shardings.keys():
         lacking = sorted(released_name(path) for path in flat.keys() - shardings.keys())
         raise ValueError("shardings lacks " + summarise("parameters", lacking))
+    _check_memory(reader, flat, shardings)
     bar = tqdm(
         total=sum(reader.checkpoint.tensors[released_name(path)].num_bytes for path in flat),
         desc="loading",
@@ -193,6 +208,34 @@ def _fill(
     return model
 
 
+def _check_memory(reader: TensorReader, paths: Iterable[Path], shardings: Mapping[Path, NamedSharding] | None) -> None:
+    """Refuses weights that this machine's memory cannot hold, where they go there: it would end the process."""
+    if shardings is None and not _is_host():
+        return
+    needed = 0
+    for path in paths:
+        name = released_name(path)
+        is_kept = reader.keep_fp8 and reader.is_fp8(name)
+        for part in (name, scale_name(name)) if is_kept else (name,):
+            shape = reader.checkpoint.tensors[part].shape
+            itemsize = (reader.kept_dtype(part) if is_kept else reader.dtype).itemsize
+            if shardings is None or part != name:
+                # Scales are few: they count whole.
+                needed += math.prod(shape) * itemsize
+                continue
+            sharding = shardings[path]
+            is_host = sharding.mesh.devices.flat[0].platform == "cpu"
+            num_copies = len(sharding.addressable_devices) if is_host else 0
+            needed += math.prod(sharding.shard_shape(padded_shape(shape, sharding))) * itemsize * num_copies
+    left = available_bytes()
+    if left is not None and needed > left:
+        advice = "dtype bfloat16 halves it; else " if reader.dtype == np.float32 else ""
+        raise ValueError(
+            f"{reader.checkpoint.folder}: its weights take {format_bytes(needed)} of memory in {reader.dtype}, and "
+            f"{format_bytes(left)} are left here; {advice}take a machine or devices with more, or a smaller checkpoint"
+        )
+
+
 def _is_host() -> bool:
     """Whether arrays go to the CPU if nothing else is said."""
     return next(iter(jnp.empty(0).devices())).platform == "cpu"
@@ -212,7 +255,7 @@ def _fill_host(
         for part in (name, scale_name(name)) if is_kept else (name,):
             info = reader.checkpoint.tensors[part]
             # The system gives no memory before it is written to.
-            array = arrays[part] = empty_aligned(info.shape, DTYPES[info.dtype] if is_kept else reader.dtype)
+            array = arrays[part] = empty_aligned(info.shape, reader.kept_dtype(part) if is_kept else reader.dtype)
             jobs[path] += [pool.submit(reader.read_band, part, band, array, buffers) for band in reader.cut(part)]
     for path, parts in jobs.items():
         for job in parts:
@@ -228,7 +271,7 @@ def _load_parameter(reader: TensorReader, path: Path, sharding: NamedSharding | 
     if not (reader.keep_fp8 and reader.is_fp8(name)):
         return _place(reader, name, reader.dtype, sharding)
     values = _place(reader, name, None, sharding)
-    scales = _place(reader, scale_name(name), None, sharding)
+    scales = _place(reader, scale_name(name), reader.kept_dtype(scale_name(name)), sharding)
     return BlockScaled(values, scales, reader.block)
 
 
@@ -237,7 +280,11 @@ def _place(
 ) -> Shaped[Array, "..."]:
     """Puts a tensor on its devices, part by part; `dtype` None leaves it as stored."""
     info = reader.checkpoint.tensors[name]
-    read = functools.partial(reader.stored if dtype is None else reader.converted, name)
+    read = (
+        functools.partial(reader.stored, name)
+        if dtype is None
+        else functools.partial(reader.converted, name, dtype=dtype)
+    )
     if sharding is not None:
         stored = DTYPES[info.dtype] if dtype is None else dtype
         array = _place_parts(read, info.shape, sharding, stored, is_scale=name.endswith(SCALE_SUFFIX))
@@ -306,19 +353,3 @@ def _dtype_name(dtype: jax.typing.DTypeLike) -> str:
     if name not in MODEL_DTYPES:
         raise ValueError(f"dtype is {name!r}; allowed: {', '.join(MODEL_DTYPES)}")
     return name
-
-
-def _find_folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    folder = pathlib.Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{folder} is no model folder: it holds no config.json")
-        return folder
-    if folder.exists():
-        raise ValueError(f"{folder} is a file; give the folder that holds config.json and the weights")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
-        raise ValueError(
-            f"there is no folder {path}. If it is a name on the Hugging Face hub: nothing is downloaded here, so run "
-            f"`hf download {path} --local-dir FOLDER` and give FOLDER"
-        )
-    raise ValueError(f"there is no folder {path}; give a local model folder with config.json and the weights")

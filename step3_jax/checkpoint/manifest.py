@@ -65,7 +65,7 @@ class Manifest:
         self.is_laid_out = False
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._lock()
+            _lock(self._descriptor, path)
             lines = self._read_lines()
             if lines:
                 self._check(lines[0], json.loads(json.dumps(dict(about))))
@@ -114,14 +114,6 @@ class Manifest:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{self.path.parent} is being written by another process; wait for it or stop it"
-            ) from None
 
     def _read_lines(self) -> list[dict[str, object]]:
         """The whole lines; a last one that a kill cut off is taken away."""
@@ -181,6 +173,29 @@ class Manifest:
             os.ftruncate(self._descriptor, end)
             os.lseek(self._descriptor, end, os.SEEK_SET)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+
+def check_free(path: pathlib.Path) -> None:
+    """Refuses a record that another process is writing; one that is not there is free.
+
+    Raises:
+      ValueError: If another process has it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return
+    try:
+        _lock(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: pathlib.Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path.parent} is being written by another process; wait for it or stop it") from None
 
 
 def _parse(line: Mapping[str, object]) -> Record:

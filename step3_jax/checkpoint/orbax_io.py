@@ -25,6 +25,7 @@ from jaxtyping import Array, PyTree, Shaped
 from step3_jax.checkpoint.names import SCALE_SUFFIX, Path, axis_symbols, our_path, released_name, scale_name
 from step3_jax.checkpoint.placement import Matrices, Placement, as_matrices
 from step3_jax.checkpoint.safetensors_io import DTYPES, Index, TensorInfo
+from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from step3_jax.checkpoint.zarr_array import HEADER_FILE, StoredArray, open_array, read_chunks, read_json, zarr_header
 from step3_jax.quant import BlockScaled
 
@@ -90,6 +91,11 @@ class OrbaxCheckpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def is_orbax(folder: pathlib.Path) -> bool:
+    """Whether a folder's weights are read as an Orbax item: it has one, and nothing of the released layout."""
+    return not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)) and find_item(folder) is not None
 
 
 def find_item(folder: pathlib.Path) -> pathlib.Path | None:

@@ -51,8 +51,9 @@ class Task:
     @property
     def is_lossy(self) -> bool:
         """Whether values may change."""
-        narrower = DTYPES[self.dtype].itemsize < DTYPES[self.source_dtype].itemsize
-        return self.action == "quantise" or (self.action == "cast" and narrower)
+        # Of two dtypes of one size (BF16 and F16) neither holds all values of the other.
+        wider = DTYPES[self.dtype].itemsize > DTYPES[self.source_dtype].itemsize
+        return self.action == "quantise" or (self.action == "cast" and not wider)
 
     def outputs(self, block: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> dtype and shape of what is written."""
@@ -137,7 +138,10 @@ def plan_tasks(source: Source, dtype: str | None) -> list[Task]:
         tasks.append(_plan(name, source.tensors[name], dtype))
         scales = source.tensors.get(scale_name(name))
         if scales is not None and tasks[-1].action == "copy":
-            tasks.append(Task(scale_name(name), "copy", scales.shape, scales.dtype, scales.dtype))
+            # Where FP8 is asked for, it is the release's, whose scales are float32.
+            target = scales.dtype if dtype is None else "F32"
+            action: Action = "copy" if target == scales.dtype else "cast"
+            tasks.append(Task(scale_name(name), action, scales.shape, scales.dtype, target))
     return tasks
 
 

@@ -46,22 +46,29 @@ class TensorReader:
     def is_fp8(self, name: str) -> bool:
         return self.checkpoint.tensors[name].dtype == FP8_DTYPE
 
+    def kept_dtype(self, name: str) -> np.dtype:
+        """What an FP8 tensor that stays FP8, or its scales, are on the device."""
+        return DTYPES[FP8_DTYPE] if self.is_fp8(name) else np.dtype(np.float32)
+
     def stored(self, name: str, index: tuple[slice | int, ...]) -> Shaped[np.ndarray, "..."]:
         """A part in the dtype of the file."""
         return np.array(self.checkpoint.read(name, index))
 
-    def converted(self, name: str, index: tuple[slice | int, ...]) -> Shaped[np.ndarray, "..."]:
-        """A part in the model's dtype; an FP8 tensor is dequantised, multiplied in float32."""
+    def converted(
+        self, name: str, index: tuple[slice | int, ...], dtype: np.dtype | None = None
+    ) -> Shaped[np.ndarray, "..."]:
+        """A part in `dtype`, or the model's; an FP8 tensor is dequantised, multiplied in float32."""
+        dtype = self.dtype if dtype is None else dtype
         part = self.checkpoint.read(name, index)
         if not self.is_fp8(name):
-            return part.astype(self.dtype)
+            return part.astype(dtype)
         num_rows, num_columns = self.checkpoint.tensors[name].shape[-2:]
         rows = np.arange(num_rows)[index[-2]] // self.block[0]
         columns = np.arange(num_columns)[index[-1]] // self.block[1]
-        scales = self.checkpoint.read(scale_name(name), index[:-2])
+        scales = self.checkpoint.read(scale_name(name), index[:-2]).astype(np.float32)
         values = _FP8_VALUES[part.view(np.uint8)]
         values *= scales[..., rows, :][..., columns]
-        return values.astype(self.dtype, copy=False)
+        return values.astype(dtype, copy=False)
 
     def cut(self, name: str) -> list[Band]:
         """The bands that `read_band` takes a tensor in."""

@@ -25,6 +25,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from step3_jax.stored_file import START_BYTES, describe_stand_in
+
 # Fifty times the header of all 2,319 tensors of the FP8 release. As Python objects hostile JSON takes 25 times its bytes.
 MAX_HEADER_BYTES = 16 * 10**6
 MAX_NAME_LENGTH = 1000
@@ -37,6 +39,13 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "C64": np.dtype(np.complex64),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -44,6 +53,8 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+# What else the format has: numpy has no arrays of these, so such a tensor is listed, and never read.
+SMALL_DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Index = tuple[slice | int, ...] | slice | int | types.EllipsisType
@@ -54,7 +65,7 @@ class TensorInfo:
     """One entry of a header.
 
     Attributes:
-      dtype: Name of the dtype, one of `DTYPES`.
+      dtype: Name of the dtype, one of `DTYPES` or `SMALL_DTYPE_BITS`.
       shape: Lengths of the axes.
       start: First byte, counted from the beginning of the file.
       stop: Byte after the last.
@@ -90,6 +101,10 @@ class SafetensorsFile:
         try:
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
+                what = describe_stand_in(file.read(START_BYTES))
+                if what is not None:
+                    raise ValueError(f"{self.path} is {what}")
+                file.seek(0)
                 header, data_start = _read_header(self.path, file.read(8), size, file.read)
                 self.tensors, self.metadata = _parse_header(self.path, header, data_start, size)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -104,11 +119,13 @@ class SafetensorsFile:
           index: Basic numpy index (numbers and slices).
 
         Raises:
-          ValueError: If there is no such tensor.
+          ValueError: If there is no such tensor, or numpy has no arrays of its dtype.
         """
         if name not in self.tensors:
             raise ValueError(f"{self.path} has no tensor {name}")
         info = self.tensors[name]
+        if info.dtype not in DTYPES:
+            raise ValueError(f"{self.path}: tensor {name} is {info.dtype}, which cannot be read here")
         dtype, count = DTYPES[info.dtype], math.prod(info.shape)
         if not count:
             return np.empty(info.shape, dtype)[index]
@@ -226,8 +243,8 @@ def _parse_entry(where: str, entry: object, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: its entry is {type(entry).__name__}, a JSON object is needed")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{where}: dtype is {reprlib.repr(dtype)}; known: {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES.keys() | SMALL_DTYPE_BITS.keys():
+        raise ValueError(f"{where}: dtype is {reprlib.repr(dtype)}; known: {', '.join((*DTYPES, *SMALL_DTYPE_BITS))}")
     # numpy refuses a product of axes it cannot address even where another axis is zero.
     if (
         not isinstance(shape, list)
@@ -243,9 +260,10 @@ def _parse_entry(where: str, entry: object, data_start: int) -> TensorInfo:
         or not offsets[0] <= offsets[1] < MAX_POSITION
     ):
         raise ValueError(f"{where}: data_offsets is {reprlib.repr(offsets)}; two ordered positions are needed")
-    need, have = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
+    bits = SMALL_DTYPE_BITS[dtype] if dtype in SMALL_DTYPE_BITS else 8 * DTYPES[dtype].itemsize
+    need, have = math.prod(shape) * bits, 8 * (offsets[1] - offsets[0])
     if need != have:
-        raise ValueError(f"{where}: {dtype} {list(shape)} needs {need} bytes, data_offsets give {have}")
+        raise ValueError(f"{where}: {dtype} {list(shape)} needs {need / 8:.15g} bytes, data_offsets give {have // 8}")
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
 import pathlib
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -25,10 +27,12 @@ from step3_jax.checkpoint.safetensors_io import (
     parse_json,
     write_safetensors,
 )
+from step3_jax.stored_file import START_BYTES, describe_stand_in
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_LISTED = 20
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
 
 class Checkpoint:
@@ -94,7 +98,7 @@ class Checkpoint:
 
 
 def open_files(folder: pathlib.Path) -> tuple[dict[str, SafetensorsFile], list[str]]:
-    """Opens the one weight file of a folder, or all shards that its index names.
+    """Opens the one weight file of a folder, or all shards that its index names, or without one all that are there.
 
     Returns:
       The files that could be opened, by name, and all that is wrong: files that cannot be read or are damaged, tensors
@@ -110,7 +114,7 @@ def open_files(folder: pathlib.Path) -> tuple[dict[str, SafetensorsFile], list[s
         weight_map = _read_index(folder)
         names = sorted(set(weight_map.values()))
     else:
-        raise ValueError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+        names = _find_shards(folder)
     problems: list[str] = []
     files: dict[str, SafetensorsFile] = {}
     file_of: dict[str, str] = {}
@@ -127,6 +131,32 @@ def open_files(folder: pathlib.Path) -> tuple[dict[str, SafetensorsFile], list[s
     if weight_map is not None:
         problems += _compare_index(weight_map, file_of, set(files))
     return files, problems
+
+
+def _find_shards(folder: pathlib.Path) -> list[str]:
+    """Names of all shards of a folder without an index.
+
+    Raises:
+      ValueError: If there are none, some are missing, or they are of several sets.
+    """
+    found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    matches = [match for match in map(_SHARD_NAME.fullmatch, found) if match is not None]
+    sets = {(match["stem"], match["total"]) for match in matches}
+    if len(sets) == 1:
+        ((stem, total),) = sets
+        names = [match[0] for match in matches]
+        # The number may be anything: what is there is counted, not what it promises.
+        numbers = {int(match["number"]) for match in matches}
+        if numbers == set(range(1, len(numbers) + 1)) and len(numbers) == int(total):
+            return names
+        raise ValueError(
+            f"{folder} holds {len(names)} of the {int(total)} shards {stem}-...-of-{total}.safetensors, and no "
+            f"{INDEX_FILE}: " + ", ".join(names[:MAX_LISTED]) + "; download the others, or the index"
+        )
+    there = f"; there are {', '.join(found[:MAX_LISTED])}" if found else ""
+    raise ValueError(
+        f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} nor one whole set of shards is there{there}"
+    )
 
 
 def write_checkpoint(
@@ -210,7 +240,10 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
             text = file.read(MAX_HEADER_BYTES + 1)
         if len(text) > MAX_HEADER_BYTES:
             raise ValueError(f"it has more than {MAX_HEADER_BYTES} bytes")
-        index = parse_json(text)
+        what = describe_stand_in(text[:START_BYTES])
+        if what is not None:
+            raise ValueError(f"it is {what}")
+        index = parse_json(text.removeprefix(codecs.BOM_UTF8))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -226,22 +259,14 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _check_file_name(index: pathlib.Path, name: str) -> None:
-    """Refuses a shard outside the folder: the index may come from anyone."""
+    """Refuses a shard that the index names outside the folder: the index may come from anyone.
+
+    A link in the folder is followed, wherever it leads: who can put it there can put the file there.
+    """
     if name in ("", ".", "..") or any(mark in name for mark in "/\\:") or len(name) > 255 or not name.isprintable():
         raise ValueError(
             f"{index} names the file {reprlib.repr(name)}; only plain file names beside the index are allowed"
         )
-    folder = index.parent.resolve()
-    roots = [folder]
-    if folder.parent.name == "snapshots":
-        # The hub's cache: the files of a snapshot are links into blobs/ beside snapshots/.
-        roots.append(folder.parent.parent / "blobs")
-    try:
-        target = (index.parent / name).resolve()
-    except (OSError, RuntimeError):  # RuntimeError: a link that leads to itself
-        raise ValueError(f"{index} names the file {name!r}, a link that leads nowhere") from None
-    if target.parent not in roots:
-        raise ValueError(f"{index} names the file {name!r}, a link that leads out of the folder")
 
 
 def _compare_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], opened: set[str]) -> list[str]:

@@ -8,14 +8,14 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
-from step3_jax.checkpoint.load import IGNORED_SUFFIXES, find_problems
-from step3_jax.checkpoint.names import is_vision_tensor
-from step3_jax.checkpoint.orbax_io import WEIGHTS, OrbaxCheckpoint, find_item
+from step3_jax.checkpoint.load import IGNORED_SUFFIXES, find_problems, has_vision
+from step3_jax.checkpoint.orbax_io import WEIGHTS, OrbaxCheckpoint, find_item, is_orbax
 from step3_jax.checkpoint.placement import Placement
 from step3_jax.checkpoint.reader import FP8_DTYPE
-from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Checkpoint
+from step3_jax.checkpoint.shards import INDEX_FILE, Checkpoint
 from step3_jax.checkpoint.zarr_array import StoredArray
 from step3_jax.config import ModelConfig
+from step3_jax.stored_file import START_BYTES, TEMPLATE_FOLDERS, describe_stand_in, require_folder
 
 CONFIG_FILE = "config.json"
 # What stands beside the weights is small; anything else is somebody's own, or weights in another form.
@@ -53,6 +53,11 @@ class Source:
     @property
     def num_bytes(self) -> int:
         return sum(place.num_bytes for place in self.tensors.values())
+
+    @property
+    def companion_names(self) -> dict[str, pathlib.Path]:
+        """The companions by their names in the folder that they are in."""
+        return {path.relative_to(self.config_path.parent).as_posix(): path for path in self.companions}
 
     def describe(self) -> str:
         """ "released layout, BF16, 1663 tensors"."""
@@ -103,29 +108,23 @@ def open_source(folder: str | os.PathLike[str], companions: str | os.PathLike[st
     Raises:
       ValueError: If it is nothing of the kind, or tensors are missing, superfluous, damaged or of the wrong shape.
     """
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        what = "is a file; give the folder that holds it" if folder.exists() else "does not exist; give a model folder"
-        raise ValueError(f"{folder} {what}")
+    folder = require_folder(folder)
     beside = folder if companions is None else pathlib.Path(companions)
     tensors: dict[str, Placement | StoredArray]
-    if (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists():
-        form = "hf"
-        with Checkpoint(folder) as checkpoint:
-            tensors = dict(checkpoint.places)
-            infos = checkpoint.tensors
-    elif find_item(folder) is not None:
+    if is_orbax(folder):
         form = "orbax"
         with OrbaxCheckpoint(folder) as restored:
             tensors, infos = dict(restored.places), restored.tensors
     else:
-        raise ValueError(f"{folder} is no checkpoint: it holds neither {SINGLE_FILE}, nor {INDEX_FILE}, nor {WEIGHTS}/")
+        form = "hf"
+        with Checkpoint(folder) as checkpoint:
+            tensors, infos = dict(checkpoint.places), checkpoint.tensors
     if not (beside / CONFIG_FILE).exists():
         raise ValueError(
             f"{beside} holds no {CONFIG_FILE}; name a folder that has it and the tokenizer (--companions FOLDER)"
         )
     config = ModelConfig.load(beside)
-    if config.vision is not None and not any(is_vision_tensor(name) for name in tensors):
+    if config.vision is not None and not has_vision(tensors):
         config = dataclasses.replace(config, vision=None)
     problems = find_problems(infos, config)
     if problems:
@@ -138,26 +137,35 @@ def open_source(folder: str | os.PathLike[str], companions: str | os.PathLike[st
 def _find_companions(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], tuple[str, ...]]:
     """Files that travel along, and the names of what is left behind. Weights and their folders are neither."""
     travelling, left_out = [], []
-    for entry in sorted(folder.iterdir()):
+    entries = sorted(folder.iterdir())
+    for name in TEMPLATE_FOLDERS:
+        if (folder / name) in entries and (folder / name).is_dir():
+            entries.remove(folder / name)
+            entries += sorted((folder / name).iterdir())
+    for entry in entries:
         if entry.name.startswith(".") or entry.name in (CONFIG_FILE, INDEX_FILE, WEIGHTS):
             continue
         if entry.suffix in WEIGHT_SUFFIXES:
             continue
-        if not entry.is_file() or entry.stat().st_size > MAX_COMPANION_BYTES or _leads_out(entry):
-            left_out.append(entry.name)
-        else:
-            travelling.append(entry)
+        if not entry.is_file() or entry.stat().st_size > MAX_COMPANION_BYTES or _leads_out(entry, folder):
+            left_out.append(entry.relative_to(folder).as_posix())
+            continue
+        if entry.suffix in (".json", ".jinja"):
+            with entry.open("rb") as file:
+                what = describe_stand_in(file.read(START_BYTES))
+            if what is not None:
+                raise ValueError(f"{entry} is {what}")
+        travelling.append(entry)
     return tuple(travelling), tuple(left_out)
 
 
-def _leads_out(entry: pathlib.Path) -> bool:
+def _leads_out(entry: pathlib.Path, folder: pathlib.Path) -> bool:
     """Whether a link leads to a file that is not the folder's: a downloaded one must not take others along."""
-    folder = entry.parent.resolve()
-    roots = [folder]
-    if folder.parent.name == "snapshots":
+    folder, target = folder.resolve(), entry.resolve()
+    if folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs":
         # The hub's cache: the files of a snapshot are links into blobs/ beside snapshots/.
-        roots.append(folder.parent.parent / "blobs")
-    return entry.resolve().parent not in roots
+        return False
+    return not target.is_relative_to(folder)
 
 
 def _header(path: pathlib.Path) -> bytes:

@@ -46,7 +46,8 @@ def read_input(
         return
     rows = [part.scaled(block[0]) for part in parts]
     scales = _read_parts(tensors[scale_name(task.name)], band.scaled(block[0]), rows, buffers, "scales")
-    yield from zip(parts, values, scales, strict=True)
+    # Not all tools store them in float32.
+    yield from zip(parts, values, (part.astype(np.float32, copy=False) for part in scales), strict=True)
 
 
 def _read_parts(

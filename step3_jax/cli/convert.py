@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import pathlib
 import re
@@ -14,6 +13,7 @@ import sys
 import jax
 
 from step3_jax.checkpoint.convert import MAX_MEMORY, Report, convert, fit_workers
+from step3_jax.checkpoint.memory import format_bytes
 from step3_jax.checkpoint.plan import DTYPE_CHOICES, FORMS, Plan, plan_conversion
 from step3_jax.checkpoint.shards import write_text
 from step3_jax.checkpoint.source import open_source
@@ -120,20 +120,20 @@ def _print_plan(plan: Plan, target: pathlib.Path) -> None:
     source = plan.source
     num_bytes = sum(plan.output_bytes)
     files = f", {plan.num_shards} file{'s'[: plan.num_shards > 1]}" if plan.form == "hf" else ""
-    print(f"from  {source.folder}: {source.describe()}, {_size(source.num_bytes)}")
-    print(f"to    {target}: {_describe_result(plan)}, {len(plan.outputs)} tensors, {_size(num_bytes)}{files}")
+    print(f"from  {source.folder}: {source.describe()}, {format_bytes(source.num_bytes)}")
+    print(f"to    {target}: {_describe_result(plan)}, {len(plan.outputs)} tensors, {format_bytes(num_bytes)}{files}")
     actions = {
         action: sum(task.action == action for task in plan.tasks) for action in ("cast", "quantise", "dequantise")
     }
     shown = [f"{action} {count}" for action, count in actions.items() if count]
     copied = len(plan.tasks) - sum(actions.values())
     print("tensors  " + ", ".join(shown + ([f"copy {copied}"] if copied else [])))
-    names = [path.name for path in (source.config_path, *source.companions)]
+    names = [source.config_path.name, *source.companion_names]
     print(f"beside them  {', '.join(names)}")
     if source.left_out:
         print(f"left out  {', '.join(source.left_out)}")
     free = _free_bytes(target)
-    print(f"free  {_size(free)}{', which is too little' if free < num_bytes else ''}", flush=True)
+    print(f"free  {format_bytes(free)}{', which is too little' if free < num_bytes else ''}", flush=True)
 
 
 def _describe_result(plan: Plan) -> str:
@@ -152,8 +152,8 @@ def _print_report(report: Report) -> None:
     if report.bytes_read:
         rate = report.bytes_read / max(report.seconds, 1e-9)
         print(
-            f"done  {report.num_tensors} tensors, {_size(report.num_bytes)}, read {_size(report.bytes_read)} in "
-            f"{report.seconds:.1f} s ({rate / 1e9:.2f} GB/s)"
+            f"done  {report.num_tensors} tensors, {format_bytes(report.num_bytes)}, read "
+            f"{format_bytes(report.bytes_read)} in {report.seconds:.1f} s ({rate / 1e9:.2f} GB/s)"
         )
     else:
         print("done  nothing was left to do")
@@ -200,9 +200,3 @@ def _comparison_line(comparison: Comparison) -> dict[str, object]:
 
 def _write_lines(path: pathlib.Path, lines: list[dict[str, object]]) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _size(num_bytes: int) -> str:
-    """Decimal, as disks are sold: "641.9 GB"."""
-    power = min(int(math.log10(num_bytes)) // 3, 4) if num_bytes else 0
-    return f"{num_bytes / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}" if power else f"{num_bytes} B"

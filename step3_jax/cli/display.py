@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from step3_jax.cli.reasoning import ReasoningSplitter
+from step3_jax.text.reasoning import ReasoningSplitter
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 

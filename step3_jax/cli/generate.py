@@ -15,10 +15,10 @@ from step3_jax.cli.display import Display, default_show_reasoning, write_note
 from step3_jax.cli.engine import add_engine, load_llm, print_config, read_engine
 from step3_jax.cli.message import check_images, starts_thinking, system_messages, user_message
 from step3_jax.cli.option import add_model, add_sampling, find_model, read_sampling
-from step3_jax.cli.reasoning import is_thinking, split_reasoning
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import CompletionOutput, Logprob, RequestOutput
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.text.reasoning import is_thinking, split_reasoning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from step3_jax.cli.reasoning import is_thinking
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_input import open_image
 from step3_jax.text.message import Message
+from step3_jax.text.reasoning import is_thinking
 
 
 def user_message(text: str, images: Sequence[str] = ()) -> dict[str, object]:

@@ -9,6 +9,7 @@ import secrets
 from step3_jax import resources
 from step3_jax.mesh import agree
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.stored_file import require_folder
 
 DEFAULT_MODEL = "models/step3-tiny"
 
@@ -62,7 +63,7 @@ def read_sampling(arguments: argparse.Namespace, *, n: int = 1, logprobs: int | 
         top_p=arguments.top_p,
         min_p=arguments.min_p,
         # Of several processes all must draw the same.
-        seed=agree(secrets.randbits(31)) if arguments.seed is None else arguments.seed,
+        seed=agree(secrets.randbits(31)) if arguments.seed in (None, -1) else arguments.seed,
         max_tokens=arguments.max_tokens,
         stop=arguments.stop,
         ignore_eos=arguments.ignore_eos,
@@ -78,7 +79,4 @@ def find_model(arguments: argparse.Namespace) -> pathlib.Path:
     """
     if arguments.model is None:
         return resources.find(DEFAULT_MODEL)
-    path = pathlib.Path(arguments.model).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"{arguments.model} is no folder: give the folder of a checkpoint on this machine")
-    return path
+    return require_folder(arguments.model)

@@ -33,10 +33,10 @@ from step3_jax.mesh import make_layout
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sharding import Parallel, fit_parallel
+from step3_jax.stored_file import read_json_object, require_folder
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_input import ImageSource
 from step3_jax.text.image_settings import ImageSettings
-from step3_jax.text.json_file import read_json_object
 from step3_jax.text.message import Message
 from step3_jax.text.tokenizer import Tokenizer
 
@@ -44,9 +44,6 @@ _LOGGER = logging.getLogger(__name__)
 
 Conversation = Sequence[Message]
 ParamsInput = SamplingParams | Sequence[SamplingParams] | None
-
-# Where a chat template may stand in a model's folder; see `ChatTemplate.load`.
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 class LLM:
@@ -91,7 +88,11 @@ class LLM:
         parallel = parallel or (read_parallel(own) if executor is None else None)
         if executor is not None and parallel is not None:
             raise ValueError("an executor has its devices already: give either executor or parallel")
-        folder = pathlib.Path(model)
+        folder = require_folder(model)
+        # What is small is read first, so that a mistake is told before the weights are loaded.
+        _choose_length(own, ModelConfig.load(folder) if executor is None else executor.config, str(model))
+        tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+        image_settings, generation = ImageSettings.load(folder), read_json_object(folder / "generation_config.json")
         if executor is None:
             wanted = None if own.dtype == "auto" else jnp.dtype(own.dtype)
             if wanted is None and jax.default_backend() == "cpu":
@@ -99,17 +100,13 @@ class LLM:
             executor = (
                 Runner(load_model(folder, wanted)) if parallel is None else _load_sharded(folder, wanted, parallel)
             )
-        tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
-        has_template = any((folder / name).exists() for name in _TEMPLATE_FILES) or (
-            read_json_object(folder / "tokenizer_config.json").get("chat_template") is not None
-        )
         self._set_up(
             executor,
             tokenizer,
             own,
-            template=ChatTemplate.load(folder) if has_template else None,
-            settings=ImageSettings.load(folder),
-            generation_config=read_json_object(folder / "generation_config.json"),
+            template=ChatTemplate.find(folder),
+            settings=image_settings,
+            generation_config=generation,
             source=str(model),
         )
 
@@ -164,18 +161,13 @@ class LLM:
     ) -> None:
         self.config = executor.config
         self.engine_config = config
-        limit = self.config.text.max_position_embeddings
-        if config.max_model_len is not None and config.max_model_len > limit:
-            raise ValueError(
-                f"max_model_len is {config.max_model_len}; {source} has positions for at most {limit} tokens"
-            )
         self.tokenizer = tokenizer
-        self.max_model_len = config.max_model_len or limit
+        self.max_model_len = _choose_length(config, self.config, source)
         self.default_sampling_params = SamplingParams.from_generation_config(generation_config)
         self.prompts = PromptBuilder(self.config, tokenizer, template=template, settings=settings, source=source)
         self._random = np.random.default_rng(config.seed)
         self._random_lock = threading.Lock()
-        eos_ids = _end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids)
+        eos_ids = _end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer)
         core = EngineCore(executor, config, max_model_len=self.max_model_len, eos_ids=eos_ids)
         self._engine = Engine(core, tokenizer, eos_ids)
         if isinstance(executor, ShardedRunner) and executor.layout.size("heads") > 1:
@@ -428,6 +420,18 @@ def _configure(config: EngineConfig | None, settings: Mapping[str, object]) -> E
     return EngineConfig.of(base | dict(settings))
 
 
+def _choose_length(config: EngineConfig, sizes: ModelConfig, source: str) -> int:
+    """Most tokens of prompt and output together.
+
+    Raises:
+      ValueError: If more are asked for than the model has positions for.
+    """
+    limit = sizes.text.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ValueError(f"max_model_len is {config.max_model_len}; {source} has positions for at most {limit} tokens")
+    return config.max_model_len or limit
+
+
 def _named(place: int, count: int, error: str) -> str:
     """An error of one prompt, which it names where there are several."""
     return error if count == 1 else f"prompt {place} of {count}: {error}"
@@ -443,10 +447,10 @@ def _load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Paral
     return ShardedRunner(load_model(folder, dtype, layout=layout), layout)
 
 
-def _end_tokens(stored: object, default: tuple[int, ...]) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json, a number or a list; the configuration's if it has none."""
+def _end_tokens(stored: object, configured: tuple[int, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, a number or a list; else the configuration's, else the tokenizer's."""
     if stored is None:
-        return default
+        return configured or (tokenizer.eos_ids if tokenizer is not None else ())
     ids = stored if isinstance(stored, list | tuple) else [stored]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
         raise ValueError(f"generation_config.json: eos_token_id is {stored!r}; token ids are needed")

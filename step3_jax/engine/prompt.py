@@ -20,6 +20,8 @@ from step3_jax.text.tokenizer import Tokenizer
 PromptInput = str | Sequence[int] | Mapping[str, object]
 ImagesInput = Sequence[ImageSource | Sequence[ImageSource] | None]
 
+# Sequences of whole numbers, and yet no token ids: text comes as str.
+_BYTES = bytes | bytearray | memoryview
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt")
 
 
@@ -208,7 +210,7 @@ def split_prompts(
     Raises:
       ValueError: If there are no prompts, or images are not one entry a prompt.
     """
-    if not isinstance(prompts, Sequence | Mapping):
+    if not isinstance(prompts, Sequence | Mapping) or isinstance(prompts, _BYTES):
         raise ValueError(f"prompts is {prompts!r}; text, a list of token ids, a mapping, or a list of them is needed")
     is_single = isinstance(prompts, str | Mapping) or _is_ids(prompts)
     several: list[PromptInput] = (
@@ -234,7 +236,7 @@ def _is_ids(prompts: object) -> bool:
 
 
 def _as_ids(value: object) -> Sequence[int]:
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str | _BYTES):
         raise ValueError(f"a prompt is {type(value).__name__}; text, a list of token ids or a mapping is needed")
     return value
 

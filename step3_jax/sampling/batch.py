@@ -14,6 +14,7 @@ from step3_jax.sampling.params import SamplingParams
 NUM_CANDIDATES = 128
 # Log-probabilities are recorded in one of these widths, to keep the number of compiled programs small.
 LOGPROB_WIDTHS = (1, 5, 20)
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 class SamplingMode(NamedTuple):
@@ -128,7 +129,10 @@ def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int
     """Puts rows in arrays, filled up to `batch_size` with rows that make no token."""
 
     def column(values: Sequence[float], fill: float, dtype: type[np.generic]) -> np.ndarray:
-        return np.array([*values, *[fill] * (batch_size - len(rows))], dtype)
+        # Numbers of any size are allowed; beyond what the device holds they all mean the same.
+        limit = np.iinfo(np.int32).max if dtype is np.int32 else float(np.finfo(np.float32).max)
+        kept = [min(max(value, -limit), limit) for value in values]
+        return np.array([*kept, *[fill] * (batch_size - len(rows))], dtype)
 
     params = [row.params for row in rows]
     seeds = np.zeros((batch_size, 2), np.uint32)
@@ -137,10 +141,12 @@ def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int
     return SamplingBatch(
         temperature=column([0.0 if row.is_greedy else row.temperature for row in params], 0.0, np.float32),
         top_k=column([row.top_k if row.top_k > 0 else vocab_size for row in params], vocab_size, np.int32),
-        top_p=column([row.top_p for row in params], 1.0, np.float32),
+        # The likeliest token is always kept, also where a probability is too small for float32.
+        top_p=column([max(row.top_p, _TINY) for row in params], 1.0, np.float32),
         min_p=column([row.min_p for row in params], 0.0, np.float32),
         seeds=seeds,
-        repetition_penalty=column([row.repetition_penalty for row in params], 1.0, np.float32),
+        # A divisor, so it must not become zero.
+        repetition_penalty=column([max(row.repetition_penalty, _TINY) for row in params], 1.0, np.float32),
         presence_penalty=column([row.presence_penalty for row in params], 0.0, np.float32),
         frequency_penalty=column([row.frequency_penalty for row in params], 0.0, np.float32),
         min_tokens=column([row.min_tokens for row in params], 0, np.int32),

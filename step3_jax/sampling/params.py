@@ -32,7 +32,7 @@ class SamplingParams:
       top_k: Only the k likeliest tokens; 0 or -1 for all.
       top_p: Only the likeliest tokens that together reach this probability.
       min_p: Only tokens at least this fraction as likely as the likeliest.
-      seed: Of the request's random numbers; None draws one from the `LLM`'s own seed.
+      seed: Of the request's random numbers; None, or -1 as in vLLM, draws one from the `LLM`'s own seed.
       repetition_penalty: Logits of tokens in the prompt or the output are divided by it (multiplied, if negative).
       presence_penalty: Taken from the logits of tokens in the output.
       frequency_penalty: Taken from the logits of tokens in the output, once for each time they are in it.
@@ -101,6 +101,8 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; True or False is needed")
         # The class is frozen, so what is brought to one form is set past its guard.
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))

@@ -11,17 +11,25 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from step3_jax.text.json_file import read_json_object
+from step3_jax.stored_file import TEMPLATE_FOLDERS, read_json_object, read_text
 from step3_jax.text.message import Message, MessageGuard, collect_images, normalise_messages
 from step3_jax.text.tokenizer import Tokenizer, token_name
 
 # Messages and their images are part of this module's interface.
 __all__ = ["ChatTemplate", "Message", "collect_images"]
+
+TEMPLATE_FILE = "chat_template.jinja"
+_TEMPLATE_JSONS = ("chat_template.json", "tokenizer_config.json")
+_DEFAULT, _TOOL_USE = "default", "tool_use"
 
 # What an expression of a template can raise on messages that it was not written for.
 _TEMPLATE_ERRORS = (
@@ -35,62 +43,67 @@ _TEMPLATE_ERRORS = (
 )
 
 
-class ChatTemplate:
-    """A compiled chat template. Safe to share between threads."""
+class _StoredTemplate(NamedTuple):
+    """Jinja source, and what messages call it."""
 
-    def __init__(self, text: str, *, variables: Mapping[str, str] | None = None) -> None:
-        """Compiles a template.
+    text: str
+    source: str
+
+
+class ChatTemplate:
+    """A chat template, compiled when it is first rendered. Safe to share between threads.
+
+    The environment is that of transformers, so that templates of any checkpoint run.
+    """
+
+    def __init__(self, text: str, *, variables: Mapping[str, object] | None = None) -> None:
+        """Takes a template.
 
         Args:
           text: Jinja source.
           variables: Values every rendering gets, such as `bos_token`.
-
-        Raises:
-          ValueError: If the source is no valid template.
         """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], keep_trailing_newline=False
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        try:
-            self._template = environment.from_string(text)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"The chat template cannot be compiled: {error}") from error
+        self._stored: dict[str, _StoredTemplate] | None = {_DEFAULT: _StoredTemplate(text, "The chat template")}
+        self._folder = Path()
         self._variables = dict(variables or {})
+        self._compiled: dict[str, jinja2.Template] = {}
 
     @classmethod
     def load(cls, folder: str | Path) -> ChatTemplate:
-        """Reads a checkpoint's template.
+        """Finds a checkpoint's template. It is read when it is first rendered: a model also serves without chats.
 
-        The first that exists: `chat_template.jinja`; `chat_template` in `chat_template.json`, as in the
-        release; `chat_template` in `tokenizer_config.json`, where of several named ones "default" is taken.
+        The first that exists: `chat_template.jinja`, with further ones in `additional_chat_templates/`; `chat_template`
+        in `chat_template.json`, as in the release; `chat_template` in `tokenizer_config.json`. Of several named ones
+        "tool_use" is taken where there are tools, else "default".
 
         Args:
           folder: Folder of the checkpoint.
 
         Returns:
-          The template. `bos_token` and `eos_token` of `tokenizer_config.json` are given to it.
+          The template. All special tokens of `tokenizer_config.json` are given to it by their keys.
 
         Raises:
-          ValueError: If there is none, or it is not valid.
+          ValueError: If there is none.
         """
+        template = cls.find(folder)
+        if template is None:
+            raise ValueError(
+                f"{folder} has no chat template: looked for {TEMPLATE_FILE} and the key chat_template in "
+                f"{' and '.join(_TEMPLATE_JSONS)}. Give the prompt as plain text instead."
+            )
+        return template
+
+    @classmethod
+    def find(cls, folder: str | Path) -> ChatTemplate | None:
+        """As `load`, but None for a checkpoint without a template."""
         folder = Path(folder)
-        stored = read_json_object(folder / "tokenizer_config.json")
-        names = {key: token_name(stored.get(key)) for key in ("bos_token", "eos_token")}
-        variables = {key: name for key, name in names.items() if name is not None}
-        path = folder / "chat_template.jinja"
-        if path.exists():
-            return cls(path.read_text(encoding="utf-8"), variables=variables)
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            text = _default_template(read_json_object(folder / name).get("chat_template"))
-            if text is not None:
-                return cls(text, variables=variables)
-        raise ValueError(
-            f"{folder} has no chat template: looked for chat_template.jinja and the key chat_template in "
-            "chat_template.json and tokenizer_config.json. Give the prompt as plain text instead."
-        )
+        has_file = (folder / TEMPLATE_FILE).exists() or any(_further_files(folder))
+        stored = (read_json_object(folder / name).get("chat_template") for name in _TEMPLATE_JSONS)
+        if not has_file and all(value is None for value in stored):
+            return None
+        template = cls("", variables=_special_tokens(folder))
+        template._stored, template._folder = None, folder
+        return template
 
     def render(
         self,
@@ -105,8 +118,9 @@ class ChatTemplate:
         `encode_chat` for messages of others.
 
         Args:
-          messages: Each with a `role` and `content`: text, None, or a list of items of type text, image, or
-            image_url. Other keys are the template's business.
+          messages: Each with a `role` and `content`: text, None, or a list of texts and of items of the types that
+            OpenAI's interfaces and vLLM have: text, input_text, image, image_url, input_image, image_pil. The arguments
+            of an assistant's `tool_calls` are objects or their JSON text. Other keys are the template's business.
           tools: JSON schemas of functions the model may call.
           add_generation_prompt: Whether the prompt ends with the begin of the assistant's turn.
           **template_kwargs: Further variables of the template.
@@ -180,12 +194,95 @@ class ChatTemplate:
         add_generation_prompt: bool,
         template_kwargs: Mapping[str, object],
     ) -> str:
-        variables = {**self._variables, **template_kwargs}
+        variables = {"documents": None, **self._variables, **template_kwargs}
         variables |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        template = self._choose(has_tools=tools is not None)
         try:
-            return self._template.render(variables)
+            return template.render(variables)
         except _TEMPLATE_ERRORS as error:
             raise ValueError(f"The chat template refuses these messages: {error}") from error
+
+    def _choose(self, *, has_tools: bool) -> jinja2.Template:
+        if self._stored is None:
+            self._stored = _read_templates(self._folder)
+        name = _TOOL_USE if has_tools and _TOOL_USE in self._stored else _DEFAULT
+        if name not in self._stored:
+            raise ValueError(
+                f"{self._folder}: of the chat templates {', '.join(sorted(self._stored))} none is named {_DEFAULT!r}"
+            )
+        if name not in self._compiled:
+            self._compiled[name] = _compile(self._stored[name])
+        return self._compiled[name]
+
+
+def _compile(stored: _StoredTemplate) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMark, loopcontrols], keep_trailing_newline=False
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(stored.text)
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise ValueError(f"{stored.source} cannot be compiled: {error}") from error
+
+
+class _GenerationMark(jinja2.ext.Extension):
+    """The block `{% generation %}`, by which transformers finds what to train on: here it is what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # What is set inside stays inside, as in transformers.
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _read_templates(folder: Path) -> dict[str, _StoredTemplate]:
+    """All templates of a checkpoint by name, from the first place that has any."""
+    files = {_DEFAULT: folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).exists() else {}
+    files |= {path.stem: path for path in _further_files(folder) if path.stem not in files}
+    if files:
+        return {name: _StoredTemplate(read_text(path), str(path)) for name, path in files.items()}
+    for name in _TEMPLATE_JSONS:
+        path = folder / name
+        stored = read_json_object(path).get("chat_template")
+        if isinstance(stored, list):
+            stored = {
+                item["name"]: item.get("template") for item in stored if isinstance(item, dict) and "name" in item
+            }
+        if isinstance(stored, str):
+            stored = {_DEFAULT: stored}
+        if stored is None:
+            continue
+        if not isinstance(stored, dict) or not all(isinstance(text, str) for text in stored.values()):
+            raise ValueError(f"{path}: chat_template must be text or named templates.")
+        return {str(title): _StoredTemplate(text, f"chat_template of {path}") for title, text in stored.items()}
+    raise ValueError(f"{folder} has no chat template any more.")
+
+
+def _further_files(folder: Path) -> list[Path]:
+    return sorted(path for name in TEMPLATE_FOLDERS for path in (folder / name).glob("*.jinja"))
+
+
+def _special_tokens(folder: Path) -> dict[str, object]:
+    """Names of the special tokens by their keys, as `bos_token`, from today's file and from the older one."""
+    found: dict[str, object] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        stored = read_json_object(folder / name)
+        further = stored.get("extra_special_tokens")
+        # Models name tokens of their own there, as `image_token`.
+        stored = {**(further if isinstance(further, dict) else {}), **stored}
+        # Settings such as add_bos_token end so too, but are no names.
+        found |= {
+            key: text for key in stored if key.endswith("_token") and (text := token_name(stored[key])) is not None
+        }
+        several = stored.get("additional_special_tokens")
+        if isinstance(several, list):
+            found["additional_special_tokens"] = [text for text in map(token_name, several) if text is not None]
+    return found
 
 
 def _free_marks(text: str) -> tuple[str, str]:
@@ -195,17 +292,6 @@ def _free_marks(text: str) -> tuple[str, str]:
         return next(free), next(free)
     except StopIteration:
         raise ValueError("The messages use every character for private use from U+F0000; remove some.") from None
-
-
-def _default_template(stored: object) -> str | None:
-    if stored is None or isinstance(stored, str):
-        return stored
-    if isinstance(stored, list):
-        named = {item["name"]: item.get("template") for item in stored if isinstance(item, dict) and "name" in item}
-        if isinstance(named.get("default"), str):
-            return named["default"]
-        raise ValueError(f"Of the chat templates {sorted(map(str, named))} none is named 'default'.")
-    raise ValueError(f"chat_template must be text or a list of named templates, not {type(stored).__name__}.")
 
 
 def _to_json(

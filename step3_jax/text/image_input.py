@@ -7,19 +7,40 @@ import binascii
 import io
 import re
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
+
+from step3_jax.stored_file import START_BYTES, describe_stand_in
 
 ImageSource = str | Path | bytes | Image.Image
 
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 64 * 2**20
 
-# Only decoders of pictures that people send: Pillow's list also has formats that start other programs.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "MPO")
+# Only decoders of images that people send: Pillow's list also has formats that start other programs. JPEG also opens what
+# cameras save as several images in one file (MPO).
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "ICO",
+    *(("AVIF",) if "avif" in features.get_supported() else ()),
+)
+# How files begin that are often sent as images and are none that can be read.
+_OTHER_KINDS = (
+    (re.compile(rb".{4}ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL), "a HEIC image: convert it to JPEG"),
+    (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "an AVIF image, which the installed Pillow has no decoder for"),
+    (re.compile(rb"%PDF-"), "a PDF document: convert its pages to PNG"),
+    (re.compile(rb"(<\?xml.{,200})?<svg", re.DOTALL | re.IGNORECASE), "an SVG drawing: convert it to PNG"),
+)
 _DATA_URL = re.compile(r"data:(?P<type>[^,;]*)(?P<parameters>(?:;[^,;]*)*),", re.IGNORECASE)
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 def open_image(
@@ -31,12 +52,13 @@ def open_image(
 ) -> Image.Image:
     """Opens a picture as 8-bit RGB.
 
-    The rotation in the EXIF data is applied. Transparency is dropped, not blended, so hidden colours show:
-    the released processor gets its pictures so. Grey of 16 bits is scaled to 8. Of an animation the first
-    frame is taken.
+    The rotation in the EXIF data is applied. What is transparent is laid on white, as vLLM does. Grey of more
+    than 8 bits is scaled to 8: values up to 255 are taken as 8 bits, larger ones as 16, and fractions up to 1 as parts of
+    white. Of an animation the first frame is taken.
 
     Args:
-      source: A path, the bytes of a file, a `data:` URL with base64, or a Pillow picture.
+      source: A path, a `file:` address of this machine, the bytes of a file, a `data:` URL, or a Pillow picture.
+        Base64 may lack its padding, have line breaks, and use the letters of URLs.
       max_pixels: Largest width times height, read from the header before anything is decoded. Pillow's own
         limit, of about 179 million pixels, holds as well.
       max_bytes: Largest file, in bytes.
@@ -54,13 +76,17 @@ def open_image(
     data = _read(source, name, max_bytes, allow_paths)
     if len(data) > max_bytes:
         raise ValueError(f"{name} has {len(data):,} bytes; at most {max_bytes:,} are allowed.")
+    if data.startswith(_PNG_START):
+        data = _without_side_data(data)
     try:
         picture = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is too large: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever a malformed header leads them to.
+        what = _describe_other(data)
+        reason = f"it is {what}" if what else str(error)
         raise ValueError(
-            f"{name} is no picture that can be read; use one of {', '.join(_FORMATS)}. ({error})"
+            f"{name} is no picture that can be read; use one of {', '.join(_FORMATS)}. ({reason})"
         ) from error
     with picture:
         return _decode(picture, name, max_pixels)
@@ -81,13 +107,16 @@ def _read(source: str | Path | bytes, name: str, max_bytes: int, allow_paths: bo
     if isinstance(source, bytes):
         return source
     if isinstance(source, str):
-        if source[:5].lower() == "data:":
+        address = source.strip()
+        if address[:5].lower() == "data:":
             # Base64 takes four letters for three bytes, percent escapes three for one.
-            if len(source) > 3 * max_bytes + 1024:
-                raise ValueError(f"{name} has {len(source):,} letters; at most {max_bytes:,} bytes are allowed.")
-            return _decode_data_url(source, name)
-        scheme = re.match(r"([a-z][a-z0-9+.-]*)://", source, re.IGNORECASE)
-        if scheme:
+            if len(address) > 3 * max_bytes + 1024:
+                raise ValueError(f"{name} has {len(address):,} letters; at most {max_bytes:,} bytes are allowed.")
+            return _decode_data_url(address, name)
+        scheme = re.match(r"([a-z][a-z0-9+.-]*)://", address, re.IGNORECASE)
+        if address[:6].lower() == "file:/" and allow_paths:
+            source = _path_of(address, name)
+        elif scheme and scheme[1].lower() != "file":
             raise ValueError(
                 f"{name} is a {scheme[1]} address, and this program fetches nothing. Download the picture "
                 "and give its path, its bytes, or a data:image/...;base64,... URL."
@@ -116,13 +145,46 @@ def _decode_data_url(url: str, name: str) -> bytes:
     header = _DATA_URL.match(url)
     if header is None:
         raise ValueError(f"{name} is no data URL; the form is data:image/png;base64,....")
-    payload = url[header.end() :]
+    payload = unquote_to_bytes(url[header.end() :])
     if "base64" not in header["parameters"].lower().split(";"):
-        return unquote_to_bytes(payload)
+        return payload
+    # As browsers do: blanks and the padding say nothing, and the alphabet may be the one for addresses.
+    letters = b"".join(payload.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     try:
-        return base64.b64decode("".join(payload.split()), validate=True)
+        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{name} holds base64 that cannot be decoded: {error}.") from error
+
+
+def _path_of(address: str, name: str) -> str:
+    """The path that a `file:` address of this machine names."""
+    parts = urlsplit(address)
+    if parts.netloc.lower() not in ("", "localhost"):
+        raise ValueError(f"{name} is a file of the machine {parts.netloc!r}; only files of this one can be read.")
+    return unquote(parts.path)
+
+
+def _describe_other(data: bytes) -> str | None:
+    start = data[:START_BYTES]
+    return describe_stand_in(start) or next((what for begin, what in _OTHER_KINDS if begin.match(start.lstrip())), None)
+
+
+def _without_side_data(data: bytes) -> bytes:
+    """A PNG file without colour profile and texts, save those that may tell how it was held.
+
+    Pillow refuses files with much of them, though nothing is made of them here.
+    """
+    kept, position = [_PNG_START], len(_PNG_START)
+    while position + 12 <= len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        kind, content = data[position + 4 : position + 8], data[position + 8 : position + 100].lower()
+        is_text = kind in (b"tEXt", b"zTXt", b"iTXt") and not content.startswith(
+            (b"raw profile type exif", b"xml:com.adobe.xmp")
+        )
+        if kind != b"iCCP" and not is_text:
+            kept.append(data[position:end])
+        position = end
+    return b"".join([*kept, data[position:]])
 
 
 def _decode(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
@@ -138,15 +200,31 @@ def _decode(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):
-        # Pillow would clip these at 255, which makes nearly every 16-bit picture white.
+    if picture.mode == "F" or picture.mode.startswith("I"):
         values = np.asarray(picture)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("grey values must be whole numbers of at most 16 bits; save it with 8 bits a channel.")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels have no stated range; save it with 8 bits a channel.")
-    if picture.mode == "P":
-        # By way of RGBA, as Pillow warns of palettes with transparency otherwise; the colours are the same.
-        picture = picture.convert("RGBA")
+        grey = _to_bytes(values)
+        if isinstance(picture.info.get("transparency"), int):
+            grey = np.where(values == picture.info["transparency"], np.uint8(255), grey)
+        return Image.fromarray(grey).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        # "La" has no way to RGBA of its own.
+        clear = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+        white = Image.new("RGBA", clear.size, "white")
+        return Image.alpha_composite(white, clear).convert("RGB")
     return picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Grey values of an unstated range as 8 bits: Pillow would clip them at 255, or leave nothing of them."""
+    if not np.isfinite(values).all():
+        raise ValueError("grey values must be finite; save it with 8 bits a channel.")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(
+            f"grey values must be from 0 to 255, or to 65535 with 16 bits, and these are from {low:g} to {high:g}; save "
+            "it with 8 bits a channel."
+        )
+    if values.dtype.kind == "f":
+        scale = 255 if high <= 1 else 1 if high <= 255 else 255 / 65535
+        return np.rint(values * scale).astype(np.uint8)
+    return (values if high <= 255 else values >> 8).astype(np.uint8)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from step3_jax.text.json_file import read_json_object
+from step3_jax.stored_file import read_json_object
 
 _SETTING_KEYS = {"patch_size": "window_size"}  # The release calls the window's side `patch_size`.
 

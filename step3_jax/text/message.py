@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from step3_jax.text.image_input import ImageSource
 from step3_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, object]
 
-_IMAGE_KEYS = ("image", "path", "url")
 _IMAGE_ROLES = ("user", "tool")
 _ROLE = re.compile(r"[a-z][a-z_]*")
+# Types of content items, as OpenAI's two interfaces, vLLM and transformers have them.
+_TEXT_KEYS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
+_IMAGE_TYPES = ("image", "image_url", "input_image", "image_pil")
+_IMAGE_KEYS = ("image", "path", "url", "image_url", "image_pil")
+
+
+@dataclasses.dataclass(frozen=True)
+class _ImageItem:
+    """An image of a content list; `source` is None where the item does not tell."""
+
+    source: ImageSource | None
 
 
 def normalise_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
-    """Checks messages.
+    """Checks messages and brings them to the form that chat templates are written for.
 
     Args:
       messages: As in `ChatTemplate.render`.
 
     Returns:
-      Copies with a `content` each, in which every image is {"type": "image"}.
+      Copies with a `content` each: text, None (of the assistant alone), or a list of {"type": "text", "text": ...} and
+      {"type": "image"}. The arguments of tool calls are objects; `tool_calls` without a call is left out.
 
     Raises:
       ValueError: If a message is not of the right form; its number and what is allowed are named.
@@ -33,44 +53,123 @@ def normalise_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise ValueError(f"Message {number} is {type(message).__name__}; it must be an object with a role.")
-        role, content = message.get("role"), message.get("content")
+        role = message.get("role")
         # The role stands beside control tokens in the prompt, so it must not be free text.
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise ValueError(f"Message {number} has role {role!r}; give a name such as system, user or assistant.")
-        if isinstance(content, (list, tuple)):
-            content = [_normalise_item(item, number) for item in content]
-            # Templates may put other roles elsewhere, and then images would change places.
-            if role not in _IMAGE_ROLES and {"type": "image"} in content:
-                raise ValueError(
-                    f"Message {number} of role {role} has an image; only {' and '.join(_IMAGE_ROLES)} may."
-                )
-        elif content is not None and not isinstance(content, str):
-            raise ValueError(f"Message {number} has content of type {type(content).__name__}; give text or a list.")
-        elif content is None and role != "assistant":
-            raise ValueError(f"Message {number} of role {role} has no content; give text or a list of items.")
-        clean.append({**message, "content": content})
+        copy = {**message, "content": _normalise_content(message, role, number)}
+        if role == "assistant" and "tool_calls" in message:
+            calls = _normalise_calls(message["tool_calls"], number)
+            if calls:
+                copy["tool_calls"] = calls
+            else:
+                del copy["tool_calls"]
+        clean.append(copy)
     return clean
 
 
-def _normalise_item(item: object, number: int) -> dict[str, str]:
-    item = item if isinstance(item, Mapping) else {}
+def _normalise_content(message: Message, role: str, number: int) -> object:
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        items = [_parse_item(item, number) for item in content]
+        # Templates may put other roles elsewhere, and then images would change places.
+        if role not in _IMAGE_ROLES and any(isinstance(item, _ImageItem) for item in items):
+            raise ValueError(f"Message {number} of role {role} has an image; only {' and '.join(_IMAGE_ROLES)} may.")
+        return [
+            {"type": "text", "text": item} if isinstance(item, str) else {"type": "image"}
+            for item in items
+            if item is not None
+        ]
+    if content is None:
+        # A tool may return nothing, and clients write null for it; a key that is missing elsewhere is a mistake.
+        if "content" not in message and role not in ("assistant", "tool"):
+            raise ValueError(f"Message {number} of role {role} has no content; give text or a list of items.")
+        return None if role == "assistant" else ""
+    if not isinstance(content, str):
+        raise ValueError(f"Message {number} has content of type {type(content).__name__}; give text or a list.")
+    return content
+
+
+def _parse_item(item: object, number: int) -> str | _ImageItem | None:
+    """Text or image of a content item; None for a text that is null."""
+    if isinstance(item, str):
+        return item
+    if not isinstance(item, Mapping):
+        raise ValueError(f"Message {number} has a content item that is {type(item).__name__}; give text or an object.")
     kind = item.get("type")
-    if kind in ("image", "image_url"):
-        return {"type": "image"}
-    if kind != "text":
-        raise ValueError(f"Message {number} has a content item of type {kind!r}; use text, image or image_url.")
-    text = item.get("text")
+    if kind is None:
+        # Clients leave the type out where the key tells it.
+        kind = next((key for key in ("text", *_IMAGE_KEYS) if key in item), None)
+        kind = "image" if kind in _IMAGE_KEYS else kind
+    if kind in _IMAGE_TYPES:
+        return _ImageItem(_image_source(item))
+    if not isinstance(kind, str) or kind not in _TEXT_KEYS:
+        raise ValueError(
+            f"Message {number} has a content item of type {kind!r}; use {', '.join((*_TEXT_KEYS, *_IMAGE_TYPES))}."
+        )
+    key = _TEXT_KEYS[kind]
+    text = item.get(key)
+    if text is None and key in item:
+        return None
     if not isinstance(text, str):
-        raise ValueError(f"A text item of message {number} has no text; give {{'type': 'text', 'text': '...'}}.")
-    return {"type": "text", "text": text}
+        raise ValueError(f"A {kind} item of message {number} has no text; give {{'type': '{kind}', '{key}': '...'}}.")
+    return text
+
+
+def _image_source(item: Mapping[str, object]) -> ImageSource | None:
+    for key in _IMAGE_KEYS:
+        value = item.get(key)
+        if isinstance(value, Mapping):
+            value = value.get("url")
+        if value is not None:
+            # Its type is checked when the image is opened.
+            return cast(ImageSource, value)
+    encoded = item.get("base64")
+    return f"data:;base64,{encoded}" if isinstance(encoded, str) else None
+
+
+def _normalise_calls(calls: object, number: int) -> list[dict[str, object]]:
+    """Tool calls with their arguments as objects: clients of OpenAI's interface have them as JSON text."""
+    if calls is None:
+        return []
+    if not isinstance(calls, (list, tuple)):
+        raise ValueError(f"Message {number} has tool_calls of type {type(calls).__name__}; give a list of calls.")
+    clean = []
+    for call in calls:
+        if not isinstance(call, Mapping) or call.get("type", "function") != "function":
+            raise ValueError(
+                f"Message {number} has a tool call that is no function's; give {{'type': 'function', 'function': "
+                "{'name': ..., 'arguments': {...}}}."
+            )
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"A tool call of message {number} has no function name; give {{'name': '...'}}.")
+        where = f"The arguments of {function['name']!r} in message {number}"
+        function = {**function, "arguments": _parse_arguments(function.get("arguments"), where)}
+        clean.append({**call, "function": function} if "function" in call else function)
+    return clean
+
+
+def _parse_arguments(arguments: object, where: str) -> Mapping[str, object]:
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} are not valid JSON: {error}; give an object or its JSON text.") from None
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where} are {type(arguments).__name__}; give an object or its JSON text.")
+    return arguments
 
 
 def collect_images(messages: Sequence[Message]) -> list[ImageSource]:
     """The images of a conversation, in the order of their places in the prompt.
 
     Args:
-      messages: As in `ChatTemplate.render`. An image item is {"type": "image", "image": source} (or the keys
-        `path` or `url`), or {"type": "image_url", "image_url": {"url": source}}.
+      messages: As in `ChatTemplate.render`. An image item is {"type": "image", "image": source} (or the keys `path`,
+        `url` or `base64`), {"type": "image_url", "image_url": {"url": source}}, {"type": "input_image", "image_url":
+        source} or {"type": "image_pil", "image_pil": image}.
 
     Returns:
       Sources for `image_input.open_image`.
@@ -82,20 +181,16 @@ def collect_images(messages: Sequence[Message]) -> list[ImageSource]:
     found: list[ImageSource] = []
     for number, message in enumerate(messages):
         content = message.get("content")
-        for item in content if isinstance(content, (list, tuple)) else []:
-            if item["type"] == "text":
+        for part in content if isinstance(content, (list, tuple)) else ():
+            item = _parse_item(part, number)
+            if not isinstance(item, _ImageItem):
                 continue
-            if item["type"] == "image_url":
-                nested = item.get("image_url")
-                source = nested.get("url") if isinstance(nested, Mapping) else nested
-            else:
-                source = next((item[key] for key in _IMAGE_KEYS if item.get(key) is not None), None)
-            if source is None:
+            if item.source is None:
                 raise ValueError(
                     f"An image of message {number} has no source; give {{'type': 'image', 'image': ...}} or "
                     "{'type': 'image_url', 'image_url': {'url': ...}}."
                 )
-            found.append(source)
+            found.append(item.source)
     return found
 
 
@@ -156,8 +251,8 @@ class MessageGuard:
 
     def _mark_found(self, text: str, found: Sequence[tuple[int, int, str]]) -> str:
         pieces, position = [], 0
-        for start, end, inner in found:
-            pieces += [text[position:start], self._opening, inner, self._closing]
+        for start, end, _ in found:
+            pieces += [text[position:start], self._opening, text[start:end], self._closing]
             position = end
         return "".join([*pieces, text[position:]])
 

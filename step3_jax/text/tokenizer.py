@@ -6,6 +6,7 @@ without control tokens, so that `<im_patch>` or `<think>` typed by a user stays 
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 from collections.abc import Sequence
@@ -14,9 +15,17 @@ from pathlib import Path
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from step3_jax.stored_file import read_json_object, read_text
 from step3_jax.text.images import ImageTokenIds
-from step3_jax.text.json_file import read_json_object
-from step3_jax.text.vocabulary import byte_alphabet, control_pattern, is_byte_level, without_control_tokens
+from step3_jax.text.vocabulary import (
+    added_tokens,
+    added_tokens_alone,
+    byte_alphabet,
+    hide_letters,
+    is_byte_level,
+    is_control_token,
+    without_control_tokens,
+)
 
 
 class Tokenizer:
@@ -44,18 +53,27 @@ class Tokenizer:
         self._source = source
         try:
             stored = json.loads(description)
+            added_tokens(stored)
             self._full = tokenizers.Tokenizer.from_str(description)
-            self._plain = tokenizers.Tokenizer.from_str(json.dumps(without_control_tokens(stored)))
+            added = self._full.get_added_tokens_decoder()
+            self._control = {
+                token.content: number
+                for number, token in added.items()
+                if is_control_token(token.content, is_special=token.special)
+            }
+            words = {token.content: number for number, token in added.items() if token.content not in self._control}
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps(without_control_tokens(stored, words)))
+            self._splitter = tokenizers.Tokenizer.from_str(json.dumps(added_tokens_alone(stored)))
         except Exception as error:  # The library raises bare Exception for a file it cannot read.
             raise ValueError(f"{source} is no usable tokenizer description: {error}") from error
         # A training setting left in the file must never cut or fill a prompt.
-        for tokenizer in (self._full, self._plain):
+        for tokenizer in (self._full, self._plain, self._splitter):
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        added = self._full.get_added_tokens_decoder()
-        self._control = {token.content: number for number, token in added.items()}
         self._special = {number for number, token in added.items() if token.special}
-        self._control_pattern = control_pattern(self._control)
+        self._added = dict(self._splitter.get_added_tokens_decoder())
+        # Vocabularies that are no table number added tokens behind their end, in the order they come.
+        self._plain_ids = {self._plain.token_to_id(name): number for name, number in words.items()}
         self._num_ids = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._byte_of = byte_alphabet() if is_byte_level(stored.get("decoder")) else None
         self._bos = None if bos is None else self._resolve(bos, "bos")
@@ -80,9 +98,9 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer.json"
         try:
-            description = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}); give the checkpoint's folder.") from error
+            description = read_text(path)
+        except FileNotFoundError:
+            raise ValueError(f"there is no {path}; give the checkpoint's folder.") from None
         bos: object = bos_id
         eos: object = eos_ids
         for name in ("generation_config.json", "config.json"):
@@ -119,7 +137,7 @@ class Tokenizer:
 
     @property
     def control_tokens(self) -> dict[str, int]:
-        """Names and ids of all tokens that are matched as wholes, such as `<im_patch>` and `<think>`."""
+        """Names and ids of all tokens that steer the model, such as `<im_patch>` and `<think>`; see `is_control_token`."""
         return dict(self._control)
 
     def control_id(self, name: str) -> int:
@@ -161,11 +179,9 @@ class Tokenizer:
         Raises:
           ValueError: If the text cannot be stored as UTF-8, or there is no begin token to add.
         """
-        tokenizer = self._full if allow_control else self._plain
-        try:
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise ValueError(f"The text cannot be encoded, as it is not valid Unicode: {error}") from error
+        ids = self._run(self._full if allow_control else self._plain, text).ids
+        if not allow_control:
+            ids = [self._plain_ids.get(token, token) for token in ids]
         return [self.bos_id, *ids] if add_bos else ids
 
     def encode_user_text(self, text: str) -> list[int]:
@@ -189,26 +205,58 @@ class Tokenizer:
           ValueError: If the text is not valid Unicode.
         """
         guarded = re.compile(f"{re.escape(opening)}([^{re.escape(closing)}]*){re.escape(closing)}")
+        clean = guarded.sub(r"\1", text)
+        hidden = guarded.sub(_hide_stretch, text)
+        # Each stretch had two marks, and those before it too.
+        places = ((n, *match.span()) for n, match in enumerate(guarded.finditer(text)))
+        if self._is_safe(clean, hidden, [(start - 2 * n, end - 2 * (n + 1)) for n, start, end in places]):
+            # The library's own ids, with all flags of added tokens.
+            return self.encode(clean)
         ids: list[int] = []
-        plain: list[str] = []
-        end = 0
-        for stretch in [*guarded.finditer(text), None]:
-            outside = text[end : stretch.start()] if stretch else text[end:]
-            position = 0
-            for match in self._control_pattern.finditer(outside):
-                plain.append(outside[position : match.start()])
-                ids += self.encode_user_text("".join(plain))
-                ids.append(self._control[match[0]])
-                plain, position = [], match.end()
-            plain.append(outside[position:])
-            if stretch:
-                plain.append(stretch[1])
-                end = stretch.end()
-        return ids + self.encode_user_text("".join(plain))
+        position = 0
+        for start, end, token in self._split(hidden):
+            ids += self.encode_user_text(clean[position:start])
+            ids.append(self._control[token.content])
+            position = end
+        return ids + self.encode_user_text(clean[position:])
 
     def find_control(self, text: str) -> list[tuple[int, int, str]]:
-        """Where control tokens would be recognised in a text: (start, end, name) of each, in order."""
-        return [(*match.span(), match[0]) for match in self._control_pattern.finditer(text)]
+        """Where control tokens would be recognised in a text: (start, end, name) of each, in order.
+
+        Raises:
+          ValueError: If the text is not valid Unicode.
+        """
+        found = []
+        for start, end, token in self._split(text):
+            # A token may take the blanks beside it along.
+            num_before = len(text[start:end]) - len(text[start:end].lstrip()) if token.lstrip else 0
+            num_after = len(text[start:end]) - len(text[start:end].rstrip()) if token.rstrip else 0
+            found.append((start + num_before, end - num_after, token.content))
+        return found
+
+    def _is_safe(self, clean: str, hidden: str, stretches: Sequence[tuple[int, int]]) -> bool:
+        """Whether untrusted stretches make and unmake no control token of a text; `hidden` has their letters hidden."""
+        found = self.find_control(clean)
+        ends = [end for _, end in stretches]
+        for start, end, _ in found:
+            index = bisect.bisect_right(ends, start)
+            if index < len(stretches) and stretches[index][0] < end:
+                return False
+        return set(self.find_control(hidden)) <= set(found)
+
+    def _split(self, text: str) -> list[tuple[int, int, tokenizers.AddedToken]]:
+        """The control tokens of a text as the library finds them, with the blanks that each takes along."""
+        encoding = self._run(self._splitter, text)
+        matches = ((*span, self._added.get(token)) for token, span in zip(encoding.ids, encoding.offsets, strict=True))
+        return [
+            (start, end, token) for start, end, token in matches if token is not None and token.content in self._control
+        ]
+
+    def _run(self, tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+        try:
+            return tokenizer.encode(text, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise ValueError(f"The text cannot be encoded, as it is not valid Unicode: {error}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids.
@@ -268,3 +316,7 @@ def token_name(stored: object) -> str | None:
     """A token's text as `tokenizer_config.json` stores it: bare, or as an object with `content`."""
     name = stored.get("content") if isinstance(stored, dict) else stored
     return name if isinstance(name, str) else None
+
+
+def _hide_stretch(match: re.Match[str]) -> str:
+    return hide_letters(match[1])

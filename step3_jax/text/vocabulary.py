@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
+
+# A rare ideograph, and the last character for private use: no added token has them, no normalisation changes them.
+_HIDDEN_LETTER, _HIDDEN_MARK = "\U0002fa1d", "\U0010fffd"
 
 
-def without_control_tokens(stored: dict[str, object]) -> dict[str, object]:
-    """The same description without added tokens, and with no way for merges to build one of them.
+def is_control_token(name: str, *, is_special: bool) -> bool:
+    """Whether an added token steers the model, so that a user may not type it.
 
-    Raises ValueError if the description is not of the known form.
+    Step3 marks only some of those as special: `<think>` and the tool tokens are not. All are written as `<...>`, and the
+    words that fine-tuning adds are not.
     """
-    added, model = stored.get("added_tokens") or [], stored.get("model")
-    if not isinstance(added, list) or not isinstance(model, dict):
-        raise ValueError("it lacks a model, or its added_tokens are no list")
-    names = {token["content"] for token in added}
+    return is_special or (name.startswith("<") and name.endswith(">"))
+
+
+def added_tokens(stored: dict[str, object]) -> list[dict[str, object]]:
+    """The added tokens of a description. Raises ValueError if they are not of the known form."""
+    added = stored.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) and "content" in token for token in added):
+        raise ValueError("its added_tokens are no list of tokens")
+    return added
+
+
+def without_control_tokens(stored: dict[str, object], id_of: Mapping[str, int]) -> dict[str, object]:
+    """The same description without control tokens, and with no way for merges to build one of them.
+
+    Args:
+      stored: The description.
+      id_of: Ids of the added tokens that stay, by name.
+
+    Raises:
+      ValueError: If the description is not of the known form.
+    """
+    added, model = added_tokens(stored), stored.get("model")
+    if not isinstance(model, dict):
+        raise ValueError("it lacks a model")
+    kept = [token for token in added if token["content"] in id_of]
     # Single letters stay: they are the byte alphabet, without which some text could not be encoded at all.
-    names = {name for name in names if len(name) > 1}
-    plain = {**stored, "added_tokens": [], "post_processor": None}
+    names = {str(token["content"]) for token in added if len(str(token["content"])) > 1} - id_of.keys()
+    plain = {**stored, "added_tokens": kept, "post_processor": None}
     model = dict(model)
     if isinstance(model.get("vocab"), dict):
         model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in names}
+        # The library numbers added tokens anew, unless the vocabulary has them.
+        model["vocab"] |= id_of
     if model.get("merges"):
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         model["merges"] = [list(pair) for pair in pairs if "".join(pair) not in names and not names.intersection(pair)]
@@ -28,11 +55,15 @@ def without_control_tokens(stored: dict[str, object]) -> dict[str, object]:
     return plain
 
 
-def control_pattern(names: Iterable[str]) -> re.Pattern[str]:
-    """Finds control tokens as the library does: of those that begin first the longest."""
-    ordered = sorted(names, key=len, reverse=True)
-    # Without any token the pattern must match nothing.
-    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+def added_tokens_alone(stored: dict[str, object]) -> dict[str, object]:
+    """A description that finds the added tokens as the whole one does, and makes one token of all between them."""
+    model = {"type": "WordLevel", "vocab": {"\0": 0}, "unk_token": "\0"}
+    return {**stored, "model": model, "pre_tokenizer": None, "post_processor": None, "decoder": None}
+
+
+def hide_letters(text: str) -> str:
+    """A text of the same length that no added token is found in, with blanks and word borders where they were."""
+    return re.sub(r"\w", _HIDDEN_LETTER, re.sub(r"[^\w\s]", _HIDDEN_MARK, text))
 
 
 def is_byte_level(decoder: object) -> bool:

@@ -128,7 +128,9 @@ WRONG = [
     ("quantization_config", "weight_block_size", [128]),
     ("quantization_config", "weight_block_size", [0, 128]),
     ("quantization_config", "weight_block_size", "128"),
-    (None, "torch_dtype", "float16"),
+    (None, "torch_dtype", "int8"),
+    ("text_config", "rope_parameters", 5),
+    ("text_config", "rope_parameters", {"rope_type": "default", "rope_theta": "big"}),
     (None, "torch_dtype", 5),
     (None, "image_token_id", 160),
     (None, "image_token_len", 5),
@@ -146,6 +148,130 @@ def test_impossible_values_are_named(values, section, key, value):
     (values[section] if section else values)[key] = value
     with pytest.raises(ValueError, match=key):
         ModelConfig.from_dict(values)
+
+
+ROPE_PLACES = ["text_config", None]
+
+
+@pytest.mark.parametrize("section", ROPE_PLACES)
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_theta_is_found_where_newer_files_have_it(values, section, key):
+    del values["text_config"]["rope_theta"]
+    (values[section] if section else values)[key] = {"rope_type": "default", "rope_theta": 10000}
+    assert ModelConfig.from_dict(values).text.rope_theta == 10000.0
+
+
+def test_theta_may_stand_one_level_further_out(values):
+    del values["text_config"]["rope_theta"]
+    values["rope_theta"] = 10000.0
+    assert ModelConfig.from_dict(values).text.rope_theta == 10000.0
+
+
+@pytest.mark.parametrize("section", ROPE_PLACES)
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_two_thetas_that_differ_are_refused(values, section, key):
+    (values[section] if section else values)[key] = {"rope_type": "default", "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match=rf"different values: 10000.0 in {key}, 500000.0 in rope_theta"):
+        ModelConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("section", ROPE_PLACES)
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    "scaling",
+    [None, {}, {"rope_type": "default"}, {"type": "default"}, {"rope_type": "default", "partial_rotary_factor": 1.0}],
+)
+def test_no_scaling_may_be_written_in_every_form(values, section, key, scaling):
+    (values[section] if section else values)[key] = scaling
+    assert ModelConfig.from_dict(values).text.rope_theta == 500000.0
+
+
+@pytest.mark.parametrize("section", ROPE_PLACES)
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "yarn", "factor": 4.0},
+        {"type": "linear", "factor": 2.0},
+        {"factor": 2.0},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+        {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    ],
+)
+def test_scaling_is_refused_at_every_level(values, section, key, scaling):
+    (values[section] if section else values)[key] = scaling
+    with pytest.raises(ValueError, match=rf"{key} is .*not scaled"):
+        ModelConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("section", ["text_config", None])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("tie_word_embeddings", True),
+        ("num_key_value_heads", 8),
+        ("sliding_window", 512),
+        ("partial_rotary_factor", 0.5),
+        ("final_logit_softcapping", 30.0),
+        ("scoring_func", "sigmoid"),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+    ],
+)
+def test_what_another_model_computes_is_refused_not_passed_over(values, section, key, value):
+    (values[section] if section else values)[key] = value
+    with pytest.raises(ValueError, match=f"{key} is .*another model"):
+        ModelConfig.from_dict(values)
+
+
+def test_keys_that_change_nothing_are_passed_over(values):
+    expected = ModelConfig.from_dict(values)
+    values["text_config"] |= {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "num_key_value_heads": 1,
+        "layer_types": ["full_attention"] * 3,
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+    }
+    values |= {"hidden_size": values["text_config"]["hidden_size"], "use_cache": True, "transformers_version": "5.1.0"}
+    assert ModelConfig.from_dict(values) == expected
+
+
+def test_a_size_that_stands_at_two_levels_with_two_values_is_refused(values):
+    values["hidden_size"] = values["text_config"]["hidden_size"] + 8
+    with pytest.raises(ValueError, match=r"hidden_size is .* and text_config.hidden_size is"):
+        ModelConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ("float32", "float32"),
+        ("float64", "float32"),
+        ("float16", "bfloat16"),
+        ("half", "bfloat16"),
+        ("torch.float16", "bfloat16"),
+        ("torch.bfloat16", "bfloat16"),
+    ],
+)
+def test_a_dtype_that_nothing_computes_in_gives_way_to_the_next(values, stored, expected):
+    values["torch_dtype"] = stored
+    assert ModelConfig.from_dict(values).dtype == expected
+    values["dtype"] = values.pop("torch_dtype")
+    assert ModelConfig.from_dict(values).dtype == expected
+
+
+def test_without_an_end_token_there_is_none(values):
+    del values["eos_token_id"]
+    config = ModelConfig.from_dict(values)
+    assert config.eos_token_ids == ()
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    values["text_config"]["eos_token_id"] = 3
+    assert ModelConfig.from_dict(values).eos_token_ids == (3,)
 
 
 def test_text_only_configuration(values):
@@ -173,7 +299,9 @@ def test_written_layers_are_a_string_and_the_length_has_no_s():
     assert text["max_position_embedding"] == 65536
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", b"\xff\xfe", b"{}", b"version https://git-lfs.github.com/spec/v1\n", b"<html>"]
+)
 def test_useless_files_are_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -281,8 +282,32 @@ def test_a_full_disk_is_told_and_the_rest_is_kept(goldens, tmp_path, monkeypatch
 def test_too_little_space_is_told_before_anything_is_written(goldens, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"the result needs .* GB are free"):
-        run(goldens / "tiny_text", tmp_path / "out")
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"the result needs \d+\.\d [kM]B, and 1\.0 kB are free; nothing was written"):
+            run(goldens / "tiny_text", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_before_anything_is_done_leaves_nothing_behind(goldens, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "manifest.jsonl")
+
+    with monkeypatch.context() as full:
+        full.setattr("step3_jax.checkpoint.convert._lay_out", refuse)
+        with pytest.raises(OSError, match="No space left on device; nothing was written"):
+            run(goldens / "tiny_text", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    run(goldens / "tiny_text", tmp_path / "out")
+
+
+def test_a_target_that_another_process_writes_is_not_said_to_be_in_the_way(stopped):
+    source, target = stopped
+    with (partial_folder(target) / "manifest.jsonl").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=r"out\.partial is being written by another process; wait") as error:
+                run(source, target, unit_bytes=4096, resume=resume)
+            assert "remove" not in str(error.value)
 
 
 def test_a_target_that_cannot_be_written_is_told(goldens, tmp_path, monkeypatch):
@@ -377,7 +402,7 @@ def test_values_that_are_not_finite_name_their_tensor(bf16_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("folder", "message"),
-    [("nowhere", "does not exist"), ("file", "is a file"), ("empty", "is no checkpoint: it holds neither")],
+    [("nowhere", "there is no folder"), ("file", "is a file"), ("empty", "holds no weights: neither")],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path, folder, message):
     (tmp_path / "file").write_text("")
@@ -425,7 +450,8 @@ def test_memory_stays_in_its_budget(tmp_path):
     assert total > 5 * budget
     code = """
         import sys, threading, time
-        from step3_jax.checkpoint.convert import anonymous_bytes, convert
+        from step3_jax.checkpoint.convert import convert
+        from step3_jax.checkpoint.memory import anonymous_bytes
         from step3_jax.checkpoint.plan import plan_conversion
         from step3_jax.checkpoint.source import open_source
         most = 0

@@ -15,11 +15,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from step3_jax.checkpoint import load
-from step3_jax.checkpoint.convert import anonymous_bytes
 from step3_jax.checkpoint.load import load_model
+from step3_jax.checkpoint.memory import anonymous_bytes
 from step3_jax.checkpoint.names import expected_tensors, parameters_of, released_name
 from step3_jax.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
 from step3_jax.config import ModelConfig
+from step3_jax.model.step3 import abstract_step3
 from step3_jax.quant import BlockScaled, dequantise
 
 
@@ -27,8 +28,8 @@ from step3_jax.quant import BlockScaled, dequantise
 def copy(goldens, tmp_path):
     """Copies a golden model, changes its tensors, and gives the folder."""
 
-    def make(name, change=None):
-        folder = tmp_path / name
+    def make(name, change=None, folder_name=None):
+        folder = tmp_path / (folder_name or name)
         shutil.copytree(goldens / name, folder)
         if change is not None:
             with SafetensorsFile(folder / "model.safetensors") as file:
@@ -85,11 +86,83 @@ def test_long_lists_are_cut(copy):
     check_error(copy("tiny_text", change), "30 tensors it should not have", "... and 10 more")
 
 
-def test_rotary_buffers_are_ignored(copy):
+def test_buffers_of_old_tools_are_ignored(copy):
     def change(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+        tensors["model.rotary_emb.cos_cached"] = np.zeros(4, np.float16)
+        tensors["vision_model.embeddings.position_ids"] = np.arange(5, dtype=np.int64)[None]
 
     load_model(copy("tiny_text", change))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64, np.int8, np.bool_, np.float64, np.complex64])
+def test_a_further_tensor_of_any_dtype_is_just_that(copy, dtype):
+    def change(tensors):
+        tensors["further"] = np.zeros(3, dtype)
+
+    with pytest.raises(ValueError, match=r"1 tensors it should not have .*: further$"):
+        load_model(copy("tiny_text", change))
+
+
+def _with_scales(dtype):
+    def change(tensors):
+        for name in tensors:
+            if name.endswith("_scale_inv"):
+                # Powers of two, which every dtype holds.
+                tensors[name] = (2.0 ** np.round(np.log2(tensors[name]))).astype(dtype)
+
+    return change
+
+
+@pytest.mark.parametrize("keep_fp8", [True, False])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64, ml_dtypes.float8_e8m0fnu])
+def test_scales_of_any_dtype_become_float32(copy, keep_fp8, dtype):
+    first, second = copy("tiny_fp8", _with_scales(np.float32)), copy("tiny_fp8", _with_scales(dtype), "other")
+    mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
+    wanted = parameters_of(load_model(first, "float32", keep_fp8=keep_fp8))
+    shardings = {path: NamedSharding(mesh, PartitionSpec()) for path in wanted}
+    for where in (None, shardings):
+        found = parameters_of(load_model(second, "float32", keep_fp8=keep_fp8, shardings=where))
+        for path, parameter in found.items():
+            for one, other in zip(
+                jax.tree.leaves(parameter.get_value()), jax.tree.leaves(wanted[path].get_value()), strict=True
+            ):
+                assert one.dtype == other.dtype
+                assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_float16_weights_load_by_default_and_in_the_wanted_dtype(copy):
+    def change(tensors):
+        for name, array in tensors.items():
+            tensors[name] = array.astype(np.float16)
+
+    folder = copy("tiny_text", change)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"torch_dtype": "float16"}))
+    with SafetensorsFile(folder / "model.safetensors") as file:
+        stored = np.array(file.read("model.norm.weight"))
+    for dtype, name in ((None, "bfloat16"), ("float32", "float32")):
+        model = load_model(folder, dtype)
+        norm = np.asarray(parameters_of(model)["text", "norm", "weight"][...])
+        assert (model.config.dtype, norm.dtype) == (name, jnp.dtype(name))
+        np.testing.assert_array_equal(norm, stored.astype(jnp.dtype(name)))
+
+
+def test_a_checkpoint_that_memory_cannot_hold_is_refused_with_the_sizes(goldens, monkeypatch):
+    monkeypatch.setattr(load, "available_bytes", lambda: 1000)
+    with pytest.raises(
+        ValueError, match=r"weights take .* [kM]B of memory in float32, and 1\.0 kB are left.*bfloat16 halves"
+    ):
+        load_model(goldens / "tiny_text", "float32")
+    mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
+    shardings = {
+        path: NamedSharding(mesh, PartitionSpec("model"))
+        for path in parameters_of(abstract_step3(ModelConfig.load(goldens / "tiny_text")))
+    }
+    with pytest.raises(ValueError, match="are left here"):
+        load_model(goldens / "tiny_text", shardings=shardings)
+    monkeypatch.setattr(load, "available_bytes", lambda: None)
+    load_model(goldens / "tiny_text")
 
 
 def test_scales_belong_to_fp8_tensors(copy):
@@ -101,7 +174,7 @@ def test_scales_belong_to_fp8_tensors(copy):
         shape = tensors["model.layers.1.moe.gate_proj.weight_scale_inv"].shape
         tensors["model.layers.1.moe.gate_proj.weight_scale_inv"] = np.ones(shape[:-1], np.float32)
         scale = "model.layers.1.moe.up_proj.weight_scale_inv"
-        tensors[scale] = tensors[scale].astype(ml_dtypes.bfloat16)
+        tensors[scale] = tensors[scale].astype(np.int32)
         tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(ml_dtypes.float8_e4m3fn)
 
     check_error(
@@ -109,7 +182,7 @@ def test_scales_belong_to_fp8_tensors(copy):
         f"it should not have (scales belong to FP8 tensors alone): {name}_scale_inv",
         "missing: model.layers.0.mlp.up_proj.weight_scale_inv",
         "gate_proj.weight_scale_inv is [4, 2], [4, 2, 2] needed",
-        "up_proj.weight_scale_inv is BF16, F32 needed",
+        "up_proj.weight_scale_inv is I32, BF16 or F32 or F16 or F64 or F8_E8M0 needed",
         "lm_head.weight is F8_E4M3",
     )
 
@@ -255,6 +328,7 @@ def test_shardings_must_name_every_parameter(goldens):
 def test_hub_names_missing_folders_and_files(tmp_path, goldens):
     for path, message in (
         ("stepfun-ai/step3", "hf download stepfun-ai/step3"),
+        ("models/none", "there is no folder models/none; give"),
         (tmp_path / "none", "there is no folder"),
         (tmp_path, "holds no config.json"),
         (goldens / "tiny_text" / "config.json", "is a file"),

@@ -70,7 +70,8 @@ def test_unknown_tensor_is_named(tmp_path):
 
 
 DAMAGE = {
-    "unknown dtype": ({"x": entry("F4")}, bytes(8), "dtype is 'F4'"),
+    "unknown dtype": ({"x": entry("F5")}, bytes(8), "dtype is 'F5'"),
+    "half a byte too many": ({"x": entry("F4", (3,), (0, 2))}, bytes(2), "needs 1.5 bytes"),
     "no dtype": ({"x": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), "dtype is None"),
     "entry is no object": ({"x": 5}, b"", "entry is int"),
     "negative axis": ({"x": entry(shape=(-2,))}, bytes(8), "shape is"),
@@ -111,12 +112,33 @@ def test_header_length_is_checked_before_anything_is_read(write_raw, length, mes
         SafetensorsFile(write_raw(b"{}", length=length))
 
 
-@pytest.mark.parametrize("content", [b"", b"1234567"])
-def test_too_short_for_a_length(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"1234567", "truncated"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><title>Sign in</title>", "is an HTML page"),
+        (b"PK\x03\x04" + bytes(100), "is a ZIP archive"),
+    ],
+)
+def test_what_lies_in_place_of_the_file_is_named(tmp_path, content, message):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(ValueError, match=message):
         SafetensorsFile(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"), [("F4", (4, 2), 4), ("F6_E2M3", (4,), 3), ("F6_E3M2", (8,), 6), ("F4", (0,), 0)]
+)
+def test_dtypes_smaller_than_a_byte_are_listed_and_not_read(write_raw, dtype, shape, size):
+    path = write_raw({"x": entry(dtype, shape, (0, size)), "y": entry("F32", (1,), (size, size + 4))}, bytes(size + 4))
+    with SafetensorsFile(path) as file:
+        assert (file.tensors["x"].dtype, file.tensors["x"].num_bytes) == (dtype, size)
+        assert file.read("y").tolist() == [0]
+        with pytest.raises(ValueError, match=f"tensor x is {dtype}, which cannot be read"):
+            file.read("x")
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -161,5 +183,5 @@ def test_writer_refuses_what_the_format_has_not(tmp_path):
     one = np.zeros(1, np.float32)
     with pytest.raises(ValueError, match="given twice"):
         write_safetensors(tmp_path / "x", [("a", one), ("a", one)])
-    with pytest.raises(ValueError, match="complex64"):
-        write_safetensors(tmp_path / "x", [("a", one.astype(np.complex64))])
+    with pytest.raises(ValueError, match="complex128"):
+        write_safetensors(tmp_path / "x", [("a", one.astype(np.complex128))])

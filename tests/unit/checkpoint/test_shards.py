@@ -64,12 +64,56 @@ def test_index_may_not_lead_out_of_the_folder(folder, name):
         Checkpoint(folder)
 
 
-def test_links_out_of_the_folder_are_refused(folder, tmp_path_factory):
-    outside = tmp_path_factory.mktemp("outside") / "x.safetensors"
-    write_safetensors(outside, [("a", ARRAYS["a"])])
-    (folder / "x.safetensors").symlink_to(outside)
-    edit_index(folder, lambda weight_map: weight_map.update(a="x.safetensors"))
-    with pytest.raises(ValueError, match="leads out of the folder"):
+def test_links_in_the_folder_are_followed_wherever_they_lead(folder, tmp_path_factory):
+    library = tmp_path_factory.mktemp("library")
+    for path in sorted(folder.glob("*.safetensors")):
+        path.rename(library / path.name)
+        path.symlink_to(library / path.name)
+    with Checkpoint(folder) as checkpoint:
+        for name, array in ARRAYS.items():
+            np.testing.assert_array_equal(checkpoint.read(name), array)
+
+
+def test_links_that_lead_nowhere_are_named(folder):
+    path = next(folder.glob("*.safetensors"))
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be read"):
+        Checkpoint(folder)
+
+
+def test_shards_without_an_index_are_known_by_their_names(folder):
+    (folder / INDEX_FILE).unlink()
+    with Checkpoint(folder) as checkpoint:
+        assert list(checkpoint.tensors) == list(ARRAYS)
+
+
+def test_missing_shards_are_told_where_there_is_no_index(folder):
+    (folder / INDEX_FILE).unlink()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"1 of the 2 shards .*: model-00001-of-00002\.safetensors; download the others"
+    ):
+        Checkpoint(folder)
+
+
+def test_weights_that_are_no_whole_set_are_named(tmp_path, folder):
+    (folder / INDEX_FILE).unlink()
+    write_safetensors(folder / "other-00001-of-00001.safetensors", ARRAYS.items())
+    with pytest.raises(ValueError, match=r"no weights.*there are model-00001-of-00002\.safetensors, .*other-00001"):
+        Checkpoint(folder)
+
+
+def test_an_index_with_a_byte_order_mark_is_read(folder):
+    path = folder / INDEX_FILE
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with Checkpoint(folder) as checkpoint:
+        assert len(checkpoint.tensors) == 3
+
+
+def test_a_pointer_in_place_of_the_index_is_called_one(folder):
+    (folder / INDEX_FILE).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"index\.json cannot be read: it is a Git LFS pointer"):
         Checkpoint(folder)
 
 

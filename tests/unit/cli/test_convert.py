@@ -89,7 +89,7 @@ def test_verify_alone_finds_what_is_wrong(goldens, tmp_path, step3):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "out"], "nowhere does not exist"),
+        (["nowhere", "out"], "there is no folder nowhere"),
         (["GOLDENS/tiny_text", "out", "--max-memory", "1MB"], "--max-memory is 1 MiB"),
         (["GOLDENS/tiny_text", "out", "--max-memory", "much"], "is no size"),
         (["GOLDENS/tiny_text", "out", "--dtype", "int4"], "invalid choice"),

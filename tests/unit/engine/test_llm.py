@@ -5,12 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import pathlib
+import types
 
 import numpy as np
 import pytest
 
 from step3_jax.checkpoint.save import save_model
-from step3_jax.engine.llm import LLM
+from step3_jax.engine.llm import LLM, _end_tokens
 from step3_jax.engine.request import CompletionOutput, Logprob, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import PrefillBatch
@@ -208,6 +209,14 @@ def test_defaults_come_from_the_generation_config(runner: Runner) -> None:
         LLM.from_model(runner, generation_config={"eos_token_id": "x"})
 
 
+def test_the_tokenizer_names_the_end_token_where_no_other_file_does() -> None:
+    tokenizer = types.SimpleNamespace(eos_ids=(7,))
+    assert _end_tokens(None, (), tokenizer) == (7,)
+    assert _end_tokens(None, (), None) == ()
+    assert _end_tokens(None, (5,), tokenizer) == (5,)
+    assert _end_tokens([3, 4], (5,), tokenizer) == (3, 4)
+
+
 def test_without_a_tokenizer_ids_work_and_text_is_refused(runner: Runner, llm: LLM) -> None:
     bare = LLM.from_model(runner)
     output = only(bare.generate([1, 2, 3], GREEDY))
@@ -276,6 +285,19 @@ def test_requests_have_ids_of_their_own_and_the_tokenizer_is_at_hand(llm: LLM, r
     assert llm.get_tokenizer() is llm.tokenizer
     with pytest.raises(ValueError, match=r"no tokenizer.json"):
         LLM.from_model(runner).get_tokenizer()
+
+
+def test_a_context_that_the_model_lacks_is_refused_before_weights_are_read(
+    model: Step3, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(model, tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("step3_jax.engine.llm.load_model", fail)
+    with pytest.raises(ValueError, match="max_model_len is 300; .* has positions for at most 256 tokens"):
+        LLM(tmp_path, max_model_len=300)
 
 
 def test_an_unknown_setting_is_named_with_the_nearest_one(runner: Runner, tmp_path: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from step3_jax.config import ModelConfig
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.prompt import PromptBuilder, split_prompts
 from step3_jax.engine.runner import Runner
@@ -115,3 +116,15 @@ def test_unknown_forms_are_refused(llm: LLM) -> None:
         llm.generate({"prompt": "a", "multi_modal_data": {"video": []}})
     with pytest.raises(ValueError, match="sampling_params"):
         llm.generate("a", {"temperature": 0})
+
+
+@pytest.mark.parametrize("value", [b"hello", bytearray(b"hello"), memoryview(b"hello")])
+def test_bytes_are_no_token_ids(value: object) -> None:
+    with pytest.raises(ValueError, match="text, a list of token ids"):
+        split_prompts(value, None)  # type: ignore[arg-type]
+    builder = PromptBuilder(ModelConfig(vision=None))
+    for prompt in (value, {"prompt_token_ids": value}):
+        with pytest.raises(ValueError, match=f"a prompt is {type(value).__name__}; text, a list of token ids"):
+            builder.from_input(prompt)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="text is needed"):
+        builder.from_input({"prompt": value})

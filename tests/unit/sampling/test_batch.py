@@ -67,3 +67,17 @@ def test_the_first_completion_has_jaxs_own_key_of_the_seed() -> None:
 def test_completions_of_neighbouring_seeds_have_different_keys() -> None:
     words = [seed_words(seed, sample) for seed in range(8) for sample in range(8)]
     assert len(set(words)) == 64
+
+
+def test_numbers_that_the_device_cannot_hold_mean_what_the_largest_means():
+    params = SamplingParams(
+        top_k=2**31, temperature=1e300, repetition_penalty=1e300, max_tokens=None, min_tokens=2**40, top_p=1e-300
+    )
+    batch = sampling_batch([SamplingRow(params, 2**40, (0, 0), ())], vocab_size=8, batch_size=1)
+    assert int(batch.top_k[0]) >= 8
+    assert int(batch.min_tokens[0]) == int(batch.max_tokens[0]) == 2**31 - 1
+    assert np.isfinite(np.asarray(batch.temperature)).all()
+    assert np.isfinite(np.asarray(batch.repetition_penalty)).all()
+    assert float(batch.top_p[0]) > 0
+    tiny = sampling_batch([SamplingRow(SamplingParams(repetition_penalty=1e-300), 1, (0, 0), ())], 8, 1)
+    assert float(tiny.repetition_penalty[0]) > 0

@@ -92,3 +92,9 @@ def test_generation_config_overrides_the_defaults() -> None:
 def test_a_bad_generation_config_is_named() -> None:
     with pytest.raises(ValueError, match=r"generation_config.json: top_p"):
         SamplingParams.from_generation_config({"top_p": 2})
+
+
+def test_a_seed_of_minus_one_is_none():
+    assert SamplingParams(seed=-1).seed is None
+    assert SamplingParams(seed=-2).seed == -2
+    assert SamplingParams(seed=0).seed == 0

@@ -87,6 +87,21 @@ def test_assistant_keeps_reasoning_tokens_only(tokenizer, template):
     assert tokenizer.control_id("<im_patch>") not in ids
 
 
+def test_tool_calls_as_clients_write_them_give_the_prompt_of_the_object(shipped):
+    tokenizer, template = Tokenizer.load(shipped), ChatTemplate.load(shipped)
+
+    def encode(arguments, result):
+        call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        messages = [
+            *_user("How warm is it in Oslo?"),
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": result},
+        ]
+        return template.encode_chat(tokenizer, messages)
+
+    assert encode('{"city": "Oslo", "days": 2}', None) == encode({"city": "Oslo", "days": 2}, "")
+
+
 def test_control_tokens_in_tool_schemas_stay_text(tokenizer, template):
     tools = [{"type": "function", "function": {"name": "f", "description": "takes <im_patch>", "<think>": 1}}]
     ids = template.encode_chat(tokenizer, _user("a"), tools, add_generation_prompt=False)
@@ -145,7 +160,7 @@ def test_collect_images_keeps_order():
         ([{"role": "<im_patch>", "content": "a"}], "has role '<im_patch>'"),
         ([{"role": "user"}], "no content"),
         ([{"role": "user", "content": 3}], "type int"),
-        ([{"role": "user", "content": ["a"]}], "item of type None"),
+        ([{"role": "user", "content": [{}]}], "item of type None"),
         ([{"role": "user", "content": [{"type": "video"}]}], "type 'video'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "no text"),
         ([{"role": "system", "content": [IMAGE]}], "only user and tool may"),
@@ -174,11 +189,73 @@ def test_load_follows_precedence(tmp_path):
     assert ChatTemplate.load(tmp_path).render(_user("a")) == "jinja"
 
 
-@pytest.mark.parametrize("stored", [[{"name": "tool_use", "template": "a"}], 3])
-def test_load_refuses_templates_without_a_default(tmp_path, stored):
+@pytest.mark.parametrize("stored", [[{"name": "tool_use", "template": "a"}], 3, [3], {"default": 3}])
+def test_templates_without_a_default_are_refused_when_one_is_needed(tmp_path, stored):
     _write(tmp_path, "chat_template.json", {"chat_template": stored})
+    template = ChatTemplate.load(tmp_path)
     with pytest.raises(ValueError, match=r"default|must be text"):
-        ChatTemplate.load(tmp_path)
+        template.render(_user("a"))
+
+
+TEMPLATES = {"default": "plain", "tool_use": "tools"}
+
+
+@pytest.mark.parametrize(
+    "stored", [TEMPLATES, [{"name": name, "template": text} for name, text in TEMPLATES.items()]], ids=["map", "list"]
+)
+def test_the_template_for_tools_is_taken_where_there_are_tools(tmp_path, stored):
+    _write(tmp_path, "tokenizer_config.json", {"chat_template": stored})
+    template = ChatTemplate.load(tmp_path)
+    assert (template.render(_user("a")), template.render(_user("a"), tools=[])) == ("plain", "tools")
+
+
+@pytest.mark.parametrize("folder", ["additional_chat_templates", "chat_templates"])
+def test_further_templates_may_lie_in_a_folder(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    _write(tmp_path / folder, "tool_use.jinja", "tools")
+    with pytest.raises(ValueError, match="none is named 'default'"):
+        ChatTemplate.load(tmp_path).render(_user("a"))
+    _write(tmp_path, "chat_template.jinja", "plain")
+    template = ChatTemplate.load(tmp_path)
+    assert (template.render(_user("a")), template.render(_user("a"), tools=[])) == ("plain", "tools")
+
+
+def test_all_special_tokens_are_variables(tmp_path):
+    _write(tmp_path, "special_tokens_map.json", {"unk_token": "<unk>", "pad_token": "<old>"})
+    config = {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>"},
+        "pad_token": "<pad>",
+        "sep_token": None,
+        "add_bos_token": True,
+        "additional_special_tokens": ["<a>", {"content": "<b>"}],
+        "extra_special_tokens": {"image_token": "<im>"},
+        "chat_template": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ image_token }}{{ sep_token }}"
+        "{{ add_bos_token }}{{ additional_special_tokens | join }}",
+    }
+    _write(tmp_path, "tokenizer_config.json", config)
+    assert ChatTemplate.load(tmp_path).render(_user("a")) == "<s></s><pad><unk><im><a><b>"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_prompt(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbfhi")
+    assert ChatTemplate.load(tmp_path).render(_user("a")) == "hi"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{{ messages }}é".encode("latin-1"), "not UTF-8"),
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"{% if %}", "cannot be compiled"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_named_when_a_chat_is_asked_for(tmp_path, data, message):
+    (tmp_path / "chat_template.jinja").write_bytes(data)
+    template = ChatTemplate.load(tmp_path)
+    with pytest.raises(ValueError, match=rf"chat_template\.jinja.*{message}"):
+        template.render(_user("a"))
 
 
 @pytest.mark.parametrize(
@@ -190,6 +267,12 @@ def test_load_refuses_templates_without_a_default(tmp_path, stored):
         ("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "1"),
         ("  {% if true %}\na\n  {% endif %}\nb", "a\nb"),
         ("{{ strftime_now('%Y') | int > 2000 }}", "True"),
+        ("{% generation %}a{{ messages[0].content }}{% endgeneration %}b", "aab"),
+        ("{% for i in [1, 2] %}{% generation %}{{ i }}{{ loop.index }}{% endgeneration %}{% endfor %}", "1122"),
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
+        ("{% set n = namespace(a=1) %}{% generation %}{% set n.a = 2 %}{% endgeneration %}{{ n.a }}", "2"),
+        ("a\n  {% generation %}\nb\n  {% endgeneration %}\nc", "a\nb\nc"),
+        ("{{ documents is none }}{{ nothing is defined }}", "TrueFalse"),
     ],
 )
 def test_environment_is_that_of_released_templates(source, expected):
@@ -215,5 +298,5 @@ def test_templates_that_fail_or_break_out_are_refused(source):
 
 
 def test_template_that_is_no_template_is_refused():
-    with pytest.raises(ValueError, match="cannot be compiled"):
-        ChatTemplate("{% if %}")
+    with pytest.raises(ValueError, match="chat template cannot be compiled"):
+        ChatTemplate("{% if %}").render(_user("a"))

@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as LibraryTokenizer
 
 from step3_jax.text.tokenizer import Tokenizer
 
@@ -124,11 +125,105 @@ def test_image_token_ids_are_found_by_name(tokenizer):
     assert ids.im_patch == tokenizer.control_id("<im_patch>")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": {}}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": {}}', '{"added_tokens": [3], "model": {}}'])
 def test_unusable_file_is_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match=r"tokenizer\.json is no usable"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"])
+def test_what_lies_in_place_of_the_file_is_named(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is (empty|a Git LFS pointer)"):
+        Tokenizer.load(tmp_path)
+
+
+def _with_added(checkpoint, words=(), flags=None, **changes):
+    """The small tokenizer with further added tokens, and with other flags of its control tokens."""
+    stored = json.loads((checkpoint / "tokenizer.json").read_text()) | changes
+    for token in stored["added_tokens"]:
+        token.update((flags or {}).get(token["content"], {}))
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    first = max(token["id"] for token in stored["added_tokens"]) + 1
+    stored["added_tokens"] += [{"id": first + n, **plain, **word} for n, word in enumerate(words)]
+    description = json.dumps(stored)
+    return Tokenizer(description), LibraryTokenizer.from_str(description)
+
+
+WORDS = [
+    {"content": "谐振腔"},
+    {"content": "fox", "single_word": True},
+    {"content": "brown", "lstrip": True, "rstrip": True},
+    {"content": "Quick", "normalized": True},
+    {"content": "éa"},
+]
+WORD_TEXTS = [
+    "这个谐振腔有多大？",
+    "foxes fox, fox",
+    " a  brown  cat",
+    "Quick quick QUICK",
+    "éa é a",
+    "谐谐振腔腔",
+    "fox<brown",
+]
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "Lowercase"}, {"type": "NFKC"}])
+@pytest.mark.parametrize("text", WORD_TEXTS)
+def test_words_that_were_added_are_tokens_in_user_text_too(checkpoint, text, normalizer):
+    tokenizer, library = _with_added(checkpoint, WORDS, normalizer=normalizer)
+    assert tokenizer.encode_user_text(text) == library.encode(text, add_special_tokens=False).ids
+    assert not {word["content"] for word in WORDS} & tokenizer.control_tokens.keys()
+
+
+def test_added_words_beside_typed_control_tokens_are_still_tokens(checkpoint):
+    tokenizer, library = _with_added(checkpoint, WORDS)
+    word = library.token_to_id("谐振腔")
+    ids = tokenizer.encode_guarded("<think>[<think>谐振腔</think>]谐振腔", "[", "]")
+    assert ids.count(tokenizer.control_id("<think>")) == 1
+    assert (ids.count(word), ids[-1]) == (2, word)
+    assert tokenizer.decode(ids) == "<think><think>谐振腔</think>谐振腔"
+
+
+@pytest.mark.parametrize("name", ["<new>", "important"])
+def test_control_tokens_are_the_special_ones_and_those_written_as_marks(checkpoint, name):
+    tokenizer, library = _with_added(checkpoint, [{"content": name, "special": name == "important"}])
+    assert library.token_to_id(name) in library.encode(name).ids
+    assert library.token_to_id(name) not in tokenizer.encode_user_text(f"an {name} word")
+
+
+FLAGS = st.fixed_dictionaries({flag: st.booleans() for flag in ("lstrip", "rstrip", "single_word", "normalized")})
+GUARDED = st.lists(
+    st.tuples(
+        st.booleans(), st.sampled_from(["<think>", "<|EOT|>", " ", "\n ", "fox", "quick", "谐振腔", "x", "é", "＜"])
+    ),
+    max_size=8,
+)
+
+
+@settings(SHARED, max_examples=60)
+@given(think=FLAGS, end=FLAGS, word=FLAGS, pieces=GUARDED)
+def test_flags_of_added_tokens_are_heeded(checkpoint, think, end, word, pieces):
+    words = [{"content": "fox", **word}, {"content": "谐振腔"}]
+    tokenizer, library = _with_added(checkpoint, words, {"<think>": think, "<|EOT|>": end}, normalizer={"type": "NFKC"})
+    # Untrusted pieces without a control token of their own leave the ids as the library gives them.
+    pieces = [(is_trusted or piece.startswith("<"), piece) for is_trusted, piece in pieces]
+    marked = "".join(piece if is_trusted else f"[{piece}]" for is_trusted, piece in pieces)
+    expected = library.encode("".join(piece for _, piece in pieces), add_special_tokens=False).ids
+    assert tokenizer.encode_guarded(marked, "[", "]") == expected
+
+
+@settings(SHARED, max_examples=60)
+@given(think=FLAGS, end=FLAGS, pieces=GUARDED)
+def test_no_flag_lets_untrusted_text_make_or_unmake_a_control_token(checkpoint, think, end, pieces):
+    flags = {"<think>": think | {"single_word": False}, "<|EOT|>": end | {"single_word": False}}
+    tokenizer, _ = _with_added(checkpoint, [{"content": "x<"}], flags, normalizer={"type": "NFKC"})
+    ids = tokenizer.encode_guarded("".join(p if t else f"[{p}]" for t, p in pieces), "[", "]")
+    wanted = [tokenizer.control_id(p) for t, p in pieces if t and p in flags]
+    # Trusted text may well unmake one of its own.
+    if not any(t and p.endswith("x") for t, p in pieces):
+        assert [token for token in ids if token in tokenizer.control_tokens.values()] == wanted
 
 
 def test_missing_file_and_unknown_token_are_named(tmp_path, checkpoint):

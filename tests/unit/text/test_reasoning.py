@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step3_jax.cli.reasoning import ReasoningSplitter, is_thinking, split_reasoning
+from step3_jax.text.reasoning import ReasoningSplitter, is_thinking, split_reasoning
 
 
 @pytest.mark.parametrize(

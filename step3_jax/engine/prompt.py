@@ -144,31 +144,17 @@ class PromptBuilder:
         Raises:
           ValueError: For another form, or as `from_text` and `from_ids`.
         """
+        check_form(prompt)
         if isinstance(prompt, str):
             return self.from_text(prompt, images)
         if not isinstance(prompt, Mapping):
-            return self.from_ids(_as_ids(prompt), images)
-        unknown = [key for key in prompt if key not in _PROMPT_KEYS]
-        given = [key for key in _PROMPT_KEYS[:2] if prompt.get(key) is not None]
-        if unknown or len(given) != 1:
-            raise ValueError(
-                f"the prompt has keys {sorted(map(str, prompt))}; allowed: 'prompt' (text) or 'prompt_token_ids', "
-                "'multi_modal_data' and 'cache_salt'"
-            )
-        media = prompt.get("multi_modal_data") or {}
-        if not isinstance(media, Mapping) or set(media) - {"image"}:
-            raise ValueError("multi_modal_data must be {'image': picture or list of pictures}")
-        own = _as_images(media.get("image"))
+            return self.from_ids(prompt, images)
+        own = _as_images((prompt.get("multi_modal_data") or {}).get("image"))  # type: ignore[attr-defined]
         if own and images:
             raise ValueError("images are given both in the prompt's multi_modal_data and as images=; give them once")
-        value = prompt[given[0]]
-        if given[0] == "prompt" and not isinstance(value, str):
-            raise ValueError(f"the prompt's 'prompt' is {type(value).__name__}; text is needed")
-        built = self.from_input(value if isinstance(value, str) else _as_ids(value), own or images)
-        salt = prompt.get("cache_salt") or ""
-        if not isinstance(salt, str):
-            raise ValueError(f"the prompt's 'cache_salt' is {salt!r}; text is needed")
-        return dataclasses.replace(built, cache_salt=salt)
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        built = self.from_input(cast(PromptInput, ids if text is None else text), own or images)
+        return dataclasses.replace(built, cache_salt=str(prompt.get("cache_salt") or ""))
 
     def _process(self, source: ImageSource) -> ProcessedImage:
         return process(open_image(source), self._settings)
@@ -197,6 +183,32 @@ class PromptBuilder:
         return self._tokenizer
 
 
+def check_form(prompt: object) -> None:
+    """Raises ValueError if a prompt is in none of the forms of `PromptInput`; what it says is not looked at."""
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, Mapping):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, _BYTES):
+            raise ValueError(f"a prompt is {type(prompt).__name__}; text, a list of token ids or a mapping is needed")
+        return
+    given = [key for key in _PROMPT_KEYS[:2] if prompt.get(key) is not None]
+    if set(prompt) - set(_PROMPT_KEYS) or len(given) != 1:
+        raise ValueError(
+            f"the prompt has keys {sorted(map(str, prompt))}; allowed: 'prompt' (text) or 'prompt_token_ids', "
+            "'multi_modal_data' and 'cache_salt'"
+        )
+    value, media, salt = prompt[given[0]], prompt.get("multi_modal_data") or {}, prompt.get("cache_salt")
+    if given[0] == "prompt" and not isinstance(value, str):
+        raise ValueError(f"the prompt's 'prompt' is {type(value).__name__}; text is needed")
+    if given[0] == "prompt_token_ids" and isinstance(value, str | Mapping):
+        raise ValueError(f"the prompt's 'prompt_token_ids' is {type(value).__name__}; a list of token ids is needed")
+    check_form(value)
+    if not isinstance(media, Mapping) or set(media) - {"image"}:
+        raise ValueError("multi_modal_data must be {'image': image or list of images}")
+    if salt is not None and not isinstance(salt, str):
+        raise ValueError(f"the prompt's 'cache_salt' is {salt!r}; text is needed")
+
+
 def split_prompts(
     prompts: PromptInput | Sequence[PromptInput], images: ImagesInput | ImageSource | None
 ) -> list[tuple[PromptInput, list[ImageSource]]]:
@@ -208,7 +220,7 @@ def split_prompts(
         a list of pictures, or None.
 
     Raises:
-      ValueError: If there are no prompts, or images are not one entry a prompt.
+      ValueError: If there are no prompts, one is in none of the forms, or images are not one entry a prompt.
     """
     if not isinstance(prompts, Sequence | Mapping) or isinstance(prompts, _BYTES):
         raise ValueError(f"prompts is {prompts!r}; text, a list of token ids, a mapping, or a list of them is needed")
@@ -218,6 +230,11 @@ def split_prompts(
     )
     if not several:
         raise ValueError("no prompts are given; at least one is needed")
+    for place, prompt in enumerate(several):
+        try:
+            check_form(prompt)
+        except ValueError as error:
+            raise ValueError(error if is_single else f"prompt {place} of {len(several)}: {error}") from None
     if images is None:
         return [(prompt, []) for prompt in several]
     entries = list(images) if isinstance(images, list | tuple) else [images]
@@ -233,12 +250,6 @@ def split_prompts(
 
 def _is_ids(prompts: object) -> bool:
     return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(item, int) for item in prompts)
-
-
-def _as_ids(value: object) -> Sequence[int]:
-    if not isinstance(value, Sequence) or isinstance(value, str | _BYTES):
-        raise ValueError(f"a prompt is {type(value).__name__}; text, a list of token ids or a mapping is needed")
-    return value
 
 
 def _as_images(value: object) -> list[ImageSource]:

@@ -92,3 +92,9 @@ def test_generation_config_overrides_the_defaults() -> None:
 def test_a_bad_generation_config_is_named() -> None:
     with pytest.raises(ValueError, match=r"generation_config.json: top_p"):
         SamplingParams.from_generation_config({"top_p": 2})
+
+
+def test_what_stop_strings_wait_for_is_text() -> None:
+    assert SamplingParams(stop="x", stop_after="</think>").stop_after == "</think>"
+    with pytest.raises(ValueError, match="stop_after is None"):
+        SamplingParams(stop="x", stop_after=None)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 from tqdm import tqdm
 
+from step3_jax import resources
 from step3_jax.checkpoint.buffer import BufferPool, empty_aligned
 from step3_jax.checkpoint.names import (
     SCALE_SUFFIX,
@@ -307,7 +308,7 @@ def _dtype_name(dtype: jax.typing.DTypeLike) -> str:
 
 
 def _find_folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    folder = pathlib.Path(path)
+    folder = resources.find_folder(path)
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder} is no model folder: it holds no config.json")

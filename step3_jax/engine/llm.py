@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.pages import PAGE_SIZE
+from step3_jax import resources
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import DTYPES, ModelConfig
+from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.engine import Engine
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
@@ -21,7 +23,7 @@ from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.stats import EngineStats
-from step3_jax.mesh import make_layout
+from step3_jax.mesh import find_devices, make_layout
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sharding import Parallel, fit_parallel
@@ -93,7 +95,10 @@ class LLM:
         """
         if executor is not None and parallel is not None:
             raise ValueError("an executor has its devices already: give either executor or parallel")
-        folder = pathlib.Path(path)
+        # Before the first use of a device: afterwards the number of CPU devices is fixed.
+        find_devices(1 if parallel is None else parallel.num_devices)
+        enable_compile_cache()
+        folder = resources.find_folder(path)
         if dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
         if executor is None:

@@ -116,7 +116,7 @@ def find_devices(count: int = 1) -> list[jax.Device]:
 
     Args:
       count: How many a CPU is to look like, if no computation has begun: then it cannot be changed any more. The variable
-        STEP3_CPU_DEVICES wins, as do XLA's own flag and a launcher; GPUs are not touched.
+        STEP3_CPU_DEVICES wins, as do JAX's own setting, XLA's flag and a launcher; GPUs are not touched.
 
     Returns:
       All devices of the default platform, of all processes; there may be more or fewer than `count`.
@@ -125,8 +125,9 @@ def find_devices(count: int = 1) -> list[jax.Device]:
       ValueError: If STEP3_CPU_DEVICES is no number, or JAX_PLATFORMS asks for what is not installed or not there; the
         message says what to install.
     """
-    # Otherwise what was chosen in another way stays.
-    if os.environ.get(COORDINATOR) is None and _XLA_CPU_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    # What was chosen in another way stays.
+    is_chosen = jax.config.values["jax_num_cpu_devices"] > 0 or _XLA_CPU_DEVICES in os.environ.get("XLA_FLAGS", "")
+    if not is_chosen and os.environ.get(COORDINATOR) is None:
         chosen = _read_number(os.environ, CPU_DEVICES, 1) if os.environ.get(CPU_DEVICES) else count
         # A computation has begun: the caller says so, if there are too few.
         if chosen > 1:

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 import pathlib
 
-from step3_jax.cli.afd_option import AfdChoice, add_afd, load_afd_executor, read_afd_choice
-from step3_jax.cli.parallel import add_parallel, read_parallel
-from step3_jax.engine.compile_cache import enable_compile_cache
+from step3_jax.cli.afd_option import AfdChoice, load_afd_executor, read_afd_choice
+from step3_jax.cli.parallel import read_parallel
 from step3_jax.engine.llm import LLM
+from step3_jax.mesh import find_devices
 from step3_jax.sharding import Parallel
 
 
@@ -26,21 +26,18 @@ class DeviceChoice:
     afd: AfdChoice | None
 
 
-def add_devices(parser: argparse.ArgumentParser) -> None:
-    """Adds where the model runs."""
-    add_parallel(parser)
-    add_afd(parser)
-
-
 def read_devices(arguments: argparse.Namespace) -> DeviceChoice:
     """Reads the options of `add_devices`: to be called before the first use of a device.
 
     Raises:
-      ValueError: For options that do not go together or that the devices do not fit.
+      ValueError: For options that do not go together or that the devices do not fit, or if JAX_PLATFORMS asks for what
+        is not there.
     """
     # With it --tp and --ep are the FFN side's.
     afd = read_afd_choice(arguments)
-    return DeviceChoice(read_parallel(arguments) if afd is None else None, afd)
+    choice = DeviceChoice(read_parallel(arguments) if afd is None else None, afd)
+    find_devices()
+    return choice
 
 
 def load_llm(arguments: argparse.Namespace, folder: pathlib.Path, devices: DeviceChoice) -> LLM:
@@ -49,7 +46,6 @@ def load_llm(arguments: argparse.Namespace, folder: pathlib.Path, devices: Devic
     Raises:
       ValueError: For everything that the checkpoint or the engine refuses.
     """
-    enable_compile_cache()
     return LLM(
         folder,
         dtype=arguments.dtype,

@@ -15,15 +15,6 @@ from step3_jax.config import ModelConfig
 MAX_LINES = 100
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options."""
-    parser.add_argument(
-        "path", metavar="PATH", help="model folder (released layout or Orbax), or one .safetensors file"
-    )
-    parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Prints what was found."""
     found = inspect_checkpoint(arguments.path)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
-import secrets
 
-from step3_jax import resources
-from step3_jax.cache.paged import KV_CACHE_DTYPES
-from step3_jax.mesh import agree
-from step3_jax.sampling.params import SamplingParams
+from step3_jax.cli.dtype import dtype_name
+from step3_jax.deployment import KV_CACHE_DTYPES
 
-DEFAULT_MODEL = "models/step3-tiny"
 DTYPES = ("auto", "float32", "bfloat16")
+_CACHE_DTYPES = ("auto", *KV_CACHE_DTYPES)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +18,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("loading")
     group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of weights and activations (default: the checkpoint's)"
+        "--dtype",
+        type=dtype_name(DTYPES),
+        choices=DTYPES,
+        default="auto",
+        help="of weights and activations (default: the checkpoint's)",
     )
     group.add_argument(
         "--max-model-len", type=int, metavar="N", help="most tokens of prompt and answer (default: the model's)"
     )
     group.add_argument(
         "--kv-cache-dtype",
-        choices=KV_CACHE_DTYPES,
+        type=dtype_name(_CACHE_DTYPES),
+        choices=_CACHE_DTYPES,
         default="auto",
         help="of the key/value cache (default: that of the activations)",
     )
@@ -61,46 +62,3 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="ends the answer, and is cut off; may be repeated"
     )
     group.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
-
-
-def read_sampling(arguments: argparse.Namespace, *, n: int = 1, logprobs: int | None = None) -> SamplingParams:
-    """The sampling parameters that were asked for.
-
-    Args:
-      arguments: With the options of `add_sampling`.
-      n: Answers wanted.
-      logprobs: Likeliest tokens whose log-probabilities are wanted.
-
-    Returns:
-      Parameters. They always hold a seed, so that what was said can be said again.
-
-    Raises:
-      ValueError: For a value out of its range.
-    """
-    return SamplingParams(
-        n=n,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        # Of several processes all must draw the same.
-        seed=agree(secrets.randbits(31)) if arguments.seed is None else arguments.seed,
-        max_tokens=arguments.max_tokens,
-        stop=arguments.stop,
-        ignore_eos=arguments.ignore_eos,
-        logprobs=logprobs,
-    )
-
-
-def find_model(arguments: argparse.Namespace) -> pathlib.Path:
-    """Folder of the model that was asked for, or of the one that ships.
-
-    Raises:
-      ValueError: If there is no such folder.
-    """
-    if arguments.model is None:
-        return resources.find(DEFAULT_MODEL)
-    path = pathlib.Path(arguments.model).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"{arguments.model} is no folder: give the folder of a checkpoint on this machine")
-    return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import tempfile
@@ -11,6 +12,8 @@ import time
 import zlib
 
 import jax
+
+_LOG = logging.getLogger(__name__)
 
 # JAX's own variables; both are read by JAX when it is imported.
 FOLDER_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -56,6 +59,7 @@ def enable_compile_cache(folder: str | pathlib.Path | None = None) -> str | None
     # Small and quick programs too: together they are most of the start of a small model.
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _LOG.info("compiled programs are kept in %s", where)
     return where
 
 
@@ -83,6 +87,7 @@ def remove_damaged(folder: pathlib.Path) -> list[str]:
                 with contextlib.suppress(OSError):
                     path.unlink()
                 removed.append(path.name)
+                _LOG.warning("%s was damaged: it is removed, and its program compiled anew", path)
     if found != checked:
         _write_checked(folder, found)
     return removed

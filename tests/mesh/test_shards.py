@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step3_jax.cache.allocator import OutOfPages, PageAllocator
-from step3_jax.cli.parallel import add_parallel, read_parallel
+from step3_jax.cli.arguments.devices import add_parallel
+from step3_jax.cli.parallel import read_parallel
 from step3_jax.engine import llm
 from step3_jax.engine.completion import Completion
 from step3_jax.engine.job import Job, Row

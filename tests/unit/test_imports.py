@@ -58,8 +58,9 @@ def _part(name: str) -> str | None:
     first, *rest = name.split(".")
     if first in ("pallas_kernels", "tools"):
         return first
-    # The package itself (its version, and the names it gives to users) is not a part.
-    return rest[0] if first == "step3_jax" and rest and rest[0] not in ("__version__", "__init__") else None
+    # The package itself (its version, the names it gives to users, `python -m step3_jax`) is not a part.
+    outside = ("__version__", "__init__", "__main__")
+    return rest[0] if first == "step3_jax" and rest and rest[0] not in outside else None
 
 
 def _dotted(path: pathlib.Path) -> str:

@@ -43,6 +43,11 @@ def test_a_cpu_looks_like_as_many_devices_as_are_wanted(count: int, more: dict[s
     assert (done.stdout, done.stderr) == (f"{found}\n", "")
 
 
+def test_a_number_that_the_program_has_chosen_itself_stays() -> None:
+    program = "import jax; jax.config.update('jax_num_cpu_devices', 2)" + textwrap.dedent(COUNT.format(count=4))
+    assert run(program, STEP3_CPU_DEVICES="3").stdout == "2\n"
+
+
 def test_the_library_reads_the_number_as_the_command_does() -> None:
     program = """
         from step3_jax.afd.topology import AfdTopology

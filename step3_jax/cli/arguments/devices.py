@@ -1,0 +1,94 @@
+"""Options of commands that run a model: on how many devices, and which has what."""
+
+from __future__ import annotations
+
+import argparse
+
+from step3_jax.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, PAYLOADS
+
+EXCHANGES = ("auto", "gather", "all_to_all")
+EXECUTORS = ("auto", "host", "program")
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Adds where the model runs."""
+    add_parallel(parser)
+    add_afd(parser)
+
+
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    """Adds how many devices the model is spread over, and how."""
+    group = parser.add_argument_group("several devices")
+    group.add_argument(
+        "--data-parallel-size", "--dp", dest="dp", type=int, metavar="N", help="groups of devices (default: 1)"
+    )
+    group.add_argument(
+        "--tensor-parallel-size",
+        "--tp",
+        dest="tp",
+        type=int,
+        metavar="N",
+        help="devices of a group: they share out dense weights, and each has sequences of its own (default: 1)",
+    )
+    group.add_argument(
+        "--expert-parallel-size",
+        "--ep",
+        dest="ep",
+        type=int,
+        metavar="N",
+        help="groups that the routed experts are shared out over (default: the most that the model allows)",
+    )
+    group.add_argument(
+        "--tensor-parallel-attention",
+        action="store_true",
+        help="share out the query heads instead of the sequences; each device of a group then holds the same KV cache",
+    )
+    group.add_argument(
+        "--expert-exchange",
+        choices=EXCHANGES,
+        default="auto",
+        help="how tokens come to their experts (default: all_to_all between hosts, else gather)",
+    )
+
+
+def add_afd(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """Adds where attention and FFN run if apart.
+
+    Args:
+      parser: Gets the options.
+      default: Of `--afd`.
+    """
+    group = parser.add_argument_group("attention and FFN on devices of their own (docs/afd.md)")
+    group.add_argument(
+        "--afd",
+        default=default,
+        metavar="xAyF",
+        help="x attention and y FFN instances, such as 1a1f or 2a2f, or a deployment file (.yaml)"
+        + (f" (default: {default})" if default else "; on CPUs as many devices are made up"),
+    )
+    group.add_argument("--afd-devices", type=int, metavar="N", help="devices of an instance (default: 1)")
+    group.add_argument(
+        "--afd-microbatches",
+        type=int,
+        metavar="N",
+        help=f"micro-batches in flight, 1 to 4 (default: {DEFAULT_MICROBATCHES})",
+    )
+    group.add_argument(
+        "--afd-payload",
+        choices=PAYLOADS,
+        help="what crosses from attention to FFN (default: auto, float32 for float32 models and else fp8)",
+    )
+    group.add_argument(
+        "--afd-executor",
+        choices=EXECUTORS,
+        default="auto",
+        help="host: all devices in this process; program: a process for each device, under step3 launch (default: auto, "
+        "program where there are several processes)",
+    )
+    group.add_argument(
+        "--afd-deadline",
+        type=float,
+        default=DEFAULT_DEADLINE_S,
+        metavar="S",
+        help="longest time that one stage may take (default: %(default)g)",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 
@@ -104,6 +105,18 @@ def test_kernels_depend_on_jax_and_numpy_alone() -> None:
         if name.split(".")[0] not in allowed
     ]
     assert not wrong, "; ".join(wrong)
+
+
+def test_the_order_in_the_docs_is_this_one() -> None:
+    text = " ".join((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split())
+    there = [
+        tuple(part.split(", "))
+        for part in re.findall(r"`([^`]*)`(?= →)|(?<=→ )`([^`]*)`", text)
+        for part in part
+        if part
+    ]
+    parts = {_part(_dotted(path)) for path in _modules()}
+    assert there == [tuple(name for name in row if name in parts) for row in ROWS]
 
 
 def test_text_and_planner_run_without_jax() -> None:

@@ -18,6 +18,8 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 INTERRUPTED_CODE = 130
+# Back to the start of the terminal's line, and nothing on it.
+ERASE = "\r\x1b[K"
 INTERRUPTED = "interrupted"
 # Native code (a compiler, a collective) may keep the main thread from noticing a signal; after this it is not waited for.
 NOTICE_S = 2.0
@@ -112,8 +114,9 @@ def read_stdin() -> str:
 
 
 def say(text: str) -> None:
-    """Writes a line of the command's own on stderr."""
-    print(f"step3: {text}", file=sys.stderr, flush=True)
+    """Writes a line of the command's own on stderr, in place of what a terminal shows of its progress."""
+    start = ERASE if sys.stderr.isatty() else ""
+    print(f"{start}step3: {text}", file=sys.stderr, flush=True)
 
 
 def leave_at_once(code: int) -> NoReturn:

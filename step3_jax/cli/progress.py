@@ -8,10 +8,11 @@ import threading
 import time
 from collections.abc import Iterator
 
+from step3_jax.cli.process import ERASE
+
 # What takes less is not worth a line.
 _PATIENCE_S = 0.5
 _EVERY_S = 0.5
-_ERASE = "\r\x1b[K"
 
 
 @contextlib.contextmanager
@@ -27,11 +28,11 @@ def show_progress(what: str) -> Iterator[None]:
         is_shown = False
         wait_s = _PATIENCE_S
         while not is_over.wait(wait_s):
-            sys.stderr.write(f"{_ERASE}{what} ... {time.monotonic() - begin:.0f} s")
+            sys.stderr.write(f"{ERASE}{what} ... {time.monotonic() - begin:.0f} s")
             sys.stderr.flush()
             is_shown, wait_s = True, _EVERY_S
         if is_shown:
-            sys.stderr.write(_ERASE)
+            sys.stderr.write(ERASE)
             sys.stderr.flush()
 
     thread = threading.Thread(target=show, daemon=True)

@@ -41,7 +41,7 @@ from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
 from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Checkpoint, summarise
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig
-from step3_jax.mesh import Layout, padded_shape
+from step3_jax.mesh import Layout, find_devices, padded_shape
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import BlockScaled, scale_shape
 from step3_jax.sharding import fit_parallel
@@ -85,6 +85,8 @@ def load_model(
     """
     if shardings is not None and layout is not None:
         raise ValueError("shardings and layout both say where parameters go: give one of them")
+    # Says what is missing where JAX_PLATFORMS asks for what is not there.
+    find_devices()
     folder = _find_folder(path)
     config = ModelConfig.load(folder)
     dtype_name = _dtype_name(config.dtype if dtype is None else dtype)

@@ -36,6 +36,7 @@ from step3_jax.cli.bench_decode import (
 )
 from step3_jax.cli.display import is_first_process, write_note
 from step3_jax.cli.engine import read_devices
+from step3_jax.cli.process import interruptible
 from step3_jax.config import ModelConfig
 from step3_jax.model.step3 import Step3
 from step3_jax.sharding import Parallel
@@ -135,7 +136,7 @@ def measure_decode(
     prefill_rows: list[Row] = []
     agreement: dict[str, float] = {}
     versions: dict[str, object] = {}
-    with _Interruptible() as measuring, contextlib.ExitStack() as stack:
+    with interruptible(), _Interruptible() as measuring, contextlib.ExitStack() as stack:
         peer = None
         if torch_python is not None:
             tell("starting PyTorch, and comparing logits ...")

@@ -15,6 +15,7 @@ from step3_jax.cli.display import Display, default_show_reasoning, show_until_fi
 from step3_jax.cli.engine import load_llm, read_devices
 from step3_jax.cli.message import check_images, starts_thinking, stop_in_answer, system_messages, user_message
 from step3_jax.cli.precheck import check_before_loading
+from step3_jax.cli.process import interruptible
 from step3_jax.cli.progress import show_progress
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
@@ -49,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     while True:
         try:
             # Some shells put a byte order mark in front of what they pipe.
-            line = input("> " if is_interactive else "").removeprefix("\ufeff").strip()
+            with interruptible():  # An exit in the middle of it would leave the terminal as line editing has set it.
+                line = input("> " if is_interactive else "").removeprefix("\ufeff").strip()
         except EOFError:
             break
         if line == "/quit":
@@ -124,7 +126,7 @@ class Conversation:
         display = Display(starts_thinking=is_thinking, show_reasoning=self._show_reasoning)
         params, finish_reason = stop_in_answer(params, starts_thinking=is_thinking), None
         # Interrupted, the answer ends where it is, and the conversation goes on from there.
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), interruptible():
             for piece in show_until_first(self._llm.chat(messages, params, stream=True)):
                 display.push(piece.text)
                 finish_reason = piece.finish_reason

@@ -11,14 +11,17 @@ import sys
 
 import jax
 
+from step3_jax import resources
 from step3_jax.checkpoint.convert import Report, convert, fit_workers
 from step3_jax.checkpoint.plan import Plan, plan_conversion
 from step3_jax.checkpoint.shards import write_text
 from step3_jax.checkpoint.source import open_source
 from step3_jax.checkpoint.transform import BandError
 from step3_jax.checkpoint.verify import Comparison, verify
+from step3_jax.cli.process import interrupt_note
 
 MAX_SHOWN = 10
+INTERRUPTED = "interrupted; what has been converted is kept: the same command with --resume goes on from there"
 FORM_TITLES = {"hf": "released layout", "orbax": "Orbax"}
 
 
@@ -26,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Converts, and verifies if asked to."""
     # An accelerator has nothing to do here, and would only be kept from others.
     jax.config.update("jax_platforms", "cpu")
-    source = open_source(arguments.source, arguments.companions)
+    source = open_source(resources.find_folder(arguments.source), arguments.companions)
     plan = plan_conversion(source, form=arguments.to, dtype=arguments.dtype, shard_bytes=arguments.shard_size)
     _print_plan(plan, arguments.target)
     if arguments.dry_run:
@@ -35,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     if is_there and arguments.verify and not arguments.resume:
         print("DST is there: comparing only")
     else:
-        try:
+        with interrupt_note(INTERRUPTED):
             report = convert(
                 plan,
                 arguments.target,
@@ -44,10 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
                 max_memory=arguments.max_memory,
                 progress=sys.stderr.isatty(),
             )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                "interrupted; what has been converted is kept: the same command with --resume goes on from there"
-            ) from None
         _print_report(report)
         if not arguments.verify:
             _print_errors(report.errors)

@@ -110,17 +110,11 @@ class _Call:
         display = self._display()
         begin = time.perf_counter()
         first, num_tokens, finish_reason = None, 0, None
-        try:
-            for piece in show_until_first(pieces):
-                first = first or time.perf_counter()
-                num_tokens += len(piece.token_ids)
-                finish_reason = piece.finish_reason
-                display.push(piece.text)
-        except KeyboardInterrupt:
-            # What came stays, on a line of its own.
-            if display.reasoning or display.answer:
-                display.finish()
-            raise
+        for piece in show_until_first(pieces):
+            first = first or time.perf_counter()
+            num_tokens += len(piece.token_ids)
+            finish_reason = piece.finish_reason
+            display.push(piece.text)
         display.finish()
         end = time.perf_counter()
         first = first or end

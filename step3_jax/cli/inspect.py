@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Iterator
 
+from step3_jax import resources
 from step3_jax.checkpoint.inspect import Inspection, collapse, inspect_checkpoint
 from step3_jax.config import ModelConfig
 
@@ -17,7 +18,7 @@ MAX_LINES = 100
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints what was found."""
-    found = inspect_checkpoint(arguments.path)
+    found = inspect_checkpoint(resources.find_folder(arguments.path))
     if arguments.json:
         print(json.dumps(to_dict(found, tensors=arguments.tensors)))
     else:

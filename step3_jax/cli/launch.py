@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 
+from step3_jax.cli.process import interruptible
 from step3_jax.launch.address import parse_hosts
 from step3_jax.launch.launcher import launch
 from step3_jax.launch.options import LaunchOptions
@@ -28,7 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
         remote_python=arguments.python,
         remote_directory=arguments.directory,
     )
-    return launch(arguments.words, options, module=arguments.module)
+    # Interrupted before the launcher handles signals itself, it still ends what it has started.
+    with interruptible():
+        return launch(arguments.words, options, module=arguments.module)
 
 
 def _read_variable(text: str) -> tuple[str, str]:

@@ -20,7 +20,15 @@ from typing import NoReturn
 
 from step3_jax import __version__
 from step3_jax.afd.beacon import START, Beacon
-from step3_jax.cli.process import INTERRUPTED, INTERRUPTED_CODE, leave_at_once, repair_streams, say, watch_interrupts
+from step3_jax.cli.process import (
+    INTERRUPTED,
+    INTERRUPTED_CODE,
+    handle_interrupts,
+    interruptible,
+    leave_at_once,
+    repair_streams,
+    say,
+)
 
 # Each has two modules of its name: in `arguments` one with `add_arguments(parser)`, free of jax so that `--help` need not
 # wait for it, and here one with `run(arguments) -> exit code`. Only those of the chosen command are imported.
@@ -91,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return _run_guarded(list(argv))
+    handler = handle_interrupts()
     repair_streams()
     words = sys.argv[1:]
     if "--debug" in words:
         _show_log()
-    was_interrupted = watch_interrupts(ends_process=_find_command(words) != "chat")
     code = _run_guarded(words)
-    if was_interrupted.is_set():
+    if handler is not None and handler.was_raised:
         leave_at_once(code)
     return code
 
@@ -128,7 +136,8 @@ def _run(argv: list[str]) -> int:
     command = _find_command(argv)
     is_rank = command != "launch" and any(os.environ.get(name) for name in PROCESS_VARIABLES)
     if is_rank:
-        code: int | None = importlib.import_module("step3_jax.cli.supervise").supervise_rank(argv)
+        with interruptible():
+            code: int | None = importlib.import_module("step3_jax.cli.supervise").supervise_rank(argv)
         if code is not None:
             return code
         # Before jax is imported, which takes seconds. A worker says by itself what it does after this.

@@ -12,6 +12,7 @@ import pathlib
 
 from step3_jax.cli.display import write_note
 from step3_jax.cli.plan_compile import Compilation, check_division, compile_deployment
+from step3_jax.cli.process import interruptible
 from step3_jax.config import PRESETS, ModelConfig
 from step3_jax.deployment import Deployment, Workload, load_deployment
 from step3_jax.planner.hardware import load_hardware
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     found, compilation = plan(None), None
     if not arguments.no_compile:
         write_note(f"compiling the decode step for {deployment.num_devices} devices from shapes (about a minute) ...")
-        compilation = _compile(deployed, deployment)
+        with interruptible():
+            compilation = _compile(deployed, deployment)
         found = plan(compilation)
     if arguments.json:
         took = {} if compilation is None else {"seconds": compilation.seconds, "peak_bytes": compilation.peak_bytes}

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn, TextIO
 
@@ -56,52 +57,113 @@ def repair_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def watch_interrupts(*, ends_process: bool = True) -> threading.Event:
-    """Sees to it that Ctrl-C is answered soon, even while the main thread is in native code that runs no Python.
+class InterruptHandler:
+    """What Ctrl-C does in a command's process: it ends it at once, with one line.
 
-    Does nothing where SIGINT is ignored (background jobs of a shell) or handled by another.
+    No exception is raised for it but where one is expected (`interruptible`): in the middle of an import or a callback of
+    native code it would be lost, or taken for a crash.
 
-    Args:
-      ends_process: Whether an interrupt that the main thread does not notice ends the process. Else (a conversation,
-        where it ends an answer) the second one does.
-
-    Returns:
-      Set once there was an interrupt: what it stopped may go on in native threads, so the process is to leave by
-      `leave_at_once`.
+    Attributes:
+      text: What is said.
+      was_raised: Whether there was an exception: what it stopped may go on in native threads, so the process is to leave by
+        `leave_at_once`.
     """
-    was_interrupted = threading.Event()
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return was_interrupted
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    noticed_at = -1.0
 
-    def notice(number: int, frame: FrameType | None) -> None:
-        nonlocal noticed_at
-        noticed_at = time.monotonic()
-        was_interrupted.set()
-        signal.default_int_handler(number, frame)
+    def __init__(self) -> None:
+        self.text = INTERRUPTED
+        self.was_raised = False
+        # The innermost place where an exception is expected, by its number; 0 where none is.
+        self._place, self._num_places = 0, 0
+        self._noticed_at = -1.0
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.signal(signal.SIGINT, self)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader, writer), daemon=True).start()
 
-    def watch() -> None:
-        is_last = ends_process
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._noticed_at = time.monotonic()
+        if not self._place:
+            self._leave()
+        self.was_raised = True
+        raise KeyboardInterrupt(self.text)
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Where an exception is raised."""
+        outer = self._place
+        self._num_places += 1
+        self._place = self._num_places
+        try:
+            yield
+        finally:
+            self._place = outer
+
+    def _is_set(self) -> bool:
+        return signal.getsignal(signal.SIGINT) is self
+
+    def _leave(self) -> NoReturn:
+        # The main thread may be in the middle of writing: no stream is used.
+        start = b"\n" if sys.stderr.isatty() else b""
+        with contextlib.suppress(OSError):
+            os.write(2, start + f"step3: {self.text}\n".encode())
+        leave_at_once(INTERRUPTED_CODE)
+
+    def _watch(self, reader: socket.socket, writer: socket.socket) -> None:
+        """A thread: signals come here too, while the main thread may be in native code that runs no Python."""
+        is_last = False
         with writer:
             while numbers := reader.recv(64):
-                if signal.SIGINT not in numbers or signal.getsignal(signal.SIGINT) is not notice:
+                if signal.SIGINT not in numbers or not self._is_set():
                     continue
-                began_at = time.monotonic()
-                while (is_waiting := noticed_at < began_at - _SLACK_S) and time.monotonic() < began_at + NOTICE_S:
+                came_at, place = time.monotonic(), self._place
+                while time.monotonic() < came_at + NOTICE_S and self._place == place:
                     time.sleep(0.05)
-                if is_waiting and is_last:
-                    say(INTERRUPTED)
-                    leave_at_once(INTERRUPTED_CODE)
-                if is_waiting:
+                if self._place != place:
+                    continue
+                is_noticed = self._noticed_at >= came_at - _SLACK_S
+                if is_noticed:
+                    # A callback of native code has swallowed the exception.
+                    os.kill(os.getpid(), signal.SIGINT)
+                elif is_last or not place:
+                    self._leave()
+                else:
                     say("this step ends first; Ctrl-C again leaves at once")
-                is_last = ends_process or is_waiting
+                    is_last = True
 
-    signal.signal(signal.SIGINT, notice)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
-    return was_interrupted
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Where Ctrl-C raises KeyboardInterrupt, as it does in any Python; does nothing outside of a command's own process."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not isinstance(handler, InterruptHandler):
+        yield
+        return
+    with handler.raising():
+        yield
+
+
+@contextlib.contextmanager
+def interrupt_note(text: str) -> Iterator[None]:
+    """Says `text` if there is an interrupt."""
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, InterruptHandler):
+        handler.text, before = text, handler.text
+        try:
+            yield
+        finally:
+            handler.text = before
+        return
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(text) from None
+
+
+def handle_interrupts() -> InterruptHandler | None:
+    """Sets up what Ctrl-C does; None where SIGINT is ignored (background jobs of a shell) or handled by another."""
+    is_free = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return InterruptHandler() if is_free else None
 
 
 def read_stdin() -> str:
@@ -122,7 +184,8 @@ def say(text: str) -> None:
 def leave_at_once(code: int) -> NoReturn:
     """Ends the process without the interpreter's clean-up, in which a compiler that still runs would crash."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        # A RuntimeError where the interrupt came in the middle of a flush.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             stream.flush()
     os._exit(code)
 

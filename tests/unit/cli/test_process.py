@@ -22,12 +22,13 @@ STEP3 = (sys.executable, "-m", "step3_jax")
 STUCK = """
     import ctypes, threading
     from step3_jax.cli import process
-    process.watch_interrupts(ends_process={ends_process})
+    handler = process.handle_interrupts()
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)
     # Said once the main thread is in there.
     threading.Timer(0.5, print, ["stuck"], {{"flush": True}}).start()
-    libc.pthread_mutex_lock(mutex)
+    with {where}:
+        libc.pthread_mutex_lock(mutex)
 """
 
 
@@ -99,7 +100,7 @@ def test_error_handling_that_the_user_chose_stays() -> None:
 
 
 def test_an_interrupt_in_native_code_ends_the_process() -> None:
-    with start(sys.executable, "-c", textwrap.dedent(STUCK.format(ends_process=True))) as running:
+    with start(sys.executable, "-c", textwrap.dedent(STUCK.format(where="open('/dev/null')"))) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "stuck\n"
         running.send_signal(signal.SIGINT)
@@ -107,7 +108,7 @@ def test_an_interrupt_in_native_code_ends_the_process() -> None:
 
 
 def test_a_conversation_ends_at_the_second_interrupt_in_native_code() -> None:
-    with start(sys.executable, "-c", textwrap.dedent(STUCK.format(ends_process=False))) as running:
+    with start(sys.executable, "-c", textwrap.dedent(STUCK.format(where="process.interruptible()"))) as running:
         assert running.stdout is not None
         assert running.stderr is not None
         assert running.stdout.readline() == "stuck\n"

@@ -99,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return _run_guarded(list(argv))
-    handler = handle_interrupts()
+    # First: what the handler opens must not land in the place of a closed stream.
     repair_streams()
+    handler = handle_interrupts()
     words = sys.argv[1:]
     if "--debug" in words:
         _show_log()

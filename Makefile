@@ -33,17 +33,17 @@ demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not kernels" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not kernels" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not kernels" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not kernels" $(PYTEST_ARGS)
 
 # An environment of its own: the newest JAX, whose interpreter is the fastest, and the compiler for GPUs.
 kernels:
 	@$(MAKE) --no-print-directory VENV="$(KERNELS_VENV)" PYTHON="$(or $(PYTHON),python3.12)" kernels-here
 
 kernels-here: $(VENV)/.installed-aot
-	@$(BIN)/python -m pytest $(PARALLEL) -m "not gpu" tests/kernels $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) tests/kernels $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .

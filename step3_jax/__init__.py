@@ -6,6 +6,7 @@ The names of `__all__` are imported when they are first asked for, so that `step
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ _PLACES = {
     "load_model": "step3_jax.checkpoint.load",
     "save_model": "step3_jax.checkpoint.save",
 }
+
+
+# Says nothing unless the program asks for it: logging.getLogger("step3_jax").setLevel("INFO"), and a handler.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> object:

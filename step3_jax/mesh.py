@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import socket
@@ -25,6 +26,9 @@ START_TIMEOUT = "STEP3_START_TIMEOUT"
 DEFAULT_START_TIMEOUT_S = 120
 _GO = b"go\n"
 VARIABLES = (COORDINATOR, NUM_PROCESSES, PROCESS_ID, CPU_DEVICES)
+_GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+# What XLA itself reads; JAX refuses it beside a number of its own.
+_XLA_CPU_DEVICES = "xla_force_host_platform_device_count"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +81,15 @@ def make_layout(parallel: Parallel, devices: Sequence[jax.Device] | None = None)
 
     Args:
       parallel: The setting, its ep known (see `sharding.fit_parallel`).
-      devices: As many as it needs, those of a tensor group side by side; by default the first of all there are.
+      devices: As many as it needs, those of a tensor group side by side; by default the first of all there are (see
+        `find_devices`).
 
     Raises:
       ValueError: If there are too few devices, or some of a process of several would be left without work.
     """
     wanted = parallel.num_devices
     if devices is None:
-        devices = jax.devices()
+        devices = find_devices(wanted)
         if len(devices) < wanted or (len(devices) > wanted and jax.process_count() > 1):
             raise ValueError(_wrong_count(parallel, len(devices)))
         devices = devices[:wanted]
@@ -104,6 +109,44 @@ def make_layout(parallel: Parallel, devices: Sequence[jax.Device] | None = None)
 def count_hosts(devices: Sequence[jax.Device]) -> int:
     """Machines (domains of fast links) that devices are on, as far as the backend tells; 1 for CPUs."""
     return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def find_devices(count: int = 1) -> list[jax.Device]:
+    """The devices there are.
+
+    Args:
+      count: How many a CPU is to look like, if no computation has begun: then it cannot be changed any more. The variable
+        STEP3_CPU_DEVICES wins, as do JAX's own setting, XLA's flag and a launcher; GPUs are not touched.
+
+    Returns:
+      All devices of the default platform, of all processes; there may be more or fewer than `count`.
+
+    Raises:
+      ValueError: If STEP3_CPU_DEVICES is no number, or JAX_PLATFORMS asks for what is not installed or not there; the
+        message says what to install.
+    """
+    # What was chosen in another way stays.
+    is_chosen = jax.config.values["jax_num_cpu_devices"] > 0 or _XLA_CPU_DEVICES in os.environ.get("XLA_FLAGS", "")
+    if not is_chosen and os.environ.get(COORDINATOR) is None:
+        chosen = _read_number(os.environ, CPU_DEVICES, 1) if os.environ.get(CPU_DEVICES) else count
+        # A computation has begun: the caller says so, if there are too few.
+        if chosen > 1:
+            with contextlib.suppress(RuntimeError):
+                jax.config.update("jax_num_cpu_devices", chosen)
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        if wanted := jax.config.values["jax_platforms"]:
+            raise ValueError(_missing_platform(wanted, str(error))) from None
+        raise
+
+
+def too_few_cpu_devices(wanted: int) -> str:
+    """What to do about it, for a message."""
+    return (
+        f"the number is fixed once JAX has begun to compute: set {CPU_DEVICES}={wanted} before the program starts, or "
+        f'jax.config.update("jax_num_cpu_devices", {wanted}) in it before anything else'
+    )
 
 
 def force_cpu_devices(count: int) -> None:
@@ -190,8 +233,7 @@ def _set_cpu_devices(count: int) -> None:
         have = len(jax.devices("cpu"))
         if have < count:
             raise ValueError(
-                f"{count} CPU devices are wanted, but computing has begun with {have}: set {CPU_DEVICES}={count} before "
-                "the program starts"
+                f"{count} CPU devices are wanted, but computing has begun with {have}; {too_few_cpu_devices(count)}"
             ) from None
 
 
@@ -278,5 +320,22 @@ def _wrong_count(parallel: Parallel, num_devices: int) -> str:
             f"{num_devices} together: none may be left out"
         )
     platform = jax.default_backend()
-    hint = f"set {CPU_DEVICES}={parallel.num_devices}" if platform == "cpu" else "lower dp or tp, or use step3 launch"
+    hint = too_few_cpu_devices(parallel.num_devices) if platform == "cpu" else "lower dp or tp, or use step3 launch"
     return f"{parallel} needs {parallel.num_devices} devices, and there are {num_devices} ({platform}): {hint}"
+
+
+def _missing_platform(wanted: str, reason: str) -> str:
+    """Why the platforms of JAX_PLATFORMS are not there, and what to do."""
+    text = f"JAX_PLATFORMS is {wanted!r}, and JAX has no such device here"
+    otherwise = "JAX_PLATFORMS=cpu computes on the CPU"
+    if not {"cuda", "gpu"} & set(wanted.split(",")):
+        return f"{text} ({reason.partition('. (')[0]}): {otherwise}"
+    if not any(importlib.util.find_spec(name) for name in _GPU_PLUGINS):
+        return (
+            f"{text}: JAX is installed for CPUs alone. For an NVIDIA GPU: pip install 'step3-jax[cuda13]' (driver 580 or "
+            f"later; [cuda12] for driver 525 or later); {otherwise}"
+        )
+    said = f" ({' '.join(reason.split())})" if reason.strip() else ""
+    return (
+        f"{text}, though its CUDA plugin is installed{said}: does nvidia-smi show the GPU and its driver? {otherwise}"
+    )

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def find_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder at `path`, or the shipped one of that name where there is none: `models/step3-tiny` works everywhere.
+
+    Returns:
+      `path` itself if there is neither: what is wrong with it is the caller's to say.
+    """
+    folder = pathlib.Path(path)
+    if folder.exists() or folder.parts[:1] != ("models",):
+        return folder
+    try:
+        return find(str(path))
+    except ValueError:
+        return folder
 
 
 def find(name: str) -> pathlib.Path:

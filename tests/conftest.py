@@ -16,6 +16,9 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("STEP3_TEST_PLATFORM", "cpu")
 # The kernels' interpreter holds a thread for each warpgroup that waits; with as few as this machine may have cores it hangs.
 os.environ.setdefault("PJRT_NPROC", "8")
 
+# No test writes into the user's compile cache, nor does one get programs that another compiled.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
 import jax
 import jaxtyping
 

@@ -23,7 +23,8 @@ assert step3_jax.__file__.startswith(sys.argv[1]), step3_jax.__file__
 assert ModelConfig.preset("step3").text.num_hidden_layers == 61
 assert str(resources.find("models/step3-tiny")).startswith(sys.argv[1])
 from step3_jax.cli.main import main
-sys.exit(main(["generate", "-p", "What is the capital of France?", "--max-tokens", "8", "--json"]))
+assert resources.find_folder("models/step3-tiny") == resources.find("models/step3-tiny")
+sys.exit(main(["generate", "models/step3-tiny", "-p", "What is the capital of France?", "--max-tokens", "8", "--json"]))
 """
 
 
@@ -48,6 +49,7 @@ def test_the_wheel_carries_the_package_and_its_files_and_nothing_else(wheel: pat
     names = zipfile.ZipFile(wheel).namelist()
     assert "step3_jax/_shipped/configs/models/step3.json" in names
     assert "step3_jax/_shipped/models/step3-tiny/tokenizer.json" in names
+    assert "step3_jax/py.typed" in names
     roots = {name.split("/")[0] for name in names}
     assert {root for root in roots if not root.endswith(".dist-info")} <= {"step3_jax", "pallas_kernels"}
     assert not [name for name in names if "__pycache__" in name]

@@ -14,8 +14,8 @@ import sys
 import time
 
 from step3_jax import resources
+from step3_jax.cli.choice import DEFAULT_MODEL
 from step3_jax.cli.message import starts_thinking, user_message
-from step3_jax.cli.option import DEFAULT_MODEL
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams

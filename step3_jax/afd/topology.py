@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from step3_jax.checkpoint.names import Path, parameters_of
 from step3_jax.config import ModelConfig
 from step3_jax.deployment import Division, Topology
-from step3_jax.mesh import Layout, make_layout
+from step3_jax.mesh import Layout, find_devices, make_layout, too_few_cpu_devices
 from step3_jax.model.step3 import abstract_step3
 from step3_jax.sharding import Parallel, find_problems
 
@@ -54,18 +54,18 @@ class AfdTopology:
         Args:
           instances: xAyF.
           division: Of the FFN side; if absent, experts are shared out over instances and widths inside one.
-          devices: To choose from; all devices of the default platform if absent.
+          devices: To choose from; all devices of the default platform if absent (see `mesh.find_devices`).
 
         Raises:
           ValueError: If there are too few devices (the message says what would fit), or `division` is of another number
             of FFN devices.
         """
-        devices = jax.devices() if devices is None else devices
+        devices = find_devices(instances.num_devices) if devices is None else devices
         if len(devices) < instances.num_devices:
             raise ValueError(
                 f"--afd {instances.spec} with {instances.devices_per_instance} device(s) an instance needs "
                 f"{instances.num_devices} devices, and there are {len(devices)} ({devices[0].platform}): "
-                + _what_fits(instances, len(devices))
+                + _what_fits(instances, len(devices), devices[0].platform)
             )
         if division is None:
             division = Division(instances.num_ffn, instances.devices_per_instance, instances.num_ffn)
@@ -159,11 +159,15 @@ def _divisions(num_devices: int) -> list[Division]:
     return [Division(num_devices // tp, tp, ep) for tp in divisors for ep in divisors]
 
 
-def _what_fits(instances: Topology, num_devices: int) -> str:
+def _what_fits(instances: Topology, num_devices: int, platform: str) -> str:
     num_instances = instances.num_attention + instances.num_ffn
     if num_devices >= num_instances:
-        return f"it fits with --afd-devices {num_devices // num_instances}"
-    if num_devices < 2:
-        return "leave out --afd, or set JAX_PLATFORMS=cpu and STEP3_CPU_DEVICES to try it on one machine"
-    num_ffn = max(1, min(instances.num_ffn, num_devices // 2))
-    return f"{num_devices - num_ffn}a{num_ffn}f fits with --afd-devices 1"
+        hint = f"it fits with --afd-devices {num_devices // num_instances}"
+    elif num_devices < 2:
+        hint = "leave out --afd"
+    else:
+        num_ffn = max(1, min(instances.num_ffn, num_devices // 2))
+        hint = f"{num_devices - num_ffn}a{num_ffn}f fits with --afd-devices 1"
+    if platform == "cpu":
+        return f"{hint}. For more on a CPU: {too_few_cpu_devices(instances.num_devices)}"
+    return hint if num_devices > 1 else f"{hint}, or set JAX_PLATFORMS=cpu to try it on one machine"

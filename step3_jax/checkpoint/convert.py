@@ -19,6 +19,7 @@ import time
 from tqdm import tqdm
 
 from step3_jax.checkpoint.buffer import BufferPool
+from step3_jax.checkpoint.form import MAX_MEMORY
 from step3_jax.checkpoint.manifest import Manifest, Record, check_free
 from step3_jax.checkpoint.memory import anonymous_bytes, format_bytes
 from step3_jax.checkpoint.orbax_io import ABOUT_FILE, TREE_FILE, WEIGHTS, place_arrays, write_item
@@ -37,8 +38,6 @@ DATA = "data"
 WORKER_BYTES = 6 * UNIT_BYTES
 # Headers, the record, compiled code, and a margin.
 RESERVED_BYTES = 2**27
-# What a conversion may take if nobody says.
-MAX_MEMORY = 4 * 2**30
 # Between two times that what is written is brought to the disk itself.
 SYNC_BYTES, SYNC_SECONDS = 2**32, 30.0
 

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 from tqdm import tqdm
 
+from step3_jax import resources
 from step3_jax.checkpoint.buffer import BufferPool, empty_aligned
 from step3_jax.checkpoint.memory import available_bytes, format_bytes
 from step3_jax.checkpoint.names import (
@@ -41,7 +42,7 @@ from step3_jax.checkpoint.shards import Checkpoint, summarise
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig
 from step3_jax.gpu import claim_memory
-from step3_jax.mesh import Layout, padded_shape
+from step3_jax.mesh import Layout, find_devices, padded_shape
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import BlockScaled, scale_shape
 from step3_jax.sharding import fit_parallel
@@ -94,7 +95,9 @@ def load_model(
     claim_memory()
     if shardings is not None and layout is not None:
         raise ValueError("shardings and layout both say where parameters go: give one of them")
-    folder = require_folder(path)
+    # Says what is missing where JAX_PLATFORMS asks for what is not there.
+    find_devices()
+    folder = require_folder(resources.find_folder(path))
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} is no model folder: it holds no config.json")
     config = ModelConfig.load(folder)

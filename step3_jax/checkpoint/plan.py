@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from step3_jax.checkpoint.form import CONFIG_DTYPES, DTYPE_CHOICES, FORMS
 from step3_jax.checkpoint.names import SCALE_SUFFIX, expected_tensors, is_fp8_tensor, scale_name
 from step3_jax.checkpoint.placement import Band, Placement, as_matrices
 from step3_jax.checkpoint.reader import FP8_DTYPE
@@ -21,11 +22,8 @@ from step3_jax.quant import scale_shape
 Action = Literal["copy", "cast", "quantise", "dequantise"]
 Tensors = Mapping[str, Placement | StoredArray]
 
-# Names of --dtype -> safetensors' name, and the name in config.json. FP8 has BF16 beside it, as the release does.
+# Names of --dtype -> safetensors' name.
 PLAIN_DTYPES = {"bf16": "BF16", "fp8": "BF16", "float32": "F32"}
-CONFIG_DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "float32": "float32"}
-DTYPE_CHOICES = tuple(CONFIG_DTYPES)
-FORMS = ("orbax", "hf")
 UNIT_BYTES = 2**24
 
 

@@ -11,6 +11,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxtyping import Int
 
 from step3_jax import __version__
 from step3_jax.cli.afd_option import AfdChoice
+from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.cli.bench_decode import (
     Ours,
     TorchPeer,
@@ -32,38 +34,16 @@ from step3_jax.cli.bench_decode import (
     random_model,
     read_meter,
 )
-from step3_jax.cli.engine import add_engine, read_engine
-from step3_jax.config import DTYPES, ModelConfig
+from step3_jax.cli.display import is_first_process, write_note
+from step3_jax.cli.engine import read_engine
+from step3_jax.cli.process import interruptible
+from step3_jax.config import ModelConfig
 from step3_jax.model.step3 import Step3
 from step3_jax.sharding import Parallel
-
-# Hidden size and layers. "100m" has 109M active parameters of 309M in all: more bytes than any cache holds.
-PRESETS = {"100m": (1024, 7), "tiny": (128, 2)}
 
 Row = dict[str, str | int | float]
 # Seconds of each round: ours, and the peer's (empty without one).
 Times = tuple[list[float], list[float]]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options."""
-    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    decode = what.add_parser("decode", help="decode and prefill of a model with random weights")
-    decode.add_argument("--preset", choices=PRESETS, default="100m", help="size of the model (default: %(default)s)")
-    decode.add_argument("--hidden", type=int, metavar="N", help="hidden size, instead of the preset's")
-    decode.add_argument("--layers", type=int, metavar="N", help="layers, instead of the preset's")
-    decode.add_argument("--dtype", type=_names, default=list(DTYPES), metavar="A,B", help="default: float32,bfloat16")
-    decode.add_argument("--batch", type=_numbers, default=[1, 4, 16], metavar="N,N", help="default: 1,4,16")
-    decode.add_argument("--steps", type=int, default=16, metavar="N", help="tokens of a round (default: %(default)s)")
-    decode.add_argument("--rounds", type=int, default=7, metavar="N", help="medians are over so many (default: 7)")
-    decode.add_argument("--prompt", type=int, default=32, metavar="N", help="prompt tokens (default: %(default)s)")
-    decode.add_argument(
-        "--prefill", type=int, default=512, metavar="N", help="tokens of prefill (default: %(default)s)"
-    )
-    add_engine(decode, ("devices",))
-    decode.add_argument("--torch", action="store_true", help="measure PyTorch too, on the same weights")
-    decode.add_argument("--torch-python", metavar="PATH", help="interpreter that has torch and numpy; implies --torch")
-    decode.add_argument("--json", metavar="FILE", help="also write all figures to FILE")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -95,13 +75,17 @@ def run(arguments: argparse.Namespace) -> int:
         torch_python=arguments.torch_python or (sys.executable if arguments.torch else None),
         parallel=devices.parallel,
         afd=devices.afd,
+        tell=write_note,
     )
-    print(format_report(found))
+    if is_first_process():
+        print(format_report(found), flush=True)
     if arguments.json:
         target = pathlib.Path(arguments.json)
         new = target.with_name(target.name + ".new")
         new.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         new.replace(target)
+    if found["is_partial"]:
+        raise KeyboardInterrupt("interrupted; what had been measured until then is above")
     return 0
 
 
@@ -117,8 +101,11 @@ def measure_decode(
     torch_python: str | None = None,
     parallel: Parallel | None = None,
     afd: AfdChoice | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, object]:
     """Decode and prefill of a random model; each round measures every side once, so that they share its conditions.
+
+    Interrupted, it gives what is complete until then.
 
     Args:
       config: The model.
@@ -131,12 +118,15 @@ def measure_decode(
       torch_python: Interpreter of the PyTorch peer; None measures without.
       parallel: How the model is spread over several devices; one device if None.
       afd: Devices of attention and of the FFN, if they are apart.
+      tell: Gets a line of text about each part before it is measured.
 
     Returns:
-      `conditions`, `model`, `read_gb_per_s`, and rows of `decode` and `prefill`, as JSON takes them.
+      `is_partial`, `conditions`, `model`, `read_gb_per_s` (None if nothing was measured), and rows of `decode` and
+      `prefill`, as JSON takes them.
     """
     num_threads = _num_threads()
     before = _pressure()
+    tell("making a model with random weights ...")
     model = random_model(config)
     rng = np.random.default_rng(0)
     sides = {name: Ours(_cast(model, name), parallel, afd) for name in dtypes}
@@ -145,27 +135,33 @@ def measure_decode(
     decode_rows: list[Row] = []
     prefill_rows: list[Row] = []
     agreement: dict[str, float] = {}
-    with contextlib.ExitStack() as stack:
+    versions: dict[str, object] = {}
+    with interruptible(), _Interruptible() as measuring, contextlib.ExitStack() as stack:
         peer = None
         if torch_python is not None:
+            tell("starting PyTorch, and comparing logits ...")
             peer = stack.enter_context(TorchPeer(torch_python, model, dtypes, num_threads))
             ids = rng.integers(2, config.text.vocab_size, (2, 24))
+            versions = peer.versions
             agreement = {name: check_agreement(side, peer, name, ids) for name, side in sides.items()}
         for batch in batches:
+            tell(f"decode, batch {batch}: {rounds} rounds of {steps} tokens in {', '.join(dtypes)} ...")
             ids = rng.integers(2, config.text.vocab_size, (batch, prompt_length))
             times = _decode_times(sides, peer, ids, steps, rounds, lambda: rates.append(read()))
             decode_rows += [_decode_row(config, name, batch, steps, *times[name]) for name in dtypes]
         ids = rng.integers(2, config.text.vocab_size, (1, prefill_length))
         for name, side in sides.items():
+            tell(f"prefill, {prefill_length} tokens in {name}: {rounds} rounds ...")
             products = prefill_products(config.text, prefill_length)
             gemm, *seconds = _prefill_times(side, peer, name, ids, rounds, products)
             prefill_rows.append(_prefill_row(config, name, prefill_length, gemm, *seconds))
-        versions = peer.versions if peer is not None else {}
-    read_rate = statistics.median(rates)
-    for row in decode_rows:
-        row["share_of_read"] = float(row["gb_per_s"]) * 1e9 / read_rate
+    read_rate = statistics.median(rates) if rates else None
+    if read_rate is not None:
+        for row in decode_rows:
+            row["share_of_read"] = float(row["gb_per_s"]) * 1e9 / read_rate
     layers, head = active_parameters(config.text)
     return {
+        "is_partial": measuring.was_interrupted,
         "conditions": {
             "step3-jax": __version__,
             "jax": jax.__version__,
@@ -177,7 +173,7 @@ def measure_decode(
             "steps": steps,
             "rounds": rounds,
             "prompt": prompt_length,
-            "devices": "1" if parallel is None else str(parallel),
+            "devices": _describe_devices(parallel, afd),
         }
         | versions,
         "model": {
@@ -186,7 +182,7 @@ def measure_decode(
             "active_parameters": layers + head,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model)[1])),
         },
-        "read_gb_per_s": read_rate / 1e9,
+        "read_gb_per_s": None if read_rate is None else read_rate / 1e9,
         "logits_error": agreement,
         "decode": decode_rows,
         "prefill": prefill_rows,
@@ -203,6 +199,31 @@ def format_report(found: dict[str, object]) -> str:
             lines += ["", f"{name}:", "", "| " + " | ".join(rows[0]) + " |", "|" + "--|" * len(rows[0])]
             lines += ["| " + " | ".join(_number(value) for value in row.values()) + " |" for row in rows]
     return "\n".join(lines)
+
+
+class _Interruptible:
+    """A context that an interrupt ends without ending what follows it."""
+
+    was_interrupted = False
+
+    def __enter__(self) -> _Interruptible:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.was_interrupted = isinstance(error, KeyboardInterrupt)
+        return self.was_interrupted
+
+
+def _describe_devices(parallel: Parallel | None, afd: AfdChoice | None) -> str:
+    """Number and kind of the devices that were measured, and how they share the work."""
+    if afd is not None:
+        devices, how = list(afd.topology.devices), f" as {afd.topology.instances.spec}"
+    else:
+        devices = jax.devices()[: 1 if parallel is None else parallel.num_devices]
+        how = "" if parallel is None else f" as {parallel}"
+    return f"{len(devices)} x {devices[0].device_kind}{how}"
 
 
 def _decode_times(
@@ -317,23 +338,6 @@ def _cpu_name() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if not set(names) <= set(DTYPES):
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {', '.join(DTYPES)}, separated by commas")
-    return names
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; whole numbers of at least 1 are needed, separated by commas")
-    return numbers
 
 
 def _number(value: object) -> str:

@@ -224,7 +224,12 @@ class TorchPeer:
             )
         try:
             self._process = subprocess.Popen(
-                [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                # A group of its own: Ctrl-C is ours to answer.
+                [python, str(script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                process_group=0,
             )
         except OSError as error:
             raise ValueError(f"--torch-python {python} cannot be started: {error.strerror}") from None
@@ -243,6 +248,8 @@ class TorchPeer:
         if self._process.stdin is not None and self._process.stdout is not None:
             self._process.stdin.close()
             self._process.stdout.close()
+        if kind is not None:
+            self._process.kill()
         self._process.wait()
 
     def ask(self, request: str, **values: object) -> dict[str, object]:

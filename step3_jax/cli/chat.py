@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import pathlib
+import shlex
 import sys
+import urllib.parse
 
-from step3_jax.cli.display import Display, default_show_reasoning, write_note
-from step3_jax.cli.engine import add_engine, load_llm, print_config, read_engine
-from step3_jax.cli.message import check_images, starts_thinking, system_messages, user_message
-from step3_jax.cli.option import add_model, add_sampling, find_model, read_sampling
+from step3_jax.cli.choice import find_model, read_sampling
+from step3_jax.cli.display import Display, default_show_reasoning, show_until_first, write_note
+from step3_jax.cli.engine import load_llm, print_config, read_engine
+from step3_jax.cli.message import check_images, starts_thinking, stop_in_answer, system_messages, user_message
+from step3_jax.cli.precheck import check_before_loading
+from step3_jax.cli.process import interruptible
+from step3_jax.cli.progress import show_progress
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
 
@@ -18,20 +24,9 @@ from step3_jax.sampling.params import SamplingParams
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401
 
-HELP = "/image FILE shows a picture with the next question, /reset begins anew, /quit leaves"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options."""
-    add_model(parser)
-    parser.add_argument("--system", metavar="TEXT", help="a system message at the begin")
-    add_sampling(parser)
-    add_engine(parser, without=["seed"])
-    parser.add_argument(
-        "--reasoning",
-        action=argparse.BooleanOptionalAction,
-        help="show what comes before </think>, on stderr (default: only on a terminal)",
-    )
+HELP = "/image FILE shows an image with the next question, /reset begins anew, /quit leaves"
+# Of the context, what an answer gets at least before older turns are dropped for it.
+_ANSWER_SHARE = 4
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,7 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     choice = read_engine(arguments)
     params = read_sampling(arguments)
     folder = find_model(arguments)
-    llm = load_llm(choice, folder)
+    check_before_loading(folder, max_model_len=choice.config.max_model_len)
+    with show_progress(f"loading {folder}"):
+        llm = load_llm(choice, folder)
     show_reasoning = default_show_reasoning() if arguments.reasoning is None else arguments.reasoning
     conversation = Conversation(llm, folder, params, system=arguments.system, show_reasoning=show_reasoning)
     is_interactive = sys.stdin.isatty()
@@ -54,7 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     has_failed = False
     while True:
         try:
-            line = input("> " if is_interactive else "").strip()
+            # Some shells put a byte order mark in front of what they pipe.
+            with interruptible():  # An exit in the middle of it would leave the terminal as line editing has set it.
+                line = input("> " if is_interactive else "").removeprefix("\ufeff").strip()
         except EOFError:
             break
         if line == "/quit":
@@ -104,9 +103,7 @@ class Conversation:
         if not line:
             return
         if command == "/image":
-            images = [str(pathlib.Path(rest.strip()).expanduser())]
-            check_images(images)
-            self._images += images
+            self._add_image(rest)
         elif command == "/reset":
             self._messages, self._images = list(self._begin), []
         elif command == "/help":
@@ -116,15 +113,77 @@ class Conversation:
         else:
             self._answer(line)
 
+    def _add_image(self, text: str) -> None:
+        if self._llm.config.vision is None:
+            raise ValueError("this model has no vision tower, so it cannot be shown an image")
+        path = find_pasted_path(text)
+        check_images([path])
+        self._images.append(path)
+
     def _answer(self, question: str) -> None:
-        # A picture that the engine refuses must not come back with the next question.
+        # An image that the engine refuses must not come back with the next question.
         images, self._images = self._images, []
-        messages = [*self._messages, user_message(question, images)]
-        display = Display(starts_thinking=starts_thinking(self._folder, messages), show_reasoning=self._show_reasoning)
+        messages, params = self._fit([*self._messages, user_message(question, images)])
+        is_thinking = starts_thinking(self._folder, messages)
+        display = Display(starts_thinking=is_thinking, show_reasoning=self._show_reasoning)
+        params, finish_reason = stop_in_answer(params, starts_thinking=is_thinking), None
         # Interrupted, the answer ends where it is, and the conversation goes on from there.
-        with contextlib.suppress(KeyboardInterrupt):
-            for piece in self._llm.chat(messages, self._params, stream=True):
+        with contextlib.suppress(KeyboardInterrupt), interruptible():
+            for piece in show_until_first(self._llm.chat(messages, params, stream=True)):
                 display.push(piece.text)
+                finish_reason = piece.finish_reason
         display.finish()
+        if finish_reason == "length":
+            limit = "--max-tokens" if params.max_tokens == self._params.max_tokens else "the end of the context"
+            write_note(f"(cut off{'' if display.answer else ' inside the reasoning'} by {limit})")
         # Reasoning is not part of the history: the template would drop it too.
         self._messages = [*messages, {"role": "assistant", "content": display.answer}]
+
+    def _fit(self, messages: list[dict[str, object]]) -> tuple[list[dict[str, object]], SamplingParams]:
+        """Drops the oldest turns until an answer has room, and shortens the answer to what is left."""
+        limit, wanted = self._llm.max_model_len, self._params.max_tokens
+        least = max(1, limit // _ANSWER_SHARE)
+        if wanted is not None:
+            least = min(least, wanted)
+        # A turn is a question and its answer; the last question stays.
+        first, last = len(self._begin), len(messages) - 1
+        start = first
+        room = self._room_after(messages)
+        # A question that has no room even alone is the engine's to refuse.
+        if room < least and self._room_after([*self._begin, messages[last]]) > 0:
+            while room < least and start < last:
+                start += 2
+                room = self._room_after([*self._begin, *messages[start:]])
+        if start > first:
+            turns = "turn was" if start == first + 2 else f"{(start - first) // 2} turns were"
+            write_note(f"(the conversation is full, {limit:,} tokens: the oldest {turns} left out; /reset begins anew)")
+        params = self._params
+        if room > 0 and (wanted is None or wanted > room):
+            params = dataclasses.replace(params, max_tokens=room)
+        return [*self._begin, *messages[start:]], params
+
+    def _room_after(self, messages: list[dict[str, object]]) -> int:
+        """Tokens of the context that a conversation leaves for the answer."""
+        return self._llm.max_model_len - len(self._llm.prompts.from_chat(messages).token_ids)
+
+
+def find_pasted_path(text: str) -> str:
+    """A path as terminals paste or drop it: in quotes, with blanks escaped, or as a file:// address.
+
+    Args:
+      text: What stands after /image.
+
+    Returns:
+      The path. Text that names a file as it stands is never changed.
+    """
+    text = text.strip()
+    plain = pathlib.Path(text).expanduser()
+    if text and plain.exists():
+        return str(plain)
+    with contextlib.suppress(ValueError):  # An apostrophe in a name is no quotation.
+        words = shlex.split(text)
+        if len(words) == 1:
+            text = words[0]
+    if text.lower().startswith("file://"):
+        text = urllib.parse.unquote(urllib.parse.urlsplit(text).path)
+    return str(pathlib.Path(text).expanduser())

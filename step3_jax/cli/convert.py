@@ -4,75 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import re
 import shutil
 import sys
 
 import jax
 
-from step3_jax.checkpoint.convert import MAX_MEMORY, Report, convert, fit_workers
+from step3_jax import resources
+from step3_jax.checkpoint.convert import Report, convert, fit_workers
 from step3_jax.checkpoint.memory import format_bytes
-from step3_jax.checkpoint.plan import DTYPE_CHOICES, FORMS, Plan, plan_conversion
+from step3_jax.checkpoint.plan import Plan, plan_conversion
 from step3_jax.checkpoint.shards import write_text
 from step3_jax.checkpoint.source import open_source
 from step3_jax.checkpoint.transform import BandError
 from step3_jax.checkpoint.verify import Comparison, verify
+from step3_jax.cli.process import interrupt_note
 
 MAX_SHOWN = 10
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+INTERRUPTED = "interrupted; what has been converted is kept: the same command with --resume goes on from there"
 FORM_TITLES = {"hf": "released layout", "orbax": "Orbax"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options."""
-    parser.add_argument("source", metavar="SRC", type=pathlib.Path, help="released folder, Orbax folder, training run")
-    parser.add_argument("target", metavar="DST", type=pathlib.Path, help="folder to write; must not exist")
-    parser.add_argument("--to", choices=FORMS, help="form of the result (default: the one that SRC is not)")
-    parser.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the weights (default: as they are)")
-    parser.add_argument("--resume", action="store_true", help="go on with a conversion that was stopped")
-    parser.add_argument(
-        "--verify", action="store_true", help="compare SRC and DST afterwards, or only that if DST is there"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show what would be written, and write nothing")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(os.cpu_count() or 1, 8),
-        metavar="N",
-        help="threads; they share --max-memory (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-memory",
-        type=parse_bytes,
-        default=MAX_MEMORY,
-        metavar="SIZE",
-        help="most memory, mapped files not counted (default: 4GiB)",
-    )
-    parser.add_argument(
-        "--shard-size",
-        type=parse_bytes,
-        default=parse_bytes("5GB"),
-        metavar="SIZE",
-        help="largest shard of the released layout (default: 5GB)",
-    )
-    parser.add_argument(
-        "--companions",
-        type=pathlib.Path,
-        metavar="FOLDER",
-        help="where config.json, tokenizer and templates are, if SRC has none (a training run)",
-    )
-    parser.add_argument(
-        "--report", type=pathlib.Path, metavar="FILE", help="write what happened to each tensor as JSON lines"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Converts, and verifies if asked to."""
     # An accelerator has nothing to do here, and would only be kept from others.
     jax.config.update("jax_platforms", "cpu")
-    source = open_source(arguments.source, arguments.companions)
+    source = open_source(resources.find_folder(arguments.source), arguments.companions)
     plan = plan_conversion(source, form=arguments.to, dtype=arguments.dtype, shard_bytes=arguments.shard_size)
     _print_plan(plan, arguments.target)
     if arguments.dry_run:
@@ -81,14 +38,15 @@ def run(arguments: argparse.Namespace) -> int:
     if is_there and arguments.verify and not arguments.resume:
         print("DST is there: comparing only")
     else:
-        report = convert(
-            plan,
-            arguments.target,
-            resume=arguments.resume,
-            num_workers=arguments.workers,
-            max_memory=arguments.max_memory,
-            progress=sys.stderr.isatty(),
-        )
+        with interrupt_note(INTERRUPTED):
+            report = convert(
+                plan,
+                arguments.target,
+                resume=arguments.resume,
+                num_workers=arguments.workers,
+                max_memory=arguments.max_memory,
+                progress=sys.stderr.isatty(),
+            )
         _print_report(report)
         if not arguments.verify:
             _print_errors(report.errors)
@@ -102,18 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         _write_lines(arguments.report, [_comparison_line(comparison) for comparison in comparisons])
     return _print_comparisons(comparisons)
-
-
-def parse_bytes(text: str) -> int:
-    """ "4GiB" -> 4294967296; also 5GB, 512M, or a plain number.
-
-    Raises:
-      argparse.ArgumentTypeError: If it is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if match is None or match[2] not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one like 4GiB, 5GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def _print_plan(plan: Plan, target: pathlib.Path) -> None:
@@ -163,7 +109,9 @@ def _print_errors(errors: dict[str, BandError]) -> None:
     if not errors:
         return
     total = sum(errors.values(), BandError())
-    print(f"error  relative RMS {total.relative_rms:.2e}, largest {total.largest:.2e}; the {MAX_SHOWN} worst tensors:")
+    print(
+        f"rounding  relative RMS {total.relative_rms:.2e}, largest {total.largest:.2e}; the {MAX_SHOWN} largest tensors:"
+    )
     worst = sorted(errors, key=lambda name: errors[name].relative_rms, reverse=True)[:MAX_SHOWN]
     for name in worst:
         print(f"  {errors[name].relative_rms:.2e}  {errors[name].largest:.2e}  {name}")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 
+from step3_jax.cli.progress import show_progress
+from step3_jax.engine.request import StreamPiece
 from step3_jax.text.reasoning import ReasoningSplitter
+
+ANSWERING = "reading the prompt (the first of its size compiles programs)"
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -43,7 +49,12 @@ class Display:
         self._show(*self._splitter.finish())
         if self._reasoning and not self._answer and self._show_reasoning:
             _write_dim("\n")
-        print(flush=True)
+        self._print()
+
+    @staticmethod
+    def _print(text: str = "", end: str = "\n") -> None:
+        if is_first_process():
+            print(text, end=end, flush=True)
 
     def _show(self, reasoning: str, answer: str) -> None:
         if reasoning:
@@ -54,7 +65,16 @@ class Display:
             if self._reasoning and not self._answer and self._show_reasoning:
                 _write_dim("\n")
             self._answer.append(answer)
-            print(answer, end="", flush=True)
+            self._print(answer, end="")
+
+
+def show_until_first(pieces: Iterator[StreamPiece]) -> Iterator[StreamPiece]:
+    """The same pieces; a terminal is told what is waited for until the first one comes."""
+    with show_progress(ANSWERING):
+        first = next(pieces, None)
+    if first is not None:
+        yield first
+        yield from pieces
 
 
 def default_show_reasoning() -> bool:
@@ -67,7 +87,14 @@ def write_note(text: str) -> None:
     _write_dim(text + "\n")
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one of several whose answers are shown: all of them have the same."""
+    return os.environ.get("STEP3_PROCESS_ID", "0") in ("", "0")
+
+
 def _write_dim(text: str) -> None:
+    if not is_first_process():
+        return
     if sys.stderr.isatty():
         text = f"{_DIM}{text}{_PLAIN}"
     sys.stderr.write(text)

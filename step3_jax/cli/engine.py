@@ -8,22 +8,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from step3_jax.cli.afd_option import AfdChoice, add_afd, load_afd_executor, read_afd_choice
+from step3_jax.cli.afd_option import AfdChoice, load_afd_executor, read_afd_choice
 from step3_jax.deployment import Deployment, load_deployment, parse_deployment
-from step3_jax.engine.compile_cache import enable_compile_cache
-from step3_jax.engine.config import (
-    GROUPS,
-    EngineConfig,
-    Setting,
-    format_config,
-    kind_of,
-    read_config_file,
-    settings,
-)
+from step3_jax.engine.config import EngineConfig, format_config, read_config_file
 from step3_jax.engine.llm import LLM, read_parallel
-from step3_jax.mesh import force_cpu_devices
+from step3_jax.mesh import find_devices, force_cpu_devices
 from step3_jax.sharding import Parallel
 
 
@@ -40,30 +31,6 @@ class EngineChoice:
     config: EngineConfig
     parallel: Parallel | None
     afd: AfdChoice | None
-
-
-def add_engine(parser: argparse.ArgumentParser, groups: Iterable[str] = GROUPS, *, without: Iterable[str] = ()) -> None:
-    """Adds an option for each setting, and where attention and FFN run.
-
-    Args:
-      parser: Gets the options.
-      groups: Of settings, see `config.GROUPS`.
-      without: Settings that get no option, as the command has another of this name; a file may hold them.
-    """
-    groups, without = tuple(groups), tuple(without)
-    titles = {name: parser.add_argument_group(GROUPS[name]) for name in groups}
-    names = [name for name, (_, one) in settings().items() if one.group in titles and name not in without]
-    for name in names:
-        field, setting = settings()[name]
-        _add_setting(titles[setting.group], name, field, setting)
-    parser.set_defaults(setting_names=names)
-    if "devices" in groups:
-        add_afd(parser)
-    group = parser.add_argument_group("configuration file")
-    group.add_argument(
-        "--config", metavar="FILE", help="YAML with any of these settings, and a section `deployment` for devices"
-    )
-    group.add_argument("--print-config", action="store_true", help="print the settings as such a file, and leave")
 
 
 def print_config(arguments: argparse.Namespace) -> bool:
@@ -83,7 +50,8 @@ def read_engine(arguments: argparse.Namespace) -> EngineChoice:
     """Reads the options of `add_engine`: to be called before the first use of a device.
 
     Raises:
-      ValueError: For values that are not allowed, options that do not go together, or that the devices do not fit.
+      ValueError: For values that are not allowed, options that do not go together, or that the devices do not fit; if
+        JAX_PLATFORMS asks for what is not there.
     """
     config, deployment, _ = _read_settings(arguments)
     # With it the tensor and expert parallel sizes are the FFN side's.
@@ -93,6 +61,7 @@ def read_engine(arguments: argparse.Namespace) -> EngineChoice:
         force_cpu_devices(parallel.num_devices)
     elif afd is None and config.attention_parallelism != "data":
         raise ValueError("--attention-parallelism tensor is for several devices: add --tensor-parallel-size")
+    find_devices()
     return EngineChoice(config, parallel, afd)
 
 
@@ -111,7 +80,6 @@ def load_llm(choice: EngineChoice, folder: pathlib.Path) -> LLM:
     Raises:
       ValueError: For everything that the checkpoint or the engine refuses.
     """
-    enable_compile_cache()
     executor = load_afd_executor(choice.afd, folder, choice.config.dtype)
     config = choice.config
     if executor is not None:
@@ -144,16 +112,3 @@ def _read_deployment(section: str | Mapping[str, object], source: str) -> Deploy
         return parse_deployment("deployment", section)
     except ValueError as error:
         raise ValueError(f"{source}: deployment: {error}") from None
-
-
-def _add_setting(group: argparse._ArgumentGroup, name: str, field: dataclasses.Field[object], setting: Setting) -> None:
-    flags = (f"--{name.replace('_', '-')}", *setting.flags)
-    default = setting.auto if field.default is None else str(field.default).lower()
-    text = f"{setting.help} (default: {default})".replace("%", "%%")
-    kind = kind_of(field)
-    if kind is bool:
-        group.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction, help=text)
-    elif setting.choices:
-        group.add_argument(*flags, dest=name, choices=setting.choices, help=text)
-    else:
-        group.add_argument(*flags, dest=name, type=kind, metavar=setting.metavar, help=text)

@@ -12,44 +12,60 @@ import sys
 
 import jax
 
-from step3_jax import __version__
+from step3_jax import __version__, resources
+from step3_jax.cli.choice import DEFAULT_MODEL
+from step3_jax.cli.variables import VARIABLES, read_variables
 from step3_jax.engine.compile_cache import enable_compile_cache
+from step3_jax.mesh import find_devices
 
-LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the environment."""
+    """Prints the environment; 1 if the devices that JAX_PLATFORMS asks for are not there."""
     found = describe_environment()
+    code = 1 if found["backend"] is None else 0
     if arguments.json:
         print(json.dumps(found))
-        return 0
-    width = max(len(name) for name in found)
+        return code
+    variables = read_variables(os.environ)
+    width = max(len(name) for name in (*found, *variables))
     for name, value in found.items():
-        print(f"{name:<{width}}  {_format(value)}")
-    return 0
+        if name != "variables":
+            print(f"{name:<{width}}  {_format(value)}")
+    print("\nvariables")
+    for name, setting in variables.items():
+        print(f"{name:<{width}}  {'-' if setting is None else setting}  ({VARIABLES[name]})")
+    return code
 
 
 def describe_environment() -> dict[str, object]:
-    """Versions, devices, memory and folders, by name; memory in bytes, None where it cannot be read."""
-    cache = enable_compile_cache()
+    """Versions, devices, memory, folders and variables, by name; memory in bytes, None where it cannot be read.
+
+    Without the devices that JAX_PLATFORMS asks for, `backend` is None and `problem` says what to do.
+    """
+    devices: list[dict[str, object]] = []
+    problem, backend = None, None
+    try:
+        devices = [_describe_device(device) for device in find_devices()]
+        backend = jax.default_backend()
+    except ValueError as error:
+        problem = str(error)
     versions = {"step3-jax": __version__, "python": platform.python_version()}
-    return {
+    found: dict[str, object] = {
         "versions": versions | {name: _version(name) for name in LIBRARIES},
         "executable": sys.executable,
         "platform": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _host_memory(),
-        "backend": jax.default_backend(),
-        "devices": [_describe_device(device) for device in jax.devices()],
+        "backend": backend,
+        "devices": devices,
         "kernels": _kernels(),
-        "compile_cache": None if cache is None else str(cache),
+        "compile_cache": enable_compile_cache(),
+        "model": _find_shipped_model(),
+        "variables": read_variables(os.environ),
     }
+    return found if problem is None else found | {"problem": problem}
 
 
 def _version(name: str) -> str:
@@ -76,8 +92,16 @@ def _describe_device(device: jax.Device) -> dict[str, object]:
 
 def _kernels() -> str:
     if importlib.util.find_spec("pallas_kernels") is None:
-        return "pallas kernels: none yet; XLA path"
-    return "pallas kernels: installed"
+        return "pallas kernels: not installed; XLA alone"
+    return "pallas kernels: installed (for GPUs of compute capability 9.0; XLA alone elsewhere)"
+
+
+def _find_shipped_model() -> str | None:
+    """Folder of the tiny model that commands use by default."""
+    try:
+        return str(resources.find(DEFAULT_MODEL))
+    except ValueError:
+        return None
 
 
 def _format(value: object) -> str:

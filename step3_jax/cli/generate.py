@@ -8,46 +8,26 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import sys
 import time
 
-from step3_jax.cli.display import Display, default_show_reasoning, write_note
-from step3_jax.cli.engine import add_engine, load_llm, print_config, read_engine
-from step3_jax.cli.message import check_images, starts_thinking, system_messages, user_message
-from step3_jax.cli.option import add_model, add_sampling, find_model, read_sampling
+from step3_jax.cli.choice import find_model, read_sampling
+from step3_jax.cli.display import (
+    ANSWERING,
+    Display,
+    default_show_reasoning,
+    is_first_process,
+    show_until_first,
+    write_note,
+)
+from step3_jax.cli.engine import load_llm, print_config, read_engine
+from step3_jax.cli.message import check_images, starts_thinking, stop_in_answer, system_messages, user_message
+from step3_jax.cli.precheck import check_before_loading
+from step3_jax.cli.process import read_stdin
+from step3_jax.cli.progress import show_progress
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import CompletionOutput, Logprob, RequestOutput
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.text.reasoning import is_thinking, split_reasoning
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options."""
-    add_model(parser)
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="what to ask; - reads it from stdin")
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture the prompt is about; may be repeated"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
-    parser.add_argument(
-        "--raw", action="store_true", help="give the prompt to the model as it is, without the chat template"
-    )
-    add_sampling(parser)
-    add_engine(parser, without=["seed"])
-    group = parser.add_argument_group("output")
-    group.add_argument("--n", type=int, default=1, metavar="N", help="so many answers (needs a temperature)")
-    group.add_argument("--json", action="store_true", help="print one JSON object")
-    group.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, help="show the answer while it comes (default: yes)"
-    )
-    group.add_argument(
-        "--reasoning",
-        action=argparse.BooleanOptionalAction,
-        help="show what comes before </think>, on stderr (default: only on a terminal)",
-    )
-    group.add_argument(
-        "--logprobs", type=int, metavar="N", help="log-probabilities of the N likeliest tokens; needs --json"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,17 +41,27 @@ def run(arguments: argparse.Namespace) -> int:
     _check_together(arguments)
     choice = read_engine(arguments)
     params = read_sampling(arguments, n=arguments.n, logprobs=arguments.logprobs)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
     check_images(arguments.image)
     folder = find_model(arguments)
+    check_before_loading(
+        folder,
+        max_model_len=choice.config.max_model_len,
+        num_images=len(arguments.image),
+        needs_template=not arguments.raw,
+    )
 
     begin = time.perf_counter()
-    llm = load_llm(choice, folder)
+    with show_progress(f"loading {folder}"):
+        llm = load_llm(choice, folder)
     load_s = time.perf_counter() - begin
 
     call = _Call(llm, folder, prompt, arguments)
+    params = stop_in_answer(params, starts_thinking=call.starts_thinking)
     if arguments.json:
-        print(json.dumps(_to_json(call.run(params), call.starts_thinking, folder, load_s, params.seed)))
+        found = _to_json(call.run(params), call.starts_thinking, folder, load_s, params.seed)
+        if is_first_process():
+            print(json.dumps(found))
     elif arguments.n > 1 or arguments.stream is False:
         call.show(params, load_s)
     else:
@@ -93,9 +83,10 @@ class _Call:
 
     def run(self, params: SamplingParams) -> RequestOutput:
         """The whole answer at once."""
-        if self._is_raw:
-            return self._llm.generate(self._prompt, params, images=self._images or None)[0]
-        return self._llm.chat(self._messages, params)[0]
+        with show_progress(ANSWERING):
+            if self._is_raw:
+                return self._llm.generate(self._prompt, params, images=self._images or None)[0]
+            return self._llm.chat(self._messages, params)[0]
 
     def show(self, params: SamplingParams, load_s: float) -> None:
         """Prints whole answers."""
@@ -121,7 +112,7 @@ class _Call:
         display = self._display()
         begin = time.perf_counter()
         first, num_tokens, finish_reason = None, 0, None
-        for piece in pieces:
+        for piece in show_until_first(pieces):
             first = first or time.perf_counter()
             num_tokens += len(piece.token_ids)
             finish_reason = piece.finish_reason

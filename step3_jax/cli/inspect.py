@@ -9,24 +9,16 @@ import argparse
 import json
 from collections.abc import Iterator
 
+from step3_jax import resources
 from step3_jax.checkpoint.inspect import Inspection, collapse, inspect_checkpoint
 from step3_jax.config import ModelConfig
 
 MAX_LINES = 100
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options."""
-    parser.add_argument(
-        "path", metavar="PATH", help="model folder (released layout or Orbax), or one .safetensors file"
-    )
-    parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Prints what was found."""
-    found = inspect_checkpoint(arguments.path)
+    found = inspect_checkpoint(resources.find_folder(arguments.path))
     if arguments.json:
         print(json.dumps(to_dict(found, tensors=arguments.tensors)))
     else:

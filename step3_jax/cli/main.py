@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
+import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,10 +20,19 @@ from typing import NoReturn
 
 from step3_jax import __version__
 from step3_jax.afd.beacon import START, Beacon
+from step3_jax.cli.process import (
+    INTERRUPTED,
+    INTERRUPTED_CODE,
+    handle_interrupts,
+    interruptible,
+    leave_at_once,
+    repair_streams,
+    say,
+)
 from step3_jax.gpu import claim_memory
 
-# Each has a module of its name, with `add_arguments(parser)` and `run(arguments) -> exit code`. Only the chosen one is
-# imported, so that `step3 --help` does not wait for jax.
+# Each has two modules of its name: in `arguments` one with `add_arguments(parser)`, free of jax so that `--help` need not
+# wait for it, and here one with `run(arguments) -> exit code`. Only those of the chosen command are imported.
 COMMANDS = {
     "generate": "answer one prompt, with or without pictures",
     "chat": "talk with the model in the terminal",
@@ -43,10 +55,19 @@ class UsageError(ValueError):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is an exception and not five lines of usage."""
+    """argparse, but a mistake is an exception and not five lines of usage, and names the command that it is in."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, but refuses words that are left over: the innermost command knows its options best."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(_describe_left_over(left, self.prog, self.format_help()))
+        return found, left
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -63,9 +84,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         _add_debug(sub)
         if name == command:
-            module = importlib.import_module(f"step3_jax.cli.{name}")
-            module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
+            importlib.import_module(f"step3_jax.cli.arguments.{name}").add_arguments(sub)
     return parser
 
 
@@ -73,38 +92,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-      argv: Arguments without the program's name; those of the process if absent.
+      argv: Arguments without the program's name. If absent this process is the command: its own arguments are taken,
+        its standard streams are repaired, and an interrupt ends it without the interpreter's clean-up.
 
     Returns:
       The exit code.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    is_debug = "--debug" in argv
+    if argv is not None:
+        return _run_guarded(list(argv))
+    # First: what the handler opens must not land in the place of a closed stream.
+    repair_streams()
+    handler = handle_interrupts()
+    words = sys.argv[1:]
+    if "--debug" in words:
+        _show_log()
+    code = _run_guarded(words)
+    if handler is not None and handler.was_raised:
+        leave_at_once(code)
+    return code
+
+
+def _run_guarded(argv: list[str]) -> int:
+    """The exit code, whatever happens."""
     try:
         code = _run(argv)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        say(str(interrupt) or INTERRUPTED)
+        return INTERRUPTED_CODE
     except BrokenPipeError:
         # The interpreter flushes once more at exit, which must not fail again.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if is_debug:
+        if "--debug" in argv:
             traceback.print_exc()
         is_mistake = isinstance(error, ValueError | FileNotFoundError | PermissionError) or _is_wrong_kind(error)
-        print(f"step3: error: {_describe(error, is_mistake)}", file=sys.stderr)
+        say(f"error: {_describe(error, is_mistake)}")
         return 2 if is_mistake else 1
 
 
 def _run(argv: list[str]) -> int:
-    # No option before the sub-command takes a value, so the first other word is the sub-command.
-    command = next((word for word in argv if not word.startswith("-")), None)
+    command = _find_command(argv)
     is_rank = command != "launch" and any(os.environ.get(name) for name in PROCESS_VARIABLES)
     if is_rank:
-        code: int | None = importlib.import_module("step3_jax.cli.supervise").supervise_rank(argv)
+        with interruptible():
+            code: int | None = importlib.import_module("step3_jax.cli.supervise").supervise_rank(argv)
         if code is not None:
             return code
         # Before jax is imported, which takes seconds. A worker says by itself what it does after this.
@@ -121,13 +156,44 @@ def _run(argv: list[str]) -> int:
         claim_memory()
     if is_rank:
         importlib.import_module("step3_jax.mesh").initialise_distributed()
-    return int(arguments.run(arguments))
+    return int(importlib.import_module(f"step3_jax.cli.{arguments.command}").run(arguments))
+
+
+def _show_log() -> None:
+    """Everything that the package logs goes to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger = logging.getLogger("step3_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    # Orbax gives the root logger a handler of its own.
+    logger.propagate = False
+
+
+def _find_command(argv: Sequence[str]) -> str | None:
+    """The sub-command: no option before it takes a value, so it is the first other word."""
+    return next((word for word in argv if not word.startswith("-")), None)
+
+
+def _describe_left_over(words: Sequence[str], prog: str, help_text: str) -> str:
+    """What is wrong with words that a command does not take, and the option that was probably meant."""
+    given = words[0].partition("=")[0]
+    if not given.startswith("-"):
+        return f"{given!r} is one word too many"
+    if prog == "step3 launch":
+        return (
+            f"{given} is no option of step3 launch: the command that it starts comes after --, as in "
+            "step3 launch --local 2 -- generate -p Hello"
+        )
+    known = sorted(set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", help_text)))
+    nearest = difflib.get_close_matches(given, known, n=1)
+    return f"{prog} has no option {given}" + (f", did you mean {nearest[0]}?" if nearest else "")
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:
     # Before and after the sub-command, so neither may overwrite the other with its default.
     parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the log, and where an error comes from"
     )
 
 

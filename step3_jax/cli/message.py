@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
+from step3_jax.sampling.params import SamplingParams
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_input import open_image
 from step3_jax.text.message import Message
-from step3_jax.text.reasoning import is_thinking
+from step3_jax.text.reasoning import CLOSING, is_thinking
 
 
 def user_message(text: str, images: Sequence[str] = ()) -> dict[str, object]:
@@ -33,6 +35,11 @@ def check_images(images: Sequence[str]) -> None:
     """Raises ValueError if a picture cannot be opened; cheap beside loading a model for nothing."""
     for image in images:
         open_image(image)
+
+
+def stop_in_answer(params: SamplingParams, *, starts_thinking: bool) -> SamplingParams:
+    """The same parameters with stop strings that end the answer and not the reasoning before it."""
+    return dataclasses.replace(params, stop_after=CLOSING) if params.stop and starts_thinking else params
 
 
 def starts_thinking(folder: pathlib.Path, messages: Sequence[Message]) -> bool:

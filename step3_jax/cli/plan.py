@@ -12,55 +12,16 @@ import pathlib
 
 from step3_jax.cli.display import write_note
 from step3_jax.cli.plan_compile import Compilation, check_division, compile_deployment
+from step3_jax.cli.process import interruptible
 from step3_jax.config import PRESETS, ModelConfig
-from step3_jax.deployment import KV_CACHE_DTYPES, WEIGHTS, Deployment, Workload, load_deployment
-from step3_jax.gpu import MEMORY_SHARE
+from step3_jax.deployment import Deployment, Workload, load_deployment
 from step3_jax.planner.hardware import load_hardware
 from step3_jax.planner.memory import CacheShape, MemoryPlan, plan_memory, shape_cache
 from step3_jax.planner.report import to_dict, to_lines
 from step3_jax.planner.weight import deployed_config, roles_of
-from step3_jax.planner.workspace import DEFAULT_CHUNK_TOKENS
 
 # What is compiled for a deployment that names no workload: the bytes of weights do not depend on it.
 _SMALL_CACHE = CacheShape(rows=4, pages_per_row=4)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options."""
-    commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    summary = "weights, KV cache and workspace of each device, and the KV tokens that fit"
-    memory = commands.add_parser("memory", help=summary, description=summary[0].upper() + summary[1:] + ".")
-    memory.add_argument(
-        "deployment", metavar="DEPLOYMENT", help="a file as in configs/afd, or the name of one there: 2a2f"
-    )
-    memory.add_argument(
-        "--model", default="step3", metavar="NAME", help=f"{', '.join(PRESETS)}, or a folder with config.json (step3)"
-    )
-    memory.add_argument("--text-only", action="store_true", help="without the vision tower")
-    memory.add_argument("--no-compile", action="store_true", help="arithmetic alone: at once, and the same bytes")
-    memory.add_argument("--json", action="store_true", help="print one JSON object")
-    change = memory.add_argument_group("instead of what the file says")
-    change.add_argument("--weights", choices=WEIGHTS)
-    change.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES)
-    change.add_argument("--sequences", type=int, metavar="N", help="at once, in all")
-    change.add_argument("--context-tokens", type=int, metavar="N", help="of each sequence")
-    change.add_argument("--hardware", metavar="NAME", help="a device of configs/hardware")
-    change.add_argument("--memory-gib", type=float, metavar="X", help="memory of a device")
-    more = memory.add_argument_group("what else takes memory")
-    more.add_argument(
-        "--memory-share",
-        type=float,
-        default=MEMORY_SHARE,
-        metavar="X",
-        help="of a device's memory that may be used; the driver and NCCL take some (default: %(default)s)",
-    )
-    more.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        default=DEFAULT_CHUNK_TOKENS,
-        metavar="N",
-        help="prompt tokens that each device reads at once (default: %(default)s)",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -86,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     found, compilation = plan(None), None
     if not arguments.no_compile:
         write_note(f"compiling the decode step for {deployment.num_devices} devices from shapes (about a minute) ...")
-        compilation = _compile(deployed, deployment)
+        with interruptible():
+            compilation = _compile(deployed, deployment)
         found = plan(compilation)
     if arguments.json:
         took = {} if compilation is None else {"seconds": compilation.seconds, "peak_bytes": compilation.peak_bytes}

@@ -9,17 +9,19 @@ parameter tree and cache; those of temporaries would mislead, since XLA:CPU wide
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, cast
 
 import jax
@@ -92,12 +94,46 @@ def compile_deployment(config: ModelConfig, deployment: Deployment, cache: Cache
     """
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            found = pool.submit(_compile, config, deployment, cache).result()
-        except BrokenProcessPool:
-            raise RuntimeError("the compiling process has died: is there enough memory for it (2 GiB)?") from None
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_compilation, args=(sender, config, deployment, cache), daemon=True)
+    with _ignored_interrupts():
+        process.start()
+    # What is left is the child's alone, so that its end is the end of the pipe.
+    sender.close()
+    try:
+        found: Compilation | Exception = receiver.recv()
+    except EOFError:
+        raise RuntimeError("the compiling process has died: is there enough memory for it (2 GiB)?") from None
+    finally:
+        # Interrupted, it would compile on for seconds.
+        process.kill()
+        process.join()
+        receiver.close()
+    if isinstance(found, Exception):
+        raise found
     return dataclasses.replace(found, seconds=time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """A process that is started here ignores Ctrl-C, which is its parent's to answer. Outside of the main thread nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _send_compilation(
+    sender: multiprocessing.connection.Connection, config: ModelConfig, deployment: Deployment, cache: CacheShape
+) -> None:
+    try:
+        sender.send(_compile(config, deployment, cache))
+    except Exception as error:
+        sender.send(error)
 
 
 def _compile(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:

@@ -44,7 +44,9 @@ class Completion:
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None and params.detokenize:
             self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
-        self._stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
+        self._stops = None
+        if params.stop:
+            self._stops = StopStrings(params.stop, params.include_stop_str_in_output, after=params.stop_after)
         self._token_ids: list[int] = []
         self._text: list[str] = []
         self._logprobs: list[dict[int, Logprob]] = []

@@ -17,8 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from pallas_kernels.pages import PAGE_SIZE
+from step3_jax import resources
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
+from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import STEPS_PER_CALL, EngineCore
 from step3_jax.engine.engine import Engine, Refused
@@ -29,7 +31,7 @@ from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.stats import EngineStats
 from step3_jax.gpu import claim_memory
-from step3_jax.mesh import make_layout
+from step3_jax.mesh import find_devices, make_layout
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sharding import Parallel, fit_parallel
@@ -88,7 +90,10 @@ class LLM:
         parallel = parallel or (read_parallel(own) if executor is None else None)
         if executor is not None and parallel is not None:
             raise ValueError("an executor has its devices already: give either executor or parallel")
-        folder = require_folder(model)
+        # Before the first use of a device: afterwards the number of CPU devices is fixed.
+        find_devices(1 if parallel is None else parallel.num_devices)
+        enable_compile_cache()
+        folder = require_folder(resources.find_folder(model))
         # What is small is read first, so that a mistake is told before the weights are loaded.
         _choose_length(own, ModelConfig.load(folder) if executor is None else executor.config, str(model))
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None

@@ -25,6 +25,11 @@ class Log:
         self._stderr = stderr
         self._parts: dict[tuple[int, str], bytes] = {}
         self._tails: dict[int, collections.deque[str]] = {}
+        self._is_interrupted = False
+
+    def interrupt(self) -> None:
+        """From now on only rank 0 is shown: what the others write of peers that are being ended helps nobody."""
+        self._is_interrupted = True
 
     def push(self, rank: int, host: str, stream: str, data: bytes) -> None:
         """Shows bytes that a rank wrote to "stdout" or "stderr".
@@ -66,5 +71,6 @@ class Log:
         # A progress bar writes its states over one another: the last one is what a reader would see.
         text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
         self._tails.setdefault(rank, collections.deque(maxlen=_TAIL_LINES)).append(text)
-        if rank != 0 or stream != "stdout":
+        is_shown = stream != "stdout" if rank == 0 else not self._is_interrupted
+        if is_shown:
             print(f"[{rank} {host}] {text}", file=self._stderr, flush=True)

@@ -153,6 +153,7 @@ class Supervisor:
             self._end_all(signal.SIGKILL, 0)
             return
         self._signal = number
+        self._log.interrupt()
         self._log.note(f"{name}: ending rank {_join(self._running)}, for {self._grace_s:g} s at most")
         self._end_all(number, self._grace_s)
 

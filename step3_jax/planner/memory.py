@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from step3_jax.config import ModelConfig, TextConfig
-from step3_jax.deployment import Deployment, Division
+from step3_jax.deployment import Deployment, Division, Workload
 from step3_jax.gpu import MEMORY_SHARE
 from step3_jax.planner.weight import Role, deployed_config, roles_of, weight_bytes
 from step3_jax.planner.workspace import DEFAULT_CHUNK_TOKENS, Workspace, estimate_workspace
@@ -182,7 +182,8 @@ def plan_memory(
             )
             for role in roles_of(deployment)
         ]
-        problems = [problem for one in roles for problem in _find_problems(one, deployment)]
+        problems = [*_find_long_context(deployed.text, deployment)]
+        problems += [problem for one in roles for problem in _find_problems(one, deployment)]
         return MemoryPlan(deployment, deployed, memory_bytes, memory_share, chunk_tokens, roles, problems, [])
 
     wanted = plan(deployment, text_only, chunk_tokens, exact=True)
@@ -230,6 +231,12 @@ def rows_at_once(deployment: Deployment) -> int:
     return cache.rows if deployment.topology is None else -(-cache.rows // deployment.num_microbatches)
 
 
+def _find_long_context(text: TextConfig, deployment: Deployment) -> Iterator[str]:
+    load, limit = deployment.workload, text.max_position_embeddings
+    if load is not None and load.context_tokens > limit:
+        yield f"sequences of {load.context_tokens:,} tokens are longer than the model's {limit:,} positions"
+
+
 def _find_problems(plan: RolePlan, deployment: Deployment) -> Iterator[str]:
     if plan.left is None or plan.budget is None:
         return
@@ -253,6 +260,10 @@ def _vary(
     deployment: Deployment, config: ModelConfig, text_only: bool, chunk_tokens: int
 ) -> Iterator[tuple[str, Deployment, bool, int]]:
     """Changes that a user may make, one at a time: what it is called, and what to plan then."""
+    load, limit = deployment.workload, config.text.max_position_embeddings
+    if load is not None and load.context_tokens > limit:
+        shorter = dataclasses.replace(deployment, workload=Workload(load.sequences, limit))
+        yield f"--context-tokens {limit}, the most that the model has", shorter, text_only, chunk_tokens
     if config.vision is not None:
         yield (
             "--text-only leaves out the vision tower, which every device has a copy of",

@@ -64,7 +64,7 @@ def to_dict(plan: MemoryPlan) -> dict[str, object]:
         "workload": None if workload is None else dataclasses.asdict(workload),
         "roles": {one.role.name: _role_dict(one) for one in plan.roles},
         "kv_tokens": plan.kv_tokens,
-        "fits": not plan.problems if plan.memory_bytes is not None else None,
+        "fits": False if plan.problems else (True if plan.memory_bytes is not None else None),
         "problems": plan.problems,
         "remedies": plan.remedies,
     }

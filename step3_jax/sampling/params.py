@@ -40,6 +40,8 @@ class SamplingParams:
       max_tokens: Tokens of a completion; None goes on to the end of the context.
       min_tokens: Before so many tokens nothing ends the completion but `max_tokens`.
       stop: Strings that end the completion; a lone string is made a tuple of one.
+      stop_after: Text that must have come before `stop` counts: "</think>" for strings that end the answer and not the
+        reasoning before it. "" counts from the start.
       stop_token_ids: Tokens that end the completion, besides the model's own.
       ignore_eos: Whether the model's own end tokens do not end the completion.
       include_stop_str_in_output: Whether the text keeps the stop string.
@@ -64,6 +66,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     stop: str | Sequence[str] = ()
+    stop_after: str = ""
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -100,6 +103,8 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; True or False is needed")
+        if not isinstance(self.stop_after, str):
+            raise ValueError(f"stop_after is {self.stop_after!r}; a string is needed")
         # The class is frozen, so what is brought to one form is set past its guard.
         if self.seed == -1:
             object.__setattr__(self, "seed", None)

@@ -79,12 +79,13 @@ class StopStrings:
       matched: The string that ended the text, None so far.
     """
 
-    def __init__(self, stops: str | Sequence[str], include: bool = False) -> None:
+    def __init__(self, stops: str | Sequence[str], include: bool = False, *, after: str = "") -> None:
         """Starts with an empty text.
 
         Args:
           stops: The strings that end the text; none for a text that only its model ends.
           include: Whether the string itself is part of the text.
+          after: What must have come before the strings count, such as the end of the reasoning; "" to watch from the start.
 
         Raises:
           ValueError: If a string is empty or is no string.
@@ -96,6 +97,8 @@ class StopStrings:
         self._include = include
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
+        self._after = after
+        self._unwatched = ""
         self.matched: str | None = None
 
     def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
@@ -111,6 +114,7 @@ class StopStrings:
         """
         if self.matched is not None:
             return "", True
+        passed, text = self._pass_unwatched(text)
         before = len(self._held)
         self._held += text
         # Only what ends in the new text: the rest was looked at when it came.
@@ -119,16 +123,29 @@ class StopStrings:
         if found and may_stop:
             end, start, self.matched = min(found)
             emitted, self._held = self._held[: end if self._include else start], ""
-            return emitted, True
+            return passed + emitted, True
         keep = self._partial_length()
         cut = len(self._held) - keep
         emitted, self._held = self._held[:cut], self._held[cut:]
-        return emitted, False
+        return passed + emitted, False
 
     def flush(self) -> str:
         """Returns what was held back as the possible begin of a stop string, once no more text will come."""
         emitted, self._held = self._held, ""
         return emitted
+
+    def _pass_unwatched(self, text: str) -> tuple[str, str]:
+        """The part of `text` up to the end of `after`, where nothing is looked for, and the rest."""
+        if not self._after:
+            return "", text
+        seen = self._unwatched + text
+        start = seen.find(self._after)
+        if start < 0:
+            self._unwatched = seen[len(seen) - min(len(seen), len(self._after) - 1) :]
+            return text, ""
+        rest = seen[start + len(self._after) :]
+        self._after = ""
+        return text[: len(text) - len(rest)], rest
 
     def _partial_length(self) -> int:
         """Letters at the end of the held text that may be the begin of a stop string."""

@@ -1,4 +1,4 @@
-"""The commands on several made-up devices answer as they do on one."""
+"""The commands on several emulated devices answer as they do on one."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ def test_chat_answers_on_two_devices(cache: dict[str, str]) -> None:
     ran = step3("chat", "--dp", "2", "--max-tokens", "24", given=QUESTION + "\n", **cache)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "Paris" in ran.stdout
+
+
+def test_several_processes_show_the_answer_once(cache: dict[str, str]) -> None:
+    ran = step3("launch", "--local", "2", "--", "generate", "--dp", "2", "-p", QUESTION, "--max-tokens", "64", **cache)
+    assert ran.returncode == 0, ran.stderr
+    assert "Paris" in ran.stdout
+    assert "Paris" not in ran.stderr
+    assert ran.stderr.count("tokens/s") == 1
 
 
 def test_a_number_of_devices_that_does_not_divide_the_model_is_refused(cache: dict[str, str]) -> None:

@@ -144,3 +144,14 @@ def test_equal_neighbouring_layers_as_a_loop_give_what_they_give_one_by_one() ->
     total, outs = run_layers(run_layer, kinds, jnp.zeros(()), layers)
     assert float(total) == float(expected)
     assert [float(out) for out in outs] == results
+
+
+@pytest.mark.parametrize("sequences", ["1", "100"])
+def test_a_context_beyond_the_models_positions_does_not_fit(sequences: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--no-compile", "--context-tokens", "131072", "--sequences", sequences]
+    assert main(["plan", "memory", "2a2f", *options]) == 1
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT: sequences of 131,072 tokens are longer than the model's 65,536 positions" in printed
+    assert "would fit: --context-tokens 65536, the most that the model has" in printed
+    assert main(["plan", "memory", "2a2f", "--json", *options]) == 1
+    assert json.loads(capsys.readouterr().out)["fits"] is False

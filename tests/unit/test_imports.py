@@ -60,8 +60,9 @@ def _part(name: str) -> str | None:
     first, *rest = name.split(".")
     if first in ("pallas_kernels", "tools"):
         return first
-    # The package itself (its version, and the names it gives to users) is not a part.
-    return rest[0] if first == "step3_jax" and rest and rest[0] not in ("__version__", "__init__") else None
+    # The package itself (its version, the names it gives to users, `python -m step3_jax`) is not a part.
+    outside = ("__version__", "__init__", "__main__")
+    return rest[0] if first == "step3_jax" and rest and rest[0] not in outside else None
 
 
 def _dotted(path: pathlib.Path) -> str:
@@ -113,6 +114,18 @@ def test_kernels_depend_on_jax_and_numpy_alone() -> None:
         if name.split(".")[0] not in allowed
     ]
     assert not wrong, "; ".join(wrong)
+
+
+def test_the_order_in_the_docs_is_this_one() -> None:
+    text = " ".join((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split())
+    there = [
+        tuple(part.split(", "))
+        for part in re.findall(r"`([^`]*)`(?= →)|(?<=→ )`([^`]*)`", text)
+        for part in part
+        if part
+    ]
+    parts = {_part(_dotted(path)) for path in _modules()}
+    assert there == [tuple(name for name in row if name in parts) for row in ROWS]
 
 
 def test_text_and_planner_run_without_jax() -> None:

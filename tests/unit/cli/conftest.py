@@ -19,6 +19,7 @@ from step3_jax.checkpoint.safetensors_io import write_safetensors
 from step3_jax.config import ModelConfig
 
 SETTINGS = (
+    "jax_enable_compilation_cache",
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_entry_size_bytes",
     "jax_persistent_cache_min_compile_time_secs",
@@ -36,6 +37,8 @@ def private_compile_cache(compile_cache_folder: str, monkeypatch: pytest.MonkeyP
     """No test writes into the user's compile cache; jax's settings come back afterwards."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", compile_cache_folder)
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
     yield compile_cache_folder
     for name, value in before.items():
         jax.config.update(name, value)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from step3_jax.cli import bench_decode
-from step3_jax.cli.bench import PRESETS, format_report, measure_decode
+from step3_jax.cli import bench, bench_decode
+from step3_jax.cli.arguments.bench import PRESETS
+from step3_jax.cli.bench import format_report, measure_decode
 from step3_jax.cli.bench_decode import (
     TorchPeer,
     active_parameters,
@@ -22,7 +24,9 @@ from step3_jax.cli.bench_decode import (
     random_model,
 )
 from step3_jax.cli.main import main
+from step3_jax.deployment import parse_topology
 from step3_jax.model.step3 import Step3
+from step3_jax.sharding import Parallel
 
 
 def count(config):
@@ -116,6 +120,39 @@ def test_every_figure_is_there_and_positive(found):
     assert decode["gb_per_s"] == pytest.approx(decode["step_mb"] / decode["step_ms"])
     assert decode["share_of_read"] == pytest.approx(decode["gb_per_s"] / found["read_gb_per_s"])
     assert found["model"]["parameters"] == sum(leaf.size for leaf in count(bench_config(128, 2)).values())
+
+
+def test_the_devices_are_on_record(found):
+    assert found["conditions"]["devices"] == f"1 x {jax.devices()[0].device_kind}"
+    parallel = bench._describe_devices(Parallel(tp=1), None)
+    assert parallel == f"1 x {jax.devices()[0].device_kind} as {Parallel(tp=1)}"
+    topology = SimpleNamespace(devices=jax.devices() * 2, instances=parse_topology("1a1f"))
+    assert bench._describe_devices(None, SimpleNamespace(topology=topology)).endswith(" as 1a1f")
+    assert bench._describe_devices(None, SimpleNamespace(topology=topology)).startswith("2 x ")
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path: pathlib.Path, monkeypatch, capsys):
+    def decode(self: bench_decode.Ours, steps: int) -> float:
+        if self._batch_size == 2:
+            raise KeyboardInterrupt
+        return own(self, steps)
+
+    own = bench_decode.Ours.decode
+    monkeypatch.setattr(bench_decode.Ours, "decode", decode)
+    monkeypatch.setattr(bench_decode, "READ_BYTES", 2**20)
+    file = tmp_path / "found.json"
+    options = "--preset tiny --dtype float32 --batch 1,2 --steps 2 --rounds 2 --prompt 4 --prefill 8 --json"
+    assert main(["bench", "decode", *options.split(), str(file)]) == 130
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[1:] == [
+        "decode, batch 1: 2 rounds of 2 tokens in float32 ...",
+        "decode, batch 2: 2 rounds of 2 tokens in float32 ...",
+        "step3: interrupted; what had been measured until then is above",
+    ]
+    found = json.loads(file.read_text())
+    assert found["is_partial"] is True
+    assert [row["batch"] for row in found["decode"]] == [1]
+    assert "| float32 | 1 |" in printed.out
 
 
 def test_report_is_a_table_of_every_column(found, tmp_path: pathlib.Path):

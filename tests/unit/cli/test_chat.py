@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pathlib
 
 import pytest
 
-from step3_jax.cli.chat import Conversation
+from step3_jax.cli.chat import Conversation, find_pasted_path
 from step3_jax.cli.main import main
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
@@ -30,7 +31,7 @@ def talk(random_model_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_every_question_gets_an_answer_until_the_input_ends(talk) -> None:
     code, out, err = talk("Hello?", "", "And you?")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "(cut off inside the reasoning by --max-tokens)\n" * 2)
     assert out.count("\n") == 2, "one line an answer: these are empty, as random weights never end their reasoning"
 
 
@@ -46,7 +47,7 @@ def test_a_mistake_does_not_end_the_conversation_but_shows_in_the_code(talk) -> 
     code, out, err = talk("/imagine a dog", "/image no-such-file.png", "Hello?")
     assert code == 2
     assert out == "\n"
-    assert [line.startswith("step3: error: ") for line in err.splitlines()] == [True, True]
+    assert [line.startswith("step3: error: ") for line in err.splitlines()] == [True, True, False]
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,54 @@ def test_a_refused_question_leaves_the_history_alone(conversation: Conversation)
     with pytest.raises(ValueError, match="max_model_len"):
         conversation.take("word " * 5000)
     assert conversation.messages == before
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(talk) -> None:
+    assert talk("\ufeff/quit") == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        '"{}"',
+        "'{}'",
+        "{}",
+        "  {}  ",
+        lambda path: path.replace(" ", "\\ "),
+        lambda path: "file://" + path.replace(" ", "%20"),
+    ],
+)
+def test_an_image_may_be_pasted_as_terminals_do(pasted, tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "my guitar.png")
+    pathlib.Path(path).touch()
+    assert find_pasted_path(pasted.format(path) if isinstance(pasted, str) else pasted(path)) == path
+
+
+@pytest.mark.parametrize("name", ["it's.png", '"quoted".png', "a\\b.png"])
+def test_a_name_that_exists_as_it_stands_is_taken(name: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / name).touch()
+    assert find_pasted_path(str(tmp_path / name)) == str(tmp_path / name)
+
+
+def test_a_full_conversation_goes_on_without_its_oldest_turns(
+    random_model_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    llm = LLM(random_model_path, max_model_len=192)
+    talk = Conversation(llm, random_model_path, params, system="Be brief.", show_reasoning=False)
+    for number in range(12):
+        talk.take(f"Question number {number}, in a few words?")
+    roles = [message["role"] for message in talk.messages]
+    assert roles == ["system", *["user", "assistant"] * (len(roles) // 2)]
+    assert 0 < len(roles) // 2 < 12
+    assert talk.messages[-2]["content"] == "Question number 11, in a few words?"
+    said = capsys.readouterr().err
+    assert "the conversation is full, 192 tokens: the oldest turn was left out; /reset begins anew" in said
+
+
+def test_an_image_is_refused_by_a_model_without_a_vision_tower(
+    random_model_path: pathlib.Path, picture: pathlib.Path, monkeypatch: pytest.MonkeyPatch, conversation: Conversation
+) -> None:
+    monkeypatch.setattr(conversation._llm, "config", dataclasses.replace(conversation._llm.config, vision=None))
+    with pytest.raises(ValueError, match="no vision tower"):
+        conversation.take(f"/image {picture}")

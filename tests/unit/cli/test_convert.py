@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from step3_jax.checkpoint.load import load_model
-from step3_jax.cli.convert import parse_bytes
+from step3_jax.cli import convert
+from step3_jax.cli.arguments.convert import parse_bytes
 from step3_jax.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,7 +53,7 @@ def test_fp8_error_is_reported(goldens, tmp_path, step3):
         "convert", goldens / "tiny_text", tmp_path / "out", "--to", "hf", "--dtype", "fp8", "--report", report
     )
     assert code == 0
-    assert "error  relative RMS" in out
+    assert "rounding  relative RMS" in out
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     fp8 = {line["tensor"]: line for line in lines}["model.layers.1.moe.gate_proj.weight"]
     assert 0.01 < fp8["relative_rms_error"] < 0.04
@@ -142,3 +143,15 @@ def test_the_tool_is_the_command(goldens, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Orbax, 55 tensors" in done.stdout
+
+
+def test_an_interrupt_says_how_to_go_on(goldens, tmp_path, step3, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "convert", interrupt)
+    code, _, err = step3("convert", goldens / "tiny_text", tmp_path / "out")
+    assert code == 130
+    assert err.startswith("step3: interrupted; ")
+    assert "--resume" in err
+    assert err.count("\n") == 1

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import pathlib
+import shutil
 
+import numpy as np
 import pytest
 
-from step3_jax.cli.main import main
+from step3_jax.checkpoint.names import is_vision_tensor
+from step3_jax.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
+from step3_jax.cli import generate
+from step3_jax.cli.choice import find_model
+from step3_jax.cli.main import build_parser, main
 
 FIELDS = {
     "model",
@@ -124,3 +131,66 @@ def test_mistakes_are_one_line_and_code_2(
 def test_a_model_that_is_no_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "stepfun-ai/step3", "-p", "What?"]) == 2
     assert "stepfun-ai/step3" in capsys.readouterr().err
+
+
+@pytest.fixture
+def text_only_path(random_model_path: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The model without its vision tower's weights; its configuration still has one."""
+    folder = shutil.copytree(random_model_path, tmp_path / "text-only")
+    file = SafetensorsFile(random_model_path / "model.safetensors")
+    kept = [(name, np.array(file.read(name))) for name in file.tensors if not is_vision_tensor(name)]
+    file.close()
+    (folder / "model.safetensors").unlink()
+    write_safetensors(folder / "model.safetensors", kept)
+    return folder
+
+
+def test_what_the_model_cannot_do_is_told_before_it_is_loaded(
+    random_model_path: pathlib.Path,
+    text_only_path: pathlib.Path,
+    picture: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the weights are being loaded")
+
+    monkeypatch.setattr(generate, "load_llm", refuse)
+    bare = shutil.copytree(text_only_path, text_only_path.parent / "bare")
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (bare / name).unlink(missing_ok=True)
+    for folder, options, said in (
+        (random_model_path, ["--max-model-len", "100000"], "--max-model-len 100000: "),
+        (text_only_path, ["--image", str(picture)], "is a text-only model"),
+        (bare, [], "has no chat template"),
+    ):
+        assert main(["generate", str(folder), "-p", "x", *options]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_stop_strings_end_the_answer_and_not_the_reasoning(tiny_model_path, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(*options: str) -> dict:
+        assert main(["generate", str(tiny_model_path), "--json", "-p", "What is a violin?", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    whole = answer()
+    word = next(word for word in whole["reasoning"].split() if word not in whole["text"])
+    assert answer("--stop", word)["text"] == whole["text"]
+    last = whole["text"].split()[-1]
+    stopped = answer("--stop", last)
+    assert (stopped["reasoning"], stopped["stop_reason"]) == (whole["reasoning"], last)
+    assert stopped["text"] == whole["text"].partition(last)[0].strip()
+
+
+def test_a_shipped_model_is_found_by_its_name_from_anywhere(
+    tiny_model_path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, ask
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_model(argparse.Namespace(model="models/step3-tiny")) == tiny_model_path
+
+
+@pytest.mark.parametrize("name", ["bf16", "bfloat16", "BF16"])
+def test_dtypes_have_the_same_names_everywhere(name: str) -> None:
+    for command, right in (("generate -p x --dtype", "bfloat16"), ("convert a b --dtype", "bf16")):
+        words = [*command.split(), name]
+        assert build_parser(words[0]).parse_args(words).dtype == right

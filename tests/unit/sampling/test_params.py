@@ -98,3 +98,9 @@ def test_a_seed_of_minus_one_is_none():
     assert SamplingParams(seed=-1).seed is None
     assert SamplingParams(seed=-2).seed == -2
     assert SamplingParams(seed=0).seed == 0
+
+
+def test_what_stop_strings_wait_for_is_text() -> None:
+    assert SamplingParams(stop="x", stop_after="</think>").stop_after == "</think>"
+    with pytest.raises(ValueError, match="stop_after is None"):
+        SamplingParams(stop="x", stop_after=None)  # type: ignore[arg-type]

@@ -111,3 +111,28 @@ def test_stop_strings_do_not_depend_on_pieces(text, stops, size, include):
     assert (matched is not None) == any(stop in text for stop in stops)
     assert text.startswith(found if include or matched is None else found + matched)
     assert not any(stop in found[:-1] for stop in stops)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_stop_strings_count_only_behind_the_text_they_wait_for(size):
+    text = "a stop in thought</think>an answer, stop, and more stop"
+    stops = StopStrings("stop", after="</think>")
+    shown = ""
+    for start in range(0, len(text), size):
+        piece, is_over = stops.push(text[start : start + size])
+        shown += piece
+        if is_over:
+            break
+    assert (shown + stops.flush(), stops.matched) == ("a stop in thought</think>an answer, ", "stop")
+
+
+def test_a_stop_string_does_not_begin_in_the_text_that_is_waited_for():
+    stops = StopStrings(">x", after="</think>")
+    assert stops.push("</think>x") == ("</think>x", False)
+    assert stops.push(">x") == ("", True)
+
+
+def test_without_the_text_that_is_waited_for_nothing_stops():
+    stops = StopStrings("stop", after="</think>")
+    assert stops.push("stop </think") == ("stop </think", False)
+    assert stops.flush() == ""

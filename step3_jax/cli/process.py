@@ -1,0 +1,202 @@
+"""The process of a command: streams that can always be written to, and Ctrl-C that always ends it.
+
+Nothing here imports jax.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn, TextIO
+
+INTERRUPTED_CODE = 130
+# Back to the start of the terminal's line, and nothing on it.
+ERASE = "\r\x1b[K"
+INTERRUPTED = "interrupted"
+# Native code (a compiler, a collective) may keep the main thread from noticing a signal; after this it is not waited for.
+NOTICE_S = 2.0
+# UTF-32 begins as UTF-16 does, so it comes first.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+# Handled shortly before the watching thread woke up.
+_SLACK_S = 0.5
+
+
+def repair_streams() -> None:
+    """Makes standard streams usable whatever the process was started with.
+
+    Characters that an encoding lacks are shown as "?". A closed standard output behaves as one whose reader has left, a
+    closed standard error as the null device, and a closed standard input as an empty one.
+    """
+    # In the order of their numbers: what is opened next must not land in a closed stream's place.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123
+    if sys.stdout is None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        _move(writer, 1)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="replace")
+    if sys.stderr is None:
+        _move(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="replace")
+    if _is_lossy(sys.stdout) and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+class InterruptHandler:
+    """What Ctrl-C does in a command's process: it ends it at once, with one line.
+
+    No exception is raised for it but where one is expected (`interruptible`): in the middle of an import or a callback of
+    native code it would be lost, or taken for a crash.
+
+    Attributes:
+      text: What is said.
+      was_raised: Whether there was an exception: what it stopped may go on in native threads, so the process is to leave by
+        `leave_at_once`.
+    """
+
+    def __init__(self) -> None:
+        self.text = INTERRUPTED
+        self.was_raised = False
+        # The innermost place where an exception is expected, by its number; 0 where none is.
+        self._place, self._num_places = 0, 0
+        self._noticed_at = -1.0
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.signal(signal.SIGINT, self)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader, writer), daemon=True).start()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._noticed_at = time.monotonic()
+        if not self._place:
+            self._leave()
+        self.was_raised = True
+        raise KeyboardInterrupt(self.text)
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Where an exception is raised."""
+        outer = self._place
+        self._num_places += 1
+        self._place = self._num_places
+        try:
+            yield
+        finally:
+            self._place = outer
+
+    def _is_set(self) -> bool:
+        return signal.getsignal(signal.SIGINT) is self
+
+    def _leave(self) -> NoReturn:
+        # The main thread may be in the middle of writing: no stream is used.
+        start = b"\n" if sys.stderr.isatty() else b""
+        with contextlib.suppress(OSError):
+            os.write(2, start + f"step3: {self.text}\n".encode())
+        leave_at_once(INTERRUPTED_CODE)
+
+    def _watch(self, reader: socket.socket, writer: socket.socket) -> None:
+        """A thread: signals come here too, while the main thread may be in native code that runs no Python."""
+        is_last = False
+        with writer:
+            while numbers := reader.recv(64):
+                if signal.SIGINT not in numbers or not self._is_set():
+                    continue
+                came_at, place = time.monotonic(), self._place
+                while time.monotonic() < came_at + NOTICE_S and self._place == place:
+                    time.sleep(0.05)
+                if self._place != place:
+                    continue
+                is_noticed = self._noticed_at >= came_at - _SLACK_S
+                if is_noticed:
+                    # A callback of native code has swallowed the exception.
+                    os.kill(os.getpid(), signal.SIGINT)
+                elif is_last or not place:
+                    self._leave()
+                else:
+                    say("this step ends first; Ctrl-C again leaves at once")
+                    is_last = True
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Where Ctrl-C raises KeyboardInterrupt, as it does in any Python; does nothing outside of a command's own process."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not isinstance(handler, InterruptHandler):
+        yield
+        return
+    with handler.raising():
+        yield
+
+
+@contextlib.contextmanager
+def interrupt_note(text: str) -> Iterator[None]:
+    """Says `text` if there is an interrupt."""
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, InterruptHandler):
+        handler.text, before = text, handler.text
+        try:
+            yield
+        finally:
+            handler.text = before
+        return
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(text) from None
+
+
+def handle_interrupts() -> InterruptHandler | None:
+    """Sets up what Ctrl-C does; None where SIGINT is ignored (background jobs of a shell) or handled by another."""
+    is_free = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return InterruptHandler() if is_free else None
+
+
+def read_stdin() -> str:
+    """All of standard input as text, without the byte order mark that some shells put in front of what they pipe."""
+    data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            return data[len(mark) :].decode(encoding)
+    return data.decode(sys.stdin.encoding or "utf-8", sys.stdin.errors or "strict")
+
+
+def say(text: str) -> None:
+    """Writes a line of the command's own on stderr, in place of what a terminal shows of its progress."""
+    start = ERASE if sys.stderr.isatty() else ""
+    print(f"{start}step3: {text}", file=sys.stderr, flush=True)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """Ends the process without the interpreter's clean-up, in which a compiler that still runs would crash."""
+    for stream in (sys.stdout, sys.stderr):
+        # A RuntimeError where the interrupt came in the middle of a flush.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            stream.flush()
+    os._exit(code)
+
+
+def _move(descriptor: int, number: int) -> None:
+    if descriptor != number:
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
+def _is_lossy(stream: TextIO) -> bool:
+    """Whether a character that the encoding lacks would be an error. What the user chose (`:backslashreplace`) stays."""
+    is_unicode = stream.encoding.lower().replace("-", "").startswith("utf")
+    return stream.errors == "strict" or (stream.errors == "surrogateescape" and not is_unicode)

@@ -1,0 +1,30 @@
+"""The environment variables that the project reads, and what each is for; `docs/environment.md` has the same table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+VARIABLES = {
+    "STEP3_CPU_DEVICES": "devices that one CPU is to look like",
+    "STEP3_KERNELS": "implementation of the kernels: auto, mosaic, interpret or reference",
+    "STEP3_KERNELS_TUNING": "file of block sizes that python -m tools.gpu_check wrote",
+    "STEP3_COORDINATOR": "host:port of process 0, of several processes",
+    "STEP3_NUM_PROCESSES": "how many processes there are",
+    "STEP3_PROCESS_ID": "number of this process, from 0",
+    "STEP3_START_TIMEOUT": "seconds that the processes may take to find each other (120)",
+    "STEP3_WATCH": "host:port at which the supervisors of --afd meet",
+    "STEP3_WATCH_TOKEN": "secret of a run, without which STEP3_WATCH's port turns callers away",
+    "STEP3_BEACON": "set by a supervisor for its worker",
+    "STEP3_NUM_HOSTS": "pods of a Kubernetes job",
+    "STEP3_SERVICE": "headless service of a Kubernetes job",
+    "JAX_PLATFORMS": "JAX's: cpu or cuda, in place of the best there is",
+    "JAX_COMPILATION_CACHE_DIR": "JAX's: folder or address of the compile cache",
+    "JAX_ENABLE_COMPILATION_CACHE": "JAX's: 0 turns the compile cache off",
+}
+_SECRET = ("STEP3_WATCH_TOKEN",)
+
+
+def read_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Values of `VARIABLES`, None where one is not set; of a secret only that it is set."""
+    found: dict[str, str | None] = {name: environment.get(name) for name in VARIABLES}
+    return found | {name: "(set)" for name in _SECRET if found[name] is not None}

@@ -116,18 +116,6 @@ def test_kernels_depend_on_jax_and_numpy_alone() -> None:
     assert not wrong, "; ".join(wrong)
 
 
-def test_the_order_in_the_docs_is_this_one() -> None:
-    text = " ".join((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split())
-    there = [
-        tuple(part.split(", "))
-        for part in re.findall(r"`([^`]*)`(?= →)|(?<=→ )`([^`]*)`", text)
-        for part in part
-        if part
-    ]
-    parts = {_part(_dotted(path)) for path in _modules()}
-    assert there == [tuple(name for name in row if name in parts) for row in ROWS]
-
-
 def test_text_and_planner_run_without_jax() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"

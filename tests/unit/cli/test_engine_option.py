@@ -7,7 +7,8 @@ import pathlib
 
 import pytest
 
-from step3_jax.cli.engine import EngineChoice, add_engine, print_config, read_engine
+from step3_jax.cli.arguments.engine import add_engine
+from step3_jax.cli.engine import EngineChoice, print_config, read_engine
 from step3_jax.engine.config import EngineConfig, read_config_file, settings
 from step3_jax.mesh import CPU_DEVICES
 from step3_jax.sharding import Parallel

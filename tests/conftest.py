@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
+import tempfile
 
 import pytest
 
@@ -16,8 +18,12 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("STEP3_TEST_PLATFORM", "cpu")
 # The kernels' interpreter holds a thread for each warpgroup that waits; with as few as this machine may have cores it hangs.
 os.environ.setdefault("PJRT_NPROC", "8")
 
-# No test writes into the user's compile cache, nor does one get programs that another compiled.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+# One compile cache for all processes of a run, so that the same program is compiled once; none of the user's is touched.
+# The processes that pytest-xdist starts inherit it.
+os.environ["STEP3_TEST_CACHE"] = os.environ.get("STEP3_TEST_CACHE") or tempfile.mkdtemp(prefix="step3-tests-xla-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["STEP3_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import jaxtyping
@@ -43,6 +49,12 @@ if os.environ.get("STEP3_TYPECHECK", "1") != "0":
 jax.config.update("jax_default_matmul_precision", "float32")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes the compile cache once all processes have ended."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["STEP3_TEST_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,6 @@ Ask = Callable[..., dict[str, object]]
 def environment(**more: str) -> dict[str, str]:
     """Of the processes that tests start: CPU alone, nothing of a launcher's."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("STEP3_")}
-    # Unlike these tests' own process, those may have a cache: one that is named in `more`.
-    if "JAX_COMPILATION_CACHE_DIR" in more:
-        own.pop("JAX_ENABLE_COMPILATION_CACHE", None)
     return own | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
 
 

@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
         local=arguments.local,
         hosts=() if arguments.hosts is None else parse_hosts(arguments.hosts),
         processes_per_host=arguments.processes_per_host,
-        devices_per_process=arguments.afd_devices_per_process,
+        devices_per_process=arguments.devices_per_process,
         platform=arguments.platform,
         coordinator=arguments.coordinator,
         port=arguments.port,

@@ -10,16 +10,11 @@ import pytest
 from tests.process import step3
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla"))}
-
-
-def test_generate_answers_as_the_fused_model_does(cache: dict[str, str]) -> None:
+def test_generate_answers_as_the_fused_model_does() -> None:
     words = ["generate", "-p", "What is the capital of France?", "--max-tokens", "24", "--json"]
     found = []
     for more in ([], ["--afd", "2a2f"]):
-        ran = step3(*words, *more, **cache)
+        ran = step3(*words, *more)
         assert ran.returncode == 0, ran.stderr
         found.append(json.loads(ran.stdout.splitlines()[-1]))
     fused, apart = found
@@ -27,14 +22,14 @@ def test_generate_answers_as_the_fused_model_does(cache: dict[str, str]) -> None
     assert apart["token_ids"] == fused["token_ids"]
 
 
-def test_a_timeline_is_drawn(cache: dict[str, str], tmp_path: pathlib.Path) -> None:
+def test_a_timeline_is_drawn(tmp_path: pathlib.Path) -> None:
     words = ["afd", "trace", "--preset", "tiny", "--batch", "4", "--max-tokens", "3", "--afd-microbatches", "2"]
-    ran = step3(*words, "--out", "trace.json", cwd=tmp_path, **cache)
+    ran = step3(*words, "--out", "trace.json", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "efficiency" in ran.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["afd.svg", "trace.json"]
     (tmp_path / "afd.svg").unlink()
-    again = step3("afd", "trace", "--from", "trace.json", cwd=tmp_path, **cache)
+    again = step3("afd", "trace", "--from", "trace.json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "afd.svg").read_text(encoding="utf-8").startswith("<svg")
 
@@ -49,13 +44,13 @@ def test_a_timeline_is_drawn(cache: dict[str, str], tmp_path: pathlib.Path) -> N
         (["--afd", "1a5f"], "moe_num_experts is 24, which ep = 5 does not cut into equal parts"),
     ],
 )
-def test_mistakes_are_told(words: list[str], message: str, cache: dict[str, str]) -> None:
-    ran = step3("generate", "-p", "x", *words, **cache)
+def test_mistakes_are_told(words: list[str], message: str) -> None:
+    ran = step3("generate", "-p", "x", *words)
     assert ran.returncode == 2
     assert message in ran.stderr
 
 
-def test_devices_that_are_too_few_are_counted(cache: dict[str, str]) -> None:
-    ran = step3("generate", "-p", "x", "--afd", "2a2f", STEP3_CPU_DEVICES="2", **cache)
+def test_devices_that_are_too_few_are_counted() -> None:
+    ran = step3("generate", "-p", "x", "--afd", "2a2f", STEP3_CPU_DEVICES="2")
     assert ran.returncode == 2
     assert "needs 4 devices, and there are 2 (cpu): 1a1f fits" in ran.stderr

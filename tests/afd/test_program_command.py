@@ -9,17 +9,12 @@ import pytest
 from tests.process import ROOT, step3
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla"))}
-
-
-def test_two_processes_answer_as_one_does(cache: dict[str, str]) -> None:
+def test_two_processes_answer_as_one_does() -> None:
     picture = str(ROOT / "models" / "step3-tiny" / "examples" / "number-6267.png")
     words = ["generate", "--image", picture, "-p", "What number is this?", "--max-tokens", "24", "--json"]
     found = []
     for command in (words, ["launch", "--local", "2", "--", *words, "--afd", "1a1f"]):
-        ran = step3(*command, **cache)
+        ran = step3(*command)
         assert ran.returncode == 0, ran.stderr
         found.append(json.loads(ran.stdout.splitlines()[-1]))
     fused, apart = found
@@ -42,7 +37,7 @@ def test_two_processes_answer_as_one_does(cache: dict[str, str]) -> None:
         ("launch --local 2 -- afd trace --afd 1a1f", "start it without step3 launch"),
     ],
 )
-def test_what_does_not_fit_is_refused(words: str, message: str, cache: dict[str, str]) -> None:
-    ran = step3(*words.split(), **cache)
+def test_what_does_not_fit_is_refused(words: str, message: str) -> None:
+    ran = step3(*words.split())
     assert ran.returncode == 2
     assert message in ran.stderr

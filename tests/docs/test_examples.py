@@ -27,7 +27,7 @@ def run_all(kind: str, folder: pathlib.Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "docs" / "examples.py"), kind],
         cwd=folder,
-        env=environment(JAX_COMPILATION_CACHE_DIR=str(folder / "xla"), STEP3_CPU_DEVICES=CPU_DEVICES),
+        env=environment(STEP3_CPU_DEVICES=CPU_DEVICES),
         capture_output=True,
         text=True,
         check=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -27,9 +28,9 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="session")
-def compile_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One folder for all these tests: each command loads the model anew, and would compile it anew."""
-    return str(tmp_path_factory.mktemp("xla"))
+def compile_cache_folder() -> str:
+    """The one of all tests: each command loads the model anew, and would compile it anew."""
+    return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ from step3_jax.cli.bench_decode import (
     random_model,
     read_meter,
 )
+from step3_jax.cli.bench_engine import run_engine_bench
+from step3_jax.cli.bench_engine_option import add_engine_benches
 from step3_jax.cli.engine import add_engine, read_engine
 from step3_jax.config import DTYPES, ModelConfig
 from step3_jax.model.step3 import Step3
@@ -64,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--torch", action="store_true", help="measure PyTorch too, on the same weights")
     decode.add_argument("--torch-python", metavar="PATH", help="interpreter that has torch and numpy; implies --torch")
     decode.add_argument("--json", metavar="FILE", help="also write all figures to FILE")
+    add_engine_benches(what, PRESETS, numbers=_numbers, dtypes=_names)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
       ValueError: For sizes that cannot be, a peer that does not start, or logits that differ from the peer's.
     """
+    if arguments.what != "decode":
+        return run_engine_bench(arguments, *PRESETS[arguments.preset])
     for name in ("steps", "rounds", "prompt", "prefill"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1 is needed")

@@ -22,8 +22,8 @@ from step3_jax.engine.stats import EngineStats
 from step3_jax.sampling.params import SamplingParams
 
 Row = dict[str, str | int | float | None]
-# Rounds that compile something before those that count.
-MAX_WARM_UPS = 4
+# Runs before those that count. What is still compiled later is taken off the time.
+MAX_WARM_UPS = 2
 
 
 class StaticPeer(Protocol):
@@ -95,14 +95,20 @@ class Bench:
         stats = _difference(self.llm.stats, before)
         return Round(elapsed - compile_s, replayed.seconds, compile_s, stats, recording), outputs, replayed
 
+    def warm_up(self, lengths: Sequence[Lengths], *, seed: int) -> None:
+        """Runs requests until nothing is compiled any more, at most `MAX_WARM_UPS` times."""
+        for number in range(MAX_WARM_UPS):
+            compiled = self.executor.compile_s
+            self.generate(lengths, seed=seed + number)
+            if self.executor.compile_s == compiled:
+                break
+
     def run_rounds(self, lengths: Sequence[Lengths], rounds: int, *, seed: int = 0) -> list[Round]:
-        """Rounds with prompts of their own, after those that still compile something.
+        """Rounds with prompts of their own, after a warm-up.
 
         The engine's calls differ a little from round to round, as how long they are depends on measured times.
         """
-        for warm_up in range(MAX_WARM_UPS):
-            if not self.run_round(lengths, seed=seed + rounds + warm_up)[0].compile_s:
-                break
+        self.warm_up(lengths, seed=seed + rounds)
         return [self.run_round(lengths, seed=seed + number)[0] for number in range(rounds)]
 
     def time_calls(self, recording: Recording) -> list[float]:
@@ -142,15 +148,17 @@ def measure_throughput(
       `requests`, `rounds` and, for each side, a row in `throughput`, as JSON takes them.
     """
     tell("throughput: compiling ...")
-    bench.run_rounds(lengths, 0, seed=seed + rounds)
+    bench.warm_up(lengths, seed=seed + rounds)
     found: list[Round] = []
     peer_s: dict[str, list[float]] = {name: [] for name in peer_dtypes}
     for number in range(rounds):
-        tell(f"throughput: round {number + 1} of {rounds} ...")
-        found.append(bench.run_round(lengths, seed=seed + number)[0])
+        one = bench.run_round(lengths, seed=seed + number)[0]
+        found.append(one)
+        tell(f"throughput: round {number + 1} of {rounds}: engine {one.engine_s:.2f} s, replay {one.replay_s:.2f} s")
         if peer is not None:
             for name, seconds in peer_s.items():
                 seconds.append(run_static(peer, name, lengths, bench.config.max_num_seqs, bench.vocab_size))
+                tell(f"throughput: round {number + 1} of {rounds}: PyTorch in {name} {seconds[-1]:.2f} s")
     engine_s = statistics.median(one.engine_s for one in found)
     stats, calls = found[-1].stats, found[-1].recording
     rows: list[Row] = [_rates("engine", lengths, engine_s)]

@@ -41,8 +41,9 @@ def run_engine_bench(arguments: argparse.Namespace, hidden_size: int, num_layers
     Raises:
       ValueError: For sizes that cannot be, a peer that does not start, or logits that differ from the peer's.
     """
-    if arguments.rounds < 1:
-        raise ValueError(f"--rounds is {arguments.rounds}; at least 1 is needed")
+    for name in ("rounds", "prompt", "output", "arriving", "cached"):
+        if getattr(arguments, name, 1) < 1:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1 is needed")
     config = read_config(arguments)
     measure: Callable[[argparse.Namespace, ModelConfig, EngineConfig], dict[str, object]]
     name = arguments.what

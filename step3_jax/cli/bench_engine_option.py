@@ -31,16 +31,16 @@ def add_engine_benches(
     throughput.add_argument(
         "--prompt-tokens",
         type=_range,
-        default=(16, 256),
+        default=(16, 128),
         metavar="A:B",
-        help="lengths are drawn from (default: 16:256)",
+        help="lengths are drawn from (default: 16:128)",
     )
     throughput.add_argument(
         "--output-tokens",
         type=_range,
-        default=(16, 128),
+        default=(8, 64),
         metavar="A:B",
-        help="lengths are drawn from (default: 16:128)",
+        help="lengths are drawn from (default: 8:64)",
     )
     throughput.add_argument(
         "--lengths", metavar="FILE", help='JSON lines {"prompt_tokens": N, "output_tokens": N} instead of the ranges'
@@ -86,7 +86,7 @@ def add_engine_benches(
 
 def _add_common(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
     parser.add_argument("--preset", choices=list(presets), default="100m", help="size of the model (default: 100m)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="medians are over so many (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="medians are over so many (default: 3)")
     parser.add_argument(
         "--json", metavar="FILE", help="also write the figures to FILE, beside those of the other benches"
     )

@@ -95,20 +95,20 @@ class Bench:
         stats = _difference(self.llm.stats, before)
         return Round(elapsed - compile_s, replayed.seconds, compile_s, stats, recording), outputs, replayed
 
-    def warm_up(self, lengths: Sequence[Lengths], *, seed: int) -> None:
-        """Runs requests until nothing is compiled any more, at most `MAX_WARM_UPS` times."""
-        for number in range(MAX_WARM_UPS):
+    def warm_up(self, lengths: Sequence[Lengths], *, seed: int, most: int = MAX_WARM_UPS) -> None:
+        """Runs requests until nothing is compiled any more, at most `most` times."""
+        for number in range(most):
             compiled = self.executor.compile_s
             self.generate(lengths, seed=seed + number)
             if self.executor.compile_s == compiled:
                 break
 
     def run_rounds(self, lengths: Sequence[Lengths], rounds: int, *, seed: int = 0) -> list[Round]:
-        """Rounds with prompts of their own, after a warm-up.
+        """Rounds of equal requests, with prompts of their own in each, after a warm-up.
 
         The engine's calls differ a little from round to round, as how long they are depends on measured times.
         """
-        self.warm_up(lengths, seed=seed + rounds)
+        self.warm_up(lengths, seed=seed + rounds, most=1)
         return [self.run_round(lengths, seed=seed + number)[0] for number in range(rounds)]
 
     def time_calls(self, recording: Recording) -> list[float]:

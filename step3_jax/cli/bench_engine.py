@@ -23,7 +23,7 @@ from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.runner import Runner
 
 # Of --scaling: what each of so many sequences has, and what of the requests whose memory is looked at.
-_SEQUENCE = Lengths(64, 32)
+_SEQUENCE = Lengths(32, 16)
 _MEMORY_PROMPT, _MEMORY_OUTPUT = (8, 64), (1, 16)
 # Hidden size and layers.
 _MEMORY_MODEL = (128, 2)
@@ -126,7 +126,7 @@ def _scaling(arguments: argparse.Namespace, config: ModelConfig, engine: EngineC
     small = Bench(Runner(random_model(bench_config(*_MEMORY_MODEL))), engine)
     counts = arguments.memory_requests
     lengths = draw_lengths(max(counts), _MEMORY_PROMPT, _MEMORY_OUTPUT)
-    memory = measure_memory(small, lengths, counts=counts, warm_up=max(counts) // 5, tell=_tell)
+    memory = measure_memory(small, lengths, counts=counts, warm_up=-(-max(counts) // 5), tell=_tell)
     return {
         "each_sequence": _SEQUENCE._asdict(),
         "memory_model": {"hidden_size": _MEMORY_MODEL[0], "layers": _MEMORY_MODEL[1]},

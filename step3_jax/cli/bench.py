@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import pathlib
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from step3_jax import __version__
+from step3_jax.bench.machine import conditions, cpu_pressure, num_threads
+from step3_jax.bench.report import format_report
 from step3_jax.cli.afd_option import AfdChoice
 from step3_jax.cli.bench_decode import (
     Ours,
@@ -140,12 +139,11 @@ def measure_decode(
     Returns:
       `conditions`, `model`, `read_gb_per_s`, and rows of `decode` and `prefill`, as JSON takes them.
     """
-    num_threads = _num_threads()
-    before = _pressure()
+    before = cpu_pressure()
     model = random_model(config)
     rng = np.random.default_rng(0)
     sides = {name: Ours(_cast(model, name), parallel, afd) for name in dtypes}
-    read = read_meter(num_threads)
+    read = read_meter(num_threads())
     rates: list[float] = []
     decode_rows: list[Row] = []
     prefill_rows: list[Row] = []
@@ -153,7 +151,7 @@ def measure_decode(
     with contextlib.ExitStack() as stack:
         peer = None
         if torch_python is not None:
-            peer = stack.enter_context(TorchPeer(torch_python, model, dtypes, num_threads))
+            peer = stack.enter_context(TorchPeer(torch_python, model, dtypes, num_threads()))
             ids = rng.integers(2, config.text.vocab_size, (2, 24))
             agreement = {name: check_agreement(side, peer, name, ids) for name, side in sides.items()}
         for batch in batches:
@@ -171,14 +169,10 @@ def measure_decode(
         row["share_of_read"] = float(row["gb_per_s"]) * 1e9 / read_rate
     layers, head = active_parameters(config.text)
     return {
-        "conditions": {
-            "step3-jax": __version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "cpu": _cpu_name(),
-            "threads": num_threads,
+        "conditions": conditions()
+        | {
             "cpu_pressure_before": before,
-            "cpu_pressure_after": _pressure(),
+            "cpu_pressure_after": cpu_pressure(),
             "steps": steps,
             "rounds": rounds,
             "prompt": prompt_length,
@@ -196,18 +190,6 @@ def measure_decode(
         "decode": decode_rows,
         "prefill": prefill_rows,
     }
-
-
-def format_report(found: dict[str, object]) -> str:
-    """The figures as markdown."""
-    lines = [f"{name}: {_number(value)}" for name, value in found.items() if not isinstance(value, list | dict)]
-    lines += [f"{name}: {json.dumps(value)}" for name, value in found.items() if isinstance(value, dict)]
-    for name in ("decode", "prefill"):
-        rows = found[name]
-        if isinstance(rows, list) and rows:
-            lines += ["", f"{name}:", "", "| " + " | ".join(rows[0]) + " |", "|" + "--|" * len(rows[0])]
-            lines += ["| " + " | ".join(_number(value) for value in row.values()) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def _decode_times(
@@ -302,28 +284,6 @@ def _cast(model: Step3, dtype: str) -> Step3:
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
 
 
-def _num_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _pressure() -> float | None:
-    """Percent of the last 10 seconds in which something waited for a CPU; None where the system does not say."""
-    try:
-        text = pathlib.Path("/proc/pressure/cpu").read_text(encoding="ascii")
-    except OSError:
-        return None
-    return float(text.split("avg10=")[1].split()[0]) if "avg10=" in text else None
-
-
-def _cpu_name() -> str:
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def _names(text: str) -> list[str]:
     names = text.split(",")
     if not set(names) <= set(DTYPES):
@@ -339,11 +299,3 @@ def _numbers(text: str) -> list[int]:
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; whole numbers of at least 1 are needed, separated by commas")
     return numbers
-
-
-def _number(value: object) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 1000
-        else str(round(value) if isinstance(value, float) else value)
-    )

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from step3_jax.bench.report import format_report
 from step3_jax.cli import bench_decode
-from step3_jax.cli.bench import PRESETS, format_report, measure_decode
+from step3_jax.cli.bench import PRESETS, measure_decode
 from step3_jax.cli.bench_decode import (
     TorchPeer,
     active_parameters,

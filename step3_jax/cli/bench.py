@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import pathlib
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from step3_jax import __version__
+from step3_jax.bench.machine import conditions, cpu_pressure, num_threads
+from step3_jax.bench.report import format_report
 from step3_jax.cli.afd_option import AfdChoice
 from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.cli.bench_decode import (
@@ -34,6 +33,7 @@ from step3_jax.cli.bench_decode import (
     random_model,
     read_meter,
 )
+from step3_jax.cli.bench_engine import run_engine_bench
 from step3_jax.cli.display import is_first_process, write_note
 from step3_jax.cli.engine import read_engine
 from step3_jax.cli.process import interruptible
@@ -52,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
       ValueError: For sizes that cannot be, a peer that does not start, or logits that differ from the peer's.
     """
+    if arguments.what != "decode":
+        return run_engine_bench(arguments, *PRESETS[arguments.preset])
     for name in ("steps", "rounds", "prompt", "prefill"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1 is needed")
@@ -124,13 +126,12 @@ def measure_decode(
       `is_partial`, `conditions`, `model`, `read_gb_per_s` (None if nothing was measured), and rows of `decode` and
       `prefill`, as JSON takes them.
     """
-    num_threads = _num_threads()
-    before = _pressure()
+    before = cpu_pressure()
     tell("making a model with random weights ...")
     model = random_model(config)
     rng = np.random.default_rng(0)
     sides = {name: Ours(_cast(model, name), parallel, afd) for name in dtypes}
-    read = read_meter(num_threads)
+    read = read_meter(num_threads())
     rates: list[float] = []
     decode_rows: list[Row] = []
     prefill_rows: list[Row] = []
@@ -140,7 +141,7 @@ def measure_decode(
         peer = None
         if torch_python is not None:
             tell("starting PyTorch, and comparing logits ...")
-            peer = stack.enter_context(TorchPeer(torch_python, model, dtypes, num_threads))
+            peer = stack.enter_context(TorchPeer(torch_python, model, dtypes, num_threads()))
             ids = rng.integers(2, config.text.vocab_size, (2, 24))
             versions = peer.versions
             agreement = {name: check_agreement(side, peer, name, ids) for name, side in sides.items()}
@@ -162,14 +163,10 @@ def measure_decode(
     layers, head = active_parameters(config.text)
     return {
         "is_partial": measuring.was_interrupted,
-        "conditions": {
-            "step3-jax": __version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "cpu": _cpu_name(),
-            "threads": num_threads,
+        "conditions": conditions()
+        | {
             "cpu_pressure_before": before,
-            "cpu_pressure_after": _pressure(),
+            "cpu_pressure_after": cpu_pressure(),
             "steps": steps,
             "rounds": rounds,
             "prompt": prompt_length,
@@ -187,18 +184,6 @@ def measure_decode(
         "decode": decode_rows,
         "prefill": prefill_rows,
     }
-
-
-def format_report(found: dict[str, object]) -> str:
-    """The figures as markdown."""
-    lines = [f"{name}: {_number(value)}" for name, value in found.items() if not isinstance(value, list | dict)]
-    lines += [f"{name}: {json.dumps(value)}" for name, value in found.items() if isinstance(value, dict)]
-    for name in ("decode", "prefill"):
-        rows = found[name]
-        if isinstance(rows, list) and rows:
-            lines += ["", f"{name}:", "", "| " + " | ".join(rows[0]) + " |", "|" + "--|" * len(rows[0])]
-            lines += ["| " + " | ".join(_number(value) for value in row.values()) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 class _Interruptible:
@@ -316,33 +301,3 @@ def _cast(model: Step3, dtype: str) -> Step3:
     """The same weights, rounded to `dtype`."""
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
-
-
-def _num_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _pressure() -> float | None:
-    """Percent of the last 10 seconds in which something waited for a CPU; None where the system does not say."""
-    try:
-        text = pathlib.Path("/proc/pressure/cpu").read_text(encoding="ascii")
-    except OSError:
-        return None
-    return float(text.split("avg10=")[1].split()[0]) if "avg10=" in text else None
-
-
-def _cpu_name() -> str:
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _number(value: object) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 1000
-        else str(round(value) if isinstance(value, float) else value)
-    )

@@ -27,6 +27,7 @@ ROWS = (
     ("cache", "checkpoint", "text", "sampling"),
     ("engine",),
     ("afd", "launch", "planner", "train", "server"),
+    ("bench",),
     ("cli",),
     ("tools",),
 )

@@ -1,9 +1,10 @@
-"""Options of `step3 bench decode`."""
+"""Options of `step3 bench`."""
 
 from __future__ import annotations
 
 import argparse
 
+from step3_jax.cli.arguments.bench_engine import add_engine_benches
 from step3_jax.cli.arguments.engine import add_engine
 from step3_jax.cli.dtype import dtype_name
 from step3_jax.config import DTYPES
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--torch", action="store_true", help="measure PyTorch too, on the same weights")
     decode.add_argument("--torch-python", metavar="PATH", help="interpreter that has torch and numpy; implies --torch")
     decode.add_argument("--json", metavar="FILE", help="also write all figures to FILE")
+    add_engine_benches(what, PRESETS, numbers=_numbers, dtypes=_names)
 
 
 def _names(text: str) -> list[str]:

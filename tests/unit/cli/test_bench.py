@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from step3_jax.bench.report import format_report
 from step3_jax.cli import bench, bench_decode
 from step3_jax.cli.arguments.bench import PRESETS
-from step3_jax.cli.bench import format_report, measure_decode
+from step3_jax.cli.bench import measure_decode
 from step3_jax.cli.bench_decode import (
     TorchPeer,
     active_parameters,

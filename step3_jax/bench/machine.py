@@ -1,0 +1,61 @@
+"""What a measurement was made on, and how busy that was."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+
+import jax
+
+from step3_jax import __version__
+
+
+def conditions() -> dict[str, object]:
+    """Versions and the machine, as JSON takes them."""
+    return {
+        "step3-jax": __version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "threads": num_threads(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def num_threads() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_pressure() -> float | None:
+    """Percent of the last 10 seconds in which something waited for a CPU; None where the system does not say."""
+    text = _read("/proc/pressure/cpu")
+    return float(text.split("avg10=")[1].split()[0]) if "avg10=" in text else None
+
+
+def load_average() -> float | None:
+    """Processes that ran or waited for a CPU, averaged over the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    names = [line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line]
+    return names[0] if names else platform.processor()
+
+
+def anonymous_bytes() -> int | None:
+    """Memory of this process that no file stands behind, swapped out or not; None where the system does not say."""
+    fields = dict(line.split(":", 1) for line in _read("/proc/self/status").splitlines() if ":" in line)
+    if "RssAnon" not in fields:
+        return None
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap") if name in fields)
+
+
+def _read(path: str) -> str:
+    """A file of the system; "" where it has none."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -1,0 +1,229 @@
+"""Requests of mixed lengths through `LLM.generate`, beside a replay of its calls and a peer that batches statically."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from step3_jax.bench.record import Recording, RecordingExecutor, Replay, call_seconds, replay
+from step3_jax.bench.workload import Lengths, random_prompts, word_tokenizer
+from step3_jax.cache.paged import Cache
+from step3_jax.engine.config import EngineConfig
+from step3_jax.engine.executor import Executor
+from step3_jax.engine.llm import LLM
+from step3_jax.engine.request import RequestOutput
+from step3_jax.engine.stats import EngineStats
+from step3_jax.sampling.params import SamplingParams
+
+Row = dict[str, str | int | float | None]
+# Runs before those that count. What is still compiled later is taken off the time.
+MAX_WARM_UPS = 2
+
+
+class StaticPeer(Protocol):
+    """A decoder that runs one batch at a time, all its sequences equally long."""
+
+    def prefill(self, dtype: str, ids: Int[np.ndarray, "B T"], room: int) -> float:
+        """Seconds until the first token of each; `room` is the tokens that may follow."""
+
+    def decode(self, dtype: str, steps: int) -> float:
+        """Seconds of `steps` more tokens of each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One run of the workload, and the same calls without the engine.
+
+    Attributes:
+      engine_s: `LLM.generate`, without compiling.
+      replay_s: The same calls of the executor, dispatched and waited for in the same order.
+      compile_s: Compiling inside `LLM.generate`.
+      stats: What the engine counted in this round.
+      recording: The calls.
+    """
+
+    engine_s: float
+    replay_s: float
+    compile_s: float
+    stats: EngineStats
+    recording: Recording
+
+    @property
+    def overhead(self) -> float:
+        """Time with the engine over that without."""
+        return self.engine_s / self.replay_s
+
+
+class Bench:
+    """An engine whose calls are recorded. What it compiled, it keeps from round to round."""
+
+    def __init__(self, executor: Executor, config: EngineConfig) -> None:
+        """Takes what runs the model.
+
+        Args:
+          executor: Of a model without images.
+          config: The engine's settings.
+        """
+        self.config = config
+        self.vocab_size = executor.config.text.vocab_size
+        self.executor = RecordingExecutor(executor)
+        # With text, as users have it.
+        self.llm = LLM.from_model(self.executor, word_tokenizer(self.vocab_size), config=config)
+        # Of the replays, kept as the engine keeps its own: new memory is slower at first.
+        self._cache: Cache | None = None
+
+    def generate(self, lengths: Sequence[Lengths], *, seed: int, use_tqdm: bool = False) -> list[RequestOutput]:
+        """Runs requests with random prompts; greedy, each to its full length."""
+        params = [SamplingParams(temperature=0.0, max_tokens=one.output, ignore_eos=True) for one in lengths]
+        return self.llm.generate(random_prompts(lengths, self.vocab_size, seed=seed), params, use_tqdm=use_tqdm)
+
+    def run_round(self, lengths: Sequence[Lengths], *, seed: int) -> tuple[Round, list[RequestOutput], Replay]:
+        """Runs requests, then the same calls without the engine."""
+        before, compiled = dataclasses.replace(self.llm.stats), self.executor.compile_s
+        begin = time.perf_counter()
+        with self.executor.record() as recording:
+            outputs = self.generate(lengths, seed=seed)
+        elapsed, compile_s = time.perf_counter() - begin, self.executor.compile_s - compiled
+        replayed = replay(self.executor, recording, self._take_cache())
+        self._cache = replayed.cache
+        stats = _difference(self.llm.stats, before)
+        return Round(elapsed - compile_s, replayed.seconds, compile_s, stats, recording), outputs, replayed
+
+    def warm_up(self, lengths: Sequence[Lengths], *, seed: int, most: int = MAX_WARM_UPS) -> None:
+        """Runs requests until nothing is compiled any more, at most `most` times."""
+        for number in range(most):
+            compiled = self.executor.compile_s
+            self.generate(lengths, seed=seed + number)
+            if self.executor.compile_s == compiled:
+                break
+
+    def run_rounds(self, lengths: Sequence[Lengths], rounds: int, *, seed: int = 0) -> list[Round]:
+        """Rounds of equal requests, with prompts of their own in each, after a warm-up.
+
+        The engine's calls differ a little from round to round, as how long they are depends on measured times.
+        """
+        self.warm_up(lengths, seed=seed + rounds, most=1)
+        return [self.run_round(lengths, seed=seed + number)[0] for number in range(rounds)]
+
+    def time_calls(self, recording: Recording) -> list[float]:
+        """Seconds of recorded calls, each made again by itself."""
+        self._cache, seconds = call_seconds(self.executor, recording, self._take_cache())
+        return seconds
+
+    def _take_cache(self) -> Cache:
+        """The replays' cache, for a call that consumes it."""
+        cache, self._cache = self._cache, None
+        return self.executor.new_cache() if cache is None else cache
+
+
+def measure_throughput(
+    bench: Bench,
+    lengths: Sequence[Lengths],
+    *,
+    rounds: int,
+    peer: StaticPeer | None = None,
+    peer_dtypes: Sequence[str] = (),
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, object]:
+    """Engine, replay and peer in turn, each once a round.
+
+    Args:
+      bench: The engine.
+      lengths: Of the requests.
+      rounds: Rounds; figures are medians over them.
+      peer: Runs the same requests in batches of `max_num_seqs` in their order, prompts padded to the longest of the batch,
+        until the longest output of the batch has ended; its numbers count what was asked for, and not the padding.
+      peer_dtypes: Of the peer's weights.
+      seed: Of the prompts.
+      tell: Gets a line of text about each part before it is measured.
+
+    Returns:
+      `requests`, `rounds` and, for each side, a row in `throughput`, as JSON takes them.
+    """
+    tell("throughput: compiling ...")
+    bench.warm_up(lengths, seed=seed + rounds)
+    found: list[Round] = []
+    peer_s: dict[str, list[float]] = {name: [] for name in peer_dtypes}
+    for number in range(rounds):
+        one = bench.run_round(lengths, seed=seed + number)[0]
+        found.append(one)
+        tell(f"throughput: round {number + 1} of {rounds}: engine {one.engine_s:.2f} s, replay {one.replay_s:.2f} s")
+        if peer is not None:
+            for name, seconds in peer_s.items():
+                seconds.append(run_static(peer, name, lengths, bench.config.max_num_seqs, bench.vocab_size))
+                tell(f"throughput: round {number + 1} of {rounds}: PyTorch in {name} {seconds[-1]:.2f} s")
+    engine_s = statistics.median(one.engine_s for one in found)
+    stats, calls = found[-1].stats, found[-1].recording
+    rows: list[Row] = [_rates("engine", lengths, engine_s)]
+    rows.append(_rates("replay", lengths, statistics.median(one.replay_s for one in found)))
+    rows += [_rates(f"torch {name}", lengths, statistics.median(times)) for name, times in peer_s.items()]
+    times_peer = {
+        name: statistics.median(theirs / ours.engine_s for theirs, ours in zip(times, found, strict=True))
+        for name, times in peer_s.items()
+    }
+    return {
+        "requests": {
+            "count": len(lengths),
+            "prompt_tokens": sum(one.prompt for one in lengths),
+            "output_tokens": sum(one.output for one in lengths),
+            "longest_prompt": max(one.prompt for one in lengths),
+            "longest_output": max(one.output for one in lengths),
+        },
+        "engine_overhead": statistics.median(one.overhead for one in found),
+        "times_torch": times_peer,
+        "counts": {
+            "preemptions": stats.num_preemptions,
+            "prefix_cache_queries": stats.prefix_cache_queries,
+            "prefix_cache_hits": stats.prefix_cache_hits,
+            "chunks": calls.num_prefills,
+            "decode_calls": calls.num_decodes,
+        },
+        "throughput": rows,
+        "rounds": [
+            {
+                "engine_s": one.engine_s,
+                "replay_s": one.replay_s,
+                "overhead": one.overhead,
+                "compile_s": one.compile_s,
+            }
+            | {f"torch_{name}_s": times[number] for name, times in peer_s.items()}
+            for number, one in enumerate(found)
+        ],
+    }
+
+
+def run_static(peer: StaticPeer, dtype: str, lengths: Sequence[Lengths], batch_size: int, vocab_size: int) -> float:
+    """Seconds of requests in batches that each wait for their longest sequence; prompts are padded to the longest."""
+    rng = np.random.default_rng(0)
+    seconds = 0.0
+    for first in range(0, len(lengths), batch_size):
+        batch = lengths[first : first + batch_size]
+        steps = max(one.output for one in batch)
+        # What stands in the padding does not change how long it takes.
+        ids = rng.integers(2, vocab_size, (len(batch), max(one.prompt for one in batch)))
+        seconds += peer.prefill(dtype, ids, steps)
+        if steps > 1:
+            seconds += peer.decode(dtype, steps - 1)
+    return seconds
+
+
+def _rates(side: str, lengths: Sequence[Lengths], seconds: float) -> Row:
+    return {
+        "side": side,
+        "seconds": seconds,
+        "requests_per_s": len(lengths) / seconds,
+        "prompt_tokens_per_s": sum(one.prompt for one in lengths) / seconds,
+        "generated_tokens_per_s": sum(one.output for one in lengths) / seconds,
+    }
+
+
+def _difference(after: EngineStats, before: EngineStats) -> EngineStats:
+    names = [field.name for field in dataclasses.fields(EngineStats)]
+    return EngineStats(**{name: getattr(after, name) - getattr(before, name) for name in names})

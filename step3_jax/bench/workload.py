@@ -1,0 +1,107 @@
+"""Requests to measure with: lengths from ranges or a file, random token ids, and a tokenizer for any vocabulary."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from step3_jax.text.tokenizer import Tokenizer
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# What a byte-level vocabulary writes for a space.
+_SPACE = "Ġ"
+# Of JSONL files.
+_KEYS = ("prompt_tokens", "output_tokens")
+
+
+class Lengths(NamedTuple):
+    """Tokens of one request."""
+
+    prompt: int
+    output: int
+
+
+def draw_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], *, seed: int = 0) -> list[Lengths]:
+    """Lengths of `count` requests, each drawn evenly from its range, both ends included.
+
+    Raises:
+      ValueError: If there is not at least one request, or a range is empty or begins below 1.
+    """
+    if count < 1:
+        raise ValueError(f"{count} requests are asked for; at least 1 is needed")
+    for name, (low, high) in (("prompt", prompt), ("output", output)):
+        if not 1 <= low <= high:
+            raise ValueError(f"{name} tokens are {low} to {high}; a range that starts at 1 or more is needed")
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(prompt[0], prompt[1], count, endpoint=True).tolist()
+    outputs = rng.integers(output[0], output[1], count, endpoint=True).tolist()
+    return [Lengths(*pair) for pair in zip(prompts, outputs, strict=True)]
+
+
+def read_lengths(path: str | pathlib.Path) -> list[Lengths]:
+    """Lengths from a file with a JSON object on each line: {"prompt_tokens": 120, "output_tokens": 40}; others are ignored.
+
+    Raises:
+      ValueError: If the file cannot be read, is empty, or has a line of another form.
+    """
+    file = pathlib.Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            entry = None
+        values = [entry.get(key) for key in _KEYS] if isinstance(entry, dict) else [None]
+        if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values):
+            raise ValueError(
+                f'{file}, line {number}: {line[:80]!r}; {{"prompt_tokens": N, "output_tokens": N}} with whole numbers of '
+                "at least 1 is needed"
+            )
+        found.append(Lengths._make(values))
+    if not found:
+        raise ValueError(f"{file} has no requests; a JSON object on each line is needed")
+    return found
+
+
+def random_prompts(lengths: Sequence[Lengths], vocab_size: int, *, seed: int = 0) -> list[list[int]]:
+    """Token ids of a prompt for each request. Ids 0 and 1 are left out: the models measured give them a meaning."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, vocab_size, one.prompt).tolist() for one in lengths]
+
+
+def word_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer whose every id is a word of its own, so that a random model's output is text.
+
+    Args:
+      vocab_size: V.
+    """
+    width = 1
+    while len(_LETTERS) ** width < vocab_size:
+        width += 1
+    vocabulary = {_SPACE + _word(number, width): number for number in range(vocab_size)}
+    description = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    return Tokenizer(json.dumps(description), source="the words")
+
+
+def _word(number: int, width: int) -> str:
+    letters = ""
+    for _ in range(width):
+        number, letter = divmod(number, len(_LETTERS))
+        letters = _LETTERS[letter] + letters
+    return letters

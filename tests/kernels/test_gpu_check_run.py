@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from step3_jax.gpu import MEMORY_SHARE
+from step3_jax.gpu import MEMORY_SHARE, POOL_VARIABLES
 from tests.process import environment
 from tools.gpu_check import __main__ as gpu_check
 from tools.gpu_check import cases, order, parent, rank, report
@@ -106,7 +106,8 @@ def test_what_a_child_has_told_before_it_hung_holds(children: parent.Children) -
 
 
 def test_compiled_programs_lie_outside_the_results(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for name in ("JAX_COMPILATION_CACHE_DIR", *POOL_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
     args = gpu_check._parser().parse_args(["--out", str(tmp_path)])
     assert tmp_path not in args.cache.parents
     made = parent.Children(settings(tmp_path))

@@ -11,7 +11,7 @@ import re
 TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
 # Of paths that look like names on the Hugging Face hub: there, no user can be called so.
 _NO_HUB_USERS = ("models", "datasets", "spaces")
-# How a file begins that is not what its name says. Longest first where one is the begin of another.
+# How a file begins that is not what its name says. Longest first where one starts with another.
 _STAND_INS = (
     (
         b"version https://git-lfs.github.com/spec/",

@@ -123,7 +123,7 @@ class PageAllocator:
                 self._free[shard].append(page)
 
     def publish(self, page: int, key: bytes) -> None:
-        """Makes a page known by the key of its tokens; it must be written whole. A key that is known stays as it is.
+        """Makes a page known by the key of its tokens; it must be written whole. A key that is known is left alone.
 
         Raises:
           ValueError: If the page has no owner.

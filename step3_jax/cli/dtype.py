@@ -19,7 +19,7 @@ def dtype_name(choices: Sequence[str]) -> Callable[[str], str]:
       choices: The names that the command itself uses.
 
     Returns:
-      Gives the one of `choices` that a name means, or the name as it is, which argparse then refuses.
+      Gives the one of `choices` that a name means, or the name unchanged, which argparse then refuses.
     """
 
     def dtype(text: str) -> str:

@@ -83,7 +83,7 @@ def remove_damaged(folder: pathlib.Path) -> list[str]:
             if _is_whole(path):
                 found[path.name] = stamp
             else:
-                # Another process may have been faster, or the file may be somebody else's.
+                # Another process may have been faster, or the file may be another user's.
                 with contextlib.suppress(OSError):
                     path.unlink()
                 removed.append(path.name)

@@ -28,7 +28,7 @@ class Log:
         self._is_interrupted = False
 
     def interrupt(self) -> None:
-        """From now on only rank 0 is shown: what the others write of peers that are being ended helps nobody."""
+        """From now on only rank 0 is shown: what the others write of peers that are being ended is of no use."""
         self._is_interrupted = True
 
     def push(self, rank: int, host: str, stream: str, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Every example of README and docs runs as it is printed, or says why it is not run."""
+"""Every example of README and docs runs unchanged, or says why it is not run."""
 
 from __future__ import annotations
 

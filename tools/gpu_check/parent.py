@@ -191,7 +191,7 @@ def _broken(partial: Mapping[str, object], reason: str) -> Result:
 
 
 def _read(child: subprocess.Popen[str], messages: queue.Queue[str | None]) -> None:
-    """Moves JSON lines to the queue; None at the end. Other lines are somebody's print."""
+    """Moves JSON lines to the queue; None at the end. Other lines are prints of some library."""
     assert child.stdout is not None
     for line in child.stdout:
         if line.startswith("{"):

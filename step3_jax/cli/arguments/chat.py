@@ -11,7 +11,7 @@ from step3_jax.cli.option import add_model, add_sampling
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_model(parser)
-    parser.add_argument("--system", metavar="TEXT", help="a system message at the begin")
+    parser.add_argument("--system", metavar="TEXT", help="a system message at the start")
     add_sampling(parser)
     add_engine(parser, without=["seed"])
     parser.add_argument(

@@ -13,11 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="what to ask; - reads it from stdin")
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture the prompt is about; may be repeated"
+        "--image", action="append", default=[], metavar="FILE", help="an image the prompt is about; may be repeated"
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument(
-        "--raw", action="store_true", help="give the prompt to the model as it is, without the chat template"
+        "--raw", action="store_true", help="give the prompt to the model unchanged, without the chat template"
     )
     add_sampling(parser)
     add_engine(parser, without=["seed"])

@@ -37,7 +37,9 @@ def measure_sequences(
     rows: list[Row] = []
     for count in counts:
         tell(f"scaling: {count} sequences ...")
-        found = make_bench(count).run_rounds([each] * count, rounds)
+        bench = make_bench(count)
+        bench.warm_up([each] * count, seed=rounds + 1)
+        found = bench.run_alternating([each] * count, rounds, seed=0)
         seconds = statistics.median(one.engine_s for one in found)
         rows.append(
             {
@@ -70,7 +72,8 @@ def measure_prompts(
     rows: list[Row] = []
     for length in lengths:
         tell(f"scaling: a prompt of {length} tokens ...")
-        found = bench.run_rounds([Lengths(length, 1)], rounds)
+        bench.warm_up([Lengths(length, 1)], seed=rounds + 1)
+        found = bench.run_alternating([Lengths(length, 1)], rounds, seed=0)
         seconds = statistics.median(one.engine_s for one in found)
         rows.append(
             {

@@ -22,8 +22,6 @@ from step3_jax.engine.stats import EngineStats
 from step3_jax.sampling.params import SamplingParams
 
 Row = dict[str, str | int | float | None]
-# Runs before those that count. What is still compiled later is taken off the time.
-MAX_WARM_UPS = 2
 
 
 class StaticPeer(Protocol):
@@ -42,7 +40,7 @@ class Round:
 
     Attributes:
       engine_s: `LLM.generate`, without compiling.
-      replay_s: The same calls of the executor, dispatched and waited for in the same order.
+      replay_s: Such calls of the executor without the engine, dispatched and waited for in the same order.
       compile_s: Compiling inside `LLM.generate`.
       stats: What the engine counted in this round.
       recording: The calls.
@@ -85,36 +83,62 @@ class Bench:
 
     def run_round(self, lengths: Sequence[Lengths], *, seed: int) -> tuple[Round, list[RequestOutput], Replay]:
         """Runs requests, then the same calls without the engine."""
-        before, compiled = dataclasses.replace(self.llm.stats), self.executor.compile_s
-        begin = time.perf_counter()
-        with self.executor.record() as recording:
-            outputs = self.generate(lengths, seed=seed)
-        elapsed, compile_s = time.perf_counter() - begin, self.executor.compile_s - compiled
-        replayed = replay(self.executor, recording, self._take_cache())
-        self._cache = replayed.cache
-        stats = _difference(self.llm.stats, before)
-        return Round(elapsed - compile_s, replayed.seconds, compile_s, stats, recording), outputs, replayed
+        timed, outputs = self._run(lengths, seed=seed)
+        replayed = self._replay(timed.recording)
+        return dataclasses.replace(timed, replay_s=replayed.seconds), outputs, replayed
 
-    def warm_up(self, lengths: Sequence[Lengths], *, seed: int, most: int = MAX_WARM_UPS) -> None:
-        """Runs requests until nothing is compiled any more, at most `most` times."""
-        for number in range(most):
-            compiled = self.executor.compile_s
-            self.generate(lengths, seed=seed + number)
-            if self.executor.compile_s == compiled:
-                break
+    def run_alternating(
+        self, lengths: Sequence[Lengths], rounds: int, *, seed: int, after: Callable[[int, Round], None] | None = None
+    ) -> list[Round]:
+        """Rounds with prompts of their own in each, after one that does not count.
 
-    def run_rounds(self, lengths: Sequence[Lengths], rounds: int, *, seed: int = 0) -> list[Round]:
-        """Rounds of equal requests, with prompts of their own in each, after a warm-up.
+        What comes first after other work is slower, as the machine has to get the weights back. So every second round
+        starts with the replay, which then is of the round before: the calls differ a little, as their length depends on
+        measured times.
 
-        The engine's calls differ a little from round to round, as how long they are depends on measured times.
+        Args:
+          lengths: Of the requests.
+          rounds: Rounds; of an even number both sides come first equally often.
+          seed: Of the prompts.
+          after: Called with each round's number and what it measured, for what else is to be measured in it.
         """
-        self.warm_up(lengths, seed=seed + rounds, most=1)
-        return [self.run_round(lengths, seed=seed + number)[0] for number in range(rounds)]
+        last = self.run_round(lengths, seed=seed + rounds)[0].recording
+        found = []
+        for number in range(rounds):
+            if number % 2:
+                replay_s = self._replay(last).seconds
+                one = dataclasses.replace(self._run(lengths, seed=seed + number)[0], replay_s=replay_s)
+            else:
+                one = self.run_round(lengths, seed=seed + number)[0]
+            last = one.recording
+            found.append(one)
+            if after is not None:
+                after(number, one)
+        return found
+
+    def warm_up(self, lengths: Sequence[Lengths], *, seed: int) -> None:
+        """Runs requests, so that programs are compiled. What still is compiled later is taken off the time."""
+        self.generate(lengths, seed=seed)
 
     def time_calls(self, recording: Recording) -> list[float]:
         """Seconds of recorded calls, each made again by itself."""
         self._cache, seconds = call_seconds(self.executor, recording, self._take_cache())
         return seconds
+
+    def _run(self, lengths: Sequence[Lengths], *, seed: int) -> tuple[Round, list[RequestOutput]]:
+        """A round without its replay."""
+        before, compiled = dataclasses.replace(self.llm.stats), self.executor.compile_s
+        begin = time.perf_counter()
+        with self.executor.record() as recording:
+            outputs = self.generate(lengths, seed=seed)
+        elapsed, compile_s = time.perf_counter() - begin, self.executor.compile_s - compiled
+        stats = _difference(self.llm.stats, before)
+        return Round(elapsed - compile_s, 0.0, compile_s, stats, recording), outputs
+
+    def _replay(self, recording: Recording) -> Replay:
+        replayed = replay(self.executor, recording, self._take_cache())
+        self._cache = replayed.cache
+        return replayed
 
     def _take_cache(self) -> Cache:
         """The replays' cache, for a call that consumes it."""
@@ -147,18 +171,20 @@ def measure_throughput(
     Returns:
       `requests`, `rounds` and, for each side, a row in `throughput`, as JSON takes them.
     """
-    tell("throughput: compiling ...")
-    bench.warm_up(lengths, seed=seed + rounds)
-    found: list[Round] = []
     peer_s: dict[str, list[float]] = {name: [] for name in peer_dtypes}
-    for number in range(rounds):
-        one = bench.run_round(lengths, seed=seed + number)[0]
-        found.append(one)
-        tell(f"throughput: round {number + 1} of {rounds}: engine {one.engine_s:.2f} s, replay {one.replay_s:.2f} s")
-        if peer is not None:
-            for name, seconds in peer_s.items():
-                seconds.append(run_static(peer, name, lengths, bench.config.max_num_seqs, bench.vocab_size))
-                tell(f"throughput: round {number + 1} of {rounds}: PyTorch in {name} {seconds[-1]:.2f} s")
+
+    def measure_peer(number: int, one: Round) -> None:
+        place = f"throughput: round {number + 1} of {rounds}:"
+        tell(f"{place} engine {one.engine_s:.2f} s, replay {one.replay_s:.2f} s")
+        if peer is None:
+            return
+        for name, seconds in peer_s.items():
+            seconds.append(run_static(peer, name, lengths, bench.config.max_num_seqs, bench.vocab_size))
+            tell(f"{place} PyTorch in {name} {seconds[-1]:.2f} s")
+
+    tell("throughput: compiling ...")
+    bench.warm_up(lengths, seed=seed + rounds + 1)
+    found = bench.run_alternating(lengths, rounds, seed=seed, after=measure_peer)
     engine_s = statistics.median(one.engine_s for one in found)
     stats, calls = found[-1].stats, found[-1].recording
     rows: list[Row] = [_rates("engine", lengths, engine_s)]

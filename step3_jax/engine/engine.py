@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from step3_jax.engine.core import EngineCore
@@ -67,7 +68,10 @@ class Engine:
         self.core = core
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
-        self._step_lock = threading.Lock()
+        # Told whenever a step has ended. A lock that is held while stepping would not do: whoever steps would have it again
+        # before others wake, and they would get their outputs late.
+        self._turn = threading.Condition()
+        self._is_stepping = False
         self._numbers = itertools.count()
 
     def check(self, request: Request) -> None:
@@ -132,13 +136,11 @@ class Engine:
 
     def _take(self, processor: OutputProcessor, outputs: queue.SimpleQueue[SequenceOutput]) -> Iterator[Event]:
         """Waits until there are outputs, stepping unless another thread does; then all of them as events."""
-        if outputs.empty():
-            with self._step_lock:
-                # Another thread may have stepped for this one too while it waited for the lock.
-                if outputs.empty():
-                    if not self.core.has_work:
-                        raise RuntimeError("the engine has no work, yet requests have not ended: this is a bug")
-                    self.core.step()
+        with self._stepping(outputs.empty) as has_turn:
+            if has_turn:
+                if not self.core.has_work:
+                    raise RuntimeError("the engine has no work, yet requests have not ended: this is a bug")
+                self.core.step()
         while not outputs.empty():
             output = outputs.get()
             piece, must_abort = processor.push(output)
@@ -152,11 +154,25 @@ class Engine:
 
     def _settle(self) -> None:
         """Lets the core see what was aborted, so that its pages are free before the next call."""
-        if self._step_lock.acquire(blocking=False):
-            try:
+        with self._stepping(lambda: not self._is_stepping) as has_turn:
+            if has_turn:
                 self.core.settle()
-            finally:
-                self._step_lock.release()
+
+    @contextlib.contextmanager
+    def _stepping(self, is_wanted: Callable[[], bool]) -> Iterator[bool]:
+        """Waits for the turn to step for as long as it is wanted; whether it came. The next one has it afterwards."""
+        has_turn = False
+        try:
+            with self._turn:
+                self._turn.wait_for(lambda: not (self._is_stepping and is_wanted()))
+                if is_wanted():
+                    has_turn = self._is_stepping = True
+            yield has_turn
+        finally:
+            if has_turn:
+                with self._turn:
+                    self._is_stepping = False
+                    self._turn.notify_all()
 
 
 def _refused_output(request_id: str, place: int, refused: Refused) -> RequestOutput:

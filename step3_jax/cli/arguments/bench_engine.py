@@ -86,7 +86,7 @@ def add_engine_benches(
 
 def _add_common(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
     parser.add_argument("--preset", choices=list(presets), default="100m", help="size of the model (default: 100m)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="medians are over so many (default: 3)")
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="medians are over so many (default: 4)")
     parser.add_argument(
         "--json", metavar="FILE", help="also write the figures to FILE, beside those of the other benches"
     )

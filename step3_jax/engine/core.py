@@ -1,7 +1,7 @@
 """The engine core: one owner steps it, any thread may hand it requests or abort them. Plain data in and out, no text.
 
-Each step takes what has arrived and collects the decode call under way. If nothing joins or leaves it dispatches the next
-one before it hands over what was generated, so that text is made while the device works. A call that fails ends the requests that ran in it; all
+Each step takes what has arrived, collects the decode call under way, dispatches the next one, and only then hands over
+what was generated, so that text is made while the device works. A call that fails ends the requests that ran in it; all
 others are computed again, with the same tokens.
 """
 

@@ -215,9 +215,9 @@ class EngineCore:
         self._inbox.append(_Abort(request_id, index))
 
     def step(self) -> None:
-        """One step: admits sequences, prefills a chunk, and makes one decode call for those whose prompt is prefilled.
+        """One round: admits sequences, prefills a chunk, and makes one decode call for those whose prompt is prefilled.
 
-        While prompts are prefilled the sequences that decode get one token a step, so that neither waits for the other.
+        While prompts are prefilled the sequences that decode get one token a round, so that neither waits for the other.
 
         Raises:
           BaseException: What interrupted it, such as KeyboardInterrupt; all sequences are then computed again. A call that
@@ -232,6 +232,7 @@ class EngineCore:
             if flight is not None:
                 self._collect(flight)
                 if self._may_lead():
+                    self._take_inbox()
                     self._flight = self._dispatch()
         except CallError as failure:
             self._recover()
@@ -371,15 +372,11 @@ class EngineCore:
         return num_steps
 
     def _may_lead(self) -> bool:
-        """Whether the next call may be dispatched before what was generated is handed over: if nothing joins or leaves.
+        """Whether the next calls may be dispatched before what was generated is looked at.
 
-        A chunk takes long, and a CPU does not dispatch what follows it until it has ended. A stop string ends its sequence
-        only once the text has been made; until then no step is spent on it.
+        A stop string ends its sequence only once the text has been made; until then no step is spent on it.
         """
-        scheduler = self.scheduler
-        may_join = bool(self._inbox) or (scheduler.num_waiting > 0 and scheduler.has_free_slot)
-        has_stops = any(one.sampling.params.stop for one in scheduler.running)
-        return not (may_join or scheduler.has_prefill or has_stops)
+        return not any(one.sampling.params.stop for one in self.scheduler.running)
 
     def _collect(self, flight: _Flight) -> None:
         """Waits for a round's calls and takes what they generated."""

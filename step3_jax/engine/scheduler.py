@@ -110,11 +110,6 @@ class Scheduler:
         """Whether a sequence in a slot has tokens to prefill."""
         return any(sequence.num_to_prefill for sequence in self._running)
 
-    @property
-    def has_free_slot(self) -> bool:
-        """Whether a shard runs fewer sequences than it may."""
-        return any(len(own) < self._max_num_seqs for own in self._sequences_of_shards())
-
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Puts sequences at the end of the queue."""
         self._waiting.extend(sequences)
@@ -130,7 +125,7 @@ class Scheduler:
         copies: list[PageCopy] = []
         blocked: list[Sequence] = []
         for sequence in tuple(self._waiting):
-            if not self.has_free_slot:
+            if not any(len(own) < self._max_num_seqs for own in self._sequences_of_shards()):
                 break
             if len(blocked) > MAX_PASSES or any(other.num_passed >= MAX_PASSES for other in blocked):
                 break

@@ -215,9 +215,9 @@ class EngineCore:
         self._inbox.append(_Abort(request_id, index))
 
     def step(self) -> None:
-        """One round: admits sequences, prefills a chunk, and makes one decode call for those whose prompt is prefilled.
+        """One step: admits sequences, prefills a chunk, and makes one decode call for those whose prompt is prefilled.
 
-        While prompts are prefilled the sequences that decode get one token a round, so that neither waits for the other.
+        While prompts are prefilled the sequences that decode get one token a step, so that neither waits for the other.
 
         Raises:
           BaseException: What interrupted it, such as KeyboardInterrupt; all sequences are then computed again. A call that

@@ -19,6 +19,7 @@ class EngineStats:
       prefill_s: Time of prefill, images included.
       decode_s: Time of the decode loop.
       compile_s: Time of tracing and compiling.
+      num_compilations: Programs traced; each is then compiled, or found in the compile cache.
     """
 
     num_requests: int = 0
@@ -30,6 +31,7 @@ class EngineStats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     compile_s: float = 0.0
+    num_compilations: int = 0
 
     @property
     def prefill_tokens_per_s(self) -> float:

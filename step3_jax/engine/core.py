@@ -244,8 +244,12 @@ class EngineCore:
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles all programs that requests can need, see `engine.warm_up`; like `step`, by one thread at a time."""
-        self._cache = warm_up(self._executor, self._take_cache(), self.buckets, self._packer, progress)
-        self._count_compilations()
+        try:
+            self._cache = warm_up(self._executor, self._take_cache(), self.buckets, self._packer, progress)
+        except BaseException:
+            self._recover()
+            raise
+        self.stats.count_compilations(self._executor.compile_s, self._executor.num_traces)
 
     def settle(self) -> None:
         """Takes what has arrived without computing anything, so that aborted requests free their pages; as `step` else."""
@@ -402,14 +406,10 @@ class EngineCore:
             for slot, sequence in enumerate(flight.slots):
                 if sequence is not None and not sequence.is_finished:
                     self._take(sequence, report, slot)
-        self._count_compilations()
+        stats.count_compilations(self._executor.compile_s, self._executor.num_traces)
         stats.num_preemptions = self.scheduler.num_preemptions
         stats.prefix_cache_queries = self.scheduler.num_queries
         stats.prefix_cache_hits = self.scheduler.num_hits
-
-    def _count_compilations(self) -> None:
-        self.stats.compile_s = self._executor.compile_s
-        self.stats.num_compilations = self._executor.num_traces.total()
 
     def _take(self, sequence: Sequence, report: Report, slot: int) -> None:
         """Takes what a decode call generated of a sequence."""

@@ -175,13 +175,12 @@ class LLM:
         self._random = np.random.default_rng(config.seed)
         self._random_lock = threading.Lock()
         eos_ids = _end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer)
-        images = settings or ImageSettings()
         core = EngineCore(
             executor,
             config,
             max_model_len=self.max_model_len,
             eos_ids=eos_ids,
-            image_sizes=() if self.config.vision is None else (images.image_size, images.window_size),
+            image_sizes=self.prompts.image_sizes,
         )
         self._engine = Engine(core, tokenizer, eos_ids)
         if isinstance(executor, ShardedRunner) and executor.layout.size("heads") > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass
@@ -32,6 +33,10 @@ class EngineStats:
     decode_s: float = 0.0
     compile_s: float = 0.0
     num_compilations: int = 0
+
+    def count_compilations(self, compile_s: float, num_traces: Mapping[str, int]) -> None:
+        """Takes an executor's counts: the time it spent so far, and how often it traced each of its calls."""
+        self.compile_s, self.num_compilations = compile_s, sum(num_traces.values())
 
     @property
     def prefill_tokens_per_s(self) -> float:

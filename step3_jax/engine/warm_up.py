@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +23,13 @@ from step3_jax.engine.state import DecodeCall, PrefillBatch
 Progress = Callable[[int, int], None]
 # Programs that are compiled at once: each takes memory, and the compiler has threads of its own.
 MAX_THREADS = 8
+
+
+class _Started(NamedTuple):
+    """A call to make, and its program while it is compiled; see `_make_call` and `Executor.lower`."""
+
+    call: PrefillBatch | DecodeCall | None
+    compiling: concurrent.futures.Future[jax.stages.Compiled] | None
 
 
 def warm_up(
@@ -43,43 +52,61 @@ def warm_up(
       The cache.
     """
     programs = buckets.programs()
-    features: Float[np.ndarray, "tokens D"] | None = None
-
-    def make_call(program: Program) -> PrefillBatch | DecodeCall | None:
-        if isinstance(program, PrefillProgram):
-            return packer.idle_chunk(program.num_tokens, features if program.has_images else None)
-        return packer.idle_decode(program.num_seqs) if isinstance(program, DecodeProgram) else None
-
-    def tell(done: int) -> None:
-        if progress is not None:
-            progress(done, len(programs))
-
     encode = [program for program in programs if isinstance(program, EncodeProgram)]
-    for done, tower in enumerate(encode):
-        tell(done)
+    others = programs[len(encode) :]
+    features: Float[np.ndarray, "tokens D"] | None = None
+    num_done = 0
+
+    def tell(count: int) -> None:
+        nonlocal num_done
+        num_done += count
+        if progress is not None:
+            progress(num_done, len(programs))
+
+    tell(0)
+    for tower in encode:
         shape = tower.num_images, 3, tower.image_size, tower.image_size
         features = executor.encode_images(np.zeros(shape, np.float32))[0]
-    others = programs[len(encode) :]
-    with concurrent.futures.ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        compiling = []
+        tell(1)
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    started: collections.deque[_Started] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         for program in others:
-            call = make_call(program)
+            call = _make_call(program, packer, features)
             lowered = None if call is None else executor.lower(cache, call)
-            compiling.append(None if lowered is None else pool.submit(lowered.compile))
-        for done, (program, future) in enumerate(zip(others, compiling, strict=True), len(encode)):
-            tell(done)
-            if future is not None:
-                begin = time.perf_counter()
-                future.result()
-                executor.compile_s += time.perf_counter() - begin
-            call = make_call(program)
-            if isinstance(call, PrefillBatch):
-                cache, prefill = executor.prefill(cache, call)
-                prefill.result()
-            elif call is not None:
-                cache, decode = executor.decode(cache, call)
-                decode.result()
-            else:
-                cache = jax.block_until_ready(executor.copy_pages(cache, (), ()))
-    tell(len(programs))
+            started.append(_Started(call, None if lowered is None else pool.submit(lowered.compile)))
+            # A few are traced ahead, so that no thread waits for the next.
+            if len(started) > num_threads:
+                cache = _finish(executor, cache, started.popleft())
+                tell(1)
+        while started:
+            cache = _finish(executor, cache, started.popleft())
+            tell(1)
+    return cache
+
+
+def _make_call(
+    program: Program, packer: Packer, features: Float[np.ndarray, "tokens D"] | None
+) -> PrefillBatch | DecodeCall | None:
+    """A program's call; None for copies of pages."""
+    if isinstance(program, PrefillProgram):
+        return packer.idle_chunk(program.num_tokens, features if program.has_images else None)
+    return packer.idle_decode(program.num_seqs) if isinstance(program, DecodeProgram) else None
+
+
+def _finish(executor: Executor, cache: Cache, started: _Started) -> Cache:
+    """Waits until a program is compiled, and calls it."""
+    call, compiling = started
+    if compiling is not None:
+        begin = time.perf_counter()
+        compiling.result()
+        executor.compile_s += time.perf_counter() - begin
+    if isinstance(call, PrefillBatch):
+        cache, prefill = executor.prefill(cache, call)
+        prefill.result()
+    elif call is not None:
+        cache, decode = executor.decode(cache, call)
+        decode.result()
+    else:
+        cache = jax.block_until_ready(executor.copy_pages(cache, (), ()))
     return cache

@@ -36,7 +36,7 @@ from step3_jax.engine.state import DecodeBatch, PrefillBatch
 from step3_jax.mesh import initialise_distributed
 from step3_jax.model.step3 import Step3
 from step3_jax.resources import find
-from step3_jax.sampling.batch import SamplingMode, SamplingRow, sampling_batch
+from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from tests.process import give_answer
 from tests.small import small_text
@@ -84,10 +84,14 @@ def make_runner(num_layers: int) -> Runner:
     return Runner(make_model(num_layers))
 
 
+def make_llm(executor: Executor, **settings: int) -> LLM:
+    sizes = {"max_num_seqs": 4 * executor.num_shards, "max_num_batched_tokens": 32 * executor.num_shards} | settings
+    return LLM.from_model(executor, max_model_len=64, **sizes)  # type: ignore[arg-type]
+
+
 def generate(executor: Executor, count: int, each: SamplingParams | None = None, **settings: int) -> list[list[int]]:
     """Tokens of prompts that are longer than a chunk and more than there are rows, of which some end in every call."""
-    sizes = {"max_num_seqs": 4 * executor.num_shards, "max_num_batched_tokens": 32 * executor.num_shards} | settings
-    llm = LLM.from_model(executor, max_model_len=64, **sizes)  # type: ignore[arg-type]
+    llm = make_llm(executor, **settings)
     rng = np.random.default_rng(5)
     prompts = [rng.integers(2, executor.config.text.vocab_size, 3 + 9 * index).tolist() for index in range(count)]
     params = [each or SamplingParams(temperature=0, max_tokens=4 + 3 * (index % 3)) for index in range(count)]
@@ -116,9 +120,9 @@ def features(case: Answer) -> Answer:
 
 
 def repeat(case: Answer) -> Answer:
-    """Traces after the same work was done before, and after doing it again."""
+    """Traces after a warm-up, and after work."""
     executor = executor_of(case)
-    generate(executor, 6)
+    make_llm(executor).warm_up()
     before = dict(executor.num_traces)
     generate(executor, 6)
     return {"before": before, "after": dict(executor.num_traces)}
@@ -164,7 +168,7 @@ def hlo(case: Answer) -> Answer:
         numbers = jnp.ones((rows,), jnp.int32)
         batch = DecodeBatch(numbers, numbers, numbers, numbers > 0, jnp.zeros((rows, 2), jnp.int32))
         sampling = sampling_batch([SamplingRow(SamplingParams(temperature=0), 8, (0, 0), ())] * rows, vocab_size, rows)
-        program = executor.decode_program(cache, batch, sampling, max_steps=8, mode=SamplingMode())
+        program = executor.decode_program(cache, batch, sampling, max_steps=8)
     else:
         starts, lengths = jnp.array([0, 20, 30] * shards, jnp.int32), jnp.array([20, 10] * shards, jnp.int32)
         table = jnp.zeros((shards * 2, 2), jnp.int32)

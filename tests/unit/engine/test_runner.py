@@ -14,11 +14,11 @@ from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import FULL, IDLE, RUNNING, STOPPED, DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch
+from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 
 VOCAB_SIZE = 264
-NUM_PAGES, MAX_PAGES, MAX_STEPS = 37, 2, 16
+NUM_PAGES, MAX_PAGES, MAX_STEPS = 37, 8, 16
 PROMPT_LENGTH = 5
 
 
@@ -65,7 +65,7 @@ def run(
     *,
     leave_early: bool = False,
 ) -> tuple[Cache, Report]:
-    call = DecodeCall(batch, sampling, SamplingMode(), num_steps, max_steps=MAX_STEPS, leave_early=leave_early)
+    call = DecodeCall(batch, sampling, num_steps, max_steps=MAX_STEPS, leave_early=leave_early)
     cache, started = runner.decode(cache, call)
     return cache, started.result()
 
@@ -114,9 +114,7 @@ def test_no_copy_of_the_cache_is_in_the_compiled_calls(runner: Runner, num_rows:
     cache = jax.eval_shape(lambda: runner.allocate_cache(NUM_PAGES, storage))
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        decode = runner.decode_program(
-            cache, decode_batch(num_rows), sampling_of([9] * num_rows), max_steps=MAX_STEPS, mode=SamplingMode()
-        )
+        decode = runner.decode_program(cache, decode_batch(num_rows), sampling_of([9] * num_rows), max_steps=MAX_STEPS)
         programs = [decode]
         if num_rows == 4:
             programs.append(runner.prefill_program(cache, chunk(num_rows)))
@@ -174,10 +172,10 @@ def test_padding_behind_a_chunk_changes_nothing(runner: Runner) -> None:
 def test_copied_pages_are_the_same_in_all_layers_and_no_other_page_changes(runner: Runner) -> None:
     cache = read(runner, 4)
     before = [np.array(kv.keys) for kv in cache]
-    copied = runner.copy_pages(cache, [4, 6, 8], [20, 21, 36])
+    copied = runner.copy_pages(cache, [10, 18, 26], [20, 21, 36])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     for old, kv in zip(before, copied, strict=True):
         want = old.copy()
-        want[[20, 21, 36]] = old[[4, 6, 8]]
+        want[[20, 21, 36]] = old[[10, 18, 26]]
         np.testing.assert_array_equal(np.asarray(kv.keys), want)
-    assert before[0][4].any()
+    assert before[0][10].any()

@@ -1,9 +1,11 @@
-"""What a JSON schema holds, and which schemas are refused before they are looked at any further."""
+"""What a JSON schema holds, which schemas are refused before they are looked at any further, and how JSON is laid out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+# Between the tokens of JSON that is generated: any layout in lines, and an end to a model that would go on with blanks.
+BLANKS = r" |\n( {0,16}|\t{0,8})"
 MAX_DEPTH = 32
 MAX_PROPERTIES = 2000
 

@@ -25,6 +25,7 @@ from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import STEPS_PER_CALL, EngineCore
 from step3_jax.engine.engine import Engine, Refused
 from step3_jax.engine.executor import Executor
+from step3_jax.engine.grammar import ConstraintMaker
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
 from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
@@ -174,7 +175,8 @@ class LLM:
         self._random_lock = threading.Lock()
         eos_ids = _end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer)
         core = EngineCore(executor, config, max_model_len=self.max_model_len, eos_ids=eos_ids)
-        self._engine = Engine(core, tokenizer, eos_ids)
+        constraints = ConstraintMaker(tokenizer, self.config.text.vocab_size, eos_ids)
+        self._engine = Engine(core, tokenizer, eos_ids, constraints)
         if isinstance(executor, ShardedRunner) and executor.layout.size("heads") > 1:
             copies, num_tokens = executor.layout.size("heads"), core.allocator.num_pages * PAGE_SIZE
             warnings.warn(
@@ -344,12 +346,14 @@ class LLM:
         """Requests one by one, so that their prompts (and images) need not be in memory all at once."""
         for make, own in zip(build, params, strict=True):
             seed = self._seed(own)
+            prompt = None
             try:
                 prompt = make()
+                request = self._engine.new_request(prompt, own, seed, steps)
             except ValueError as error:
-                yield Refused(None, str(error))
+                yield Refused(prompt, str(error))
             else:
-                yield self._engine.new_request(prompt, own, seed, steps)
+                yield request
 
     def _find_error(self, request: Request) -> str | None:
         try:

@@ -16,7 +16,7 @@ import llguidance
 import numpy as np
 from jaxtyping import Int
 
-from step3_jax.json_schema import subschemas
+from step3_jax.json_schema import BLANKS, subschemas
 from step3_jax.sampling.structured import StructuredOutputsParams
 
 # Longest that anybody waits for a grammar to be compiled.
@@ -24,8 +24,6 @@ DEADLINE_S = 5.0
 # At once, so that hostile ones leave processors to others.
 MAX_COMPILING = 2
 MAX_CACHED = 256
-# Blanks between JSON tokens: enough for any layout, and an end to a model that would go on with them.
-_JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,40}"
 
 
 class GrammarError(ValueError):
@@ -204,7 +202,7 @@ class GrammarCompiler:
 
 def _to_llguidance(kind: str, source: str) -> str:
     if kind == "json":
-        return llguidance.LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": _JSON_BLANKS})
+        return llguidance.LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": BLANKS})
     return llguidance.grammar_from(kind, source)  # type: ignore[arg-type]
 
 

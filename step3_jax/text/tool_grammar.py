@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from step3_jax.json_schema import check_schema
+from step3_jax.json_schema import BLANKS, check_schema
 from step3_jax.text.tool_call import (
     BLOCK_BEGIN,
     BLOCK_END,
@@ -186,7 +186,8 @@ class _Rules:
 
     def _add_json(self, hint: str, schema: Schema, document: Schema) -> str:
         shared = {key: document[key] for key in ("$defs", "definitions") if key in document}
-        value = self._add(hint, f"%json {json.dumps({**schema, **shared}, ensure_ascii=False)}")
+        layout = {"x-guidance": {"whitespace_pattern": BLANKS}}
+        value = self._add(hint, f"%json {json.dumps({**schema, **shared, **layout}, ensure_ascii=False)}")
         return self._add(hint, f"{value} {_quote(PARAMETER_END)}")
 
     def _add(self, hint: str, body: str, *, options: str = "", is_terminal: bool = False) -> str:

@@ -20,9 +20,10 @@ from pallas_kernels.pages import PAGE_SIZE
 from step3_jax import resources
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
+from step3_jax.engine.bucket_table import STEPS_PER_CALL
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.config import EngineConfig
-from step3_jax.engine.core import STEPS_PER_CALL, EngineCore
+from step3_jax.engine.core import EngineCore
 from step3_jax.engine.engine import Engine, Refused
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.grammar import ConstraintMaker
@@ -31,6 +32,7 @@ from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.stats import EngineStats
+from step3_jax.engine.warm_up import Progress
 from step3_jax.gpu import claim_memory
 from step3_jax.mesh import find_devices, make_layout
 from step3_jax.model.step3 import Step3
@@ -174,7 +176,13 @@ class LLM:
         self._random = np.random.default_rng(config.seed)
         self._random_lock = threading.Lock()
         eos_ids = _end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer)
-        core = EngineCore(executor, config, max_model_len=self.max_model_len, eos_ids=eos_ids)
+        core = EngineCore(
+            executor,
+            config,
+            max_model_len=self.max_model_len,
+            eos_ids=eos_ids,
+            image_sizes=self.prompts.image_sizes,
+        )
         constraints = ConstraintMaker(tokenizer, self.config.text.vocab_size, eos_ids)
         self._engine = Engine(core, tokenizer, eos_ids, constraints)
         if isinstance(executor, ShardedRunner) and executor.layout.size("heads") > 1:
@@ -200,6 +208,17 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counts and times so far."""
         return self._engine.core.stats
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compiles all programs that requests can need, or reads them from the compile cache: none is compiled later.
+
+        Without it each is compiled when it is first needed, which is quicker for a few calls. Of several processes each
+        makes this call.
+
+        Args:
+          progress: Called with the number of programs that are ready and of all, before the first and after each.
+        """
+        self._engine.warm_up(progress)
 
     @overload
     def generate(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from step3_jax.engine.core import EngineCore
+from step3_jax.engine.grammar import ConstraintMaker
 from step3_jax.engine.output import OutputProcessor
 from step3_jax.engine.request import (
     CompletionOutput,
@@ -58,15 +59,19 @@ class Engine:
       core: The core.
     """
 
-    def __init__(self, core: EngineCore, tokenizer: Tokenizer | None, eos_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, core: EngineCore, tokenizer: Tokenizer | None, eos_ids: tuple[int, ...], constraints: ConstraintMaker
+    ) -> None:
         """Takes a core that nothing else steps.
 
         Args:
           core: The core.
           tokenizer: Makes text; None gives token ids alone.
           eos_ids: The model's own end tokens.
+          constraints: Makes those of requests.
         """
         self.core = core
+        self._constraints = constraints
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         # Told whenever a step has ended. A lock that is held while stepping would not do: whoever steps would have it again
@@ -81,8 +86,13 @@ class Engine:
         self.core.check(request)
 
     def new_request(self, prompt: Prompt, params: SamplingParams, seed: int, steps_per_call: int) -> Request:
-        """A request with an id of its own."""
-        return Request(str(next(self._numbers)), prompt, params, seed, steps_per_call)
+        """A request with an id of its own.
+
+        Raises:
+          ValueError: If its output's form cannot be enforced. Compiling that may take seconds.
+        """
+        constraint = self._constraints.make(prompt, params)
+        return Request(str(next(self._numbers)), prompt, params, seed, steps_per_call, constraint=constraint)
 
     def run(self, requests: Iterable[Request | Refused]) -> Iterator[Event]:
         """Runs requests; leaving the iterator early ends those under way.

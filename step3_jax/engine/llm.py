@@ -26,6 +26,7 @@ from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import EngineCore
 from step3_jax.engine.engine import Engine, Refused
 from step3_jax.engine.executor import Executor
+from step3_jax.engine.grammar import ConstraintMaker
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
 from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
@@ -182,7 +183,8 @@ class LLM:
             eos_ids=eos_ids,
             image_sizes=self.prompts.image_sizes,
         )
-        self._engine = Engine(core, tokenizer, eos_ids)
+        constraints = ConstraintMaker(tokenizer, self.config.text.vocab_size, eos_ids)
+        self._engine = Engine(core, tokenizer, eos_ids, constraints)
         if isinstance(executor, ShardedRunner) and executor.layout.size("heads") > 1:
             copies, num_tokens = executor.layout.size("heads"), core.allocator.num_pages * PAGE_SIZE
             warnings.warn(
@@ -363,12 +365,14 @@ class LLM:
         """Requests one by one, so that their prompts (and images) need not be in memory all at once."""
         for make, own in zip(build, params, strict=True):
             seed = self._seed(own)
+            prompt = None
             try:
                 prompt = make()
+                request = self._engine.new_request(prompt, own, seed, steps)
             except ValueError as error:
-                yield Refused(None, str(error))
+                yield Refused(prompt, str(error))
             else:
-                yield self._engine.new_request(prompt, own, seed, steps)
+                yield request
 
     def _find_error(self, request: Request) -> str | None:
         try:

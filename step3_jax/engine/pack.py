@@ -30,6 +30,7 @@ class Packer:
         self._slots: tuple[int, SamplingBatch] | None = None
         self._table: tuple[int, Int[np.ndarray, "B max_pages"]] | None = None
         self._empty_history: Int[np.ndarray, "B M"] | None = None
+        self._all_allowed: Int[np.ndarray, "B words"] | None = None
 
     def chunk(self, chunks: Seq[Chunk], shards: Seq[int]) -> PrefillBatch:
         """The arrays of some chunks, each of a sequence in one of `shards`."""
@@ -47,22 +48,35 @@ class Packer:
         rows = np.full((num_tokens,), -1, np.int32)
         return batch._replace(features=_fill_up([features[:0]], num_tokens), feature_rows=rows)
 
-    def decode(self, scheduler: Scheduler, num_steps: int) -> DecodeCall:
-        """The decode call of the sequences in slots; see `DecodeCall` for its numbers."""
+    def decode(
+        self, scheduler: Scheduler, num_steps: int, masks: Int[np.ndarray, "B words"] | None = None
+    ) -> DecodeCall:
+        """The decode call of the sequences in slots; see `DecodeCall` for its numbers, and `Constrainer` for `masks`."""
         if self._slots is None or self._slots[0] != scheduler.version:
             self._slots = scheduler.version, pack_sampling(scheduler.slots, self._vocab_size)
         if self._table is None or self._table[0] != scheduler.table_version:
             self._table = scheduler.table_version, pack_table(scheduler.slots, self._buckets.max_pages)
-        batch = pack_decode(scheduler.slots, self._table[1])._replace(history=self._pack_history(scheduler.slots))
-        leave_early = scheduler.num_waiting > 0
+        batch = pack_decode(scheduler.slots, self._table[1])._replace(
+            history=self._pack_history(scheduler.slots),
+            mask=self._no_masks(scheduler.slots) if masks is None else masks,
+        )
+        # What may come behind a pause is only known once the tokens before it have been looked at.
+        has_pause = any(one is not None and one.is_ready and one.sampling.pause_id >= 0 for one in scheduler.slots)
+        leave_early = scheduler.num_waiting > 0 or has_pause
         return DecodeCall(batch, self._slots[1], num_steps, self._buckets.max_steps, leave_early)
 
     def idle_decode(self, num_seqs: int) -> DecodeCall:
         """A decode call for `num_seqs` sequences of each shard, without any."""
         slots = [None] * (num_seqs * self._buckets.num_shards)
         batch = pack_decode(slots, pack_table(slots, self._buckets.max_pages))
-        batch = batch._replace(history=self._pack_history(slots))
+        batch = batch._replace(history=self._pack_history(slots), mask=self._no_masks(slots))
         return DecodeCall(batch, pack_sampling(slots, self._vocab_size), 1, self._buckets.max_steps)
+
+    def _no_masks(self, slots: Seq[Sequence | None]) -> Int[np.ndarray, "B words"]:
+        """Masks that allow everything, the same array each time."""
+        if self._all_allowed is None or len(self._all_allowed) != len(slots):
+            self._all_allowed = np.full((len(slots), -(-self._vocab_size // 32)), -1, np.int32)
+        return self._all_allowed
 
     def _pack_history(self, slots: Seq[Sequence | None]) -> Int[np.ndarray, "B M"]:
         """Tokens of the sequences in slots that have penalties; the same array again while there are none."""

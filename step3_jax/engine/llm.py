@@ -25,6 +25,7 @@ from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import STEPS_PER_CALL, EngineCore
 from step3_jax.engine.engine import Engine, Refused
 from step3_jax.engine.executor import Executor
+from step3_jax.engine.output import OutputProcessor
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
 from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
@@ -199,6 +200,19 @@ class LLM:
         """Counts and times so far."""
         return self._engine.core.stats
 
+    @property
+    def core(self) -> EngineCore:
+        """The engine core. `generate` and `chat` step it too, so what steps it by itself must be its only user."""
+        return self._engine.core
+
+    def new_processor(self) -> OutputProcessor:
+        """What makes text of the core's outputs, for one thread."""
+        return self._engine.new_processor()
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError if a request cannot be served; the message says what would be. From any thread."""
+        self._engine.check(request)
+
     @overload
     def generate(
         self,
@@ -343,7 +357,7 @@ class LLM:
     ) -> Iterator[Request | Refused]:
         """Requests one by one, so that their prompts (and images) need not be in memory all at once."""
         for make, own in zip(build, params, strict=True):
-            seed = self._seed(own)
+            seed = self.draw_seed(own)
             try:
                 prompt = make()
             except ValueError as error:
@@ -402,7 +416,8 @@ class LLM:
             raise ValueError(f"{len(params)} sampling_params are given for {num_prompts} prompt(s); one for each")
         return params
 
-    def _seed(self, params: SamplingParams) -> int:
+    def draw_seed(self, params: SamplingParams) -> int:
+        """The seed of a request: its own, else the next of this model's."""
         if params.seed is not None:
             return params.seed
         with self._random_lock:

@@ -138,7 +138,7 @@ class EngineCore:
             num_shards=shards,
             vocab_size=self._vocab_size,
         )
-        self._features = FeatureCache(executor)
+        self._features = FeatureCache(executor, self.stats)
         self._cache: Cache | None = None
         self._flight: _Flight | None = None
         self._step_s = 0.0

@@ -34,7 +34,7 @@ from step3_jax.engine.stats import EngineStats
 from step3_jax.gpu import claim_memory
 from step3_jax.mesh import find_devices, make_layout
 from step3_jax.model.step3 import Step3
-from step3_jax.sampling.params import SamplingParams
+from step3_jax.sampling.params import SamplingParams, pick_defaults
 from step3_jax.sharding import Parallel, fit_parallel
 from step3_jax.stored_file import read_json_object, require_folder
 from step3_jax.text.chat_template import ChatTemplate
@@ -59,6 +59,7 @@ class LLM:
       max_model_len: Most tokens of prompt and output together.
       default_sampling_params: What is used where none are given: vLLM's defaults, with those of the model's
         `generation_config.json` instead where it has them.
+      sampling_defaults: What that file says, by the names of `SamplingParams`.
       prompts: Makes prompts for this model.
       stats: Counts and times so far.
     """
@@ -170,6 +171,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.max_model_len = _choose_length(config, self.config, source)
         self.default_sampling_params = SamplingParams.from_generation_config(generation_config)
+        self.sampling_defaults = pick_defaults(generation_config)
         self.prompts = PromptBuilder(self.config, tokenizer, template=template, settings=settings, source=source)
         self._random = np.random.default_rng(config.seed)
         self._random_lock = threading.Lock()

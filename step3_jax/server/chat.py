@@ -18,7 +18,6 @@ from step3_jax.server.logprob import chat_logprobs
 from step3_jax.server.message import read_tools
 from step3_jax.server.prompt import build_chat_prompt, check_requests, is_thinking, thinking_ids
 from step3_jax.server.protocol.chat import (
-    AnswerMessage,
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
@@ -130,7 +129,7 @@ class ChatJob(Job):
             first["prompt_token_ids"] = list(self.generation.requests[0].prompt.token_ids)
         chunks = []
         for index in range(len(self._choices)):
-            chunks.append(self._chunk(index, Delta(role="assistant", content=""), **first))
+            chunks.append(self._chunk(index, Delta(role="assistant", content=""), head=first))
             first = {}
         return chunks
 
@@ -158,8 +157,8 @@ class ChatJob(Job):
         """The usage, if it was asked for."""
         if not self._has_usage:
             return []
-        chunk = ChatCompletionChunk(
-            **self._head, object="chat.completion.chunk", choices=[], usage=self.generation.usage()
+        chunk = ChatCompletionChunk.of(
+            self._head, object="chat.completion.chunk", choices=[], usage=self.generation.usage()
         )
         return [chunk.to_json()]
 
@@ -168,8 +167,8 @@ class ChatJob(Job):
         values: dict[str, object] = {}
         if self._request.return_token_ids:
             values["prompt_token_ids"] = list(self.generation.requests[0].prompt.token_ids)
-        return ChatCompletion(
-            **self._head,
+        return ChatCompletion.of(
+            self._head,
             object="chat.completion",
             choices=[self._whole_choice(index, choice) for index, choice in enumerate(self._choices)],
             usage=self.generation.usage(),
@@ -177,14 +176,19 @@ class ChatJob(Job):
         )
 
     def _chunk(
-        self, index: int, delta: Delta, values: Mapping[str, object] | None = None, **more: object
+        self,
+        index: int,
+        delta: Delta,
+        values: Mapping[str, object] | None = None,
+        head: Mapping[str, object] | None = None,
     ) -> bytes:
-        choice = ChunkChoice(**({"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | dict(values or {})))
+        more = dict(head or {})
+        choice = ChunkChoice.of({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, values or {})
         if self._has_running_usage:
             more["usage"] = self.generation.usage()
         elif self._has_usage:
             more["usage"] = None
-        chunk = ChatCompletionChunk(**self._head, object="chat.completion.chunk", choices=[choice], **more)
+        chunk = ChatCompletionChunk.of(self._head, object="chat.completion.chunk", choices=[choice], **more)
         return chunk.to_json()
 
     def _token_values(
@@ -209,9 +213,9 @@ class ChatJob(Job):
                 for call in choice.tool_calls
             ]
         values: dict[str, object] = {"logprobs": None} | self._token_values(choice.token_ids, choice.logprobs)
-        return ChatChoice(
+        return ChatChoice.of(
             index=index,
-            message=AnswerMessage(**message),
+            message=message,
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
             **values,

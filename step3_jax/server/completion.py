@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 
 from step3_jax.engine.request import Logprob, StreamPiece
 from step3_jax.server.admission import Ticket
@@ -15,7 +16,7 @@ from step3_jax.server.exchange import Job
 from step3_jax.server.generation import Generation
 from step3_jax.server.logprob import CompletionLogprobWriter
 from step3_jax.server.prompt import build_completion_prompts, check_requests
-from step3_jax.server.protocol.completion import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from step3_jax.server.protocol.completion import Completion, CompletionChoice, CompletionRequest
 from step3_jax.server.sampling import SamplingPlan, check_logprobs, plan_sampling
 from step3_jax.server.service import Service
 from step3_jax.text.detokenize import Detokenizer
@@ -112,7 +113,7 @@ class CompletionJob(Job):
         """The prompts, if they are to be echoed."""
         if not self._request.echo:
             return []
-        return [self._chunk(index, choice.text[0]) for index, choice in enumerate(self._choices)]
+        return [self._chunk(index, choice.text[0], {"logprobs": None}) for index, choice in enumerate(self._choices)]
 
     def add(self, place: int, piece: StreamPiece) -> list[bytes]:
         """Takes new output of one of the completions."""
@@ -125,48 +126,47 @@ class CompletionJob(Job):
             choice.finish_reason, choice.stop_reason = FINISH_REASONS[piece.finish_reason], piece.stop_reason
         if not self.is_stream:
             return []
-        values: dict[str, object] = {}
+        values: dict[str, object] = {"logprobs": None}
         if choice.writer is not None and piece.token_ids:
             values["logprobs"] = choice.writer.write(piece.token_ids, piece.logprobs or ())
         if self._request.return_token_ids and piece.token_ids:
             values["token_ids"] = list(piece.token_ids)
-        if not values and not piece.text and choice.finish_reason is None:
+        if len(values) == 1 and values["logprobs"] is None and not piece.text and choice.finish_reason is None:
             return []
-        return [self._chunk(index, piece.text, **values)]
+        return [self._chunk(index, piece.text, values)]
 
     def end(self) -> list[bytes]:
         """The usage, if it was asked for."""
-        return [Completion(**self._head, choices=[], usage=self.generation.usage()).to_json()] if self._has_usage else []
+        return (
+            [Completion.of(self._head, choices=[], usage=self.generation.usage()).to_json()] if self._has_usage else []
+        )
 
     def answer(self) -> Completion:
         """The whole response."""
         choices = []
         for index, choice in enumerate(self._choices):
             logprobs = choice.writer.write(choice.token_ids, choice.records) if choice.writer is not None else None
-            values: dict[str, object] = {}
+            values: dict[str, object] = {"logprobs": logprobs}
             if self._request.return_token_ids:
                 prompt = self.generation.requests[index // self._n].prompt
-                values = {"token_ids": choice.token_ids, "prompt_token_ids": list(prompt.token_ids)}
-            choices.append(self._choice(index, "".join(choice.text), logprobs, **values))
-        return Completion(**self._head, choices=choices, usage=self.generation.usage())
+                values |= {"token_ids": choice.token_ids, "prompt_token_ids": list(prompt.token_ids)}
+            choices.append(self._choice(index, "".join(choice.text), values))
+        return Completion.of(self._head, choices=choices, usage=self.generation.usage())
 
-    def _chunk(self, index: int, text: str, logprobs: CompletionLogprobs | None = None, **values: object) -> bytes:
-        choice = self._choice(index, text, logprobs, **values)
+    def _chunk(self, index: int, text: str, values: Mapping[str, object]) -> bytes:
+        choice = self._choice(index, text, values)
         more: dict[str, object] = {}
         if self._has_running_usage:
             more["usage"] = self.generation.usage()
         elif self._has_usage:
             more["usage"] = None
-        return Completion(**self._head, choices=[choice], **more).to_json()
+        return Completion.of(self._head, choices=[choice], **more).to_json()
 
-    def _choice(
-        self, index: int, text: str, logprobs: CompletionLogprobs | None, **values: object
-    ) -> CompletionChoice:
+    def _choice(self, index: int, text: str, values: Mapping[str, object]) -> CompletionChoice:
         state = self._choices[index]
-        return CompletionChoice(
+        return CompletionChoice.of(
             index=index,
             text=text,
-            logprobs=logprobs,
             finish_reason=state.finish_reason,
             stop_reason=state.stop_reason,
             **values,

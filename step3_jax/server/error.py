@@ -14,6 +14,7 @@ MAX_MESSAGE = 1024
 # Seconds after which a client may try again.
 RETRY_AFTER_S = 1
 _MAX_SHOWN = 80
+_NOTHING = object()
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error"}
 
 
@@ -111,13 +112,20 @@ def _path(error: ErrorDetails, body: object) -> tuple[str | int, ...]:
     """Where it is in the body: pydantic's place without the names of a union's branches."""
     path: list[str | int] = []
     for part in error["loc"]:
-        is_index = isinstance(part, int) and isinstance(body, list) and part < len(body)
-        if is_index or (isinstance(body, Mapping) and part in body):
-            body = body[part]
+        found = _find(body, part)
+        if found is not _NOTHING:
+            body = found
         elif error["type"] != "missing" or part != error["loc"][-1]:
             continue
         path.append(part)
     return tuple(path)
+
+
+def _find(body: object, part: str | int) -> object:
+    if isinstance(body, Mapping):
+        return body.get(part, _NOTHING)
+    is_inside = isinstance(body, list) and isinstance(part, int) and part < len(body)
+    return body[part] if is_inside else _NOTHING  # type: ignore[index]
 
 
 def _show(value: object) -> str:

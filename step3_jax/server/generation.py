@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 import uuid
@@ -102,9 +103,7 @@ class Generation:
           ApiError: 503, if the engine takes no more.
         """
         for place, part in enumerate(self._parts):
-            part.subscription = self._service.driver.submit(
-                part.request, lambda event, place=place: self._push(place, event)
-            )
+            part.subscription = self._service.driver.submit(part.request, functools.partial(self._push, place))
 
     def interrupt(self, error: Exception) -> None:
         """`take` raises this from now on: the client has left, or the server ends."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +18,11 @@ class Answer(BaseModel):
     """Part of a response; fields that are not set are left out."""
 
     model_config = ConfigDict(populate_by_name=True, protected_namespaces=())
+
+    @classmethod
+    def of(cls, *parts: Mapping[str, object], **values: object) -> Self:
+        """Makes one of values that are checked; only what is given is sent."""
+        return cls.model_validate({name: value for part in (*parts, values) for name, value in part.items()})
 
     def to_json(self) -> bytes:
         """The text that goes over the wire."""

@@ -76,6 +76,7 @@ class Exchange(Response, Generic[BodyModel]):
           model: Form of the body.
           planner: Understands it.
         """
+        super().__init__()
         self._service = service
         self._model = model
         self._planner = planner

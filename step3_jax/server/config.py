@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+from collections.abc import Mapping
+from typing import Self
 
 from step3_jax.engine.setting import check_values, define, format_table
 
@@ -107,6 +109,11 @@ class ServerConfig:
         check_values(self)
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("ssl_keyfile and ssl_certfile are for each other: give both or none")
+
+    @classmethod
+    def of(cls, values: Mapping[str, object]) -> Self:
+        """Settings from the values that are not at their defaults, by name."""
+        return cls(**values)  # type: ignore[arg-type]
 
     @property
     def has_page(self) -> bool:

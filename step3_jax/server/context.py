@@ -53,7 +53,7 @@ class RequestLog:
                 + ("" if first_s is None else f" first={first_s:.3f}s")
                 + f" finish={','.join(dict.fromkeys(record.finish_reasons)) or '-'}"
             )
-        return " | ".join([*parts, *(f"text={text!r}" for text in self.prompts)])
+        return "".join(f" | {part}" for part in (*parts, *(f"text={text!r}" for text in self.prompts)))
 
 
 def find_log(scope: Scope) -> RequestLog:
@@ -115,7 +115,7 @@ class ContextMiddleware:
         level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
         _LOG.log(
             level,
-            "%s %s %.200s %d %.3fs %s",
+            "%s %s %.200s %d %.3fs%s",
             log.request_id,
             scope["method"],
             # A line break in it would forge a line.

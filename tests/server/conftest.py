@@ -28,7 +28,7 @@ Open = Callable[..., contextlib.AbstractContextManager[Client]]
 
 @pytest.fixture(scope="session")
 def open_client(tiny_model_path: pathlib.Path) -> Open:
-    """Opens an application: its settings by name, those of the engine as `engine`, what the model's file says as `stored`."""
+    """Opens an application: its settings by name, the engine's as `engine`, generation_config.json's as `stored`."""
     config = ModelConfig.preset("step3-tiny")
     tokenizer, template = Tokenizer.load(tiny_model_path), ChatTemplate.load(tiny_model_path)
     settings = ImageSettings.load(tiny_model_path)

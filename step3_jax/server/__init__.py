@@ -1,1 +1,1 @@
-"""The OpenAI-compatible service."""
+"""The service: OpenAI's API over HTTP."""

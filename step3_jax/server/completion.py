@@ -158,7 +158,7 @@ class CompletionJob(Job):
     def end(self) -> list[bytes]:
         """The usage, if it was asked for."""
         return (
-            [Completion.of(self._head, choices=[], usage=self.generation.usage()).to_json()] if self._has_usage else []
+            [Completion.of(self._head, choices=[], usage=self.generation.usage()).to_event()] if self._has_usage else []
         )
 
     def answer(self) -> Completion:
@@ -185,7 +185,7 @@ class CompletionJob(Job):
             more["usage"] = self.generation.usage()
         elif self._has_usage:
             more["usage"] = None
-        return Completion.of(self._head, choices=[choice], **more).to_json()
+        return Completion.of(self._head, choices=[choice], **more).to_event()
 
     def _choice(self, index: int, text: str, values: Mapping[str, object]) -> CompletionChoice:
         state = self._choices[index]

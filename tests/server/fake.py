@@ -99,8 +99,8 @@ class ReplyExecutor(Executor):
         if mask is None:
             return wanted
         allowed = np.flatnonzero(np.unpackbits(mask[row].view(np.uint8), bitorder="little"))
-        if len(allowed) == 1:
-            # What must be written is taken for a part of the prompt.
+        if len(allowed) == 1 and len(known) - num_output == 1:
+            # The rest of a prompt, of which the first token was prefilled.
             self._forced.add((*known.tolist(), int(allowed[0])))
             return int(allowed[0])
         return wanted if wanted in allowed else NO_WAY

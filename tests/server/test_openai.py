@@ -136,6 +136,17 @@ def test_tools_are_taken_and_a_whole_stream_is_put_together(client: openai.OpenA
     assert final.choices[0].finish_reason == "stop"
 
 
+def test_responses_are_the_same_answers(client: openai.OpenAI) -> None:
+    found = client.responses.create(model="tiny", input="What is a violin?", temperature=0, max_output_tokens=64)
+    assert found.status == "completed"
+    assert found.output_text.startswith(ANSWER)
+    with client.responses.stream(
+        model="tiny", input="What is a violin?", temperature=0, max_output_tokens=64
+    ) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        assert stream.get_final_response().output_text == text == found.output_text
+
+
 def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         ask(client, max_tokens=10**6)

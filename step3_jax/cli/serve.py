@@ -53,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
             llm.warm_up(_tell_progress)
         return llm
 
-    say(f"loading {folder}; listening on {process.describe_address(opened, config)}")
+    # What cannot be written, as on a full disk, keeps nobody from an answer.
+    with contextlib.suppress(OSError):
+        say(f"loading {folder}; listening on {process.describe_address(opened, config)}")
     listener = log.start_log()
     ending = process.serve(load, config, opened, say)
     with contextlib.suppress(Exception):
@@ -69,11 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _tell_progress(num_ready: int, num_all: int) -> None:
     """Shows how many programs are ready: on a terminal each time, elsewhere at the start alone."""
     text = f"compiling programs: {num_ready} of {num_all}"
-    if sys.stderr.isatty():
-        sys.stderr.write(f"{ERASE}step3: {text}" if num_ready < num_all else ERASE)
-        sys.stderr.flush()
-    elif not num_ready:
-        say(text)
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"{ERASE}step3: {text}" if num_ready < num_all else ERASE)
+            sys.stderr.flush()
+        elif not num_ready:
+            say(text)
 
 
 def read_server_config(arguments: argparse.Namespace) -> ServerConfig:

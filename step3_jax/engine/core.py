@@ -330,7 +330,9 @@ class EngineCore:
         num_steps, stuck = scheduler.make_room(self._choose_steps())
         for sequence in stuck:
             self._finish(sequence, "length")
+        begin = time.perf_counter()
         masks, failed = self._constrainer.fill_masks(scheduler, self._vocab_size)
+        self.stats.mask_s += time.perf_counter() - begin
         for sequence, error in failed:
             self._fail(sequence.group, error)
         slots = [one if one is not None and one.is_ready else None for one in scheduler.slots]
@@ -379,6 +381,7 @@ class EngineCore:
                 elapsed = min(elapsed, self._step_s * taken)
             self._step_s = elapsed / taken
             stats.decode_s += elapsed
+            stats.num_decode_calls, stats.num_decode_steps = stats.num_decode_calls + 1, stats.num_decode_steps + taken
             stats.num_generated_tokens += int(report.num_new.sum())
             for slot, sequence in enumerate(flight.slots):
                 if sequence is not None and not sequence.is_finished:

@@ -22,6 +22,9 @@ class EngineStats:
       image_encode_s: Time of the vision tower.
       prefill_s: Time of prefill, images included.
       decode_s: Time of the decode loop.
+      num_decode_calls: Decode calls.
+      num_decode_steps: Their steps.
+      mask_s: Time of finding which tokens constrained sequences may get.
       compile_s: Time of tracing and compiling.
       num_compilations: Programs traced; each is then compiled, or found in the compile cache.
     """
@@ -37,6 +40,9 @@ class EngineStats:
     image_encode_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    num_decode_calls: int = 0
+    num_decode_steps: int = 0
+    mask_s: float = 0.0
     compile_s: float = 0.0
     num_compilations: int = 0
 

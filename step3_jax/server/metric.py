@@ -94,6 +94,7 @@ class Metrics:
         self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens asked for.", lengths)
         self._n = self._histogram("request_params_n", "n asked for.", _COUNT)
         self._iteration = self._histogram("iteration_tokens_total", "Tokens generated in a step.", _ITERATION)
+        self._grammar = self._histogram("grammar_compile_seconds", "Compiling what an answer must match.", _REQUEST)
         self._step = self._histogram("engine_step_seconds", "Seconds of a step of the engine.", _PER_TOKEN)
         self._success = self._counter("request_success", "Completions that ended.", "finished_reason")
         self._rejections = self._counter("admission_rejections", "Requests that were not let in.", "reason")
@@ -115,6 +116,10 @@ class Metrics:
         self._step.labels(*self._values).observe(seconds)
         if num_tokens:
             self._iteration.labels(*self._values).observe(num_tokens)
+
+    def observe_grammar(self, seconds: float) -> None:
+        """Takes how long it took to compile what an answer must match."""
+        self._grammar.labels(*self._values).observe(seconds)
 
     def observe_tokens(self, seconds: float, count: int) -> None:
         """Takes tokens that came `seconds` after those before them."""
@@ -209,6 +214,9 @@ class _EngineCollector(Collector):
             "compilations": ("Programs that were traced, and compiled or found in the cache.", stats.num_compilations),
             "compile_seconds": ("Seconds of compiling.", stats.compile_s),
             "decode_call_seconds": ("Seconds of decode calls.", stats.decode_s),
+            "decode_calls": ("Decode calls.", stats.num_decode_calls),
+            "decode_steps": ("Steps of decode calls.", stats.num_decode_steps),
+            "mask_seconds": ("Seconds of finding allowed tokens.", stats.mask_s),
             "image_encode_seconds": ("Seconds of the vision tower.", stats.image_encode_s),
         }
         for name, (text, value) in counters.items():

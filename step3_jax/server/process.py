@@ -114,7 +114,7 @@ class _Process:
         self._load = load
         self._config = config
         self._opened = opened
-        self._say = say
+        self._out = say
         self._app = build_app(None, config)
         self._service: Service = self._app.state.service
         self._code: asyncio.Future[int]
@@ -154,6 +154,11 @@ class _Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
         return Ending(code, loader.is_alive() or not has_ended, self._error)
+
+    def _say(self, text: str) -> None:
+        # A full disk must not keep it from what it does.
+        with contextlib.suppress(OSError):
+            self._out(text)
 
     def _run_load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -124,8 +125,12 @@ async def make_requests(
             llm.new_request(prompt, plan.params, steps_per_call=steps, must_fit=plan.must_fit) for prompt in prompts
         ]
 
+    start = time.monotonic()
     try:
-        return await service.call(make)
+        made = await service.call(make)
+        if plan.form is not None:
+            service.metrics.observe_grammar(time.monotonic() - start)
+        return made
     except ContextLengthError as error:
         text = str(error).replace("lower max_tokens", f"lower {plan.max_tokens_name}")
         raise bad_request(text, param, "context_length_exceeded") from None

@@ -113,9 +113,9 @@ class ReplyExecutor(Executor):
     def _next(self, known: np.ndarray, num_output: int) -> int:
         ids = known.tolist()
         num_prompt = len(ids) - num_output
-        num_prompt = next(
-            (end for end in range(len(ids), num_prompt, -1) if tuple(ids[:end]) in self._forced), num_prompt
-        )
+        if self._forced:
+            ends = range(len(ids), num_prompt, -1)
+            num_prompt = next((end for end in ends if tuple(ids[:end]) in self._forced), num_prompt)
         num_output = len(ids) - num_prompt
         prompt = tuple(ids[:num_prompt])
         if prompt not in self._replies:

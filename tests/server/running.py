@@ -54,6 +54,11 @@ class Running:
         response = self.begin(path, body)
         return response.status, json.loads(response.read())
 
+    def metric(self, name: str) -> float:
+        """The value of a metric."""
+        text = self.begin("/metrics").read().decode()
+        return float(text.partition(f"\nstep3:{name}{{")[2].split()[1])
+
     def begin(self, path: str, body: object = None) -> http.client.HTTPResponse:
         """The begin of an answer, whose rest is to be read."""
         return self._resources.enter_context(self.send(path, body).getresponse())

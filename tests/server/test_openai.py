@@ -159,15 +159,15 @@ def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
 
 
 def test_leaving_a_stream_frees_its_place(client: openai.OpenAI, server: Running) -> None:
-    before = _read(server, "generation_tokens_total")
+    before = server.metric("generation_tokens_total")
     stream = ask(client, stream=True, max_tokens=480, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
     # Bounded by the process's own limit of time.
-    while _read(server, "num_requests_running"):
+    while server.metric("num_requests_running"):
         time.sleep(0.05)
-    assert _read(server, "generation_tokens_total") - before < 480
-    assert _read(server, "kv_cache_usage_perc") == 0
+    assert server.metric("generation_tokens_total") - before < 480
+    assert server.metric("kv_cache_usage_perc") == 0
 
 
 def test_it_drains_at_the_end(client: openai.OpenAI, server: Running) -> None:
@@ -181,9 +181,3 @@ def test_it_drains_at_the_end(client: openai.OpenAI, server: Running) -> None:
     log = json.dumps(server.said)
     assert "POST /v1/chat/completions 200" in log
     assert "violin" not in log
-
-
-def _read(server: Running, name: str) -> float:
-    """The value of a metric."""
-    text = server.begin("/metrics").read().decode()
-    return float(text.partition(f"\nstep3:{name}{{")[2].split()[1])

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import pathlib
+import random
 import signal
 import socket
 import ssl
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from step3_jax.server.config import ServerConfig
 from step3_jax.server.process import open_socket
+from tests.process import HARD_LIMIT_S, ROOT, environment, free_port
 from tests.server.client import ask
 from tests.server.running import PROGRAM, Running, running
 
@@ -128,6 +133,80 @@ def test_an_address_that_is_taken_is_told_before_anything_is_loaded() -> None:
             open_socket(ServerConfig(port=port))
     with pytest.raises(ValueError, match="nowhere"):
         open_socket(ServerConfig(host="nowhere.invalid"))
+
+
+def test_a_client_that_does_not_read_holds_nobody_up() -> None:
+    with served() as server:
+        load(server)
+        # Longer than the system's own buffers, and nothing of it is read.
+        lazy = server.send(CHAT, ask(stream=True, n=16, logprobs=True, top_logprobs=20))
+        for _ in range(3):
+            assert server.ask(CHAT, ask(max_tokens=5))[0] == 200
+        lazy.close()
+        while server.metric("num_requests_running"):
+            time.sleep(0.05)
+        assert server.ask("/health")[0] == 200
+
+
+def test_a_full_disk_for_the_log_keeps_nobody_from_an_answer() -> None:
+    port = free_port()
+    with (
+        pathlib.Path("/dev/full").open("w") as full,
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), json.dumps({"port": port})],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stderr=full,
+            text=True,
+        ) as process,
+    ):
+        try:
+            assert process.stdin is not None
+            print("load", file=process.stdin, flush=True)
+            wait_until_healthy(port, process)
+            for _ in range(20):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HARD_LIMIT_S)
+                connection.request("POST", CHAT, json.dumps(ask()), {"Content-Type": "application/json"})
+                assert connection.getresponse().status == 200
+                connection.close()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(HARD_LIMIT_S) == 0
+        finally:
+            process.kill()
+
+
+def wait_until_healthy(port: int, process: subprocess.Popen[str]) -> None:
+    """Asks until it is; the process's end ends the wait."""
+    deadline = time.monotonic() + HARD_LIMIT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HARD_LIMIT_S)
+        with contextlib.suppress(ConnectionError):
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                connection.close()
+                return
+        connection.close()
+        time.sleep(0.05)
+    pytest.fail(f"it never became healthy; exit code {process.poll()}")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_starts_again_on_the_same_port() -> None:
+    """Fifty starts of a process, two seconds each."""
+    port, dice = free_port(), random.Random(0)
+    for number in range(50):
+        with running([str(PROGRAM), json.dumps({"port": port})]) as server:
+            tell(server, "load")
+            if number % 2:
+                server.wait_for("ready: ")
+                server.send(CHAT, ask(stream=True))
+            time.sleep(dice.random() / 2)
+            server.process.kill()
+            assert server.wait() == -signal.SIGKILL
+    with running([str(PROGRAM), json.dumps({"port": port})]) as server:
+        load(server)
+        assert server.ask(CHAT, ask())[0] == 200
 
 
 def test_tls(tmp_path: object) -> None:

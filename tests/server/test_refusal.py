@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import json
 
 import pytest
+from starlette.requests import Request
 
 from step3_jax.server.app import build_app
-from step3_jax.server.body import MAX_DEPTH
+from step3_jax.server.body import MAX_DEPTH, read_body
+from step3_jax.server.error import ApiError
+from step3_jax.server.protocol.chat import ChatMessage
 from tests.server.client import Client, Reply, ask, opened
 from tests.server.conftest import Open
 
@@ -214,3 +219,18 @@ def test_before_the_model_is_there_requests_are_503() -> None:
         assert check_form(reply, 503)["code"] == "not_ready"
         assert reply.headers["retry-after"] == "1"
         check_form(client.call("/v1/models"), 503)
+
+
+def test_a_body_that_takes_too_long_is_408() -> None:
+    async def receive() -> dict:
+        await asyncio.sleep(0.001)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def run() -> None:
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            await read_body(Request(scope, receive), ChatMessage, max_bytes=10**6, pool=pool, arrival_s=0.05)
+
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(run())
+    assert (refused.value.status, refused.value.headers["Connection"]) == (408, "close")

@@ -8,6 +8,7 @@ engine's thread.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -50,7 +51,8 @@ def main() -> int:
             else:
                 commands.append(command)
                 has_command.set()
-            print(f"did {command}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"did {command}", file=sys.stderr, flush=True)
 
     def load() -> LLM:
         has_command.wait()
@@ -62,14 +64,16 @@ def main() -> int:
 
     given = json.loads(sys.argv[1])
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = ServerConfig(port=0, **values)
+    config = ServerConfig.of({"port": 0} | values)
     opened = open_socket(config)
-    say(f"listening on {describe_address(opened, config)}")
+    with contextlib.suppress(OSError):
+        say(f"listening on {describe_address(opened, config)}")
     threading.Thread(target=follow, daemon=True).start()
     listener = start_log()
     ending = serve(load, config, opened, say)
     listener.stop()
-    say(f"ended with {ending}")
+    with contextlib.suppress(OSError):
+        say(f"ended with {ending}")
     return ending.code
 
 

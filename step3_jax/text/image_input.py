@@ -32,6 +32,8 @@ FORMATS = (
     "ICO",
     *(("AVIF",) if "avif" in features.get_supported() else ()),
 )
+# Those that OpenAI's API takes, and so every service with its interface.
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 # How files begin that are often sent as images and are none that can be read.
 _OTHER_KINDS = (
     (re.compile(rb".{4}ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL), "a HEIC image: convert it to JPEG"),

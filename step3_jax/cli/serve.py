@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+from collections.abc import Iterable
 
 import jax
 
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if print_config(arguments):
         return 0
     config = read_server_config(arguments)
-    _require_libraries()
+    require_libraries("serve")
     # Modules of the service need these libraries.
     from step3_jax.server import log, process  # noqa: PLC0415
 
@@ -62,24 +63,29 @@ def run(arguments: argparse.Namespace) -> int:
     return ending.code
 
 
-def read_server_config(arguments: argparse.Namespace) -> ServerConfig:
+def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | None = None) -> ServerConfig:
     """The settings of the service that were given.
+
+    Args:
+      arguments: With their options.
+      names: Of the settings that have options; all if absent.
 
     Raises:
       ValueError: For values that are not allowed.
     """
-    given = {name: getattr(arguments, name) for name in settings_of(ServerConfig)}
+    given = {name: getattr(arguments, name) for name in (settings_of(ServerConfig) if names is None else names)}
     values = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
     }
     return ServerConfig.of(values)
 
 
-def _require_libraries() -> None:
+def require_libraries(command: str) -> None:
+    """Raises ValueError if a library of the service is missing, and says how to install it."""
     for name in _LIBRARIES:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError:
             raise ValueError(
-                f"step3 serve needs {name}, which is not installed: pip install 'step3-jax[server]'"
+                f"step3 {command} needs {name}, which is not installed: pip install 'step3-jax[server]'"
             ) from None

@@ -18,7 +18,7 @@ from step3_jax.engine.llm import LLM
 from step3_jax.engine.setting import settings_of
 from step3_jax.server.config import ServerConfig
 
-_LIBRARIES = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
+_LIBRARIES = ("fastapi", "httpcore2", "prometheus_client", "pydantic", "uvicorn")
 
 
 def run(arguments: argparse.Namespace) -> int:

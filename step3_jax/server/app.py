@@ -16,6 +16,7 @@ from step3_jax import __version__
 from step3_jax.engine.llm import LLM
 from step3_jax.server.auth import KeyMiddleware
 from step3_jax.server.chat import plan_chat
+from step3_jax.server.chat_page import INDEX, page_response
 from step3_jax.server.completion import plan_completion
 from step3_jax.server.config import ServerConfig
 from step3_jax.server.context import ContextMiddleware
@@ -66,6 +67,8 @@ def build_app(llm: LLM | None = None, config: ServerConfig | None = None) -> Fas
     _add_status(app, service)
     _add_models(app, service)
     _add_generation(app, service)
+    if config.has_page:
+        _add_page(app)
     app.add_exception_handler(HTTPException, _answer_http)
     # The last one is the outermost.
     app.add_middleware(
@@ -125,6 +128,17 @@ def _add_status(app: FastAPI, service: Service) -> None:
     app.add_api_route(
         "/metrics", metrics, response_class=Response, responses={200: text, **describe_errors([401, 500])}
     )
+
+
+def _add_page(app: FastAPI) -> None:
+    async def page(request: Request) -> Response:
+        found = page_response(request.path_params.get("name", INDEX))
+        if found is None:
+            raise HTTPException(404)
+        return found
+
+    for path, name in (("/", "page"), ("/page/{name}", "page_file")):
+        app.add_api_route(path, page, name=name, response_class=Response, include_in_schema=False)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

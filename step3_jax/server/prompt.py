@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import ContextLengthError, Prompt, Request
-from step3_jax.server.error import bad_request, refused
+from step3_jax.server.error import ApiError, bad_request, refused
 from step3_jax.server.message import check_variables, read_messages, read_tools
 from step3_jax.server.protocol.chat import ChatMessage, Tool
 from step3_jax.server.service import Service
@@ -55,9 +55,14 @@ async def build_chat_prompt(
     llm, variables = service.llm, check_variables(template_kwargs)
     has_generation_prompt = add_generation_prompt is not False and not continue_final_message
 
+    try:
+        read = await service.media.read(read_messages(messages))
+    except ValueError as error:
+        raise _refuse(error, "messages") from None
+
     def build() -> Prompt:
         prompt = llm.prompts.from_chat(
-            read_messages(messages),
+            read,
             tools=read_tools(tools),
             add_generation_prompt=has_generation_prompt,
             continue_final_message=bool(continue_final_message),
@@ -142,4 +147,8 @@ async def _call(service: Service, build: Callable[[], Made], param: str) -> Made
     try:
         return await service.call(build)
     except ValueError as error:
-        raise bad_request(" ".join(str(error).split()), param, "invalid_prompt") from None
+        raise _refuse(error, param) from None
+
+
+def _refuse(error: ValueError, param: str) -> ApiError:
+    return bad_request(" ".join(str(error).split()), param, "invalid_prompt")

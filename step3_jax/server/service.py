@@ -15,7 +15,9 @@ from step3_jax.server.admission import Admission
 from step3_jax.server.config import ServerConfig
 from step3_jax.server.driver import Driver
 from step3_jax.server.error import ApiError, unavailable, unknown_names
+from step3_jax.server.fetch import MediaFetcher
 from step3_jax.server.lifecycle import Lifecycle
+from step3_jax.server.media import MediaReader
 from step3_jax.server.metric import Metrics
 
 _LOG = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Service:
       admission: Counts what runs and waits.
       pool: Threads.
       generations: What is under way.
+      media: Reads images of messages.
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -58,6 +61,8 @@ class Service:
         self.admission = Admission(1, None)
         self.pool = concurrent.futures.ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="step3-request")
         self.generations: set[Interruptible] = set()
+        domains = config.allowed_media_domains
+        self.media = MediaReader(fetcher=MediaFetcher(domains) if domains else None, pool=self.pool)
         self._llm: LLM | None = None
         self._driver: Driver | None = None
         self._on_death: Callable[[], None] = lambda: None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import pytest
+from PIL import Image
 
 from tests.server.client import Client, Reply, ask
 from tests.server.conftest import NAME
@@ -21,6 +25,12 @@ TOOLS = [
         },
     }
 ]
+
+
+def data_url(size: tuple[int, int]) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 30)).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def join(reply: Reply, index: int = 0) -> dict[str, object]:
@@ -277,3 +287,34 @@ def test_only_whole_characters_are_streamed(client: Client) -> None:
     reply = client.chat(f"SAY </think>{text}", stream=True)
     assert "\ufffd" not in reply.body.decode()
     assert join(reply)["content"] == text
+
+
+def test_images_come_as_data_urls_in_their_places(client: Client) -> None:
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_url((30, 20)), "detail": "high"}},
+        {"type": "text", "text": "SAY </think>a picture"},
+        {"type": "image_url", "image_url": data_url((20, 30))},
+    ]
+    body = ask() | {"messages": [{"role": "user", "content": parts}], "return_token_ids": True}
+    answer = client.call("/v1/chat/completions", body).json()
+    model = client.service.llm
+    place = model.tokenizer.control_tokens["<im_patch>"]
+    assert answer["prompt_token_ids"].count(place) == 2 * model.config.image_token_len
+    assert answer["choices"][0]["message"]["content"].startswith("a picture")
+    assert client.metric("mm_cache_queries_total") == 2
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["/etc/passwd", "file:///etc/passwd", "http://127.0.0.1:1/a.png", "https://example.com/a.png", "data:,x", "x"],
+)
+def test_images_from_elsewhere_are_refused(client: Client, url: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": url}}
+    reply = client.call("/v1/chat/completions", ask() | {"messages": [{"role": "user", "content": [part]}]})
+    assert (reply.status, reply.error["param"]) == (400, "messages")
+
+
+def test_the_python_apis_forms_of_images_are_refused(client: Client) -> None:
+    for part in ({"type": "image", "image": "/etc/passwd"}, {"type": "image", "path": "x"}, {"image": "x"}):
+        reply = client.call("/v1/chat/completions", ask() | {"messages": [{"role": "user", "content": [part]}]})
+        assert (reply.status, reply.error["param"]) == (400, "messages[0].content[0]"), reply.error

@@ -122,3 +122,17 @@ def test_defaults_come_from_the_model_unless_they_are_not_wanted(open_client: Op
         assert client.call("/v1/chat/completions", body).json()["usage"]["completion_tokens"] == 2
     with open_client(stored=stored, generation_config="none") as client:
         assert client.call("/v1/chat/completions", body).json()["usage"]["completion_tokens"] > 2
+
+
+def test_the_chat_page_is_there_on_loopback_and_needs_no_key(open_client: Open) -> None:
+    with open_client(api_key=("k",)) as client:
+        page = client.call("/")
+        assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert client.call("/page/page.js").status == 200
+        assert client.call("/page/nope.js").status == 404
+        assert client.call("/page/../app.py").status == 401
+    for values in ({"host": "0.0.0.0"}, {"ui": False}):
+        with open_client(**values) as client:
+            assert client.call("/").status == 404
+    with open_client(host="0.0.0.0", ui=True) as client:
+        assert client.call("/").status == 200

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import os
 from collections.abc import Iterable
 
 import jax
@@ -14,6 +15,7 @@ from step3_jax.cli.choice import find_model
 from step3_jax.cli.engine import load_llm, print_config, read_engine
 from step3_jax.cli.precheck import check_before_loading
 from step3_jax.cli.process import leave_at_once, say
+from step3_jax.cli.remote_option import KEY_VARIABLE
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.setting import settings_of
 from step3_jax.server.config import ServerConfig
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | None = None) -> ServerConfig:
-    """The settings of the service that were given.
+    """The settings of the service that were given; a key may be in the environment instead.
 
     Args:
       arguments: With their options.
@@ -77,6 +79,10 @@ def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | Non
     values = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
     }
+    key = os.environ.get(KEY_VARIABLE)
+    if key and "api_key" in given:
+        # A command line can be read by every user of the machine.
+        values.setdefault("api_key", (key,))
     return ServerConfig.of(values)
 
 

@@ -16,15 +16,25 @@ if TYPE_CHECKING:
     from step3_jax.engine.config import EngineConfig
     from step3_jax.engine.llm import LLM
     from step3_jax.sampling.params import SamplingParams
+    from step3_jax.sampling.structured import StructuredOutputsParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EngineConfig", "ModelConfig", "SamplingParams", "load_model", "save_model"]
+__all__ = [
+    "LLM",
+    "EngineConfig",
+    "ModelConfig",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "load_model",
+    "save_model",
+]
 
 _PLACES = {
     "EngineConfig": "step3_jax.engine.config",
     "LLM": "step3_jax.engine.llm",
     "ModelConfig": "step3_jax.config",
     "SamplingParams": "step3_jax.sampling.params",
+    "StructuredOutputsParams": "step3_jax.sampling.structured",
     "load_model": "step3_jax.checkpoint.load",
     "save_model": "step3_jax.checkpoint.save",
 }

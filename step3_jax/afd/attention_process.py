@@ -88,7 +88,7 @@ class AttentionProcess(RoleProcess):
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`. After a sequence has ended, a call may take a step in which it does nothing."""
         given = (
-            self._place_history(call.batch),
+            self._place_wide(call.batch),
             self._place_sampling(call.sampling),
             self._numbers(call.num_steps, call.leave_early),
         )

@@ -126,7 +126,7 @@ class HostExecutor(Executor):
         """
         calls, pages = self.calls, list(cache)
         parts = calls.split(
-            self._place_history(call.batch), call.sampling, self._pages_of_shard(cache), max_steps=call.max_steps
+            self._place_wide(call.batch), call.sampling, self._pages_of_shard(cache), max_steps=call.max_steps
         )
         counts: collections.deque[list[Int[Array, "S 2"]]] = collections.deque()
         for _ in range(call.num_steps):

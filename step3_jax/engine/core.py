@@ -8,7 +8,6 @@ others are computed again, with the same tokens.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import threading
 import time
 
@@ -20,11 +19,14 @@ from step3_jax.cache.bucket import power_of_two
 from step3_jax.cache.paged import Cache, choose_storage, count_pages, page_bytes, pages_for
 from step3_jax.cache.prefix import image_marks, root_key
 from step3_jax.engine.config import EngineConfig
-from step3_jax.engine.executor import Executor, Started
+from step3_jax.engine.constrainer import Constrainer
+from step3_jax.engine.constraint import SequenceConstraint
+from step3_jax.engine.executor import Executor
 from step3_jax.engine.failure import CallError, blame
+from step3_jax.engine.flight import Abort, Flight
 from step3_jax.engine.media import FeatureCache
 from step3_jax.engine.pack import Packer
-from step3_jax.engine.request import ABORTED, FAILED, ContextLengthError, OutputSink, Request, SequenceOutput
+from step3_jax.engine.request import ABORTED, FAILED, OutputSink, Request, SequenceOutput, check_request
 from step3_jax.engine.scheduler import Chunk, Scheduler
 from step3_jax.engine.sequence import Group, Sequence
 from step3_jax.engine.state import FULL, STOPPED, Report
@@ -44,33 +46,6 @@ DEFAULT_CACHE_BYTES = 2**28
 _FINISH = {STOPPED: "stop", FULL: "length"}
 # A call whose result comes faster had ended before it was asked for.
 _READY_S = 1e-3
-
-
-@dataclasses.dataclass
-class _Flight:
-    """The calls of one step that were dispatched.
-
-    Attributes:
-      start_s: When, on the engine's clock.
-      chunks: What is prefilled, and the call.
-      slots: The sequences of the decode call at their places; None where there is nothing to do.
-      decode: The decode call.
-    """
-
-    start_s: float
-    chunks: list[Chunk] = dataclasses.field(default_factory=list)
-    prefill: Started[object] | None = None
-    slots: list[Sequence | None] = dataclasses.field(default_factory=list)
-    decode: Started[Report] | None = None
-    num_steps: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Abort:
-    """A request, or one of its sequences, that is to end."""
-
-    request_id: str
-    index: int | None
 
 
 class EngineCore:
@@ -139,13 +114,14 @@ class EngineCore:
             vocab_size=self._vocab_size,
         )
         self._features = FeatureCache(executor, self.stats)
+        self._constrainer = Constrainer()
         self._cache: Cache | None = None
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._step_s = 0.0
         self._is_alone = jax.process_count() == 1
         # What other threads hand over, and what they may read meanwhile.
         self._lock = threading.Lock()
-        self._inbox: collections.deque[Group | _Abort] = collections.deque()
+        self._inbox: collections.deque[Group | Abort] = collections.deque()
         self._sinks: dict[str, OutputSink] = {}
         self._groups: dict[str, Group] = {}
         self._outbox: list[tuple[OutputSink, SequenceOutput]] = []
@@ -167,24 +143,7 @@ class EngineCore:
 
     def check(self, request: Request) -> None:
         """Raises ValueError (ContextLengthError) if a request cannot be served; the message says what would be."""
-        prompt, params = request.prompt, request.params
-        num_tokens, limit = len(prompt.token_ids), self.max_model_len
-        if not num_tokens:
-            raise ValueError("the prompt has no tokens; at least one is needed")
-        outside = [token for token in prompt.token_ids if not 0 <= token < self._vocab_size]
-        if outside:
-            raise ValueError(f"the prompt has token ids {outside[:8]}; allowed: 0 to {self._vocab_size - 1}")
-        if num_tokens - 1 in prompt.image_places:
-            raise ValueError("the prompt ends with an image's place; at least one token is needed behind it")
-        num_output = max(1, params.min_tokens)
-        if request.must_fit:
-            num_output = params.max_tokens or num_output
-        if num_tokens + num_output > limit:
-            raise ContextLengthError(
-                f"the prompt has {num_tokens} tokens and {num_output} more are asked for, together "
-                f"{num_tokens + num_output}; at most max_model_len = {limit} are allowed: shorten the prompt, lower "
-                f"{'max_tokens' if request.must_fit else 'min_tokens'}, or load with a larger max_model_len"
-            )
+        check_request(request, max_model_len=self.max_model_len, vocab_size=self._vocab_size)
         check_token_ids(self._sampling_row(request, 0), self._vocab_size)
 
     def add(self, request: Request, sink: OutputSink) -> None:
@@ -212,7 +171,7 @@ class EngineCore:
           request_id: Of the request.
           index: The sequence's number; all of them if None.
         """
-        self._inbox.append(_Abort(request_id, index))
+        self._inbox.append(Abort(request_id, index))
 
     def step(self) -> None:
         """One step: admits sequences, prefills a chunk, and makes one decode call for those whose prompt is prefilled.
@@ -281,7 +240,10 @@ class EngineCore:
         for index in range(request.params.n):
             ids = list(prompt.token_ids)
             row = self._sampling_row(request, index)
-            group.sequences.append(Sequence(group, index, row, request.steps_per_call, ids, len(ids)))
+            constraint = None if request.constraint is None else SequenceConstraint(request.constraint)
+            group.sequences.append(
+                Sequence(group, index, row, request.steps_per_call, ids, len(ids), constraint=constraint)
+            )
         return group
 
     def _sampling_row(self, request: Request, index: int) -> SamplingRow:
@@ -293,23 +255,35 @@ class EngineCore:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             seed_words=seed_words(request.seed, index),
             stop_ids=tuple(dict.fromkeys((*eos_ids, *params.stop_token_ids))),
+            pause_id=request.pause_id,
         )
 
-    def _dispatch(self) -> _Flight | None:
+    def _dispatch(self) -> Flight | None:
         """Starts the calls of a round; None if there is nothing to do."""
         scheduler = self.scheduler
         copies = scheduler.admit()
-        flight = _Flight(self._now())
+        flight = Flight(self._now())
         if copies:
             with blame([one for one in scheduler.running if one.group.request.params.n > 1]):
                 sources, targets = zip(*copies, strict=True)
                 self._cache = self._executor.copy_pages(self._take_cache(), sources, targets)
+        self._constrain()
         chunks = self._encode_images(scheduler.plan_chunk())
         if chunks:
             self._prefill(chunks, flight)
         if any(one.is_ready for one in scheduler.running):
             self._decode(flight)
         return flight if flight.prefill is not None or flight.decode is not None else None
+
+    def _constrain(self) -> None:
+        """Gives constrained sequences the tokens that must come next, to be prefilled; ends those that cannot go on."""
+        for sequence, forced, error in self._constrainer.advance(self.scheduler):
+            if error:
+                self._fail(sequence.group, error)
+                continue
+            self._append(sequence, forced)
+            self.stats.num_generated_tokens += len(forced)
+            self._send(sequence, forced, "", None)
 
     def _encode_images(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks whose images, if they have any, are encoded; a request whose images fail ends."""
@@ -329,7 +303,7 @@ class EngineCore:
             kept.append(chunk)
         return kept
 
-    def _prefill(self, chunks: list[Chunk], flight: _Flight) -> None:
+    def _prefill(self, chunks: list[Chunk], flight: Flight) -> None:
         scheduler, executor = self.scheduler, self._executor
         with blame([chunk.sequence for chunk in chunks]):
             batch = self._packer.chunk(chunks, [scheduler.shard_of(chunk.sequence) for chunk in chunks])
@@ -342,7 +316,7 @@ class EngineCore:
             if not sequence.num_to_prefill:
                 sequence.group.features = None
 
-    def _decode(self, flight: _Flight) -> None:
+    def _decode(self, flight: Flight) -> None:
         scheduler = self.scheduler
         for sequence in scheduler.running:
             if sequence.is_ready:
@@ -351,19 +325,23 @@ class EngineCore:
         num_steps, stuck = scheduler.make_room(self._choose_steps())
         for sequence in stuck:
             self._finish(sequence, "length")
+        masks, failed = self._constrainer.fill_masks(scheduler, self._vocab_size)
+        for sequence, error in failed:
+            self._fail(sequence.group, error)
         slots = [one if one is not None and one.is_ready else None for one in scheduler.slots]
         ready = [one for one in slots if one is not None]
         if not ready:
             return
         with blame(ready):
-            call = self._packer.decode(scheduler, num_steps, max_steps=max(STEPS_PER_CALL, power_of_two(num_steps)))
+            max_steps = max(STEPS_PER_CALL, power_of_two(num_steps))
+            call = self._packer.decode(scheduler, num_steps, max_steps=max_steps, masks=masks)
             self._cache, flight.decode = self._executor.decode(self._take_cache(), call)
         flight.slots, flight.num_steps = slots, num_steps
 
     def _choose_steps(self) -> int:
         """Steps of the next decode call: one while a prompt or a first token is waited for, else what fits its time."""
         ready = [one for one in self.scheduler.running if one.is_ready]
-        if self.scheduler.has_prefill or not all(one.num_output for one in ready):
+        if self.scheduler.has_prefill or any(one.is_masked or not one.num_output for one in ready):
             return 1
         num_steps = min(one.steps_per_call for one in ready)
         # Several processes must choose the same, and they measure different times.
@@ -378,7 +356,7 @@ class EngineCore:
         """
         return not any(one.sampling.params.stop for one in self.scheduler.running)
 
-    def _collect(self, flight: _Flight) -> None:
+    def _collect(self, flight: Flight) -> None:
         """Waits for a round's calls and takes what they generated."""
         stats, executor = self.stats, self._executor
         if flight.prefill is not None:
@@ -413,15 +391,20 @@ class EngineCore:
         logprobs = None
         if report.logprobs is not None and sequence.sampling.params.logprobs is not None:
             logprobs = jax.tree.map(lambda buffer: buffer[slot, :count], report.logprobs)
-        if not sequence.num_output and not sequence.index:
-            self.stats.num_prompt_tokens += sequence.num_prompt
-        sequence.token_ids += new
+        self._append(sequence, new)
         sequence.num_computed += count
         self.scheduler.publish(sequence)
         finish = _FINISH.get(int(report.finish[slot]), "")
+        if finish == "stop" and new[-1] not in sequence.sampling.stop_ids:
+            finish = ""  # It only paused.
         self._send(sequence, new, finish, logprobs)
         if finish:
             self._end(sequence)
+
+    def _append(self, sequence: Sequence, new: list[int]) -> None:
+        if not sequence.num_output and not sequence.index:
+            self.stats.num_prompt_tokens += sequence.num_prompt
+        sequence.token_ids += new
 
     def _finish(self, sequence: Sequence, finish: str, error: str = "") -> None:
         """Ends a sequence without new tokens."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from step3_jax.engine.core import EngineCore
+from step3_jax.engine.grammar import ConstraintMaker
 from step3_jax.engine.output import OutputProcessor
 from step3_jax.engine.request import (
     CompletionOutput,
@@ -57,15 +58,19 @@ class Engine:
       core: The core.
     """
 
-    def __init__(self, core: EngineCore, tokenizer: Tokenizer | None, eos_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, core: EngineCore, tokenizer: Tokenizer | None, eos_ids: tuple[int, ...], constraints: ConstraintMaker
+    ) -> None:
         """Takes a core that nothing else steps.
 
         Args:
           core: The core.
           tokenizer: Makes text; None gives token ids alone.
           eos_ids: The model's own end tokens.
+          constraints: Makes those of requests.
         """
         self.core = core
+        self._constraints = constraints
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         # Told whenever a step has ended. A lock that is held while stepping would not do: whoever steps would have it again
@@ -83,9 +88,16 @@ class Engine:
         """What makes text of the core's outputs, for one thread."""
         return OutputProcessor(self._tokenizer, self._eos_ids)
 
-    def new_request(self, prompt: Prompt, params: SamplingParams, seed: int, steps_per_call: int) -> Request:
-        """A request with an id of its own."""
-        return Request(str(next(self._numbers)), prompt, params, seed, steps_per_call)
+    def new_request(
+        self, prompt: Prompt, params: SamplingParams, seed: int, steps_per_call: int, *, must_fit: bool = False
+    ) -> Request:
+        """A request with an id of its own.
+
+        Raises:
+          ValueError: If its output's form cannot be enforced. Compiling that may take seconds.
+        """
+        constraint = self._constraints.make(prompt, params)
+        return Request(str(next(self._numbers)), prompt, params, seed, steps_per_call, must_fit, constraint)
 
     def run(self, requests: Iterable[Request | Refused]) -> Iterator[Event]:
         """Runs requests; leaving the iterator early ends those under way.

@@ -75,7 +75,7 @@ class Executor(abc.ABC):
         self.num_traces: collections.Counter[str] = collections.Counter()
         self._jit = functools.partial(jax.jit, compiler_options=compiler_options(self.devices[0].platform))
         self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
-        self._placed_history: tuple[object, Array] | None = None
+        self._placed_wide: dict[str, tuple[object, Array]] = {}
 
     @property
     def is_cpu(self) -> bool:
@@ -157,14 +157,16 @@ class Executor(abc.ABC):
             self._placed = sampling, jax.tree.map(self._place, sampling)
         return self._placed[1]
 
-    def _place_history(self, batch: DecodeBatch) -> DecodeBatch:
-        """The batch with its history on the devices; that of a batch without penalties is one array for all calls."""
-        history = batch.history
-        if history is None:
-            return batch
-        if self._placed_history is None or self._placed_history[0] is not history:
-            self._placed_history = history, jax.tree.map(self._place, history)
-        return batch._replace(history=self._placed_history[1])
+    def _place_wide(self, batch: DecodeBatch) -> DecodeBatch:
+        """The batch with its wide arrays on the devices: those that no row uses are the same for all calls."""
+        for name in ("history", "mask"):
+            array = getattr(batch, name)
+            if array is None:
+                continue
+            if self._placed_wide.get(name, (None,))[0] is not array:
+                self._placed_wide[name] = array, jax.tree.map(self._place, array)
+            batch = batch._replace(**{name: self._placed_wide[name][1]})
+        return batch
 
     def _place(self, array: np.ndarray) -> Array:
         """An array of the host as the calls take it: where every device of the model has all of it, or its own rows."""

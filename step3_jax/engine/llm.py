@@ -25,6 +25,7 @@ from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import STEPS_PER_CALL, EngineCore
 from step3_jax.engine.engine import Engine, Refused
 from step3_jax.engine.executor import Executor
+from step3_jax.engine.grammar import ConstraintMaker
 from step3_jax.engine.output import OutputProcessor
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
 from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
@@ -177,7 +178,8 @@ class LLM:
         self._random_lock = threading.Lock()
         eos_ids = _end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer)
         core = EngineCore(executor, config, max_model_len=self.max_model_len, eos_ids=eos_ids)
-        self._engine = Engine(core, tokenizer, eos_ids)
+        constraints = ConstraintMaker(tokenizer, self.config.text.vocab_size, eos_ids)
+        self._engine = Engine(core, tokenizer, eos_ids, constraints)
         if isinstance(executor, ShardedRunner) and executor.layout.size("heads") > 1:
             copies, num_tokens = executor.layout.size("heads"), core.allocator.num_pages * PAGE_SIZE
             warnings.warn(
@@ -211,9 +213,24 @@ class LLM:
         """What makes text of the core's outputs, for one thread."""
         return self._engine.new_processor()
 
-    def check(self, request: Request) -> None:
-        """Raises ValueError if a request cannot be served; the message says what would be. From any thread."""
+    def new_request(
+        self, prompt: Prompt, params: SamplingParams, *, steps_per_call: int = STEPS_PER_CALL, must_fit: bool = False
+    ) -> Request:
+        """A request for the core, checked. From any thread; compiling the form of its output may take seconds.
+
+        Args:
+          prompt: What is continued.
+          params: How it is sampled; without a seed the next of this model's is drawn.
+          steps_per_call: Most decode steps between two of its outputs.
+          must_fit: See `Request`.
+
+        Raises:
+          ValueError: If it cannot be served; the message says what would be.
+        """
+        seed = self._draw_seed(params)
+        request = self._engine.new_request(prompt, params, seed, steps_per_call, must_fit=must_fit)
         self._engine.check(request)
+        return request
 
     @overload
     def generate(
@@ -359,13 +376,15 @@ class LLM:
     ) -> Iterator[Request | Refused]:
         """Requests one by one, so that their prompts (and images) need not be in memory all at once."""
         for make, own in zip(build, params, strict=True):
-            seed = self.draw_seed(own)
+            seed = self._draw_seed(own)
+            prompt = None
             try:
                 prompt = make()
+                request = self._engine.new_request(prompt, own, seed, steps)
             except ValueError as error:
-                yield Refused(None, str(error))
+                yield Refused(prompt, str(error))
             else:
-                yield self._engine.new_request(prompt, own, seed, steps)
+                yield request
 
     def _find_error(self, request: Request) -> str | None:
         try:
@@ -418,8 +437,7 @@ class LLM:
             raise ValueError(f"{len(params)} sampling_params are given for {num_prompts} prompt(s); one for each")
         return params
 
-    def draw_seed(self, params: SamplingParams) -> int:
-        """The seed of a request: its own, else the next of this model's."""
+    def _draw_seed(self, params: SamplingParams) -> int:
         if params.seed is not None:
             return params.seed
         with self._random_lock:

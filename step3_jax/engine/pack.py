@@ -50,6 +50,7 @@ class Packer:
         self._vocab_size = vocab_size
         self._slots: tuple[int, SamplingBatch] | None = None
         self._empty_history: Int[np.ndarray, "B M"] | None = None
+        self._all_allowed: Int[np.ndarray, "B words"] | None = None
         self._table: tuple[int, Int[np.ndarray, "B width"]] | None = None
 
     def chunk(self, chunks: Seq[Chunk], shards: Seq[int]) -> PrefillBatch:
@@ -63,14 +64,27 @@ class Packer:
             num_shards=self._num_shards,
         )
 
-    def decode(self, scheduler: Scheduler, num_steps: int, *, max_steps: int) -> DecodeCall:
-        """The decode call of the sequences in slots; see `DecodeCall` for its numbers."""
+    def decode(
+        self, scheduler: Scheduler, num_steps: int, *, max_steps: int, masks: Int[np.ndarray, "B words"] | None = None
+    ) -> DecodeCall:
+        """The decode call of the sequences in slots; see `DecodeCall` for its numbers, and `Constrainer` for `masks`."""
         if self._slots is None or self._slots[0] != scheduler.version:
             self._slots = scheduler.version, pack_sampling(scheduler.slots, self._vocab_size)
         if self._table is None or self._table[0] != scheduler.table_version:
             self._table = scheduler.table_version, pack_table(scheduler.slots, self._max_pages)
-        batch = pack_decode(scheduler.slots, self._table[1])._replace(history=self._pack_history(scheduler))
-        return DecodeCall(batch, self._slots[1], num_steps, max_steps=max_steps, leave_early=scheduler.num_waiting > 0)
+        batch = pack_decode(scheduler.slots, self._table[1])._replace(
+            history=self._pack_history(scheduler), mask=self._no_masks(scheduler) if masks is None else masks
+        )
+        # What may come behind a pause is only known once the tokens before it have been looked at.
+        has_pause = any(one is not None and one.is_ready and one.sampling.pause_id >= 0 for one in scheduler.slots)
+        leave_early = scheduler.num_waiting > 0 or has_pause
+        return DecodeCall(batch, self._slots[1], num_steps, max_steps=max_steps, leave_early=leave_early)
+
+    def _no_masks(self, scheduler: Scheduler) -> Int[np.ndarray, "B words"]:
+        """Masks that allow everything, the same array each time."""
+        if self._all_allowed is None or len(self._all_allowed) != len(scheduler.slots):
+            self._all_allowed = np.full((len(scheduler.slots), -(-self._vocab_size // 32)), -1, np.int32)
+        return self._all_allowed
 
     def _pack_history(self, scheduler: Scheduler) -> Int[np.ndarray, "B M"]:
         """Tokens of the sequences in slots whose tokens are counted; the same array while there are none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
+from step3_jax.engine.constraint import Constraint
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sampling.sampler import StepLogprobs
 from step3_jax.text.images import ProcessedImage
@@ -40,6 +41,7 @@ class Request:
       seed: Of its random numbers.
       steps_per_call: Most decode steps between two of its outputs.
       must_fit: Whether `max_tokens` must fit into the context; otherwise it is an upper bound.
+      constraint: What `params.structured_outputs` ask for, see `engine.grammar`; None if they ask for nothing.
     """
 
     request_id: str
@@ -48,10 +50,49 @@ class Request:
     seed: int
     steps_per_call: int = 32
     must_fit: bool = False
+    constraint: Constraint | None = None
+
+    @property
+    def pause_id(self) -> int:
+        """See `SamplingBatch.pause_ids`: the token that the constraint begins after."""
+        mark = None if self.constraint is None else self.constraint.begins_after
+        return -1 if mark is None else mark
 
 
 class ContextLengthError(ValueError):
     """The prompt and the output asked for are longer than the context."""
+
+
+def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> None:
+    """Raises ValueError (ContextLengthError) if a request cannot be served; the message says what would be.
+
+    Args:
+      request: The request.
+      max_model_len: Most tokens of prompt and output together.
+      vocab_size: V.
+    """
+    prompt, params = request.prompt, request.params
+    num_tokens, limit = len(prompt.token_ids), max_model_len
+    if not num_tokens:
+        raise ValueError("the prompt has no tokens; at least one is needed")
+    outside = [token for token in prompt.token_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"the prompt has token ids {outside[:8]}; allowed: 0 to {vocab_size - 1}")
+    if num_tokens - 1 in prompt.image_places:
+        raise ValueError("the prompt ends with an image's place; at least one token is needed behind it")
+    num_output = max(1, params.min_tokens)
+    if request.must_fit:
+        num_output = params.max_tokens or num_output
+    if num_tokens + num_output > limit:
+        raise ContextLengthError(
+            f"the prompt has {num_tokens} tokens and {num_output} more are asked for, together "
+            f"{num_tokens + num_output}; at most max_model_len = {limit} are allowed: shorten the prompt, lower "
+            f"{'max_tokens' if request.must_fit else 'min_tokens'}, or load with a larger max_model_len"
+        )
+    if params.structured_outputs is not None and request.constraint is None:
+        raise ValueError(
+            "the request asks for structured_outputs and has no constraint: make it with Engine.new_request"
+        )
 
 
 # Values of `SequenceOutput.finish` besides "stop" and "length".

@@ -191,6 +191,10 @@ class Scheduler:
                     break
         return num_steps, stuck
 
+    def extend(self, sequence: Sequence, num_tokens: int) -> int:
+        """Gives a sequence that decodes pages for more tokens, as far as pages are free; returns for how many."""
+        return max(0, self._grow(sequence, num_tokens)) if num_tokens else 0
+
     def publish(self, sequence: Sequence) -> None:
         """Makes the whole pages that a sequence has written known to others."""
         if not self._has_prefix_cache or not sequence.pages:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int
 
+from step3_jax.engine.constraint import SequenceConstraint
 from step3_jax.engine.request import Request
 from step3_jax.sampling.batch import SamplingRow
 
@@ -31,6 +32,7 @@ class Sequence:
       num_preemptions: How often it lost its pages to others.
       num_passed: How often a later one was admitted before it.
       is_finished: Whether it has ended.
+      constraint: What may come next; None for anything.
     """
 
     group: Group
@@ -47,10 +49,21 @@ class Sequence:
     num_preemptions: int = 0
     num_passed: int = 0
     is_finished: bool = False
+    constraint: SequenceConstraint | None = None
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens generated so far, the one that ended it included."""
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether not every token may come next."""
+        return self.constraint is not None and self.constraint.is_active
 
     @property
     def num_output(self) -> int:
-        """Tokens generated so far, the one that ended it included."""
+        """Number of these tokens."""
         return len(self.token_ids) - self.num_prompt
 
     @property

@@ -99,7 +99,7 @@ class ShardedRunner(Executor):
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
         sampling = self._place_sampling(call.sampling)
-        given = self._place_history(call.batch), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
+        given = self._place_wide(call.batch), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
         cache, report = self._timed("decode", self._decode_calls, self._split.weights, cache, *given, call.max_steps)
         return cache, Started(call.cut_report(report))
 

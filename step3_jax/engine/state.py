@@ -61,6 +61,8 @@ class DecodeBatch(NamedTuple):
       table: Pages of each sequence, with room for all tokens it may get.
       history: Prompt and output so far, `last` included, filled up with V; not read unless some row has penalties. None if
         none ever has.
+      mask: Which tokens a row may get, a bit for each, the lowest of the first word that of token 0; all bits for any. None
+        if no row ever has a mask. It is that of the next token alone, so a call with one takes one step.
     """
 
     last: Int[Array, " B"]
@@ -69,6 +71,7 @@ class DecodeBatch(NamedTuple):
     is_active: Bool[Array, " B"]
     table: Int[Array, "B max_pages"]
     history: Int[Array, "B M"] | None = None
+    mask: Int[Array, "B words"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Report(NamedTuple):
     Attributes:
       tokens: New tokens; the one that ended a row is the last of it.
       num_new: Valid tokens of each row.
-      finish: RUNNING, STOPPED (an end token), FULL (max_tokens) or IDLE.
+      finish: RUNNING, STOPPED (an end token, or the row's `pause_ids`), FULL (max_tokens) or IDLE.
       logprobs: Log-probabilities of each new token, zeros in a step in which no row asks for them; None once
         `DecodeCall.cut_report` has found that nobody does.
     """
@@ -222,6 +225,7 @@ def choose_tokens(rows: RowState, logits: Float[Array, "B V"], batch: DecodeBatc
             positions=batch.cached + 1 + report.num_new,
             num_tokens=batch.num_generated + report.num_new,
             count_tokens=count,
+            mask=batch.mask,
         )
     tokens = jnp.where(is_running, tokens, rows.last)
     places = jnp.arange(tokens.shape[0])
@@ -241,7 +245,8 @@ def choose_tokens(rows: RowState, logits: Float[Array, "B V"], batch: DecodeBatc
     num_new = report.num_new + is_running
     is_end = jnp.any(tokens[:, None] == sampling.stop_ids, axis=-1)
     is_full = batch.num_generated + num_new >= sampling.max_tokens
-    finish = jnp.where(is_end, STOPPED, jnp.where(is_full, FULL, RUNNING))
+    is_pause = tokens == sampling.pause_ids
+    finish = jnp.where(is_end, STOPPED, jnp.where(is_full, FULL, jnp.where(is_pause, STOPPED, RUNNING)))
     report = Report(
         tokens=report.tokens.at[places, columns].set(tokens, mode="drop"),
         num_new=num_new,

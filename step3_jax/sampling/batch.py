@@ -30,6 +30,8 @@ class SamplingBatch(NamedTuple):
       seeds: Two words of a threefry key.
       max_tokens: 0 marks a row that only fills up the batch.
       has_logprobs: Whether log-probabilities are recorded.
+      pause_ids: The token behind which a row makes no more in the same call, as what may follow is not known yet; -1 for
+        none.
       stop_ids: Tokens that end the row.
       bias_ids, bias_values: The logit bias.
     """
@@ -45,6 +47,7 @@ class SamplingBatch(NamedTuple):
     min_tokens: Int[Array, " B"]
     max_tokens: Int[Array, " B"]
     has_logprobs: Bool[Array, " B"]
+    pause_ids: Int[Array, " B"]
     stop_ids: Int[Array, "B stops"]
     bias_ids: Int[Array, "B biases"]
     bias_values: Float[Array, "B biases"]
@@ -58,12 +61,14 @@ class SamplingRow(NamedTuple):
       max_tokens: Tokens to make.
       seed_words: See `seed_words`.
       stop_ids: All tokens that end the row, the model's own too.
+      pause_id: See `SamplingBatch.pause_ids`.
     """
 
     params: SamplingParams
     max_tokens: int
     seed_words: tuple[int, int]
     stop_ids: tuple[int, ...]
+    pause_id: int = -1
 
 
 def seed_words(seed: int, sample: int = 0) -> tuple[int, int]:
@@ -119,6 +124,7 @@ def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int
         min_tokens=column([row.min_tokens for row in params], 0, np.int32),
         max_tokens=column([row.max_tokens for row in rows], 0, np.int32),
         has_logprobs=column([row.logprobs is not None for row in params], False, np.bool_),
+        pause_ids=column([row.pause_id for row in rows], -1, np.int32),
         stop_ids=_ragged([row.stop_ids for row in rows], NUM_STOP_IDS, vocab_size, batch_size, np.int32),
         bias_ids=_ragged([tuple(row) for row in bias], NUM_BIASES, vocab_size, batch_size, np.int32),
         bias_values=_ragged([tuple(row.values()) for row in bias], NUM_BIASES, 0.0, batch_size, np.float32),

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from step3_jax.sampling.structured import StructuredOutputsParams
+
 # Below this temperature the likeliest token is taken (vLLM's constant).
 GREEDY_TEMPERATURE = 1e-5
 MAX_LOGPROBS = 20
@@ -47,6 +49,8 @@ class SamplingParams:
       include_stop_str_in_output: Whether the text keeps the stop string.
       skip_special_tokens: Whether special tokens are left out of the text.
       detokenize: Whether there is text at all.
+      structured_outputs: The form that the output must have; None for any. In an output that begins with reasoning, that of
+        what follows `</think>`. Needs the extra `grammar`.
       logprobs: Log-probabilities of this many likeliest tokens at each step, and the chosen one's; None for none.
 
     Raises:
@@ -73,6 +77,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     detokenize: bool = True
     logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         _check_whole("n", self.n, lowest=1)
@@ -105,6 +110,11 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; True or False is needed")
         if not isinstance(self.stop_after, str):
             raise ValueError(f"stop_after is {self.stop_after!r}; a string is needed")
+        form = self.structured_outputs
+        if form is not None and not isinstance(form, StructuredOutputsParams):
+            raise ValueError(f"structured_outputs is {form!r}; StructuredOutputsParams(...) is needed")
+        if form is not None and self.ignore_eos:
+            raise ValueError("ignore_eos does not go with structured_outputs, which say where the output ends")
         # The class is frozen, so what is brought to one form is set past its guard.
         if self.seed == -1:
             object.__setattr__(self, "seed", None)

@@ -1,4 +1,4 @@
-"""What is done to the logits before a token is chosen, in vLLM's order: ends masked, bias, penalties."""
+"""What is done to the logits before a token is chosen: ends masked, bias and penalties in vLLM's order, then masks."""
 
 from __future__ import annotations
 
@@ -94,3 +94,10 @@ def mask_ends(logits: Float[Array, "B V"], num_tokens: Int[Array, " B"], batch: 
     is_early = (num_tokens < batch.min_tokens)[:, None]
     ids = jnp.where(is_early, batch.stop_ids, logits.shape[1])
     return logits.at[rows, ids].set(-jnp.inf, mode="drop")
+
+
+def apply_mask(logits: Float[Array, "B V"], mask: Int[Array, "B words"]) -> Float[Array, "B V"]:
+    """Forbids the tokens whose bits are not set; those of a word stand for 32 tokens, the lowest for the first."""
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=mask.dtype) & 1
+    is_allowed = bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] != 0
+    return jnp.where(is_allowed, logits, -jnp.inf)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from step3_jax.sampling.batch import NUM_CANDIDATES, SamplingBatch
-from step3_jax.sampling.penalties import TokenCounts, apply_bias, apply_penalties, has_penalties, mask_ends
+from step3_jax.sampling.penalties import TokenCounts, apply_bias, apply_mask, apply_penalties, has_penalties, mask_ends
 
 # Named, so that a change of JAX's default generator does not change what a seed gives.
 _GENERATOR = "threefry2x32"
@@ -43,6 +43,7 @@ def sample(
     positions: Int[Array, " B"],
     num_tokens: Int[Array, " B"],
     count_tokens: Callable[[], TokenCounts] | None = None,
+    mask: Int[Array, "B words"] | None = None,
 ) -> Int[Array, " B"]:
     """Chooses the next token of each row.
 
@@ -55,14 +56,20 @@ def sample(
       positions: Place of the new token in its sequence, prompt counted.
       num_tokens: Tokens of the output so far.
       count_tokens: Counts the sequences' tokens, where some row has penalties; None if none ever has.
+      mask: Bits of the tokens that each row may get, see `DecodeBatch.mask`. A row that has one makes `min_tokens` by that.
     """
     is_drawn = batch.temperature > 0
-    is_processed = _is_processed(batch, num_tokens)
+    is_masked = jnp.zeros_like(is_drawn) if mask is None else jnp.any(mask != -1, axis=-1)
+    # What is left of a mask without the ends may be nothing; who made it has taken them out where it can be done.
+    num_tokens = jnp.where(is_masked, jnp.iinfo(jnp.int32).max, num_tokens)
+    is_processed = is_masked | _is_processed(batch, num_tokens)
 
     def choose() -> Int[Array, " B"]:
         processed = jax.lax.cond(
             jnp.any(is_processed),
-            lambda: process_logits(logits, batch, num_tokens=num_tokens, count_tokens=count_tokens),
+            lambda: process_logits(
+                logits, batch, num_tokens=num_tokens, count_tokens=count_tokens, mask=mask, is_masked=is_masked
+            ),
             lambda: logits,
         )
         likeliest = _argmax(processed)
@@ -77,14 +84,19 @@ def process_logits(
     *,
     num_tokens: Int[Array, " B"],
     count_tokens: Callable[[], TokenCounts] | None,
+    mask: Int[Array, "B words"] | None,
+    is_masked: Bool[Array, " B"],
 ) -> Float[Array, "B V"]:
-    """All that changes which token is likeliest: ends masked, bias, penalties. Arguments as for `sample`."""
-    logits = apply_bias(mask_ends(logits, num_tokens, batch), batch)
-    if count_tokens is None:
-        return logits
-    return jax.lax.cond(
-        jnp.any(has_penalties(batch)), lambda: apply_penalties(logits, count_tokens(), batch), lambda: logits
-    )
+    """All that changes which token is likeliest: ends masked, bias, penalties, masks. Arguments as for `sample`."""
+    processed = apply_bias(mask_ends(logits, num_tokens, batch), batch)
+    if count_tokens is not None:
+        biased = processed
+        processed = jax.lax.cond(
+            jnp.any(has_penalties(batch)), lambda: apply_penalties(biased, count_tokens(), batch), lambda: biased
+        )
+    if mask is None:
+        return processed
+    return jax.lax.cond(jnp.any(is_masked), lambda: apply_mask(processed, mask), lambda: processed)
 
 
 def draw(

@@ -10,13 +10,12 @@ from step3_jax import __version__
 from step3_jax.engine.request import Logprob, StreamPiece
 from step3_jax.server.admission import Ticket
 from step3_jax.server.choice import ChoiceForm, ChoiceState
-from step3_jax.server.constraint import check_constraint
 from step3_jax.server.error import bad_request
 from step3_jax.server.exchange import Job
 from step3_jax.server.generation import Generation
 from step3_jax.server.logprob import chat_logprobs
 from step3_jax.server.message import read_tools
-from step3_jax.server.prompt import build_chat_prompt, check_requests, is_thinking, thinking_ids
+from step3_jax.server.prompt import build_chat_prompt, is_thinking, make_requests, thinking_ids
 from step3_jax.server.protocol.chat import (
     ChatChoice,
     ChatCompletion,
@@ -42,18 +41,16 @@ async def plan_chat(service: Service, request: ChatCompletionRequest, ticket: Ti
       ApiError: 400, 404 or 503.
     """
     name, llm = service.choose_name(request.model), service.llm
-    check_constraint(request)
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
     num_top = (check_logprobs("top_logprobs", request.top_logprobs) or 0) if request.logprobs else None
     is_newer = request.max_completion_tokens is not None
-    max_tokens_name = "max_completion_tokens" if is_newer else "max_tokens"
     plan = plan_sampling(
         request,
         llm,
         service.config,
         max_tokens=request.max_completion_tokens if is_newer else request.max_tokens,
-        max_tokens_name=max_tokens_name,
+        max_tokens_name="max_completion_tokens" if is_newer else "max_tokens",
         default_max_tokens=None,
         logprobs=num_top,
     )
@@ -69,8 +66,7 @@ async def plan_chat(service: Service, request: ChatCompletionRequest, ticket: Ti
         cache_salt=request.cache_salt or "",
     )
     ticket.add_tokens(len(prompt.token_ids))
-    generation = Generation(service, [prompt], plan, is_stream=bool(request.stream))
-    await check_requests(service, generation.requests, max_tokens_name, "messages")
+    requests = await make_requests(service, [prompt], plan, is_stream=bool(request.stream), param="messages")
     tools = None if request.tool_choice == "none" else read_tools(request.tools)
     if tools:
         service.metrics.count_tool_parse()
@@ -82,7 +78,7 @@ async def plan_chat(service: Service, request: ChatCompletionRequest, ticket: Ti
         is_parsed=is_parsed,
         has_reasoning=request.include_reasoning is not False,
     )
-    return ChatJob(generation, request, form, name, llm.get_tokenizer(), plan.n)
+    return ChatJob(Generation(service, requests, plan), request, form, name, llm.get_tokenizer(), plan.n)
 
 
 class ChatJob(Job):

@@ -10,12 +10,11 @@ from step3_jax.engine.request import Logprob, StreamPiece
 from step3_jax.server.admission import Ticket
 from step3_jax.server.chat import FINGERPRINT
 from step3_jax.server.choice import FINISH_REASONS
-from step3_jax.server.constraint import check_constraint
 from step3_jax.server.error import bad_request
 from step3_jax.server.exchange import Job
 from step3_jax.server.generation import Generation
 from step3_jax.server.logprob import CompletionLogprobWriter
-from step3_jax.server.prompt import build_completion_prompts, check_requests
+from step3_jax.server.prompt import build_completion_prompts, make_requests
 from step3_jax.server.protocol.completion import Completion, CompletionChoice, CompletionRequest
 from step3_jax.server.sampling import SamplingPlan, check_logprobs, plan_sampling
 from step3_jax.server.service import Service
@@ -33,7 +32,6 @@ async def plan_completion(service: Service, request: CompletionRequest, ticket: 
       ApiError: 400, 404 or 503.
     """
     name, llm = service.choose_name(request.model), service.llm
-    check_constraint(request)
     num_top = check_logprobs("logprobs", request.logprobs)
     if request.suffix:
         raise bad_request("suffix is given; the model cannot fill in: leave it out", "suffix")
@@ -52,9 +50,8 @@ async def plan_completion(service: Service, request: CompletionRequest, ticket: 
     ticket.add_completions(num_prompts * plan.n - 1)
     prompts = await build_completion_prompts(service, given, request.cache_salt or "")
     ticket.add_tokens(sum(len(prompt.token_ids) for prompt in prompts))
-    generation = Generation(service, prompts, plan, is_stream=bool(request.stream))
-    await check_requests(service, generation.requests, "max_tokens", "prompt")
-    return CompletionJob(generation, request, plan, name, llm.tokenizer)
+    requests = await make_requests(service, prompts, plan, is_stream=bool(request.stream), param="prompt")
+    return CompletionJob(Generation(service, requests, plan), request, plan, name, llm.tokenizer)
 
 
 class _Choice:

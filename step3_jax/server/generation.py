@@ -9,12 +9,11 @@ import dataclasses
 import functools
 import logging
 import time
-import uuid
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from step3_jax.engine.request import Prompt, Request, StreamPiece
+from step3_jax.engine.request import Request, StreamPiece
 from step3_jax.server.driver import Event, Subscription
 from step3_jax.server.error import ApiError, internal_error, unavailable
 from step3_jax.server.metric import RequestRecord
@@ -52,33 +51,28 @@ class Generation:
       num_reasoning_tokens: To be counted by whoever reads the text.
     """
 
-    def __init__(self, service: Service, prompts: Sequence[Prompt], plan: SamplingPlan, *, is_stream: bool) -> None:
-        """Prepares requests; nothing is handed over yet.
+    def __init__(self, service: Service, requests: Sequence[Request], plan: SamplingPlan) -> None:
+        """Takes requests; nothing is handed over yet.
 
         Args:
           service: Has the engine.
-          prompts: The prompts.
+          requests: One for each prompt, checked.
           plan: How each is answered.
-          is_stream: Whether pieces are wanted as they come.
         """
         self._service = service
         self._plan = plan
-        self.num_choices = len(prompts) * plan.n
+        self.num_choices = len(requests) * plan.n
         self.num_reasoning_tokens = 0
         self._events: collections.deque[tuple[int, Event]] = collections.deque()
         self._wake = asyncio.Event()
         self._interrupt: Exception | None = None
-        config, now = service.llm.engine_config, time.monotonic()
+        now = time.monotonic()
         timeout_s = service.config.request_timeout
         self._deadline_s = now + timeout_s if timeout_s else None
-        seed = service.llm.draw_seed(plan.params)
-        steps = {"steps_per_call": config.stream_interval} if is_stream else {}
+        max_tokens = plan.params.max_tokens if plan.must_fit else None
         self._parts = [
-            _Part(
-                Request(uuid.uuid4().hex, prompt, plan.params, seed, must_fit=plan.must_fit, **steps),
-                RequestRecord(now, len(prompt.token_ids), plan.n, plan.params.max_tokens if plan.must_fit else None),
-            )
-            for prompt in prompts
+            _Part(request, RequestRecord(now, len(request.prompt.token_ids), plan.n, max_tokens))
+            for request in requests
         ]
 
     @property

@@ -6,19 +6,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from step3_jax.engine.core import STEPS_PER_CALL
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import ContextLengthError, Prompt, Request
 from step3_jax.server.error import ApiError, bad_request, refused
 from step3_jax.server.message import check_variables, read_messages, read_tools
 from step3_jax.server.protocol.chat import ChatMessage, Tool
+from step3_jax.server.sampling import SamplingPlan
 from step3_jax.server.service import Service
 from step3_jax.text.output_parser import THINK_BEGIN, THINK_END
 from step3_jax.text.tokenizer import Tokenizer
 
 Made = TypeVar("Made")
-
-# Prompts up to this length are checked in the event loop.
-_SHORT = 1024
 
 
 async def build_chat_prompt(
@@ -102,29 +101,40 @@ async def build_completion_prompts(
     return await _call(service, build, "prompt")
 
 
-async def check_requests(service: Service, requests: Sequence[Request], max_tokens_name: str, param: str) -> None:
-    """Raises ApiError 400 for requests that the engine cannot serve.
+async def make_requests(
+    service: Service, prompts: Sequence[Prompt], plan: SamplingPlan, *, is_stream: bool, param: str
+) -> list[Request]:
+    """Requests for the engine, which has checked them; what their output must match is compiled.
 
     Args:
       service: Has the engine.
-      requests: To be checked.
-      max_tokens_name: How the client calls `max_tokens`.
+      prompts: The prompts.
+      plan: How each is answered.
+      is_stream: Whether pieces are wanted as they come.
       param: The field of the prompt.
+
+    Raises:
+      ApiError: 400, for what the engine cannot serve.
     """
     llm = service.llm
-    for request in requests:
-        try:
-            if len(request.prompt.token_ids) <= _SHORT:
-                llm.check(request)
-            else:
-                await service.call(llm.check, request)
-        except ContextLengthError as error:
-            text = str(error).replace("lower max_tokens", f"lower {max_tokens_name}")
-            raise bad_request(text, param, "context_length_exceeded") from None
-        except ValueError as error:
+    steps = llm.engine_config.stream_interval if is_stream else STEPS_PER_CALL
+
+    def make() -> list[Request]:
+        return [
+            llm.new_request(prompt, plan.params, steps_per_call=steps, must_fit=plan.must_fit) for prompt in prompts
+        ]
+
+    try:
+        return await service.call(make)
+    except ContextLengthError as error:
+        text = str(error).replace("lower max_tokens", f"lower {plan.max_tokens_name}")
+        raise bad_request(text, param, "context_length_exceeded") from None
+    except ValueError as error:
+        found = None if plan.form is None else plan.form.refuse(error)
+        if found is None:
             found = refused(error, ["stop_token_ids", "logit_bias", "stop"])
             found.param = found.param or param
-            raise found from None
+        raise found from None
 
 
 def is_thinking(llm: LLM, prompt: Prompt) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import GREEDY_TEMPERATURE, MAX_LOGPROBS, SamplingParams
 from step3_jax.server.config import ServerConfig
+from step3_jax.server.constraint import WantedForm, read_form
 from step3_jax.server.error import bad_request, refused
 from step3_jax.server.protocol.common import SamplingFields
 
@@ -34,11 +35,15 @@ class SamplingPlan:
       params: For the engine.
       num_copies: How often each completion is given: more than once where all `n` would be the same.
       must_fit: Whether the output that was asked for must fit into the context.
+      max_tokens_name: How the client calls `max_tokens`.
+      form: What the answer must match; None for anything.
     """
 
     params: SamplingParams
     num_copies: int
     must_fit: bool
+    max_tokens_name: str
+    form: WantedForm | None
 
     @property
     def n(self) -> int:
@@ -80,7 +85,9 @@ def plan_sampling(
     values |= {name: value for name in _COPIED if (value := getattr(request, name)) is not None}
     if max_tokens is not None:
         values["max_tokens"] = max_tokens
+    form = read_form(request)
     values |= {"stop": _read_stop(request), "logprobs": logprobs}
+    values["structured_outputs"] = None if form is None else form.params
     values["logit_bias"] = _read_bias(request.logit_bias, llm.config.text.vocab_size)
     temperature = values.get("temperature", 1.0)
     is_greedy = isinstance(temperature, int | float) and temperature < GREEDY_TEMPERATURE
@@ -92,7 +99,7 @@ def plan_sampling(
         if found.param == "max_tokens":
             found.param, found.message = max_tokens_name, found.message.replace("max_tokens", max_tokens_name, 1)
         raise found from None
-    return SamplingPlan(params, n if is_greedy else 1, must_fit=max_tokens is not None)
+    return SamplingPlan(params, n if is_greedy else 1, max_tokens is not None, max_tokens_name, form)
 
 
 def check_logprobs(name: str, value: int | None) -> int | None:

@@ -51,6 +51,7 @@ class Tokenizer:
           ValueError: If the description cannot be used, or a name or id is unknown.
         """
         self._source = source
+        self._description = description
         try:
             stored = json.loads(description)
             added_tokens(stored)
@@ -112,6 +113,11 @@ class Tokenizer:
         eos = token_name(stored.get("eos_token")) if eos is None else eos
         ends = eos if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
         return cls(description, bos=bos, eos=ends, source=str(path))
+
+    @property
+    def description(self) -> str:
+        """Text of the `tokenizer.json`."""
+        return self._description
 
     @property
     def num_ids(self) -> int:

@@ -137,7 +137,7 @@ def _allowed_types(schema: object, document: Schema) -> frozenset[str]:
             options = part.get(key)
             waiting += options if isinstance(options, (list, tuple)) else ()
         if isinstance(reference := part.get("$ref"), str):
-            waiting.append(_resolve(reference, document))
+            waiting.append(resolve_reference(reference, document))
     return frozenset(found)
 
 
@@ -154,8 +154,8 @@ def _stated_types(schema: Schema) -> set[str]:
     return types | ({"null"} if schema.get("nullable") is True else set())
 
 
-def _resolve(reference: str, document: Schema) -> object:
-    """What a local reference such as `#/$defs/city` refers to; None if there is nothing."""
+def resolve_reference(reference: str, document: Schema) -> object:
+    """What a reference in a schema, such as `#/$defs/city`, refers to; None if there is nothing in it."""
     first, *path = reference.split("/")
     found: object = document if first == "#" else None
     for part in path:

@@ -18,6 +18,8 @@ from step3_jax.text.tokenizer import Tokenizer
 from tests.process import HARD_LIMIT_S
 
 PAGE_SIZE = 64
+# Written where the reply is not allowed to go on; it ends a request with an error, as it is not allowed either.
+NO_WAY = 1
 
 # What the model writes behind a prompt, given as text.
 Reply = Callable[[str], str]
@@ -69,13 +71,16 @@ class ReplyExecutor(Executor):
                 cache[batch.table[row, position // PAGE_SIZE], position % PAGE_SIZE] = last[row]
                 known = cache[batch.table[row]].reshape(-1)[: position + 1]
                 num_output = int(batch.num_generated[row] + num_new[row])
-                last[row] = tokens[row, num_new[row]] = self._next(known, num_output)
+                wanted = self._next(known, num_output)
+                last[row] = tokens[row, num_new[row]] = wanted if _is_allowed(batch.mask, row, wanted) else NO_WAY
                 num_new[row] += 1
                 self.num_decoded += 1
                 if last[row] in sampling.stop_ids[row] and num_output >= sampling.min_tokens[row]:
                     finish[row] = STOPPED
                 elif num_output + 1 >= sampling.max_tokens[row]:
                     finish[row] = FULL
+                elif last[row] == sampling.pause_ids[row]:
+                    finish[row] = STOPPED
             if not (finish == RUNNING).any() or (call.leave_early and np.isin(finish, (STOPPED, FULL)).any()):
                 break
         logprobs = _logprobs(tokens) if sampling.has_logprobs.any() else None
@@ -96,6 +101,10 @@ class ReplyExecutor(Executor):
             self._replies[prompt] = [*self._tokenizer.encode(text), *self._tokenizer.eos_ids[:1]]
         reply = self._replies[prompt]
         return reply[min(num_output, len(reply) - 1)]
+
+
+def _is_allowed(mask: np.ndarray | None, row: int, token: int) -> bool:
+    return mask is None or bool(mask[row, token // 32] >> (token % 32) & 1)
 
 
 def _logprobs(tokens: np.ndarray) -> StepLogprobs:

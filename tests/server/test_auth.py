@@ -11,7 +11,7 @@ from tests.server.client import Client, ask
 from tests.server.conftest import Open
 
 KEYS = ("alpha-key", "beta-key")
-OPEN = ("/health", "/ready", "/live", "/version", "/metrics")
+OPEN = ("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/page.js")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def guarded(open_client: Open) -> Iterator[Client]:
 
 def all_routes(client: Client) -> list[tuple[str, str]]:
     return [
-        (route.path.replace("{model_id:path}", "toy"), method)
+        (route.path.replace("{model_id:path}", "toy").replace("{name}", "page.js"), method)
         for route in client.app.routes
         if isinstance(route, Route) or hasattr(route, "methods")
         for method in sorted(route.methods)

@@ -24,6 +24,12 @@ def next_token(token_ids: Sequence[int]) -> int:
     return zlib.crc32(np.asarray(token_ids, np.int32).tobytes()) % VOCAB_SIZE
 
 
+def next_allowed(mask: np.ndarray, token: int) -> int:
+    """The first allowed token from `token` on, around the end of the vocabulary."""
+    order = [*range(token, VOCAB_SIZE), *range(token)]
+    return next(one for one in order if mask[one // 32] >> (one % 32) & 1)
+
+
 def expected(prompt: Sequence[int], count: int, stop_ids: Sequence[int] = ()) -> tuple[int, ...]:
     """Tokens that a prompt gets, the one that ends it included."""
     ids = list(prompt)
@@ -91,12 +97,18 @@ class FakeExecutor(Executor):
                 position = batch.cached[row] + num_new[row]
                 cache[batch.table[row, position // PAGE_SIZE], position % PAGE_SIZE] = last[row]
                 found = cache[batch.table[row]].reshape(-1)[: position + 1]
-                last[row] = tokens[row, num_new[row]] = next_token(found)
+                token = next_token(found)
+                if batch.mask is not None and (batch.mask[row] != -1).any():
+                    assert call.num_steps == 1, "a mask is that of one token"
+                    token = next_allowed(batch.mask[row], token)
+                last[row] = tokens[row, num_new[row]] = token
                 num_new[row] += 1
                 if last[row] in call.sampling.stop_ids[row]:
                     finish[row] = STOPPED
                 elif batch.num_generated[row] + num_new[row] >= call.sampling.max_tokens[row]:
                     finish[row] = FULL
+                elif last[row] == call.sampling.pause_ids[row]:
+                    finish[row] = STOPPED
             if not (finish == RUNNING).any() or (call.leave_early and np.isin(finish, (STOPPED, FULL)).any()):
                 break
         return cache, self._started("late_decode", Report(tokens, num_new, finish, None))

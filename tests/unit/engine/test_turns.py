@@ -9,6 +9,7 @@ import pytest
 
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.engine import Engine
+from step3_jax.engine.grammar import ConstraintMaker
 from step3_jax.engine.request import OutputSink, Prompt, Request, SequenceOutput
 from step3_jax.sampling.params import SamplingParams
 
@@ -66,7 +67,7 @@ def request(name: str) -> Request:
 
 def test_a_thread_has_its_outputs_while_another_goes_on_stepping():
     core = TwoRequests()
-    engine = Engine(core, None, ())
+    engine = Engine(core, None, (), ConstraintMaker(None, 8, ()))
     thread = threading.Thread(target=lambda: list(engine.run([request("long")])), name="long")
     tokens: list[int] = []
     for event in engine.run([request("short")]):
@@ -83,7 +84,7 @@ def test_a_thread_has_its_outputs_while_another_goes_on_stepping():
 
 def test_a_step_that_fails_leaves_the_turn_to_others(monkeypatch):
     core = TwoRequests()
-    engine = Engine(core, None, ())
+    engine = Engine(core, None, (), ConstraintMaker(None, 8, ()))
 
     def fail() -> None:
         raise KeyboardInterrupt

@@ -1,0 +1,225 @@
+"""Grammars that outputs must follow, by way of llguidance: compiled once, then matched token by token.
+
+llguidance is an optional library, so nothing imports this module unless an output's form is asked for.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import threading
+import time
+from collections.abc import Sequence
+
+import llguidance
+import numpy as np
+from jaxtyping import Int
+
+from step3_jax.json_schema import BLANKS, subschemas
+from step3_jax.sampling.structured import StructuredOutputsParams
+
+# Longest that anybody waits for a grammar to be compiled.
+DEADLINE_S = 5.0
+# At once, so that hostile ones leave processors to others.
+MAX_COMPILING = 2
+MAX_CACHED = 256
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be used; the message says why."""
+
+
+class Grammar:
+    """A compiled grammar. Safe to share between threads."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        """Takes a matcher that has seen no token."""
+        self._matcher = matcher
+
+    def begin(self) -> GrammarMatcher:
+        """A matcher for one output."""
+        return GrammarMatcher(self._matcher.deep_copy())
+
+
+class GrammarMatcher:
+    """Follows one output and says what may come next."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        """Takes a matcher that has seen no token, and that nobody else uses."""
+        self._matcher = matcher
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the output is complete and can be no longer, so that only end tokens are allowed."""
+        return self._matcher.is_stopped()
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        """Takes the next tokens of the output.
+
+        Raises:
+          GrammarError: If they do not follow the grammar, or it needs more work than is allowed.
+        """
+        # An end token behind the end is not the grammar's.
+        if token_ids and not self._matcher.consume_tokens(list(token_ids)):
+            raise GrammarError(_shorten(self._matcher.get_error()))
+
+    def fill(self, mask: Int[np.ndarray, " words"]) -> None:
+        """Writes which tokens may come next.
+
+        Args:
+          mask: A bit for each token of the model's vocabulary, the lowest of the first word that of token 0. End tokens are
+            allowed where the output may end.
+
+        Raises:
+          GrammarError: If the grammar needs more work than is allowed.
+        """
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            raise GrammarError(_shorten(self._matcher.get_error()))
+
+    def find_forced(self) -> list[int]:
+        """The tokens that must come next, without the end tokens; they are not accepted yet."""
+        return self._matcher.compute_ff_tokens()
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer. Safe to share between threads."""
+
+    def __init__(
+        self, tokenizer: str, *, vocab_size: int, eos_ids: Sequence[int], deadline_s: float = DEADLINE_S
+    ) -> None:
+        """Reads the tokenizer, which takes about a second for 128,000 tokens.
+
+        Args:
+          tokenizer: Text of a `tokenizer.json`.
+          vocab_size: V, of the model's logits.
+          eos_ids: The tokens that end an output.
+          deadline_s: Longest time for one grammar.
+
+        Raises:
+          GrammarError: If the tokenizer cannot be used, or there is no end token.
+        """
+        if not eos_ids:
+            raise GrammarError("structured outputs need an end token, and this model names none: add eos_token_id")
+        try:
+            self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_ids))
+        except ValueError as error:
+            raise GrammarError(f"structured outputs cannot use this model's tokenizer: {error}") from None
+        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._cache: collections.OrderedDict[tuple[str, str], Grammar] = collections.OrderedDict()
+        self._places = threading.Semaphore(MAX_COMPILING)
+
+    def compile(self, params: StructuredOutputsParams) -> Grammar:
+        """The grammar of an output's form; the last 256 are kept.
+
+        Args:
+          params: The form.
+
+        Raises:
+          GrammarError: If it is not valid, cannot be enforced exactly, or takes longer than the deadline. Of a JSON schema
+            the message has the place.
+        """
+        key = params.kind, params.source
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        grammar = self._compile_in_time(*key)
+        with self._lock:
+            self._cache[key] = grammar
+            while len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
+        return grammar
+
+    def _compile_in_time(self, kind: str, source: str) -> Grammar:
+        """Compiles in a thread, which is left to itself if it takes too long; it ends by llguidance's own limits."""
+        found: list[Grammar | GrammarError] = []
+
+        def run() -> None:
+            try:
+                found.append(self._compile_now(kind, source))
+            except GrammarError as error:
+                found.append(error)
+            finally:
+                self._places.release()
+
+        late = GrammarError(
+            f"structured_outputs.{kind} takes longer than {self._deadline_s:g} s to compile; simplify it or try again"
+        )
+        end_s = time.monotonic() + self._deadline_s
+        if not self._places.acquire(timeout=self._deadline_s):
+            raise late
+        thread = threading.Thread(target=run, name="compile-grammar", daemon=True)
+        thread.start()
+        thread.join(max(0.0, end_s - time.monotonic()))
+        if not found:
+            raise late
+        if isinstance(found[0], GrammarError):
+            raise found[0]
+        return found[0]
+
+    def _compile_now(self, kind: str, source: str) -> Grammar:
+        try:
+            text = _to_llguidance(kind, source)
+        except ValueError as error:
+            raise GrammarError(f"structured_outputs.{kind}: {_shorten(str(error))}") from None
+        matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            # A warning says what would not be enforced.
+            problem = "; ".join(matcher.get_grammar_warnings())
+        else:
+            problem = self._find_problem(text) or matcher.get_error()
+        if not problem:
+            return Grammar(matcher)
+        if kind == "json":
+            path = self._find_place(json.loads(source), problem)
+            raise GrammarError(f"structured_outputs.json{path}: {_shorten(problem)}")
+        raise GrammarError(f"structured_outputs.{kind}: {_shorten(_name_line(problem, source))}")
+
+    def _find_problem(self, text: str) -> str:
+        """Why a grammar cannot be used, "" if it can."""
+        _, messages = llguidance.LLMatcher.validate_grammar_with_warnings(text, self._tokenizer, limits=self._limits)
+        return "; ".join(messages)
+
+    def _find_place(self, schema: dict[str, object], problem: str) -> str:
+        """The place of the innermost schema that has the problem by itself, as a JSON pointer."""
+        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        place, node = "", schema
+        while True:
+            for step, child in subschemas(node):
+                if not isinstance(child, dict):
+                    continue
+                text = _to_llguidance("json", json.dumps(shared | child if _has_reference(child) else child))
+                if self._find_problem(text) == problem:
+                    place, node = place + step, child
+                    break
+            else:
+                return place
+
+
+def _to_llguidance(kind: str, source: str) -> str:
+    if kind == "json":
+        return llguidance.LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": BLANKS})
+    return llguidance.grammar_from(kind, source)  # type: ignore[arg-type]
+
+
+def _name_line(problem: str, source: str) -> str:
+    """A problem with the begin of the line that has it, in place of the lines around it that llguidance shows."""
+    found = re.match(r"at (\d+)\(\d+\): (.*?)\n\s+\d+ \|", problem, re.DOTALL)
+    lines = source.splitlines()
+    if found is None or not 0 < int(found[1]) <= len(lines):
+        return problem
+    return f"line {found[1]}, {lines[int(found[1]) - 1][:60]!r}: {found[2]}"
+
+
+def _has_reference(schema: object) -> bool:
+    return '"$ref"' in json.dumps(schema)
+
+
+def _shorten(message: str) -> str:
+    """One line of a message, without the parser's state."""
+    text = " ".join(message.partition("<state>")[0].split())
+    return text if len(text) <= 300 else text[:300] + "..."

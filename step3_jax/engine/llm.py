@@ -58,6 +58,7 @@ class LLM:
       engine_config: The engine's settings.
       tokenizer: None if its folder has none.
       max_model_len: Most tokens of prompt and output together.
+      eos_ids: The tokens that end an output.
       default_sampling_params: What is used where none are given: vLLM's defaults, with those of the model's
         `generation_config.json` instead where it has them.
       sampling_defaults: What that file says, by the names of `SamplingParams`.
@@ -176,7 +177,9 @@ class LLM:
         self.prompts = PromptBuilder(self.config, tokenizer, template=template, settings=settings, source=source)
         self._random = np.random.default_rng(config.seed)
         self._random_lock = threading.Lock()
-        eos_ids = _end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer)
+        self.eos_ids = eos_ids = _end_tokens(
+            generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer
+        )
         core = EngineCore(executor, config, max_model_len=self.max_model_len, eos_ids=eos_ids)
         constraints = ConstraintMaker(tokenizer, self.config.text.vocab_size, eos_ids)
         self._engine = Engine(core, tokenizer, eos_ids, constraints)

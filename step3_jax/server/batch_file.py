@@ -14,7 +14,7 @@ try:
 except ImportError:  # Not on every system; two processes with one output are then the user's to avoid.
     fcntl = None  # type: ignore[assignment]
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _FORM = '{"custom_id": "...", "method": "POST", "url": "/v1/chat/completions", "body": {...}}'
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -34,8 +35,46 @@ from step3_jax.text.tokenizer import Tokenizer
 FINGERPRINT = f"step3-jax-{__version__}"
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedChat:
+    """A chat that the engine has checked.
+
+    Attributes:
+      generation: The engine's part.
+      form: How the text of answers is told apart.
+      name: Of the model.
+      n: Answers.
+    """
+
+    generation: Generation
+    form: ChoiceForm
+    name: str
+    n: int
+
+
 async def plan_chat(service: Service, request: ChatCompletionRequest, ticket: Ticket) -> ChatJob:
     """Understands a request, makes its prompt and has the engine check it.
+
+    Raises:
+      ApiError: 400, 404 or 503.
+    """
+    is_newer = request.max_completion_tokens is not None
+    name = "max_completion_tokens" if is_newer else "max_tokens"
+    prepared = await prepare_chat(service, request, ticket, prompt_name="messages", max_tokens_name=name)
+    return ChatJob(prepared, request, service.llm.get_tokenizer())
+
+
+async def prepare_chat(
+    service: Service, request: ChatCompletionRequest, ticket: Ticket, *, prompt_name: str, max_tokens_name: str
+) -> PreparedChat:
+    """Makes the prompt of a chat and has the engine check it.
+
+    Args:
+      service: Has the engine.
+      request: What is asked for.
+      ticket: Counts what is asked for.
+      prompt_name: How the client calls `messages`.
+      max_tokens_name: How it calls `max_tokens`.
 
     Raises:
       ApiError: 400, 404 or 503.
@@ -44,13 +83,13 @@ async def plan_chat(service: Service, request: ChatCompletionRequest, ticket: Ti
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
     num_top = (check_logprobs("top_logprobs", request.top_logprobs) or 0) if request.logprobs else None
-    is_newer = request.max_completion_tokens is not None
+    newer = request.max_completion_tokens
     plan = plan_sampling(
         request,
         llm,
         service.config,
-        max_tokens=request.max_completion_tokens if is_newer else request.max_tokens,
-        max_tokens_name="max_completion_tokens" if is_newer else "max_tokens",
+        max_tokens=request.max_tokens if newer is None else newer,
+        max_tokens_name=max_tokens_name,
         default_max_tokens=None,
         logprobs=num_top,
     )
@@ -66,7 +105,7 @@ async def plan_chat(service: Service, request: ChatCompletionRequest, ticket: Ti
         cache_salt=request.cache_salt or "",
     )
     ticket.add_tokens(len(prompt.token_ids))
-    requests = await make_requests(service, [prompt], plan, is_stream=bool(request.stream), param="messages")
+    requests = await make_requests(service, [prompt], plan, is_stream=bool(request.stream), param=prompt_name)
     tools = None if request.tool_choice == "none" else read_tools(request.tools)
     if tools:
         service.metrics.count_tool_parse()
@@ -78,40 +117,29 @@ async def plan_chat(service: Service, request: ChatCompletionRequest, ticket: Ti
         is_parsed=is_parsed,
         has_reasoning=request.include_reasoning is not False,
     )
-    return ChatJob(Generation(service, requests, plan), request, form, name, llm.get_tokenizer(), plan.n)
+    return PreparedChat(Generation(service, requests, plan), form, name, plan.n)
 
 
 class ChatJob(Job):
     """A chat under way."""
 
-    def __init__(
-        self,
-        generation: Generation,
-        request: ChatCompletionRequest,
-        form: ChoiceForm,
-        name: str,
-        tokenizer: Tokenizer,
-        n: int,
-    ) -> None:
+    def __init__(self, prepared: PreparedChat, request: ChatCompletionRequest, tokenizer: Tokenizer) -> None:
         """Starts empty answers.
 
         Args:
-          generation: The engine's part.
+          prepared: The chat.
           request: What was asked for.
-          form: How text is told apart.
-          name: Of the model.
           tokenizer: For log-probabilities.
-          n: Answers.
         """
-        super().__init__(generation, is_stream=bool(request.stream))
+        super().__init__(prepared.generation, is_stream=bool(request.stream))
         self._request = request
-        self._form = form
+        self._form = prepared.form
         self._tokenizer = tokenizer
-        self._choices = [ChoiceState(form) for _ in range(n)]
+        self._choices = [ChoiceState(prepared.form) for _ in range(prepared.n)]
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": name,
+            "model": prepared.name,
             "system_fingerprint": FINGERPRINT,
         }
         options = request.stream_options
@@ -156,7 +184,7 @@ class ChatJob(Job):
         chunk = ChatCompletionChunk.of(
             self._head, object="chat.completion.chunk", choices=[], usage=self.generation.usage()
         )
-        return [chunk.to_json()]
+        return [chunk.to_event()]
 
     def answer(self) -> ChatCompletion:
         """The whole response."""
@@ -185,7 +213,7 @@ class ChatJob(Job):
         elif self._has_usage:
             more["usage"] = None
         chunk = ChatCompletionChunk.of(self._head, object="chat.completion.chunk", choices=[choice], **more)
-        return chunk.to_json()
+        return chunk.to_event()
 
     def _token_values(
         self, token_ids: Sequence[int], records: Sequence[Mapping[int, Logprob]] | None

@@ -41,6 +41,9 @@ class Job(abc.ABC):
       is_stream: Whether the answer is a stream.
     """
 
+    # Behind the last event of a stream.
+    end_mark = DONE
+
     def __init__(self, generation: Generation, *, is_stream: bool) -> None:
         self.generation = generation
         self.is_stream = is_stream
@@ -56,6 +59,10 @@ class Job(abc.ABC):
     @abc.abstractmethod
     def end(self) -> list[bytes]:
         """What a stream ends with."""
+
+    def fail(self, error: ApiError) -> bytes:
+        """What a stream ends with that failed: without the end mark, which would make it a success."""
+        return format_event(error.body().to_json())
 
     @abc.abstractmethod
     def answer(self) -> Answer:
@@ -124,7 +131,7 @@ async def receive_body(request: Request, service: Service, model: type[BodyModel
 async def _send_stream(job: Job, send: Send, keep_alive_s: float | None) -> None:
     headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    last = DONE
+    last = job.end_mark
     try:
         await _send_events(send, job.start())
         while not job.generation.is_over:
@@ -136,17 +143,16 @@ async def _send_stream(job: Job, send: Send, keep_alive_s: float | None) -> None
     except Disconnected:
         raise
     except ApiError as error:
-        # Without the end mark, which would make it a success.
-        last = format_event(error.body().to_json())
+        last = job.fail(error)
     except Exception:
         _LOG.exception("a stream failed by a mistake of the server's")
-        last = format_event(internal_error().body().to_json())
+        last = job.fail(internal_error())
     await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 async def _send_events(send: Send, events: list[bytes]) -> None:
     if events:
-        await send({"type": "http.response.body", "body": b"".join(map(format_event, events)), "more_body": True})
+        await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
 
 
 @contextlib.asynccontextmanager

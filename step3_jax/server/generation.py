@@ -31,15 +31,19 @@ class _Part:
     Attributes:
       request: As the engine has it.
       record: How it goes.
+      num_echoed: Tokens of each completion that are the prompt's.
       subscription: Its events; None before it is handed over.
       last_s: When each completion last had tokens.
+      num_tokens: Of each completion, so far.
       finished: Finish reasons of the completions that have ended.
     """
 
     request: Request
     record: RequestRecord
+    num_echoed: int = 0
     subscription: Subscription | None = None
     last_s: dict[int, float] = dataclasses.field(default_factory=dict)
+    num_tokens: dict[int, int] = dataclasses.field(default_factory=dict)
     finished: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
@@ -51,13 +55,16 @@ class Generation:
       num_reasoning_tokens: To be counted by whoever reads the text.
     """
 
-    def __init__(self, service: Service, requests: Sequence[Request], plan: SamplingPlan) -> None:
+    def __init__(
+        self, service: Service, requests: Sequence[Request], plan: SamplingPlan, num_echoed: Sequence[int] | None = None
+    ) -> None:
         """Takes requests; nothing is handed over yet.
 
         Args:
           service: Has the engine.
           requests: One for each prompt, checked.
           plan: How each is answered.
+          num_echoed: Of each, tokens that its output begins with and that are its prompt's; none if None.
         """
         self._service = service
         self._plan = plan
@@ -71,8 +78,8 @@ class Generation:
         self._deadline_s = now + timeout_s if timeout_s else None
         max_tokens = plan.params.max_tokens if plan.must_fit else None
         self._parts = [
-            _Part(request, RequestRecord(now, len(request.prompt.token_ids), plan.n, max_tokens))
-            for request in requests
+            _Part(request, RequestRecord(now, len(request.prompt.token_ids) + echoed, plan.n, max_tokens), echoed)
+            for request, echoed in zip(requests, num_echoed or [0] * len(requests), strict=True)
         ]
 
     @property
@@ -187,7 +194,9 @@ class Generation:
             part.last_s[piece.completion] = record.last_token_s = event.time_s
         # The token that ended it is no part of the text, but was generated.
         count += piece.finish_reason == "stop" and not isinstance(piece.stop_reason, str)
-        record.num_generated_tokens += count * self._plan.num_copies
+        before = part.num_tokens.get(piece.completion, -part.num_echoed)
+        part.num_tokens[piece.completion] = before + count
+        record.num_generated_tokens += (max(0, before + count) - max(0, before)) * self._plan.num_copies
         if piece.finish_reason is not None:
             part.finished[piece.completion] = piece.finish_reason
         if piece.finish_reason == "error":

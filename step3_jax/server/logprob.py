@@ -49,6 +49,18 @@ class CompletionLogprobWriter:
         self._detokenizer = detokenizer
         self._offset = offset
 
+    def write_first(self, token: int, text: str, shown: str) -> CompletionLogprobs:
+        """Of a token that nothing stands before, so that it has none.
+
+        Args:
+          token: The token.
+          text: Its text.
+          shown: What of it is part of the completion's text.
+        """
+        self._detokenizer.push([token])
+        self._offset += len(shown)
+        return CompletionLogprobs(tokens=[text], token_logprobs=[None], top_logprobs=[None], text_offset=[0])
+
     def write(self, token_ids: Sequence[int], records: Sequence[Mapping[int, Logprob]]) -> CompletionLogprobs:
         """Of the next tokens."""
         tokens, values, tops, offsets = [], [], [], []
@@ -68,6 +80,16 @@ class CompletionLogprobWriter:
         return CompletionLogprobs(
             tokens=tokens, token_logprobs=list(values), top_logprobs=list(tops), text_offset=offsets
         )
+
+
+def join_logprobs(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
+    """Those of two stretches of tokens as one."""
+    return CompletionLogprobs(
+        tokens=first.tokens + second.tokens,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        top_logprobs=first.top_logprobs + second.top_logprobs,
+        text_offset=first.text_offset + second.text_offset,
+    )
 
 
 def _likeliest(record: Mapping[int, Logprob], num_top: int) -> list[tuple[int, Logprob]]:

@@ -43,6 +43,7 @@ class ReplyExecutor(Executor):
         self.failure: Exception | None = None
         self.num_decoded = 0
         self._tokenizer = tokenizer
+        self._forced: set[tuple[int, ...]] = set()
         self._replies: dict[tuple[int, ...], list[int]] = {}
 
     def allocate_cache(self, num_pages: int, storage: str) -> np.ndarray:
@@ -71,8 +72,7 @@ class ReplyExecutor(Executor):
                 cache[batch.table[row, position // PAGE_SIZE], position % PAGE_SIZE] = last[row]
                 known = cache[batch.table[row]].reshape(-1)[: position + 1]
                 num_output = int(batch.num_generated[row] + num_new[row])
-                wanted = self._next(known, num_output)
-                last[row] = tokens[row, num_new[row]] = wanted if _is_allowed(batch.mask, row, wanted) else NO_WAY
+                last[row] = tokens[row, num_new[row]] = self._choose(known, num_output, batch.mask, row)
                 num_new[row] += 1
                 self.num_decoded += 1
                 if last[row] in sampling.stop_ids[row] and num_output >= sampling.min_tokens[row]:
@@ -94,17 +94,30 @@ class ReplyExecutor(Executor):
         num_tokens = self.config.image_token_len if pixels.shape[-1] == 728 else self.config.patch_token_len
         return jnp.zeros((len(pixels), num_tokens, self.config.text.hidden_size))
 
+    def _choose(self, known: np.ndarray, num_output: int, mask: np.ndarray | None, row: int) -> int:
+        wanted = self._next(known, num_output)
+        if mask is None:
+            return wanted
+        allowed = np.flatnonzero(np.unpackbits(mask[row].view(np.uint8), bitorder="little"))
+        if len(allowed) == 1 and len(known) - num_output == 1:
+            # The rest of a prompt, of which the first token was prefilled.
+            self._forced.add((*known.tolist(), int(allowed[0])))
+            return int(allowed[0])
+        return wanted if wanted in allowed else NO_WAY
+
     def _next(self, known: np.ndarray, num_output: int) -> int:
-        prompt = tuple(known[: len(known) - num_output].tolist())
+        ids = known.tolist()
+        num_prompt = len(ids) - num_output
+        num_prompt = next(
+            (end for end in range(len(ids), num_prompt, -1) if tuple(ids[:end]) in self._forced), num_prompt
+        )
+        num_output = len(ids) - num_prompt
+        prompt = tuple(ids[:num_prompt])
         if prompt not in self._replies:
             text = self.reply(self._tokenizer.decode(prompt))
             self._replies[prompt] = [*self._tokenizer.encode(text), *self._tokenizer.eos_ids[:1]]
         reply = self._replies[prompt]
         return reply[min(num_output, len(reply) - 1)]
-
-
-def _is_allowed(mask: np.ndarray | None, row: int, token: int) -> bool:
-    return mask is None or bool(mask[row, token // 32] >> (token % 32) & 1)
 
 
 def _logprobs(tokens: np.ndarray) -> StepLogprobs:

@@ -27,6 +27,7 @@ def files(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
         chat(21, temperature="hot"),
         chat(22, model="another"),
         {"custom_id": "text", "url": "/v1/completions", "body": {"prompt": "SAY yes", "max_tokens": 9, "model": NAME}},
+        {"custom_id": "response", "url": "/v1/responses", "body": {"input": "SAY </think>fine", "store": False}},
     ]
     given = tmp_path / "in.jsonl"
     given.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
@@ -53,9 +54,9 @@ def test_every_request_is_answered_once_and_errors_are_answers(
     client: Client, files: tuple[pathlib.Path, pathlib.Path]
 ) -> None:
     num_errors, told = run(client, files)
-    assert (num_errors, sorted(told)) == (2, [200] * 22 + [400, 404])
+    assert (num_errors, sorted(told)) == (2, [200] * 23 + [400, 404])
     found = read(files[1])
-    assert len(found) == 24
+    assert len(found) == 25
     for number in range(20):
         assert found[f"r{number}"]["status_code"] == 200
         assert found[f"r{number}"]["body"]["choices"][0]["message"]["content"] == f"answer {number}"  # type: ignore[index]
@@ -63,6 +64,7 @@ def test_every_request_is_answered_once_and_errors_are_answers(
     assert found["r21"]["body"]["error"]["param"] == "temperature"  # type: ignore[index]
     assert found["r22"]["body"]["error"]["code"] == "model_not_found"  # type: ignore[index]
     assert found["text"]["body"]["choices"][0]["text"] == "yes"  # type: ignore[index]
+    assert found["response"]["body"]["output"][-1]["content"][0]["text"] == "fine"  # type: ignore[index]
     assert all(response["request_id"] for response in found.values())
 
 
@@ -72,8 +74,8 @@ def test_what_is_answered_is_not_asked_again(client: Client, files: tuple[pathli
     lines = whole.split(b"\n")
     files[1].write_bytes(b"\n".join(lines[:7]) + b"\n" + lines[7][:20])
     _, told = run(client, files)
-    assert len(told) == 17
-    assert len(read(files[1])) == 24
+    assert len(told) == 18
+    assert len(read(files[1])) == 25
     assert files[1].read_bytes().startswith(b"\n".join(lines[:7]))
 
 
@@ -92,9 +94,9 @@ def test_an_engine_that_stops_ends_the_batch_without_an_answer_for_what_is_left(
     with open_client("I think.</think>Yes.") as client, pytest.raises(BatchStopped):
         run(client, files, concurrency=2)
     found = read(files[1])
-    assert 0 < len(found) < 24
+    assert 0 < len(found) < 25
     assert not [response for response in found.values() if response["status_code"] == 503]
     monkeypatch.setattr(EngineCore, "step", step)
     with open_client("I think.</think>Yes.") as client:
         run(client, files)
-    assert len(read(files[1])) == 24
+    assert len(read(files[1])) == 25

@@ -110,3 +110,40 @@ def test_what_cannot_be_is_refused(client: Client, values: dict[str, object], pa
 
 def test_best_of_may_be_n(client: Client) -> None:
     assert len(texts(complete(client, n=2, best_of=2))) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 1, 3])
+def test_echo_with_logprobs_scores_the_prompt(client: Client, stream: bool, max_tokens: int) -> None:
+    prompt = "Grüße SAY one two three four"
+    reply = complete(client, prompt, echo=True, logprobs=1, max_tokens=max_tokens, stream=stream)
+    ids = client.service.llm.tokenizer.encode(prompt, add_bos=True)
+    if stream:
+        pieces = [event["choices"][0]["logprobs"] for event in reply.events]
+        found = {name: [one for piece in pieces if piece for one in piece[name]] for name in pieces[0]}
+    else:
+        found = reply.json()["choices"][0]["logprobs"]
+        usage = reply.json()["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(ids), max_tokens)
+    (text,) = texts(reply)
+    assert text.startswith(prompt)
+    assert len(found["tokens"]) == len(ids) + max_tokens
+    assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+    assert found["token_logprobs"][1:] == [-0.5] * (len(ids) - 1 + max_tokens)
+    for token, offset in list(zip(found["tokens"], found["text_offset"], strict=True))[1:]:
+        assert "\ufffd" in token or text[offset:].startswith(token)
+
+
+def test_scored_prompts_of_a_list_have_choices_each(client: Client) -> None:
+    reply = complete(client, ["a SAY b", "c SAY d e f"], echo=True, logprobs=0, max_tokens=2, return_token_ids=True)
+    first, second = reply.json()["choices"]
+    assert (first["text"], second["text"]) == ("a SAY bb", "c SAY d e fd e")
+    decode = client.service.llm.tokenizer.decode
+    assert decode(second["prompt_token_ids"][1:]) == "c SAY d e f"
+    assert decode(second["token_ids"]) == "d e"
+    assert complete(client, ["a SAY b"], echo=True, logprobs=0, stop=["SAY"]).json()["choices"][0]["text"] == "a SAY bb"
+
+
+def test_a_prompt_that_would_end_its_own_output_is_not_scored(client: Client) -> None:
+    reply = complete(client, "a<|EOT|>b", echo=True, logprobs=0)
+    assert (reply.status, reply.error["param"]) == (400, "prompt")

@@ -99,7 +99,7 @@ def test_a_dead_engine_is_told_to_every_client(
         async def run() -> tuple[list[Reply], Reply, Reply]:
             client.executor.gate.clear()
             calls = [client.start("/v1/chat/completions", ask(stream=stream)) for stream in (True, False)]
-            await client.wait_until(lambda: client.service.llm.core.num_running == 2)
+            await client.wait_until(lambda: len(client.service.generations) == 2)
             monkeypatch.setattr(EngineCore, "step", fail)
             client.executor.gate.set()
             waiting = await asyncio.gather(*(call.finish() for call in calls))

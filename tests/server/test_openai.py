@@ -8,8 +8,10 @@ import pathlib
 import signal
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 
 from tests.server.running import Running, running
@@ -94,6 +96,34 @@ def test_stop_log_probabilities_and_length(client: openai.OpenAI) -> None:
     assert all(one.logprob == one.top_logprobs[0].logprob <= 0 for one in found.logprobs.content)
     old = client.completions.create(model="tiny", prompt="A violin is", temperature=0, max_tokens=4, logprobs=2)
     assert len(old.choices[0].logprobs.tokens) == 4
+    # The same tokens as a prompt have the same log-probabilities.
+    prompt = "A violin is" + old.choices[0].text
+    scored = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=0, echo=True, logprobs=0)
+    assert scored.choices[0].text == prompt
+    assert scored.choices[0].logprobs.token_logprobs[-4:] == pytest.approx(
+        old.choices[0].logprobs.token_logprobs, abs=1e-3
+    )
+
+
+def test_an_answer_is_parsed_by_its_schema(client: openai.OpenAI) -> None:
+    class Trip(pydantic.BaseModel):
+        city: Literal["Graz", "Wien"]
+        days: int
+
+    found = client.chat.completions.parse(
+        model="tiny", messages=QUESTION, temperature=0, max_tokens=100, response_format=Trip
+    ).choices[0]
+    assert found.finish_reason == "stop"
+    assert found.message.parsed.city in ("Graz", "Wien")
+    assert found.message.reasoning_content
+
+
+def test_a_call_is_made_if_it_is_asked_for(client: openai.OpenAI) -> None:
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Graz", "Wien"]}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    (call,) = ask(client, tools=tools, tool_choice="required", parallel_tool_calls=False).choices[0].message.tool_calls
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Graz", "Wien")
 
 
 def test_tools_are_taken_and_a_whole_stream_is_put_together(client: openai.OpenAI) -> None:
@@ -104,6 +134,17 @@ def test_tools_are_taken_and_a_whole_stream_is_put_together(client: openai.OpenA
     ) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].finish_reason == "stop"
+
+
+def test_responses_are_the_same_answers(client: openai.OpenAI) -> None:
+    found = client.responses.create(model="tiny", input="What is a violin?", temperature=0, max_output_tokens=64)
+    assert found.status == "completed"
+    assert found.output_text.startswith(ANSWER)
+    with client.responses.stream(
+        model="tiny", input="What is a violin?", temperature=0, max_output_tokens=64
+    ) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        assert stream.get_final_response().output_text == text == found.output_text
 
 
 def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from step3_jax.server.stream import format_event
+
 
 class Body(BaseModel):
     """Part of a request. Types are taken as they are, nothing is made of "5"; fields that are not known are ignored."""
@@ -27,6 +29,10 @@ class Answer(BaseModel):
     def to_json(self) -> bytes:
         """The text that goes over the wire."""
         return self.model_dump_json(exclude_unset=True, by_alias=True).encode()
+
+    def to_event(self) -> bytes:
+        """The same as an event of a stream."""
+        return format_event(self.to_json())
 
 
 class StreamOptions(Body):

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mfa_decode.plan import Plan
 from pallas_kernels.pages import KVPages, gather_rows
 
-# Tokens of each sequence that are decoded and multiplied at a time: bounds the memory, and ends the loop early when no
-# sequence of the batch is longer.
-CHUNK = 2048
+# Tokens of each sequence that are decoded and multiplied at a time, as long as any sequence of the batch has more: so a
+# table's width costs nothing. Of 32 sequences they stay in a CPU's cache: 2,048 at a time took 3 to 7 times as long.
+CHUNK = 256
 FLOOR = -1e30
 
 

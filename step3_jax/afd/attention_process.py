@@ -16,9 +16,8 @@ from step3_jax.afd.process import COPY, OWN, RoleProcess, encode, take_vision
 from step3_jax.afd.roles import take_apart
 from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.cache.bucket import power_of_two
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
-from step3_jax.engine.executor import Started, local_pages
+from step3_jax.engine.executor import Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
@@ -55,7 +54,7 @@ class AttentionProcess(RoleProcess):
             donate_argnums=1,
         )
         self._copy = self._jit(
-            self._on_union(copy_pages, (OWN, OWN, OWN), OWN),
+            self._on_union(self._run_copy, (OWN, OWN, OWN), OWN),
             in_shardings=(own, copies, copies),
             out_shardings=own,
             donate_argnums=0,
@@ -98,7 +97,7 @@ class AttentionProcess(RoleProcess):
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`; each device copies its own."""
-        num_own, size = cache[0].keys.shape[0] // self.topology.union.size, power_of_two(len(sources))
+        num_own, size = cache[0].keys.shape[0] // self.topology.union.size, num_copies(sources)
         # The FFN side's devices have pages of no shard; the attention side's come first.
         num_parts = self.topology.union.size
         own = (local_pages(pages, num_own, num_parts, size) for pages in (sources, targets))
@@ -122,6 +121,10 @@ class AttentionProcess(RoleProcess):
         run = functools.partial(encode, self._vision)
         specs = PartitionSpec(), layout.spec("rows")
         return jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=specs[1], check_vma=False)(leaves, pixels)
+
+    def _run_copy(self, cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
+        self.num_traces["copy_pages"] += 1
+        return copy_pages(cache, sources, targets)
 
     def _run_prefill(self, weights: AttentionWeights, cache: Cache, batch: PrefillBatch) -> Cache:
         self.num_traces["prefill"] += 1

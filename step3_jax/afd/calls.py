@@ -162,7 +162,7 @@ class RoleCalls:
         self, cache: Cache, sources: Int[np.ndarray, " copies"], targets: Int[np.ndarray, " copies"]
     ) -> Cache:
         """Copies pages, of each attention device as it counts its own."""
-        return self._copy(cache, sources, targets)
+        return self._timed("copy_pages", self._copy, cache, sources, targets)
 
     def attention_program(self, layer: int, flow: Flow, pages: KVPages) -> jax.stages.Compiled:
         """The compiled attention step of a layer, for reading; flow and pages may be abstract, and are not consumed."""
@@ -225,7 +225,7 @@ class RoleCalls:
             on_attention(self._run_end, in_specs=(copy, rows, rows, rows, rows, rows, rows)), donate_argnums=6
         )
         self._merge = self._jit(merge, static_argnums=1)
-        self._copy = self._jit(on_attention(copy_pages, in_specs=(rows, rows, rows)), donate_argnums=0)
+        self._copy = self._jit(on_attention(self._run_copy, in_specs=(rows, rows, rows)), donate_argnums=0)
 
     # The functions below are traced, on one device's own part; each counts its traces by a side effect of Python.
 
@@ -324,6 +324,10 @@ class RoleCalls:
         vision, projector = self._vision.skeleton.build(leaves)
         with jax.named_scope("vision"):
             return projector(vision(pixels))
+
+    def _run_copy(self, cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
+        self.num_traces["copy_pages"] += 1
+        return copy_pages(cache, sources, targets)
 
     def _cut(self, tokens: Tokens) -> Flow:
         return Flow(tokens.hidden, self._pieces(tokens.returned), tokens.context)

@@ -23,10 +23,9 @@ from step3_jax.afd.flight import Event, Flight, Lane, Stage
 from step3_jax.afd.payload import PayloadFormat, choose_payload
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.cache.bucket import power_of_two
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
-from step3_jax.engine.executor import Executor, Started, local_pages, widen_weights
+from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, widen_weights
 from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
 
@@ -79,6 +78,7 @@ class HostExecutor(Executor):
         self._images_multiple = topology.num_attention
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype))
         self.calls = RoleCalls(model, topology, self.form, num_microbatches)
+        self.num_traces = self.calls.num_traces
         self._exchange = Exchange(topology)
         self._flight = Flight(deadline_s)
         self._num_started: collections.Counter[str] = collections.Counter()
@@ -90,9 +90,11 @@ class HostExecutor(Executor):
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`."""
-        shard_pages, size = self._pages_of_shard(cache), power_of_two(len(sources))
+        shard_pages, size = self._pages_of_shard(cache), num_copies(sources)
         own = (local_pages(pages, shard_pages, self.num_shards, size) for pages in (sources, targets))
-        return self.calls.copy_pages(cache, *own)
+        cache = self.calls.copy_pages(cache, *own)
+        self.compile_s = self.calls.compile_s
+        return cache
 
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         features = self.calls.encode_images(pixels)

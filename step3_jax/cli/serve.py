@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import sys
 from collections.abc import Iterable
 
 import jax
@@ -14,7 +15,7 @@ import jax
 from step3_jax.cli.choice import find_model
 from step3_jax.cli.engine import load_llm, print_config, read_engine
 from step3_jax.cli.precheck import check_before_loading
-from step3_jax.cli.process import leave_at_once, say
+from step3_jax.cli.process import ERASE, leave_at_once, say
 from step3_jax.cli.remote_option import KEY_VARIABLE
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.setting import settings_of
@@ -49,7 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
     opened = process.open_socket(config)
 
     def load() -> LLM:
-        return load_llm(choice, folder)
+        llm = load_llm(choice, folder)
+        if config.warm_up:
+            llm.warm_up(_tell_progress)
+        return llm
 
     say(f"loading {folder}; listening on {process.describe_address(opened, config)}")
     listener = log.start_log()
@@ -62,6 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
         # They are inside of a compiler or a device.
         leave_at_once(ending.code)
     return ending.code
+
+
+def _tell_progress(num_ready: int, num_all: int) -> None:
+    """Shows how many programs are ready: on a terminal each time, elsewhere at the start alone."""
+    text = f"compiling programs: {num_ready} of {num_all}"
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{ERASE}step3: {text}" if num_ready < num_all else ERASE)
+        sys.stderr.flush()
+    elif not num_ready:
+        say(text)
 
 
 def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | None = None) -> ServerConfig:

@@ -13,7 +13,7 @@ from step3_jax.engine.scheduler import Scheduler
 from step3_jax.engine.sequence import Sequence
 
 # Fewer tokens than this that must come next are decoded one by one: a chunk costs more than a step.
-MIN_FORCED_TOKENS = 2
+MIN_FORCED_TOKENS = 4
 _MAX_THREADS = 8
 
 

@@ -15,9 +15,9 @@ import jax
 
 from pallas_kernels.pages import PAGE_SIZE
 from step3_jax.cache.allocator import PageAllocator
-from step3_jax.cache.bucket import power_of_two
 from step3_jax.cache.paged import Cache, choose_storage, count_pages, page_bytes, pages_for
 from step3_jax.cache.prefix import image_marks, root_key
+from step3_jax.engine.bucket_table import PAGE_COPIES, BucketTable
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.constrainer import Constrainer
 from step3_jax.engine.constraint import SequenceConstraint
@@ -31,15 +31,10 @@ from step3_jax.engine.scheduler import Chunk, Scheduler
 from step3_jax.engine.sequence import Group, Sequence
 from step3_jax.engine.state import FULL, STOPPED, Report
 from step3_jax.engine.stats import EngineStats
-from step3_jax.sampling.batch import (
-    SamplingRow,
-    check_token_ids,
-    seed_words,
-)
+from step3_jax.engine.warm_up import Progress, warm_up
+from step3_jax.sampling.batch import SamplingRow, check_token_ids, seed_words
 from step3_jax.sampling.sampler import StepLogprobs
 
-# Most decode steps of a call: the longest that the host does not look at what is generated.
-STEPS_PER_CALL = 32
 # The cache's memory where devices do not say what is left, unless one sequence needs more.
 DEFAULT_CACHE_BYTES = 2**28
 
@@ -57,12 +52,19 @@ class EngineCore:
       config: The settings.
       max_model_len: Most tokens of prompt and output together.
       stats: Counts and times so far.
+      buckets: The sizes of its calls.
       allocator: Of the cache's pages.
       scheduler: Of the sequences.
     """
 
     def __init__(
-        self, executor: Executor, config: EngineConfig, *, max_model_len: int, eos_ids: tuple[int, ...] = ()
+        self,
+        executor: Executor,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+        eos_ids: tuple[int, ...] = (),
+        image_sizes: tuple[int, ...] = (),
     ) -> None:
         """Prepares an engine. The cache itself is made with the first request.
 
@@ -71,6 +73,7 @@ class EngineCore:
           config: The settings.
           max_model_len: Most tokens of prompt and output together, where the configuration leaves it to the model.
           eos_ids: The model's own end tokens.
+          image_sizes: Sides of views and windows in pixels; none for a text-only model.
 
         Raises:
           ValueError: If the cache format does not serve the model's head size, or the memory does not hold one sequence
@@ -82,10 +85,8 @@ class EngineCore:
         self._executor = executor
         self._eos_ids = eos_ids
         shards = executor.num_shards
-        # Of each shard.
-        max_num_seqs = 1 << (max(1, config.max_num_seqs // shards).bit_length() - 1)
-        max_num_batched_tokens = max(1, config.max_num_batched_tokens // shards)
         max_pages = pages_for(max_model_len)
+        self.buckets = BucketTable.of(config, max_pages=max_pages, num_shards=shards, image_sizes=image_sizes)
         text = executor.config.text
         self._vocab_size = text.vocab_size
         self._storage = choose_storage(config.kv_cache_dtype, executor.dtype, text.head_dim)
@@ -94,6 +95,7 @@ class EngineCore:
             memory = executor.cache_memory_bytes()
         if memory is None:
             memory = max(DEFAULT_CACHE_BYTES, max_pages * page_bytes(text, self._storage))
+        max_num_seqs = self.buckets.max_num_seqs
         num_pages = count_pages(
             text, self._storage, max_model_len=max_model_len, max_num_seqs=max_num_seqs, memory_bytes=memory
         )
@@ -101,19 +103,12 @@ class EngineCore:
         long_tokens = config.long_prefill_token_threshold
         self.scheduler = Scheduler(
             self.allocator,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            buckets=self.buckets,
             long_prefill_tokens=None if long_tokens is None else max(1, long_tokens // shards),
             has_prefix_cache=config.enable_prefix_caching,
         )
-        self._packer = Packer(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_pages=max_pages,
-            num_shards=shards,
-            vocab_size=self._vocab_size,
-        )
-        self._features = FeatureCache(executor, self.stats)
+        self._packer = Packer(self.buckets, self._vocab_size)
+        self._features = FeatureCache(executor, self.buckets.images, self.stats)
         self._constrainer = Constrainer()
         self._cache: Cache | None = None
         self._flight: Flight | None = None
@@ -206,6 +201,15 @@ class EngineCore:
         finally:
             self._deliver()
 
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compiles all programs that requests can need, see `engine.warm_up`; like `step`, by one thread at a time."""
+        try:
+            self._cache = warm_up(self._executor, self._take_cache(), self.buckets, self._packer, progress)
+        except BaseException:
+            self._recover()
+            raise
+        self.stats.count_compilations(self._executor.compile_s, self._executor.num_traces)
+
     def settle(self) -> None:
         """Takes what has arrived without computing anything, so that aborted requests free their pages; as `step` else."""
         try:
@@ -265,8 +269,9 @@ class EngineCore:
         flight = Flight(self._now())
         if copies:
             with blame([one for one in scheduler.running if one.group.request.params.n > 1]):
-                sources, targets = zip(*copies, strict=True)
-                self._cache = self._executor.copy_pages(self._take_cache(), sources, targets)
+                for first in range(0, len(copies), PAGE_COPIES):
+                    sources, targets = zip(*copies[first : first + PAGE_COPIES], strict=True)
+                    self._cache = self._executor.copy_pages(self._take_cache(), sources, targets)
         self._constrain()
         chunks = self._encode_images(scheduler.plan_chunk())
         if chunks:
@@ -333,8 +338,7 @@ class EngineCore:
         if not ready:
             return
         with blame(ready):
-            max_steps = max(STEPS_PER_CALL, power_of_two(num_steps))
-            call = self._packer.decode(scheduler, num_steps, max_steps=max_steps, masks=masks)
+            call = self._packer.decode(scheduler, num_steps, masks)
             self._cache, flight.decode = self._executor.decode(self._take_cache(), call)
         flight.slots, flight.num_steps = slots, num_steps
 
@@ -343,7 +347,7 @@ class EngineCore:
         ready = [one for one in self.scheduler.running if one.is_ready]
         if self.scheduler.has_prefill or any(one.is_masked or not one.num_output for one in ready):
             return 1
-        num_steps = min(one.steps_per_call for one in ready)
+        num_steps = min(self.buckets.max_steps, *(one.steps_per_call for one in ready))
         # Several processes must choose the same, and they measure different times.
         if self._is_alone and self._step_s > 0:
             num_steps = min(num_steps, max(1, int(self.config.max_call_ms / 1000 / self._step_s)))
@@ -358,7 +362,7 @@ class EngineCore:
 
     def _collect(self, flight: Flight) -> None:
         """Waits for a round's calls and takes what they generated."""
-        stats, executor = self.stats, self._executor
+        stats = self.stats
         if flight.prefill is not None:
             with blame([chunk.sequence for chunk in flight.chunks]):
                 flight.prefill.result()
@@ -379,7 +383,7 @@ class EngineCore:
             for slot, sequence in enumerate(flight.slots):
                 if sequence is not None and not sequence.is_finished:
                     self._take(sequence, report, slot)
-        stats.compile_s = executor.compile_s
+        stats.count_compilations(self._executor.compile_s, self._executor.num_traces)
         stats.num_preemptions = self.scheduler.num_preemptions
         stats.prefix_cache_queries = self.scheduler.num_queries
         stats.prefix_cache_hits = self.scheduler.num_hits

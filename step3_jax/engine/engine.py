@@ -21,6 +21,7 @@ from step3_jax.engine.request import (
     SequenceOutput,
     StreamPiece,
 )
+from step3_jax.engine.warm_up import Progress
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.text.tokenizer import Tokenizer
 
@@ -167,6 +168,11 @@ class Engine:
                 whole = processor.take(output.request_id)
             if piece is not None or whole is not None:
                 yield Event(piece, whole)
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compiles all programs that requests can need; calls under way wait meanwhile."""
+        with self._stepping(lambda: True):
+            self.core.warm_up(progress)
 
     def _settle(self) -> None:
         """Lets the core see what was aborted, so that its pages are free before the next call."""

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.pages import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.config import ModelConfig
+from step3_jax.engine.bucket_table import PAGE_COPIES, power_of_two
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.gpu import compiler_options, memory_left
 from step3_jax.mesh import agree_least
@@ -135,9 +136,21 @@ class Executor(abc.ABC):
 
         Args:
           cache: Of the last call; it is consumed.
-          sources: Pages to copy.
+          sources: Pages to copy, at most `PAGE_COPIES` of each shard for the program that is compiled ahead.
           targets: Where each goes: different pages, none of them a source.
         """
+
+    def lower(self, cache: Cache, call: PrefillBatch | DecodeCall) -> jax.stages.Lowered | None:
+        """Traces a call's program, to be compiled while others are; the call itself then finds it.
+
+        Args:
+          cache: As for the call; it is not consumed.
+          call: What would be done.
+
+        Returns:
+          None where a program is only made by calling it.
+        """
+        return None
 
     @abc.abstractmethod
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
@@ -150,6 +163,11 @@ class Executor(abc.ABC):
         if self.num_traces[name] != num_traces:
             self.compile_s += time.perf_counter() - start
         return result
+
+    def _place_call(self, call: DecodeCall) -> tuple[DecodeBatch, SamplingBatch, np.int32, np.bool_]:
+        """What the decode loop of a runner takes, save what is static."""
+        sampling = self._place_sampling(call.sampling)
+        return self._place_wide(call.batch), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
 
     def _place_sampling(self, sampling: SamplingBatch) -> SamplingBatch:
         """Sampling parameters on the devices; the engine gives the same ones again until a sequence joins or leaves."""
@@ -171,6 +189,11 @@ class Executor(abc.ABC):
     def _place(self, array: np.ndarray) -> Array:
         """An array of the host as the calls take it: where every device of the model has all of it, or its own rows."""
         return jax.device_put(array)
+
+
+def num_copies(pages: Sequence[int]) -> int:
+    """Pages that the program for so many copies takes in each shard."""
+    return max(PAGE_COPIES, power_of_two(len(pages)))
 
 
 def own_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:

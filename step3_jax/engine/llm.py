@@ -20,23 +20,26 @@ from pallas_kernels.pages import PAGE_SIZE
 from step3_jax import resources
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
+from step3_jax.engine.bucket_table import STEPS_PER_CALL
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.config import EngineConfig
-from step3_jax.engine.core import STEPS_PER_CALL, EngineCore
+from step3_jax.engine.core import EngineCore
 from step3_jax.engine.engine import Engine, Refused
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.grammar import ConstraintMaker
+from step3_jax.engine.loading import choose_length, end_tokens, load_sharded, read_parallel
 from step3_jax.engine.output import OutputProcessor
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
 from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.stats import EngineStats
+from step3_jax.engine.warm_up import Progress
 from step3_jax.gpu import claim_memory
-from step3_jax.mesh import find_devices, make_layout
+from step3_jax.mesh import find_devices
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams, pick_defaults
-from step3_jax.sharding import Parallel, fit_parallel
+from step3_jax.sharding import Parallel
 from step3_jax.stored_file import read_json_object, require_folder
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_input import ImageSource
@@ -99,7 +102,7 @@ class LLM:
         enable_compile_cache()
         folder = require_folder(resources.find_folder(model))
         # What is small is read first, so that a mistake is told before the weights are loaded.
-        _choose_length(own, ModelConfig.load(folder) if executor is None else executor.config, str(model))
+        choose_length(own, ModelConfig.load(folder) if executor is None else executor.config, str(model))
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
         image_settings, generation = ImageSettings.load(folder), read_json_object(folder / "generation_config.json")
         if executor is None:
@@ -107,7 +110,7 @@ class LLM:
             if wanted is None and jax.default_backend() == "cpu":
                 wanted = jnp.dtype("float32")
             executor = (
-                Runner(load_model(folder, wanted)) if parallel is None else _load_sharded(folder, wanted, parallel)
+                Runner(load_model(folder, wanted)) if parallel is None else load_sharded(folder, wanted, parallel)
             )
         self._set_up(
             executor,
@@ -171,16 +174,20 @@ class LLM:
         self.config = executor.config
         self.engine_config = config
         self.tokenizer = tokenizer
-        self.max_model_len = _choose_length(config, self.config, source)
+        self.max_model_len = choose_length(config, self.config, source)
         self.default_sampling_params = SamplingParams.from_generation_config(generation_config)
         self.sampling_defaults = pick_defaults(generation_config)
         self.prompts = PromptBuilder(self.config, tokenizer, template=template, settings=settings, source=source)
         self._random = np.random.default_rng(config.seed)
         self._random_lock = threading.Lock()
-        self.eos_ids = eos_ids = _end_tokens(
-            generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer
+        self.eos_ids = eos_ids = end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer)
+        core = EngineCore(
+            executor,
+            config,
+            max_model_len=self.max_model_len,
+            eos_ids=eos_ids,
+            image_sizes=self.prompts.image_sizes,
         )
-        core = EngineCore(executor, config, max_model_len=self.max_model_len, eos_ids=eos_ids)
         constraints = ConstraintMaker(tokenizer, self.config.text.vocab_size, eos_ids)
         self._engine = Engine(core, tokenizer, eos_ids, constraints)
         if isinstance(executor, ShardedRunner) and executor.layout.size("heads") > 1:
@@ -206,6 +213,17 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counts and times so far."""
         return self._engine.core.stats
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compiles all programs that requests can need, or reads them from the compile cache: none is compiled later.
+
+        Without it each is compiled when it is first needed, which is quicker for a few calls. Of several processes each
+        makes this call.
+
+        Args:
+          progress: Called with the number of programs that are ready and of all, before the first and after each.
+        """
+        self._engine.warm_up(progress)
 
     @property
     def core(self) -> EngineCore:
@@ -447,54 +465,11 @@ class LLM:
             return int(self._random.integers(2**63))
 
 
-def read_parallel(config: EngineConfig) -> Parallel | None:
-    """How the settings spread a model over devices; None for one device."""
-    if not config.is_parallel:
-        return None
-    dp, tp, ep = config.data_parallel_size, config.tensor_parallel_size, config.expert_parallel_size
-    if ep is not None and dp * tp == 1:
-        # As in vLLM: experts are spread over the devices there are, and nothing else is said of them.
-        dp = ep
-    return Parallel(dp, tp, ep, config.attention_parallelism, config.expert_exchange)  # type: ignore[arg-type]
-
-
 def _configure(config: EngineConfig | None, settings: Mapping[str, object]) -> EngineConfig:
     base = {} if config is None else config.to_dict()
     return EngineConfig.of(base | dict(settings))
 
 
-def _choose_length(config: EngineConfig, sizes: ModelConfig, source: str) -> int:
-    """Most tokens of prompt and output together.
-
-    Raises:
-      ValueError: If more are asked for than the model has positions for.
-    """
-    limit = sizes.text.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise ValueError(f"max_model_len is {config.max_model_len}; {source} has positions for at most {limit} tokens")
-    return config.max_model_len or limit
-
-
 def _named(place: int, count: int, error: str) -> str:
     """An error of one prompt, which it names where there are several."""
     return error if count == 1 else f"prompt {place} of {count}: {error}"
-
-
-def _load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Parallel) -> ShardedRunner:
-    """A model's folder, each part read to its device."""
-    config = ModelConfig.load(folder)
-    # As `load_model` decides it: on a CPU FP8 weights are dequantised.
-    stays_fp8 = config.quantization is not None and jax.default_backend() != "cpu"
-    block = config.quantization.weight_block_size if stays_fp8 and config.quantization is not None else None
-    layout = make_layout(fit_parallel(parallel, config.text, fp8_block=block))
-    return ShardedRunner(load_model(folder, dtype, layout=layout), layout)
-
-
-def _end_tokens(stored: object, configured: tuple[int, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json, a number or a list; else the configuration's, else the tokenizer's."""
-    if stored is None:
-        return configured or (tokenizer.eos_ids if tokenizer is not None else ())
-    ids = stored if isinstance(stored, list | tuple) else [stored]
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise ValueError(f"generation_config.json: eos_token_id is {stored!r}; token ids are needed")
-    return tuple(ids)

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from step3_jax.cache.bucket import power_of_two
+from step3_jax.engine.bucket_table import fit, split_images
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.stats import EngineStats
 from step3_jax.text.images import ProcessedImage
 
-# Views or windows in one call of the tower, for each shard; more would only take more memory, as one fills a device.
-MAX_IMAGES_PER_CALL = 4
 CACHE_BYTES = 2**28
 
 
 class FeatureCache:
     """Features of images by the digest of their pixels; the least recently used ones are dropped."""
 
-    def __init__(self, executor: Executor, stats: EngineStats, max_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, executor: Executor, sizes: Sequence[int], stats: EngineStats, max_bytes: int = CACHE_BYTES
+    ) -> None:
         """Takes what encodes.
 
         Args:
           executor: Runs the tower.
+          sizes: Squares that one call of it takes, see `BucketTable.images`.
           stats: Counts images, and those that were known.
           max_bytes: Of all features that are kept.
         """
         self._executor = executor
+        self._sizes = sizes
         self._stats = stats
         self._max_bytes = max_bytes
         self._num_bytes = 0
@@ -67,13 +69,9 @@ class FeatureCache:
     def _run(self, pixels: Sequence[Float[np.ndarray, "3 S S"]]) -> list[Float[np.ndarray, "tokens D"]]:
         """Features of squares of one size."""
         features: list[Float[np.ndarray, "tokens D"]] = []
-        most = MAX_IMAGES_PER_CALL * self._executor.num_shards
-        for part in _parts(pixels, most):
-            stacked = np.zeros((power_of_two(len(part)), *part[0].shape), np.float32)
-            stacked[: len(part)] = part
-            features += list(self._executor.encode_images(stacked)[: len(part)])
+        for count in split_images(len(pixels), self._sizes):
+            part = pixels[len(features) : len(features) + count]
+            stacked = np.zeros((fit(count, self._sizes), *part[0].shape), np.float32)
+            stacked[:count] = part
+            features += list(self._executor.encode_images(stacked)[:count])
         return features
-
-
-def _parts(pixels: Sequence[Float[np.ndarray, "3 S S"]], most: int) -> Iterable[Sequence[Float[np.ndarray, "3 S S"]]]:
-    return (pixels[start : start + most] for start in range(0, len(pixels), most))

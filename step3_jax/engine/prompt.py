@@ -52,6 +52,17 @@ class PromptBuilder:
         self._settings = settings or ImageSettings()
         self._source = source
 
+    @property
+    def image_sizes(self) -> tuple[int, ...]:
+        """Sides in pixels of views and windows; none where no prompt can have images."""
+        if self._config.vision is None or self._tokenizer is None:
+            return ()
+        try:
+            self._check_settings()
+        except ValueError:
+            return ()
+        return self._settings.image_size, self._settings.window_size
+
     def from_text(self, text: str, images: Sequence[ImageSource] = ()) -> Prompt:
         """A prompt from text, in which control tokens are control tokens.
 

@@ -12,9 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.pages import Storage
-from step3_jax.cache.bucket import power_of_two
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
-from step3_jax.engine.executor import Executor, Started, widen_weights
+from step3_jax.engine.executor import Executor, Started, num_copies, widen_weights
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report, decode_loop
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
@@ -46,7 +45,7 @@ class Runner(Executor):
         self._prefill = self._jit(self._traced.prefill, donate_argnames=("cache",))
         self._decode = self._jit(self._traced.decode, static_argnames=("max_steps",), donate_argnames=("cache",))
         self._encode = self._jit(self._traced.encode)
-        self._copy = self._jit(copy_pages, donate_argnames=("cache",))
+        self._copy = self._jit(self._traced.copy_pages, donate_argnames=("cache",))
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`."""
@@ -62,18 +61,26 @@ class Runner(Executor):
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
-        sampling = self._place_sampling(call.sampling)
-        given = self._place_wide(call.batch), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
+        given = self._place_call(call)
         cache, report = self._timed(
             "decode", self._decode, self._split.weights, cache, *given, max_steps=call.max_steps
         )
         return cache, Started(call.cut_report(report))
 
+    def lower(self, cache: Cache, call: PrefillBatch | DecodeCall) -> jax.stages.Lowered:
+        """See `Executor.lower`."""
+        if isinstance(call, PrefillBatch):
+            return self._timed("prefill", self._prefill.lower, self._split.weights, cache, call)
+        given = self._place_call(call)
+        return self._timed("decode", self._decode.lower, self._split.weights, cache, *given, max_steps=call.max_steps)
+
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`."""
-        missing = power_of_two(len(sources)) - len(sources)
+        missing = num_copies(sources) - len(sources)
         num_pages = cache[0].keys.shape[0]
-        return self._copy(
+        return self._timed(
+            "copy_pages",
+            self._copy,
             cache,
             np.asarray([*sources, *[num_pages] * missing], np.int32),
             np.asarray([*targets, *[num_pages] * missing], np.int32),
@@ -135,6 +142,11 @@ class TracedCalls:
         """Features of images."""
         self._num_traces["encode_images"] += 1
         return self._build(weights).encode_images(pixels)
+
+    def copy_pages(self, cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
+        """The cache with copied pages."""
+        self._num_traces["copy_pages"] += 1
+        return copy_pages(cache, sources, targets)
 
     def prefill(self, weights: Weights, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Int[Array, " B"]]:
         """The cache with a chunk, and the lengths, which are there when the call has ended."""

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from pallas_kernels.pages import PAGE_SIZE
 from step3_jax.cache.allocator import PageAllocator
-from step3_jax.cache.bucket import power_of_two
 from step3_jax.cache.paged import pages_for
 from step3_jax.cache.prefix import extend_keys
+from step3_jax.engine.bucket_table import BucketTable
 from step3_jax.engine.sequence import Group, Sequence
 
 # Output tokens that a sequence has pages for when it is admitted, and pages that it grows by.
@@ -65,8 +65,7 @@ class Scheduler:
         self,
         allocator: PageAllocator,
         *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
+        buckets: BucketTable,
         long_prefill_tokens: int | None = None,
         has_prefix_cache: bool = True,
     ) -> None:
@@ -74,8 +73,7 @@ class Scheduler:
 
         Args:
           allocator: Of the cache's pages.
-          max_num_seqs: Most slots of a shard, a power of two.
-          max_num_batched_tokens: Most tokens that a shard prefills at once.
+          buckets: Slots, and tokens that are prefilled at once.
           long_prefill_tokens: Most of those for one sequence while others wait for theirs; half of them if None.
           has_prefix_cache: Whether pages are published for later sequences.
         """
@@ -86,9 +84,10 @@ class Scheduler:
         self.num_queries = 0
         self.num_hits = 0
         self._allocator = allocator
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._long_prefill_tokens = long_prefill_tokens or max(1, max_num_batched_tokens // 2)
+        self._buckets = buckets
+        self._max_num_seqs = buckets.max_num_seqs
+        self._max_num_batched_tokens = buckets.max_num_batched_tokens
+        self._long_prefill_tokens = long_prefill_tokens or max(1, buckets.max_num_batched_tokens // 2)
         self._has_prefix_cache = has_prefix_cache
         self._waiting: collections.deque[Sequence] = collections.deque()
         # In the order they were admitted in.
@@ -298,7 +297,7 @@ class Scheduler:
         return [(shard, hits) for *_, shard, hits in sorted(choices)]
 
     def _give_slots(self, admitted: Iterable[Sequence]) -> None:
-        size = power_of_two(max(map(len, self._sequences_of_shards())))
+        size = self._buckets.fit_seqs(max(map(len, self._sequences_of_shards())))
         parts = [[*part, *[None] * (size - len(part))] for part in self._parts()]
         for sequence in admitted:
             part = parts[self.shard_of(sequence)]
@@ -353,7 +352,7 @@ class Scheduler:
         parts = self._sequences_of_shards()
         most = max(map(len, parts))
         if 4 * most * len(parts) <= len(self.slots):
-            size = power_of_two(most) if most else 0
+            size = self._buckets.fit_seqs(most) if most else 0
             self.slots = [place for own in parts for place in (*own, *[None] * (size - len(own)))]
             self.version += 1
             self.table_version += 1

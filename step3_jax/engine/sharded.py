@@ -13,9 +13,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.pages import Storage
-from step3_jax.cache.bucket import power_of_two
-from step3_jax.cache.paged import Cache, copy_pages, empty_cache
-from step3_jax.engine.executor import Executor, Started, local_pages, own_devices, widen_weights
+from step3_jax.cache.paged import Cache, empty_cache
+from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, own_devices, widen_weights
 from step3_jax.engine.runner import SplitModel, TracedCalls, Weights
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.mesh import Layout
@@ -75,7 +74,7 @@ class ShardedRunner(Executor):
         )
         spec = layout.spec("rows")
         self._copy = self._jit(
-            jax.shard_map(copy_pages, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False),
+            jax.shard_map(self._traced.copy_pages, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False),
             # Whole on every device, as each process has them; `shard_map` gives each its own.
             in_shardings=(rows, copies, copies),
             out_shardings=rows,
@@ -98,17 +97,24 @@ class ShardedRunner(Executor):
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
-        sampling = self._place_sampling(call.sampling)
-        given = self._place_wide(call.batch), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
+        given = self._place_call(call)
         cache, report = self._timed("decode", self._decode_calls, self._split.weights, cache, *given, call.max_steps)
         return cache, Started(call.cut_report(report))
 
+    def lower(self, cache: Cache, call: PrefillBatch | DecodeCall) -> jax.stages.Lowered | None:
+        """See `Executor.lower`. Several processes compile their programs together, by calling them in one order."""
+        if jax.process_count() > 1:
+            return None
+        if isinstance(call, PrefillBatch):
+            return self._timed("prefill", self._prefill.lower, self._split.weights, cache, call)
+        given = self._place_call(call)
+        return self._timed("decode", self._decode_calls.lower, self._split.weights, cache, *given, call.max_steps)
+
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`."""
-        shard_pages, size = cache[0].keys.shape[0] // self.num_shards, power_of_two(len(sources))
-        return self._copy(
-            cache, *(local_pages(pages, shard_pages, self.num_shards, size) for pages in (sources, targets))
-        )
+        shard_pages, size = cache[0].keys.shape[0] // self.num_shards, num_copies(sources)
+        own = (local_pages(pages, shard_pages, self.num_shards, size) for pages in (sources, targets))
+        return self._timed("copy_pages", self._copy, cache, *own)
 
     def prefill_program(self, cache: Cache, batch: PrefillBatch) -> jax.stages.Compiled:
         """See `Runner.prefill_program`."""

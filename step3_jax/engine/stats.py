@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass
@@ -22,6 +23,7 @@ class EngineStats:
       prefill_s: Time of prefill, images included.
       decode_s: Time of the decode loop.
       compile_s: Time of tracing and compiling.
+      num_compilations: Programs traced; each is then compiled, or found in the compile cache.
     """
 
     num_requests: int = 0
@@ -36,6 +38,11 @@ class EngineStats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     compile_s: float = 0.0
+    num_compilations: int = 0
+
+    def count_compilations(self, compile_s: float, num_traces: Mapping[str, int]) -> None:
+        """Takes an executor's counts: the time it spent so far, and how often it traced each of its calls."""
+        self.compile_s, self.num_compilations = compile_s, sum(num_traces.values())
 
     @property
     def prefill_tokens_per_s(self) -> float:

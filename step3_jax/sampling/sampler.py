@@ -67,9 +67,7 @@ def sample(
     def choose() -> Int[Array, " B"]:
         processed = jax.lax.cond(
             jnp.any(is_processed),
-            lambda: process_logits(
-                logits, batch, num_tokens=num_tokens, count_tokens=count_tokens, mask=mask, is_masked=is_masked
-            ),
+            lambda: process_logits(logits, batch, num_tokens=num_tokens, count_tokens=count_tokens, mask=mask),
             lambda: logits,
         )
         likeliest = _argmax(processed)
@@ -84,8 +82,7 @@ def process_logits(
     *,
     num_tokens: Int[Array, " B"],
     count_tokens: Callable[[], TokenCounts] | None,
-    mask: Int[Array, "B words"] | None,
-    is_masked: Bool[Array, " B"],
+    mask: Int[Array, "B words"] | None = None,
 ) -> Float[Array, "B V"]:
     """All that changes which token is likeliest: ends masked, bias, penalties, masks. Arguments as for `sample`."""
     processed = apply_bias(mask_ends(logits, num_tokens, batch), batch)
@@ -96,7 +93,7 @@ def process_logits(
         )
     if mask is None:
         return processed
-    return jax.lax.cond(jnp.any(is_masked), lambda: apply_mask(processed, mask), lambda: processed)
+    return jax.lax.cond(jnp.any(mask != -1), lambda: apply_mask(processed, mask), lambda: processed)
 
 
 def draw(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from step3_jax.server.error import unavailable
+from step3_jax.server.error import bad_request, unavailable
 
 
 class Admission:
@@ -16,6 +16,7 @@ class Admission:
       num_requests: Requests that were let in and have not ended.
       num_completions: Their completions.
       num_tokens: Their prompt tokens.
+      max_completions: Most completions at a time.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Admission:
         self.num_requests = 0
         self.num_completions = 0
         self.num_tokens = 0
-        self._max_completions = max_completions
+        self.max_completions = max_completions
         self._max_tokens = max_tokens
         self._on_refused = on_refused
 
@@ -49,12 +50,12 @@ class Admission:
     def check(self, num_completions: int, num_tokens: int) -> None:
         """Raises ApiError 503 if so many more would be too many. What is alone is never refused for its tokens."""
         total = self.num_completions + num_completions
-        if total > self._max_completions:
+        if total > self.max_completions:
             self._on_refused("queue_full")
             raise unavailable(
                 "queue_full",
                 f"{self.num_completions} completions run or wait, and {num_completions} more are asked for; at most "
-                f"{self._max_completions} are allowed: try again a little later",
+                f"{self.max_completions} are allowed: try again a little later",
             )
         tokens = self.num_tokens + num_tokens
         if num_tokens and self.num_tokens and self._max_tokens is not None and tokens > self._max_tokens:
@@ -75,8 +76,16 @@ class Ticket:
         self._num_tokens = 0
 
     def add_completions(self, count: int) -> None:
-        """Counts more completions. Raises ApiError 503 if they are too many."""
+        """Counts more completions. Raises ApiError: 503 if they are too many now, 400 if they always are."""
         if count:
+            most = self._admission.max_completions
+            if self._num_completions + count > most:
+                # It would be refused at any time.
+                raise bad_request(
+                    f"{self._num_completions + count} completions are asked for at once; at most {most} are allowed: "
+                    "give a smaller n or fewer prompts",
+                    "n",
+                )
             self._admission.check(count, 0)
             self._admission.num_completions += count
             self._num_completions += count

@@ -30,7 +30,7 @@ from step3_jax.server.protocol.common import Answer
 from step3_jax.server.protocol.completion import Completion, CompletionRequest
 from step3_jax.server.protocol.error import ErrorBody
 from step3_jax.server.protocol.model import ModelCard, ModelList, Status, Version
-from step3_jax.server.protocol.response import ResponseObject, ResponseRequest
+from step3_jax.server.protocol.response import ResponseEvent, ResponseObject, ResponseRequest
 from step3_jax.server.protocol.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -233,14 +233,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         ChatCompletionChunk,
     )
     add_exchange("/v1/completions", "create_completion", CompletionRequest, plan_completion, Completion, Completion)
-    add_exchange("/v1/responses", "create_response", ResponseRequest, plan_response, ResponseObject, ResponseObject)
+    add_exchange("/v1/responses", "create_response", ResponseRequest, plan_response, ResponseObject, ResponseEvent)
     add_call("/tokenize", "tokenize", TokenizeRequest, tokenize, TokenizeResponse)
     add_call("/detokenize", "detokenize", DetokenizeRequest, detokenize, DetokenizeResponse)
     set_openapi(
         app,
         [ChatCompletionRequest, CompletionRequest, ResponseRequest, TokenizeRequest, DetokenizeRequest],
         [
-            *(ChatCompletion, ChatCompletionChunk, Completion, ResponseObject, TokenizeResponse, DetokenizeResponse),
+            *(ChatCompletion, ChatCompletionChunk, Completion, ResponseEvent, ResponseObject),
+            *(TokenizeResponse, DetokenizeResponse),
             *(ModelCard, ModelList, Status, Version, ErrorBody),
         ],
     )

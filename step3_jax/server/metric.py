@@ -206,6 +206,7 @@ class _EngineCollector(Collector):
             "prefix_cache_hits": ("Those that were there.", stats.prefix_cache_hits),
             "mm_cache_queries": ("Images of prompts.", stats.num_images),
             "mm_cache_hits": ("Those whose features were known.", stats.num_known_images),
+            "compilations": ("Programs that were traced, and compiled or found in the cache.", stats.num_compilations),
             "compile_seconds": ("Seconds of compiling.", stats.compile_s),
             "decode_call_seconds": ("Seconds of decode calls.", stats.decode_s),
             "image_encode_seconds": ("Seconds of the vision tower.", stats.image_encode_s),

@@ -42,7 +42,10 @@ def describe_responses(
     """
     content: dict[str, object] = {"application/json": {"schema": _refer(model)}}
     if chunk is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event-schema": _refer(chunk)}
+        text = {"type": "string"}
+        event = {"type": "object", "properties": {"event": text, "data": text}, "required": ["data"]}
+        # The last one may be [DONE], which is no JSON.
+        content["text/event-stream"] = {"schema": event, "x-event-schema": _refer(chunk)}
     statuses = [401, 500, 503, *((400, 404, 408, 413, 415) if has_body else ())]
     return {200: {"description": "the answer", "content": content}, **describe_errors(statuses)}
 

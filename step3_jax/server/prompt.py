@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from step3_jax.engine.core import STEPS_PER_CALL
+from step3_jax.engine.bucket_table import STEPS_PER_CALL
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import ContextLengthError, Prompt, Request
 from step3_jax.server.error import ApiError, bad_request, refused

@@ -7,11 +7,13 @@ import time
 import uuid
 from collections.abc import Sequence
 
+from pydantic import ValidationError
+
 from step3_jax.engine.request import StreamPiece
 from step3_jax.server.admission import Ticket
 from step3_jax.server.chat import prepare_chat
 from step3_jax.server.choice import ChoiceForm, ChoiceState
-from step3_jax.server.error import ApiError, bad_request
+from step3_jax.server.error import ApiError, bad_request, describe_invalid
 from step3_jax.server.exchange import Job
 from step3_jax.server.generation import Generation
 from step3_jax.server.protocol.chat import ChatCompletionRequest
@@ -60,7 +62,7 @@ async def plan_response(service: Service, request: ResponseRequest, ticket: Tick
 
 
 def to_chat(request: ResponseRequest) -> ChatCompletionRequest:
-    """The same as a chat."""
+    """The same as a chat. Raises ApiError 400 for what a chat cannot say."""
     messages: list[dict[str, object]] = []
     if request.instructions:
         messages.append({"role": "system", "content": request.instructions})
@@ -94,7 +96,12 @@ def to_chat(request: ResponseRequest) -> ChatCompletionRequest:
             "type": form.type,
             "json_schema": schema if form.type == "json_schema" else None,
         }
-    return ChatCompletionRequest.model_validate(values)
+    if not messages:
+        raise bad_request("input has no message; give one", "input")
+    try:
+        return ChatCompletionRequest.model_validate(values)
+    except ValidationError as error:
+        raise describe_invalid(error, values) from None
 
 
 def _read_items(

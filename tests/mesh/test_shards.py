@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from step3_jax.cache.allocator import OutOfPages, PageAllocator
 from step3_jax.engine import llm
+from step3_jax.engine.bucket_table import BucketTable
+from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.pack import pack_chunk
 from step3_jax.engine.request import Prompt, Request
 from step3_jax.engine.scheduler import Scheduler
@@ -28,11 +30,14 @@ def make_sequence(num_prompt: int, max_tokens: int = 1) -> Sequence:
     return group.sequences[0]
 
 
+def make_buckets(max_num_seqs: int = 2, max_tokens: int = 100) -> BucketTable:
+    config = EngineConfig(max_num_seqs=NUM_SHARDS * max_num_seqs, max_num_batched_tokens=NUM_SHARDS * max_tokens)
+    return BucketTable.of(config, max_pages=3, num_shards=NUM_SHARDS)
+
+
 def make_scheduler(max_num_seqs: int = 2, max_tokens: int = 100) -> tuple[PageAllocator, Scheduler]:
     allocator = PageAllocator(NUM_SHARDS * SHARD_PAGES, NUM_SHARDS)
-    scheduler = Scheduler(
-        allocator, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_tokens, has_prefix_cache=False
-    )
+    scheduler = Scheduler(allocator, buckets=make_buckets(max_num_seqs, max_tokens), has_prefix_cache=False)
     return allocator, scheduler
 
 
@@ -96,14 +101,7 @@ def test_a_chunk_has_each_shards_tokens_in_its_own_part() -> None:
     scheduler.add(rows)
     scheduler.admit()
     chunks = scheduler.plan_chunk()
-    batch = pack_chunk(
-        chunks,
-        max_num_seqs=2,
-        max_num_batched_tokens=100,
-        max_pages=3,
-        shards=[scheduler.shard_of(chunk.sequence) for chunk in chunks],
-        num_shards=NUM_SHARDS,
-    )
+    batch = pack_chunk(chunks, make_buckets(), [scheduler.shard_of(chunk.sequence) for chunk in chunks])
     tokens = np.asarray(batch.token_ids).reshape(NUM_SHARDS, -1)
     # All parts have the bucket of the longest.
     assert tokens.shape[1] == 64

@@ -100,8 +100,10 @@ def test_all_to_all_drops_no_token(eight: Ask, setting: dict[str, int], tokens: 
     assert found["has_choice"] == (room == 56)
 
 
-def test_nothing_compiles_anew_once_its_shapes_were_met(eight: Ask) -> None:
-    assert set(eight("traces", parallel={"tp": 8})["new_traces"].values()) == {0}
+def test_nothing_is_compiled_after_warm_up_and_nothing_twice(eight: Ask) -> None:
+    found = eight("traces", parallel={"tp": 4, "dp": 2, "ep": 2})
+    assert found["warm_up"] == {"prefill": 2, "decode": 1, "copy_pages": 1}
+    assert not found["work"]
 
 
 def test_weights_and_cache_lie_where_the_table_says(eight: Ask) -> None:

@@ -32,6 +32,7 @@ class ReplyExecutor(Executor):
       reply: What is written behind a prompt.
       gate: Decode calls wait until it is set.
       failure: An error that the next decode call raises.
+      is_stubborn: Whether it breaks off where its reply is not allowed; otherwise it writes what is.
       num_decoded: Tokens made so far.
     """
 
@@ -40,7 +41,8 @@ class ReplyExecutor(Executor):
         self.reply = reply
         self.gate = threading.Event()
         self.gate.set()
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
+        self.is_stubborn = True
         self.num_decoded = 0
         self._tokenizer = tokenizer
         self._forced: set[tuple[int, ...]] = set()
@@ -103,7 +105,10 @@ class ReplyExecutor(Executor):
             # The rest of a prompt, of which the first token was prefilled.
             self._forced.add((*known.tolist(), int(allowed[0])))
             return int(allowed[0])
-        return wanted if wanted in allowed else NO_WAY
+        if wanted in allowed or self.is_stubborn:
+            return wanted if wanted in allowed else NO_WAY
+        ends = [token for token in self._tokenizer.eos_ids if token in allowed]
+        return int(ends[0] if ends else allowed[0])
 
     def _next(self, known: np.ndarray, num_output: int) -> int:
         ids = known.tolist()

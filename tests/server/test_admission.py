@@ -36,9 +36,20 @@ def test_what_is_beyond_the_queue_is_503_and_the_others_end(open_client: Open) -
 def test_n_counts_n(open_client: Open) -> None:
     with open_client(max_num_queued_reqs=3) as client:
         assert client.chat(n=3).status == 200
-        assert client.chat(n=4).error["code"] == "queue_full"
         prompts = {"prompt": ["a", "b"], "n": 2}
-        assert client.call("/v1/completions", prompts).error["code"] == "queue_full"
+        for reply in (client.chat(n=4), client.call("/v1/completions", prompts)):
+            assert (reply.status, reply.error["param"]) == (400, "n"), "it would never be let in"
+
+        async def run() -> Reply:
+            client.executor.gate.clear()
+            first = client.start("/v1/chat/completions", ask(n=2))
+            await client.wait_until(lambda: client.service.admission.num_completions == 2)
+            second = await client.start("/v1/chat/completions", ask(n=2)).finish()
+            client.executor.gate.set()
+            assert (await first.finish()).status == 200
+            return second
+
+        assert client.run(run()).error["code"] == "queue_full"
         assert client.service.admission.num_completions == 0
 
 

@@ -151,6 +151,7 @@ def test_an_error_ends_a_stream_with_an_event(client: Client) -> None:
         ({"input": []}, "input"),
         ({"input": [{"role": "wizard", "content": "x"}]}, "input[0].role"),
         ({"input": [{"type": "web_search_call"}]}, "input[0]"),
+        ({"input": [{"type": "reasoning", "summary": [{"text": "hm"}]}]}, "input"),
         ({"input": "long " * 3000}, "input"),
         ({"max_output_tokens": 2048}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),

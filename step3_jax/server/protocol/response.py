@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, JsonValue, Tag
+from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag
 
 from step3_jax.server.protocol.common import Answer, Body, NonEmpty
 
@@ -184,6 +184,15 @@ class ResponseFailure(Answer):
 
     code: str
     message: str
+
+
+class ResponseEvent(Answer):
+    """One event of a stream; what else it has depends on its type."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    sequence_number: int
 
 
 class ResponseObject(Answer):

@@ -151,13 +151,14 @@ def prefix(request: Answer) -> Answer:
 
 
 def repeat(request: Answer) -> Answer:
-    """Traces of all calls after a warm-up, and after other prompts of the same buckets."""
+    """Traces of all calls after a warm-up, and after prompts of several lengths, images apart."""
     executor = executor_of(request)
-    llm = make_llm(executor)
+    llm = make_llm(executor, max_num_seqs=2 * executor.num_shards, max_num_batched_tokens=32 * executor.num_shards)
+    llm.warm_up()
+    before = dict(executor.num_traces)
     generate(llm, 5)
-    before = dict(executor.calls.num_traces)
-    generate(llm, 5, logit_bias={3: 0.0}) if request.get("other") else generate(llm, 5)
-    return {"before": before, "after": dict(executor.calls.num_traces)}
+    generate(llm, 2, logit_bias={3: 1.0}, logprobs=2, presence_penalty=1.0)
+    return {"before": before, "after": dict(executor.num_traces)}
 
 
 def places(request: Answer) -> Answer:

@@ -84,10 +84,14 @@ def make_runner(num_layers: int) -> Runner:
     return Runner(make_model(num_layers))
 
 
+def make_llm(executor: Executor, **settings: int) -> LLM:
+    sizes = {"max_num_seqs": 4 * executor.num_shards, "max_num_batched_tokens": 32 * executor.num_shards} | settings
+    return LLM.from_model(executor, max_model_len=64, **sizes)  # type: ignore[arg-type]
+
+
 def generate(executor: Executor, count: int, each: SamplingParams | None = None, **settings: int) -> list[list[int]]:
     """Tokens of prompts that are longer than a chunk and more than there are rows, of which some end in every call."""
-    sizes = {"max_num_seqs": 4 * executor.num_shards, "max_num_batched_tokens": 32 * executor.num_shards} | settings
-    llm = LLM.from_model(executor, max_model_len=64, **sizes)  # type: ignore[arg-type]
+    llm = make_llm(executor, **settings)
     rng = np.random.default_rng(5)
     prompts = [rng.integers(2, executor.config.text.vocab_size, 3 + 9 * index).tolist() for index in range(count)]
     params = [each or SamplingParams(temperature=0, max_tokens=4 + 3 * (index % 3)) for index in range(count)]
@@ -116,9 +120,9 @@ def features(case: Answer) -> Answer:
 
 
 def repeat(case: Answer) -> Answer:
-    """Traces after the same work was done before, and after doing it again."""
+    """Traces after a warm-up, and after work."""
     executor = executor_of(case)
-    generate(executor, 6)
+    make_llm(executor).warm_up()
     before = dict(executor.num_traces)
     generate(executor, 6)
     return {"before": before, "after": dict(executor.num_traces)}

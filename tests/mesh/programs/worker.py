@@ -245,14 +245,13 @@ def exchange(request: Answer) -> Answer:
 
 
 def traces(request: Answer) -> Answer:
-    """How often each call is traced anew once its shapes were met."""
+    """Programs of a warm-up and of the work after it."""
     runner = make_runner("plain", read_parallel(request))
-    lengths, counts = [20] * 8, [6] * 8
-    again: Answer = {"parallel": request["parallel"], "lengths": lengths, "counts": counts}
-    generate(again)
-    before = dict(runner.num_traces)
-    generate(again)
-    return {"new_traces": {name: runner.num_traces[name] - count for name, count in before.items()}}
+    before = runner.num_traces.copy()
+    LLM.from_model(runner, max_model_len=256, max_num_batched_tokens=512, max_num_seqs=8).warm_up()
+    warm = runner.num_traces.copy()
+    generate({"parallel": request["parallel"], "lengths": [20, 50, 3, 200, 20, 20, 20, 20], "counts": [6] * 8})
+    return {"warm_up": warm - before, "work": runner.num_traces - warm}
 
 
 def layout_error(request: Answer) -> Answer:

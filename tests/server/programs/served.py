@@ -32,6 +32,7 @@ def main() -> int:
     folder = resources.find("models/step3-tiny")
     tokenizer = Tokenizer.load(folder)
     executor = ReplyExecutor(ModelConfig.preset("step3-tiny"), tokenizer, lambda prompt: REPLY)
+    executor.is_stubborn = False
     commands: list[str] = []
     has_command = threading.Event()
 
@@ -59,7 +60,9 @@ def main() -> int:
             executor, tokenizer, template=ChatTemplate.load(folder), image_settings=ImageSettings.load(folder)
         )
 
-    config = ServerConfig(port=0, **json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    config = ServerConfig(port=0, **values)
     opened = open_socket(config)
     say(f"listening on {describe_address(opened, config)}")
     threading.Thread(target=follow, daemon=True).start()

@@ -18,7 +18,7 @@ from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 
 VOCAB_SIZE = 264
-NUM_PAGES, MAX_PAGES, MAX_STEPS = 37, 2, 16
+NUM_PAGES, MAX_PAGES, MAX_STEPS = 37, 8, 16
 PROMPT_LENGTH = 5
 
 
@@ -172,10 +172,29 @@ def test_padding_behind_a_chunk_changes_nothing(runner: Runner) -> None:
 def test_copied_pages_are_the_same_in_all_layers_and_no_other_page_changes(runner: Runner) -> None:
     cache = read(runner, 4)
     before = [np.array(kv.keys) for kv in cache]
-    copied = runner.copy_pages(cache, [4, 6, 8], [20, 21, 36])
+    copied = runner.copy_pages(cache, [10, 18, 26], [20, 21, 36])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     for old, kv in zip(before, copied, strict=True):
         want = old.copy()
-        want[[20, 21, 36]] = old[[4, 6, 8]]
+        want[[20, 21, 36]] = old[[10, 18, 26]]
         np.testing.assert_array_equal(np.asarray(kv.keys), want)
-    assert before[0][4].any()
+    assert before[0][10].any()
+
+
+def test_a_row_pauses_behind_its_mark_and_others_go_on(runner: Runner) -> None:
+    free = run(runner, read(runner, 2), decode_batch(2), sampling_of([9, 9]))[1]
+    first = free.tokens[0].tolist()
+    mark = first[3]
+    count = first.index(mark) + 1
+    rows = [SamplingRow(SamplingParams(temperature=0), 9, (0, 0), (), pause_id) for pause_id in (mark, -1)]
+    sampling = sampling_batch(rows, VOCAB_SIZE, 2)
+    _, report = run(runner, read(runner, 2), decode_batch(2), sampling)
+    assert (report.num_new.tolist(), report.finish.tolist()) == ([count, 9], [STOPPED, FULL])
+    assert report.tokens[0, :count].tolist() == first[:count]
+    assert report.tokens[1, :9].tolist() == free.tokens[1, :9].tolist()
+    _, report = run(runner, read(runner, 2), decode_batch(2), sampling, leave_early=True)
+    assert report.num_new.tolist() == [count, count]
+    # The last token that is allowed ends the row, mark or not.
+    rows[0] = rows[0]._replace(max_tokens=count)
+    _, report = run(runner, read(runner, 2), decode_batch(2), sampling_batch(rows, VOCAB_SIZE, 2))
+    assert report.finish.tolist() == [FULL, FULL]

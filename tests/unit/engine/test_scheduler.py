@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step3_jax.cache.allocator import PageAllocator
+from step3_jax.engine.bucket_table import BucketTable
+from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.request import Prompt, Request
 from step3_jax.engine.scheduler import MAX_PASSES, MAX_PREEMPTIONS, Scheduler
 from step3_jax.engine.sequence import Group, Sequence
@@ -40,8 +42,9 @@ def clerk(max_num_batched_tokens: int = 128, num_pages: int = NUM_PAGES, **value
     allocator = PageAllocator(num_pages)
     scheduler = Scheduler(
         allocator,
-        max_num_seqs=4,
-        max_num_batched_tokens=max_num_batched_tokens,
+        buckets=BucketTable.of(
+            EngineConfig(max_num_seqs=4, max_num_batched_tokens=max_num_batched_tokens), max_pages=num_pages
+        ),
         has_prefix_cache=False,
         **values,
     )

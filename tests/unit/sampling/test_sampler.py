@@ -222,6 +222,39 @@ def test_a_row_chooses_the_same_alone_and_beside_rows_that_use_everything(name: 
             assert choose(logits, [own, everything, SamplingParams(temperature=0)], seed)[:1] == alone
 
 
+def packed(allowed: list[list[int] | None]) -> np.ndarray:
+    """Masks of rows; None allows everything."""
+    bits = np.zeros((len(allowed), -(-VOCAB // 32) * 32), np.uint8)
+    for row, ids in zip(bits, allowed, strict=True):
+        row[slice(None) if ids is None else ids] = 1
+    return np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_leaves_its_tokens_alone_and_other_rows_as_they_are(logits: np.ndarray, temperature: float) -> None:
+    allowed = [5, 31, 32, 299]
+    rows = [SamplingParams(temperature=temperature, top_k=9, min_p=0.01)] * 3
+    batch = device_batch([make_row(dataclasses.replace(row, seed=3)) for row in rows], VOCAB, 3)
+    zeros = jnp.zeros((3,), jnp.int32)
+    free = sample(jnp.asarray(logits), batch, positions=zeros, num_tokens=zeros)
+    mask = jnp.asarray(packed([None, allowed, [7]]))
+    found = sample(jnp.asarray(logits), batch, positions=zeros, num_tokens=zeros, mask=mask)
+    assert found[0] == free[0]
+    assert int(found[1]) in allowed
+    assert found[2] == 7
+    if not temperature:
+        assert int(found[1]) == allowed[int(np.argmax(logits[1][allowed]))]
+
+
+def test_a_mask_that_allows_ends_alone_goes_before_min_tokens(logits: np.ndarray) -> None:
+    batch = device_batch([make_row(SamplingParams(temperature=0, min_tokens=9))] * 3, VOCAB, 3)
+    zeros = jnp.zeros((3,), jnp.int32)
+    mask = jnp.asarray(packed([list(STOPS)[:1], None, None]))
+    found = sample(jnp.asarray(logits), batch, positions=zeros, num_tokens=zeros, mask=mask)
+    assert int(found[0]) == STOPS[0]
+    assert not {int(token) for token in found[1:]} & set(STOPS)
+
+
 def test_logprobs_are_of_the_raw_distribution_with_ranks(logits: np.ndarray) -> None:
     tokens = jnp.asarray([0, int(logits[1].argmax()), 7])
     got = step_logprobs(jnp.asarray(logits), tokens, 5)

@@ -36,6 +36,7 @@ from step3_jax.gpu import claim_memory
 COMMANDS = {
     "generate": "answer one prompt, with or without pictures",
     "chat": "talk with the model in the terminal",
+    "run-batch": "answer a file of requests, in OpenAI's batch format",
     "inspect": "show what a checkpoint holds, and whether it is complete",
     "convert": "convert a checkpoint: released layout, Orbax, BF16, block-FP8",
     "serve": "answer requests over HTTP, as OpenAI's API does",
@@ -85,7 +86,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         _add_debug(sub)
         if name == command:
-            importlib.import_module(f"step3_jax.cli.arguments.{name}").add_arguments(sub)
+            importlib.import_module(f"step3_jax.cli.arguments.{_module_name(name)}").add_arguments(sub)
     return parser
 
 
@@ -161,7 +162,7 @@ def _run(argv: list[str]) -> int:
         claim_memory()
     if is_rank:
         importlib.import_module("step3_jax.mesh").initialise_distributed()
-    return int(importlib.import_module(f"step3_jax.cli.{arguments.command}").run(arguments))
+    return int(importlib.import_module(f"step3_jax.cli.{_module_name(arguments.command)}").run(arguments))
 
 
 def _show_log() -> None:
@@ -178,6 +179,10 @@ def _show_log() -> None:
 def _find_command(argv: Sequence[str]) -> str | None:
     """The sub-command: no option before it takes a value, so it is the first other word."""
     return next((word for word in argv if not word.startswith("-")), None)
+
+
+def _module_name(command: str) -> str:
+    return command.replace("-", "_")
 
 
 def _describe_left_over(words: Sequence[str], prog: str, help_text: str) -> str:

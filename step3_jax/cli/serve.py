@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import os
 import sys
+from collections.abc import Iterable
 
 import jax
 
@@ -14,6 +16,7 @@ from step3_jax.cli.choice import find_model
 from step3_jax.cli.engine import load_llm, print_config, read_engine
 from step3_jax.cli.precheck import check_before_loading
 from step3_jax.cli.process import ERASE, leave_at_once, say
+from step3_jax.cli.remote_option import KEY_VARIABLE
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.setting import settings_of
 from step3_jax.server.config import ServerConfig
@@ -34,13 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
     if print_config(arguments):
         return 0
     config = read_server_config(arguments)
-    _require_libraries()
+    require_libraries("serve")
     # Modules of the service need these libraries.
     from step3_jax.server import log, process  # noqa: PLC0415
 
     choice = read_engine(arguments)
-    if jax.process_count() > 1:
-        raise ValueError("step3 serve runs in one process, and this one is of several: start it without step3 launch")
+    require_one_process("serve")
     folder = find_model(arguments)
     check_before_loading(folder, max_model_len=choice.config.max_model_len, needs_template=False)
     if not config.served_model_name:
@@ -79,24 +81,41 @@ def _tell_progress(num_ready: int, num_all: int) -> None:
             say(text)
 
 
-def read_server_config(arguments: argparse.Namespace) -> ServerConfig:
-    """The settings of the service that were given.
+def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | None = None) -> ServerConfig:
+    """The settings of the service that were given; a key may be in the environment instead.
+
+    Args:
+      arguments: With their options.
+      names: Of the settings that have options; all if absent.
 
     Raises:
       ValueError: For values that are not allowed.
     """
-    given = {name: getattr(arguments, name) for name in settings_of(ServerConfig)}
+    given = {name: getattr(arguments, name) for name in (settings_of(ServerConfig) if names is None else names)}
     values = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
     }
+    key = os.environ.get(KEY_VARIABLE)
+    if key and "api_key" in given:
+        # A command line can be read by every user of the machine.
+        values.setdefault("api_key", (key,))
     return ServerConfig.of(values)
 
 
-def _require_libraries() -> None:
+def require_one_process(command: str) -> None:
+    """Raises ValueError in one of several processes: each would answer for itself."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"step3 {command} runs in one process, and this one is of several: start it without step3 launch"
+        )
+
+
+def require_libraries(command: str) -> None:
+    """Raises ValueError if a library of the service is missing, and says how to install it."""
     for name in _LIBRARIES:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError:
             raise ValueError(
-                f"step3 serve needs {name}, which is not installed: pip install 'step3-jax[server]'"
+                f"step3 {command} needs {name}, which is not installed: pip install 'step3-jax[server]'"
             ) from None

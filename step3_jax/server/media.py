@@ -8,11 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from step3_jax.server.fetch import MediaFetcher
-from step3_jax.text.image_input import read_image
+from step3_jax.text.image_input import WEB_FORMATS, read_image
 from step3_jax.text.message import Message, collect_images, replace_images
-
-# What is documented for OpenAI's API. Fewer decoders meet what strangers send than meet a user's own files.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +91,8 @@ class MediaReader:
 
     def _check(self, source: str | bytes) -> bytes:
         limits = self._limits
-        return read_image(source, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, formats=FORMATS)
+        # Fewer decoders meet what strangers send than meet a user's own files.
+        return read_image(source, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, formats=WEB_FORMATS)
 
 
 def _check_address(source: object, number: int) -> str:

@@ -32,6 +32,8 @@ FORMATS = (
     "ICO",
     *(("AVIF",) if "avif" in features.get_supported() else ()),
 )
+# Those that OpenAI's API takes, and so every service with its interface.
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 # How files begin that are often sent as images and are none that can be read.
 _OTHER_KINDS = (
     (re.compile(rb".{4}ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL), "a HEIC image: convert it to JPEG"),
@@ -41,6 +43,12 @@ _OTHER_KINDS = (
 )
 _DATA_URL = re.compile(r"data:(?P<type>[^,;]*)(?P<parameters>(?:;[^,;]*)*),", re.IGNORECASE)
 _PNG_START = b"\x89PNG\r\n\x1a\n"
+# Chunks that are not critical (those have a capital first) and still change the pixels: transparency, rotation, and the
+# marks of an animation.
+_PNG_KEPT = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+# A file of 64 MiB in chunks of a kilobyte has so many.
+_MAX_CHUNKS = 2**16
 
 
 def open_image(
@@ -109,7 +117,7 @@ def read_image(
 def _open_header(data: bytes, name: str, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
     """The picture, of which Pillow has read the header alone."""
     if data.startswith(_PNG_START):
-        data = _without_side_data(data)
+        data = _without_side_data(data, name)
     try:
         picture = Image.open(io.BytesIO(data), formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -206,19 +214,22 @@ def _describe_other(data: bytes) -> str | None:
     return describe_stand_in(start) or next((what for begin, what in _OTHER_KINDS if begin.match(start.lstrip())), None)
 
 
-def _without_side_data(data: bytes) -> bytes:
-    """A PNG file without colour profile and texts, save those that may tell how it was held.
+def _without_side_data(data: bytes, name: str) -> bytes:
+    """A PNG file without what says nothing about its pixels: profiles, and texts save those that may tell how it was held.
 
-    Pillow refuses files with much of them, though nothing is made of them here.
+    Pillow refuses files with much of them, and takes its time for each of very many.
     """
-    kept, position = [_PNG_START], len(_PNG_START)
+    kept, position, num_chunks = [_PNG_START], len(_PNG_START), 0
     while position + 12 <= len(data):
+        num_chunks += 1
+        if num_chunks > _MAX_CHUNKS:
+            raise ValueError(f"{name} has more than {_MAX_CHUNKS:,} PNG chunks; save it anew.")
         end = position + 12 + int.from_bytes(data[position : position + 4], "big")
         kind, content = data[position + 4 : position + 8], data[position + 8 : position + 100].lower()
-        is_text = kind in (b"tEXt", b"zTXt", b"iTXt") and not content.startswith(
-            (b"raw profile type exif", b"xml:com.adobe.xmp")
-        )
-        if kind != b"iCCP" and not is_text:
+        is_of_use = kind[:1].isupper() or kind in _PNG_KEPT
+        if kind in _PNG_TEXTS:
+            is_of_use = content.startswith((b"raw profile type exif", b"xml:com.adobe.xmp"))
+        if is_of_use:
             kept.append(data[position:end])
         position = end
     return b"".join([*kept, data[position:]])

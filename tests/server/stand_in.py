@@ -28,6 +28,7 @@ class StandIn:
       content: Pieces of the answer.
       finish_reason: Of the answer.
       delay_s: Before each piece.
+      held_from: Pieces that are sent before the stream waits for this to be None; the role is one, and so is each text.
       status: Other than 200: the answer is an error, with `message`.
       message: Of the error; behind the first pieces if `status` is 200 and `is_broken`.
       is_broken: Whether the stream ends with an error event.
@@ -41,6 +42,7 @@ class StandIn:
     content: Sequence[str] = ("It is ", "a dog.")
     finish_reason: str = "stop"
     delay_s: float = 0.0
+    held_from: int | None = None
     status: int = 200
     message: str = "Something is wrong."
     is_broken: bool = False
@@ -111,6 +113,8 @@ class StandIn:
             yield ": keep-alive\n\n"
             for number, choice in enumerate(choices):
                 await asyncio.sleep(self.delay_s)
+                while self.held_from is not None and number >= self.held_from:
+                    await asyncio.sleep(0.01)
                 usage = _usage(number) if wanted.get("continuous_usage_stats") else None
                 yield _event({"choices": [{"index": 0, **choice, "finish_reason": None}], "usage": usage})
             if self.is_broken:

@@ -7,12 +7,16 @@ import contextlib
 import socket
 import ssl
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 import httpcore2
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from step3_jax.server.fetch import MAX_REDIRECTS, MediaFetcher, is_public
+from tests.server.stand_in import serve
 
 PUBLIC = "93.184.216.34"
 
@@ -65,7 +69,7 @@ def answer(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
 
 def fetch(
     url: str,
-    network: Network,
+    network: httpcore2.AsyncNetworkBackend,
     *,
     domains: Sequence[str] = ("images.example.com",),
     addresses: Sequence[str] = (PUBLIC,),
@@ -75,7 +79,8 @@ def fetch(
 
     async def resolve(host: str, port: int) -> Sequence[str]:
         asked.append(host)
-        assert len(asked) <= len(network.connected) + 1, "resolved twice for one connection"
+        if isinstance(network, Network):
+            assert len(asked) <= len(network.connected) + 1, "resolved twice for one connection"
         return addresses
 
     fetcher = MediaFetcher(domains, resolve=resolve, network=network)
@@ -90,6 +95,44 @@ def test_a_listed_host_is_fetched_from_the_address_that_was_checked() -> None:
     head = network.sent.decode().split("\r\n")
     assert head[0] == "GET /a.png?size=2 HTTP/1.1"
     assert "Host: images.example.com" in head
+
+
+class Detour(httpcore2.AsyncNetworkBackend):
+    """Real connections, which all go to one port of this machine."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._network = port, httpcore2.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        assert host == PUBLIC
+        return await self._network.connect_tcp("127.0.0.1", self._port, timeout, local_address, socket_options)
+
+
+def test_a_real_server_is_fetched_from_whole_and_in_chunks() -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield b"x" * 1000
+
+    app = Starlette(
+        routes=[
+            Route("/moved", lambda request: RedirectResponse("/chunks?a=1")),
+            Route("/chunks", lambda request: StreamingResponse(stream())),
+            Route("/whole", lambda request: Response(request.headers["host"])),
+        ]
+    )
+    with serve(app) as url:
+        network = Detour(int(url.rpartition(":")[2]))
+        assert fetch("http://images.example.com/moved", network) == b"x" * 5000
+        assert fetch("http://images.example.com/whole", network) == b"images.example.com"
+        with pytest.raises(ValueError, match="answers 404"):
+            fetch("http://images.example.com/nothing", network)
 
 
 def test_a_port_is_fetched_from_where_it_is_listed() -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from step3_jax.cli.arguments.bench_engine import read_range
-from step3_jax.cli.remote_option import add_key
+from step3_jax.cli.remote_option import add_key, add_served_model
 
 # As in `bench.serve.TARGETS`, which imports numpy.
 TARGETS = ("ttft", "itl", "tpot", "e2e")
@@ -22,7 +22,7 @@ def add_serve_bench(what: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(remote_module="bench_serve")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
     add_key(parser)
-    parser.add_argument("--served-model", metavar="NAME", help="default: the first that the service lists")
+    add_served_model(parser)
     parser.add_argument(
         "--endpoint",
         choices=("chat/completions", "completions"),

@@ -24,6 +24,7 @@ export class Answer {
     this.finishReason = null;
     this.startedAt = performance.now();
     this.firstAt = null;
+    this.lastAt = null;
     this.article = showMessage("assistant", "Answer");
     this.article.setAttribute("aria-busy", "true");
     this.details = make("details", "reasoning");
@@ -46,9 +47,10 @@ export class Answer {
     const reasoning = choice.delta.reasoning_content ?? choice.delta.reasoning ?? "";
     const text = choice.delta.content ?? "";
     if (!reasoning && !text) return;
-    this.firstAt ??= performance.now();
+    this.lastAt = performance.now();
+    this.firstAt ??= this.lastAt;
     if (text && !this.text && this.reasoning) {
-      this.summary.textContent = `Thought for ${((performance.now() - this.firstAt) / 1000).toFixed(1)} s`;
+      this.summary.textContent = `Thought for ${((this.lastAt - this.firstAt) / 1000).toFixed(1)} s`;
     }
     this.text += text;
     this.reasoning += reasoning;
@@ -73,7 +75,7 @@ export class Answer {
 
   describe() {
     const count = this.usage.completion_tokens;
-    const seconds = (performance.now() - (this.firstAt ?? this.startedAt)) / 1000;
+    const seconds = (this.lastAt - this.firstAt) / 1000;
     const rate = count > 1 && seconds > 0 ? ` · ${((count - 1) / seconds).toFixed(1)} tokens/s` : "";
     const cached = this.usage.prompt_tokens_details?.cached_tokens;
     const prompt = `${this.usage.prompt_tokens} prompt${cached ? ` (${cached} cached)` : ""}`;

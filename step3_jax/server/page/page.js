@@ -219,8 +219,8 @@ document.addEventListener("keydown", (event) => {
 find("stop").addEventListener("click", stop);
 find("new-chat").addEventListener("click", startNewChat);
 find("open-settings").addEventListener("click", () => openSettings("system"));
+settings.addEventListener("input", storeSettings);
 settings.addEventListener("close", () => {
-  storeSettings();
   if (model === null) findModel();
   question.focus();
 });

@@ -30,6 +30,14 @@ def test_every_setting_is_an_option() -> None:
     assert (config.shutdown_timeout, config.reasoning_parser, config.metrics_prefix) == (5.0, "none", "vllm")
 
 
+def test_a_key_may_be_in_the_environment_where_no_other_user_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEP3_API_KEY", "secret")
+    assert read().api_key == ("secret",)
+    assert read("--api-key", "other").api_key == ("other",)
+    monkeypatch.setenv("STEP3_API_KEY", "")
+    assert read().api_key == ()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

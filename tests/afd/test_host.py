@@ -32,6 +32,12 @@ def test_one_prompt_is_padded_with_idle_rows(host: Ask) -> None:
     assert found["afd"] == found["fused"]
 
 
+def test_masks_reach_the_rows_of_their_sequences(host: Ask) -> None:
+    found = host("masks", afd="2a2f", microbatches=3)
+    assert found["afd"] == found["fused"]
+    assert [len(ids) for ids in found["fused"]] == [31, 34, 40]
+
+
 def test_sampling_penalties_and_chunks_are_those_of_the_fused_model(host: Ask) -> None:
     found = host("features", afd="2a2f", microbatches=3)
     assert found["afd"] == found["fused"]

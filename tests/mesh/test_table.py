@@ -59,6 +59,12 @@ def test_rows_that_come_and_go_wait_for_a_place_and_read_in_chunks(eight: Ask) -
     assert_same(found, eight("generate", parallel=None, batch=4, **request))
 
 
+def test_masks_reach_the_rows_of_their_sequences(eight: Ask) -> None:
+    found = eight("masks", parallel={"dp": 2, "tp": 2, "ep": 4})
+    assert found["spread"] == found["alone"]
+    assert [len(ids) for ids in found["alone"]] == [31, 34, 40]
+
+
 def test_prompts_that_share_their_start_get_the_same_from_cached_pages(eight: Ask) -> None:
     found = eight("prefix", parallel={"dp": 2, "tp": 2, "ep": 4})
     one = eight("prefix", parallel=None)

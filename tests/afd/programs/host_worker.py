@@ -38,6 +38,7 @@ from step3_jax.mesh import force_cpu_devices
 from step3_jax.model.step3 import Step3
 from step3_jax.resources import find
 from step3_jax.sampling.params import SamplingParams
+from tests.rule import run_ruled
 
 Answer = dict[str, object]
 VOCAB_SIZE, NUM_LAYERS = 97, 3
@@ -116,6 +117,14 @@ def tokens(request: Answer) -> Answer:
     return {
         "afd": generate(make_llm(executor_of(request)), count),
         "fused": generate(make_llm(make_runner()), count),
+    }
+
+
+def masks(request: Answer) -> Answer:
+    """Tokens of constrained sequences and of one beside them, beside the fused model's."""
+    return {
+        "afd": run_ruled(executor_of(request), max_model_len=192),
+        "fused": run_ruled(make_runner(), max_model_len=192),
     }
 
 
@@ -308,7 +317,7 @@ def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     answers: dict[str, Callable[[Answer], Answer]] = {
         function.__name__: function
-        for function in (tokens, features, prefix, repeat, places, loaded, hlo, deadline, trace, quality)
+        for function in (tokens, masks, features, prefix, repeat, places, loaded, hlo, deadline, trace, quality)
     }
     for line in sys.stdin:
         request = json.loads(line)

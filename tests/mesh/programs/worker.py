@@ -34,6 +34,7 @@ from step3_jax.model.step3 import Step3
 from step3_jax.quant import quantise
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sharding import Parallel, fit_parallel
+from tests.rule import run_ruled
 
 Answer = dict[str, object]
 
@@ -254,6 +255,13 @@ def traces(request: Answer) -> Answer:
     return {"warm_up": warm - before, "work": runner.num_traces - warm}
 
 
+def masks(request: Answer) -> Answer:
+    """Tokens of constrained sequences and of one beside them, on one device and on several."""
+    sizes = {"max_model_len": 256, "max_num_batched_tokens": 512}
+    spread = run_ruled(make_runner("plain", read_parallel(request)), **sizes)
+    return {"alone": run_ruled(Runner(make_model("plain")), **sizes), "spread": spread}
+
+
 def layout_error(request: Answer) -> Answer:
     """Why a setting is refused."""
     found: Layout = make_layout(read_parallel(request))
@@ -261,7 +269,8 @@ def layout_error(request: Answer) -> Answer:
 
 
 COMMANDS: dict[str, Callable[[Answer], Answer]] = {
-    function.__name__: function for function in (generate, prefix, describe, encode, exchange, traces, layout_error)
+    function.__name__: function
+    for function in (generate, prefix, describe, encode, exchange, traces, masks, layout_error)
 }
 
 

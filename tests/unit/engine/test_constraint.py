@@ -12,6 +12,7 @@ from step3_jax.engine.constraint import SequenceConstraint
 from step3_jax.engine.request import Prompt, Request
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sampling.structured import StructuredOutputsParams
+from tests.rule import Rule, digit_rule, mask_of
 from tests.unit.engine.fake import VOCAB_SIZE, FakeExecutor, expected, next_allowed, next_token
 from tests.unit.engine.test_core import Sink, add, check_pages, make_core, prompt_of, request, run
 
@@ -22,58 +23,15 @@ PROMPT = next(
 )
 
 
-def digit_rule(output: Sequence[int]) -> set[int]:
-    """Tokens of one residue, in turn; half of them have no choice, and the 30th is the end."""
-    if len(output) >= 30:
-        return {END}
-    if len(output) % 8 in (4, 5, 6, 7):
-        return {len(output) + 10}
-    return {token for token in range(END) if token % 3 == len(output) % 3}
-
-
-@dataclasses.dataclass
-class RuleMatcher:
-    rule: Callable[[Sequence[int]], set[int]]
-    output: list[int] = dataclasses.field(default_factory=list)
-
-    def accept(self, token_ids: Sequence[int]) -> None:
-        for token in token_ids:
-            if token not in self.rule(self.output):
-                raise ValueError(f"token {token} is not allowed at {len(self.output)}")
-            self.output.append(token)
-
-    def fill(self, mask: np.ndarray) -> None:
-        mask[:] = mask_of(self.rule(self.output))
-
-    def find_forced(self) -> list[int]:
-        found = list(self.output)
-        while len(allowed := self.rule(found) - {END}) == 1 and len(self.rule(found)) == 1:
-            found += allowed
-        return found[len(self.output) :]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A constraint that allows what a function of the output says."""
-
-    rule: Callable[[Sequence[int]], set[int]] = digit_rule
-    begins_after: int | None = None
-
-    def begin(self) -> RuleMatcher:
-        return RuleMatcher(self.rule)
-
-
-def mask_of(allowed: set[int]) -> np.ndarray:
-    bits = np.zeros((-(-VOCAB_SIZE // 32) * 32,), np.uint8)
-    bits[list(allowed)] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)
+def rule_of(rule: Callable[[Sequence[int]], set[int]] = digit_rule, begins_after: int | None = None) -> Rule:
+    return Rule(rule, VOCAB_SIZE, END, begins_after)
 
 
 def ruled(prompt: Sequence[int], count: int, rule=digit_rule, num_free: int = 0) -> tuple[int, ...]:
     """What a prompt gets under a rule that begins behind `num_free` tokens."""
     ids = [*prompt, *expected(prompt, num_free)]
     while len(ids) < len(prompt) + count:
-        ids.append(next_allowed(mask_of(rule(ids[len(prompt) + num_free :])), next_token(ids)))
+        ids.append(next_allowed(mask_of(rule(ids[len(prompt) + num_free :]), VOCAB_SIZE), next_token(ids)))
         if ids[-1] == END:
             break
     return tuple(ids[len(prompt) :])
@@ -87,7 +45,7 @@ def constrained(name: str, prompt: list[int], constraint: Rule, max_tokens: int 
 def test_every_token_is_allowed_and_company_gets_what_it_gets_alone() -> None:
     core = make_core(FakeExecutor())
     prompts = [prompt_of(70, start) for start in range(4)]
-    sinks = [add(core, constrained(f"c{place}", prompts[place], Rule())) for place in range(2)]
+    sinks = [add(core, constrained(f"c{place}", prompts[place], rule_of())) for place in range(2)]
     sinks += [add(core, request(f"f{place}", prompts[place], 40)) for place in (2, 3)]
     while core.has_work:
         core.step()
@@ -102,7 +60,7 @@ def test_every_token_is_allowed_and_company_gets_what_it_gets_alone() -> None:
 def test_tokens_without_a_choice_are_prefilled_and_not_decoded() -> None:
     executor = FakeExecutor()
     core = make_core(executor)
-    sink = add(core, constrained("one", prompt_of(70), Rule()))
+    sink = add(core, constrained("one", prompt_of(70), rule_of()))
     run(core)
     assert sink.ids() == ruled(prompt_of(70), 40)
     assert len(sink.ids()) == 31
@@ -120,7 +78,7 @@ def test_tokens_without_a_choice_are_prefilled_and_not_decoded() -> None:
 def test_with_log_probabilities_all_tokens_are_decoded() -> None:
     executor = FakeExecutor()
     core = make_core(executor)
-    sink = add(core, constrained("one", prompt_of(70), Rule(), logprobs=1))
+    sink = add(core, constrained("one", prompt_of(70), rule_of(), logprobs=1))
     run(core)
     assert sink.ids() == ruled(prompt_of(70), 40)
     assert executor.calls.count("decode") == 31
@@ -129,14 +87,14 @@ def test_with_log_probabilities_all_tokens_are_decoded() -> None:
 @pytest.mark.parametrize("max_tokens", range(1, 12))
 def test_an_output_is_never_longer_than_asked_for(max_tokens: int) -> None:
     core = make_core(FakeExecutor())
-    sink = add(core, constrained("one", prompt_of(5), Rule(), max_tokens))
+    sink = add(core, constrained("one", prompt_of(5), rule_of(), max_tokens))
     run(core)
     assert (sink.ids(), sink.finish()) == (ruled(prompt_of(5), max_tokens), "length")
 
 
 def test_a_stop_token_without_a_choice_ends_the_output() -> None:
     core = make_core(FakeExecutor())
-    one = constrained("one", prompt_of(5), Rule())
+    one = constrained("one", prompt_of(5), rule_of())
     params = dataclasses.replace(one.params, stop_token_ids=(17,))
     sink = add(core, dataclasses.replace(one, params=params))
     run(core)
@@ -151,7 +109,7 @@ def test_reasoning_is_free_and_takes_many_steps_a_call(place: int) -> None:
     free = expected(PROMPT, 30)
     mark = free[place]
     num_free = free.index(mark) + 1
-    sink = add(core, constrained("one", PROMPT, Rule(begins_after=mark), 60))
+    sink = add(core, constrained("one", PROMPT, rule_of(begins_after=mark), 60))
     run(core)
     assert sink.ids() == ruled(PROMPT, 60, num_free=num_free)
     assert sink.ids()[:num_free] == free[:num_free]
@@ -163,7 +121,7 @@ def test_reasoning_is_free_and_takes_many_steps_a_call(place: int) -> None:
 
 def test_reasoning_that_does_not_end_is_cut_off_by_its_length() -> None:
     core = make_core(FakeExecutor())
-    sink = add(core, constrained("one", PROMPT, Rule(begins_after=VOCAB_SIZE + 5), 20))
+    sink = add(core, constrained("one", PROMPT, rule_of(begins_after=VOCAB_SIZE + 5), 20))
     run(core)
     assert (sink.ids(), sink.finish()) == (expected(PROMPT, 20), "length")
 
@@ -172,7 +130,7 @@ def test_a_mark_that_is_the_last_token_allowed_ends_with_length() -> None:
     core = make_core(FakeExecutor())
     mark = expected(PROMPT, 9)[-1]
     num_free = expected(PROMPT, 9).index(mark) + 1
-    sink = add(core, constrained("one", PROMPT, Rule(begins_after=mark), num_free))
+    sink = add(core, constrained("one", PROMPT, rule_of(begins_after=mark), num_free))
     run(core)
     assert (sink.ids(), sink.finish()) == (expected(PROMPT, num_free), "length")
 
@@ -187,10 +145,10 @@ def test_a_matcher_that_fails_ends_its_request_alone() -> None:
         return rule
 
     core = make_core(FakeExecutor())
-    sinks = [add(core, constrained(f"c{count}", PROMPT, Rule(fail_at(count)))) for count in (0, 5)]
+    sinks = [add(core, constrained(f"c{count}", PROMPT, rule_of(fail_at(count)))) for count in (0, 5)]
     other, nothing = (
         add(core, request("other", PROMPT, 20)),
-        add(core, constrained("none", PROMPT, Rule(lambda _: set()))),
+        add(core, constrained("none", PROMPT, rule_of(lambda _: set()))),
     )
     run(core)
     assert [sink.finish() for sink in sinks] == ["failed", "failed"]
@@ -209,8 +167,8 @@ def test_others_are_computed_again_with_the_same_tokens(call: str, step: int) ->
     core = make_core(executor)
     mark = expected(PROMPT, 5)[-1]
     num_free = expected(PROMPT, 5).index(mark) + 1
-    first = add(core, constrained("first", PROMPT, Rule()))
-    second = add(core, constrained("second", PROMPT, Rule(begins_after=mark), 60))
+    first = add(core, constrained("first", PROMPT, rule_of()))
+    second = add(core, constrained("second", PROMPT, rule_of(begins_after=mark), 60))
     for number in range(200):
         if not core.has_work:
             break
@@ -233,7 +191,7 @@ def test_a_full_cache_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     def rule(output: Sequence[int]) -> set[int]:
         return digit_rule(output[-(len(output) % 30) :] if len(output) % 30 else [])
 
-    sinks = [add(core, constrained(f"c{place}", prompt, Rule(rule), 300)) for place, prompt in enumerate(prompts)]
+    sinks = [add(core, constrained(f"c{place}", prompt, rule_of(rule), 300)) for place, prompt in enumerate(prompts)]
     while core.has_work:
         core.step()
         check_pages(core)
@@ -245,7 +203,7 @@ def test_completions_of_one_prompt_have_a_matcher_each_and_may_be_aborted() -> N
     executor = FakeExecutor()
     core = make_core(executor, num_pages=40, max_num_seqs=2)
     prompt = prompt_of(150)
-    sink = add(core, constrained("several", prompt, Rule(), n=4))
+    sink = add(core, constrained("several", prompt, rule_of(), n=4))
     for _ in range(4):
         core.step()
     core.abort("several", 0)
@@ -261,7 +219,7 @@ def test_min_tokens_keeps_the_end_away_as_long_as_there_is_a_choice() -> None:
         return {END, 1, 2} if len(output) < 9 else {END}
 
     core = make_core(FakeExecutor())
-    sinks = [add(core, constrained(f"m{least}", prompt_of(9), Rule(rule), min_tokens=least)) for least in (4, 30)]
+    sinks = [add(core, constrained(f"m{least}", prompt_of(9), rule_of(rule), min_tokens=least)) for least in (4, 30)]
     run(core)
     assert END not in sinks[0].ids()[:4]
     assert len(sinks[1].ids()) == 10, "it may only end, so it does"
@@ -275,7 +233,7 @@ def test_a_request_whose_form_was_not_made_a_constraint_is_refused() -> None:
 
 
 def test_a_constraint_follows_an_output_that_goes_back() -> None:
-    state = SequenceConstraint(Rule(begins_after=7))
+    state = SequenceConstraint(rule_of(begins_after=7))
     state.follow([1, 2])
     assert not state.is_active
     state.follow([1, 2, 7, 3])
@@ -286,4 +244,4 @@ def test_a_constraint_follows_an_output_that_goes_back() -> None:
     state.follow([1, 2, 7, 6, 7])
     mask = np.zeros((2,), np.int32)
     state.fill(mask)
-    assert mask.tolist() == mask_of(digit_rule([6, 7])).tolist()
+    assert mask.tolist() == mask_of(digit_rule([6, 7]), VOCAB_SIZE).tolist()

@@ -1,4 +1,5 @@
 # make demo      ask the shipped model about its pictures (needs only Python >= 3.11 and a package index)
+# make serve     OpenAI's API and a chat page on http://127.0.0.1:8000 (SERVE_ARGS="--port 9000 MODEL" and the like)
 # make test      fast tests          make test-all   all of them
 # make kernels   every kernel in every case, and compiled for an H100 (needs Python 3.12, and ptxas for the second)
 # make check     format, lint, types
@@ -17,6 +18,7 @@ PYTEST_ARGS ?=
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 KERNELS_VENV ?= .venv-kernels
 BENCH_ARGS ?=
+SERVE_ARGS ?=
 
 BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt
@@ -24,13 +26,16 @@ PINS := pyproject.toml constraints.txt
 PIP_INSTALL = env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX $(BIN)/python -m pip install --quiet \
 	--disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-all kernels kernels-here check bench clean
+.PHONY: help demo serve test test-all kernels kernels-here check bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 9
 
 demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py
+
+serve: $(VENV)/.installed-serve
+	@exec $(BIN)/step3 serve $(SERVE_ARGS)
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not kernels" $(PYTEST_ARGS)
@@ -65,10 +70,15 @@ $(VENV)/.installed: $(PINS) | $(VENV)/.python
 	@$(PIP_INSTALL) --editable .
 	@touch $@
 
+$(VENV)/.installed-serve: $(PINS) | $(VENV)/.python
+	@echo "Installing step3-jax and what its service needs into $(VENV) (the first time takes a minute or two) ..."
+	@$(PIP_INSTALL) --editable '.[server,grammar]'
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-dev: $(PINS) | $(VENV)/.python
 	@echo "Installing step3-jax and the tools of its developers into $(VENV) ..."
 	@$(PIP_INSTALL) --editable '.[dev]'
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-serve
 
 $(VENV)/.installed-aot: $(VENV)/.installed-dev
 	@$(PIP_INSTALL) --editable '.[aot]'

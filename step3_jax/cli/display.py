@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from step3_jax.cli.progress import show_progress
-from step3_jax.engine.request import StreamPiece
 from step3_jax.text.output_parser import OutputDelta, OutputParser, join_deltas
 from step3_jax.text.tool_call import Tool, ToolCall
 
 ANSWERING = "reading the prompt (the first of its size compiles programs)"
+
+_T = TypeVar("_T")
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -45,11 +47,11 @@ class Display:
 
     def push(self, text: str) -> None:
         """Shows a piece of the output."""
-        self._show(self._parser.push(text))
+        self.show(self._parser.push(text))
 
     def finish(self) -> None:
         """Shows what was held back and the tool calls, and ends the line."""
-        self._show(self._parser.finish())
+        self.show(self._parser.finish())
         self._end_reasoning()
         calls = [f"{call.name}({call.arguments})" for call in self.tool_calls]
         self._print("\n".join(calls) if calls and not self._has_answer else "".join(f"\n{call}" for call in calls))
@@ -59,7 +61,8 @@ class Display:
         if is_first_process():
             print(text, end=end, flush=True)
 
-    def _show(self, deltas: Sequence[OutputDelta]) -> None:
+    def show(self, deltas: Sequence[OutputDelta]) -> None:
+        """Shows what is told apart already, as services do it."""
         for delta in deltas:
             self._deltas.append(delta)
             if delta.reasoning and self._show_reasoning:
@@ -76,7 +79,7 @@ class Display:
             _write_dim("\n")
 
 
-def show_until_first(pieces: Iterator[StreamPiece]) -> Iterator[StreamPiece]:
+def show_until_first(pieces: Iterator[_T]) -> Iterator[_T]:
     """The same pieces; a terminal is told what is waited for until the first one comes."""
     with show_progress(ANSWERING):
         first = next(pieces, None)
@@ -93,6 +96,12 @@ def default_show_reasoning() -> bool:
 def write_note(text: str) -> None:
     """Writes a line about the output, dimmed on a terminal."""
     _write_dim(text + "\n")
+
+
+def write_cut(display: Display, limit: str) -> None:
+    """Says that an output was cut off, and by what."""
+    place = "" if display.answer or display.tool_calls else " inside the reasoning"
+    write_note(f"(cut off{place} by {limit})")
 
 
 def is_first_process() -> bool:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from step3_jax.cli.afd_option import AfdChoice, load_afd_executor, read_afd_choice
 from step3_jax.deployment import Deployment, load_deployment, parse_deployment
 from step3_jax.engine.config import EngineConfig, format_config, read_config_file
-from step3_jax.engine.llm import LLM, read_parallel
+from step3_jax.engine.llm import LLM
+from step3_jax.engine.loading import read_parallel
 from step3_jax.mesh import find_devices, force_cpu_devices
 from step3_jax.sharding import Parallel
 

@@ -19,6 +19,7 @@ from step3_jax.cli.display import (
     default_show_reasoning,
     is_first_process,
     show_until_first,
+    write_cut,
     write_note,
 )
 from step3_jax.cli.engine import load_llm, print_config, read_engine
@@ -157,8 +158,7 @@ def _check_together(arguments: argparse.Namespace) -> None:
 
 def _write_length_note(finish_reason: str | None, display: Display) -> None:
     if finish_reason == "length":
-        place = "" if display.answer or display.tool_calls else " inside the reasoning"
-        write_note(f"(cut off{place} by --max-tokens)")
+        write_cut(display, "--max-tokens")
 
 
 def _timing_line(num_tokens: int, tokens_per_s: float, first_s: float, load_s: float) -> str:

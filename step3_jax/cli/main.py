@@ -36,12 +36,14 @@ from step3_jax.gpu import claim_memory
 COMMANDS = {
     "generate": "answer one prompt, with or without pictures",
     "chat": "talk with the model in the terminal",
+    "run-batch": "answer a file of requests, in OpenAI's batch format",
     "inspect": "show what a checkpoint holds, and whether it is complete",
     "convert": "convert a checkpoint: released layout, Orbax, BF16, block-FP8",
+    "serve": "answer requests over HTTP, as OpenAI's API does",
     "launch": "start a command as many processes: here, over ssh, under Slurm, Open MPI, Kubernetes",
     "afd": "look into attention and FFN on devices of their own: trace a run, draw it",
     "plan": "whether a deployment of a large model fits, without its weights",
-    "bench": "measure the speed of this machine",
+    "bench": "measure the speed of this machine, or of a service",
     "env": "show versions, devices and folders",
 }
 
@@ -84,7 +86,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         _add_debug(sub)
         if name == command:
-            importlib.import_module(f"step3_jax.cli.arguments.{name}").add_arguments(sub)
+            importlib.import_module(f"step3_jax.cli.arguments.{_module_name(name)}").add_arguments(sub)
     return parser
 
 
@@ -148,6 +150,10 @@ def _run(argv: list[str]) -> int:
         arguments = build_parser(command).parse_args(argv)
     except SystemExit as leave:  # --help and --version have printed what was asked.
         return leave.code if isinstance(leave.code, int) else 0
+    # Where the work is done by a service elsewhere, nothing here is to load a model or touch a device.
+    remote = getattr(arguments, "remote_module", None)
+    if remote is not None:
+        return int(importlib.import_module(f"step3_jax.cli.{remote}").run(arguments))
     # Both before the first use of a device.
     if hasattr(arguments, "setting_names"):
         config = importlib.import_module("step3_jax.cli.engine").read_config(arguments)
@@ -156,7 +162,7 @@ def _run(argv: list[str]) -> int:
         claim_memory()
     if is_rank:
         importlib.import_module("step3_jax.mesh").initialise_distributed()
-    return int(importlib.import_module(f"step3_jax.cli.{arguments.command}").run(arguments))
+    return int(importlib.import_module(f"step3_jax.cli.{_module_name(arguments.command)}").run(arguments))
 
 
 def _show_log() -> None:
@@ -173,6 +179,10 @@ def _show_log() -> None:
 def _find_command(argv: Sequence[str]) -> str | None:
     """The sub-command: no option before it takes a value, so it is the first other word."""
     return next((word for word in argv if not word.startswith("-")), None)
+
+
+def _module_name(command: str) -> str:
+    return command.replace("-", "_")
 
 
 def _describe_left_over(words: Sequence[str], prog: str, help_text: str) -> str:

@@ -108,7 +108,7 @@ class EngineCore:
             has_prefix_cache=config.enable_prefix_caching,
         )
         self._packer = Packer(self.buckets, self._vocab_size)
-        self._features = FeatureCache(executor, self.buckets.images)
+        self._features = FeatureCache(executor, self.buckets.images, self.stats)
         self._constrainer = Constrainer()
         self._cache: Cache | None = None
         self._flight: Flight | None = None
@@ -137,7 +137,7 @@ class EngineCore:
         return self.scheduler.num_waiting
 
     def check(self, request: Request) -> None:
-        """Raises ValueError if a request cannot be served; the message says what would be."""
+        """Raises ValueError (ContextLengthError) if a request cannot be served; the message says what would be."""
         check_request(request, max_model_len=self.max_model_len, vocab_size=self._vocab_size)
         check_token_ids(self._sampling_row(request, 0), self._vocab_size)
 
@@ -330,7 +330,9 @@ class EngineCore:
         num_steps, stuck = scheduler.make_room(self._choose_steps())
         for sequence in stuck:
             self._finish(sequence, "length")
+        begin = time.perf_counter()
         masks, failed = self._constrainer.fill_masks(scheduler, self._vocab_size)
+        self.stats.mask_s += time.perf_counter() - begin
         for sequence, error in failed:
             self._fail(sequence.group, error)
         slots = [one if one is not None and one.is_ready else None for one in scheduler.slots]
@@ -379,6 +381,7 @@ class EngineCore:
                 elapsed = min(elapsed, self._step_s * taken)
             self._step_s = elapsed / taken
             stats.decode_s += elapsed
+            stats.num_decode_calls, stats.num_decode_steps = stats.num_decode_calls + 1, stats.num_decode_steps + taken
             stats.num_generated_tokens += int(report.num_new.sum())
             for slot, sequence in enumerate(flight.slots):
                 if sequence is not None and not sequence.is_finished:
@@ -449,6 +452,7 @@ class EngineCore:
             group.num_cached_tokens or 0,
             self._now() - group.start_s,
             self._executor.compile_s - group.compile_start_s,
+            group.admitted_s,
         )
         sequence.num_sent += len(new)
         self._outbox.append((self._sinks[group.request.request_id], output))

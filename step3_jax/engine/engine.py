@@ -82,17 +82,23 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises ValueError if a request cannot be served; the message says what would be."""
-        OutputProcessor(self._tokenizer, self._eos_ids).check(request)
+        self.new_processor().check(request)
         self.core.check(request)
 
-    def new_request(self, prompt: Prompt, params: SamplingParams, seed: int, steps_per_call: int) -> Request:
+    def new_processor(self) -> OutputProcessor:
+        """What makes text of the core's outputs, for one thread."""
+        return OutputProcessor(self._tokenizer, self._eos_ids)
+
+    def new_request(
+        self, prompt: Prompt, params: SamplingParams, seed: int, steps_per_call: int, *, must_fit: bool = False
+    ) -> Request:
         """A request with an id of its own.
 
         Raises:
           ValueError: If its output's form cannot be enforced. Compiling that may take seconds.
         """
         constraint = self._constraints.make(prompt, params)
-        return Request(str(next(self._numbers)), prompt, params, seed, steps_per_call, constraint=constraint)
+        return Request(str(next(self._numbers)), prompt, params, seed, steps_per_call, must_fit, constraint)
 
     def run(self, requests: Iterable[Request | Refused]) -> Iterator[Event]:
         """Runs requests; leaving the iterator early ends those under way.
@@ -103,7 +109,7 @@ class Engine:
         Yields:
           Events of all requests, as they come. A request that cannot be served has one output, with its error.
         """
-        processor = OutputProcessor(self._tokenizer, self._eos_ids)
+        processor = self.new_processor()
         outputs: queue.SimpleQueue[SequenceOutput] = queue.SimpleQueue()
         source = enumerate(requests)
         # Enough for all slots, and for those that follow while the next are made.

@@ -27,6 +27,8 @@ from step3_jax.engine.core import EngineCore
 from step3_jax.engine.engine import Engine, Refused
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.grammar import ConstraintMaker
+from step3_jax.engine.loading import choose_length, end_tokens, load_sharded, read_parallel
+from step3_jax.engine.output import OutputProcessor
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
 from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
@@ -34,10 +36,10 @@ from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.stats import EngineStats
 from step3_jax.engine.warm_up import Progress
 from step3_jax.gpu import claim_memory
-from step3_jax.mesh import find_devices, make_layout
+from step3_jax.mesh import find_devices
 from step3_jax.model.step3 import Step3
-from step3_jax.sampling.params import SamplingParams
-from step3_jax.sharding import Parallel, fit_parallel
+from step3_jax.sampling.params import SamplingParams, pick_defaults
+from step3_jax.sharding import Parallel
 from step3_jax.stored_file import read_json_object, require_folder
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_input import ImageSource
@@ -59,8 +61,10 @@ class LLM:
       engine_config: The engine's settings.
       tokenizer: None if its folder has none.
       max_model_len: Most tokens of prompt and output together.
+      eos_ids: The tokens that end an output.
       default_sampling_params: What is used where none are given: vLLM's defaults, with those of the model's
         `generation_config.json` instead where it has them.
+      sampling_defaults: What that file says, by the names of `SamplingParams`.
       prompts: Makes prompts for this model.
       stats: Counts and times so far.
     """
@@ -98,7 +102,7 @@ class LLM:
         enable_compile_cache()
         folder = require_folder(resources.find_folder(model))
         # What is small is read first, so that a mistake is told before the weights are loaded.
-        _choose_length(own, ModelConfig.load(folder) if executor is None else executor.config, str(model))
+        choose_length(own, ModelConfig.load(folder) if executor is None else executor.config, str(model))
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
         image_settings, generation = ImageSettings.load(folder), read_json_object(folder / "generation_config.json")
         if executor is None:
@@ -106,7 +110,7 @@ class LLM:
             if wanted is None and jax.default_backend() == "cpu":
                 wanted = jnp.dtype("float32")
             executor = (
-                Runner(load_model(folder, wanted)) if parallel is None else _load_sharded(folder, wanted, parallel)
+                Runner(load_model(folder, wanted)) if parallel is None else load_sharded(folder, wanted, parallel)
             )
         self._set_up(
             executor,
@@ -170,12 +174,13 @@ class LLM:
         self.config = executor.config
         self.engine_config = config
         self.tokenizer = tokenizer
-        self.max_model_len = _choose_length(config, self.config, source)
+        self.max_model_len = choose_length(config, self.config, source)
         self.default_sampling_params = SamplingParams.from_generation_config(generation_config)
+        self.sampling_defaults = pick_defaults(generation_config)
         self.prompts = PromptBuilder(self.config, tokenizer, template=template, settings=settings, source=source)
         self._random = np.random.default_rng(config.seed)
         self._random_lock = threading.Lock()
-        eos_ids = _end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer)
+        self.eos_ids = eos_ids = end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer)
         core = EngineCore(
             executor,
             config,
@@ -219,6 +224,34 @@ class LLM:
           progress: Called with the number of programs that are ready and of all, before the first and after each.
         """
         self._engine.warm_up(progress)
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine core. `generate` and `chat` step it too, so what steps it by itself must be its only user."""
+        return self._engine.core
+
+    def new_processor(self) -> OutputProcessor:
+        """What makes text of the core's outputs, for one thread."""
+        return self._engine.new_processor()
+
+    def new_request(
+        self, prompt: Prompt, params: SamplingParams, *, steps_per_call: int = STEPS_PER_CALL, must_fit: bool = False
+    ) -> Request:
+        """A request for the core, checked. From any thread; compiling the form of its output may take seconds.
+
+        Args:
+          prompt: What is continued.
+          params: How it is sampled; without a seed the next of this model's is drawn.
+          steps_per_call: Most decode steps between two of its outputs.
+          must_fit: See `Request`.
+
+        Raises:
+          ValueError: If it cannot be served; the message says what would be.
+        """
+        seed = self._draw_seed(params)
+        request = self._engine.new_request(prompt, params, seed, steps_per_call, must_fit=must_fit)
+        self._engine.check(request)
+        return request
 
     @overload
     def generate(
@@ -364,7 +397,7 @@ class LLM:
     ) -> Iterator[Request | Refused]:
         """Requests one by one, so that their prompts (and images) need not be in memory all at once."""
         for make, own in zip(build, params, strict=True):
-            seed = self._seed(own)
+            seed = self._draw_seed(own)
             prompt = None
             try:
                 prompt = make()
@@ -425,22 +458,11 @@ class LLM:
             raise ValueError(f"{len(params)} sampling_params are given for {num_prompts} prompt(s); one for each")
         return params
 
-    def _seed(self, params: SamplingParams) -> int:
+    def _draw_seed(self, params: SamplingParams) -> int:
         if params.seed is not None:
             return params.seed
         with self._random_lock:
             return int(self._random.integers(2**63))
-
-
-def read_parallel(config: EngineConfig) -> Parallel | None:
-    """How the settings spread a model over devices; None for one device."""
-    if not config.is_parallel:
-        return None
-    dp, tp, ep = config.data_parallel_size, config.tensor_parallel_size, config.expert_parallel_size
-    if ep is not None and dp * tp == 1:
-        # As in vLLM: experts are spread over the devices there are, and nothing else is said of them.
-        dp = ep
-    return Parallel(dp, tp, ep, config.attention_parallelism, config.expert_exchange)  # type: ignore[arg-type]
 
 
 def _configure(config: EngineConfig | None, settings: Mapping[str, object]) -> EngineConfig:
@@ -448,38 +470,6 @@ def _configure(config: EngineConfig | None, settings: Mapping[str, object]) -> E
     return EngineConfig.of(base | dict(settings))
 
 
-def _choose_length(config: EngineConfig, sizes: ModelConfig, source: str) -> int:
-    """Most tokens of prompt and output together.
-
-    Raises:
-      ValueError: If more are asked for than the model has positions for.
-    """
-    limit = sizes.text.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise ValueError(f"max_model_len is {config.max_model_len}; {source} has positions for at most {limit} tokens")
-    return config.max_model_len or limit
-
-
 def _named(place: int, count: int, error: str) -> str:
     """An error of one prompt, which it names where there are several."""
     return error if count == 1 else f"prompt {place} of {count}: {error}"
-
-
-def _load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Parallel) -> ShardedRunner:
-    """A model's folder, each part read to its device."""
-    config = ModelConfig.load(folder)
-    # As `load_model` decides it: on a CPU FP8 weights are dequantised.
-    stays_fp8 = config.quantization is not None and jax.default_backend() != "cpu"
-    block = config.quantization.weight_block_size if stays_fp8 and config.quantization is not None else None
-    layout = make_layout(fit_parallel(parallel, config.text, fp8_block=block))
-    return ShardedRunner(load_model(folder, dtype, layout=layout), layout)
-
-
-def _end_tokens(stored: object, configured: tuple[int, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json, a number or a list; else the configuration's, else the tokenizer's."""
-    if stored is None:
-        return configured or (tokenizer.eos_ids if tokenizer is not None else ())
-    ids = stored if isinstance(stored, list | tuple) else [stored]
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise ValueError(f"generation_config.json: eos_token_id is {stored!r}; token ids are needed")
-    return tuple(ids)

@@ -59,8 +59,12 @@ class Request:
         return -1 if mark is None else mark
 
 
+class ContextLengthError(ValueError):
+    """The prompt and the output asked for are longer than the context."""
+
+
 def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> None:
-    """Raises ValueError if a request cannot be served; the message says what would be.
+    """Raises ValueError (ContextLengthError) if a request cannot be served; the message says what would be.
 
     Args:
       request: The request.
@@ -80,7 +84,7 @@ def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> N
     if request.must_fit:
         num_output = params.max_tokens or num_output
     if num_tokens + num_output > limit:
-        raise ValueError(
+        raise ContextLengthError(
             f"the prompt has {num_tokens} tokens and {num_output} more are asked for, together "
             f"{num_tokens + num_output}; at most max_model_len = {limit} are allowed: shorten the prompt, lower "
             f"{'max_tokens' if request.must_fit else 'min_tokens'}, or load with a larger max_model_len"
@@ -109,6 +113,7 @@ class SequenceOutput:
       num_cached_tokens: Prompt tokens that came from the prefix cache.
       time_s: When the tokens were there: seconds since the request arrived, without compiling.
       compile_s: Seconds of compiling since then.
+      admitted_s: When its request first got a slot, on `time.monotonic`; None if it never did.
     """
 
     request_id: str
@@ -120,6 +125,7 @@ class SequenceOutput:
     num_cached_tokens: int = 0
     time_s: float = 0.0
     compile_s: float = 0.0
+    admitted_s: float | None = None
 
 
 class OutputSink(Protocol):

@@ -17,8 +17,14 @@ class EngineStats:
       num_preemptions: Sequences that lost their pages to others and were computed again.
       prefix_cache_queries: Prompt tokens looked for in the prefix cache.
       prefix_cache_hits: Those that were there.
+      num_images: Images of prompts.
+      num_known_images: Those whose features were kept from before.
+      image_encode_s: Time of the vision tower.
       prefill_s: Time of prefill, images included.
       decode_s: Time of the decode loop.
+      num_decode_calls: Decode calls.
+      num_decode_steps: Their steps.
+      mask_s: Time of finding which tokens constrained sequences may get.
       compile_s: Time of tracing and compiling.
       num_compilations: Programs traced; each is then compiled, or found in the compile cache.
     """
@@ -29,8 +35,14 @@ class EngineStats:
     num_preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    num_images: int = 0
+    num_known_images: int = 0
+    image_encode_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    num_decode_calls: int = 0
+    num_decode_steps: int = 0
+    mask_s: float = 0.0
     compile_s: float = 0.0
     num_compilations: int = 0
 

@@ -6,6 +6,7 @@ import argparse
 
 from step3_jax.cli.arguments.engine import add_engine
 from step3_jax.cli.option import add_model, add_sampling, add_tools
+from step3_jax.cli.remote_option import add_service
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message at the start")
     add_tools(parser)
     add_sampling(parser)
+    add_service(parser, module="chat_remote")
     add_engine(parser, without=["seed"])
     parser.add_argument(
         "--reasoning",

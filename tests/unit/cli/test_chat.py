@@ -8,8 +8,9 @@ import pathlib
 
 import pytest
 
-from step3_jax.cli.chat import Conversation, find_pasted_path
+from step3_jax.cli.chat import Conversation
 from step3_jax.cli.main import main
+from step3_jax.cli.talk import find_pasted_path
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from step3_jax.checkpoint.save import save_model
-from step3_jax.engine.llm import LLM, _end_tokens
+from step3_jax.engine.llm import LLM
+from step3_jax.engine.loading import end_tokens
 from step3_jax.engine.request import CompletionOutput, Logprob, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import PrefillBatch
@@ -96,7 +97,7 @@ def test_n_completions_differ_and_the_first_is_that_of_n_1(llm: LLM) -> None:
     assert output.metrics.num_generated_tokens == 36
 
 
-def test_end_tokens_end_and_are_left_out(llm: LLM) -> None:
+def testend_tokens_end_and_are_left_out(llm: LLM) -> None:
     def forced(token: int, **values: object) -> SamplingParams:
         return SamplingParams(temperature=0, logit_bias={token: 100}, max_tokens=5, **values)
 
@@ -211,10 +212,10 @@ def test_defaults_come_from_the_generation_config(runner: Runner) -> None:
 
 def test_the_tokenizer_names_the_end_token_where_no_other_file_does() -> None:
     tokenizer = types.SimpleNamespace(eos_ids=(7,))
-    assert _end_tokens(None, (), tokenizer) == (7,)
-    assert _end_tokens(None, (), None) == ()
-    assert _end_tokens(None, (5,), tokenizer) == (5,)
-    assert _end_tokens([3, 4], (5,), tokenizer) == (3, 4)
+    assert end_tokens(None, (), tokenizer) == (7,)
+    assert end_tokens(None, (), None) == ()
+    assert end_tokens(None, (5,), tokenizer) == (5,)
+    assert end_tokens([3, 4], (5,), tokenizer) == (3, 4)
 
 
 def test_without_a_tokenizer_ids_work_and_text_is_refused(runner: Runner, llm: LLM) -> None:

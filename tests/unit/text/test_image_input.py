@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin, features
 
-from step3_jax.text.image_input import open_image
+from step3_jax.text.image_input import open_image, read_image
 
 
 def _encode(picture, kind="PNG", **options) -> bytes:
@@ -212,6 +214,37 @@ def test_base64_is_read_as_browsers_do(picture):
     for payload in (letters.rstrip("="), url_letters, url_letters.rstrip("="), lines, escaped, f" {letters} \n"):
         opened = open_image(f"  data:image/png;base64,{payload}")
         np.testing.assert_array_equal(np.asarray(opened), np.asarray(picture))
+
+
+def _with_chunks(data: bytes, kind: bytes, count: int, body: bytes = b"") -> bytes:
+    """A PNG file with further chunks behind its header."""
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return data[:33] + chunk * count + data[33:]
+
+
+@pytest.mark.parametrize("kind", [b"abCd", b"tEXt", b"IDAT"])
+def test_a_png_of_countless_chunks_is_refused_before_anything_is_done_with_them(picture, kind):
+    with pytest.raises(ValueError, match=r"more than 65,536 PNG chunks"):
+        open_image(_with_chunks(_encode(picture), kind, 100_000))
+
+
+def test_chunks_that_say_nothing_about_pixels_change_none(picture):
+    data = _with_chunks(_encode(picture), b"gAMA", 1, struct.pack(">I", 22_000))
+    data = _with_chunks(data, b"abCd", 20_000)
+    np.testing.assert_array_equal(np.asarray(open_image(data)), np.asarray(picture))
+
+
+def test_a_header_is_checked_without_decoding(picture, tmp_path):
+    data = _encode(picture)
+    assert read_image(data) == data
+    assert read_image("data:;base64," + base64.b64encode(data).decode()) == data
+    with pytest.raises(ValueError, match="use one of JPEG"):
+        read_image(data, formats=("JPEG",))
+    with pytest.raises(ValueError, match="54 pixels; at most 53"):
+        read_image(data, max_pixels=53)
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ValueError, match="not accepted here"):
+        read_image(str(tmp_path / "a.png"))
 
 
 @pytest.mark.skipif("avif" not in features.get_supported(), reason="this Pillow has no AVIF decoder")

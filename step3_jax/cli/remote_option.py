@@ -1,0 +1,57 @@
+"""Options of commands that talk to a service."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+
+KEY_VARIABLE = "STEP3_API_KEY"
+
+
+class _NameService(argparse.Action):
+    """Stores the address, and which module does the work instead of the command's own."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.remote_module = self.const
+
+
+def add_service(parser: argparse.ArgumentParser, *, module: str) -> None:
+    """Adds --url and what goes with it.
+
+    Args:
+      parser: Gets the options.
+      module: Of `step3_jax.cli`; it does the work where there is an address.
+    """
+    group = parser.add_argument_group("a service in place of a model here")
+    group.add_argument(
+        "--url",
+        action=_NameService,
+        const=module,
+        metavar="URL",
+        help="of an OpenAI-compatible service, http://host:port",
+    )
+    add_key(group)
+    add_served_model(group)
+
+
+def add_served_model(parser: argparse._ActionsContainer) -> None:
+    """Adds --served-model."""
+    parser.add_argument("--served-model", metavar="NAME", help="name of a model of the service (default: its first)")
+
+
+def add_key(parser: argparse._ActionsContainer) -> None:
+    """Adds --api-key."""
+    parser.add_argument("--api-key", metavar="KEY", help=f"of the service (default: ${KEY_VARIABLE})")
+
+
+def read_key(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The key of the command line, or else of the environment. A key that is meant for others is never sent."""
+    return arguments.api_key or environment.get(KEY_VARIABLE) or None

@@ -1,0 +1,121 @@
+"""`step3 serve`: OpenAI's API over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+
+import jax
+
+from step3_jax.cli.choice import find_model
+from step3_jax.cli.engine import load_llm, print_config, read_engine
+from step3_jax.cli.precheck import check_before_loading
+from step3_jax.cli.process import ERASE, leave_at_once, say
+from step3_jax.cli.remote_option import KEY_VARIABLE
+from step3_jax.engine.llm import LLM
+from step3_jax.engine.setting import settings_of
+from step3_jax.server.config import ServerConfig
+
+_LIBRARIES = ("fastapi", "httpcore2", "prometheus_client", "pydantic", "uvicorn")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until a signal.
+
+    Returns:
+      0 after a signal; 70 if the engine stopped.
+
+    Raises:
+      ValueError: For settings that are not allowed, an address that cannot be had, a library that is missing, and
+        everything that the checkpoint or the engine refuses.
+    """
+    if print_config(arguments):
+        return 0
+    config = read_server_config(arguments)
+    require_libraries("serve")
+    # Modules of the service need these libraries.
+    from step3_jax.server import log, process  # noqa: PLC0415
+
+    choice = read_engine(arguments)
+    require_one_process("serve")
+    folder = find_model(arguments)
+    check_before_loading(folder, max_model_len=choice.config.max_model_len, needs_template=False)
+    if not config.served_model_name:
+        config = dataclasses.replace(config, served_model_name=(folder.resolve().name,))
+    opened = process.open_socket(config)
+
+    def load() -> LLM:
+        llm = load_llm(choice, folder)
+        if config.warm_up:
+            llm.warm_up(_tell_progress)
+        return llm
+
+    # What cannot be written, as on a full disk, keeps nobody from an answer.
+    with contextlib.suppress(OSError):
+        say(f"loading {folder}; listening on {process.describe_address(opened, config)}")
+    listener = log.start_log()
+    ending = process.serve(load, config, opened, say)
+    with contextlib.suppress(Exception):
+        listener.stop()
+    if ending.error is not None:
+        raise ending.error
+    if ending.has_threads:
+        # They are inside of a compiler or a device.
+        leave_at_once(ending.code)
+    return ending.code
+
+
+def _tell_progress(num_ready: int, num_all: int) -> None:
+    """Shows how many programs are ready: on a terminal each time, elsewhere at the start alone."""
+    text = f"compiling programs: {num_ready} of {num_all}"
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"{ERASE}step3: {text}" if num_ready < num_all else ERASE)
+            sys.stderr.flush()
+        elif not num_ready:
+            say(text)
+
+
+def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | None = None) -> ServerConfig:
+    """The settings of the service that were given; a key may be in the environment instead.
+
+    Args:
+      arguments: With their options.
+      names: Of the settings that have options; all if absent.
+
+    Raises:
+      ValueError: For values that are not allowed.
+    """
+    given = {name: getattr(arguments, name) for name in (settings_of(ServerConfig) if names is None else names)}
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
+    }
+    key = os.environ.get(KEY_VARIABLE)
+    if key and "api_key" in given:
+        # A command line can be read by every user of the machine.
+        values.setdefault("api_key", (key,))
+    return ServerConfig.of(values)
+
+
+def require_one_process(command: str) -> None:
+    """Raises ValueError in one of several processes: each would answer for itself."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"step3 {command} runs in one process, and this one is of several: start it without step3 launch"
+        )
+
+
+def require_libraries(command: str) -> None:
+    """Raises ValueError if a library of the service is missing, and says how to install it."""
+    for name in _LIBRARIES:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            raise ValueError(
+                f"step3 {command} needs {name}, which is not installed: pip install 'step3-jax[server]'"
+            ) from None

@@ -1,0 +1,59 @@
+"""What `LLM` reads before it has an engine: how a model is spread, how long it may go on, what ends it."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from step3_jax.checkpoint.load import load_model
+from step3_jax.config import ModelConfig
+from step3_jax.engine.config import EngineConfig
+from step3_jax.engine.sharded import ShardedRunner
+from step3_jax.mesh import make_layout
+from step3_jax.sharding import Parallel, fit_parallel
+from step3_jax.text.tokenizer import Tokenizer
+
+
+def read_parallel(config: EngineConfig) -> Parallel | None:
+    """How the settings spread a model over devices; None for one device."""
+    if not config.is_parallel:
+        return None
+    dp, tp, ep = config.data_parallel_size, config.tensor_parallel_size, config.expert_parallel_size
+    if ep is not None and dp * tp == 1:
+        # As in vLLM: experts are spread over the devices there are, and nothing else is said of them.
+        dp = ep
+    return Parallel(dp, tp, ep, config.attention_parallelism, config.expert_exchange)  # type: ignore[arg-type]
+
+
+def choose_length(config: EngineConfig, sizes: ModelConfig, source: str) -> int:
+    """Most tokens of prompt and output together.
+
+    Raises:
+      ValueError: If more are asked for than the model has positions for.
+    """
+    limit = sizes.text.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ValueError(f"max_model_len is {config.max_model_len}; {source} has positions for at most {limit} tokens")
+    return config.max_model_len or limit
+
+
+def load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Parallel) -> ShardedRunner:
+    """A model's folder, each part read to its device."""
+    config = ModelConfig.load(folder)
+    # As `load_model` decides it: on a CPU FP8 weights are dequantised.
+    stays_fp8 = config.quantization is not None and jax.default_backend() != "cpu"
+    block = config.quantization.weight_block_size if stays_fp8 and config.quantization is not None else None
+    layout = make_layout(fit_parallel(parallel, config.text, fp8_block=block))
+    return ShardedRunner(load_model(folder, dtype, layout=layout), layout)
+
+
+def end_tokens(stored: object, configured: tuple[int, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, a number or a list; else the configuration's, else the tokenizer's."""
+    if stored is None:
+        return configured or (tokenizer.eos_ids if tokenizer is not None else ())
+    ids = stored if isinstance(stored, list | tuple) else [stored]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise ValueError(f"generation_config.json: eos_token_id is {stored!r}; token ids are needed")
+    return tuple(ids)

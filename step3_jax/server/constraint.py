@@ -1,0 +1,110 @@
+"""What the answer must match: from a request's fields to the engine's structured outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from step3_jax.sampling.structured import StructuredOutputsParams
+from step3_jax.server.error import ApiError, bad_request
+from step3_jax.server.message import read_tools
+from step3_jax.server.protocol.chat import ChatCompletionRequest, NamedToolChoice
+from step3_jax.server.protocol.common import ResponseFormat, SamplingFields
+from step3_jax.text.tool_grammar import tool_grammar
+
+_FORMER = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_OWN_NAME = "structured_outputs"
+
+
+def refuse_former_names(body: Mapping[str, object]) -> None:
+    """Raises ApiError 400 for names that would be ignored, so that an answer would match nothing without a word."""
+    for name in _FORMER:
+        if body.get(name) is not None:
+            new = name.removeprefix("guided_")
+            raise bad_request(f'{name} is not known; give structured_outputs: {{"{new}": ...}}', name)
+
+
+@dataclasses.dataclass(frozen=True)
+class WantedForm:
+    """What the answer, behind its reasoning, must match.
+
+    Attributes:
+      params: For the engine.
+      param: The request's field that says so.
+      source: How the client calls what `params` call `structured_outputs.json`; empty for the same.
+    """
+
+    params: StructuredOutputsParams
+    param: str
+    source: str = ""
+
+    def refuse(self, error: ValueError) -> ApiError | None:
+        """The answer to an error of the engine's about the form; None for another error."""
+        return _refuse(error, self.param, self.source) if str(error).startswith(_OWN_NAME) else None
+
+
+def read_form(request: SamplingFields) -> WantedForm | None:
+    """What the answer must match; None for anything.
+
+    Args:
+      request: Its `structured_outputs`, `response_format`, `tool_choice` and `parallel_tool_calls` say so.
+
+    Raises:
+      ApiError: 400, for what is not of its form, cannot be enforced, or does not go together.
+    """
+    found: list[WantedForm] = []
+    if request.structured_outputs is not None:
+        values = request.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+        found.append(_make(_OWN_NAME, lambda: StructuredOutputsParams(**values)))
+    if request.response_format is not None and request.response_format.type != "text":
+        found.append(_read_format(request.response_format))
+    if isinstance(request, ChatCompletionRequest):
+        calls = _read_calls(request, is_constrained=bool(found))
+        if calls is not None:
+            found.append(calls)
+    if len(found) > 1:
+        names = " and ".join(one.param for one in found)
+        raise bad_request(f"{names} both say what the answer must be; give one of them", found[0].param)
+    return found[0] if found else None
+
+
+def _read_format(form: ResponseFormat) -> WantedForm:
+    name, source = "response_format", "response_format.json_schema.schema"
+    if form.type == "json_object":
+        return WantedForm(StructuredOutputsParams(json_object=True), name)
+    schema = None if form.json_schema is None else form.json_schema.schema_
+    if schema is None:
+        raise bad_request(f"{source} is missing; it is required", name, "missing_required_parameter")
+    return _make(name, lambda: StructuredOutputsParams(json=schema), source)
+
+
+def _read_calls(request: ChatCompletionRequest, *, is_constrained: bool) -> WantedForm | None:
+    choice, tools = request.tool_choice, read_tools(request.tools) or []
+    if isinstance(choice, NamedToolChoice):
+        # The one that is named, once, unless more are asked for.
+        name, is_several = choice.function.name, request.parallel_tool_calls is True
+        return _make("tool_choice", lambda: _calls(tools, choice=name, is_parallel=is_several))
+    is_parallel = request.parallel_tool_calls is not False
+    if choice == "required":
+        return _make("tool_choice", lambda: _calls(tools, is_parallel=is_parallel))
+    if tools and choice != "none" and not is_parallel and not is_constrained:
+        return _make("parallel_tool_calls", lambda: _calls(tools, is_parallel=False, is_free=True))
+    return None
+
+
+def _calls(
+    tools: Sequence[Mapping[str, object]], *, choice: str | None = None, is_parallel: bool, is_free: bool = False
+) -> StructuredOutputsParams:
+    return StructuredOutputsParams(grammar=tool_grammar(tools, choice=choice, is_parallel=is_parallel, is_free=is_free))
+
+
+def _make(param: str, make: Callable[[], StructuredOutputsParams], source: str = "") -> WantedForm:
+    try:
+        return WantedForm(make(), param, source)
+    except ValueError as error:
+        raise _refuse(error, param, source) from None
+
+
+def _refuse(error: ValueError, param: str, source: str) -> ApiError:
+    text = " ".join(str(error).split())
+    return bad_request(text.replace(f"{_OWN_NAME}.json", source) if source else text, param, "invalid_schema")

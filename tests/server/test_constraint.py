@@ -1,0 +1,129 @@
+"""The form of answers: it is held to, and what cannot be held to is refused with its place."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.server.client import Client
+from tests.server.test_chat import TOOLS, join
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA, "strict": True}}
+ANSWER = '{"city":"Graz","days":3}'
+CALL = (
+    "<｜tool_calls_begin｜>\n<｜tool_call_begin｜>\nfunction<｜tool_sep｜>"
+    '<steptml:invoke name="weather"><steptml:parameter name="city">Graz</steptml:parameter>'
+    '<steptml:parameter name="days">3</steptml:parameter></steptml:invoke><｜tool_call_end｜>\n<｜tool_calls_end｜>'
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "answer"),
+    [
+        ({"response_format": FORMAT}, ANSWER),
+        ({"response_format": {"type": "json_object"}}, '{"a":[1]}'),
+        ({"response_format": {"type": "text"}}, "anything"),
+        ({"structured_outputs": {"json": SCHEMA}}, ANSWER),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, ANSWER),
+        ({"structured_outputs": {"regex": "[a-z]+[0-9]"}}, "abc7"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "no"),
+        ({"structured_outputs": {"grammar": 'start: "a" "b"+'}}, "abbb"),
+        ({"structured_outputs": {"json_object": True}}, "{}"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_matches_comes_whole_and_the_reasoning_is_free(
+    client: Client, values: dict[str, object], answer: str, stream: bool
+) -> None:
+    reply = client.chat(f"SAY Any thought, {{.</think>{answer}", stream=stream, **values)
+    assert reply.status == 200, reply.body
+    if stream:
+        found = join(reply)
+        assert (found["content"], found["reasoning"]) == (answer, "Any thought, {.")
+        return
+    choice = reply.json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (answer, "stop")
+    assert choice["message"]["reasoning"] == "Any thought, {."
+
+
+@pytest.mark.parametrize("values", [{"response_format": FORMAT}, {"structured_outputs": {"choice": ["yes", "no"]}}])
+def test_an_answer_that_does_not_match_is_never_given(client: Client, values: dict[str, object]) -> None:
+    # The model insists, so all that is left of the request is its error.
+    reply = client.chat("SAY fine.</think>Sure! Here", max_tokens=50, **values)
+    assert reply.status == 500
+
+
+def test_a_completion_is_held_to_its_form_from_the_start(client: Client) -> None:
+    body = {"prompt": "SAY maybe", "temperature": 0, "structured_outputs": {"choice": ["maybe", "never"]}}
+    assert client.call("/v1/completions", body).json()["choices"][0]["text"] == "maybe"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "weather"}}},
+        {"tool_choice": "required", "parallel_tool_calls": False},
+        {"parallel_tool_calls": False},
+    ],
+)
+def test_a_call_that_is_asked_for_is_made(client: Client, values: dict[str, object]) -> None:
+    choice = client.chat(f"SAY Let me see.</think>{CALL}", tools=TOOLS, **values).json()["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Graz", "days": 3}
+    assert choice["finish_reason"] == "tool_calls"
+    text = client.chat("SAY Let me see.</think>No call.", tools=TOOLS, **values)
+    assert text.status == (200 if "tool_choice" not in values else 500)
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "said"),
+    [
+        ({"structured_outputs": {}}, "structured_outputs", "exactly one of"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one of"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs", "none of them empty"),
+        ({"structured_outputs": {"grammar": "start: nowhere"}}, "structured_outputs", "structured_outputs.grammar"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs", "no valid JSON"),
+        ({"structured_outputs": {"json": {"type": "object", "not": {}}}}, "structured_outputs", "not"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}},
+            "response_format",
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "is missing"),
+        ({"response_format": FORMAT, "structured_outputs": {"regex": "a"}}, "structured_outputs", "give one of them"),
+        ({"tool_choice": "required", "tools": TOOLS, "response_format": FORMAT}, "response_format", "give one of them"),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "rain"}}, "tools": TOOLS},
+            "tool_choice",
+            "'rain'; the tools are weather",
+        ),
+        ({"response_format": FORMAT, "ignore_eos": True}, "ignore_eos", "does not go with"),
+    ],
+)
+def test_what_cannot_be_held_to_is_refused(client: Client, values: dict[str, object], param: str, said: str) -> None:
+    reply = client.chat(**values)
+    assert reply.status == 400, reply.body
+    assert reply.error["param"] == param, reply.error
+    assert said in reply.error["message"], reply.error
+
+
+def test_deep_and_large_schemas_are_refused(client: Client) -> None:
+    deep: dict[str, object] = {"type": "string"}
+    for _ in range(40):
+        deep = {"type": "array", "items": deep}
+    wide = {"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(2001)}}
+    for schema, said in ((deep, "nested deeper"), (wide, "2,000 properties")):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        reply = client.chat(response_format=form)
+        assert (reply.status, reply.error["param"]) == (400, "response_format")
+        assert said in reply.error["message"], reply.error

@@ -1,0 +1,90 @@
+"""`step3 serve`: its options, and what is told before anything is loaded."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import pytest
+
+from step3_jax.cli import main
+from step3_jax.cli.serve import read_server_config
+from step3_jax.engine.setting import format_table, settings_of
+from step3_jax.server.config import GROUPS, ServerConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+
+
+def read(*words: str) -> ServerConfig:
+    return read_server_config(main.build_parser("serve").parse_args(["serve", *words]))
+
+
+def test_every_setting_is_an_option() -> None:
+    assert read() == ServerConfig()
+    config = read(
+        *("--port", "9000", "--api-key", "a", "--api-key", "b", "--served-model-name", "x", "y", "--no-ui"),
+        *("--allowed-origins", "https://a.example", "--shutdown-timeout", "5", "--reasoning-parser", "none"),
+        *("--metrics-prefix", "vllm", "--max-num-queued-reqs", "7", "--max-num-seqs", "3"),
+    )
+    assert (config.port, config.api_key, config.served_model_name, config.ui) == (9000, ("a", "b"), ("x", "y"), False)
+    assert (config.shutdown_timeout, config.reasoning_parser, config.metrics_prefix) == (5.0, "none", "vllm")
+
+
+def test_a_key_may_be_in_the_environment_where_no_other_user_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEP3_API_KEY", "secret")
+    assert read().api_key == ("secret",)
+    assert read("--api-key", "other").api_key == ("other",)
+    monkeypatch.setenv("STEP3_API_KEY", "")
+    assert read().api_key == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--port", "70000"], "port is 70000; a whole number from 0 to 65535"),
+        (["--ssl-keyfile", "key.pem"], "give both or none"),
+        (["--max-n", "0"], "max_n is 0; a whole number of at least 1"),
+        (["--api-key", ""], "api_key is ('',)"),
+        (["--reasoning-parser", "deepseek"], "'step3', 'none'"),
+        (["--host", "nowhere.invalid"], "--host nowhere.invalid"),
+        (["no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_loaded(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["serve", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert said in printed.err
+
+
+def test_a_missing_library_is_told_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main.main(["serve"]) == 2
+    assert "pip install 'step3-jax[server]'" in capsys.readouterr().err
+
+
+def test_each_setting_has_a_meaning_and_a_group() -> None:
+    for name, (_, setting) in settings_of(ServerConfig).items():
+        assert setting.help, name
+        assert setting.group in GROUPS, name
+
+
+def test_the_docs_have_the_table() -> None:
+    page = ROOT / "docs" / "serving.md"
+    assert format_table(ServerConfig) in page.read_text(encoding="utf-8"), "run: python -m step3_jax.server.config"
+
+
+def test_the_page_is_there_on_loopback_addresses() -> None:
+    hosts = {
+        "127.0.0.1": True,
+        "::1": True,
+        "localhost": True,
+        "0.0.0.0": False,
+        "10.0.0.1": False,
+        "example.com": False,
+    }
+    assert {host: ServerConfig(host=host).has_page for host in hosts} == hosts

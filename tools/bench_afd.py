@@ -50,10 +50,9 @@ from step3_jax.config import ModelConfig, TextConfig
 from step3_jax.deployment import parse_topology
 from step3_jax.engine.state import DecodeBatch, DecodeCall
 from step3_jax.mesh import initialise_distributed
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch
+from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 
-MODE = SamplingMode()
 MICROBATCHES = (1, 2, 3, 4)
 NUM_EXPERTS = 8
 # A second thread on the one core, which waits in an exchange while the first one computes, and an order of work for that.
@@ -132,7 +131,7 @@ class Rank:
         """The decode call; both processes make it together."""
         executor, (batch, sampling, num_pages) = self.executor(count), self.batch(count)
         held = [executor.allocate_cache(num_pages, "float32")]
-        call = DecodeCall(batch, sampling, MODE, self._arguments.steps, max_steps=self._arguments.steps)
+        call = DecodeCall(batch, sampling, self._arguments.steps, max_steps=self._arguments.steps)
 
         def run() -> None:
             held[0], _ = executor.decode(held[0], call)
@@ -147,7 +146,7 @@ class Rank:
         weights = jax.tree.map(lambda leaf: leaf.addressable_data(0), executor.weights)
         on_own = functools.partial(jax.shard_map, mesh=self._mesh, out_specs=PartitionSpec(), check_vma=False)
         if isinstance(executor, FfnProcess):
-            ffn = functools.partial(executor.loop.decode, num_rows=batch.last.shape[0], max_steps=steps, mode=MODE)
+            ffn = functools.partial(executor.loop.decode, num_rows=batch.last.shape[0], max_steps=steps)
             run_ffn = jax.jit(on_own(ffn, in_specs=PartitionSpec()))
 
             def feed() -> None:
@@ -155,7 +154,7 @@ class Rank:
                     jax.block_until_ready(run_ffn(weights, numbers))
 
             return feed
-        attention = functools.partial(executor.loop.decode, max_steps=steps, mode=MODE)
+        attention = functools.partial(executor.loop.decode, max_steps=steps)
         run_attention = jax.jit(on_own(attention, in_specs=PartitionSpec()), donate_argnums=1)
         cache = executor.allocate_cache(num_pages, "float32")
         held = [jax.tree.map(lambda leaf: leaf.addressable_data(0), cache)]

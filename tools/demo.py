@@ -19,7 +19,7 @@ from step3_jax.cli.message import starts_thinking, user_message
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
-from step3_jax.text.reasoning import split_reasoning
+from step3_jax.text.output_parser import parse_output
 
 MAX_TOKENS = 96
 
@@ -62,7 +62,7 @@ def show(llm: LLM, folder: pathlib.Path, example: Example) -> None:
     images = [] if example.image is None else [str(example.image)]
     messages = [user_message(example.prompt, images)]
     output = llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))[0].outputs[0]
-    _, answer = split_reasoning(output.text, starts_thinking=starts_thinking(folder, messages))
+    answer = parse_output(output.text, starts_thinking=starts_thinking(folder, messages)).content
     print(f"$ {command_of(example)}")
     print(f"  asked     {example.prompt}" + (f"  [{example.image.name}]" if example.image else ""))
     print(f"  answered  {answer or '(nothing)'}")

@@ -41,7 +41,7 @@ from step3_jax.engine.state import (
 )
 from step3_jax.layers.attention import CacheStep
 from step3_jax.model.text import AttentionBlock
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode
+from step3_jax.sampling.batch import SamplingBatch
 
 Batch = TypeVar("Batch", PrefillBatch, DecodeBatch, SamplingBatch)
 
@@ -150,7 +150,6 @@ class AttentionLoop:
         numbers: Numbers,
         *,
         max_steps: int,
-        mode: SamplingMode,
     ) -> tuple[Cache, Report, Int[Array, ""]]:
         """Makes up to `numbers.num_steps` tokens of each active row, as `engine.state.decode_loop` does.
 
@@ -163,7 +162,6 @@ class AttentionLoop:
           sampling: Of all rows.
           numbers: How many steps, and when to leave.
           max_steps: Tokens of a row that the report has room for.
-          mode: What may be left out.
 
         Returns:
           The cache, the report of all devices' rows, and the steps taken.
@@ -179,7 +177,7 @@ class AttentionLoop:
         def end(index: int, rows: RowState, hidden: Float[Array, "B 1 D"], arrived: Slots) -> RowState:
             """Tokens of a micro-batch, once its last layer has come back."""
             logits = last_logits(ends, add_returned(self._form, hidden, wire.outputs(arrived)))
-            return choose_tokens(rows, logits, *parts[index], mode)
+            return choose_tokens(rows, logits, *parts[index])
 
         def rotate(loop: _Loop) -> _Loop:
             pages, rows, hidden = list(loop.cache), list(loop.rows), list(loop.hidden)
@@ -218,7 +216,7 @@ class AttentionLoop:
             jnp.zeros((), jnp.int32),
             jnp.zeros((), bool),
             cache,
-            [begin_rows(part, vocab_size=vocab_size, max_steps=max_steps, mode=mode) for part, _ in parts],
+            [begin_rows(part, vocab_size=vocab_size, max_steps=max_steps) for part, _ in parts],
             [hidden] * len(parts),
             jnp.zeros((num_rows, self._form.row_bytes), jnp.uint8),
             wire.empty(),

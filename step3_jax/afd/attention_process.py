@@ -21,7 +21,7 @@ from step3_jax.cache.paged import Cache, copy_pages, empty_cache
 from step3_jax.engine.executor import Started, local_pages
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode
+from step3_jax.sampling.batch import SamplingBatch
 
 
 class AttentionProcess(RoleProcess):
@@ -49,7 +49,7 @@ class AttentionProcess(RoleProcess):
         )
         self._decode = self._jit(
             self._run_decode,
-            static_argnums=(5, 6),
+            static_argnums=5,
             in_shardings=(own, own, copies, copies, copies),
             out_shardings=(own, copies, copies),
             donate_argnums=1,
@@ -87,12 +87,14 @@ class AttentionProcess(RoleProcess):
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`. After a sequence has ended, a call may take a step in which it does nothing."""
-        given = call.batch, self._place_sampling(call.sampling), self._numbers(call.num_steps, call.leave_early)
-        cache, report, taken = self._call(
-            "decode", self._decode, self.weights, cache, *given, call.max_steps, call.mode
+        given = (
+            self._place_history(call.batch),
+            self._place_sampling(call.sampling),
+            self._numbers(call.num_steps, call.leave_early),
         )
+        cache, report, taken = self._call("decode", self._decode, self.weights, cache, *given, call.max_steps)
         self._num_steps += int(taken)
-        return cache, Started(report)
+        return cache, Started(call.cut_report(report))
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`; each device copies its own."""
@@ -107,12 +109,10 @@ class AttentionProcess(RoleProcess):
         return self._prefill.lower(self.weights, cache, batch).compile()
 
     def decode_program(
-        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int, mode: SamplingMode
+        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int
     ) -> jax.stages.Compiled:
         """The compiled decode loop of a bucket, for reading; the arguments may be abstract, and are not consumed."""
-        return self._decode.lower(
-            self.weights, cache, batch, sampling, self._numbers(1, False), max_steps, mode
-        ).compile()
+        return self._decode.lower(self.weights, cache, batch, sampling, self._numbers(1, False), max_steps).compile()
 
     # The functions below are traced; each counts its traces by a side effect of Python.
 
@@ -135,9 +135,8 @@ class AttentionProcess(RoleProcess):
         sampling: SamplingBatch,
         numbers: Numbers,
         max_steps: int,
-        mode: SamplingMode,
     ) -> tuple[Cache, Report, Int[Array, ""]]:
         self.num_traces["decode"] += 1
-        run = functools.partial(self.loop.decode, max_steps=max_steps, mode=mode)
+        run = functools.partial(self.loop.decode, max_steps=max_steps)
         specs = OWN, OWN, COPY, COPY, COPY
         return self._on_union(run, specs, (OWN, COPY, COPY))(weights, cache, batch, sampling, numbers)

@@ -51,7 +51,7 @@ from step3_jax.gpu import compiler_options
 from step3_jax.layers.attention import AttentionContext, CacheStep
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode
+from step3_jax.sampling.batch import SamplingBatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -120,10 +120,9 @@ class RoleCalls:
         pages_of_shard: int,
         *,
         max_steps: int,
-        mode: SamplingMode,
     ) -> list[MicroBatch]:
         """The micro-batches of a decode call."""
-        return self._timed("split", self._split, batch, sampling, np.int32(pages_of_shard), max_steps, mode)
+        return self._timed("split", self._split, batch, sampling, np.int32(pages_of_shard), max_steps)
 
     def begin(self, own: MicroBatch) -> Flow:
         """Embeds the last tokens."""
@@ -140,10 +139,10 @@ class RoleCalls:
         part = self._ffn[layer]
         return self._timed("ffn", self._ffn_jits[id(part.skeleton)], part.leaves, pieces)
 
-    def end(self, own: MicroBatch, flow: Flow, mode: SamplingMode) -> tuple[RowState, Int[Array, "S 2"]]:
+    def end(self, own: MicroBatch, flow: Flow) -> tuple[RowState, Int[Array, "S 2"]]:
         """Head and sampling: the new state, and of each attention device how many rows run and how many have ended."""
         given = flow.hidden, flow.returned, flow.context, own.batch, own.sampling, own.rows
-        return self._timed("end", self._end, self._ends.leaves, *given, mode=mode)
+        return self._timed("end", self._end, self._ends.leaves, *given)
 
     def merge(self, reports: Sequence[Report], rows_of_shard: int) -> Report:
         """The report of a whole batch."""
@@ -212,21 +211,19 @@ class RoleCalls:
 
         # Static arguments are no business of `shard_map`.
         def split(
-            batch: DecodeBatch, sampling: SamplingBatch, pages: Int[Array, ""], max_steps: int, mode: SamplingMode
+            batch: DecodeBatch, sampling: SamplingBatch, pages: Int[Array, ""], max_steps: int
         ) -> list[MicroBatch]:
-            run = functools.partial(self._run_split, max_steps=max_steps, mode=mode)
+            run = functools.partial(self._run_split, max_steps=max_steps)
             return on_attention(run, in_specs=(rows, rows, copy))(batch, sampling, pages)
-
-        def end(leaves: Leaves, *args: Array, mode: SamplingMode) -> tuple[RowState, Int[Array, "S 2"]]:
-            run = functools.partial(self._run_end, mode=mode)
-            return on_attention(run, in_specs=(copy, *(rows for _ in args)))(leaves, *args)
 
         def merge(reports: list[Report], num_rows: int) -> Report:
             self.num_traces["merge"] += 1
             return on_attention(functools.partial(merge_reports, num_rows=num_rows), in_specs=(rows,))(reports)
 
-        self._split = self._jit(split, static_argnums=(3, 4))
-        self._end = self._jit(end, static_argnames="mode", donate_argnums=6)
+        self._split = self._jit(split, static_argnums=3)
+        self._end = self._jit(
+            on_attention(self._run_end, in_specs=(copy, rows, rows, rows, rows, rows, rows)), donate_argnums=6
+        )
         self._merge = self._jit(merge, static_argnums=1)
         self._copy = self._jit(on_attention(copy_pages, in_specs=(rows, rows, rows)), donate_argnums=0)
 
@@ -266,13 +263,12 @@ class RoleCalls:
         pages_of_shard: Int[Array, ""],
         *,
         max_steps: int,
-        mode: SamplingMode,
     ) -> list[MicroBatch]:
         self.num_traces["split"] += 1
         batch = batch._replace(table=batch.table % pages_of_shard)
         vocab_size = self._config.text.vocab_size
         return [
-            MicroBatch(*part, begin_rows(part[0], vocab_size=vocab_size, max_steps=max_steps, mode=mode))
+            MicroBatch(*part, begin_rows(part[0], vocab_size=vocab_size, max_steps=max_steps))
             for part in split_decode(batch, sampling, self._num_microbatches)
         ]
 
@@ -312,13 +308,11 @@ class RoleCalls:
         batch: DecodeBatch,
         sampling: SamplingBatch,
         rows: RowState,
-        *,
-        mode: SamplingMode,
     ) -> tuple[RowState, Int[Array, "1 2"]]:
         self.num_traces["end"] += 1
         ends = self._ends.skeleton.build(leaves)
         logits = end_step(ends, self._form, self._join(hidden, returned, context))
-        rows = choose_tokens(rows, logits, batch, sampling, mode)
+        rows = choose_tokens(rows, logits, batch, sampling)
         finish = rows.report.finish
         ended = (finish == STOPPED) | (finish == FULL)
         return rows, jnp.stack([jnp.sum(finish == RUNNING), jnp.sum(ended)])[None]

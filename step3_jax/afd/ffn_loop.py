@@ -28,7 +28,6 @@ from step3_jax.layers.mlp import SwiGLU
 from step3_jax.layers.moe import Experts
 from step3_jax.mesh import Layout
 from step3_jax.model.text import FfnBlock
-from step3_jax.sampling.batch import SamplingMode
 from step3_jax.sharding import AXES
 
 FfnWeights = list[list[Array]]
@@ -66,6 +65,7 @@ class FfnLoop:
         """As for `AttentionLoop`."""
         self._layers = [part.skeleton for part in parts.ffn]
         self._num_experts = config.moe_num_experts
+        self._vocab_size = config.vocab_size
         self._topology = topology
         self._form = form
         self._num_microbatches = num_microbatches
@@ -108,7 +108,6 @@ class FfnLoop:
         *,
         num_rows: int,
         max_steps: int,
-        mode: SamplingMode,
     ) -> tuple[Report, Int[Array, ""]]:
         """The FFN side of a decode call.
 
@@ -117,7 +116,6 @@ class FfnLoop:
           numbers: As for the attention side.
           num_rows: Rows of each attention device.
           max_steps: As for the attention side.
-          mode: As for the attention side.
 
         Returns:
           The report of all attention devices' rows, and the steps taken.
@@ -150,7 +148,7 @@ class FfnLoop:
                 arrived = wire.from_ffn(pending, arrived)
         # Nobody reads it; that it is known only now keeps the gathering behind the last exchange.
         last = arrived[0, -1].astype(jnp.int32)
-        report = gather_report(fill_report(last, num_rows, max_steps, mode), self._topology)
+        report = gather_report(fill_report(last, num_rows, max_steps, self._vocab_size), self._topology)
         return report, loop.step
 
     def _build(self, weights: FfnWeights) -> list[FfnBlock]:

@@ -21,7 +21,7 @@ from step3_jax.engine.executor import Started
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode
+from step3_jax.sampling.batch import SamplingBatch
 
 # What a process that holds no cache says of the memory that is left for it.
 _NO_LIMIT_BYTES = 2**50
@@ -78,28 +78,28 @@ class FfnProcess(RoleProcess):
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
         num_rows, numbers = call.batch.last.shape[0] // self.num_shards, self._numbers(call.num_steps, call.leave_early)
-        report, taken = self._call("decode", self._decode, self.weights, numbers, num_rows, call.max_steps, call.mode)
+        report, taken = self._call("decode", self._decode, self.weights, numbers, num_rows, call.max_steps)
         self._num_steps += int(taken)
-        return cache, Started(report)
+        return cache, Started(call.cut_report(report))
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`: nothing."""
         return cache
 
     def decode_program(
-        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int, mode: SamplingMode
+        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int
     ) -> jax.stages.Compiled:
         """See `AttentionProcess.decode_program`."""
         num_rows, numbers = batch.last.shape[0] // self.num_shards, self._numbers(1, False)
-        return self._decode.lower(self.weights, numbers, num_rows, max_steps, mode).compile()
+        return self._decode.lower(self.weights, numbers, num_rows, max_steps).compile()
 
     def _run_prefill(self, weights: FfnWeights, num_tokens: int) -> Slots:
         self.num_traces["prefill"] += 1
         return self._on_union(functools.partial(self.loop.prefill, num_tokens=num_tokens), (OWN,), COPY)(weights)
 
     def _run_decode(
-        self, weights: FfnWeights, numbers: Numbers, num_rows: int, max_steps: int, mode: SamplingMode
+        self, weights: FfnWeights, numbers: Numbers, num_rows: int, max_steps: int
     ) -> tuple[Report, Int[Array, ""]]:
         self.num_traces["decode"] += 1
-        run = functools.partial(self.loop.decode, num_rows=num_rows, max_steps=max_steps, mode=mode)
+        run = functools.partial(self.loop.decode, num_rows=num_rows, max_steps=max_steps)
         return self._on_union(run, (OWN, COPY), COPY)(weights, numbers)

@@ -124,8 +124,10 @@ class HostExecutor(Executor):
         Raises:
           TimeoutError: If a stage does not end by its deadline; the message names it.
         """
-        calls, pages, mode = self.calls, list(cache), call.mode
-        parts = calls.split(call.batch, call.sampling, self._pages_of_shard(cache), max_steps=call.max_steps, mode=mode)
+        calls, pages = self.calls, list(cache)
+        parts = calls.split(
+            self._place_history(call.batch), call.sampling, self._pages_of_shard(cache), max_steps=call.max_steps
+        )
         counts: collections.deque[list[Int[Array, "S 2"]]] = collections.deque()
         for _ in range(call.num_steps):
             if len(counts) == 2 and self._is_over(counts.popleft(), call.leave_early):
@@ -136,14 +138,14 @@ class HostExecutor(Executor):
                 flows = self._run_layer(flows, pages, layer, "decode", number)
             counts.append([])
             for index, (part, flow) in enumerate(zip(parts, flows, strict=True)):
-                rows, count = calls.end(part, flow, mode)
+                rows, count = calls.end(part, flow)
                 parts[index] = part._replace(rows=rows)
                 counts[-1].append(count)
                 self._note(Stage("attention", "decode", number, len(pages), index), count, len(parts))
         report = calls.merge([part.rows.report for part in parts], call.batch.last.shape[0] // self.num_shards)
         self._flight.drain()
         self.compile_s = calls.compile_s
-        return tuple(pages), Started(report)
+        return tuple(pages), Started(call.cut_report(report))
 
     def start_recording(self) -> None:
         """Records who does which stage when, from now on; see `afd.trace`."""
@@ -181,6 +183,9 @@ class HostExecutor(Executor):
                 note("to_attention", pieces[0])
             after.append(Flow(hidden, pieces, flow.context))
         return after
+
+    def _place(self, array: np.ndarray) -> Array:
+        return jax.device_put(array, self.topology.attention.sharding("rows"))
 
     def _note(self, stage: Stage, array: Array, num_microbatches: int) -> None:
         self._flight.push(stage, array, _STAGES_AHEAD * num_microbatches)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.engine.state import Report
-from step3_jax.sampling.batch import SamplingMode
+from step3_jax.sampling.batch import logprob_width
 from step3_jax.sampling.sampler import StepLogprobs
 
 
@@ -34,16 +34,14 @@ def gather_report(own: Report, topology: AfdTopology) -> Report:
     return jax.tree.unflatten(treedef, found)
 
 
-def fill_report(value: Int[Array, ""], num_rows: int, max_steps: int, mode: SamplingMode) -> Report:
+def fill_report(value: Int[Array, ""], num_rows: int, max_steps: int, vocab_size: int) -> Report:
     """A report full of one number: what an FFN device has to give, once that number is known."""
 
     def fill(*shape: int, dtype: jax.typing.DTypeLike = jnp.int32) -> Array:
         return jnp.full((num_rows, *shape), value, dtype)
 
-    logprobs = None
-    if mode.num_logprobs:
-        wide = (max_steps, mode.num_logprobs)
-        logprobs = StepLogprobs(
-            fill(max_steps, dtype=jnp.float32), fill(max_steps), fill(*wide), fill(*wide, dtype=jnp.float32)
-        )
+    wide = (max_steps, logprob_width(vocab_size))
+    logprobs = StepLogprobs(
+        fill(max_steps, dtype=jnp.float32), fill(max_steps), fill(*wide), fill(*wide, dtype=jnp.float32)
+    )
     return Report(fill(max_steps), fill(), fill(), logprobs)

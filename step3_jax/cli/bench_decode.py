@@ -35,7 +35,7 @@ from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
 from step3_jax.mesh import make_layout
 from step3_jax.model.parallel import place_model
 from step3_jax.model.step3 import Step3, abstract_step3
-from step3_jax.sampling.batch import SamplingMode, SamplingRow, sampling_batch
+from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sharding import Parallel, fit_parallel
 
@@ -115,7 +115,7 @@ class Ours:
 
     def __init__(self, model: Step3, parallel: Parallel | None = None, afd: AfdChoice | None = None) -> None:
         """Takes the model as it is to run, and the devices that it is to run on, if they are several."""
-        self._model, self._mode = model, SamplingMode()
+        self._model = model
         self._runner: HostExecutor | Runner | ShardedRunner
         if afd is not None:
             self._runner = place_executor(afd, model)
@@ -168,7 +168,7 @@ class Ours:
     def decode(self, steps: int) -> float:
         """Makes `steps` tokens of each row in one call of the jitted loop. Returns seconds."""
         begin = time.perf_counter()
-        call = DecodeCall(self._batch(), self._sampling, self._mode, steps, max_steps=self._max_steps(steps))
+        call = DecodeCall(self._batch(), self._sampling, steps, max_steps=self._max_steps(steps))
         self._cache, started = self._runner.decode(self._cache, call)
         report = started.result()
         tokens = np.asarray(report.tokens)
@@ -185,9 +185,7 @@ class Ours:
         if isinstance(self._runner, HostExecutor):
             return ""
         cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._cache)
-        program = self._runner.decode_program(
-            cache, self._batch(), self._sampling, max_steps=self._max_steps(steps), mode=self._mode
-        )
+        program = self._runner.decode_program(cache, self._batch(), self._sampling, max_steps=self._max_steps(steps))
         return program.as_text() or ""
 
     def _batch(self) -> DecodeBatch:

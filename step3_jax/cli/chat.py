@@ -9,16 +9,25 @@ import pathlib
 import shlex
 import sys
 import urllib.parse
+from collections.abc import Sequence
 
 from step3_jax.cli.choice import find_model, read_sampling
 from step3_jax.cli.display import Display, default_show_reasoning, show_until_first, write_note
 from step3_jax.cli.engine import load_llm, print_config, read_engine
-from step3_jax.cli.message import check_images, starts_thinking, stop_in_answer, system_messages, user_message
+from step3_jax.cli.message import (
+    check_images,
+    read_tools,
+    starts_thinking,
+    stop_in_answer,
+    system_messages,
+    user_message,
+)
 from step3_jax.cli.precheck import check_before_loading
 from step3_jax.cli.process import interruptible
 from step3_jax.cli.progress import show_progress
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.text.tool_call import Tool
 
 # Line editing and history for input(); not on every system.
 with contextlib.suppress(ImportError):
@@ -39,12 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     choice = read_engine(arguments)
     params = read_sampling(arguments)
+    tools = read_tools(arguments.tools)
     folder = find_model(arguments)
     check_before_loading(folder, max_model_len=choice.config.max_model_len)
     with show_progress(f"loading {folder}"):
         llm = load_llm(choice, folder)
     show_reasoning = default_show_reasoning() if arguments.reasoning is None else arguments.reasoning
-    conversation = Conversation(llm, folder, params, system=arguments.system, show_reasoning=show_reasoning)
+    conversation = Conversation(
+        llm, folder, params, system=arguments.system, show_reasoning=show_reasoning, tools=tools
+    )
     is_interactive = sys.stdin.isatty()
     if is_interactive:
         write_note(f"{folder.name}: {HELP}")
@@ -70,7 +82,14 @@ class Conversation:
     """What was said so far, and the pictures that wait for the next question."""
 
     def __init__(
-        self, llm: LLM, folder: pathlib.Path, params: SamplingParams, *, system: str | None, show_reasoning: bool
+        self,
+        llm: LLM,
+        folder: pathlib.Path,
+        params: SamplingParams,
+        *,
+        system: str | None,
+        show_reasoning: bool,
+        tools: Sequence[Tool] = (),
     ) -> None:
         """Begins a conversation.
 
@@ -80,9 +99,11 @@ class Conversation:
           params: How answers are sampled.
           system: A system message.
           show_reasoning: Whether reasoning is shown.
+          tools: Tools that the model may call. Calls are shown and remembered; nothing runs them.
         """
         self._llm, self._folder, self._params = llm, folder, params
         self._show_reasoning = show_reasoning
+        self._tools = list(tools)
         self._begin = system_messages(system)
         self._messages = list(self._begin)
         self._images: list[str] = []
@@ -125,19 +146,23 @@ class Conversation:
         images, self._images = self._images, []
         messages, params = self._fit([*self._messages, user_message(question, images)])
         is_thinking = starts_thinking(self._folder, messages)
-        display = Display(starts_thinking=is_thinking, show_reasoning=self._show_reasoning)
+        display = Display(starts_thinking=is_thinking, show_reasoning=self._show_reasoning, tools=self._tools)
         params, finish_reason = stop_in_answer(params, starts_thinking=is_thinking), None
         # Interrupted, the answer ends where it is, and the conversation goes on from there.
         with contextlib.suppress(KeyboardInterrupt), interruptible():
-            for piece in show_until_first(self._llm.chat(messages, params, stream=True)):
+            for piece in show_until_first(self._llm.chat(messages, params, tools=self._tools or None, stream=True)):
                 display.push(piece.text)
                 finish_reason = piece.finish_reason
         display.finish()
         if finish_reason == "length":
             limit = "--max-tokens" if params.max_tokens == self._params.max_tokens else "the end of the context"
-            write_note(f"(cut off{'' if display.answer else ' inside the reasoning'} by {limit})")
+            place = "" if display.answer or display.tool_calls else " inside the reasoning"
+            write_note(f"(cut off{place} by {limit})")
         # Reasoning is not part of the history: the template would drop it too.
-        self._messages = [*messages, {"role": "assistant", "content": display.answer}]
+        turn: dict[str, object] = {"role": "assistant", "content": display.answer}
+        if display.tool_calls:
+            turn["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in display.tool_calls]
+        self._messages = [*messages, turn]
 
     def _fit(self, messages: list[dict[str, object]]) -> tuple[list[dict[str, object]], SamplingParams]:
         """Drops the oldest turns until an answer has room, and shortens the answer to what is left."""
@@ -164,7 +189,7 @@ class Conversation:
 
     def _room_after(self, messages: list[dict[str, object]]) -> int:
         """Tokens of the context that a conversation leaves for the answer."""
-        return self._llm.max_model_len - len(self._llm.prompts.from_chat(messages).token_ids)
+        return self._llm.max_model_len - len(self._llm.prompts.from_chat(messages, tools=self._tools or None).token_ids)
 
 
 def find_pasted_path(text: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from step3_jax.cli.progress import show_progress
 from step3_jax.engine.request import StreamPiece
-from step3_jax.text.reasoning import ReasoningSplitter
+from step3_jax.text.output_parser import OutputDelta, OutputParser, join_deltas
+from step3_jax.text.tool_call import Tool, ToolCall
 
 ANSWERING = "reading the prompt (the first of its size compiles programs)"
 
@@ -16,56 +17,63 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Display:
-    """Shows an output as it comes: reasoning dimmed on stderr, the answer on stdout."""
+    """Shows an output as it comes: reasoning dimmed on stderr, the answer on stdout, and tool calls in lines behind it."""
 
-    def __init__(self, *, starts_thinking: bool, show_reasoning: bool) -> None:
+    def __init__(self, *, starts_thinking: bool, show_reasoning: bool, tools: Sequence[Tool] = ()) -> None:
         """Begins one output.
 
         Args:
           starts_thinking: Whether the prompt ended inside the reasoning.
           show_reasoning: Whether the reasoning is shown at all.
+          tools: The tools that the model was offered.
         """
-        self._splitter = ReasoningSplitter(starts_thinking=starts_thinking)
+        self._parser = OutputParser(tools, starts_thinking=starts_thinking)
         self._show_reasoning = show_reasoning
-        self._reasoning: list[str] = []
-        self._answer: list[str] = []
-
-    @property
-    def reasoning(self) -> str:
-        """The reasoning so far, without blanks around it."""
-        return "".join(self._reasoning)
+        self._deltas: list[OutputDelta] = []
+        self._is_reasoning_open = False
+        self._has_answer = False
 
     @property
     def answer(self) -> str:
         """The answer so far, without blanks around it."""
-        return "".join(self._answer)
+        return join_deltas(self._deltas).content
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tool calls so far."""
+        return join_deltas(self._deltas).tool_calls
 
     def push(self, text: str) -> None:
         """Shows a piece of the output."""
-        self._show(*self._splitter.push(text))
+        self._show(self._parser.push(text))
 
     def finish(self) -> None:
-        """Shows what was held back, and ends the line."""
-        self._show(*self._splitter.finish())
-        if self._reasoning and not self._answer and self._show_reasoning:
-            _write_dim("\n")
-        self._print()
+        """Shows what was held back and the tool calls, and ends the line."""
+        self._show(self._parser.finish())
+        self._end_reasoning()
+        calls = [f"{call.name}({call.arguments})" for call in self.tool_calls]
+        self._print("\n".join(calls) if calls and not self._has_answer else "".join(f"\n{call}" for call in calls))
 
     @staticmethod
     def _print(text: str = "", end: str = "\n") -> None:
         if is_first_process():
             print(text, end=end, flush=True)
 
-    def _show(self, reasoning: str, answer: str) -> None:
-        if reasoning:
-            self._reasoning.append(reasoning)
-            if self._show_reasoning:
-                _write_dim(reasoning)
-        if answer:
-            if self._reasoning and not self._answer and self._show_reasoning:
-                _write_dim("\n")
-            self._answer.append(answer)
-            self._print(answer, end="")
+    def _show(self, deltas: Sequence[OutputDelta]) -> None:
+        for delta in deltas:
+            self._deltas.append(delta)
+            if delta.reasoning and self._show_reasoning:
+                self._is_reasoning_open = True
+                _write_dim(delta.reasoning)
+            if delta.content:
+                self._end_reasoning()
+                self._has_answer = True
+                self._print(delta.content, end="")
+
+    def _end_reasoning(self) -> None:
+        if self._is_reasoning_open:
+            self._is_reasoning_open = False
+            _write_dim("\n")
 
 
 def show_until_first(pieces: Iterator[StreamPiece]) -> Iterator[StreamPiece]:

@@ -6,9 +6,11 @@ The answer goes to stdout, everything about it to stderr; with --json all of it 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 
 from step3_jax.cli.choice import find_model, read_sampling
 from step3_jax.cli.display import (
@@ -20,14 +22,22 @@ from step3_jax.cli.display import (
     write_note,
 )
 from step3_jax.cli.engine import load_llm, print_config, read_engine
-from step3_jax.cli.message import check_images, starts_thinking, stop_in_answer, system_messages, user_message
+from step3_jax.cli.message import (
+    check_images,
+    read_tools,
+    starts_thinking,
+    stop_in_answer,
+    system_messages,
+    user_message,
+)
 from step3_jax.cli.precheck import check_before_loading
 from step3_jax.cli.process import read_stdin
 from step3_jax.cli.progress import show_progress
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import CompletionOutput, Logprob, RequestOutput
 from step3_jax.sampling.params import SamplingParams
-from step3_jax.text.reasoning import is_thinking, split_reasoning
+from step3_jax.text.output_parser import is_thinking, parse_output
+from step3_jax.text.tool_call import Tool
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     params = read_sampling(arguments, n=arguments.n, logprobs=arguments.logprobs)
     prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
     check_images(arguments.image)
+    tools = read_tools(arguments.tools)
     folder = find_model(arguments)
     check_before_loading(
         folder,
@@ -56,10 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
         llm = load_llm(choice, folder)
     load_s = time.perf_counter() - begin
 
-    call = _Call(llm, folder, prompt, arguments)
+    call = _Call(llm, folder, prompt, arguments, tools)
     params = stop_in_answer(params, starts_thinking=call.starts_thinking)
     if arguments.json:
-        found = _to_json(call.run(params), call.starts_thinking, folder, load_s, params.seed)
+        found = _to_json(call, call.run(params), folder, load_s, params.seed)
         if is_first_process():
             print(json.dumps(found))
     elif arguments.n > 1 or arguments.stream is False:
@@ -72,11 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
 class _Call:
     """The prompt as the engine takes it."""
 
-    def __init__(self, llm: LLM, folder: pathlib.Path, prompt: str, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self, llm: LLM, folder: pathlib.Path, prompt: str, arguments: argparse.Namespace, tools: Sequence[Tool]
+    ) -> None:
         self._llm = llm
         self._prompt = prompt
         self._images: list[str] = arguments.image
         self._is_raw: bool = arguments.raw
+        self.tools = tools
         self._messages = [*system_messages(arguments.system), user_message(prompt, arguments.image)]
         self._show_reasoning = default_show_reasoning() if arguments.reasoning is None else arguments.reasoning
         self.starts_thinking = is_thinking(prompt) if arguments.raw else starts_thinking(folder, self._messages)
@@ -86,7 +100,7 @@ class _Call:
         with show_progress(ANSWERING):
             if self._is_raw:
                 return self._llm.generate(self._prompt, params, images=self._images or None)[0]
-            return self._llm.chat(self._messages, params)[0]
+            return self._llm.chat(self._messages, params, tools=self.tools or None)[0]
 
     def show(self, params: SamplingParams, load_s: float) -> None:
         """Prints whole answers."""
@@ -108,7 +122,7 @@ class _Call:
         if self._is_raw:
             pieces = self._llm.generate(self._prompt, params, images=self._images or None, stream=True)
         else:
-            pieces = self._llm.chat(self._messages, params, stream=True)
+            pieces = self._llm.chat(self._messages, params, tools=self.tools or None, stream=True)
         display = self._display()
         begin = time.perf_counter()
         first, num_tokens, finish_reason = None, 0, None
@@ -125,7 +139,7 @@ class _Call:
         write_note(_timing_line(num_tokens, rate, first - begin, load_s))
 
     def _display(self) -> Display:
-        return Display(starts_thinking=self.starts_thinking, show_reasoning=self._show_reasoning)
+        return Display(starts_thinking=self.starts_thinking, show_reasoning=self._show_reasoning, tools=self.tools)
 
 
 def _check_together(arguments: argparse.Namespace) -> None:
@@ -137,11 +151,13 @@ def _check_together(arguments: argparse.Namespace) -> None:
         raise ValueError("--logprobs has no place in plain text: add --json")
     if arguments.raw and arguments.system is not None:
         raise ValueError("--system is part of the chat template, which --raw leaves out: write it into the prompt")
+    if arguments.raw and arguments.tools is not None:
+        raise ValueError("--tools are part of the chat template, which --raw leaves out: write them into the prompt")
 
 
 def _write_length_note(finish_reason: str | None, display: Display) -> None:
     if finish_reason == "length":
-        place = "" if display.answer else " inside the reasoning"
+        place = "" if display.answer or display.tool_calls else " inside the reasoning"
         write_note(f"(cut off{place} by --max-tokens)")
 
 
@@ -152,10 +168,10 @@ def _timing_line(num_tokens: int, tokens_per_s: float, first_s: float, load_s: f
 
 
 def _to_json(
-    output: RequestOutput, is_inside_reasoning: bool, folder: pathlib.Path, load_s: float, seed: int | None
+    call: _Call, output: RequestOutput, folder: pathlib.Path, load_s: float, seed: int | None
 ) -> dict[str, object]:
     """The object that --json prints; with several answers the first is at the top, and all are in `outputs`."""
-    answers = [_answer_to_json(completion, is_inside_reasoning) for completion in output.outputs]
+    answers = [_answer_to_json(call, completion) for completion in output.outputs]
     metrics = output.metrics
     found: dict[str, object] = {
         "model": str(folder),
@@ -171,15 +187,17 @@ def _to_json(
     return found | ({"outputs": answers} if len(answers) > 1 else {})
 
 
-def _answer_to_json(completion: CompletionOutput, is_inside_reasoning: bool) -> dict[str, object]:
-    reasoning, text = split_reasoning(completion.text, starts_thinking=is_inside_reasoning)
+def _answer_to_json(call: _Call, completion: CompletionOutput) -> dict[str, object]:
+    parsed = parse_output(completion.text, call.tools, starts_thinking=call.starts_thinking)
     found: dict[str, object] = {
-        "text": text,
-        "reasoning": reasoning,
+        "text": parsed.content,
+        "reasoning": parsed.reasoning,
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
     }
+    if call.tools:
+        found["tool_calls"] = [dataclasses.asdict(tool_call) for tool_call in parsed.tool_calls]
     if completion.logprobs is not None:
         found["logprobs"] = [
             {**_logprob_to_json(token, record[token]), "top": [_logprob_to_json(*item) for item in record.items()]}

@@ -38,6 +38,7 @@ COMMANDS = {
     "chat": "talk with the model in the terminal",
     "inspect": "show what a checkpoint holds, and whether it is complete",
     "convert": "convert a checkpoint: released layout, Orbax, BF16, block-FP8",
+    "serve": "answer requests over HTTP, as OpenAI's API does",
     "launch": "start a command as many processes: here, over ssh, under Slurm, Open MPI, Kubernetes",
     "afd": "look into attention and FFN on devices of their own: trace a run, draw it",
     "plan": "whether a deployment of a large model fits, without its weights",

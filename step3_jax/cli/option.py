@@ -12,6 +12,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tools(parser: argparse.ArgumentParser) -> None:
+    """Adds the tools that the model may call."""
+    parser.add_argument(
+        "--tools",
+        metavar="FILE",
+        help="a JSON list of tools, as in OpenAI's interface, that the model may call; calls are shown, not run",
+    )
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds how tokens are chosen and when the answer ends."""
     group = parser.add_argument_group("sampling")

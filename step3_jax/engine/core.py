@@ -24,7 +24,7 @@ from step3_jax.engine.executor import Executor, Started
 from step3_jax.engine.failure import CallError, blame
 from step3_jax.engine.media import FeatureCache
 from step3_jax.engine.pack import Packer
-from step3_jax.engine.request import ABORTED, FAILED, OutputSink, Request, SequenceOutput
+from step3_jax.engine.request import ABORTED, FAILED, ContextLengthError, OutputSink, Request, SequenceOutput
 from step3_jax.engine.scheduler import Chunk, Scheduler
 from step3_jax.engine.sequence import Group, Sequence
 from step3_jax.engine.state import FULL, STOPPED, Report
@@ -138,7 +138,7 @@ class EngineCore:
             num_shards=shards,
             vocab_size=self._vocab_size,
         )
-        self._features = FeatureCache(executor)
+        self._features = FeatureCache(executor, self.stats)
         self._cache: Cache | None = None
         self._flight: _Flight | None = None
         self._step_s = 0.0
@@ -166,7 +166,7 @@ class EngineCore:
         return self.scheduler.num_waiting
 
     def check(self, request: Request) -> None:
-        """Raises ValueError if a request cannot be served; the message says what would be."""
+        """Raises ValueError (ContextLengthError) if a request cannot be served; the message says what would be."""
         prompt, params = request.prompt, request.params
         num_tokens, limit = len(prompt.token_ids), self.max_model_len
         if not num_tokens:
@@ -180,7 +180,7 @@ class EngineCore:
         if request.must_fit:
             num_output = params.max_tokens or num_output
         if num_tokens + num_output > limit:
-            raise ValueError(
+            raise ContextLengthError(
                 f"the prompt has {num_tokens} tokens and {num_output} more are asked for, together "
                 f"{num_tokens + num_output}; at most max_model_len = {limit} are allowed: shorten the prompt, lower "
                 f"{'max_tokens' if request.must_fit else 'min_tokens'}, or load with a larger max_model_len"
@@ -462,6 +462,7 @@ class EngineCore:
             group.num_cached_tokens or 0,
             self._now() - group.start_s,
             self._executor.compile_s - group.compile_start_s,
+            group.admitted_s,
         )
         sequence.num_sent += len(new)
         self._outbox.append((self._sinks[group.request.request_id], output))

@@ -76,8 +76,12 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises ValueError if a request cannot be served; the message says what would be."""
-        OutputProcessor(self._tokenizer, self._eos_ids).check(request)
+        self.new_processor().check(request)
         self.core.check(request)
+
+    def new_processor(self) -> OutputProcessor:
+        """What makes text of the core's outputs, for one thread."""
+        return OutputProcessor(self._tokenizer, self._eos_ids)
 
     def new_request(self, prompt: Prompt, params: SamplingParams, seed: int, steps_per_call: int) -> Request:
         """A request with an id of its own."""
@@ -92,7 +96,7 @@ class Engine:
         Yields:
           Events of all requests, as they come. A request that cannot be served has one output, with its error.
         """
-        processor = OutputProcessor(self._tokenizer, self._eos_ids)
+        processor = self.new_processor()
         outputs: queue.SimpleQueue[SequenceOutput] = queue.SimpleQueue()
         source = enumerate(requests)
         # Enough for all slots, and for those that follow while the next are made.

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.pages import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.config import ModelConfig
-from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.gpu import compiler_options, memory_left
 from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
@@ -75,6 +75,7 @@ class Executor(abc.ABC):
         self.num_traces: collections.Counter[str] = collections.Counter()
         self._jit = functools.partial(jax.jit, compiler_options=compiler_options(self.devices[0].platform))
         self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
+        self._placed_history: tuple[object, Array] | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -156,8 +157,17 @@ class Executor(abc.ABC):
             self._placed = sampling, jax.tree.map(self._place, sampling)
         return self._placed[1]
 
+    def _place_history(self, batch: DecodeBatch) -> DecodeBatch:
+        """The batch with its history on the devices; that of a batch without penalties is one array for all calls."""
+        history = batch.history
+        if history is None:
+            return batch
+        if self._placed_history is None or self._placed_history[0] is not history:
+            self._placed_history = history, jax.tree.map(self._place, history)
+        return batch._replace(history=self._placed_history[1])
+
     def _place(self, array: np.ndarray) -> Array:
-        """An array of the host where every device of the model has all of it."""
+        """An array of the host as the calls take it: where every device of the model has all of it, or its own rows."""
         return jax.device_put(array)
 
 

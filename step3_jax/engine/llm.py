@@ -25,6 +25,7 @@ from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import STEPS_PER_CALL, EngineCore
 from step3_jax.engine.engine import Engine, Refused
 from step3_jax.engine.executor import Executor
+from step3_jax.engine.output import OutputProcessor
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
 from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
@@ -33,7 +34,7 @@ from step3_jax.engine.stats import EngineStats
 from step3_jax.gpu import claim_memory
 from step3_jax.mesh import find_devices, make_layout
 from step3_jax.model.step3 import Step3
-from step3_jax.sampling.params import SamplingParams
+from step3_jax.sampling.params import SamplingParams, pick_defaults
 from step3_jax.sharding import Parallel, fit_parallel
 from step3_jax.stored_file import read_json_object, require_folder
 from step3_jax.text.chat_template import ChatTemplate
@@ -58,6 +59,7 @@ class LLM:
       max_model_len: Most tokens of prompt and output together.
       default_sampling_params: What is used where none are given: vLLM's defaults, with those of the model's
         `generation_config.json` instead where it has them.
+      sampling_defaults: What that file says, by the names of `SamplingParams`.
       prompts: Makes prompts for this model.
       stats: Counts and times so far.
     """
@@ -169,6 +171,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.max_model_len = _choose_length(config, self.config, source)
         self.default_sampling_params = SamplingParams.from_generation_config(generation_config)
+        self.sampling_defaults = pick_defaults(generation_config)
         self.prompts = PromptBuilder(self.config, tokenizer, template=template, settings=settings, source=source)
         self._random = np.random.default_rng(config.seed)
         self._random_lock = threading.Lock()
@@ -198,6 +201,19 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counts and times so far."""
         return self._engine.core.stats
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine core. `generate` and `chat` step it too, so what steps it by itself must be its only user."""
+        return self._engine.core
+
+    def new_processor(self) -> OutputProcessor:
+        """What makes text of the core's outputs, for one thread."""
+        return self._engine.new_processor()
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError if a request cannot be served; the message says what would be. From any thread."""
+        self._engine.check(request)
 
     @overload
     def generate(
@@ -343,7 +359,7 @@ class LLM:
     ) -> Iterator[Request | Refused]:
         """Requests one by one, so that their prompts (and images) need not be in memory all at once."""
         for make, own in zip(build, params, strict=True):
-            seed = self._seed(own)
+            seed = self.draw_seed(own)
             try:
                 prompt = make()
             except ValueError as error:
@@ -402,7 +418,8 @@ class LLM:
             raise ValueError(f"{len(params)} sampling_params are given for {num_prompts} prompt(s); one for each")
         return params
 
-    def _seed(self, params: SamplingParams) -> int:
+    def draw_seed(self, params: SamplingParams) -> int:
+        """The seed of a request: its own, else the next of this model's."""
         if params.seed is not None:
             return params.seed
         with self._random_lock:

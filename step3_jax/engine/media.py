@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import time
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import Float
 
 from step3_jax.cache.bucket import power_of_two
 from step3_jax.engine.executor import Executor
+from step3_jax.engine.stats import EngineStats
 from step3_jax.text.images import ProcessedImage
 
 # Views or windows in one call of the tower, for each shard; more would only take more memory, as one fills a device.
@@ -20,14 +22,16 @@ CACHE_BYTES = 2**28
 class FeatureCache:
     """Features of images by the digest of their pixels; the least recently used ones are dropped."""
 
-    def __init__(self, executor: Executor, max_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, executor: Executor, stats: EngineStats, max_bytes: int = CACHE_BYTES) -> None:
         """Takes what encodes.
 
         Args:
           executor: Runs the tower.
+          stats: Counts images, and those that were known.
           max_bytes: Of all features that are kept.
         """
         self._executor = executor
+        self._stats = stats
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._features: collections.OrderedDict[bytes, Float[np.ndarray, "tokens D"]] = collections.OrderedDict()
@@ -36,7 +40,11 @@ class FeatureCache:
         """Features of a prompt's images in the order of their places: for each its windows, then its view."""
         found = {image.digest: self._features[image.digest] for image in images if image.digest in self._features}
         missing = list({image.digest: image for image in images if image.digest not in found}.values())
+        self._stats.num_images += len(images)
+        self._stats.num_known_images += len(images) - len(missing)
+        start, compile_s = time.perf_counter(), self._executor.compile_s
         new = self._encode(missing)
+        self._stats.image_encode_s += time.perf_counter() - start - (self._executor.compile_s - compile_s)
         for digest, features in new.items():
             self._features[digest] = features
             self._num_bytes += features.nbytes

@@ -13,7 +13,7 @@ from step3_jax.cache.bucket import bucket, power_of_two
 from step3_jax.engine.scheduler import Chunk, Scheduler
 from step3_jax.engine.sequence import Sequence, feature_rows
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch, sampling_mode
+from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 
 MIN_CHUNK_TOKENS = 32
@@ -48,7 +48,8 @@ class Packer:
         self._max_pages = max_pages
         self._num_shards = num_shards
         self._vocab_size = vocab_size
-        self._slots: tuple[int, SamplingMode, SamplingBatch] | None = None
+        self._slots: tuple[int, SamplingBatch] | None = None
+        self._empty_history: Int[np.ndarray, "B M"] | None = None
         self._table: tuple[int, Int[np.ndarray, "B width"]] | None = None
 
     def chunk(self, chunks: Seq[Chunk], shards: Seq[int]) -> PrefillBatch:
@@ -65,19 +66,28 @@ class Packer:
     def decode(self, scheduler: Scheduler, num_steps: int, *, max_steps: int) -> DecodeCall:
         """The decode call of the sequences in slots; see `DecodeCall` for its numbers."""
         if self._slots is None or self._slots[0] != scheduler.version:
-            params = [one.sampling.params for one in scheduler.running]
-            self._slots = (
-                scheduler.version,
-                sampling_mode(params, self._vocab_size),
-                pack_sampling(scheduler.slots, self._vocab_size),
-            )
+            self._slots = scheduler.version, pack_sampling(scheduler.slots, self._vocab_size)
         if self._table is None or self._table[0] != scheduler.table_version:
             self._table = scheduler.table_version, pack_table(scheduler.slots, self._max_pages)
-        _, mode, sampling = self._slots
-        batch = pack_decode(
-            scheduler.slots, self._table[1], vocab_size=self._vocab_size, has_history=mode.use_penalties
-        )
-        return DecodeCall(batch, sampling, mode, num_steps, max_steps=max_steps, leave_early=scheduler.num_waiting > 0)
+        batch = pack_decode(scheduler.slots, self._table[1])._replace(history=self._pack_history(scheduler))
+        return DecodeCall(batch, self._slots[1], num_steps, max_steps=max_steps, leave_early=scheduler.num_waiting > 0)
+
+    def _pack_history(self, scheduler: Scheduler) -> Int[np.ndarray, "B M"]:
+        """Tokens of the sequences in slots whose tokens are counted; the same array while there are none."""
+        slots, width = scheduler.slots, self._max_pages * PAGE_SIZE
+        if self._empty_history is None or len(self._empty_history) != len(slots):
+            self._empty_history = np.full((len(slots), width), self._vocab_size, np.int32)
+        counted = [
+            (slot, one)
+            for slot, one in enumerate(slots)
+            if one is not None and one.is_ready and one.sampling.params.has_penalties
+        ]
+        if not counted:
+            return self._empty_history
+        history = self._empty_history.copy()
+        for slot, sequence in counted:
+            history[slot, : len(sequence.token_ids)] = sequence.token_ids
+        return history
 
 
 def pack_chunk(
@@ -155,30 +165,18 @@ def pack_sampling(slots: Seq[Sequence | None], vocab_size: int) -> SamplingBatch
     return sampling_batch(rows, vocab_size, len(slots))
 
 
-def pack_decode(
-    slots: Seq[Sequence | None], table: Int[np.ndarray, "B width"], *, vocab_size: int, has_history: bool
-) -> DecodeBatch:
-    """Where the sequences in slots stand; those whose prompt is not prefilled yet do nothing.
-
-    Args:
-      slots: The sequences.
-      table: Of `pack_table`.
-      vocab_size: V.
-      has_history: Whether the sampling mode counts tokens.
-    """
+def pack_decode(slots: Seq[Sequence | None], table: Int[np.ndarray, "B width"]) -> DecodeBatch:
+    """Where the sequences in slots stand; those whose prompt is not prefilled yet do nothing. `table` is `pack_table`'s."""
     batch_size = len(slots)
     last, cached, num_generated = (np.zeros((batch_size,), np.int32) for _ in range(3))
     is_active = np.zeros((batch_size,), bool)
-    history = np.full((batch_size, table.shape[1] * PAGE_SIZE if has_history else 0), vocab_size, np.int32)
     for slot, sequence in enumerate(slots):
         if sequence is None or not sequence.is_ready:
             continue
         last[slot], cached[slot] = sequence.token_ids[-1], sequence.num_computed
         num_generated[slot] = sequence.num_output
         is_active[slot] = True
-        if has_history:
-            history[slot, : sequence.num_computed + 1] = sequence.token_ids
-    return DecodeBatch(last, cached, num_generated, is_active, table, history if has_history else None)
+    return DecodeBatch(last, cached, num_generated, is_active, table)
 
 
 def _fill_up(parts: Seq[Float[np.ndarray, "_ D"]]) -> Float[np.ndarray, "M D"]:

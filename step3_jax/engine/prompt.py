@@ -113,6 +113,7 @@ class PromptBuilder:
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, object] | None = None,
         allow_paths: bool = True,
     ) -> Prompt:
@@ -122,6 +123,7 @@ class PromptBuilder:
           messages: See `ChatTemplate.render`; pictures are taken from their items.
           tools: JSON schemas of functions the model may call.
           add_generation_prompt: Whether the prompt ends with the begin of the assistant's turn.
+          continue_final_message: Whether the model goes on with the text of the last message, an assistant's.
           template_kwargs: Further variables of the template.
           allow_paths: Whether a picture may be named by a path; a server says no.
 
@@ -133,7 +135,7 @@ class PromptBuilder:
             raise ValueError(f"{self._source} has no chat template; give the prompt as plain text to generate()")
         sources = collect_images(messages)
         ids = self._template.encode_chat(
-            tokenizer, messages, tools, add_generation_prompt, **dict(template_kwargs or {})
+            tokenizer, messages, tools, add_generation_prompt, continue_final_message, **dict(template_kwargs or {})
         )
         images = [open_image(source, allow_paths=allow_paths) for source in sources]
         return self.from_ids(ids, images, text=tokenizer.decode(ids))

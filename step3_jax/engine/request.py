@@ -50,6 +50,10 @@ class Request:
     must_fit: bool = False
 
 
+class ContextLengthError(ValueError):
+    """The prompt and the output asked for are longer than the context."""
+
+
 # Values of `SequenceOutput.finish` besides "stop" and "length".
 ABORTED, FAILED = "aborted", "failed"
 
@@ -68,6 +72,7 @@ class SequenceOutput:
       num_cached_tokens: Prompt tokens that came from the prefix cache.
       time_s: When the tokens were there: seconds since the request arrived, without compiling.
       compile_s: Seconds of compiling since then.
+      admitted_s: When its request first got a slot, on `time.monotonic`; None if it never did.
     """
 
     request_id: str
@@ -79,6 +84,7 @@ class SequenceOutput:
     num_cached_tokens: int = 0
     time_s: float = 0.0
     compile_s: float = 0.0
+    admitted_s: float | None = None
 
 
 class OutputSink(Protocol):

@@ -20,7 +20,7 @@ from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 from step3_jax.layers.moe import separate_experts
 from step3_jax.model.step3 import Step3
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode
+from step3_jax.sampling.batch import SamplingBatch
 
 Weights = list[Array]
 
@@ -28,9 +28,9 @@ Weights = list[Array]
 class Runner(Executor):
     """Runs a `Step3` module on the default device.
 
-    The module is split once. What is compiled is keyed by shapes and, for decode, by the sampling mode, and by nothing
-    else. The shapes are those of the cache, and: for decode the sequences, the width of the table and the most steps; for
-    prefill the tokens of the chunk and its rows of image features.
+    The module is split once. What is compiled is keyed by shapes and by nothing else: those of the cache, and for decode
+    the sequences, the width of the table and the most steps; for prefill the tokens of the chunk and its rows of image
+    features.
     """
 
     def __init__(self, model: Step3) -> None:
@@ -44,7 +44,7 @@ class Runner(Executor):
         self._split = SplitModel(model)
         self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text.vocab_size)
         self._prefill = self._jit(self._traced.prefill, donate_argnames=("cache",))
-        self._decode = self._jit(self._traced.decode, static_argnames=("max_steps", "mode"), donate_argnames=("cache",))
+        self._decode = self._jit(self._traced.decode, static_argnames=("max_steps",), donate_argnames=("cache",))
         self._encode = self._jit(self._traced.encode)
         self._copy = self._jit(copy_pages, donate_argnames=("cache",))
 
@@ -63,11 +63,11 @@ class Runner(Executor):
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
         sampling = self._place_sampling(call.sampling)
-        given = call.batch, sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
+        given = self._place_history(call.batch), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
         cache, report = self._timed(
-            "decode", self._decode, self._split.weights, cache, *given, max_steps=call.max_steps, mode=call.mode
+            "decode", self._decode, self._split.weights, cache, *given, max_steps=call.max_steps
         )
-        return cache, Started(report)
+        return cache, Started(call.cut_report(report))
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`."""
@@ -84,13 +84,11 @@ class Runner(Executor):
         return self._prefill.lower(self._split.weights, cache, batch).compile()
 
     def decode_program(
-        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int, mode: SamplingMode
+        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int
     ) -> jax.stages.Compiled:
         """The compiled decode loop of a bucket, for reading; the arguments may be abstract, and are not consumed."""
         given = np.int32(1), np.bool_(False)
-        return self._decode.lower(
-            self._split.weights, cache, batch, sampling, *given, max_steps=max_steps, mode=mode
-        ).compile()
+        return self._decode.lower(self._split.weights, cache, batch, sampling, *given, max_steps=max_steps).compile()
 
 
 class SplitModel:
@@ -160,7 +158,6 @@ class TracedCalls:
         leave_early: Bool[Array, ""],
         *,
         max_steps: int,
-        mode: SamplingMode,
     ) -> tuple[Cache, Report]:
         """The decode loop."""
         self._num_traces["decode"] += 1
@@ -179,6 +176,5 @@ class TracedCalls:
             leave_early,
             vocab_size=self._vocab_size,
             max_steps=max_steps,
-            mode=mode,
             any_row=self._any_row,
         )

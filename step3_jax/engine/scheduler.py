@@ -15,6 +15,7 @@ Nothing here touches a device.
 from __future__ import annotations
 
 import collections
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -136,6 +137,7 @@ class Scheduler:
             for other in blocked:
                 other.num_passed += 1
             copies += taken
+            sequence.group.admitted_s = sequence.group.admitted_s or time.monotonic()
             self._waiting.remove(sequence)
             self._running.append(sequence)
             admitted.append(sequence)

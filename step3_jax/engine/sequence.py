@@ -81,6 +81,7 @@ class Group:
       start_s: When it arrived, on the engine's clock.
       compile_start_s: Seconds of compiling until then.
       num_cached_tokens: Prompt tokens that were in the prefix cache when it was first admitted; None before.
+      admitted_s: When a sequence of it first got a slot, on `time.monotonic`; None before.
       held_pages: The prompt's pages, kept until all sequences have been admitted.
       features: Image features of the whole prompt while it is prefilled.
     """
@@ -92,6 +93,7 @@ class Group:
     compile_start_s: float
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
     num_cached_tokens: int | None = None
+    admitted_s: float | None = None
     held_pages: list[int] = dataclasses.field(default_factory=list)
     features: Float[np.ndarray, "places D"] | None = None
 

@@ -21,7 +21,7 @@ from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.mesh import Layout
 from step3_jax.model.parallel import parallelise
 from step3_jax.model.step3 import Step3
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode
+from step3_jax.sampling.batch import SamplingBatch
 
 Batch = TypeVar("Batch", PrefillBatch, DecodeBatch)
 
@@ -65,7 +65,7 @@ class ShardedRunner(Executor):
         )
         self._decode_calls = self._jit(
             self._decode_shards,
-            static_argnums=(6, 7),
+            static_argnums=6,
             in_shardings=(weights, rows, copies, copies, copies, copies),
             out_shardings=(rows, copies),
             donate_argnums=1,
@@ -99,11 +99,9 @@ class ShardedRunner(Executor):
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
         sampling = self._place_sampling(call.sampling)
-        given = call.batch, sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
-        cache, report = self._timed(
-            "decode", self._decode_calls, self._split.weights, cache, *given, call.max_steps, call.mode
-        )
-        return cache, Started(report)
+        given = self._place_history(call.batch), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
+        cache, report = self._timed("decode", self._decode_calls, self._split.weights, cache, *given, call.max_steps)
+        return cache, Started(call.cut_report(report))
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`."""
@@ -117,11 +115,11 @@ class ShardedRunner(Executor):
         return self._prefill.lower(self._split.weights, cache, batch).compile()
 
     def decode_program(
-        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int, mode: SamplingMode
+        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int
     ) -> jax.stages.Compiled:
         """See `Runner.decode_program`."""
         given = batch, sampling, np.int32(1), np.bool_(False)
-        return self._decode_calls.lower(self._split.weights, cache, *given, max_steps, mode).compile()
+        return self._decode_calls.lower(self._split.weights, cache, *given, max_steps).compile()
 
     def _place(self, array: np.ndarray) -> Array:
         return jax.make_array_from_callback(array.shape, self._copies, array.__getitem__)
@@ -150,12 +148,11 @@ class ShardedRunner(Executor):
         num_steps: Int[Array, ""],
         leave_early: Bool[Array, ""],
         max_steps: int,
-        mode: SamplingMode,
     ) -> tuple[Cache, Report]:
         rows, copy = self.layout.spec("rows"), PartitionSpec()
 
         return jax.shard_map(
-            functools.partial(self._decode_own, max_steps=max_steps, mode=mode),
+            functools.partial(self._decode_own, max_steps=max_steps),
             mesh=self.layout.mesh,
             in_specs=(self._specs(), rows, rows, rows, copy, copy),
             out_specs=(rows, copy),
@@ -172,10 +169,9 @@ class ShardedRunner(Executor):
         leave_early: Bool[Array, ""],
         *,
         max_steps: int,
-        mode: SamplingMode,
     ) -> tuple[Cache, Report]:
         cache, report = self._traced.decode(
-            weights, cache, batch, sampling, num_steps, leave_early, max_steps=max_steps, mode=mode
+            weights, cache, batch, sampling, num_steps, leave_early, max_steps=max_steps
         )
         # Every process reads all of it.
         return cache, jax.tree.map(self._gather_rows, report)

@@ -8,17 +8,19 @@ the device.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from step3_jax.cache.paged import Cache
 from step3_jax.layers.attention import CacheStep
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode
-from step3_jax.sampling.penalties import TokenCounts, count_history, count_token
+from step3_jax.sampling.batch import SamplingBatch, logprob_width
+from step3_jax.sampling.penalties import count_tokens
 from step3_jax.sampling.sampler import StepLogprobs, sample, step_logprobs
 
 # Values of `Report.finish`. IDLE: the row had nothing to do.
@@ -57,7 +59,8 @@ class DecodeBatch(NamedTuple):
       num_generated: Output tokens so far; 0 where `last` ends the prompt.
       is_active: Rows that have something to do. The others write to no page.
       table: Pages of each sequence, with room for all tokens it may get.
-      history: Prompt and output so far, `last` included, filled up with V; None unless the mode has penalties.
+      history: Prompt and output so far, `last` included, filled up with V; not read unless some row has penalties. None if
+        none ever has.
     """
 
     last: Int[Array, " B"]
@@ -75,7 +78,6 @@ class DecodeCall:
     Attributes:
       batch: The sequences.
       sampling: Parameters of the rows.
-      mode: What may be left out; a part of the compiled program's key.
       num_steps: Steps to take at most.
       max_steps: Tokens of a row that the report has room for; a part of the compiled program's key.
       leave_early: Whether to return as soon as a row has ended.
@@ -83,10 +85,13 @@ class DecodeCall:
 
     batch: DecodeBatch
     sampling: SamplingBatch
-    mode: SamplingMode
     num_steps: int
     max_steps: int
     leave_early: bool = False
+
+    def cut_report(self, report: Report) -> Report:
+        """A report without what nobody asked for, so that it does not cross to the host."""
+        return report if np.any(self.sampling.has_logprobs) else report._replace(logprobs=None)
 
 
 class Report(NamedTuple):
@@ -96,7 +101,8 @@ class Report(NamedTuple):
       tokens: New tokens; the one that ended a row is the last of it.
       num_new: Valid tokens of each row.
       finish: RUNNING, STOPPED (an end token), FULL (max_tokens) or IDLE.
-      logprobs: Log-probabilities of each new token, if the mode records them.
+      logprobs: Log-probabilities of each new token, zeros in a step in which no row asks for them; None once
+        `DecodeCall.cut_report` has found that nobody does.
     """
 
     tokens: Int[Array, "B M"]
@@ -111,12 +117,10 @@ class RowState(NamedTuple):
     Attributes:
       last: Last token of each, not in the cache yet.
       report: What was made so far.
-      counts: Tokens of each, for penalties; None if the mode has none.
     """
 
     last: Int[Array, " B"]
     report: Report
-    counts: TokenCounts | None
 
 
 class _Loop(NamedTuple):
@@ -137,7 +141,6 @@ def decode_loop(
     *,
     vocab_size: int,
     max_steps: int,
-    mode: SamplingMode,
     any_row: Callable[[Bool[Array, " B"]], Bool[Array, ""]] = jnp.any,
 ) -> tuple[Cache, Report]:
     """Makes up to `num_steps` tokens of each active row; returns early once no row is running.
@@ -151,10 +154,9 @@ def decode_loop(
       leave_early: Whether to return as soon as any row has ended, as others wait for its place.
       vocab_size: V.
       max_steps: Tokens of a row that the report has room for.
-      mode: What may be left out.
       any_row: Whether something holds for any row, also of those on other devices, so that all of them go on as long.
     """
-    rows = begin_rows(batch, vocab_size=vocab_size, max_steps=max_steps, mode=mode)
+    rows = begin_rows(batch, vocab_size=vocab_size, max_steps=max_steps)
     start = _Loop(jnp.zeros((), jnp.int32), cache, rows)
 
     def is_unfinished(loop: _Loop) -> Bool[Array, ""]:
@@ -165,18 +167,28 @@ def decode_loop(
     def take_step(loop: _Loop) -> _Loop:
         place = CacheStep(batch.table, step_lengths(loop.rows, batch))
         logits, cache = forward(loop.rows.last, loop.cache, place)
-        return _Loop(loop.step + 1, cache, choose_tokens(loop.rows, logits, batch, sampling, mode))
+        return _Loop(loop.step + 1, cache, choose_tokens(loop.rows, logits, batch, sampling))
 
     end = jax.lax.while_loop(is_unfinished, take_step, start)
     return end.cache, end.rows.report
 
 
-def begin_rows(batch: DecodeBatch, *, vocab_size: int, max_steps: int, mode: SamplingMode) -> RowState:
+def begin_rows(batch: DecodeBatch, *, vocab_size: int, max_steps: int) -> RowState:
     """The state before a call's first step; arguments as for `decode_loop`."""
-    counts = None
-    if mode.use_penalties and batch.history is not None:
-        counts = count_history(batch.history, batch.cached + 1, batch.num_generated, vocab_size)
-    return RowState(batch.last, _empty_report(batch, max_steps, mode), counts)
+    batch_size = batch.last.shape[0]
+    one, wide = (batch_size, max_steps), (batch_size, max_steps, logprob_width(vocab_size))
+    report = Report(
+        tokens=jnp.zeros(one, jnp.int32),
+        num_new=jnp.zeros((batch_size,), jnp.int32),
+        finish=jnp.where(batch.is_active, RUNNING, IDLE).astype(jnp.int32),
+        logprobs=StepLogprobs(
+            jnp.zeros(one, jnp.float32),
+            jnp.zeros(one, jnp.int32),
+            jnp.zeros(wide, jnp.int32),
+            jnp.zeros(wide, jnp.float32),
+        ),
+    )
+    return RowState(batch.last, report)
 
 
 def step_lengths(rows: RowState, batch: DecodeBatch) -> Int[Array, " B"]:
@@ -185,31 +197,23 @@ def step_lengths(rows: RowState, batch: DecodeBatch) -> Int[Array, " B"]:
     return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + 1, 0)
 
 
-def _empty_report(batch: DecodeBatch, max_steps: int, mode: SamplingMode) -> Report:
-    batch_size = batch.last.shape[0]
-    logprobs = None
-    if mode.num_logprobs:
-        one, wide = (batch_size, max_steps), (batch_size, max_steps, mode.num_logprobs)
-        logprobs = StepLogprobs(
-            jnp.zeros(one, jnp.float32),
-            jnp.zeros(one, jnp.int32),
-            jnp.zeros(wide, jnp.int32),
-            jnp.zeros(wide, jnp.float32),
-        )
-    return Report(
-        tokens=jnp.zeros((batch_size, max_steps), jnp.int32),
-        num_new=jnp.zeros((batch_size,), jnp.int32),
-        finish=jnp.where(batch.is_active, RUNNING, IDLE).astype(jnp.int32),
-        logprobs=logprobs,
-    )
-
-
-def choose_tokens(
-    rows: RowState, logits: Float[Array, "B V"], batch: DecodeBatch, sampling: SamplingBatch, mode: SamplingMode
-) -> RowState:
+def choose_tokens(rows: RowState, logits: Float[Array, "B V"], batch: DecodeBatch, sampling: SamplingBatch) -> RowState:
     """Chooses a token for each running row, writes it down, and ends rows."""
-    report, counts = rows.report, rows.counts
+    report, history = rows.report, batch.history
     is_running = report.finish == RUNNING
+
+    count = None
+    if history is not None:
+        count = functools.partial(
+            count_tokens,
+            history,
+            batch.cached + 1,
+            batch.num_generated,
+            report.tokens,
+            report.num_new,
+            vocab_size=logits.shape[1],
+        )
+
     with jax.named_scope("sample"):
         tokens = sample(
             logits,
@@ -217,8 +221,7 @@ def choose_tokens(
             # As many tokens stand before the new one.
             positions=batch.cached + 1 + report.num_new,
             num_tokens=batch.num_generated + report.num_new,
-            counts=counts,
-            mode=mode,
+            count_tokens=count,
         )
     tokens = jnp.where(is_running, tokens, rows.last)
     places = jnp.arange(tokens.shape[0])
@@ -226,12 +229,15 @@ def choose_tokens(
     columns = jnp.where(is_running, report.num_new, report.tokens.shape[1])
     logprobs = report.logprobs
     if logprobs is not None:
-        new = step_logprobs(logits, tokens, mode.num_logprobs)
+        width = logprobs.top_ids.shape[-1]
+        new = jax.lax.cond(
+            jnp.any(sampling.has_logprobs),
+            lambda: step_logprobs(logits, tokens, width),
+            lambda: jax.tree.map(lambda buffer: jnp.zeros_like(buffer[:, 0]), logprobs),
+        )
         logprobs = StepLogprobs(
             *(buffer.at[places, columns].set(value, mode="drop") for buffer, value in zip(logprobs, new, strict=True))
         )
-    if counts is not None:
-        counts = count_token(counts, tokens, is_running)
     num_new = report.num_new + is_running
     is_end = jnp.any(tokens[:, None] == sampling.stop_ids, axis=-1)
     is_full = batch.num_generated + num_new >= sampling.max_tokens
@@ -242,4 +248,4 @@ def choose_tokens(
         finish=jnp.where(is_running, finish, report.finish).astype(jnp.int32),
         logprobs=logprobs,
     )
-    return RowState(tokens, report, counts)
+    return RowState(tokens, report)

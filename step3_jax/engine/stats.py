@@ -16,6 +16,9 @@ class EngineStats:
       num_preemptions: Sequences that lost their pages to others and were computed again.
       prefix_cache_queries: Prompt tokens looked for in the prefix cache.
       prefix_cache_hits: Those that were there.
+      num_images: Images of prompts.
+      num_known_images: Those whose features were kept from before.
+      image_encode_s: Time of the vision tower.
       prefill_s: Time of prefill, images included.
       decode_s: Time of the decode loop.
       compile_s: Time of tracing and compiling.
@@ -27,6 +30,9 @@ class EngineStats:
     num_preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    num_images: int = 0
+    num_known_images: int = 0
+    image_encode_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     compile_s: float = 0.0

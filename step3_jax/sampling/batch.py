@@ -6,47 +6,30 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from step3_jax.sampling.params import SamplingParams
+from step3_jax.sampling.params import MAX_LOGPROBS, SamplingParams
 
-# If no row asks for more than this many of the likeliest tokens, they are picked without sorting the vocabulary.
+# If no row with a filter keeps more than this many of the likeliest tokens, they are picked without sorting the vocabulary.
 NUM_CANDIDATES = 128
-# Log-probabilities are recorded in one of these widths, to keep the number of compiled programs small.
-LOGPROB_WIDTHS = (1, 5, 20)
+# Ids that each row has room for, whatever it uses, so that requests share a program. More of them in one request make
+# these arrays wider, and with them a program of their own.
+NUM_STOP_IDS = 64
+NUM_BIASES = 1024
 _TINY = float(np.finfo(np.float32).tiny)
-
-
-class SamplingMode(NamedTuple):
-    """What a compiled program can leave out: static, a part of the bucket's key.
-
-    Attributes:
-      is_greedy: No row draws a random number.
-      num_candidates: Likeliest tokens that top_k and top_p look at; 0 if no row uses either.
-      use_min_p: Some row uses min_p.
-      use_penalties: Some row has a penalty, so tokens are counted.
-      use_bias: Some row has a logit bias.
-      use_min_tokens: Some row has min_tokens.
-      num_logprobs: Log-probabilities recorded at each step; 0 for none.
-    """
-
-    is_greedy: bool = True
-    num_candidates: int = 0
-    use_min_p: bool = False
-    use_penalties: bool = False
-    use_bias: bool = False
-    use_min_tokens: bool = False
-    num_logprobs: int = 0
 
 
 class SamplingBatch(NamedTuple):
     """Parameters of each row, on the host or on a device. Lists of token ids are filled up with V, which is no token.
+
+    What a row does not use has a neutral value: options are data, so that they make no programs.
 
     Attributes:
       temperature: 0 for greedy rows.
       top_k: V for all.
       seeds: Two words of a threefry key.
       max_tokens: 0 marks a row that only fills up the batch.
+      has_logprobs: Whether log-probabilities are recorded.
       stop_ids: Tokens that end the row.
       bias_ids, bias_values: The logit bias.
     """
@@ -61,6 +44,7 @@ class SamplingBatch(NamedTuple):
     frequency_penalty: Float[Array, " B"]
     min_tokens: Int[Array, " B"]
     max_tokens: Int[Array, " B"]
+    has_logprobs: Bool[Array, " B"]
     stop_ids: Int[Array, "B stops"]
     bias_ids: Int[Array, "B biases"]
     bias_values: Float[Array, "B biases"]
@@ -103,26 +87,9 @@ def check_token_ids(row: SamplingRow, vocab_size: int) -> None:
             raise ValueError(f"{name} has token ids {outside}; allowed: 0 to {vocab_size - 1}")
 
 
-def sampling_mode(params: Sequence[SamplingParams], vocab_size: int) -> SamplingMode:
-    """The cheapest program that serves all of `params`."""
-    drawn = [row for row in params if not row.is_greedy]
-    filtered = [row for row in drawn if 0 < row.top_k < vocab_size or row.top_p < 1]
-    num_candidates = 0
-    if filtered:
-        # top_p without top_k may need every token, so it looks at all of them.
-        is_short = all(0 < row.top_k <= NUM_CANDIDATES for row in filtered)
-        num_candidates = min(NUM_CANDIDATES if is_short else vocab_size, vocab_size)
-    asked = [row.logprobs for row in params if row.logprobs is not None]
-    width = next(width for width in LOGPROB_WIDTHS if width >= max(asked)) if asked else 0
-    return SamplingMode(
-        is_greedy=not drawn,
-        num_candidates=num_candidates,
-        use_min_p=any(row.min_p > 0 for row in drawn),
-        use_penalties=any(row.has_penalties for row in params),
-        use_bias=any(row.logit_bias for row in params),
-        use_min_tokens=any(row.min_tokens > 0 for row in params),
-        num_logprobs=min(width, vocab_size),
-    )
+def logprob_width(vocab_size: int) -> int:
+    """Likeliest tokens that are recorded at each step where any row asks for them."""
+    return min(MAX_LOGPROBS, vocab_size)
 
 
 def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int) -> SamplingBatch:
@@ -151,15 +118,20 @@ def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int
         frequency_penalty=column([row.frequency_penalty for row in params], 0.0, np.float32),
         min_tokens=column([row.min_tokens for row in params], 0, np.int32),
         max_tokens=column([row.max_tokens for row in rows], 0, np.int32),
-        stop_ids=_ragged([row.stop_ids for row in rows], vocab_size, batch_size, np.int32),
-        bias_ids=_ragged([tuple(row) for row in bias], vocab_size, batch_size, np.int32),
-        bias_values=_ragged([tuple(row.values()) for row in bias], 0.0, batch_size, np.float32),
+        has_logprobs=column([row.logprobs is not None for row in params], False, np.bool_),
+        stop_ids=_ragged([row.stop_ids for row in rows], NUM_STOP_IDS, vocab_size, batch_size, np.int32),
+        bias_ids=_ragged([tuple(row) for row in bias], NUM_BIASES, vocab_size, batch_size, np.int32),
+        bias_values=_ragged([tuple(row.values()) for row in bias], NUM_BIASES, 0.0, batch_size, np.float32),
     )
 
 
-def _ragged(lists: Sequence[Sequence[float]], fill: float, batch_size: int, dtype: type[np.generic]) -> np.ndarray:
-    """Lists of different lengths in one array, its width a power of two of at least 4."""
-    width = 1 << (max([4, *map(len, lists)]) - 1).bit_length()
+def _ragged(
+    lists: Sequence[Sequence[float]], least: int, fill: float, batch_size: int, dtype: type[np.generic]
+) -> np.ndarray:
+    """Lists of different lengths in one array, its width `least`, doubled until it is enough."""
+    width = least
+    while width < max(map(len, lists), default=0):
+        width *= 2
     array = np.full((batch_size, width), fill, dtype)
     for row, values in enumerate(lists):
         array[row, : len(values)] = values

@@ -134,11 +134,15 @@ class SamplingParams:
         Raises:
           ValueError: For a value out of range.
         """
-        picked = {ours: values[theirs] for theirs, ours in _MODEL_DEFAULTS.items() if values.get(theirs) is not None}
         try:
-            return cls(**picked)  # type: ignore[arg-type]
+            return cls(**pick_defaults(values))  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"generation_config.json: {error}") from None
+
+
+def pick_defaults(values: Mapping[str, object]) -> dict[str, object]:
+    """What `generation_config.json` says of sampling, by the names of `SamplingParams`."""
+    return {ours: values[theirs] for theirs, ours in _MODEL_DEFAULTS.items() if values.get(theirs) is not None}
 
 
 def _check_whole(name: str, value: object, *, lowest: int, highest: int | None = None) -> None:

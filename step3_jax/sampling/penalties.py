@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from step3_jax.sampling.batch import SamplingBatch
+
+# Tokens of each row that are counted at a time.
+_BLOCK_TOKENS = 1024
 
 
 class TokenCounts(NamedTuple):
@@ -17,34 +21,53 @@ class TokenCounts(NamedTuple):
     in_output: Int[Array, "B V"]
 
 
-def count_history(
-    token_ids: Int[Array, "B M"], lengths: Int[Array, " B"], num_output: Int[Array, " B"], vocab_size: int
+def has_penalties(batch: SamplingBatch) -> Bool[Array, " B"]:
+    """Rows whose tokens are counted."""
+    return (batch.repetition_penalty != 1) | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0)
+
+
+def count_tokens(
+    history: Int[Array, "B M"],
+    lengths: Int[Array, " B"],
+    num_output: Int[Array, " B"],
+    new: Int[Array, "B steps"],
+    num_new: Int[Array, " B"],
+    *,
+    vocab_size: int,
 ) -> TokenCounts:
-    """Counts of sequences so far.
+    """Counts of sequences so far. What it costs grows with the longest sequence, not with M.
 
     Args:
-      token_ids: Prompt and output of each row; what stands at or behind its length is padding.
+      history: Prompt and output of each row; what stands at or behind its length is padding.
       lengths: Tokens of each row.
       num_output: How many of them, the last ones, are output.
+      new: Output behind those.
+      num_new: Tokens of it.
       vocab_size: V.
     """
-    batch, width = token_ids.shape
+    batch, width = history.shape
     rows = jnp.arange(batch)[:, None]
-    places, ends = jnp.arange(width), lengths[:, None]
-    is_output = (places >= ends - num_output[:, None]) & (places < ends)
-    # An id of V is outside the vocabulary and dropped.
-    prompt_ids = jnp.where((places < ends) & ~is_output, token_ids, vocab_size)
-    output_ids = jnp.where(is_output, token_ids, vocab_size)
-    return TokenCounts(
-        in_prompt=jnp.zeros((batch, vocab_size), bool).at[rows, prompt_ids].set(True, mode="drop"),
-        in_output=jnp.zeros((batch, vocab_size), jnp.int32).at[rows, output_ids].add(1, mode="drop"),
-    )
+    block = min(width, _BLOCK_TOKENS)
 
+    def count_block(index: Int[Array, ""], counts: TokenCounts) -> TokenCounts:
+        # The last block is moved back to end with the last column; what it repeats is left out.
+        first = jnp.minimum(index * block, width - block)
+        ids = jax.lax.dynamic_slice_in_dim(history, first, block, axis=1)
+        places = first + jnp.arange(block)
+        is_own = (places >= index * block) & (places < lengths[:, None])
+        is_output = is_own & (places >= (lengths - num_output)[:, None])
+        # An id of V is outside the vocabulary and dropped.
+        prompt_ids = jnp.where(is_own & ~is_output, ids, vocab_size)
+        return TokenCounts(
+            counts.in_prompt.at[rows, prompt_ids].set(True, mode="drop"),
+            counts.in_output.at[rows, jnp.where(is_output, ids, vocab_size)].add(1, mode="drop"),
+        )
 
-def count_token(counts: TokenCounts, tokens: Int[Array, " B"], is_running: Bool[Array, " B"]) -> TokenCounts:
-    """Counts one more token of each row that is still running."""
-    rows = jnp.arange(tokens.shape[0])
-    return counts._replace(in_output=counts.in_output.at[rows, tokens].add(is_running.astype(jnp.int32)))
+    empty = TokenCounts(jnp.zeros((batch, vocab_size), bool), jnp.zeros((batch, vocab_size), jnp.int32))
+    num_blocks = jnp.minimum(-(-jnp.max(lengths, initial=0) // block), -(-width // block))
+    counts = jax.lax.fori_loop(0, num_blocks, count_block, empty)
+    new_ids = jnp.where(jnp.arange(new.shape[1]) < num_new[:, None], new, vocab_size)
+    return counts._replace(in_output=counts.in_output.at[rows, new_ids].add(1, mode="drop"))
 
 
 def apply_penalties(logits: Float[Array, "B V"], counts: TokenCounts, batch: SamplingBatch) -> Float[Array, "B V"]:

@@ -1,15 +1,21 @@
-"""From logits to the next token of each row."""
+"""From logits to the next token of each row.
+
+One program serves all sampling parameters. What costs more than a look at the logits stands under `jax.lax.cond`, with "some
+row uses it" as its condition: a greedy batch takes the likeliest tokens and does nothing else. The conditions are those of
+the rows at hand, which may differ between the devices of a mesh, so nothing in a branch may communicate.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode
-from step3_jax.sampling.penalties import TokenCounts, apply_bias, apply_penalties, mask_ends
+from step3_jax.sampling.batch import NUM_CANDIDATES, SamplingBatch
+from step3_jax.sampling.penalties import TokenCounts, apply_bias, apply_penalties, has_penalties, mask_ends
 
 # Named, so that a change of JAX's default generator does not change what a seed gives.
 _GENERATOR = "threefry2x32"
@@ -36,8 +42,7 @@ def sample(
     *,
     positions: Int[Array, " B"],
     num_tokens: Int[Array, " B"],
-    counts: TokenCounts | None,
-    mode: SamplingMode,
+    count_tokens: Callable[[], TokenCounts] | None = None,
 ) -> Int[Array, " B"]:
     """Chooses the next token of each row.
 
@@ -49,22 +54,21 @@ def sample(
       batch: Parameters of the rows.
       positions: Place of the new token in its sequence, prompt counted.
       num_tokens: Tokens of the output so far.
-      counts: For penalties; None if the mode has none.
-      mode: What may be left out.
+      count_tokens: Counts the sequences' tokens, where some row has penalties; None if none ever has.
     """
-    logits = process_logits(logits, batch, num_tokens=num_tokens, counts=counts, mode=mode)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if mode.is_greedy:
-        return greedy
-    is_greedy = batch.temperature == 0
-    logits = logits / jnp.where(is_greedy, 1.0, batch.temperature)[:, None]
-    if mode.use_min_p:
-        logits = filter_min_p(logits, batch.min_p)
-    if mode.num_candidates:
-        logits = filter_top(logits, batch.top_k, batch.top_p, num_candidates=mode.num_candidates)
-    # argmax(logits + Gumbel noise) draws from softmax(logits).
-    drawn = jnp.argmax(logits + gumbel_noise(batch.seeds, positions, logits.shape[1]), axis=-1)
-    return jnp.where(is_greedy, greedy, drawn.astype(jnp.int32))
+    is_drawn = batch.temperature > 0
+    is_processed = _is_processed(batch, num_tokens)
+
+    def choose() -> Int[Array, " B"]:
+        processed = jax.lax.cond(
+            jnp.any(is_processed),
+            lambda: process_logits(logits, batch, num_tokens=num_tokens, count_tokens=count_tokens),
+            lambda: logits,
+        )
+        likeliest = _argmax(processed)
+        return jax.lax.cond(jnp.any(is_drawn), lambda: draw(processed, likeliest, batch, positions), lambda: likeliest)
+
+    return jax.lax.cond(jnp.any(is_drawn | is_processed), choose, lambda: _argmax(logits))
 
 
 def process_logits(
@@ -72,37 +76,62 @@ def process_logits(
     batch: SamplingBatch,
     *,
     num_tokens: Int[Array, " B"],
-    counts: TokenCounts | None,
-    mode: SamplingMode,
+    count_tokens: Callable[[], TokenCounts] | None,
 ) -> Float[Array, "B V"]:
-    """All that changes which token is likeliest: ends masked, bias, penalties."""
-    if mode.use_min_tokens:
-        logits = mask_ends(logits, num_tokens, batch)
-    if mode.use_bias:
-        logits = apply_bias(logits, batch)
-    if mode.use_penalties and counts is not None:
-        logits = apply_penalties(logits, counts, batch)
-    return logits
+    """All that changes which token is likeliest: ends masked, bias, penalties. Arguments as for `sample`."""
+    logits = apply_bias(mask_ends(logits, num_tokens, batch), batch)
+    if count_tokens is None:
+        return logits
+    return jax.lax.cond(
+        jnp.any(has_penalties(batch)), lambda: apply_penalties(logits, count_tokens(), batch), lambda: logits
+    )
 
 
-def filter_min_p(logits: Float[Array, "B V"], min_p: Float[Array, " B"]) -> Float[Array, "B V"]:
-    """Keeps tokens whose probability is at least `min_p` times the largest (arXiv 2407.01082)."""
-    lowest = jnp.max(logits, axis=-1) + jnp.log(min_p)
-    return jnp.where(logits < lowest[:, None], -jnp.inf, logits)
+def draw(
+    logits: Float[Array, "B V"], likeliest: Int[Array, " B"], batch: SamplingBatch, positions: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """Draws the token of each row that has a temperature; the others get their likeliest.
+
+    Args:
+      logits: After `process_logits`.
+      likeliest: The likeliest token of each row.
+      batch: Parameters of the rows.
+      positions: As for `sample`.
+    """
+    is_greedy = batch.temperature == 0
+    logits = logits / jnp.where(is_greedy, 1.0, batch.temperature)[:, None]
+    largest = jnp.take_along_axis(logits, likeliest[:, None], axis=-1)[:, 0]
+    logits = _cut_below(logits, least_by_min_p(largest, batch.min_p))
+    # Greedy rows have no use for the filters.
+    is_filtered = ~is_greedy & _has_filter(batch, logits.shape[1])
+    least = jax.lax.cond(
+        jnp.any(is_filtered), lambda: _least_kept(logits, batch, is_filtered), lambda: jnp.full_like(largest, -jnp.inf)
+    )
+    # argmax(logits + Gumbel noise) draws from softmax(logits).
+    noise = gumbel_noise(batch.seeds, positions, logits.shape[1])
+    return jnp.where(is_greedy, likeliest, _argmax(_cut_below(logits, least) + noise))
 
 
-def filter_top(
+def least_by_min_p(largest: Float[Array, " B"], min_p: Float[Array, " B"]) -> Float[Array, " B"]:
+    """The lowest logit of a token at least `min_p` times as likely as the likeliest (arXiv 2407.01082)."""
+    return largest + jnp.log(min_p)
+
+
+def least_by_rank(
     logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], *, num_candidates: int
-) -> Float[Array, "B V"]:
-    """Keeps the `top_k` likeliest tokens, and of these the likeliest that together reach `top_p`.
+) -> Float[Array, " B"]:
+    """The lowest logit among the `top_k` likeliest tokens, and of these the likeliest that together reach `top_p`.
 
-    One sort serves both: each gives a least logit, so tokens that tie with the last one kept are kept too.
+    One sort serves both. Tokens that tie with the last one kept are kept too.
 
     Args:
       logits: Logits after the temperature.
       top_k: Tokens to keep; V for all.
       top_p: Probability to reach; the token that crosses it is kept.
       num_candidates: Likeliest tokens to look at: V, or fewer if every row with a filter has a `top_k` within them.
+
+    Returns:
+      -inf for a row without either filter.
     """
     vocab_size = logits.shape[1]
     if num_candidates < vocab_size:
@@ -114,10 +143,9 @@ def filter_top(
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # Rounding must not cut the tail of a row that has no top_p.
     is_kept = is_top & ((before < top_p[:, None]) | (top_p[:, None] >= 1))
-    lowest = jnp.min(jnp.where(is_kept, ordered, jnp.inf), axis=-1)
+    least = jnp.min(jnp.where(is_kept, ordered, jnp.inf), axis=-1)
     # A row without either filter keeps all, though the candidates may end above its last token.
-    has_filter = (top_k < vocab_size) | (top_p < 1)
-    return jnp.where((logits < lowest[:, None]) & has_filter[:, None], -jnp.inf, logits)
+    return jnp.where((top_k < vocab_size) | (top_p < 1), least, -jnp.inf)
 
 
 def gumbel_noise(seeds: UInt32[Array, "B 2"], positions: Int[Array, " B"], vocab_size: int) -> Float[Array, "B V"]:
@@ -137,3 +165,36 @@ def step_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"], width: 
     rank = 1 + jnp.sum(logprobs > chosen, axis=-1, dtype=jnp.int32)
     top_values, top_ids = jax.lax.top_k(logprobs, width)
     return StepLogprobs(chosen[:, 0], rank, top_ids.astype(jnp.int32), top_values)
+
+
+def _least_kept(
+    logits: Float[Array, "B V"], batch: SamplingBatch, is_filtered: Bool[Array, " B"]
+) -> Float[Array, " B"]:
+    """`least_by_rank` without sorting the vocabulary, if no row needs that."""
+    vocab_size, top_k, top_p = logits.shape[1], batch.top_k, batch.top_p
+    if vocab_size <= NUM_CANDIDATES:
+        return least_by_rank(logits, top_k, top_p, num_candidates=vocab_size)
+    # top_p without top_k may need every token, so it looks at all of them.
+    return jax.lax.cond(
+        jnp.all(~is_filtered | (top_k <= NUM_CANDIDATES)),
+        lambda: least_by_rank(logits, top_k, top_p, num_candidates=NUM_CANDIDATES),
+        lambda: least_by_rank(logits, top_k, top_p, num_candidates=vocab_size),
+    )
+
+
+def _is_processed(batch: SamplingBatch, num_tokens: Int[Array, " B"]) -> Bool[Array, " B"]:
+    """Rows that `process_logits` does anything for."""
+    has_bias = jnp.any(batch.bias_values != 0, axis=-1)
+    return (num_tokens < batch.min_tokens) | has_bias | has_penalties(batch)
+
+
+def _has_filter(batch: SamplingBatch, vocab_size: int) -> Bool[Array, " B"]:
+    return (batch.top_k < vocab_size) | (batch.top_p < 1)
+
+
+def _cut_below(logits: Float[Array, "B V"], least: Float[Array, " B"]) -> Float[Array, "B V"]:
+    return jnp.where(logits < least[:, None], -jnp.inf, logits)
+
+
+def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)

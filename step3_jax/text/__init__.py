@@ -4,6 +4,6 @@
 - `image_input`: opens a picture that a user names, within stated limits.
 - `tokenizer`: the checkpoint's own tokenizer, with a safe route for untrusted text.
 - `chat_template`: messages (`message`) to a prompt, as text or as token ids.
-- `reasoning`: reasoning and answer of what the model wrote, whole or piece by piece.
+- `output_parser`: reasoning, content and tool calls of what the model wrote, whole or piece by piece (`tool_call`, `scan`).
 - `detokenize`: token ids to text while they are still being generated, and stop strings.
 """

@@ -139,6 +139,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_kwargs: object,
     ) -> list[int]:
         """The prompt as token ids, in which control tokens come from the template alone.
@@ -152,6 +153,8 @@ class ChatTemplate:
           messages: As in `render`.
           tools: As in `render`.
           add_generation_prompt: As in `render`.
+          continue_final_message: Whether the prompt ends with the text of the last message, an assistant's, which the
+            model goes on with. Then there is no generation prompt.
           **template_kwargs: As in `render`.
 
         Returns:
@@ -162,12 +165,18 @@ class ChatTemplate:
             control tokens so that these cannot be told from its own.
         """
         clean = normalise_messages(messages)
+        add_generation_prompt &= not continue_final_message
         rendered = self._render(clean, tools, add_generation_prompt, template_kwargs)
-        opening, closing = _free_marks(rendered)
+        opening, closing, end = _free_marks(rendered)
+        if continue_final_message:
+            clean[-1] = _with_end(clean[-1], end)
+            rendered = _cut(self._render(clean, tools, add_generation_prompt, template_kwargs), end)
         guard = MessageGuard(tokenizer, opening, closing)
         marked_messages = [guard.mark_message(message) for message in clean]
         marked_tools = None if tools is None else [guard.map_strings(tool, guard.mark_control) for tool in tools]
         marked = self._render(marked_messages, marked_tools, add_generation_prompt, template_kwargs)
+        if continue_final_message:
+            marked = _cut(marked, end)
         if marked.replace(opening, "").replace(closing, "") == rendered:
             ids = tokenizer.encode_guarded(marked, opening, closing)
         else:
@@ -285,11 +294,27 @@ def _special_tokens(folder: Path) -> dict[str, object]:
     return found
 
 
-def _free_marks(text: str) -> tuple[str, str]:
-    """Two characters for private use that the text does not hold."""
+def _with_end(message: Message, end: str) -> dict[str, object]:
+    """An assistant's message with a mark behind its text."""
+    content = message["content"]
+    if message["role"] != "assistant" or not isinstance(content, str) or not content:
+        raise ValueError("To be continued, the last message must be an assistant's with text as its content.")
+    return {**message, "content": content.rstrip() + end}
+
+
+def _cut(rendered: str, end: str) -> str:
+    """What stands before the mark."""
+    start, found, _ = rendered.rpartition(end)
+    if not found:
+        raise ValueError("The chat template leaves out the last message, so it cannot be continued.")
+    return start
+
+
+def _free_marks(text: str) -> tuple[str, str, str]:
+    """Three characters for private use that the text does not hold."""
     free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
     try:
-        return next(free), next(free)
+        return next(free), next(free), next(free)
     except StopIteration:
         raise ValueError("The messages use every character for private use from U+F0000; remove some.") from None
 

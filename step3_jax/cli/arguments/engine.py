@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Iterable
 
 from step3_jax.cli.arguments.afd_devices import add_afd
-from step3_jax.cli.dtype import dtype_name
-from step3_jax.engine.config import GROUPS, Setting, kind_of, settings
+from step3_jax.cli.arguments.setting import add_setting
+from step3_jax.engine.config import GROUPS, settings
 
 
 def add_engine(parser: argparse.ArgumentParser, groups: Iterable[str] = GROUPS, *, without: Iterable[str] = ()) -> None:
@@ -24,7 +23,7 @@ def add_engine(parser: argparse.ArgumentParser, groups: Iterable[str] = GROUPS, 
     names = [name for name, (_, one) in settings().items() if one.group in titles and name not in without]
     for name in names:
         field, setting = settings()[name]
-        _add_setting(titles[setting.group], name, field, setting)
+        add_setting(titles[setting.group], field, setting)
     parser.set_defaults(setting_names=names)
     if "devices" in groups:
         add_afd(parser)
@@ -33,17 +32,3 @@ def add_engine(parser: argparse.ArgumentParser, groups: Iterable[str] = GROUPS, 
         "--config", metavar="FILE", help="YAML with any of these settings, and a section `deployment` for devices"
     )
     group.add_argument("--print-config", action="store_true", help="print the settings as such a file, and leave")
-
-
-def _add_setting(group: argparse._ArgumentGroup, name: str, field: dataclasses.Field[object], setting: Setting) -> None:
-    flags = (f"--{name.replace('_', '-')}", *setting.flags)
-    default = setting.auto if field.default is None else str(field.default).lower()
-    text = f"{setting.help} (default: {default})".replace("%", "%%")
-    kind = kind_of(field)
-    if kind is bool:
-        group.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction, help=text)
-    elif setting.choices:
-        read = dtype_name(setting.choices)
-        group.add_argument(*flags, dest=name, type=read, choices=setting.choices, help=text)
-    else:
-        group.add_argument(*flags, dest=name, type=kind, metavar=setting.metavar, help=text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from step3_jax.cli.arguments.engine import add_engine
-from step3_jax.cli.option import add_model, add_sampling
+from step3_jax.cli.option import add_model, add_sampling, add_tools
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="give the prompt to the model unchanged, without the chat template"
     )
+    add_tools(parser)
     add_sampling(parser)
     add_engine(parser, without=["seed"])
     group = parser.add_argument_group("output")

@@ -36,7 +36,7 @@ from step3_jax.engine.state import DecodeBatch, PrefillBatch
 from step3_jax.mesh import initialise_distributed
 from step3_jax.model.step3 import Step3
 from step3_jax.resources import find
-from step3_jax.sampling.batch import SamplingMode, SamplingRow, sampling_batch
+from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from tests.process import give_answer
 from tests.small import small_text
@@ -164,7 +164,7 @@ def hlo(case: Answer) -> Answer:
         numbers = jnp.ones((rows,), jnp.int32)
         batch = DecodeBatch(numbers, numbers, numbers, numbers > 0, jnp.zeros((rows, 2), jnp.int32))
         sampling = sampling_batch([SamplingRow(SamplingParams(temperature=0), 8, (0, 0), ())] * rows, vocab_size, rows)
-        program = executor.decode_program(cache, batch, sampling, max_steps=8, mode=SamplingMode())
+        program = executor.decode_program(cache, batch, sampling, max_steps=8)
     else:
         starts, lengths = jnp.array([0, 20, 30] * shards, jnp.int32), jnp.array([20, 10] * shards, jnp.int32)
         table = jnp.zeros((shards * 2, 2), jnp.int32)

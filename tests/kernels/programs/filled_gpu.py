@@ -16,7 +16,6 @@ from step3_jax.cache.paged import empty_cache
 from step3_jax.engine import sharded
 from step3_jax.engine.state import DecodeBatch
 from step3_jax.mesh import make_layout
-from step3_jax.sampling.batch import SamplingMode
 from step3_jax.sharding import Parallel, fit_parallel
 from tests.mesh.programs.compile_step import CONFIG, abstract_model, bytes_each, sampling_shapes
 from tools import gpu_compile
@@ -48,7 +47,7 @@ def main() -> None:
     active = jax.ShapeDtypeStruct((ROWS,), jnp.bool_)
     batch = DecodeBatch(numbers(ROWS), numbers(ROWS), numbers(ROWS), active, numbers(ROWS, WIDTH))
     runner = sharded.ShardedRunner(model, layout)
-    program = runner.decode_program(cache, batch, sampling_shapes(ROWS), max_steps=32, mode=SamplingMode())
+    program = runner.decode_program(cache, batch, sampling_shapes(ROWS), max_steps=32)
     memory = program.memory_analysis()
     found = {
         "share": memory.argument_size_in_bytes / H100_BYTES,

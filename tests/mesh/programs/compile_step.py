@@ -29,7 +29,7 @@ from step3_jax.mesh import Layout, make_layout
 from step3_jax.model.parallel import place_shapes
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import quantise
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch
+from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sharding import Parallel, fit_parallel
 
@@ -103,7 +103,7 @@ def main() -> None:
         active = jax.ShapeDtypeStruct((count,), jnp.bool_)
         batch = DecodeBatch(numbers(count), numbers(count), numbers(count), active, numbers(count, WIDTH))
         sampling = sampling_shapes(count)
-        found["decode"] = describe(runner.decode_program(cache, batch, sampling, max_steps=32, mode=SamplingMode()))
+        found["decode"] = describe(runner.decode_program(cache, batch, sampling, max_steps=32))
         chunk = PrefillBatch(
             numbers(CHUNK * num_devices), numbers((ROWS + 1) * num_devices), numbers(count), numbers(count, WIDTH)
         )

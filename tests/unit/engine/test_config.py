@@ -10,11 +10,10 @@ from step3_jax.engine.config import (
     GROUPS,
     EngineConfig,
     format_config,
-    format_table,
-    kind_of,
     read_config_file,
     settings,
 )
+from step3_jax.engine.setting import format_table, kind_of
 
 
 def test_vllms_names_are_there_with_a_meaning_each() -> None:
@@ -99,4 +98,4 @@ def test_an_empty_file_is_all_defaults(tmp_path: pathlib.Path) -> None:
 
 def test_the_docs_show_the_settings_as_they_are() -> None:
     page = pathlib.Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
-    assert format_table() in page.read_text(encoding="utf-8"), "run: python -m step3_jax.engine.config"
+    assert format_table(EngineConfig) in page.read_text(encoding="utf-8"), "run: python -m step3_jax.engine.config"

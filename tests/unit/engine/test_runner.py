@@ -14,7 +14,7 @@ from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import FULL, IDLE, RUNNING, STOPPED, DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch
+from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 
 VOCAB_SIZE = 264
@@ -65,7 +65,7 @@ def run(
     *,
     leave_early: bool = False,
 ) -> tuple[Cache, Report]:
-    call = DecodeCall(batch, sampling, SamplingMode(), num_steps, max_steps=MAX_STEPS, leave_early=leave_early)
+    call = DecodeCall(batch, sampling, num_steps, max_steps=MAX_STEPS, leave_early=leave_early)
     cache, started = runner.decode(cache, call)
     return cache, started.result()
 
@@ -114,9 +114,7 @@ def test_no_copy_of_the_cache_is_in_the_compiled_calls(runner: Runner, num_rows:
     cache = jax.eval_shape(lambda: runner.allocate_cache(NUM_PAGES, storage))
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        decode = runner.decode_program(
-            cache, decode_batch(num_rows), sampling_of([9] * num_rows), max_steps=MAX_STEPS, mode=SamplingMode()
-        )
+        decode = runner.decode_program(cache, decode_batch(num_rows), sampling_of([9] * num_rows), max_steps=MAX_STEPS)
         programs = [decode]
         if num_rows == 4:
             programs.append(runner.prefill_program(cache, chunk(num_rows)))

@@ -1,4 +1,4 @@
-"""Parameters as arrays: padding, modes, seeds."""
+"""Parameters as arrays: padding, seeds."""
 
 from __future__ import annotations
 
@@ -7,39 +7,34 @@ import numpy as np
 import pytest
 
 from step3_jax.sampling.batch import (
-    SamplingMode,
+    NUM_BIASES,
+    NUM_STOP_IDS,
     SamplingRow,
     check_token_ids,
     sampling_batch,
-    sampling_mode,
     seed_words,
 )
 from step3_jax.sampling.params import SamplingParams
 
 
-def test_greedy_requests_take_the_program_without_a_sampler() -> None:
-    assert (
-        sampling_mode([SamplingParams(temperature=0), SamplingParams(temperature=0, top_p=0.5)], 50) == SamplingMode()
+def test_what_a_row_does_not_use_has_the_shapes_of_what_it_could() -> None:
+    used = SamplingParams(
+        top_k=3, min_p=0.1, logit_bias={1: 1.0, 2: -1.0}, stop_token_ids=[4, 5], logprobs=20, presence_penalty=1.0
     )
-
-
-def test_the_mode_has_what_any_row_needs() -> None:
-    rows = [
-        SamplingParams(temperature=0, presence_penalty=1, logprobs=3),
-        SamplingParams(min_p=0.1, min_tokens=2),
-        SamplingParams(logit_bias={1: 1.0}),
+    shapes = [
+        jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), sampling_batch([SamplingRow(params, 9, (0, 0), ids)], 50, 2)
+        )
+        for params, ids in ((SamplingParams(temperature=0), ()), (used, (4, 5)))
     ]
-    assert sampling_mode(rows, 1000) == SamplingMode(
-        is_greedy=False, use_min_p=True, use_penalties=True, use_bias=True, use_min_tokens=True, num_logprobs=5
-    )
+    assert shapes[0] == shapes[1]
 
 
-def test_the_vocabulary_is_sorted_only_for_top_p_without_a_small_top_k() -> None:
-    short, long, nucleus = SamplingParams(top_k=20, top_p=0.9), SamplingParams(top_k=500), SamplingParams(top_p=0.9)
-    assert sampling_mode([short, SamplingParams()], 1000).num_candidates == 128
-    assert sampling_mode([short, long], 1000).num_candidates == 1000
-    assert sampling_mode([short, nucleus], 1000).num_candidates == 1000
-    assert sampling_mode([SamplingParams(top_k=1000)], 1000).num_candidates == 0
+def test_more_ids_than_there_is_room_for_double_the_room() -> None:
+    params = SamplingParams(logit_bias=dict.fromkeys(range(NUM_BIASES + 1), 1.0))
+    batch = sampling_batch([SamplingRow(params, 9, (0, 0), tuple(range(NUM_STOP_IDS + 1)))], 5000, 1)
+    assert batch.bias_ids.shape == batch.bias_values.shape == (1, 2 * NUM_BIASES)
+    assert batch.stop_ids.shape == (1, 2 * NUM_STOP_IDS)
 
 
 def test_rows_fill_up_with_rows_that_make_no_token() -> None:
@@ -47,8 +42,8 @@ def test_rows_fill_up_with_rows_that_make_no_token() -> None:
     batch = sampling_batch([SamplingRow(params, 9, (1, 2), (5, 3, 4))], 50, 2)
     assert batch.max_tokens.tolist() == [9, 0]
     assert batch.top_k.tolist() == [50, 50]
-    assert batch.stop_ids.tolist() == [[5, 3, 4, 50], [50] * 4]
-    assert batch.bias_ids.tolist() == [[7, 50, 50, 50], [50] * 4]
+    assert batch.stop_ids[:, :4].tolist() == [[5, 3, 4, 50], [50] * 4]
+    assert batch.bias_ids[:, :4].tolist() == [[7, 50, 50, 50], [50] * 4]
     assert batch.seeds.tolist() == [[1, 2], [0, 0]]
 
 

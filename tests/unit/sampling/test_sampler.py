@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from step3_jax.sampling.batch import SamplingBatch, SamplingMode, SamplingRow, sampling_batch, sampling_mode, seed_words
+from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch, seed_words
 from step3_jax.sampling.params import SamplingParams
-from step3_jax.sampling.penalties import TokenCounts, count_history, count_token
-from step3_jax.sampling.sampler import filter_min_p, filter_top, gumbel_noise, process_logits, sample, step_logprobs
+from step3_jax.sampling.penalties import TokenCounts, count_tokens
+from step3_jax.sampling.sampler import (
+    gumbel_noise,
+    least_by_min_p,
+    least_by_rank,
+    process_logits,
+    sample,
+    step_logprobs,
+)
 
 VOCAB = 300
 PROMPT, OUTPUT, STOPS = [3, 4, 4, 9], [4, 7, 7, 7], (5, 11)
@@ -65,11 +74,10 @@ def make_row(params: SamplingParams) -> SamplingRow:
 
 
 def make_counts(num_rows: int) -> TokenCounts:
-    ids = jnp.asarray([PROMPT + [0] * 4] * num_rows)
-    counts = count_history(ids, jnp.full((num_rows,), len(PROMPT)), jnp.zeros((num_rows,), jnp.int32), VOCAB)
-    for token in OUTPUT:
-        counts = count_token(counts, jnp.full((num_rows,), token), jnp.ones((num_rows,), bool))
-    return counts
+    rows = jnp.ones((num_rows,), jnp.int32)
+    ids = jnp.asarray([PROMPT + OUTPUT[:1] + [0] * 3] * num_rows)
+    new = jnp.asarray([OUTPUT[1:] + [0]] * num_rows)
+    return count_tokens(ids, rows * 5, rows, new, rows * 3, vocab_size=VOCAB)
 
 
 PROCESSED = {
@@ -95,8 +103,7 @@ def test_processed_logits_are_the_oracles(name: str, logits: np.ndarray) -> None
         jnp.asarray(logits),
         batch,
         num_tokens=jnp.full((3,), len(OUTPUT)),
-        counts=make_counts(3),
-        mode=sampling_mode(rows, VOCAB),
+        count_tokens=lambda: make_counts(3),
     )
     want = np.stack([oracle_processed(row, params) for row, params in zip(logits, rows, strict=True)])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -121,9 +128,11 @@ FILTERS = {
 def test_tokens_left_by_the_filters_are_the_oracles(name: str, logits: np.ndarray) -> None:
     rows = [FILTERS[name], SamplingParams(), SamplingParams(top_k=5)]
     batch = device_batch([make_row(row) for row in rows], VOCAB, 3)
-    mode = sampling_mode(rows, VOCAB)
-    left = filter_min_p(jnp.asarray(logits), batch.min_p)
-    left = filter_top(left, batch.top_k, batch.top_p, num_candidates=mode.num_candidates)
+    left = jnp.asarray(logits)
+    left = jnp.where(left < least_by_min_p(left.max(-1), batch.min_p)[:, None], -jnp.inf, left)
+    left = jnp.where(
+        left < least_by_rank(left, batch.top_k, batch.top_p, num_candidates=VOCAB)[:, None], -jnp.inf, left
+    )
     for row, params in enumerate(rows):
         assert set(np.flatnonzero(np.isfinite(left[row])).tolist()) == oracle_kept(logits[row], params)
     np.testing.assert_array_equal(np.where(np.isfinite(left), left, 0), np.where(np.isfinite(left), logits, 0))
@@ -131,8 +140,8 @@ def test_tokens_left_by_the_filters_are_the_oracles(name: str, logits: np.ndarra
 
 def test_few_candidates_leave_what_a_full_sort_leaves(logits: np.ndarray) -> None:
     top_k, top_p = jnp.asarray([3, 40, 128]), jnp.asarray([0.9, 0.7, 1.0])
-    few = filter_top(jnp.asarray(logits), top_k, top_p, num_candidates=128)
-    full = filter_top(jnp.asarray(logits), top_k, top_p, num_candidates=VOCAB)
+    few = least_by_rank(jnp.asarray(logits), top_k, top_p, num_candidates=128)
+    full = least_by_rank(jnp.asarray(logits), top_k, top_p, num_candidates=VOCAB)
     np.testing.assert_array_equal(few, full)
 
 
@@ -146,8 +155,6 @@ def test_draws_follow_the_distribution_after_temperature() -> None:
         batch,
         positions=jnp.arange(rows),
         num_tokens=jnp.zeros((rows,), jnp.int32),
-        counts=None,
-        mode=sampling_mode([params], 8),
     )
     shares = np.bincount(np.asarray(drawn), minlength=8) / rows
     np.testing.assert_allclose(shares, softmax(np.asarray(logits[0]) / 0.5), atol=0.03)
@@ -171,21 +178,48 @@ def test_greedy_rows_beside_drawn_rows_take_the_likeliest_token(logits: np.ndarr
         batch,
         positions=jnp.zeros((3,), jnp.int32),
         num_tokens=jnp.zeros((3,), jnp.int32),
-        counts=None,
-        mode=sampling_mode(rows, VOCAB),
     )
     assert tokens[0] == logits[0].argmax()
     assert tokens[2] == logits[2].argmax()
 
 
-def test_greedy_mode_draws_no_random_numbers(logits: np.ndarray) -> None:
+@jax.jit
+def run_sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+    num_rows = logits.shape[0]
+    positions, num_tokens = jnp.full((num_rows,), 8), jnp.full((num_rows,), len(OUTPUT))
+    return sample(logits, batch, positions=positions, num_tokens=num_tokens, count_tokens=lambda: make_counts(num_rows))
+
+
+def choose(logits: np.ndarray, rows: list[SamplingParams], seed: int = 0) -> list[int]:
+    own = [make_row(dataclasses.replace(row, seed=seed)) for row in rows]
+    return run_sample(logits[: len(rows)], sampling_batch(own, VOCAB, len(rows))).tolist()
+
+
+def test_a_greedy_batch_takes_a_branch_of_nothing_but_the_likeliest_token(logits: np.ndarray) -> None:
     batch = device_batch([make_row(SamplingParams(temperature=0))] * 3, VOCAB, 3)
     zeros = jnp.zeros((3,), jnp.int32)
-    jaxpr = jax.make_jaxpr(
-        lambda logits: sample(logits, batch, positions=zeros, num_tokens=zeros, counts=None, mode=SamplingMode())
-    )(logits)
-    assert "threefry" not in str(jaxpr)
-    assert "sort" not in str(jaxpr)
+    jaxpr = jax.make_jaxpr(lambda logits: sample(logits, batch, positions=zeros, num_tokens=zeros))(logits)
+    assert [equation.primitive.name for equation in jaxpr.eqns].count("cond") == 1
+    (outer,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "cond")
+    greedy, other = outer.params["branches"]
+    assert [equation.primitive.name for equation in greedy.eqns] == ["argmax"]
+    costly = ("random_bits", "sort", "top_k")
+    assert all(name in str(other) for name in costly)
+    outside = [equation for equation in jaxpr.eqns if equation is not outer]
+    assert not any(name in str(equation) for name in costly for equation in outside)
+
+
+@pytest.mark.parametrize("name", [*PROCESSED, *FILTERS])
+def test_a_row_chooses_the_same_alone_and_beside_rows_that_use_everything(name: str, logits: np.ndarray) -> None:
+    own = (PROCESSED | FILTERS)[name]
+    everything = SamplingParams(
+        min_p=0.01, top_p=0.9, presence_penalty=1.0, logit_bias={9: 3.0}, min_tokens=9, temperature=1.3
+    )
+    for temperature in (0.0, 0.8):
+        own = dataclasses.replace(own, temperature=temperature)
+        for seed in range(3):
+            alone = choose(logits, [own], seed)
+            assert choose(logits, [own, everything, SamplingParams(temperature=0)], seed)[:1] == alone
 
 
 def test_logprobs_are_of_the_raw_distribution_with_ranks(logits: np.ndarray) -> None:
@@ -201,13 +235,29 @@ def test_logprobs_are_of_the_raw_distribution_with_ranks(logits: np.ndarray) -> 
 
 
 def test_prompt_and_output_are_counted_apart_and_padding_is_not() -> None:
-    ids = jnp.asarray([[1, 2, 0, 0], [1, 2, 3, 3]])
-    counts = count_history(ids, jnp.asarray([2, 4]), jnp.asarray([0, 2]), 6)
-    assert [np.flatnonzero(row).tolist() for row in counts.in_prompt] == [[1, 2], [1, 2]]
-    assert counts.in_output.tolist() == [[0] * 6, [0, 0, 0, 2, 0, 0]]
+    ids = jnp.asarray([[1, 2, 0, 0], [1, 2, 3, 3], [0, 0, 0, 0]])
+    new = jnp.asarray([[4, 4, 0], [3, 0, 0], [1, 1, 1]])
+    counts = count_tokens(
+        ids, jnp.asarray([2, 4, 0]), jnp.asarray([0, 2, 0]), new, jnp.asarray([2, 1, 0]), vocab_size=6
+    )
+    assert [np.flatnonzero(row).tolist() for row in counts.in_prompt] == [[1, 2], [1, 2], []]
+    assert counts.in_output.tolist() == [[0, 0, 0, 0, 2, 0], [0, 0, 0, 3, 0, 0], [0] * 6]
 
 
-def test_tokens_of_ended_rows_are_not_counted() -> None:
-    counts = count_history(jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), 4)
-    counts = count_token(counts, jnp.asarray([2, 2]), jnp.asarray([True, False]))
-    assert counts.in_output.tolist() == [[0, 0, 1, 0], [0, 0, 0, 0]]
+def test_long_histories_are_counted_block_by_block_each_token_once() -> None:
+    rng = np.random.default_rng(2)
+    lengths, num_output = np.array([2500, 1024, 1, 1025]), np.array([1700, 0, 0, 30])
+    ids = rng.integers(0, 50, (4, 2560))
+    nothing = jnp.zeros((4,), jnp.int32)
+    counts = count_tokens(
+        jnp.asarray(ids),
+        jnp.asarray(lengths),
+        jnp.asarray(num_output),
+        jnp.zeros((4, 1), jnp.int32),
+        nothing,
+        vocab_size=50,
+    )
+    for row, (length, output) in enumerate(zip(lengths, num_output, strict=True)):
+        prompt, generated = ids[row, : length - output], ids[row, length - output : length]
+        assert np.flatnonzero(counts.in_prompt[row]).tolist() == np.unique(prompt).tolist()
+        assert counts.in_output[row].tolist() == np.bincount(generated, minlength=50).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -300,3 +301,20 @@ def test_templates_that_fail_or_break_out_are_refused(source):
 def test_template_that_is_no_template_is_refused():
     with pytest.raises(ValueError, match="chat template cannot be compiled"):
         ChatTemplate("{% if %}").render(_user("a"))
+
+
+def test_the_last_message_is_continued(tiny_model_path: pathlib.Path) -> None:
+    template, tokenizer = ChatTemplate.load(tiny_model_path), Tokenizer.load(tiny_model_path)
+    messages = [{"role": "user", "content": "Hi <think>"}, {"role": "assistant", "content": "A <|EOT|> violin is"}]
+    ids = template.encode_chat(tokenizer, messages, continue_final_message=True)
+    assert tokenizer.decode(ids).endswith("<|BOT|>assistant\n A <|EOT|> violin is")
+    control = tokenizer.control_tokens
+    assert control["<think>"] not in ids
+    assert ids.count(control["<|EOT|>"]) == 1, "the user's turn ends; what was typed stays text"
+
+
+@pytest.mark.parametrize("message", [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}])
+def test_only_an_assistants_text_is_continued(tiny_model_path: pathlib.Path, message: dict[str, object]) -> None:
+    template, tokenizer = ChatTemplate.load(tiny_model_path), Tokenizer.load(tiny_model_path)
+    with pytest.raises(ValueError, match="the last message must be an assistant's"):
+        template.encode_chat(tokenizer, [message], continue_final_message=True)

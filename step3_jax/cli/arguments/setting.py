@@ -1,0 +1,33 @@
+"""An option for a field of a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from step3_jax.cli.dtype import dtype_name
+from step3_jax.engine.setting import Setting, format_default, kind_of
+
+
+def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field[object], setting: Setting) -> None:
+    """Adds the option of a field, None where it is not given.
+
+    Args:
+      group: Gets the option.
+      field: Of a configuration.
+      setting: What there is to say of it.
+    """
+    flags = (f"--{field.name.replace('_', '-')}", *setting.flags)
+    text = f"{setting.help} (default: {format_default(field)})".replace("%", "%%")
+    kind = kind_of(field)
+    if kind is bool:
+        group.add_argument(*flags, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
+    elif kind is tuple and setting.takes_several:
+        group.add_argument(*flags, dest=field.name, action="extend", nargs="+", metavar=setting.metavar, help=text)
+    elif kind is tuple:
+        group.add_argument(*flags, dest=field.name, action="append", metavar=setting.metavar, help=text)
+    elif setting.choices:
+        read = dtype_name(setting.choices)
+        group.add_argument(*flags, dest=field.name, type=read, choices=setting.choices, help=text)
+    else:
+        group.add_argument(*flags, dest=field.name, type=kind, metavar=setting.metavar, help=text)

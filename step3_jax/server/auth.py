@@ -1,0 +1,72 @@
+"""Keys: every route needs one but those that are named as open, decided on the route that a request is resolved to."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Sequence
+
+from starlette.routing import BaseRoute, Match
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from step3_jax.server.error import ApiError
+
+# Who asks these has no key: load balancers, the kubelet, Prometheus. The page is where a person enters the key.
+OPEN = frozenset(("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/{name}"))
+
+
+class KeyMiddleware:
+    """Refuses requests without a key before anything of their body is read."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        metrics_key: str | None,
+        routes: Callable[[], Sequence[BaseRoute]],
+    ) -> None:
+        """Wraps an application.
+
+        Args:
+          app: What is inside.
+          keys: Any of them is enough; none if none is needed.
+          metrics_key: For /metrics alone; None if none is needed there.
+          routes: The application's.
+        """
+        self._app = app
+        self._keys = tuple(key.encode() for key in keys)
+        self._metrics_keys = () if metrics_key is None else (metrics_key.encode(),)
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            keys = self._keys_for(scope)
+            if keys and not _has_key(scope, keys):
+                raise ApiError(
+                    401,
+                    "a key is needed: send the header Authorization: Bearer KEY with one of this server's keys",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        await self._app(scope, receive, send)
+
+    def _keys_for(self, scope: Scope) -> Sequence[bytes]:
+        """The keys of which a request needs one."""
+        path = _find_path(scope, self._routes())
+        if path == "/metrics":
+            return self._metrics_keys
+        # What is no route needs a key too.
+        return () if path in OPEN else self._keys
+
+
+def _find_path(scope: Scope, routes: Sequence[BaseRoute]) -> str | None:
+    """The path of the route that a request is resolved to, whatever its method."""
+    return next((getattr(route, "path", None) for route in routes if route.matches(scope)[0] is not Match.NONE), None)
+
+
+def _has_key(scope: Scope, keys: Sequence[bytes]) -> bool:
+    given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    kind, _, key = given.partition(b" ")
+    if kind.lower() != b"bearer":
+        return False
+    # All are compared, each in constant time.
+    return sum(hmac.compare_digest(key.strip(), one) for one in keys) > 0

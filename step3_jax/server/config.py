@@ -1,0 +1,132 @@
+"""Every setting of the service, once: the command line and the table in the docs read it here.
+
+Nothing here imports jax or a library of the service, so that `--help` does not wait for them. Names are vLLM's wherever vLLM
+has one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from collections.abc import Mapping
+from typing import Self
+
+from step3_jax.engine.setting import check_values, define, format_table
+
+# In the order in which help and docs show them.
+GROUPS = {
+    "address": "address and keys",
+    "limits": "limits",
+    "answers": "answers",
+    "process": "life of the process",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The settings of the service; `docs/serving.md` shows them as a table.
+
+    Raises:
+      ValueError: For a value that is not allowed; the message names the field, the value and what is allowed.
+    """
+
+    host: str = define("127.0.0.1", "address to listen on; 0.0.0.0 for all", "address", metavar="ADDRESS")
+    port: int = define(8000, "port to listen on; 0 for a free one", "address", least=0, most=65535, metavar="PORT")
+    api_key: tuple[str, ...] = define(
+        (), "key that clients must have; may be repeated", "address", auto="no key is needed", metavar="KEY"
+    )
+    served_model_name: tuple[str, ...] = define(
+        (),
+        "names of the model in requests; answers have the first",
+        "address",
+        auto="the name of the model's folder",
+        metavar="NAME",
+        takes_several=True,
+    )
+    ssl_keyfile: str | None = define(None, "private key for TLS", "address", auto="no TLS", metavar="FILE")
+    ssl_certfile: str | None = define(None, "certificate for TLS", "address", auto="no TLS", metavar="FILE")
+    allowed_origins: tuple[str, ...] = define(
+        (), "origins whose pages may call (CORS)", "address", metavar="ORIGIN", takes_several=True
+    )
+    ui: bool | None = define(None, "the chat page at /", "address", auto="on a loopback address")
+    docs: bool = define(False, "the page /docs about the API", "address")
+    metrics_key: str | None = define(None, "key for /metrics", "address", auto="none is needed", metavar="KEY")
+    metrics_prefix: str = define(
+        "step3", "what names of metrics begin with; vllm for its dashboards", "address", metavar="NAME"
+    )
+    max_num_queued_reqs: int | None = define(
+        None,
+        "most completions that run or wait; more are answered with 503",
+        "limits",
+        least=1,
+        auto="four times max_num_seqs",
+    )
+    max_num_queued_tokens: int | None = define(
+        None, "most prompt tokens of requests that run or wait", "limits", least=1, auto="no limit"
+    )
+    max_n: int = define(16, "most completions of one prompt", "limits", least=1)
+    max_body_bytes: int = define(32 * 2**20, "largest body of a request", "limits", least=1024, metavar="BYTES")
+    request_timeout: float = define(
+        0.0, "seconds after which a request ends with finish reason length; 0 for none", "limits", least=0, metavar="S"
+    )
+    allowed_media_domains: tuple[str, ...] = define(
+        (),
+        "hosts that images may be fetched from",
+        "limits",
+        auto="none: images come as data: URLs",
+        metavar="HOST",
+        takes_several=True,
+    )
+    reasoning_parser: str = define(
+        "step3",
+        "how reasoning is told from the answer; none leaves it in the content",
+        "answers",
+        choices=("step3", "none"),
+    )
+    generation_config: str = define(
+        "auto",
+        "where defaults of sampling come from: auto is the model's generation_config.json, none is vLLM's defaults",
+        "answers",
+        choices=("auto", "none"),
+    )
+    sse_keep_alive_interval: float = define(
+        15.0, "seconds of silence after which a stream gets a comment; 0 for none", "answers", least=0, metavar="S"
+    )
+    shutdown_timeout: float = define(
+        30.0, "seconds that requests have to end after SIGTERM or Ctrl-C", "process", least=0, metavar="S"
+    )
+    stall_seconds: float = define(
+        60.0,
+        "seconds without a token, though there is work, after which /ready is 503",
+        "process",
+        least=1,
+        metavar="S",
+    )
+    warm_up: bool = define(True, "compile every program before /health is 200", "process")
+    log_prompts: bool = define(False, "log the text of prompts", "process")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("ssl_keyfile and ssl_certfile are for each other: give both or none")
+
+    @classmethod
+    def of(cls, values: Mapping[str, object]) -> Self:
+        """Settings from the values that are not at their defaults, by name."""
+        return cls(**values)  # type: ignore[arg-type]
+
+    @property
+    def has_page(self) -> bool:
+        """Whether the chat page is served."""
+        return _is_loopback(self.host) if self.ui is None else self.ui
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    print(format_table(ServerConfig), end="")

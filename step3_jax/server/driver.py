@@ -1,0 +1,260 @@
+"""The one thread that steps the engine, and how requests reach it and outputs come back to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from step3_jax.engine.llm import LLM
+from step3_jax.engine.request import Request, RequestOutput, SequenceOutput, StreamPiece
+from step3_jax.server.error import unavailable
+
+_LOG = logging.getLogger(__name__)
+_LOST = "the engine has stopped: the server ends, and does not answer any more"
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that happened to a request.
+
+    Attributes:
+      piece: New output of a completion; None if there is none.
+      output: The whole output once all completions have ended.
+      num_cached_tokens: Prompt tokens that came from the prefix cache.
+      time_s: When it was generated, on `time.monotonic`.
+      admitted_s: When the request got a slot, on the same clock; None before.
+      error: Why the request ended without an output.
+    """
+
+    piece: StreamPiece | None = None
+    output: RequestOutput | None = None
+    num_cached_tokens: int = 0
+    time_s: float = 0.0
+    admitted_s: float | None = None
+    error: str | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing comes after it."""
+        return self.output is not None or self.error is not None
+
+
+class Subscription:
+    """Events of one request, for one reader in the event loop."""
+
+    def __init__(self, request: Request, driver: Driver, on_event: Callable[[Event], None]) -> None:
+        """Starts without events.
+
+        Args:
+          request: What was asked for.
+          driver: Whose request it is.
+          on_event: Gets each event, in the event loop.
+        """
+        self.request = request
+        self._driver = driver
+        self._on_event = on_event
+        self._is_over = False
+
+    def push(self, event: Event) -> None:
+        """Takes an event, in the event loop."""
+        if not self._is_over:
+            self._is_over = event.is_last
+            self._on_event(event)
+
+    def close(self) -> None:
+        """Ends the request if it goes on; no event comes after it. May be called at any time, and again."""
+        if not self._is_over:
+            self._is_over = True
+            self._driver.abort(self.request.request_id)
+
+
+class Driver:
+    """Steps an engine in a thread of its own for as long as there is work.
+
+    Attributes:
+      is_dead: Whether the thread has ended by an error.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        max_waiting: int,
+        on_death: Callable[[], None],
+        on_step: Callable[[float, int], None] = lambda seconds, num_tokens: None,
+    ) -> None:
+        """Takes an engine that nothing else steps.
+
+        Args:
+          llm: The model.
+          loop: Gets the events.
+          max_waiting: Most requests that the thread has not seen yet.
+          on_death: Called in the event loop if the thread ends by an error.
+          on_step: Called in the thread with each step's seconds and its new tokens.
+        """
+        self.is_dead = False
+        self._core = llm.core
+        self._processor = llm.new_processor()
+        self._loop = loop
+        self._max_waiting = max_waiting
+        self._on_death, self._on_step = on_death, on_step
+        self._given: collections.deque[Subscription | str] = collections.deque()
+        self._wake = threading.Event()
+        self._is_stopping = False
+        # Of the thread alone.
+        self._subscriptions: dict[str, Subscription] = {}
+        self._outbox: list[tuple[Subscription, Event]] = []
+        self._progress_s = time.monotonic()
+        self._is_busy = False
+        self._thread = threading.Thread(target=self._run, name="step3-engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Subscription:
+        """Hands a request over, from the event loop.
+
+        Args:
+          request: It was checked before.
+          on_event: Gets its events, in the event loop.
+
+        Raises:
+          ApiError: 503, if too many wait to be seen or the thread has ended.
+        """
+        if self.is_dead:
+            raise unavailable("engine_dead", _LOST)
+        if len(self._given) >= self._max_waiting:
+            raise unavailable("queue_full", "too many requests wait for the engine: try again a little later")
+        subscription = Subscription(request, self, on_event)
+        self._given.append(subscription)
+        self._wake.set()
+        return subscription
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with the next step, from any thread; nothing happens if it has ended."""
+        self._given.append(request_id)
+        self._wake.set()
+
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends the thread after its step, from another one; whether it has ended within a time."""
+        self._is_stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def is_stalled(self, seconds: float) -> bool:
+        """Whether there has been work for so long without a token or a chunk."""
+        return self._is_busy and time.monotonic() - self._progress_s > seconds
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._take_given()
+                if self._core.has_work:
+                    self._step()
+                else:
+                    self._is_busy = False
+                    self._wake.wait()
+                self._deliver()
+        except BaseException as error:
+            # Also what is no Exception: a server must not go on without its engine.
+            _LOG.critical("the engine's thread has ended", exc_info=error)
+            self._die()
+
+    def _step(self) -> None:
+        stats = self._core.stats
+        start, num_tokens, compile_s = time.monotonic(), stats.num_generated_tokens, stats.compile_s
+        if not self._is_busy:
+            self._is_busy, self._progress_s = True, start
+        before = self._count_computed()
+        self._core.step()
+        now = time.monotonic()
+        new = stats.num_generated_tokens - num_tokens
+        # Compiling takes minutes and is no stall.
+        if new or self._count_computed() != before or stats.compile_s != compile_s:
+            self._progress_s = now
+        self._on_step(now - start, new)
+
+    def _count_computed(self) -> int:
+        return sum(sequence.num_computed for sequence in self._core.scheduler.running)
+
+    def _take_given(self) -> None:
+        self._wake.clear()
+        while self._given:
+            given = self._given.popleft()
+            if isinstance(given, str):
+                if self._subscriptions.pop(given, None) is not None:
+                    self._core.abort(given)
+            else:
+                self._add(given)
+
+    def _add(self, subscription: Subscription) -> None:
+        request = subscription.request
+        try:
+            self._processor.check(request)
+            self._core.add(request, _Sink(self._take_output))
+        except ValueError as error:
+            self._outbox.append((subscription, Event(error=str(error))))
+            return
+        self._processor.add(request)
+        self._subscriptions[request.request_id] = subscription
+
+    def _take_output(self, output: SequenceOutput) -> None:
+        """Makes text of what the core generated, in the thread, while the next call runs."""
+        subscription = self._subscriptions.get(output.request_id)
+        try:
+            piece, must_abort = self._processor.push(output)
+            if must_abort:
+                self._core.abort(output.request_id, output.index)
+            whole = None
+            if piece is not None and piece.finish_reason is not None:
+                whole = self._processor.take(output.request_id)
+            event = Event(piece, whole, output.num_cached_tokens, time.monotonic(), output.admitted_s)
+        except Exception:
+            # It belongs to this request alone; the core must not see it.
+            _LOG.exception("the text of request %s could not be made", output.request_id)
+            self._core.abort(output.request_id)
+            event = Event(error="its text could not be made")
+        if event.is_last:
+            self._subscriptions.pop(output.request_id, None)
+        if subscription is not None and (event.piece is not None or event.is_last):
+            self._outbox.append((subscription, event))
+
+    def _deliver(self) -> None:
+        """One call into the event loop for all that a step gave."""
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            self._call(lambda: _push_all(outbox))
+
+    def _die(self) -> None:
+        self.is_dead = True
+        waiting = [*self._subscriptions.values(), *(one for one in self._given if isinstance(one, Subscription))]
+        outbox = [*self._outbox, *((one, Event(error=_LOST)) for one in waiting)]
+        self._call(lambda: _push_all(outbox))
+        self._call(self._on_death)
+
+    def _call(self, what: Callable[[], None]) -> None:
+        # The loop may have ended before this thread.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(what)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sink:
+    """Where the core puts a request's outputs."""
+
+    put: Callable[[SequenceOutput], None]
+
+
+def _push_all(events: list[tuple[Subscription, Event]]) -> None:
+    for subscription, event in events:
+        subscription.push(event)

@@ -1,0 +1,133 @@
+"""Errors of the service: one exception, one form, and how a mistake in a body is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from starlette.responses import Response
+
+from step3_jax.server.protocol.error import ErrorBody, ErrorDetail
+
+MAX_MESSAGE = 1024
+# Seconds after which a client may try again.
+RETRY_AFTER_S = 1
+_MAX_SHOWN = 80
+_NOTHING = object()
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error"}
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Attributes:
+      status: The HTTP status.
+      message: Field, value, what is allowed.
+      param: The field.
+      code: A word for programs.
+      headers: Of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> ErrorBody:
+        """The error as it is sent."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        message = self.message if len(self.message) <= MAX_MESSAGE else self.message[: MAX_MESSAGE - 3] + "..."
+        return ErrorBody(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.code))
+
+    def response(self) -> Response:
+        """The answer."""
+        return Response(self.body().to_json(), self.status, self.headers, "application/json")
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
+    """A mistake of the client's."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(code: str, message: str) -> ApiError:
+    """What may go well a little later, or on another server."""
+    return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+def internal_error() -> ApiError:
+    """A fault of this program's; what it was is in the log alone."""
+    return ApiError(500, "the server made a mistake with this request; its log says more", code="internal_error")
+
+
+def refused(error: ValueError, names: Sequence[str] = ()) -> ApiError:
+    """What a check of the engine refused.
+
+    Args:
+      error: Its message begins with the name of what is wrong, where that has one.
+      names: Names of fields.
+    """
+    text = " ".join(str(error).split())
+    param = next((name for name in names if text.startswith(f"{name} ")), None)
+    return bad_request(text, param)
+
+
+def describe_invalid(error: ValidationError, body: object) -> ApiError:
+    """The first thing that is wrong in a body.
+
+    Args:
+      error: What pydantic found.
+      body: What was checked.
+    """
+    found = [(_path(one, body), one) for one in error.errors(include_url=False, include_context=False)]
+    # Of the branches of a union the one that looked deepest knows best.
+    deepest = max(len(path) for path, _ in found)
+    path, one = next((path, one) for path, one in found if len(path) == deepest)
+    same = [other["msg"] for other_path, other in found if other_path == path]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "the body"
+    if one["type"] == "missing":
+        return bad_request(f"{name} is missing; it is required", name, "missing_required_parameter")
+    needed = " or ".join(dict.fromkeys(text[0].lower() + text[1:] for text in same))
+    return bad_request(f"{name} is {_show(one['input'])}; {needed}", name, "invalid_type")
+
+
+def unknown_names(body: Mapping[str, object], model: type[BaseModel]) -> list[str]:
+    """Names in a body that its model does not know."""
+    known = set(model.model_fields) | {field.alias for field in model.model_fields.values() if field.alias}
+    return [name for name in body if name not in known]
+
+
+def _path(error: ErrorDetails, body: object) -> tuple[str | int, ...]:
+    """Where it is in the body: pydantic's place without the names of a union's branches."""
+    path: list[str | int] = []
+    for part in error["loc"]:
+        found = _find(body, part)
+        if found is not _NOTHING:
+            body = found
+        elif error["type"] != "missing" or part != error["loc"][-1]:
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _find(body: object, part: str | int) -> object:
+    if isinstance(body, Mapping):
+        return body.get(part, _NOTHING)
+    is_inside = isinstance(body, list) and isinstance(part, int) and part < len(body)
+    return body[part] if is_inside else _NOTHING  # type: ignore[index]
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

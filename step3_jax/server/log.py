@@ -1,0 +1,41 @@
+"""Where the service's log goes: to stderr by a thread, so that no request waits for a slow or full disk."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import queue
+
+# Lines that wait to be written; what comes beyond is dropped.
+MAX_WAITING = 10_000
+_FORM = "%(asctime)s %(levelname)s %(message)s"
+
+
+class _Handler(logging.StreamHandler):
+    """Passes over what cannot be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """The disk is full, or nobody reads: there is nothing that can be done."""
+
+
+class _QueueHandler(logging.handlers.QueueHandler):
+    """Passes over what the queue has no room for."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """The writer is too slow."""
+
+
+def start_log() -> logging.handlers.QueueListener:
+    """Writes what the service logs to stderr from now on; `stop()` of what is returned writes the rest."""
+    waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING)
+    writer = _Handler()
+    writer.setFormatter(logging.Formatter(_FORM))
+    listener = logging.handlers.QueueListener(waiting, writer)
+    for name, level in (("step3_jax.server", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.addHandler(_QueueHandler(waiting))
+        logger.propagate = False
+        if logger.getEffectiveLevel() > level or logger.level == logging.NOTSET:
+            logger.setLevel(level)
+    listener.start()
+    return listener

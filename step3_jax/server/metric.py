@@ -1,0 +1,240 @@
+"""Metrics in Prometheus' form, with vLLM's names behind a prefix.
+
+A scrape reads numbers that the engine's thread writes, and takes no lock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pallas_kernels.pages import PAGE_SIZE
+from step3_jax.engine.llm import LLM
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# vLLM's buckets, so that its dashboards read them.
+_FIRST_TOKEN = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0),
+    *(80.0, 160.0, 640.0, 2560.0),
+)
+_PER_TOKEN = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0),
+    *(960.0, 1920.0, 7680.0),
+)
+_ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_COUNT = (1, 2, 5, 10, 20)
+_LABELS = ("model_name", "engine")
+_ENGINE = "0"
+
+
+@dataclasses.dataclass
+class RequestRecord:
+    """How a request went, on `time.monotonic`.
+
+    Attributes:
+      arrived_s: When its prompt was handed over.
+      num_prompt_tokens: Image places counted.
+      n: Completions.
+      max_tokens: Of each, as asked for; None where it was left open.
+      num_cached_tokens: Of the prompt's, those from the prefix cache.
+      num_generated_tokens: Of all completions.
+      admitted_s: When it got a slot.
+      first_token_s: When the first token was there.
+      last_token_s: When the last one was.
+      finish_reasons: Of its completions: stop, length, abort, error.
+    """
+
+    arrived_s: float
+    num_prompt_tokens: int
+    n: int
+    max_tokens: int | None
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    finish_reasons: Sequence[str] = ()
+
+
+class Metrics:
+    """Counts and histograms of one server."""
+
+    def __init__(self, model_name: str, *, prefix: str = "step3", max_model_len: int = 65536) -> None:
+        """Makes a registry of its own, so that a process may have several servers.
+
+        Args:
+          model_name: Of the label `model_name`.
+          prefix: What all names begin with.
+          max_model_len: The longest request, for buckets.
+        """
+        self.registry = CollectorRegistry(auto_describe=True)
+        self._prefix = prefix
+        self._values = (model_name, _ENGINE)
+        lengths = _build_lengths(max_model_len)
+        self._first_token = self._histogram("time_to_first_token_seconds", "To the first token.", _FIRST_TOKEN)
+        self._between = self._histogram("inter_token_latency_seconds", "Between tokens.", _PER_TOKEN)
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds", "A request's mean between tokens.", _PER_TOKEN
+        )
+        self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to end.", _REQUEST)
+        self._queue = self._histogram("request_queue_time_seconds", "Waiting for a slot.", _REQUEST)
+        self._inference = self._histogram("request_inference_time_seconds", "With a slot.", _REQUEST)
+        self._prefill = self._histogram("request_prefill_time_seconds", "From the slot to the first token.", _REQUEST)
+        self._decode = self._histogram("request_decode_time_seconds", "From the first token to the last.", _REQUEST)
+        self._prompt = self._histogram("request_prompt_tokens", "Tokens of prompts.", lengths)
+        self._generation = self._histogram("request_generation_tokens", "Tokens generated of a request.", lengths)
+        self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens asked for.", lengths)
+        self._n = self._histogram("request_params_n", "n asked for.", _COUNT)
+        self._iteration = self._histogram("iteration_tokens_total", "Tokens generated in a step.", _ITERATION)
+        self._step = self._histogram("engine_step_seconds", "Seconds of a step of the engine.", _PER_TOKEN)
+        self._success = self._counter("request_success", "Completions that ended.", "finished_reason")
+        self._rejections = self._counter("admission_rejections", "Requests that were not let in.", "reason")
+        self._disconnects = self._counter("http_requests_client_disconnected", "Clients that left before the end.")
+        self._tool_calls = self._counter("tool_call_parser_invocations", "Answers that were parsed for calls.")
+        for reason in ("stop", "length", "abort", "error"):
+            self._success.labels(*self._values, reason)
+
+    def watch(self, llm: LLM) -> None:
+        """Adds the engine's own numbers."""
+        self.registry.register(_EngineCollector(llm, self._prefix, self._values))
+
+    def render(self) -> bytes:
+        """All metrics as text."""
+        return generate_latest(self.registry)
+
+    def observe_step(self, seconds: float, num_tokens: int) -> None:
+        """Takes a step of the engine, in its thread."""
+        self._step.labels(*self._values).observe(seconds)
+        if num_tokens:
+            self._iteration.labels(*self._values).observe(num_tokens)
+
+    def observe_tokens(self, seconds: float, count: int) -> None:
+        """Takes tokens that came `seconds` after those before them."""
+        histogram = self._between.labels(*self._values)
+        for _ in range(count):
+            histogram.observe(seconds / count)
+
+    def observe_request(self, record: RequestRecord, now: float) -> None:
+        """Takes a request that has ended, at `now` on `time.monotonic`."""
+        values = self._values
+        for reason in record.finish_reasons:
+            self._success.labels(*values, reason).inc()
+        self._prompt.labels(*values).observe(record.num_prompt_tokens)
+        self._generation.labels(*values).observe(record.num_generated_tokens)
+        self._n.labels(*values).observe(record.n)
+        if record.max_tokens is not None:
+            self._max_tokens.labels(*values).observe(record.max_tokens)
+        self._whole.labels(*values).observe(now - record.arrived_s)
+        if record.admitted_s is not None:
+            self._queue.labels(*values).observe(max(0.0, record.admitted_s - record.arrived_s))
+            self._inference.labels(*values).observe(now - record.admitted_s)
+        if record.first_token_s is None or record.last_token_s is None:
+            return
+        self._first_token.labels(*values).observe(record.first_token_s - record.arrived_s)
+        if record.admitted_s is not None:
+            self._prefill.labels(*values).observe(max(0.0, record.first_token_s - record.admitted_s))
+        decode_s = record.last_token_s - record.first_token_s
+        self._decode.labels(*values).observe(decode_s)
+        following = record.num_generated_tokens - record.n
+        if following > 0:
+            self._per_token.labels(*values).observe(decode_s * record.n / following)
+
+    def count_rejection(self, reason: str) -> None:
+        """Counts a request that was not let in."""
+        self._rejections.labels(*self._values, reason).inc()
+
+    def count_disconnect(self) -> None:
+        """Counts a client that left before the end."""
+        self._disconnects.labels(*self._values).inc()
+
+    def count_tool_parse(self) -> None:
+        """Counts an answer that was parsed for calls."""
+        self._tool_calls.labels(*self._values).inc()
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        made = Histogram(f"{self._prefix}:{name}", text, _LABELS, registry=self.registry, buckets=buckets)
+        made.labels(*self._values)
+        return made
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        made = Counter(f"{self._prefix}:{name}", text, (*_LABELS, *labels), registry=self.registry)
+        if not labels:
+            made.labels(*self._values)
+        return made
+
+
+class _EngineCollector(Collector):
+    """Reads the engine at each scrape."""
+
+    def __init__(self, llm: LLM, prefix: str, values: Sequence[str]) -> None:
+        self._llm, self._prefix, self._values = llm, prefix, tuple(values)
+
+    def collect(self) -> Iterable[Metric]:
+        core, stats = self._llm.core, self._llm.stats
+        allocator = core.allocator
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "num_requests_running": ("Sequences with a slot.", lambda: core.num_running),
+            "num_requests_waiting": ("Sequences that wait for one.", lambda: core.num_waiting),
+            "kv_cache_usage_perc": (
+                "Pages of running sequences, 0 to 1.",
+                lambda: 1 - allocator.num_free / allocator.num_pages,
+            ),
+        }
+        for name, (text, read) in gauges.items():
+            yield self._family(GaugeMetricFamily, name, text, read())
+        waiting = GaugeMetricFamily(
+            f"{self._prefix}:num_requests_waiting_by_reason",
+            "Sequences that wait, by what for.",
+            labels=(*_LABELS, "reason"),
+        )
+        waiting.add_metric((*self._values, "capacity"), core.num_waiting)
+        yield waiting
+        counters: dict[str, tuple[str, float]] = {
+            "prompt_tokens": ("Tokens of prompts that were prefilled or cached.", stats.num_prompt_tokens),
+            "prompt_tokens_cached": ("Those that were cached.", stats.prefix_cache_hits),
+            "generation_tokens": ("Tokens generated, those of aborted requests too.", stats.num_generated_tokens),
+            "num_preemptions": ("Sequences that lost their pages.", stats.num_preemptions),
+            "prefix_cache_queries": ("Prompt tokens looked for in the prefix cache.", stats.prefix_cache_queries),
+            "prefix_cache_hits": ("Those that were there.", stats.prefix_cache_hits),
+            "mm_cache_queries": ("Images of prompts.", stats.num_images),
+            "mm_cache_hits": ("Those whose features were known.", stats.num_known_images),
+            "compile_seconds": ("Seconds of compiling.", stats.compile_s),
+            "decode_call_seconds": ("Seconds of decode calls.", stats.decode_s),
+            "image_encode_seconds": ("Seconds of the vision tower.", stats.image_encode_s),
+        }
+        for name, (text, value) in counters.items():
+            yield self._family(CounterMetricFamily, name, text, value)
+        config = self._llm.engine_config.to_dict() | {"num_gpu_blocks": allocator.num_pages, "block_size": PAGE_SIZE}
+        labels = {name: str(value) for name, value in config.items()}
+        info = GaugeMetricFamily(
+            f"{self._prefix}:cache_config_info", "The engine's settings.", labels=("engine", *labels)
+        )
+        info.add_metric((_ENGINE, *labels.values()), 1)
+        yield info
+
+    def _family(
+        self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str, value: float
+    ) -> Metric:
+        family = kind(f"{self._prefix}:{name}", text, labels=_LABELS)
+        family.add_metric(self._values, value)
+        return family
+
+
+def _build_lengths(most: int) -> list[float]:
+    """1, 2, 5, 10, ... up to `most`."""
+    found: list[float] = []
+    scale = 1
+    while True:
+        for step in (1, 2, 5):
+            if step * scale > most:
+                return found or [1]
+            found.append(step * scale)
+        scale *= 10

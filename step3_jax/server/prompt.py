@@ -1,0 +1,145 @@
+"""Prompts of requests, made in a thread, and what of them the engine can serve."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from step3_jax.engine.llm import LLM
+from step3_jax.engine.request import ContextLengthError, Prompt, Request
+from step3_jax.server.error import bad_request, refused
+from step3_jax.server.message import check_variables, read_messages, read_tools
+from step3_jax.server.protocol.chat import ChatMessage, Tool
+from step3_jax.server.service import Service
+from step3_jax.text.output_parser import THINK_BEGIN, THINK_END
+from step3_jax.text.tokenizer import Tokenizer
+
+Made = TypeVar("Made")
+
+# Prompts up to this length are checked in the event loop.
+_SHORT = 1024
+
+
+async def build_chat_prompt(
+    service: Service,
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Tool] | None = None,
+    *,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+    template_kwargs: dict[str, object] | None = None,
+    close_thinking: bool = False,
+    cache_salt: str = "",
+) -> Prompt:
+    """A prompt of a conversation.
+
+    Args:
+      service: Has the model.
+      messages: The conversation.
+      tools: What the model may call.
+      add_generation_prompt: As in the request; None for yes, unless the last message is continued.
+      continue_final_message: As in the request.
+      template_kwargs: Further variables of the template.
+      close_thinking: Whether the prompt ends the reasoning that it begins.
+      cache_salt: See `Prompt`.
+
+    Raises:
+      ApiError: 400, for what the template or the image reader refuses.
+    """
+    if continue_final_message and add_generation_prompt:
+        raise bad_request(
+            "continue_final_message and add_generation_prompt are both true; set one of them to false",
+            "continue_final_message",
+        )
+    llm, variables = service.llm, check_variables(template_kwargs)
+    has_generation_prompt = add_generation_prompt is not False and not continue_final_message
+
+    def build() -> Prompt:
+        prompt = llm.prompts.from_chat(
+            read_messages(messages),
+            tools=read_tools(tools),
+            add_generation_prompt=has_generation_prompt,
+            continue_final_message=bool(continue_final_message),
+            template_kwargs=variables,
+            allow_paths=False,
+        )
+        if close_thinking and is_thinking(llm, prompt):
+            end = llm.get_tokenizer().control_id(THINK_END)
+            prompt = dataclasses.replace(
+                prompt, token_ids=(*prompt.token_ids, end), text=(prompt.text or "") + THINK_END
+            )
+        return dataclasses.replace(prompt, cache_salt=cache_salt)
+
+    return await _call(service, build, "messages")
+
+
+async def build_completion_prompts(
+    service: Service, given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], cache_salt: str = ""
+) -> list[Prompt]:
+    """Prompts as /v1/completions takes them: a text, token ids, or a list of either.
+
+    Raises:
+      ApiError: 400, for what cannot be a prompt.
+    """
+    llm = service.llm
+    is_single = isinstance(given, str) or isinstance(given[0], int)
+    several = [given] if is_single else list(given)
+
+    def build() -> list[Prompt]:
+        # A list of texts may hold ids to a reader of types; the request's model has told them apart.
+        made = [
+            llm.prompts.from_text(one) if isinstance(one, str) else llm.prompts.from_ids(one)  # type: ignore[arg-type]
+            for one in several
+        ]
+        return [dataclasses.replace(prompt, cache_salt=cache_salt) for prompt in made]
+
+    return await _call(service, build, "prompt")
+
+
+async def check_requests(service: Service, requests: Sequence[Request], max_tokens_name: str, param: str) -> None:
+    """Raises ApiError 400 for requests that the engine cannot serve.
+
+    Args:
+      service: Has the engine.
+      requests: To be checked.
+      max_tokens_name: How the client calls `max_tokens`.
+      param: The field of the prompt.
+    """
+    llm = service.llm
+    for request in requests:
+        try:
+            if len(request.prompt.token_ids) <= _SHORT:
+                llm.check(request)
+            else:
+                await service.call(llm.check, request)
+        except ContextLengthError as error:
+            text = str(error).replace("lower max_tokens", f"lower {max_tokens_name}")
+            raise bad_request(text, param, "context_length_exceeded") from None
+        except ValueError as error:
+            found = refused(error, ["stop_token_ids", "logit_bias", "stop"])
+            found.param = found.param or param
+            raise found from None
+
+
+def is_thinking(llm: LLM, prompt: Prompt) -> bool:
+    """Whether a prompt ends inside the reasoning, by its control tokens: what users type does not count."""
+    marks = thinking_ids(llm.tokenizer)
+    if marks is None:
+        return False
+    return next((token == marks[0] for token in reversed(prompt.token_ids) if token in marks), False)
+
+
+def thinking_ids(tokenizer: Tokenizer | None) -> tuple[int, int] | None:
+    """Ids of the marks around the reasoning; None for a model without."""
+    names = {} if tokenizer is None else tokenizer.control_tokens
+    if THINK_BEGIN not in names or THINK_END not in names:
+        return None
+    return names[THINK_BEGIN], names[THINK_END]
+
+
+async def _call(service: Service, build: Callable[[], Made], param: str) -> Made:
+    try:
+        return await service.call(build)
+    except ValueError as error:
+        raise bad_request(" ".join(str(error).split()), param, "invalid_prompt") from None

@@ -1,0 +1,133 @@
+"""What requests of several endpoints have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Body(BaseModel):
+    """Part of a request. Types are taken as they are, nothing is made of "5"; fields that are not known are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", populate_by_name=True, protected_namespaces=())
+
+
+class Answer(BaseModel):
+    """Part of a response; fields that are not set are left out."""
+
+    model_config = ConfigDict(populate_by_name=True, protected_namespaces=())
+
+    @classmethod
+    def of(cls, *parts: Mapping[str, object], **values: object) -> Self:
+        """Makes one of values that are checked; only what is given is sent."""
+        return cls.model_validate({name: value for part in (*parts, values) for name, value in part.items()})
+
+    def to_json(self) -> bytes:
+        """The text that goes over the wire."""
+        return self.model_dump_json(exclude_unset=True, by_alias=True).encode()
+
+
+class StreamOptions(Body):
+    """Of a stream's usage.
+
+    Attributes:
+      include_usage: Whether a last chunk has the usage.
+      continuous_usage_stats: Whether every chunk has the usage so far.
+    """
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class StructuredOutputs(Body):
+    """What the answer must match: exactly one of these.
+
+    Attributes:
+      json_schema: A JSON schema, as an object or its text.
+      regex: A regular expression.
+      choice: Texts.
+      grammar: A grammar, Lark's or GBNF.
+      json_object: Whether any JSON object will do.
+    """
+
+    json_schema: dict[str, object] | str | bool | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class JsonSchema(Body):
+    """A named schema; `strict` changes nothing, as answers are always held to it."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, object] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class SamplingFields(Body):
+    """How tokens are chosen and when the answer ends. Ranges are those of `SamplingParams`."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
+    user: str | None = None
+
+
+class PromptTokensDetails(Answer):
+    """Of the prompt's tokens, those that were in the prefix cache."""
+
+    cached_tokens: int
+
+
+class CompletionTokensDetails(Answer):
+    """Of the generated tokens, those of reasoning."""
+
+    reasoning_tokens: int
+
+
+class Usage(Answer):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+FinishReason = Literal["stop", "length", "tool_calls"]

@@ -1,0 +1,58 @@
+"""Requests and responses of /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from step3_jax.server.protocol.common import Answer, FinishReason, SamplingFields, Usage
+
+# As many prompts as one request may have; each counts in the queue.
+MAX_PROMPTS = 256
+
+TextPrompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenPrompt = Annotated[list[int], Field(min_length=1)]
+TokenPrompts = Annotated[list[TokenPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
+class CompletionRequest(SamplingFields):
+    """The body of a request. What is null counts as not given."""
+
+    prompt: str | TextPrompts | TokenPrompt | TokenPrompts
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+
+
+class CompletionLogprobs(Answer):
+    """Of each token: its text, its log-probability, the likeliest ones by text, and where it begins in the text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """One of `n` completions of one of the prompts: those of the first prompt come first."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(Answer):
+    """The body of a whole response, and, with new text alone, one event of a stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None

@@ -1,0 +1,18 @@
+"""Server-sent events."""
+
+from __future__ import annotations
+
+# Proxies must hand pieces on as they come: nginx reads the last.
+HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+DONE = b"data: [DONE]\n\n"
+# A comment, which clients pass over.
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def format_event(data: bytes) -> bytes:
+    """One event of JSON, which has no line breaks."""
+    return b"data: " + data + b"\n\n"

@@ -78,7 +78,9 @@ def check_image(client: openai.OpenAI, model: str, image: pathlib.Path) -> None:
         model=model, messages=[{"role": "user", "content": content}], temperature=0, max_completion_tokens=200
     )
     assert answer.choices[0].message.content
-    assert answer.usage.prompt_tokens > 169
+    text_alone = [{"role": "user", "content": "What is this?"}]
+    without = client.chat.completions.create(model=model, messages=text_alone, max_tokens=1)
+    assert answer.usage.prompt_tokens > without.usage.prompt_tokens + 10, "the image takes places in the prompt"
 
 
 def check_schema(client: openai.OpenAI, model: str) -> None:

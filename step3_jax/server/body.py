@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import NoReturn, TypeVar
 
@@ -35,7 +35,7 @@ async def read_body(
     max_bytes: int,
     pool: Executor,
     arrival_s: float = ARRIVAL_S,
-    inspect: Callable[[dict[str, object]], None] | None = None,
+    inspect: Callable[[Mapping[str, object]], None] | None = None,
 ) -> BodyModel:
     """The body of a request.
 
@@ -113,7 +113,7 @@ async def _receive(request: Request, max_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
-def _read(data: bytes, model: type[BodyModel], inspect: Callable[[dict[str, object]], None] | None) -> BodyModel:
+def _read(data: bytes, model: type[BodyModel], inspect: Callable[[Mapping[str, object]], None] | None) -> BodyModel:
     value = parse_json(data)
     if not isinstance(value, dict):
         raise bad_request(f"the body is {type(value).__name__}; a JSON object is needed", code="invalid_type")
@@ -134,6 +134,8 @@ def _check(value: object) -> None:
         for item in level:
             if isinstance(item, str):
                 _check_text(item)
+            elif isinstance(item, dict | list) and depth > MAX_DEPTH:
+                raise _too_deep()
             elif isinstance(item, dict):
                 for name in item:
                     _check_text(name)
@@ -142,8 +144,6 @@ def _check(value: object) -> None:
                 inner.extend(item)
             elif isinstance(item, float) and item - item != 0:
                 raise _invalid("the body has a number that is too large for 64 bits")
-        if depth > MAX_DEPTH + 1:
-            raise _too_deep()
         level = inner
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -75,11 +76,12 @@ def refused(error: ValueError, names: Sequence[str] = ()) -> ApiError:
     """What a check of the engine refused.
 
     Args:
-      error: Its message begins with the name of what is wrong, where that has one.
+      error: Its message names first what is wrong, where that has a name.
       names: Names of fields.
     """
     text = " ".join(str(error).split())
-    param = next((name for name in names if text.startswith(f"{name} ")), None)
+    head = text.partition(" is ")[0].split()
+    param = next((name for name in names if name in head), None)
     return bad_request(text, param)
 
 
@@ -90,11 +92,18 @@ def describe_invalid(error: ValidationError, body: object) -> ApiError:
       error: What pydantic found.
       body: What was checked.
     """
-    found = [(_path(one, body), one) for one in error.errors(include_url=False, include_context=False)]
-    # Of the branches of a union the one that looked deepest knows best.
-    deepest = max(len(path) for path, _ in found)
-    path, one = next((path, one) for path, one in found if len(path) == deepest)
-    same = [other["msg"] for other_path, other in found if other_path == path]
+    first, *_ = errors = error.errors(include_url=False, include_context=False)
+    branches: dict[tuple[str | int, ...], list[_Mistake]] = {}
+    for one in errors:
+        if one["loc"][:1] == first["loc"][:1]:
+            path, branch = _locate(one, body)
+            branches.setdefault(branch, []).append(_Mistake(path, one))
+    # Of the branches of a union the one with the fewest mistakes is what was meant, and the one that came furthest.
+    root = min(len(mistake.path) for group in branches.values() for mistake in group)
+    groups = [group for group in branches.values() if not group[0].is_of_another_kind(root)]
+    groups = groups or list(branches.values())
+    path, one = min(groups, key=lambda group: (len(group), [-_rank(part) for part in group[0].path]))[0]
+    same = [mistake.error["msg"] for group in groups for mistake in group if mistake.path == path]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "the body"
     if one["type"] == "missing":
         return bad_request(f"{name} is missing; it is required", name, "missing_required_parameter")
@@ -108,17 +117,34 @@ def unknown_names(body: Mapping[str, object], model: type[BaseModel]) -> list[st
     return [name for name in body if name not in known]
 
 
-def _path(error: ErrorDetails, body: object) -> tuple[str | int, ...]:
-    """Where it is in the body: pydantic's place without the names of a union's branches."""
+class _Mistake(NamedTuple):
+    """Something wrong, and where it is in the body."""
+
+    path: tuple[str | int, ...]
+    error: ErrorDetails
+
+    def is_of_another_kind(self, depth: int) -> bool:
+        """Whether the value of a union at this depth is not at all what this branch takes."""
+        return self.error["type"].endswith("_type") and len(self.path) == depth
+
+
+def _locate(error: ErrorDetails, body: object) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
+    """Where it is in the body, and the names of the branches of unions, which pydantic has in its place."""
     path: list[str | int] = []
+    branch: list[str | int] = []
     for part in error["loc"]:
         found = _find(body, part)
         if found is not _NOTHING:
             body = found
         elif error["type"] != "missing" or part != error["loc"][-1]:
+            branch.append(part)
             continue
         path.append(part)
-    return tuple(path)
+    return tuple(path), tuple(branch)
+
+
+def _rank(part: str | int) -> int:
+    return part if isinstance(part, int) else 0
 
 
 def _find(body: object, part: str | int) -> object:

@@ -9,7 +9,7 @@ import abc
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Generic, TypeVar
 
 from pydantic import BaseModel
@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from step3_jax.engine.request import StreamPiece
 from step3_jax.server.admission import Ticket
 from step3_jax.server.body import Disconnected, read_body
+from step3_jax.server.constraint import refuse_former_names
 from step3_jax.server.context import find_log
 from step3_jax.server.error import ApiError, internal_error
 from step3_jax.server.generation import Generation
@@ -106,12 +107,17 @@ class Exchange(Response, Generic[BodyModel]):
 
 async def receive_body(request: Request, service: Service, model: type[BodyModel]) -> BodyModel:
     """The body of a request, its unknown fields noted."""
+
+    def inspect(body: Mapping[str, object]) -> None:
+        refuse_former_names(body)
+        service.note_unknown(body, model)
+
     return await read_body(
         request,
         model,
         max_bytes=service.config.max_body_bytes,
         pool=service.pool,
-        inspect=lambda body: service.note_unknown(body, model),
+        inspect=inspect,
     )
 
 

@@ -1,0 +1,112 @@
+"""/v1/completions: prompts in every form, and what comes back of each."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.server.client import Client, Reply
+from tests.server.conftest import NAME
+
+
+def complete(client: Client, prompt: object = "A SAY one two three four", **values: object) -> Reply:
+    return client.call("/v1/completions", {"prompt": prompt, "temperature": 0} | values)
+
+
+def texts(reply: Reply) -> list[str]:
+    """Texts of the choices, of a stream put together."""
+    if reply.headers["content-type"] == "application/json":
+        return [choice["text"] for choice in reply.json()["choices"]]
+    found: dict[int, str] = {}
+    for event in reply.events:
+        for choice in event["choices"]:
+            found[choice["index"]] = found.get(choice["index"], "") + choice["text"]
+    return [found[index] for index in sorted(found)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_continued(client: Client, stream: bool) -> None:
+    reply = complete(client, stream=stream)
+    assert texts(reply) == ["one two three four"]
+    first = reply.events[0] if stream else reply.json()
+    assert (first["object"], first["model"]) == ("text_completion", NAME)
+    last = reply.events[-1] if stream else reply.json()
+    assert last["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_of_all_forms_have_choices_in_their_order(client: Client, stream: bool) -> None:
+    encode = client.service.llm.tokenizer.encode
+    several = ["SAY one", "SAY two", "SAY three"]
+    assert texts(complete(client, several, stream=stream)) == ["one", "two", "three"]
+    assert texts(complete(client, [encode(text) for text in several], stream=stream)) == ["one", "two", "three"]
+    assert texts(complete(client, encode("SAY ids"), stream=stream)) == ["ids"]
+    assert texts(complete(client, several, n=2, stream=stream)) == ["one", "one", "two", "two", "three", "three"]
+
+
+def test_usage_counts_all_prompts(client: Client) -> None:
+    usages = [complete(client, prompt).json()["usage"] for prompt in ("SAY one", "SAY two")]
+    both = complete(client, ["SAY one", "SAY two"]).json()["usage"]
+    assert both["prompt_tokens"] == sum(usage["prompt_tokens"] for usage in usages)
+    assert both["completion_tokens"] == sum(usage["completion_tokens"] for usage in usages)
+    *_, last = complete(client, stream=True, stream_options={"include_usage": True}).events
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == complete(client).json()["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_gives_the_prompt_in_front(client: Client, stream: bool) -> None:
+    assert texts(complete(client, ["a SAY b", "c SAY d"], echo=True, stream=stream)) == ["a SAY bb", "c SAY dd"]
+
+
+def test_without_max_tokens_there_are_openais_sixteen(client: Client) -> None:
+    usage = complete(client, "SAY " + "word " * 40).json()["usage"]
+    assert usage["completion_tokens"] == 16
+    assert complete(client, "SAY " + "word " * 40, max_tokens=30).json()["usage"]["completion_tokens"] == 30
+
+
+def test_log_probabilities_count_the_characters_of_the_text(client: Client) -> None:
+    text = "Grüße 你好!"
+    choice = complete(client, f"SAY {text}", logprobs=2, max_tokens=50).json()["choices"][0]
+    found = choice["logprobs"]
+    assert choice["text"] == text
+    assert found["token_logprobs"] == [-0.5] * len(found["tokens"])
+    assert all(-0.5 in top.values() for top in found["top_logprobs"])
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        assert "\ufffd" in token or text[offset:].startswith(token)
+    events = complete(client, f"SAY {text}", logprobs=2, max_tokens=50, stream=True).events
+    pieces = [event["choices"][0]["logprobs"] for event in events if event["choices"][0]["logprobs"]]
+    for name in ("tokens", "text_offset", "token_logprobs", "top_logprobs"):
+        assert [one for piece in pieces for one in piece[name]] == found[name]
+
+
+def test_token_ids_come_back_if_they_are_wanted(client: Client) -> None:
+    choice = complete(client, "SAY one", return_token_ids=True).json()["choices"][0]
+    decode = client.service.llm.tokenizer.decode
+    assert (decode(choice["token_ids"]), decode(choice["prompt_token_ids"][1:])) == ("one", "SAY one")
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "said"),
+    [
+        ({"suffix": "x"}, "suffix", "cannot fill in"),
+        ({"best_of": 3}, "best_of", "only n, which is 1"),
+        ({"use_beam_search": True}, "use_beam_search", "not offered"),
+        ({"prompt": []}, "prompt", "at least 1"),
+        ({"prompt": [[]]}, "prompt[0]", "at least 1"),
+        ({"prompt": ["a"] * 1000}, "prompt", "at most 256"),
+        ({"prompt": [1, "a"]}, "prompt[1]", "'a'"),
+        ({"prompt": [99999999]}, "prompt", "99999999"),
+        ({"prompt": "see <im_patch>"}, "prompt", "image place"),
+        ({"prompt": None}, "prompt", "None"),
+        ({"logprobs": 21}, "logprobs", "from 0 to 20"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(client: Client, values: dict[str, object], param: str, said: str) -> None:
+    reply = complete(client, **values)
+    assert reply.status == 400
+    assert (reply.error["param"], said in reply.error["message"]) == (param, True), reply.error
+
+
+def test_best_of_may_be_n(client: Client) -> None:
+    assert len(texts(complete(client, n=2, best_of=2))) == 2

@@ -50,6 +50,7 @@ def test_the_wheel_carries_the_package_and_its_files_and_nothing_else(wheel: pat
     assert "step3_jax/_shipped/configs/models/step3.json" in names
     assert "step3_jax/_shipped/models/step3-tiny/tokenizer.json" in names
     assert "step3_jax/py.typed" in names
+    assert "step3_jax/server/page/index.html" in names
     roots = {name.split("/")[0] for name in names}
     assert {root for root in roots if not root.endswith(".dist-info")} <= {"step3_jax", "pallas_kernels"}
     assert not [name for name in names if "__pycache__" in name]

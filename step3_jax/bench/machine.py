@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 import platform
 
-import jax
-
 from step3_jax import __version__
 
 
-def conditions() -> dict[str, object]:
-    """Versions and the machine, as JSON takes them."""
-    return {
+def conditions(device: str | None = None) -> dict[str, object]:
+    """Versions and the machine, as JSON takes them. No device is looked at: another process may have them all.
+
+    Args:
+      device: Kind of the device that is measured; None for none of this process.
+    """
+    found: dict[str, object] = {
         "step3-jax": __version__,
-        "jax": jax.__version__,
+        "jax": importlib.metadata.version("jax"),
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "threads": num_threads(),
-        "device": jax.devices()[0].device_kind,
     }
+    return found if device is None else found | {"device": device}
 
 
 def num_threads() -> int:

@@ -61,16 +61,25 @@ def read_lengths(path: str | pathlib.Path) -> list[Lengths]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             entry = None
-        values = [entry.get(key) for key in _KEYS] if isinstance(entry, dict) else [None]
-        if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values):
-            raise ValueError(
-                f'{file}, line {number}: {line[:80]!r}; {{"prompt_tokens": N, "output_tokens": N}} with whole numbers of '
-                "at least 1 is needed"
-            )
-        found.append(Lengths._make(values))
+        found.append(parse_lengths(entry, f"{file}, line {number}"))
     if not found:
         raise ValueError(f"{file} has no requests; a JSON object on each line is needed")
     return found
+
+
+def parse_lengths(entry: object, where: str) -> Lengths:
+    """Lengths from an object of JSON, as `read_lengths` takes it.
+
+    Raises:
+      ValueError: For another form; the message begins with `where`.
+    """
+    values = [entry.get(key) for key in _KEYS] if isinstance(entry, dict) else [None]
+    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values):
+        raise ValueError(
+            f'{where}: {json.dumps(entry)[:80]}; {{"prompt_tokens": N, "output_tokens": N}} with whole numbers of at least '
+            "1 is needed"
+        )
+    return Lengths._make(values)
 
 
 def random_prompts(lengths: Sequence[Lengths], vocab_size: int, *, seed: int = 0) -> list[list[int]]:

@@ -163,7 +163,7 @@ def measure_decode(
     layers, head = active_parameters(config.text)
     return {
         "is_partial": measuring.was_interrupted,
-        "conditions": conditions()
+        "conditions": conditions(jax.devices()[0].device_kind)
         | {
             "cpu_pressure_before": before,
             "cpu_pressure_after": cpu_pressure(),

@@ -8,6 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from step3_jax.bench.latency import measure_alone, measure_arrival, measure_cached
@@ -55,7 +56,8 @@ def run_engine_bench(arguments: argparse.Namespace, hidden_size: int, num_layers
     found = measure(arguments, bench_config(hidden_size, num_layers), config)
     circumstances = {"preset": arguments.preset, "rounds": arguments.rounds, "dtype": "float32"}
     given = circumstances | {"engine": config.to_dict()}
-    found = {"conditions": conditions() | before | {"cpu_pressure_after": cpu_pressure()} | given} | found
+    machine = conditions(jax.devices()[0].device_kind)
+    found = {"conditions": machine | before | {"cpu_pressure_after": cpu_pressure()} | given} | found
     print(format_report(found))
     if arguments.json:
         write_section(arguments.json, name, found)

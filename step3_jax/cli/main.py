@@ -42,7 +42,7 @@ COMMANDS = {
     "launch": "start a command as many processes: here, over ssh, under Slurm, Open MPI, Kubernetes",
     "afd": "look into attention and FFN on devices of their own: trace a run, draw it",
     "plan": "whether a deployment of a large model fits, without its weights",
-    "bench": "measure the speed of this machine",
+    "bench": "measure the speed of this machine, or of a service",
     "env": "show versions, devices and folders",
 }
 
@@ -149,6 +149,10 @@ def _run(argv: list[str]) -> int:
         arguments = build_parser(command).parse_args(argv)
     except SystemExit as leave:  # --help and --version have printed what was asked.
         return leave.code if isinstance(leave.code, int) else 0
+    # Where the work is done by a service elsewhere, nothing here is to load a model or touch a device.
+    remote = getattr(arguments, "remote_module", None)
+    if remote is not None:
+        return int(importlib.import_module(f"step3_jax.cli.{remote}").run(arguments))
     # Both before the first use of a device.
     if hasattr(arguments, "setting_names"):
         config = importlib.import_module("step3_jax.cli.engine").read_config(arguments)

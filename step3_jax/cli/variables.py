@@ -17,11 +17,12 @@ VARIABLES = {
     "STEP3_BEACON": "set by a supervisor for its worker",
     "STEP3_NUM_HOSTS": "pods of a Kubernetes job",
     "STEP3_SERVICE": "headless service of a Kubernetes job",
+    "STEP3_API_KEY": "key of the service that --url names",
     "JAX_PLATFORMS": "JAX's: cpu or cuda, in place of the best there is",
     "JAX_COMPILATION_CACHE_DIR": "JAX's: folder or address of the compile cache",
     "JAX_ENABLE_COMPILATION_CACHE": "JAX's: 0 turns the compile cache off",
 }
-_SECRET = ("STEP3_WATCH_TOKEN",)
+_SECRET = ("STEP3_WATCH_TOKEN", "STEP3_API_KEY")
 
 
 def read_variables(environment: Mapping[str, str]) -> dict[str, str | None]:

@@ -137,7 +137,8 @@ class PromptBuilder:
         ids = self._template.encode_chat(
             tokenizer, messages, tools, add_generation_prompt, continue_final_message, **dict(template_kwargs or {})
         )
-        images = [open_image(source, allow_paths=allow_paths) for source in sources]
+        # Files are decoded one at a time, where they are processed: sixteen large ones at once would take gigabytes.
+        images = [one if isinstance(one, bytes) else open_image(one, allow_paths=allow_paths) for one in sources]
         return self.from_ids(ids, images, text=tokenizer.decode(ids))
 
     def from_input(self, prompt: PromptInput, images: Sequence[ImageSource] = ()) -> Prompt:

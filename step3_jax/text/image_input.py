@@ -21,7 +21,7 @@ MAX_BYTES = 64 * 2**20
 
 # Only decoders of images that people send: Pillow's list also has formats that start other programs. JPEG also opens what
 # cameras save as several images in one file (MPO).
-_FORMATS = (
+FORMATS = (
     "PNG",
     "JPEG",
     "WEBP",
@@ -72,24 +72,56 @@ def open_image(
     """
     name = _name(source)
     if isinstance(source, Image.Image):
-        return _decode(source, name, max_pixels)
+        _check_size(source, name, max_pixels)
+        return _decode(source, name)
     data = _read(source, name, max_bytes, allow_paths)
-    if len(data) > max_bytes:
-        raise ValueError(f"{name} has {len(data):,} bytes; at most {max_bytes:,} are allowed.")
+    with _open_header(data, name, FORMATS, max_pixels) as picture:
+        return _decode(picture, name)
+
+
+def read_image(
+    source: str | bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    formats: tuple[str, ...] = FORMATS,
+) -> bytes:
+    """Reads the file of a picture that came from elsewhere, and checks its header; nothing is decoded.
+
+    Args:
+      source: A `data:` URL, or the bytes of a file. No paths.
+      max_pixels: As in `open_image`.
+      max_bytes: As in `open_image`.
+      formats: Of `FORMATS`, those that are allowed.
+
+    Returns:
+      Bytes for `open_image`, which may still find them damaged.
+
+    Raises:
+      ValueError: As `open_image`, and for formats that are not allowed.
+    """
+    name = _name(source)
+    data = _read(source, name, max_bytes, allow_paths=False)
+    _open_header(data, name, formats, max_pixels).close()
+    return data
+
+
+def _open_header(data: bytes, name: str, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
+    """The picture, of which Pillow has read the header alone."""
     if data.startswith(_PNG_START):
         data = _without_side_data(data)
     try:
-        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is too large: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever a malformed header leads them to.
         what = _describe_other(data)
         reason = f"it is {what}" if what else str(error)
         raise ValueError(
-            f"{name} is no picture that can be read; use one of {', '.join(_FORMATS)}. ({reason})"
+            f"{name} is no picture that can be read; use one of {', '.join(formats)}. ({reason})"
         ) from error
-    with picture:
-        return _decode(picture, name, max_pixels)
+    _check_size(picture, name, max_pixels)
+    return picture
 
 
 def _name(source: ImageSource) -> str:
@@ -104,8 +136,13 @@ def _name(source: ImageSource) -> str:
 
 
 def _read(source: str | Path | bytes, name: str, max_bytes: int, allow_paths: bool) -> bytes:
-    if isinstance(source, bytes):
-        return source
+    data = source if isinstance(source, bytes) else _read_named(source, name, max_bytes, allow_paths)
+    if len(data) > max_bytes:
+        raise ValueError(f"{name} has {len(data):,} bytes; at most {max_bytes:,} are allowed.")
+    return data
+
+
+def _read_named(source: str | Path, name: str, max_bytes: int, allow_paths: bool) -> bytes:
     if isinstance(source, str):
         address = source.strip()
         if address[:5].lower() == "data:":
@@ -187,12 +224,15 @@ def _without_side_data(data: bytes) -> bytes:
     return b"".join([*kept, data[position:]])
 
 
-def _decode(picture: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _check_size(picture: Image.Image, name: str, max_pixels: int) -> None:
     width, height = picture.size
     if width * height > max_pixels:
         raise ValueError(
             f"{name} has {width}x{height} = {width * height:,} pixels; at most {max_pixels:,} are allowed."
         )
+
+
+def _decode(picture: Image.Image, name: str) -> Image.Image:
     try:
         return _to_rgb(ImageOps.exif_transpose(picture))
     except Exception as error:  # As above: a file cut off in the middle ends in many kinds of errors.

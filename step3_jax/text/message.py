@@ -194,6 +194,31 @@ def collect_images(messages: Sequence[Message]) -> list[ImageSource]:
     return found
 
 
+def replace_images(messages: Sequence[Message], sources: Sequence[ImageSource]) -> list[dict[str, object]]:
+    """The same messages with other sources for their images.
+
+    Args:
+      messages: Checked by `collect_images`.
+      sources: One for each image, in the order of `collect_images`.
+
+    Returns:
+      Copies; items that are no images are the same objects.
+    """
+    left = iter(sources)
+    copies = []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            content = [
+                {"type": "image", "image": next(left)} if isinstance(_parse_item(item, number), _ImageItem) else item
+                for item in content
+            ]
+            copies.append({**message, "content": content})
+        else:
+            copies.append(dict(message))
+    return copies
+
+
 class MessageGuard:
     """Puts marks around untrusted text of messages."""
 

@@ -26,7 +26,7 @@ ROWS = (
     ("model",),
     ("cache", "checkpoint", "text", "sampling"),
     ("engine",),
-    ("afd", "launch", "planner", "train", "server"),
+    ("afd", "launch", "planner", "train", "server", "client"),
     ("bench",),
     ("cli",),
     ("tools",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from step3_jax.cli.arguments.bench_engine import add_engine_benches
+from step3_jax.cli.arguments.bench_serve import add_serve_bench
 from step3_jax.cli.arguments.engine import add_engine
 from step3_jax.cli.dtype import dtype_name
 from step3_jax.config import DTYPES
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--torch-python", metavar="PATH", help="interpreter that has torch and numpy; implies --torch")
     decode.add_argument("--json", metavar="FILE", help="also write all figures to FILE")
     add_engine_benches(what, PRESETS, numbers=_numbers, dtypes=_names)
+    add_serve_bench(what)
 
 
 def _names(text: str) -> list[str]:

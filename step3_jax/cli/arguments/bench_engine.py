@@ -30,14 +30,14 @@ def add_engine_benches(
     throughput.add_argument("--requests", type=int, default=64, metavar="N", help="default: %(default)s")
     throughput.add_argument(
         "--prompt-tokens",
-        type=_range,
+        type=read_range,
         default=(16, 128),
         metavar="A:B",
         help="lengths are drawn from (default: 16:128)",
     )
     throughput.add_argument(
         "--output-tokens",
-        type=_range,
+        type=read_range,
         default=(8, 64),
         metavar="A:B",
         help="lengths are drawn from (default: 8:64)",
@@ -93,7 +93,8 @@ def _add_common(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None
     add_engine(parser, ("batch", "cache"))
 
 
-def _range(text: str) -> tuple[int, int]:
+def read_range(text: str) -> tuple[int, int]:
+    """Reads A:B."""
     try:
         low, high = (int(word) for word in text.split(":"))
     except ValueError:

@@ -13,7 +13,8 @@ from step3_jax.cli import env, main
 
 
 @pytest.mark.parametrize(
-    "words", [(), *((command,) for command in main.COMMANDS), ("plan", "memory"), ("bench", "decode")]
+    "words",
+    [(), *((command,) for command in main.COMMANDS), ("plan", "memory"), ("bench", "decode"), ("bench", "serve")],
 )
 def test_help_does_not_import_jax(words: tuple[str, ...]) -> None:
     program = (

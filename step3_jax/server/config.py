@@ -99,7 +99,7 @@ class ServerConfig:
         60.0,
         "seconds without a token, though there is work, after which /ready is 503",
         "process",
-        least=1,
+        least=0.1,
         metavar="S",
     )
     warm_up: bool = define(True, "compile every program before /health is 200", "process")

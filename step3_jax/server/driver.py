@@ -239,8 +239,9 @@ class Driver:
         self.is_dead = True
         waiting = [*self._subscriptions.values(), *(one for one in self._given if isinstance(one, Subscription))]
         outbox = [*self._outbox, *((one, Event(error=_LOST)) for one in waiting)]
-        self._call(lambda: _push_all(outbox))
+        # First, so that clients are told what it was.
         self._call(self._on_death)
+        self._call(lambda: _push_all(outbox))
 
     def _call(self, what: Callable[[], None]) -> None:
         # The loop may have ended before this thread.

@@ -28,7 +28,7 @@ Open = Callable[..., contextlib.AbstractContextManager[Client]]
 
 @pytest.fixture(scope="session")
 def open_client(tiny_model_path: pathlib.Path) -> Open:
-    """Opens an application; its settings by name, those of the engine as `engine`."""
+    """Opens an application: its settings by name, the engine's as `engine`, generation_config.json's as `stored`."""
     config = ModelConfig.preset("step3-tiny")
     tokenizer, template = Tokenizer.load(tiny_model_path), ChatTemplate.load(tiny_model_path)
     settings = ImageSettings.load(tiny_model_path)
@@ -38,7 +38,7 @@ def open_client(tiny_model_path: pathlib.Path) -> Open:
     def open_client(
         reply: Reply | str = REPLY,
         engine: dict[str, object] | None = None,
-        generation_config: dict[str, object] | None = None,
+        stored: dict[str, object] | None = None,
         **values: object,
     ) -> Iterator[Client]:
         executor = ReplyExecutor(config, tokenizer, (lambda prompt: reply) if isinstance(reply, str) else reply)
@@ -47,7 +47,7 @@ def open_client(tiny_model_path: pathlib.Path) -> Open:
             tokenizer,
             template=template,
             image_settings=settings,
-            generation_config=generation | (generation_config or {}),
+            generation_config=generation | (stored or {}),
             **(engine or {}),
         )
         app = build_app(llm, ServerConfig(**({"served_model_name": (NAME,)} | values)))

@@ -1,0 +1,69 @@
+"""Metrics: vLLM's names behind a prefix, and counts that are right."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.conftest import Open
+
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+COUNTERS = (
+    *("prompt_tokens", "prompt_tokens_cached", "generation_tokens", "num_preemptions", "prefix_cache_queries"),
+    *("prefix_cache_hits", "mm_cache_queries", "mm_cache_hits", "http_requests_client_disconnected"),
+    *("tool_call_parser_invocations", "compile_seconds"),
+)
+HISTOGRAMS = (
+    *("time_to_first_token_seconds", "inter_token_latency_seconds", "request_time_per_output_token_seconds"),
+    *("e2e_request_latency_seconds", "request_queue_time_seconds", "request_inference_time_seconds"),
+    *("request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens"),
+    *("request_generation_tokens", "request_params_max_tokens", "request_params_n", "iteration_tokens_total"),
+)
+
+
+@pytest.mark.parametrize("prefix", ["step3", "vllm"])
+def test_all_names_are_there_from_the_start(open_client: Open, prefix: str) -> None:
+    with open_client(metrics_prefix=prefix) as client:
+        reply = client.call("/metrics")
+        assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        text = reply.body.decode()
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        for name in GAUGES:
+            assert families[f"{prefix}:{name}"].type == "gauge"
+        for name in COUNTERS:
+            assert re.search(rf'^{prefix}:{name}_total{{engine="0",model_name="toy"}} 0.0$', text, re.MULTILINE), name
+        for name in HISTOGRAMS:
+            assert families[f"{prefix}:{name}"].type == "histogram", name
+        for reason in ("stop", "length", "abort", "error"):
+            assert f'{prefix}:request_success_total{{engine="0",finished_reason="{reason}"' in text
+        assert f"{prefix}:cache_config_info{{" in text
+
+
+def test_counts_are_those_of_the_answers(open_client: Open) -> None:
+    with open_client() as client:
+        usages = [client.chat("count " * 50, **values).json()["usage"] for values in ({}, {"max_tokens": 3}, {"n": 2})]
+        assert client.metric("request_success_total", finished_reason="stop") == 3
+        assert client.metric("request_success_total", finished_reason="length") == 1
+        assert client.metric("prompt_tokens_total") == sum(usage["prompt_tokens"] for usage in usages)
+        # Equal answers are computed once.
+        generated = [usage["completion_tokens"] for usage in usages]
+        assert client.metric("generation_tokens_total") == generated[0] + generated[1] + generated[2] / 2
+        cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+        assert client.metric("prefix_cache_hits_total") == client.metric("prompt_tokens_cached_total") == cached
+        assert client.metric("request_generation_tokens_sum") == sum(generated)
+        assert client.metric("request_params_n_sum") == 4
+        assert client.metric("request_params_max_tokens_count") == 1
+        for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+            assert client.metric(f"{name}_count") == 3
+        assert client.metric("inter_token_latency_seconds_count") > 0
+        assert client.metric("iteration_tokens_total_sum") == client.metric("generation_tokens_total")
+
+
+def test_the_cache_is_used_by_running_sequences_alone(open_client: Open) -> None:
+    with open_client() as client:
+        client.chat("page " * 200)
+        assert client.service.llm.core.allocator.num_cached > 0
+        assert client.metric("kv_cache_usage_perc") == 0
+        assert client.metric("num_requests_running") == 0

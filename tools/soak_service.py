@@ -30,7 +30,7 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from step3_jax import resources
-from step3_jax.bench.machine import conditions
+from step3_jax.bench.machine import anonymous_bytes, conditions
 from step3_jax.bench.report import format_report, write_section
 
 MEMORY_TOLERANCE = 0.02
@@ -62,12 +62,6 @@ def running_service(port: int, log: pathlib.Path) -> Iterator[subprocess.Popen[b
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Memory of a process that no file stands behind, swapped out or not."""
-    fields = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap") if name in fields)
 
 
 async def read_metrics(client: httpx2.AsyncClient) -> dict[str, float]:
@@ -175,7 +169,7 @@ async def soak(url: str, pid: int, *, minutes: float, num_clients: int, cancels:
 
         async def sample() -> None:
             while time.monotonic() < end_s:
-                memory.append(anonymous_bytes(pid))
+                memory.append(anonymous_bytes(pid) or 0)
                 await asyncio.sleep(min(SAMPLE_S, max(0.1, minutes * 60 / 40)))
 
         clients = (run_client(client, seed, end_s, cancels, images, counts) for seed in range(num_clients))

@@ -48,9 +48,13 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def anonymous_bytes() -> int | None:
-    """Memory of this process that no file stands behind, swapped out or not; None where the system does not say."""
-    fields = dict(line.split(":", 1) for line in _read("/proc/self/status").splitlines() if ":" in line)
+def anonymous_bytes(pid: int | None = None) -> int | None:
+    """Memory of a process (None: of this one) that no file stands behind, swapped out or not.
+
+    None where the system does not say.
+    """
+    status = _read(f"/proc/{'self' if pid is None else pid}/status")
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     if "RssAnon" not in fields:
         return None
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap") if name in fields)

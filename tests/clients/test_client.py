@@ -1,0 +1,72 @@
+"""The service with clients of other people, each in an environment of its own that `make clients` makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.process import HARD_LIMIT_S, ROOT, free_port, running_service
+
+FOLDER = pathlib.Path(__file__).parent
+ENVIRONMENTS = pathlib.Path(os.environ.get("STEP3_TEST_CLIENTS", ROOT / ".venv-clients"))
+KEY = "a-key"
+IMAGE = ROOT / "models" / "step3-tiny" / "examples" / "cat.png"
+
+pytestmark = pytest.mark.clients
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port = free_port()
+    with running_service("--port", str(port), "--api-key", KEY):
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+def run(name: str, *words: str, **more: str) -> str:
+    """What a command of a client's environment prints."""
+    folder = ENVIRONMENTS / name
+    if not folder.exists():
+        pytest.skip(f"{folder} is missing: make clients makes it")
+    found = subprocess.run(
+        words, cwd=folder, env=os.environ | more, capture_output=True, text=True, timeout=HARD_LIMIT_S, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("openai-2", "openai_sdk.py"),
+        ("openai-3", "openai_sdk.py"),
+        ("litellm", "litellm_sdk.py"),
+        ("langchain", "langchain_sdk.py"),
+    ],
+)
+def test_python_clients_get_what_they_expect(url: str, name: str, program: str) -> None:
+    python = str(ENVIRONMENTS / name / "bin" / "python")
+    said = run(
+        name, python, str(FOLDER / "programs" / program), url, KEY, str(IMAGE), LITELLM_LOCAL_MODEL_COST_MAP="True"
+    )
+    assert "all checks held" in said
+
+
+def test_the_llm_command_answers(url: str, tmp_path: pathlib.Path) -> None:
+    model = {"model_id": "tiny", "model_name": "step3-tiny", "api_base": url, "api_key_name": "step3"}
+    # JSON is YAML too.
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))
+    command = [str(ENVIRONMENTS / "llm" / "bin" / "llm"), "-m", "tiny", "--key", KEY, "-o", "temperature", "0"]
+    said = run("llm", *command, "What is the capital of France?", LLM_USER_PATH=str(tmp_path))
+    assert "Paris" in said
+    said = run("llm", *command, "--no-stream", "What is the capital of France?", LLM_USER_PATH=str(tmp_path))
+    assert "Paris" in said
+
+
+def test_the_javascript_client_gets_what_it_expects(url: str) -> None:
+    said = run("openai-js", "node", str(ENVIRONMENTS / "openai-js" / "openai_js.mjs"), url, KEY)
+    assert "all checks held" in said

@@ -1,0 +1,284 @@
+"""What the service costs beside the engine alone, in one run: throughput, first token, overload, idle connections.
+
+    python -m tools.bench_service --json benchmarks/service.json
+
+The model is that of `step3 bench` with random weights. One process has it behind the service, a second one sends requests,
+and this one runs the same requests through `LLM.generate`, in turns with the other two. All are on the same cores: the
+clients' work takes time from the engine, and the processor seconds of each say how much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import httpx2
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from step3_jax.bench.load import Load, Record, run_load
+from step3_jax.bench.machine import anonymous_bytes, conditions, cpu_pressure, load_average
+from step3_jax.bench.report import format_report, write_section
+from step3_jax.bench.serve import find_waits, summarise
+from step3_jax.bench.workload import draw_lengths, random_prompts, word_tokenizer
+from step3_jax.cli.arguments.bench import PRESETS
+from step3_jax.cli.bench_decode import bench_config, random_model
+from step3_jax.client import ServiceClient
+from step3_jax.engine.llm import LLM
+from step3_jax.sampling.params import SamplingParams
+from step3_jax.server.app import build_app
+
+CLIENTS = 32
+PROMPT, OUTPUT = (32, 256), (32, 128)
+OVERLOAD = 1.5
+IDLE_CONNECTIONS = 1000
+START_S = 600
+
+
+def make_llm(hidden_size: int, num_layers: int) -> LLM:
+    """The model, with a tokenizer whose ids are words."""
+    config = bench_config(hidden_size, num_layers)
+    return LLM.from_model(random_model(config), word_tokenizer(config.text.vocab_size), max_num_seqs=CLIENTS)
+
+
+def make_bodies(count: int, vocab_size: int, seed: int, output: tuple[int, int] = OUTPUT) -> list[dict[str, object]]:
+    """Requests of token ids; none begins as another does."""
+    lengths = draw_lengths(count, PROMPT, output, seed=seed)
+    common = {"temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True}}
+    return [
+        common | {"prompt": ids, "max_tokens": one.output}
+        for ids, one in zip(random_prompts(lengths, vocab_size, seed=seed), lengths, strict=True)
+    ]
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """The process with the service."""
+    llm = make_llm(*PRESETS[arguments.preset])
+    llm.warm_up()
+    app = build_app(llm)
+
+    async def seconds(_: Request) -> JSONResponse:
+        return JSONResponse(thread_seconds())
+
+    app.add_route("/cpu-seconds", seconds)
+    uvicorn.run(app, port=arguments.port, log_level="warning", access_log=False)
+    return 0
+
+
+def thread_seconds() -> dict[str, float]:
+    """Processor seconds of this process: the event loop's thread, the engine's, and all others (which compute)."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    found = {"event_loop": 0.0, "engine": 0.0, "others": 0.0}
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        name = names.get(int(task.name), "")
+        key = {"MainThread": "event_loop", "step3-engine": "engine"}.get(name, "others")
+        found[key] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+def send(arguments: argparse.Namespace) -> int:
+    """The process of the clients: reads a load from standard input, writes the records to standard output."""
+    given = json.load(sys.stdin)
+
+    async def run() -> list[Record]:
+        async with ServiceClient(given["url"]) as client:
+            return await run_load(client, "completions", given["bodies"], Load(given["concurrency"], given["rate"]))
+
+    begin = time.process_time()
+    records = asyncio.run(run())
+    print(json.dumps({"cpu_s": time.process_time() - begin, "records": [vars(one) for one in records]}))
+    return 0
+
+
+def send_apart(
+    url: str, bodies: Sequence[Mapping[str, object]], *, concurrency: int | None = None, rate: float | None = None
+) -> tuple[list[Record], float]:
+    """Sends a load from a process of its own; the records, and that process' processor seconds."""
+    given = json.dumps({"url": url, "bodies": bodies, "concurrency": concurrency, "rate": rate})
+    command = [sys.executable, "-m", "tools.bench_service", "--role", "send"]
+    done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    return [Record(**one) for one in found["records"]], found["cpu_s"]
+
+
+@contextlib.contextmanager
+def running_service(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """The service in a process of its own: its URL and process id."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tools.bench_service", "--role", "serve", "--port", str(port)]
+    command += ["--preset", arguments.preset]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command) as process:
+        try:
+            for _ in range(START_S * 2):
+                with contextlib.suppress(httpx2.HTTPError):
+                    if httpx2.get(f"{url}/health").status_code == 200:
+                        break
+                if process.poll() is not None:
+                    raise RuntimeError(f"the service ended with {process.returncode}")
+                time.sleep(0.5)
+            yield url, process.pid
+        finally:
+            process.kill()
+
+
+def generate_seconds(llm: LLM, bodies: Sequence[Mapping[str, object]]) -> float:
+    """Seconds of `LLM.generate` for the same requests, without compiling."""
+    params = [SamplingParams(temperature=0, max_tokens=int(str(one["max_tokens"])), ignore_eos=True) for one in bodies]
+    compile_s, begin = llm.stats.compile_s, time.perf_counter()
+    outputs = llm.generate([one["prompt"] for one in bodies], params, use_tqdm=False)  # type: ignore[arg-type]
+    assert all(output.error is None for output in outputs)
+    return time.perf_counter() - begin - (llm.stats.compile_s - compile_s)
+
+
+def measure_throughput(arguments: argparse.Namespace, llm: LLM, url: str) -> list[dict[str, object]]:
+    """Rows: tokens a second through HTTP and through `LLM.generate`, and whose processor seconds they took."""
+    rows = []
+    for number in range(arguments.rounds + 1):
+        bodies = make_bodies(arguments.requests, llm.config.text.vocab_size, number)
+        offline_s = 0.0
+        if number % 2:
+            offline_s = generate_seconds(llm, bodies)
+        before = httpx2.get(f"{url}/cpu-seconds").json()
+        records, clients_s = send_apart(url, bodies, concurrency=CLIENTS)
+        after = httpx2.get(f"{url}/cpu-seconds").json()
+        offline_s = offline_s or generate_seconds(llm, bodies)
+        found = summarise(records, {})
+        assert found["answered"] == len(bodies), found["errors"]
+        tokens, duration = float(str(found["output_tokens"])), float(str(found["duration_s"]))
+        row: dict[str, object] = {
+            "service_tokens_per_s": tokens / duration,
+            "generate_tokens_per_s": tokens / offline_s,
+            "ratio": offline_s / duration,
+            "seconds": duration,
+        }
+        row |= {f"{name}_cpu_s": after[name] - before[name] for name in before} | {"clients_cpu_s": clients_s}
+        # The first round compiles what the warm-up of this process has not.
+        rows += [row] if number else []
+    return rows
+
+
+def measure_first_token(arguments: argparse.Namespace, llm: LLM, url: str) -> dict[str, object]:
+    """Milliseconds to the first token, one request at a time: through HTTP, through `LLM.generate`, and the difference."""
+    pairs = []
+    for number in range(arguments.first_tokens + 2):
+        (body,) = make_bodies(1, llm.config.text.vocab_size, 1000 + number, output=(4, 4))
+        record = asyncio.run(_send_one(url, body))
+        waits = find_waits(record)
+        assert waits is not None, record.error
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        begin = time.perf_counter()
+        next(iter(llm.generate(body["prompt"], params, stream=True)))  # type: ignore[call-overload]
+        pairs.append((waits.first, (time.perf_counter() - begin) * 1e3))
+    pairs = pairs[2:]
+    through, alone = zip(*pairs, strict=True)
+    return {
+        "through_http_ms": statistics.median(through),
+        "generate_ms": statistics.median(alone),
+        "added_ms": statistics.median(first - second for first, second in pairs),
+    }
+
+
+async def _send_one(url: str, body: Mapping[str, object]) -> Record:
+    async with ServiceClient(url) as client:
+        # The connection is there in any service that is used.
+        await client.list_models()
+        (record,) = await run_load(client, "completions", [body], Load(1))
+        return record
+
+
+def measure_overload(arguments: argparse.Namespace, llm: LLM, url: str) -> dict[str, object]:
+    """A closed loop, which finds the capacity, then an open loop at 1.5 times of it."""
+    bodies = make_bodies(arguments.requests, llm.config.text.vocab_size, 2000)
+    records, _ = send_apart(url, bodies, concurrency=CLIENTS)
+    closed = summarise(records, {})
+    capacity = float(str(closed["requests_per_s"]))
+    bodies = make_bodies(arguments.requests * 3, llm.config.text.vocab_size, 3000)
+    records, _ = send_apart(url, bodies, rate=OVERLOAD * capacity)
+    opened = summarise(records, {})
+
+    def between(found: Mapping[str, object]) -> float:
+        rows = found["waits_ms"]
+        assert isinstance(rows, list)
+        return float(next(row["p99"] for row in rows if row["of"] == "between tokens"))
+
+    return {
+        "capacity_requests_per_s": capacity,
+        "offered_requests_per_s": OVERLOAD * capacity,
+        "answered": opened["answered"],
+        "errors": opened["errors"],
+        "p99_between_tokens_ms_at_capacity": between(closed),
+        "p99_between_tokens_ms_overloaded": between(opened),
+        "ratio": between(opened) / between(closed),
+        "waits_ms": opened["waits_ms"],
+    }
+
+
+def measure_idle(url: str, pid: int, count: int) -> dict[str, object]:
+    """Memory of the service for each idle connection, each of which has been used once."""
+    before = anonymous_bytes(pid) or 0
+    host, port = url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(count)]
+        for one in connections:
+            one.sendall(b"GET /live HTTP/1.1\r\nHost: here\r\n\r\n")
+        for one in connections:
+            assert one.recv(65536).startswith(b"HTTP/1.1 200")
+        each = ((anonymous_bytes(pid) or 0) - before) / count
+        begin = time.perf_counter()
+        assert httpx2.get(f"{url}/health").status_code == 200
+    return {"connections": count, "kib_each": each / 1024, "health_ms_meanwhile": (time.perf_counter() - begin) * 1e3}
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """All of it, printed and written."""
+    before = {"load_average_before": load_average(), "cpu_pressure_before": cpu_pressure()}
+    llm = make_llm(*PRESETS[arguments.preset])
+    with running_service(arguments) as (url, pid):
+        rows = measure_throughput(arguments, llm, url)
+        found: dict[str, object] = {
+            "clients": CLIENTS,
+            "requests": arguments.requests,
+            "throughput_ratio": statistics.median(float(str(row["ratio"])) for row in rows),
+            "throughput": rows,
+            "first_token": measure_first_token(arguments, llm, url),
+            "overload": measure_overload(arguments, llm, url),
+            "idle": measure_idle(url, pid, IDLE_CONNECTIONS),
+        }
+    machine = conditions() | before | {"cpu_pressure_after": cpu_pressure()}
+    found = {"conditions": machine | {"preset": arguments.preset}} | found
+    print(format_report(found))
+    if arguments.json:
+        write_section(arguments.json, "service", found)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=96, help="of a round")
+    parser.add_argument("--first-tokens", type=int, default=40, help="requests of which the first token is waited for")
+    parser.add_argument("--preset", choices=PRESETS, default="100m", help="size of the model (default: %(default)s)")
+    parser.add_argument("--json", help="file that gets the figures, beside those of other benchmarks")
+    parser.add_argument("--role", choices=("measure", "serve", "send"), default="measure", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    return {"measure": measure, "serve": serve, "send": send}[arguments.role](arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

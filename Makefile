@@ -2,6 +2,7 @@
 # make serve     OpenAI's API and a chat page on http://127.0.0.1:8000 (SERVE_ARGS="--port 9000 MODEL" and the like)
 # make test      fast tests          make test-all   all of them
 # make kernels   every kernel in every case, and compiled for an H100 (needs Python 3.12, and ptxas for the second)
+# make clients   the service with clients of other people, each in an environment of its own (npm for JavaScript's)
 # make check     format, lint, types
 # make bench     decode speed on this machine (BENCH_ARGS="--torch-python ..." compares with PyTorch)
 # make clean     remove what these made, the environment included
@@ -19,17 +20,20 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 KERNELS_VENV ?= .venv-kernels
 BENCH_ARGS ?=
 SERVE_ARGS ?=
+CLIENTS_VENV ?= .venv-clients
+CLIENTS := $(basename $(notdir $(wildcard tests/clients/requirements/*.txt))) openai-js
 
 BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt
 # A user's settings for --user or --target would put the packages elsewhere.
-PIP_INSTALL = env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX $(BIN)/python -m pip install --quiet \
-	--disable-pip-version-check --constraint constraints.txt
+PIP := env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX
+PIP_OPTIONS := --quiet --disable-pip-version-check
+PIP_INSTALL = $(PIP) $(BIN)/python -m pip install $(PIP_OPTIONS) --constraint constraints.txt
 
-.PHONY: help demo serve test test-all kernels kernels-here check bench clean
+.PHONY: help demo serve test test-all kernels kernels-here clients check bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 10
 
 demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py
@@ -50,6 +54,9 @@ kernels:
 kernels-here: $(VENV)/.installed-aot
 	@$(BIN)/python -m pytest $(PARALLEL) tests/kernels $(PYTEST_ARGS)
 
+clients: $(VENV)/.installed-dev $(CLIENTS:%=$(CLIENTS_VENV)/%/.installed)
+	@STEP3_TEST_CLIENTS="$(abspath $(CLIENTS_VENV))" $(BIN)/python -m pytest tests/clients $(PYTEST_ARGS)
+
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -62,6 +69,7 @@ clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 	@# An environment that somebody else made is theirs.
+	rm -rf "$(CLIENTS_VENV)"
 	for made in "$(VENV)" "$(KERNELS_VENV)"; do if [ -e "$$made/.made" ]; then rm -rf "$$made"; fi; done
 
 # The stamps: an install runs again only when a pin changed. Without extras jax is the CPU build.
@@ -82,6 +90,19 @@ $(VENV)/.installed-dev: $(PINS) | $(VENV)/.python
 
 $(VENV)/.installed-aot: $(VENV)/.installed-dev
 	@$(PIP_INSTALL) --editable '.[aot]'
+	@touch $@
+
+$(CLIENTS_VENV)/openai-js/.installed: tests/clients/programs/package.json tests/clients/programs/openai_js.mjs
+	@mkdir -p $(@D)
+	@cp $^ $(@D)
+	@cd $(@D) && npm install --silent --no-audit --no-fund
+	@touch $@
+
+# The client's own pin and whatever goes with it, apart from ours.
+$(CLIENTS_VENV)/%/.installed: tests/clients/requirements/%.txt | $(VENV)/.python
+	@echo "Installing $$(cat $<) into $(@D) ..."
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(PIP) $(@D)/bin/python -m pip install $(PIP_OPTIONS) --requirement $<
 	@touch $@
 
 # An environment that is there and works is kept, whoever made it; a half-made one is made anew.

@@ -10,28 +10,30 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.process import HARD_LIMIT_S, ROOT, free_port, running_service
+from tests.process import HARD_LIMIT_S, ROOT
+from tests.server.running import running
 
 FOLDER = pathlib.Path(__file__).parent
 ENVIRONMENTS = pathlib.Path(os.environ.get("STEP3_TEST_CLIENTS", ROOT / ".venv-clients"))
 KEY = "a-key"
 IMAGE = ROOT / "models" / "step3-tiny" / "examples" / "cat.png"
 
-pytestmark = pytest.mark.clients
+# Environments of half a gigabyte, and minutes to make them.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
-    with running_service("--port", str(port), "--api-key", KEY):
-        yield f"http://127.0.0.1:{port}/v1"
+def url() -> Iterator[str]:
+    with running(["-m", "step3_jax", "serve", "--port", "0", "--api-key", KEY, "--max-num-seqs", "8"]) as server:
+        server.wait_for("ready: ")
+        yield f"http://127.0.0.1:{server.port}/v1"
 
 
 def run(name: str, *words: str, **more: str) -> str:
     """What a command of a client's environment prints."""
     folder = ENVIRONMENTS / name
-    if not folder.exists():
-        pytest.skip(f"{folder} is missing: make clients makes it")
+    if not (folder / ".installed").exists():
+        pytest.skip(f"{folder} is not there: make clients makes it")
     found = subprocess.run(
         words, cwd=folder, env=os.environ | more, capture_output=True, text=True, timeout=HARD_LIMIT_S, check=False
     )
@@ -70,3 +72,11 @@ def test_the_llm_command_answers(url: str, tmp_path: pathlib.Path) -> None:
 def test_the_javascript_client_gets_what_it_expects(url: str) -> None:
     said = run("openai-js", "node", str(ENVIRONMENTS / "openai-js" / "openai_js.mjs"), url, KEY)
     assert "all checks held" in said
+
+
+def test_nothing_that_the_description_allows_breaks_the_service(url: str) -> None:
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    checks += ",unsupported_method,ignored_auth"
+    command = [str(ENVIRONMENTS / "schemathesis" / "bin" / "st"), "run", f"{url.removesuffix('/v1')}/openapi.json"]
+    command += ["--header", f"Authorization: Bearer {KEY}", "--checks", checks, "--max-examples", "30", "--no-color"]
+    run("schemathesis", *command, "--continue-on-failure")

@@ -63,12 +63,13 @@ class Running:
         """The begin of an answer, whose rest is to be read."""
         return self._resources.enter_context(self.send(path, body).getresponse())
 
-    def send(self, path: str, body: object = None) -> http.client.HTTPConnection:
+    def send(self, path: str, body: object = None, key: str = "none") -> http.client.HTTPConnection:
         """Sends a request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HARD_LIMIT_S)
         self._resources.callback(connection.close)
         data = None if body is None else json.dumps(body).encode()
-        connection.request("GET" if body is None else "POST", path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        connection.request("GET" if body is None else "POST", path, data, headers)
         return connection
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.server.client import Client, Reply, ask
-from tests.server.conftest import NAME
+from tests.server.conftest import NAME, REPLY, Open
 
 CALL = (
     "SAY I think.</think>Let me look.<｜tool_calls_begin｜>\n<｜tool_call_begin｜>\nfunction<｜tool_sep｜>"
@@ -318,3 +318,34 @@ def test_the_python_apis_forms_of_images_are_refused(client: Client) -> None:
     for part in ({"type": "image", "image": "/etc/passwd"}, {"type": "image", "path": "x"}, {"image": "x"}):
         reply = client.call("/v1/chat/completions", ask() | {"messages": [{"role": "user", "content": [part]}]})
         assert (reply.status, reply.error["param"]) == (400, "messages[0].content[0]"), reply.error
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_a_reasoning_parser_all_text_is_content(open_client: Open, stream: bool) -> None:
+    with open_client(reasoning_parser="none") as client:
+        reply = client.chat(stream=stream)
+        if stream:
+            assert join(reply)["content"] == REPLY
+            return
+        message = reply.json()["choices"][0]["message"]
+        assert (message["content"], "reasoning" in message) == (REPLY, False)
+        assert reply.json()["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
+        calls = client.chat(tools=TOOLS).json()["choices"][0]["message"]
+        assert calls["content"] == REPLY
+
+
+def test_what_ends_an_answer_can_be_chosen(client: Client) -> None:
+    tokenizer = client.service.llm.tokenizer
+    (comma,) = tokenizer.encode(",")
+    choice = client.chat(stop_token_ids=[comma]).json()["choices"][0]
+    assert (choice["message"]["content"], choice["stop_reason"]) == ("Hello there", comma)
+    usage = client.chat(ignore_eos=True, max_tokens=30).json()["usage"]
+    assert usage["completion_tokens"] == 30
+    kept = client.chat("SAY </think>a<|BOT|>b", skip_special_tokens=False).json()["choices"][0]["message"]["content"]
+    assert "<|BOT|>" in kept
+
+
+def test_an_error_before_the_first_event_is_no_stream(client: Client) -> None:
+    reply = client.chat(stream=True, n=0)
+    assert (reply.status, reply.headers["content-type"]) == (400, "application/json")
+    assert reply.error["param"] == "n"

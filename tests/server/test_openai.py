@@ -170,6 +170,17 @@ def test_leaving_a_stream_frees_its_place(client: openai.OpenAI, server: Running
     assert server.metric("kv_cache_usage_perc") == 0
 
 
+def test_a_client_that_does_not_read_holds_nobody_up(client: openai.OpenAI, server: Running) -> None:
+    body = {"messages": QUESTION, "max_tokens": 480, "ignore_eos": True, "n": 2, "logprobs": True, "top_logprobs": 20}
+    # More than the system's own buffers take.
+    lazy = server.send("/v1/chat/completions", body | {"stream": True}, key="k")
+    assert ask(client, max_tokens=3).choices
+    lazy.close()
+    while server.metric("num_requests_running"):
+        time.sleep(0.05)
+    assert ask(client, max_tokens=3).choices
+
+
 def test_it_drains_at_the_end(client: openai.OpenAI, server: Running) -> None:
     stream = ask(client, stream=True, max_tokens=200, extra_body={"ignore_eos": True})
     chunks = [next(iter(stream))]

@@ -135,19 +135,7 @@ def test_an_address_that_is_taken_is_told_before_anything_is_loaded() -> None:
         open_socket(ServerConfig(host="nowhere.invalid"))
 
 
-def test_a_client_that_does_not_read_holds_nobody_up() -> None:
-    with served() as server:
-        load(server)
-        # Longer than the system's own buffers, and nothing of it is read.
-        lazy = server.send(CHAT, ask(stream=True, n=16, logprobs=True, top_logprobs=20))
-        for _ in range(3):
-            assert server.ask(CHAT, ask(max_tokens=5))[0] == 200
-        lazy.close()
-        while server.metric("num_requests_running"):
-            time.sleep(0.05)
-        assert server.ask("/health")[0] == 200
-
-
+@pytest.mark.slow  # An operating system process of its own, for what seldom changes.
 def test_a_full_disk_for_the_log_keeps_nobody_from_an_answer() -> None:
     port = free_port()
     with (
@@ -209,6 +197,7 @@ def test_killed_at_any_moment_it_starts_again_on_the_same_port() -> None:
         assert server.ask(CHAT, ask())[0] == 200
 
 
+@pytest.mark.slow  # As above.
 def test_tls(tmp_path: object) -> None:
     key, certificate = f"{tmp_path}/key.pem", f"{tmp_path}/cert.pem"
     made = subprocess.run(

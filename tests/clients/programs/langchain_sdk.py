@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 
+# The tiny model does not know how to end a text of its own in JSON, so none is asked for.
 class Town(BaseModel):
     """A town."""
 
-    name: str
+    name: Literal["Paris", "Rome"]
     is_capital: bool
 
 
-def get_weather(city: str) -> str:
+def get_weather(city: Literal["Paris", "Rome"]) -> str:
     """The weather in a city."""
     return f"It is sunny in {city}."
 
@@ -32,7 +34,7 @@ def main() -> None:
     assert isinstance(town, Town)
     called = chat.bind_tools([get_weather], tool_choice="required").invoke("What is the weather in Paris?")
     assert called.tool_calls[0]["name"] == "get_weather"
-    assert isinstance(called.tool_calls[0]["args"]["city"], str)
+    assert called.tool_calls[0]["args"]["city"] in ("Paris", "Rome")
     print("langchain-openai: all checks held")
 
 

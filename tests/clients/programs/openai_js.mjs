@@ -32,13 +32,13 @@ const tools = [{
   type: "function",
   function: {
     name: "get_weather",
-    parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] },
+    parameters: { type: "object", properties: { city: { enum: ["Paris", "Rome"] } }, required: ["city"] },
   },
 }];
 const asked = { model, messages, tools, tool_choice: "required", temperature: 0, max_tokens: 400 };
 const called = await client.chat.completions.stream(asked).finalChatCompletion();
 assert.equal(called.choices[0].message.tool_calls[0].function.name, "get_weather");
-assert.equal(typeof JSON.parse(called.choices[0].message.tool_calls[0].function.arguments).city, "string");
+assert.match(JSON.parse(called.choices[0].message.tool_calls[0].function.arguments).city, /^(Paris|Rome)$/);
 
 await assert.rejects(
   client.chat.completions.create({ model: "another", messages }),

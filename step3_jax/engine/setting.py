@@ -109,7 +109,7 @@ def _check_text(name: str, value: object, setting: Setting, *, is_list: bool) ->
         if value not in setting.choices:
             raise ValueError(f"{name} is {value!r}; allowed: {', '.join(setting.choices)}")
         return
-    texts = value if is_list and isinstance(value, tuple) else (value,)
-    if not all(isinstance(text, str) and text for text in texts):
+    texts = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) != is_list or not all(isinstance(text, str) and text for text in texts):
         noun = "a tuple of texts, none of them empty," if is_list else "text"
         raise ValueError(f"{name} is {value!r}; {noun} is needed{', or None' if setting.auto and not is_list else ''}")

@@ -92,5 +92,5 @@ def test_the_page_is_there_on_loopback_addresses() -> None:
 
 @pytest.mark.parametrize("value", [None, "key", ["key"], ("",)])
 def test_texts_are_a_tuple(value: object) -> None:
-    with pytest.raises(ValueError, match="api_key is .*; a tuple of texts"):
+    with pytest.raises(ValueError, match=r"api_key is .*; a tuple of texts"):
         ServerConfig.of({"api_key": value})

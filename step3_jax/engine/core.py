@@ -136,6 +136,11 @@ class EngineCore:
         """Sequences that wait for one."""
         return self.scheduler.num_waiting
 
+    @property
+    def num_traced(self) -> int:
+        """Programs traced so far, the one that is being compiled included."""
+        return sum(tuple(self._executor.num_traces.values()))
+
     def check(self, request: Request) -> None:
         """Raises ValueError (ContextLengthError) if a request cannot be served; the message says what would be."""
         check_request(request, max_model_len=self.max_model_len, vocab_size=self._vocab_size)

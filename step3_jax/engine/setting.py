@@ -82,11 +82,13 @@ def check_values(config: object) -> None:
 
 def _check(field: dataclasses.Field[object], value: object) -> None:
     setting: Setting = field.metadata["setting"]
-    if value is None and field.default is None:
-        return
     kind = kind_of(field)
+    # Of texts an empty tuple stands for none.
+    may_be_none = bool(setting.auto) and kind is not tuple
+    if value is None and may_be_none:
+        return
     if kind in (str, tuple):
-        _check_text(field, value, setting, is_list=kind is tuple)
+        _check_text(field.name, value, setting, is_list=kind is tuple)
         return
     is_kind = isinstance(value, (int, float) if kind is float else kind) and (
         kind is bool or not isinstance(value, bool)
@@ -99,16 +101,15 @@ def _check(field: dataclasses.Field[object], value: object) -> None:
     else:
         noun = "a whole number" if kind is int else "a number"
         wanted = f"{noun} of at least {least} is needed" if most is None else f"{noun} from {least} to {most} is needed"
-    raise ValueError(f"{field.name} is {value!r}; {wanted}{', or None' if field.default is None else ''}")
+    raise ValueError(f"{field.name} is {value!r}; {wanted}{', or None' if may_be_none else ''}")
 
 
-def _check_text(field: dataclasses.Field[object], value: object, setting: Setting, *, is_list: bool) -> None:
-    name = field.name
+def _check_text(name: str, value: object, setting: Setting, *, is_list: bool) -> None:
     if setting.choices:
         if value not in setting.choices:
             raise ValueError(f"{name} is {value!r}; allowed: {', '.join(setting.choices)}")
         return
-    texts = value if is_list and isinstance(value, tuple) else (value,)
-    if not all(isinstance(text, str) and text for text in texts):
+    texts = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) != is_list or not all(isinstance(text, str) and text for text in texts):
         noun = "a tuple of texts, none of them empty," if is_list else "text"
-        raise ValueError(f"{name} is {value!r}; {noun} is needed{', or None' if field.default is None else ''}")
+        raise ValueError(f"{name} is {value!r}; {noun} is needed{', or None' if setting.auto and not is_list else ''}")

@@ -113,6 +113,7 @@ class Driver:
         self._outbox: list[tuple[Subscription, Event]] = []
         self._progress_s = time.monotonic()
         self._is_busy = False
+        self._num_traced = 0
         self._thread = threading.Thread(target=self._run, name="step3-engine", daemon=True)
 
     def start(self) -> None:
@@ -152,8 +153,9 @@ class Driver:
         return not self._thread.is_alive()
 
     def is_stalled(self, seconds: float) -> bool:
-        """Whether there has been work for so long without a token or a chunk."""
-        return self._is_busy and time.monotonic() - self._progress_s > seconds
+        """Whether there has been work for so long without a token or a chunk, and not because a program is compiled."""
+        is_compiling = self._core.num_traced != self._num_traced
+        return self._is_busy and not is_compiling and time.monotonic() - self._progress_s > seconds
 
     def _run(self) -> None:
         try:
@@ -173,6 +175,7 @@ class Driver:
     def _step(self) -> None:
         stats = self._core.stats
         start, num_tokens, compile_s = time.monotonic(), stats.num_generated_tokens, stats.compile_s
+        self._num_traced = self._core.num_traced
         if not self._is_busy:
             self._is_busy, self._progress_s = True, start
         before = self._count_computed()

@@ -127,9 +127,10 @@ async def make_requests(
 
     start = time.monotonic()
     try:
-        made = await service.call(make)
-        if plan.form is not None:
-            service.metrics.observe_grammar(time.monotonic() - start)
+        if plan.form is None:
+            return await service.call(make)
+        made = await service.compile(make)
+        service.metrics.observe_grammar(time.monotonic() - start)
         return made
     except ContextLengthError as error:
         text = str(error).replace("lower max_tokens", f"lower {plan.max_tokens_name}")

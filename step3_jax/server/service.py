@@ -21,8 +21,10 @@ from step3_jax.server.media import MediaReader
 from step3_jax.server.metric import Metrics
 
 _LOG = logging.getLogger(__name__)
-# Templates, tokenising, images and grammars.
+# Templates, tokenising and images.
 NUM_THREADS = 4
+# Apart, as a grammar may take seconds: others' prompts must not wait for it.
+NUM_GRAMMAR_THREADS = 2
 # Without a limit of its own the queue holds so many times what runs at once.
 QUEUE_FACTOR = 4
 # Names of unknown fields that are remembered, so that each is logged once.
@@ -60,6 +62,9 @@ class Service:
         self.metrics = Metrics(self.names[0], prefix=config.metrics_prefix)
         self.admission = Admission(1, None)
         self.pool = concurrent.futures.ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="step3-request")
+        self._grammar_pool = concurrent.futures.ThreadPoolExecutor(
+            NUM_GRAMMAR_THREADS, thread_name_prefix="step3-grammar"
+        )
         self.generations: set[Interruptible] = set()
         domains = config.allowed_media_domains
         self.media = MediaReader(fetcher=MediaFetcher(domains) if domains else None, pool=self.pool)
@@ -118,12 +123,17 @@ class Service:
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Ends the threads; whether the engine's has ended within a time."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.pool, self._grammar_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
         return self._driver is None or self._driver.stop(timeout_s)
 
     async def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Calls a function in one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, lambda: function(*args, **kwargs))
+
+    async def compile(self, function: Callable[[], R]) -> R:
+        """Calls a function that compiles a grammar, in a thread for that."""
+        return await asyncio.get_running_loop().run_in_executor(self._grammar_pool, function)
 
     def choose_name(self, wanted: str | None) -> str:
         """The model's name in an answer.

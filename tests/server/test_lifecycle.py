@@ -39,6 +39,8 @@ def test_ready_is_503_while_the_engine_gets_nowhere(open_client: Open) -> None:
             ready = await client.start("/ready").finish()
             assert (ready.status, ready.json()) == (503, {"status": "stalled"})
             assert (await client.start("/health").finish()).status == 200
+            client.executor.num_traces["decode"] += 1
+            assert not client.service.is_stalled, "a program is compiled"
             client.executor.gate.set()
             await call.finish()
             await client.wait_until(lambda: not client.service.is_stalled)

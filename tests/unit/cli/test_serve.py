@@ -88,3 +88,9 @@ def test_the_page_is_there_on_loopback_addresses() -> None:
         "example.com": False,
     }
     assert {host: ServerConfig(host=host).has_page for host in hosts} == hosts
+
+
+@pytest.mark.parametrize("value", [None, "key", ["key"], ("",)])
+def test_texts_are_a_tuple(value: object) -> None:
+    with pytest.raises(ValueError, match=r"api_key is .*; a tuple of texts"):
+        ServerConfig.of({"api_key": value})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Between the tokens of JSON that is generated: any layout in lines, and an end to a model that would go on with blanks.
-BLANKS = r" |\n( {0,16}|\t{0,8})"
+# Between the tokens of JSON that is generated, as a regular expression: one blank or none, as small models lose themselves
+# in blanks, and each costs a step.
+BLANKS = " "
 MAX_DEPTH = 32
 MAX_PROPERTIES = 2000
 

@@ -45,7 +45,7 @@ class FfnProcess(RoleProcess):
         own, copies = self._own, self._copies
         self._prefill = self._jit(self._run_prefill, static_argnums=1, in_shardings=(own,), out_shardings=copies)
         self._decode = self._jit(
-            self._run_decode, static_argnums=(2, 3, 4), in_shardings=(own, copies), out_shardings=copies
+            self._run_decode, static_argnums=(2, 3), in_shardings=(own, copies), out_shardings=copies
         )
 
     def cache_memory_bytes(self) -> int | None:

@@ -23,7 +23,9 @@ from step3_jax.sampling.structured import StructuredOutputsParams
 DEADLINE_S = 5.0
 # At once, so that hostile ones leave processors to others.
 MAX_COMPILING = 2
-MAX_CACHED = 256
+MAX_CACHED = 64
+# Of one grammar, about 1.5 kB each; as many as tokens of the longest output, as each may need one.
+MAX_LEXER_STATES = 65_536
 
 
 class GrammarError(ValueError):
@@ -106,14 +108,14 @@ class GrammarCompiler:
             self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_ids))
         except ValueError as error:
             raise GrammarError(f"structured outputs cannot use this model's tokenizer: {error}") from None
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._cache: collections.OrderedDict[tuple[str, str], Grammar] = collections.OrderedDict()
         self._places = threading.Semaphore(MAX_COMPILING)
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
-        """The grammar of an output's form; the last 256 are kept.
+        """The grammar of an output's form; the last 64 are kept.
 
         Args:
           params: The form.

@@ -13,10 +13,13 @@ from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.sampling.structured import StructuredOutputsParams
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_settings import ImageSettings
 from step3_jax.text.tokenizer import Tokenizer
 from tests.unit.engine.conftest import TEMPLATE, VOCAB_SIZE
+
+pytest.importorskip("llguidance", reason="the extra grammar is not installed")
 
 
 @pytest.fixture
@@ -72,6 +75,7 @@ OPTIONS = [
     {"min_tokens": 4, "stop_token_ids": list(range(20))},
     {"n": 3, "logprobs": 20},
     {"stop": ["e"], "temperature": 1.5},
+    {"structured_outputs": StructuredOutputsParams(regex="abcdefg[a-z]{3}")},
 ]
 
 

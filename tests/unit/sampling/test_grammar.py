@@ -56,8 +56,8 @@ def matches(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
     ("form", "right", "wrong"),
     [
         (Form(json=CITY), '{"city": "Graz"}', '{"town": "Graz"}'),
-        (Form(json=CITY), '{\n  "city": "Gr\\"az é"\n}', '{"city": "Graz"'),
-        (Form(json=CITY), '{\n    "city": "Graz"\n}', '{"city":  "Graz"}'),
+        (Form(json=CITY), '{ "city":"Gr\\"az é" }', '{"city": "Graz"'),
+        (Form(json=CITY), '{"city": "Graz"}', '{"city":  "Graz"}'),
         (Form(json_object=True), '{"a": [1, {"b": null}]}', "[1]"),
         (Form(regex="[0-9]{2}-(a|b)+"), "12-aba", "12-"),
         (Form(regex="^abc$"), "abc", "abcd"),

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterable
 
 import jax
+import yaml
 
 from step3_jax.cli.choice import find_model
 from step3_jax.cli.engine import load_llm, print_config, read_engine
 from step3_jax.cli.precheck import check_before_loading
 from step3_jax.cli.process import ERASE, leave_at_once, say
 from step3_jax.cli.remote_option import KEY_VARIABLE
+from step3_jax.engine.config import read_server_section
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.setting import settings_of
 from step3_jax.server.config import ServerConfig
@@ -34,9 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
       ValueError: For settings that are not allowed, an address that cannot be had, a library that is missing, and
         everything that the checkpoint or the engine refuses.
     """
-    if print_config(arguments):
-        return 0
     config = read_server_config(arguments)
+    if print_config(arguments):
+        # Keys are nobody's to read.
+        section = config.to_dict() | {"api_key": [], "metrics_key": None}
+        print(yaml.safe_dump({"server": section}, sort_keys=False), end="")
+        return 0
     require_libraries("serve")
     # Modules of the service need these libraries.
     from step3_jax.server import log, process  # noqa: PLC0415
@@ -82,7 +87,7 @@ def _tell_progress(num_ready: int, num_all: int) -> None:
 
 
 def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | None = None) -> ServerConfig:
-    """The settings of the service that were given; a key may be in the environment instead.
+    """The settings of the service that were given, by an option or in the file; a key may be in the environment.
 
     Args:
       arguments: With their options.
@@ -91,10 +96,10 @@ def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | Non
     Raises:
       ValueError: For values that are not allowed.
     """
+    section = {} if arguments.config is None else read_server_section(arguments.config)
+    ServerConfig.of(section, source=f"{arguments.config}: server")
     given = {name: getattr(arguments, name) for name in (settings_of(ServerConfig) if names is None else names)}
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
-    }
+    values = section | {name: value for name, value in given.items() if value is not None}
     key = os.environ.get(KEY_VARIABLE)
     if key and "api_key" in given:
         # A command line can be read by every user of the machine.

@@ -6,7 +6,6 @@ Nothing here imports jax, so that `--help` does not wait for it. Names are vLLM'
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pathlib
 from collections.abc import Mapping
 from typing import Self
@@ -14,7 +13,7 @@ from typing import Self
 import yaml
 
 from step3_jax.deployment import KV_CACHE_DTYPES
-from step3_jax.engine.setting import Setting, check_values, define, format_table, settings_of
+from step3_jax.engine.setting import Setting, check_name, check_values, define, format_table, settings_of
 from step3_jax.gpu import MEMORY_SHARE
 
 # In the order in which help and docs show them.
@@ -153,7 +152,7 @@ class EngineConfig:
         """
         prefix = f"{source}: " if source else ""
         for name in values:
-            check_name(name, prefix=prefix)
+            check_name(name, settings(), prefix=prefix, former=_FORMER_NAMES)
         try:
             return cls(**values)  # type: ignore[arg-type]
         except ValueError as error:
@@ -183,20 +182,11 @@ def settings() -> dict[str, tuple[dataclasses.Field[object], Setting]]:
     return settings_of(EngineConfig)
 
 
-def check_name(name: str, *, prefix: str = "") -> None:
-    """Raises ValueError if no field has this name; the message has the nearest one."""
-    names = list(settings())
-    if name in names:
-        return
-    nearest = difflib.get_close_matches(_FORMER_NAMES.get(name, name), names, 1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(names)}"
-    raise ValueError(f"{prefix}there is no setting {name!r}; {hint}")
-
-
 def read_config_file(path: str | pathlib.Path) -> tuple[dict[str, object], str | dict[str, object] | None]:
     """Reads a configuration file: YAML with fields of `EngineConfig`, and a section `deployment` for devices.
 
-    Dashes in names stand for underscores, as on the command line.
+    Dashes in names stand for underscores, as on the command line. A section `server` is the service's, see
+    `read_server_section`.
 
     Args:
       path: The file.
@@ -208,6 +198,31 @@ def read_config_file(path: str | pathlib.Path) -> tuple[dict[str, object], str |
     Raises:
       ValueError: If the file cannot be read or has a name that does not exist.
     """
+    fields = _read_mapping(path)
+    fields.pop("server", None)
+    deployment = fields.pop("deployment", None)
+    if deployment is not None and not isinstance(deployment, str | dict):
+        raise ValueError(
+            f"{path}: deployment is {deployment!r}; a mapping, or the name of a deployment file, is needed"
+        )
+    EngineConfig.of(fields, source=str(path))
+    return fields, deployment
+
+
+def read_server_section(path: str | pathlib.Path) -> dict[str, object]:
+    """The section `server` of a configuration file, with underscores in its names; empty if there is none.
+
+    Raises:
+      ValueError: If the file cannot be read, or the section is no mapping.
+    """
+    section = _read_mapping(path).get("server")
+    if section is not None and not isinstance(section, Mapping):
+        raise ValueError(f"{path}: server is {section!r}; a mapping of the service's settings is needed")
+    return {str(name).replace("-", "_"): value for name, value in (section or {}).items()}
+
+
+def _read_mapping(path: str | pathlib.Path) -> dict[str, object]:
+    """A YAML file's names and values, with underscores for dashes."""
     file = pathlib.Path(path).expanduser()
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -220,14 +235,7 @@ def read_config_file(path: str | pathlib.Path) -> tuple[dict[str, object], str |
         raise ValueError(
             f"{file} holds {type(values).__name__}; a mapping of settings is needed, as --print-config prints"
         )
-    fields = {str(name).replace("-", "_"): value for name, value in values.items()}
-    deployment = fields.pop("deployment", None)
-    if deployment is not None and not isinstance(deployment, str | dict):
-        raise ValueError(
-            f"{file}: deployment is {deployment!r}; a mapping, or the name of a deployment file, is needed"
-        )
-    EngineConfig.of(fields, source=str(file))
-    return fields, deployment
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
 def format_config(config: EngineConfig, deployment: str | Mapping[str, object] | None = None) -> str:

@@ -6,7 +6,9 @@ A configuration is a frozen dataclass whose fields are made with `define`. Nothi
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
+from collections.abc import Iterable, Mapping
 
 _KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "tuple[str, ...]": tuple}
 
@@ -78,6 +80,23 @@ def check_values(config: object) -> None:
     """Raises ValueError if a field of a configuration has a value that is not allowed, naming both and what is."""
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         _check(field, getattr(config, field.name))
+
+
+def check_name(name: str, names: Iterable[str], *, prefix: str = "", former: Mapping[str, str] | None = None) -> None:
+    """Raises ValueError if a name is none of a configuration's; the message has the nearest one.
+
+    Args:
+      name: The name.
+      names: Those that there are.
+      prefix: Put before the message.
+      former: Names of today for some that were others once.
+    """
+    known = list(names)
+    if name in known:
+        return
+    nearest = difflib.get_close_matches((former or {}).get(name, name), known, 1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
+    raise ValueError(f"{prefix}there is no setting {name!r}; {hint}")
 
 
 def _check(field: dataclasses.Field[object], value: object) -> None:

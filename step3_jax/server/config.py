@@ -11,7 +11,7 @@ import ipaddress
 from collections.abc import Mapping
 from typing import Self
 
-from step3_jax.engine.setting import check_values, define, format_table
+from step3_jax.engine.setting import check_name, check_values, define, format_table, settings_of
 
 # In the order in which help and docs show them.
 GROUPS = {
@@ -111,9 +111,29 @@ class ServerConfig:
             raise ValueError("ssl_keyfile and ssl_certfile are for each other: give both or none")
 
     @classmethod
-    def of(cls, values: Mapping[str, object]) -> Self:
-        """Settings from the values that are not at their defaults, by name."""
-        return cls(**values)  # type: ignore[arg-type]
+    def of(cls, values: Mapping[str, object], *, source: str = "") -> Self:
+        """Settings from names and values; lists stand for tuples.
+
+        Args:
+          values: The fields that are not at their defaults.
+          source: Where they come from, put before messages.
+
+        Raises:
+          ValueError: For a value that is not allowed, or a name that does not exist; the message has the nearest one.
+        """
+        prefix = f"{source}: " if source else ""
+        for name in values:
+            check_name(name, settings_of(cls), prefix=prefix)
+        read = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        try:
+            return cls(**read)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from None
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields by name, lists for tuples."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @property
     def has_page(self) -> bool:

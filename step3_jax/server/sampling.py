@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from step3_jax.engine.llm import LLM
+from step3_jax.sampling.batch import NUM_BIASES, NUM_STOP_IDS
 from step3_jax.sampling.params import GREEDY_TEMPERATURE, MAX_LOGPROBS, SamplingParams
 from step3_jax.server.config import ServerConfig
 from step3_jax.server.constraint import WantedForm, read_form
@@ -15,7 +16,6 @@ from step3_jax.server.protocol.common import SamplingFields
 
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
-MAX_LOGIT_BIAS = 1024
 _SEEDS = (-(2**63), 2**63 - 1)
 # Of a message that names wrong keys.
 _MAX_NAMED = 8
@@ -75,7 +75,8 @@ def plan_sampling(
     Raises:
       ApiError: 400, for a value that is not allowed.
     """
-    _check_fields(request)
+    # More would need a program of their own, which would be compiled while others wait.
+    _check_fields(request, max_stop_ids=NUM_STOP_IDS - len(llm.eos_ids))
     n = 1 if request.n is None else request.n
     if not 1 <= n <= config.max_n:
         raise bad_request(f"n is {n}; a whole number from 1 to {config.max_n} is needed", "n")
@@ -109,7 +110,7 @@ def check_logprobs(name: str, value: int | None) -> int | None:
     return value
 
 
-def _check_fields(request: SamplingFields) -> None:
+def _check_fields(request: SamplingFields, *, max_stop_ids: int) -> None:
     n = 1 if request.n is None else request.n
     if request.best_of is not None and request.best_of != n:
         raise bad_request(
@@ -119,6 +120,11 @@ def _check_fields(request: SamplingFields) -> None:
         raise bad_request("use_beam_search is true; it is not offered: sample with n instead", "use_beam_search")
     if request.seed is not None and not _SEEDS[0] <= request.seed <= _SEEDS[1]:
         raise bad_request(f"seed is {request.seed}; a whole number of 64 bits is needed", "seed")
+    if request.stop_token_ids is not None and len(request.stop_token_ids) > max_stop_ids:
+        raise bad_request(
+            f"stop_token_ids has {len(request.stop_token_ids)} ids; at most {max_stop_ids} are allowed",
+            "stop_token_ids",
+        )
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options is given without stream; set stream to true", "stream_options")
 
@@ -139,8 +145,8 @@ def _read_stop(request: SamplingFields) -> tuple[str, ...]:
 def _read_bias(bias: Mapping[str, float] | None, vocab_size: int) -> dict[int, float] | None:
     if not bias:
         return None
-    if len(bias) > MAX_LOGIT_BIAS:
-        raise bad_request(f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS} are allowed", "logit_bias")
+    if len(bias) > NUM_BIASES:
+        raise bad_request(f"logit_bias has {len(bias)} entries; at most {NUM_BIASES} are allowed", "logit_bias")
     wrong = [key for key in bias if not _WHOLE.fullmatch(key) or int(key) >= vocab_size]
     if wrong:
         shown = ", ".join(repr(key[:24]) for key in wrong[:_MAX_NAMED])

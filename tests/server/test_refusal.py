@@ -63,6 +63,7 @@ def check_form(reply: Reply, status: int) -> dict:
         ({"stop": "x" * 257}, "stop", "257 characters"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "-1"),
         ({"stop_token_ids": [10**6]}, "stop_token_ids", "1000000"),
+        ({"stop_token_ids": list(range(64))}, "stop_token_ids", "64 ids; at most 63"),
         (
             {"logit_bias": {"a": 1, "5": 1, "99999": 1}},
             "logit_bias",

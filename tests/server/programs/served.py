@@ -62,9 +62,7 @@ def main() -> int:
             executor, tokenizer, template=ChatTemplate.load(folder), image_settings=ImageSettings.load(folder)
         )
 
-    given = json.loads(sys.argv[1])
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = ServerConfig.of({"port": 0} | values)
+    config = ServerConfig.of({"port": 0} | json.loads(sys.argv[1]))
     opened = open_socket(config)
     with contextlib.suppress(OSError):
         say(f"listening on {describe_address(opened, config)}")

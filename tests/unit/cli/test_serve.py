@@ -90,7 +90,37 @@ def test_the_page_is_there_on_loopback_addresses() -> None:
     assert {host: ServerConfig(host=host).has_page for host in hosts} == hosts
 
 
-@pytest.mark.parametrize("value", [None, "key", ["key"], ("",)])
+@pytest.mark.parametrize("value", [None, "key", 5, ("",), [5]])
 def test_texts_are_a_tuple(value: object) -> None:
     with pytest.raises(ValueError, match=r"api_key is .*; a tuple of texts"):
         ServerConfig.of({"api_key": value})
+
+
+def test_a_file_has_a_section_for_the_service_and_options_go_before_it(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("max_num_seqs: 8\nserver:\n  port: 9000\n  served-model-name: [a, b]\n  max-n: 3\n")
+    config = read("--config", str(file), "--max-n", "5")
+    assert (config.port, config.served_model_name, config.max_n) == (9000, ("a", "b"), 5)
+    assert main.main(["serve", "--config", str(file), "--api-key", "secret", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert "secret" not in printed
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    assert read("--config", str(again)) == read("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [("  prot: 1", "did you mean port?"), ("  port: x", "port is 'x'"), (" 5", "a mapping of the service's settings")],
+)
+def test_a_mistake_in_the_section_is_told_with_its_file(
+    tmp_path: pathlib.Path, section: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"server:\n{section}\n")
+    assert main.main(["serve", "--config", str(file)]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert "serve.yaml" in printed

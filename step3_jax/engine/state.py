@@ -234,11 +234,12 @@ def choose_tokens(rows: RowState, logits: Float[Array, "B V"], batch: DecodeBatc
     logprobs = report.logprobs
     if logprobs is not None:
         width = logprobs.top_ids.shape[-1]
-        new = jax.lax.cond(
-            jnp.any(sampling.has_logprobs),
-            lambda: step_logprobs(logits, tokens, width),
-            lambda: jax.tree.map(lambda buffer: jnp.zeros_like(buffer[:, 0]), logprobs),
-        )
+        with jax.named_scope("sample"):
+            new = jax.lax.cond(
+                jnp.any(sampling.has_logprobs),
+                lambda: step_logprobs(logits, tokens, width),
+                lambda: jax.tree.map(lambda buffer: jnp.zeros_like(buffer[:, 0]), logprobs),
+            )
         logprobs = StepLogprobs(
             *(buffer.at[places, columns].set(value, mode="drop") for buffer, value in zip(logprobs, new, strict=True))
         )

@@ -113,6 +113,8 @@ def quantised_experts(hidden, weights, experts, stacks, *, all_experts):
     return moe_ffn(hidden, weights, experts, *pairs, implementation="reference")
 
 
+# A minute of interpretation: each kernel by itself is compared by `make test` too.
+@pytest.mark.kernels
 def test_kernels_give_the_models_logits(case, monkeypatch) -> None:
     weights, storage, decoder = case
     tokens, cache, chunk, step = inputs(storage)

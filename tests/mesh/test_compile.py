@@ -41,11 +41,10 @@ def test_the_sharded_step_compiles_with_kernels_and_copies_neither_weights_nor_c
         assert program["count"][KERNEL] >= 6, name
         # Of the last layer a chunk of prompts needs the cache alone.
         assert program["count"]["reduce-scatter("] >= (2 if name == "prefill" else 4), name
-    # What changes from step to step is small beside weights and cache.
-    assert found["weights"] + found["pages"] <= found["decode"]["argument"] < found["weights"] + found["pages"] + 10e6
+    # What comes with a call is small beside weights and cache. Of 2,048 sequences the room for biases is 17 MB.
+    assert found["weights"] + found["pages"] <= found["decode"]["argument"] < found["weights"] + found["pages"] + 20e6
     # Where tokens go to their experts alone, there is a way out for steps in which they do not fit.
-    # Of a chunk nothing is sampled, so it has no other condition.
-    assert (found["prefill"]["count"]["conditional("] > 0) == (num_devices == 32)
+    assert (found["decode"]["count"]["conditional("] > 0) == (num_devices == 32)
 
 
 @pytest.mark.parametrize(("num_devices", "weights_gb"), [(8, 42.5), (32, 14.8)])

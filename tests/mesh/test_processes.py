@@ -32,7 +32,10 @@ def alone(goldens: pathlib.Path) -> dict[str, object]:
     ("num_processes", "cpu_devices", "setting"),
     [
         (2, 2, {"dp": 2, "tp": 2, "ep": 2}),
-        (4, 1, {"dp": 2, "tp": 2, "ep": 2, "exchange": "all_to_all"}),
+        # Four processes on two cores: twenty seconds, and tests/mesh/test_table.py has this exchange in one process.
+        pytest.param(
+            4, 1, {"dp": 2, "tp": 2, "ep": 2, "exchange": "all_to_all"}, marks=pytest.mark.slow, id="all_to_all"
+        ),
     ],
 )
 def test_processes_give_the_tokens_of_one(

@@ -162,7 +162,7 @@ def prefix(request: Answer) -> Answer:
 def repeat(request: Answer) -> Answer:
     """Traces of all calls after a warm-up, and after prompts of several lengths, images apart."""
     executor = executor_of(request)
-    llm = make_llm(executor, max_num_seqs=2 * executor.num_shards, max_num_batched_tokens=32 * executor.num_shards)
+    llm = make_llm(executor, max_num_batched_tokens=32 * executor.num_shards)
     llm.warm_up()
     before = dict(executor.num_traces)
     generate(llm, 5)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from step3_jax.cache.paged import empty_cache
-from step3_jax.engine import sharded
+from step3_jax.engine import executor, sharded
 from step3_jax.engine.state import DecodeBatch
 from step3_jax.mesh import make_layout
 from step3_jax.sharding import Parallel, fit_parallel
@@ -27,7 +27,7 @@ LAYERS, ROWS, WIDTH = 3, 64, 64
 
 def main() -> None:
     if sys.argv[1] == "no":
-        sharded.compiler_options = lambda platform: None
+        executor.compiler_options = lambda platform: None
     parallel = fit_parallel(Parallel(), CONFIG.text, fp8_block=(128, 128))
     layout = make_layout(parallel, gpu_compile.h100_mesh().devices.reshape(-1).tolist())
     model = abstract_model(LAYERS, layout)

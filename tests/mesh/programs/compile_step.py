@@ -78,12 +78,14 @@ def bytes_each(tree: object) -> int:
 
 def describe(program: jax.stages.Compiled) -> dict[str, object]:
     memory, text = program.memory_analysis(), program.as_text() or ""
-    words = ("reduce-scatter(", "all-to-all(", "conditional(", 'custom_call_target="mosaic_gpu_v2"')
+    words = ("reduce-scatter(", "all-to-all(", 'custom_call_target="mosaic_gpu_v2"')
+    # Those of the sampler are under "sample".
+    choices = [line for line in text.splitlines() if " conditional(" in line and "/sample/" not in line]
     return {
         "argument": memory.argument_size_in_bytes,
         "alias": memory.alias_size_in_bytes,
         "temp": memory.temp_size_in_bytes,
-        "count": {word: text.count(word) for word in words},
+        "count": {word: text.count(word) for word in words} | {"conditional(": len(choices)},
     }
 
 

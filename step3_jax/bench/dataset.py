@@ -1,4 +1,4 @@
-"""Requests to load a service with: from a file, or made up by their lengths."""
+"""Requests to load a service with: from a file, or of random words by their lengths."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def read_requests(path: str | pathlib.Path, *, seed: int = 0) -> list[LoadReques
 
     Args:
       path: Each line has `messages`, or `prompt` (a text), with `max_tokens` or not; or `prompt_tokens` and `output_tokens`,
-        for which words are made up. Other keys are ignored.
+        for which random words are drawn. Other keys are ignored.
       seed: Of the words.
 
     Raises:

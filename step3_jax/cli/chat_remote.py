@@ -24,7 +24,7 @@ from step3_jax.text.message import collect_images, replace_images
 from step3_jax.text.output_parser import OutputDelta, ToolCallDelta
 from step3_jax.text.tool_call import Tool
 
-# Of a file that is sent as it is; a larger one is sent as JPEG.
+# Of a file that is sent unchanged; a larger one is sent as JPEG.
 _MAX_FILE_BYTES = 8 * 2**20
 # Options with a meaning for this project and a few other services: sent only where they were given.
 _EXTENSIONS = {"top_k": 0, "min_p": 0.0, "ignore_eos": False}
@@ -178,7 +178,7 @@ def _encode_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str,
 
 
 def _read_data_url(path: pathlib.Path) -> str:
-    """An image file as services take it: as it is, or if it is large or of a rarer format, encoded anew."""
+    """An image file as services take it: unchanged, or if it is large or of a rarer format, encoded anew."""
     data = path.read_bytes()
     try:
         data = read_image(data, formats=WEB_FORMATS, max_bytes=_MAX_FILE_BYTES)

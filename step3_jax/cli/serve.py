@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     config = read_server_config(arguments)
     if print_config(arguments):
-        # Keys are nobody's to read.
+        # Keys are secret.
         section = config.to_dict() | {"api_key": [], "metrics_key": None}
         print(yaml.safe_dump({"server": section}, sort_keys=False), end="")
         return 0

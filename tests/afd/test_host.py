@@ -94,6 +94,8 @@ def test_a_stage_that_hangs_is_named(host: Ask) -> None:
     assert found["works_again"]
 
 
+# The payloads themselves are compared on small models; this is what they cost in answers.
+@pytest.mark.slow
 def test_the_shipped_model_answers_alike_with_any_payload(host: Ask) -> None:
     found = host("quality", afd="2a1f")
     fused = found["fused"]

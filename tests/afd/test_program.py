@@ -106,6 +106,8 @@ def test_no_copy_of_the_cache_is_in_the_decode_loop(pair: list[list[Answer]]) ->
     assert set(done) <= {"parameter", "get-tuple-element", "scatter", "dynamic-update-slice", "fusion"}
 
 
+# Three processes; four are tested below, and the exchange by itself in one.
+@pytest.mark.slow
 def test_two_attention_processes_share_an_ffn_process(tmp_path: pathlib.Path) -> None:
     files = [BeaconFile(tmp_path / str(rank)) for rank in range(3)]
     cases = [{"do": "tokens", "afd": "2a1f", "microbatches": 3}]

@@ -208,6 +208,7 @@ def test_the_fp8_kernels_equal_the_reference_on_ragged_groups_without_a_race() -
     check_kernels(batch, detect_races=True, ctas=2, stages=2)
 
 
+@pytest.mark.kernels
 def test_the_bfloat16_kernels_equal_the_reference_on_ragged_groups() -> None:
     """Two row groups; sums that stay in the accumulators."""
     check_kernels(ragged_batch(RAGGED[128], 128, jnp.dtype(jnp.bfloat16), 128, 128))

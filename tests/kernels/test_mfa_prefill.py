@@ -181,6 +181,7 @@ def test_dense_reference_is_the_formula(
     assert row_errors(actual.reshape(-1, 24), expected.reshape(-1, 24)).max() < 3e-6
 
 
+@pytest.mark.kernels
 def test_kernel_equals_the_formula_on_bfloat16_pages() -> None:
     case = make_case("bfloat16", heads=64, sequences=((1, 1), (0, 0), (3, 65)), padding=1)
     actual = np.asarray(interpret(case))

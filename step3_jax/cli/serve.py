@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             llm.warm_up(_tell_progress)
         return llm
 
-    # What cannot be written, as on a full disk, keeps nobody from an answer.
+    # A log that cannot be written, as on a full disk, must not hold up answers.
     with contextlib.suppress(OSError):
         say(f"loading {folder}; listening on {process.describe_address(opened, config)}")
     listener = log.start_log()

@@ -94,8 +94,8 @@ class Talk(abc.ABC):
 def run_talk(talk: Talk, name: str) -> int:
     """Talks until the input ends.
 
-    A mistake in one turn is told and forgotten, so that the conversation goes on; over a pipe, where nobody can
-    answer it, it shows in the exit code.
+    A mistake in one turn is told and forgotten, so that the conversation goes on; over a pipe, where no user can
+    react, it shows in the exit code.
 
     Args:
       talk: The conversation.

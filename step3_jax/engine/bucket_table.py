@@ -80,7 +80,7 @@ class BucketTable:
         """The sizes that an engine needs.
 
         Args:
-          config: Its settings; `max_num_seqs` and `max_num_batched_tokens` are shared out to the shards.
+          config: Its settings; `max_num_seqs` and `max_num_batched_tokens` are divided among the shards.
           max_pages: Pages of the longest sequence.
           num_shards: Shards of the cache.
           image_sizes: Sides of views and windows in pixels.

@@ -182,7 +182,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _stepping(self, is_wanted: Callable[[], bool]) -> Iterator[bool]:
-        """Waits for the turn to step for as long as it is wanted; whether it came. The next one has it afterwards."""
+        """Waits for the turn to step while it is wanted; yields whether this thread has it, and passes it on at the end."""
         has_turn = False
         try:
             with self._turn:

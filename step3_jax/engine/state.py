@@ -93,7 +93,7 @@ class DecodeCall:
     leave_early: bool = False
 
     def cut_report(self, report: Report) -> Report:
-        """A report without what nobody asked for, so that it does not cross to the host."""
+        """A report without log-probabilities that no row asked for, so that they are not copied to the host."""
         return report if np.any(self.sampling.has_logprobs) else report._replace(logprobs=None)
 
 
@@ -105,7 +105,7 @@ class Report(NamedTuple):
       num_new: Valid tokens of each row.
       finish: RUNNING, STOPPED (an end token, or the row's `pause_ids`), FULL (max_tokens) or IDLE.
       logprobs: Log-probabilities of each new token, zeros in a step in which no row asks for them; None once
-        `DecodeCall.cut_report` has found that nobody does.
+        `DecodeCall.cut_report` has found that none does.
     """
 
     tokens: Int[Array, "B M"]

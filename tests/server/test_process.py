@@ -136,7 +136,7 @@ def test_an_address_that_is_taken_is_told_before_anything_is_loaded() -> None:
 
 
 @pytest.mark.slow  # An operating system process of its own, for what seldom changes.
-def test_a_full_disk_for_the_log_keeps_nobody_from_an_answer() -> None:
+def test_a_full_disk_for_the_log_does_not_hold_up_answers() -> None:
     port = free_port()
     with (
         pathlib.Path("/dev/full").open("w") as full,

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import pathlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import yaml
 
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about a name that is not known: the nearest one, and all."""
-    names = list(known)
-    nearest = difflib.get_close_matches(name, names, 1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ";"
-    return f"{hint} known: {', '.join(names)}"
+from step3_jax.nearest import describe_known
 
 
 def read_yaml(path: pathlib.Path) -> Mapping[str, object]:
@@ -66,7 +59,7 @@ class Reader:
         """A text out of a few."""
         value = self.text(key)
         if value not in allowed:
-            raise ValueError(f"{self.where}: {key} is {value!r}{suggest(value, allowed)}")
+            raise ValueError(f"{self.where}: {key} is {value!r}{describe_known(value, allowed)}")
         return value
 
     def whole(self, key: str) -> int:
@@ -108,7 +101,7 @@ class Reader:
         """Raises ValueError for a key that was not asked for."""
         for key in self._values:
             if key not in self._asked:
-                raise ValueError(f"{self.where}: unknown key {key}{suggest(str(key), sorted(self._asked))}")
+                raise ValueError(f"{self.where}: unknown key {key}{describe_known(str(key), sorted(self._asked))}")
 
     def _get(self, key: str, default: object) -> object:
         self._asked.add(key)

@@ -15,7 +15,8 @@ from step3_jax.planner.attention import (
     LatentAttention,
     LinearAttention,
 )
-from step3_jax.planner.data_file import Reader, read_yaml, suggest
+from step3_jax.nearest import describe_known
+from step3_jax.planner.data_file import Reader, read_yaml
 
 # Bytes of a cached number, without scales. Four-bit storage is computed with in 8 bits.
 KV_DTYPE_BYTES: Mapping[str, float] = {"fp8": 1.0, "bfloat16": 2.0, "int4": 0.5}
@@ -197,7 +198,7 @@ def kv_element_bytes(kv_dtype: str) -> float:
       ValueError: If the dtype is not one of `KV_DTYPE_BYTES`.
     """
     if kv_dtype not in KV_DTYPE_BYTES:
-        raise ValueError(f"no KV dtype {kv_dtype}{suggest(kv_dtype, KV_DTYPE_BYTES)}")
+        raise ValueError(f"no KV dtype {kv_dtype}{describe_known(kv_dtype, KV_DTYPE_BYTES)}")
     return KV_DTYPE_BYTES[kv_dtype]
 
 
@@ -230,7 +231,7 @@ def load_shape(name: str) -> ModelShape:
     if wanted in known:
         return _read_shape(resources.find(f"{_FOLDER}/{wanted}.yaml"))
     raise ValueError(
-        f"no model {name}{suggest(wanted, known)}; or give a YAML file of that form, or a config.json of Step3's form"
+        f"no model {name}{describe_known(wanted, known)}; or give a YAML file of that form, or a config.json of Step3's form"
     )
 
 

@@ -31,22 +31,25 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, UInt8
 
 from pallas_kernels.common import ENVIRONMENT_VARIABLE as KERNELS
-from pallas_kernels.pages import PAGE_SIZE, KVPages, Storage, empty_pages
-from step3_jax.afd.payload import PayloadFormat, choose_payload
+from pallas_kernels.pages import KVPages, empty_pages
+from pallas_kernels.storage import PAGE_SIZE, Storage
+from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.roles import Parts, Skeleton, Tokens, attention_step, begin_step, end_step, ffn_step, take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
 from step3_jax.config import ModelConfig
-from step3_jax.deployment import Deployment
 from step3_jax.layers.attention import CacheStep, attention_context
+from step3_jax.layout.deployment import Deployment
+from step3_jax.layout.parallel import ATTENTION, BOTH, FFN
+from step3_jax.layout.payload import choose_payload
+from step3_jax.layout.role import check_deployment
+from step3_jax.layout.tensor import scale_shape
 from step3_jax.mesh import Layout, make_layout
 from step3_jax.model.parallel import parallelise, place_shapes
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
 from step3_jax.planner.memory import CacheShape, CompiledBytes, rows_at_once
-from step3_jax.planner.weight import ATTENTION, BOTH, FFN
-from step3_jax.quant import FP8, BlockScaled, scale_shape
-from step3_jax.sharding import Parallel, fit_parallel
+from step3_jax.quant import FP8, BlockScaled
 
 # Only the bytes are wanted, not a fast program.
 COMPILER_OPTIONS: dict[str, str | bool] = {
@@ -84,7 +87,7 @@ def compile_deployment(config: ModelConfig, deployment: Deployment, cache: Cache
     """Compiles in a process of its own, as the number of devices is fixed once jax computes.
 
     Args:
-      config: As `planner.weight.deployed_config` gives it.
+      config: As `layout.role.deployed_config` gives it.
       deployment: What runs where.
       cache: Of each device that has one.
 
@@ -151,24 +154,13 @@ def _compile(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> 
     return Compilation(compiled, 0.0, peak if sys.platform == "darwin" else peak * 1024)
 
 
-def check_division(config: ModelConfig, deployment: Deployment) -> Parallel:
-    """How the weights are shared out: over all devices, or over those of the FFN side.
-
-    Raises:
-      ValueError: If that does not divide the model; the message says what would.
-    """
-    division = deployment.division
-    block = config.quantization.weight_block_size if config.quantization is not None else None
-    return fit_parallel(Parallel(division.dp, division.tp, division.ep), config.text, fp8_block=block)
-
-
 def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> dict[str, CompiledBytes]:
     """The same in this process, which needs as many devices as the deployment has."""
     model = abstract_model(config)
     rows = rows_at_once(deployment)
     if deployment.topology is None:
-        return {BOTH: _compile_both(model, make_layout(check_division(config, deployment)), deployment, cache)}
-    topology = AfdTopology.of(deployment.topology, deployment.division)
+        return {BOTH: _compile_both(model, make_layout(check_deployment(config, deployment)), deployment, cache)}
+    topology = AfdTopology.of(deployment.topology, deployment.parallel)
     topology.check(config)
     form = PayloadFormat.of(config.text, choose_payload(deployment.payload, config.dtype))
     received = -(-rows * topology.num_attention // topology.num_ffn)

@@ -1,0 +1,85 @@
+"""The pipeline of executor `program`, tick by tick: both sides compute an item, then one exchange carries both directions.
+
+Who computes what in which tick is `layout/schedule.py`'s. A side that sends what it computed in the tick before does so
+while it computes; on a CPU the exchange takes its time from that computing, on a GPU it does not.
+"""
+
+from __future__ import annotations
+
+from step3_jax.layout.schedule import Schedule
+from step3_jax.planner.jitter import Draws
+from step3_jax.planner.pipeline import Stages
+from step3_jax.planner.run import Run
+
+
+def simulate_lockstep(
+    schedule: Schedule,
+    stages: Stages,
+    num_steps: int,
+    *,
+    draws: Draws | None = None,
+    head_s: float = 0.0,
+    is_exchange_on_core: bool = False,
+) -> Run:
+    """Runs decode steps of one attention and one FFN instance.
+
+    Args:
+      schedule: Layers and micro-batches.
+      stages: Mean times. The exchange takes the longer of the two ways, and the latency.
+      num_steps: Steps, each of all layers of all micro-batches.
+      draws: Factors of the stage times; those of `to_ffn` are the exchange's. All 1 if None.
+      head_s: What a micro-batch's head adds to its first attention item of a step.
+      is_exchange_on_core: Whether an exchange that runs beside a side's work takes its time from that work.
+
+    Raises:
+      ValueError: If there is not at least one step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"{num_steps} steps are to be simulated; at least 1 is needed")
+    draws = draws or Draws()
+    attention_factor, ffn_factor = draws["attention"].__next__, draws["ffn"].__next__
+    exchange_factor = draws["to_ffn"].__next__
+    mean_exchange_s = max(stages.to_ffn_s, stages.to_attention_s) + stages.latency_s
+    attention_lag, ffn_lag = schedule.attention_lag, schedule.ffn_lag
+    attention_end = ffn_end = exchange_end = 0.0
+    attention_busy = ffn_busy = exchange_busy = 0.0
+    ends: list[float] = []
+    num_ticks = num_steps * schedule.num_ticks + schedule.num_last_exchanges
+    for number in range(num_ticks):
+        tick = number % schedule.num_ticks
+        attention_before, ffn_before, begin = attention_end, ffn_end, exchange_end
+        item = schedule.attention_item(tick) if number < num_steps * schedule.num_ticks else None
+        attention_s = 0.0
+        if item is not None:
+            attention_s = stages.attention_s * attention_factor() + (0.0 if item.layer else head_s)
+        attention_end = max(attention_before, begin) + attention_s
+        ffn_s = stages.ffn_s * ffn_factor() if schedule.ffn_item(tick) is not None else 0.0
+        ffn_end = max(ffn_before, begin) + ffn_s
+        exchange_s = mean_exchange_s * exchange_factor()
+        sent = max(attention_before if attention_lag else attention_end, ffn_before if ffn_lag else ffn_end, begin)
+        if is_exchange_on_core:
+            if attention_lag and sent < attention_end:
+                attention_end += exchange_s
+            if ffn_lag and sent < ffn_end:
+                ffn_end += exchange_s
+        exchange_end = sent + exchange_s
+        ends.append(exchange_end)
+        attention_busy += attention_s
+        ffn_busy += ffn_s
+        exchange_busy += exchange_s
+    # A step of a micro-batch has ended when its last layer has come back.
+    first = (schedule.num_layers - 1) * schedule.period + schedule.depth - 1
+    return Run(
+        tokens_s=[
+            [[ends[step * schedule.num_ticks + first + index]] for index in range(schedule.num_microbatches)]
+            for step in range(num_steps)
+        ],
+        start_s=0.0,
+        end_s=ends[-1],
+        attention_busy_s=[attention_busy],
+        ffn_busy_s=[ffn_busy],
+        to_ffn_busy_s=exchange_busy,
+        to_attention_busy_s=exchange_busy,
+        num_events=3 * num_ticks,
+        events=[],
+    )

@@ -12,6 +12,7 @@ but never more than the kernel alone reaches. Devices without a measurement take
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -276,7 +277,7 @@ def _sibling(hardware: Hardware) -> str:
 
 
 def _interpolate(points: list[tuple[int, float]], context_tokens: float) -> float:
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+    for (left, low), (right, high) in itertools.pairwise(points):
         if context_tokens <= left:
             return low
         if context_tokens < right:

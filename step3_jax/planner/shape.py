@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from step3_jax import resources
 from step3_jax.config import PRESETS, ModelConfig
+from step3_jax.nearest import describe_known
 from step3_jax.planner.attention import (
     AttentionGroup,
     CountRule,
@@ -15,7 +16,6 @@ from step3_jax.planner.attention import (
     LatentAttention,
     LinearAttention,
 )
-from step3_jax.nearest import describe_known
 from step3_jax.planner.data_file import Reader, read_yaml
 
 # Bytes of a cached number, without scales. Four-bit storage is computed with in 8 bits.

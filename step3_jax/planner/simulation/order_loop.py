@@ -7,9 +7,9 @@ turn: these are the very times that a queue of events would give, without one.
 
 from __future__ import annotations
 
-from step3_jax.planner.jitter import Draws
-from step3_jax.planner.pipeline import Pipeline, Work
-from step3_jax.planner.run import Record, Run
+from step3_jax.planner.simulation.jitter import Draws
+from step3_jax.planner.simulation.lane import Pipeline, Work
+from step3_jax.planner.simulation.run import Record, Run
 
 
 def run_in_order(

@@ -10,33 +10,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step3_jax.planner.heap_loop import run_shared
-from step3_jax.planner.jitter import Draws, Jitter
-from step3_jax.planner.order_loop import run_in_order
-from step3_jax.planner.pipeline import (
-    Pipeline,
-    Stages,
-    Work,
+from step3_jax.planner.simulation.closed_form import (
+    StageTimes,
     best_ratio,
-    fold,
     has_no_bubble,
     layer_s,
     stage_budget_s,
     step_s,
 )
-from step3_jax.planner.simulate import Run, simulate
+from step3_jax.planner.simulation.heap_loop import run_shared
+from step3_jax.planner.simulation.jitter import Draws, Jitter
+from step3_jax.planner.simulation.lane import Pipeline, Work, fold
+from step3_jax.planner.simulation.order_loop import run_in_order
+from step3_jax.planner.simulation.simulate import Run, simulate
 from step3_jax.timeline.event import Lane
 
 SECONDS = st.floats(1e-6, 1e-2)
 WAY_SECONDS = st.one_of(st.just(0.0), st.floats(1e-6, 1e-2))
-STAGES = st.builds(Stages, SECONDS, WAY_SECONDS, SECONDS, WAY_SECONDS, st.one_of(st.just(0.0), st.floats(1e-7, 1e-3)))
+STAGES = st.builds(
+    StageTimes, SECONDS, WAY_SECONDS, SECONDS, WAY_SECONDS, st.one_of(st.just(0.0), st.floats(1e-7, 1e-3))
+)
 COUNTS = st.integers(1, 4)
 LAYERS = st.integers(1, 9)
 SPREAD = {lane: Jitter(0.3) for lane in ("attention", "to_ffn", "ffn", "to_attention")}
 quick = settings(max_examples=60, deadline=None)
 
 
-def run(stages: Stages, num_layers: int, count: int, num_steps: int = 4, head_s: float = 0.0, **sizes: int) -> Run:
+def run(stages: StageTimes, num_layers: int, count: int, num_steps: int = 4, head_s: float = 0.0, **sizes: int) -> Run:
     """Constant times, ways of their own seconds."""
     pipeline = Pipeline(num_layers, count, latency_s=stages.latency_s, **sizes)
     work = Work.constant(
@@ -59,7 +59,7 @@ def steady_step_s(found: Run) -> float:
 @quick
 @given(STAGES, LAYERS, COUNTS, st.integers(1, 3), st.integers(1, 3))
 def test_constant_times_give_the_closed_form_of_a_step(
-    stages: Stages, num_layers: int, count: int, num_attention: int, num_ffn: int
+    stages: StageTimes, num_layers: int, count: int, num_attention: int, num_ffn: int
 ) -> None:
     """m stages of the lane that binds, or one micro-batch's way round, whichever is longer: for all sizes."""
     found = run(stages, num_layers, count, num_attention=num_attention, num_ffn=num_ffn)
@@ -74,7 +74,7 @@ def test_the_reports_rule_holds_where_its_condition_does(
     """TPOT = L m max(t_A, t_F, t_comm), where t_A2F + t_F + t_F2A <= (m - 1) t_A: and attention is then never idle."""
     ffn_s = ffn_part * attention_s
     ways_s = way_part * ((count - 1) * attention_s - ffn_s) * (1 - 1e-9)
-    stages = Stages(attention_s, min(ways_s / 2, attention_s), ffn_s, min(ways_s / 2, attention_s))
+    stages = StageTimes(attention_s, min(ways_s / 2, attention_s), ffn_s, min(ways_s / 2, attention_s))
     assert has_no_bubble(stages, count)
     found = run(stages, num_layers, count, 5)
     assert steady_step_s(found) == pytest.approx(num_layers * count * stages.longest_s, rel=1e-9)
@@ -83,7 +83,7 @@ def test_the_reports_rule_holds_where_its_condition_does(
 
 @quick
 @given(STAGES, LAYERS, COUNTS)
-def test_a_whole_run_is_its_fill_and_then_full_steps(stages: Stages, num_layers: int, count: int) -> None:
+def test_a_whole_run_is_its_fill_and_then_full_steps(stages: StageTimes, num_layers: int, count: int) -> None:
     """Fill + t_cycle (m L - 1), ai-dynamo's form, where the lanes before the one that binds fill it: for attention."""
     stages = dataclasses.replace(stages, attention_s=stages.around_s)
     found = run(stages, num_layers, count, 1)
@@ -98,7 +98,7 @@ def test_a_whole_run_is_its_fill_and_then_full_steps(stages: Stages, num_layers:
 @quick
 @given(STAGES, LAYERS, COUNTS, st.floats(1e-6, 1e-2))
 def test_heads_are_part_of_the_step_where_attention_binds(
-    stages: Stages, num_layers: int, count: int, head_s: float
+    stages: StageTimes, num_layers: int, count: int, head_s: float
 ) -> None:
     others = stages.around_s - stages.attention_s
     if count > 1:
@@ -115,7 +115,9 @@ def test_stages_of_the_budget_take_the_target_time(
     """t_B = (TPOT accepted - gap) / (m L): three micro-batches and 61 layers in the papers."""
     gap_s = gap_part * tpot_s
     own_s = stage_budget_s(tpot_s, num_layers, count, gap_s=gap_s, accepted=accepted)
-    stages = Stages(own_s, 0.0, own_s * (count - 1) * 0.999, 0.0) if count == 2 else Stages(own_s, 0.0, own_s, 0.0)
+    stages = (
+        StageTimes(own_s, 0.0, own_s * (count - 1) * 0.999, 0.0) if count == 2 else StageTimes(own_s, 0.0, own_s, 0.0)
+    )
     found = run(stages, num_layers, count, 5, gap_s / count)
     assert steady_step_s(found) / accepted == pytest.approx(tpot_s, rel=1e-9)
 
@@ -134,7 +136,7 @@ def test_the_best_ratio_of_instances_is_the_closed_form(
     best = best_ratio(attention_s=attention_s, way_s=way_s, ffn_row_s=ffn_row_s, ffn_fixed_s=ffn_fixed_s, rows=rows)
 
     def tokens_per_instance(ratio: int) -> float:
-        stages = Stages(attention_s, way_s, ffn_row_s * ratio * rows + ffn_fixed_s, way_s)
+        stages = StageTimes(attention_s, way_s, ffn_row_s * ratio * rows + ffn_fixed_s, way_s)
         # Enough micro-batches that no lane waits for one of them.
         count = math.ceil(stages.around_s / stages.longest_s)
         found = run(stages, 2, count, 3, num_attention=ratio)
@@ -150,7 +152,7 @@ def test_the_best_ratio_of_instances_is_the_closed_form(
 @quick
 @given(STAGES, st.integers(1, 4), COUNTS, st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32))
 def test_no_run_is_faster_than_any_of_its_lanes(
-    stages: Stages, num_layers: int, count: int, num_attention: int, num_ffn: int, seed: int
+    stages: StageTimes, num_layers: int, count: int, num_attention: int, num_ffn: int, seed: int
 ) -> None:
     for bandwidth in (None, 1e9):
         pipeline = Pipeline(num_layers, count, num_attention, num_ffn, stages.latency_s, bandwidth, bandwidth)
@@ -180,7 +182,7 @@ def test_no_run_is_faster_than_any_of_its_lanes(
 @quick
 @given(STAGES, st.integers(1, 4), COUNTS, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 def test_many_equal_instances_take_as_long_as_one_that_stands_for_them(
-    stages: Stages, num_layers: int, count: int, num_attention: int, num_ffn: int, slower: int
+    stages: StageTimes, num_layers: int, count: int, num_attention: int, num_ffn: int, slower: int
 ) -> None:
     """A way takes a micro-batch's bytes of the busier link over its bandwidth: the heap's events say so too."""
     pipeline = Pipeline(num_layers, count, num_attention, num_ffn, stages.latency_s, 1e9, slower * 1e9)
@@ -200,7 +202,7 @@ def test_many_equal_instances_take_as_long_as_one_that_stands_for_them(
 
 @quick
 @given(STAGES, LAYERS, COUNTS, st.integers(0, 2**32))
-def test_events_in_order_are_those_of_the_heap(stages: Stages, num_layers: int, count: int, seed: int) -> None:
+def test_events_in_order_are_those_of_the_heap(stages: StageTimes, num_layers: int, count: int, seed: int) -> None:
     """One instance a side: a link then has one flow at a time, and the order of the draws is the same."""
     shared = Pipeline(num_layers, count, latency_s=stages.latency_s, attention_bytes_s=1.0, ffn_bytes_s=1.0)
     work = Work.constant(

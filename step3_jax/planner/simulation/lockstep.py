@@ -7,14 +7,14 @@ while it computes; on a CPU the exchange takes its time from that computing, on 
 from __future__ import annotations
 
 from step3_jax.layout.schedule import Schedule
-from step3_jax.planner.jitter import Draws
-from step3_jax.planner.pipeline import Stages
-from step3_jax.planner.run import Run
+from step3_jax.planner.simulation.closed_form import StageTimes
+from step3_jax.planner.simulation.jitter import Draws
+from step3_jax.planner.simulation.run import Run
 
 
 def simulate_lockstep(
     schedule: Schedule,
-    stages: Stages,
+    stages: StageTimes,
     num_steps: int,
     *,
     draws: Draws | None = None,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from step3_jax.planner.heap_loop import run_shared
-from step3_jax.planner.jitter import Draws
-from step3_jax.planner.order_loop import run_in_order
-from step3_jax.planner.pipeline import Pipeline, Work, fold
-from step3_jax.planner.run import Record, Run
+from step3_jax.planner.simulation.heap_loop import run_shared
+from step3_jax.planner.simulation.jitter import Draws
+from step3_jax.planner.simulation.lane import Pipeline, Work, fold
+from step3_jax.planner.simulation.order_loop import run_in_order
+from step3_jax.planner.simulation.run import Record, Run
 from step3_jax.timeline.event import Event
 
 

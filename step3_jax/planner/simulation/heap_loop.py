@@ -5,10 +5,10 @@ from __future__ import annotations
 import heapq
 import math
 
-from step3_jax.planner.jitter import Draws
-from step3_jax.planner.link import SharedLinks
-from step3_jax.planner.pipeline import Pipeline, Work
-from step3_jax.planner.run import Record, Run
+from step3_jax.planner.simulation.jitter import Draws
+from step3_jax.planner.simulation.lane import Pipeline, Work
+from step3_jax.planner.simulation.link import SharedLinks
+from step3_jax.planner.simulation.run import Record, Run
 
 # What an entry of the heap means; at equal times they come in this order.
 _ATTENTION_ENDS, _FFN_ENDS, _COMES_TO_FFN, _COMES_BACK = range(4)
@@ -17,7 +17,7 @@ _ATTENTION_ENDS, _FFN_ENDS, _COMES_TO_FFN, _COMES_BACK = range(4)
 def run_shared(
     pipeline: Pipeline, work: Work, num_steps: int, draws: Draws, start_s: float, record: Record | None
 ) -> Run:
-    """Stages from a heap, flows from the links that they share."""
+    """StageTimes from a heap, flows from the links that they share."""
     assert pipeline.attention_bytes_s is not None
     assert pipeline.ffn_bytes_s is not None
     num_attention, num_ffn, num_layers = pipeline.num_attention, pipeline.num_ffn, pipeline.num_layers

@@ -19,8 +19,8 @@ class Run:
       ffn_busy_s: Of each FFN instance.
       to_ffn_busy_s: Of the ways to the FFN side: the mean of the attention instances' links.
       to_attention_busy_s: Of the ways back: the mean of the attention instances' links.
-      num_events: Stages that ended, ways included.
-      events: Stages of the first instance of each side, if they were asked for.
+      num_events: StageTimes that ended, ways included.
+      events: StageTimes of the first instance of each side, if they were asked for.
     """
 
     tokens_s: list[list[list[float]]]

@@ -18,6 +18,7 @@ from step3_jax.layout.admission import (
     count_room,
     divide_chunk,
 )
+from step3_jax.layout.page import PAGE_SIZE
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,6 +138,11 @@ class Scheduler:
         self._waiting: collections.deque[Request] = collections.deque()
         self._free = [shard_pages] * num_shards
         self._num_in_shard = [0] * num_shards
+
+    @property
+    def shard_tokens(self) -> int:
+        """Tokens that the cache of a shard holds."""
+        return self._shard_pages * PAGE_SIZE
 
     @property
     def num_waiting(self) -> int:

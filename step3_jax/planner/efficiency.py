@@ -74,15 +74,16 @@ class Batch:
 
     Attributes:
       tokens: That pass one copy of the experts together: a micro-batch.
-      kv_tokens_per_device: Cached tokens that an attention device reads for a micro-batch.
+      kv_bytes_per_device: Bytes of cache that an attention device reads for a micro-batch, in all layers. It is what a
+        deployment keeps when the context changes: more sequences of shorter ones, in the same time.
     """
 
     tokens: float
-    kv_tokens_per_device: float
+    kv_bytes_per_device: float
 
-    def sequences_per_device(self, context_tokens: float) -> float:
-        """Sequences of a context that an attention device decodes together; more of shorter ones."""
-        return self.kv_tokens_per_device / context_tokens
+    def sequences_per_device(self, work: TokenWork) -> float:
+        """Sequences that an attention device decodes together."""
+        return self.kv_bytes_per_device / work.kv_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,8 @@ def base_run(arrangement: str, kv_dtype: str = "fp8") -> Run:
 def base_batch(arrangement: str, kv_dtype: str = "fp8") -> Batch:
     """The batch of that run."""
     run = base_run(arrangement, kv_dtype)
-    return Batch(run.batch_tokens, run.sequences_per_device * run.context_tokens)
+    kv_bytes = load_shape(run.model).kv_bytes_read(run.context_tokens, run.kv_dtype)
+    return Batch(run.batch_tokens, run.sequences_per_device * kv_bytes)
 
 
 def fit_shares(run: Run) -> PoolShares:
@@ -151,8 +153,7 @@ def attention_share(
     run = base_run(arrangement, kv_dtype)
     base = fit_shares(run).attention
     run_design = load_shape(run.model).design
-    own = kernel_share(design, hardware, context_tokens)
-    reference = kernel_share(run_design, load_hardware(run.hardware), run.context_tokens)
+    own, reference = kernel_share(design, hardware, context_tokens), base_kernel_share(run)
     if design == run_design and hardware.name == run.hardware:
         # Within a run's own kind the share moves with the context as the layers' does.
         return Share(min(base * own.value / reference.value, own.value), run.source, own.is_measured)
@@ -200,6 +201,11 @@ def kernel_share(design: str, hardware: Hardware, context_tokens: float) -> Shar
     return Share(min(value, 1.0), f"{layer_source()}{stand_in}", is_measured)
 
 
+def base_kernel_share(run: Run) -> Share:
+    """What one attention layer reaches alone with the design, hardware and context of a run."""
+    return kernel_share(load_shape(run.model).design, load_hardware(run.hardware), run.context_tokens)
+
+
 def layer_roofline_us(row: LayerTime, device: str) -> float:
     """The least microseconds of a measured attention layer: weights read once, a BF16 cache, 8-bit products.
 
@@ -243,10 +249,7 @@ def cross_check(arrangement: str) -> list[tuple[Run, Run, float]]:
 def _carry_over(fitted: Run, other: Run) -> PoolShares:
     """The shares of one run as they are expected of another."""
     shares = fit_shares(fitted)
-    own, reference = (
-        kernel_share(load_shape(run.model).design, load_hardware(run.hardware), run.context_tokens).value
-        for run in (other, fitted)
-    )
+    own, reference = base_kernel_share(other).value, base_kernel_share(fitted).value
     return PoolShares(min(shares.attention * own / reference, own), shares.ffn)
 
 

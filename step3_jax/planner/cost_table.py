@@ -80,8 +80,8 @@ def _notes(answer: CostAnswer) -> Iterator[str]:
     batch = base_batch(pair.arrangement, answer.kv_dtype)
     yield "tokens/s: of one device, where the pools are in proportion to their work."
     yield (
-        f"Expected: shares of a roofline that reads weights once for each micro-batch, {batch.tokens:,.0f} tokens in all and "
-        f"{batch.kv_bytes_per_device / 1e9:,.1f} GB of KV cache on each attention device."
+        f"Expected: shares of a roofline that reads weights once for each micro-batch, {batch.tokens:,.0f} tokens "
+        f"in all and {batch.kv_bytes_per_device / 1e9:,.1f} GB of KV cache on each attention device."
     )
     for name, part in (("attention", pair.attention), ("FFN", pair.ffn)):
         yield f"  {name} on {part.hardware.name}: {part.share.value:.0%}. {part.share.source}"

@@ -12,6 +12,7 @@ but never more than the kernel alone reaches. Devices without a measurement take
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -111,6 +112,7 @@ def base_batch(arrangement: str, kv_dtype: str = "fp8") -> Batch:
     return Batch(run.batch_tokens, run.sequences_per_device * kv_bytes)
 
 
+@functools.cache
 def fit_shares(run: Run) -> PoolShares:
     """The shares that a run reached.
 
@@ -180,6 +182,16 @@ def ffn_share(hardware: Hardware, *, kv_dtype: str = "fp8", arrangement: str = A
     )
 
 
+@functools.cache
+def _layer_shares() -> Mapping[tuple[str, str], list[tuple[int, float]]]:
+    """Context and share of each measured layer, by design and device."""
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in load_layer_times():
+        for device, us in row.us.items():
+            found.setdefault((row.design, device), []).append((row.context_tokens, layer_roofline_us(row, device) / us))
+    return {key: sorted(points) for key, points in found.items()}
+
+
 def kernel_share(design: str, hardware: Hardware, context_tokens: float) -> Share:
     """The share of the roofline that one attention layer reaches alone, between two measured contexts by their logarithm.
 
@@ -188,13 +200,14 @@ def kernel_share(design: str, hardware: Hardware, context_tokens: float) -> Shar
       hardware: The device.
       context_tokens: Context; outside those measured, the nearest.
     """
-    wanted_design = _DESIGNS.get(design, design)
-    device = hardware.name if any(hardware.name in row.us for row in load_layer_times()) else _sibling(hardware)
-    rows = [row for row in load_layer_times() if row.design == wanted_design and device in row.us]
-    if not rows:
+    shares, wanted_design = _layer_shares(), _DESIGNS.get(design, design)
+    device = hardware.name
+    if (wanted_design, device) not in shares:
+        device = _SIBLINGS.get(device, _ANY_DEVICE)
+    if (wanted_design, device) not in shares:
         # MLA has no row on A800.
-        device, rows = _ANY_DEVICE, [row for row in load_layer_times() if row.design == wanted_design]
-    points = sorted((row.context_tokens, layer_roofline_us(row, device) / row.us[device]) for row in rows)
+        device = _ANY_DEVICE
+    points = shares[wanted_design, device]
     value = _interpolate(points, context_tokens)
     is_measured = device == hardware.name and wanted_design == design
     stand_in = "" if is_measured else f", the layer times of {wanted_design} on {device} in its place"
@@ -273,10 +286,6 @@ def _layer_seconds(
         products = hardware.int8_tops * 1e12
     core = max(work.kv_bytes / bandwidth, work.attention_flops / peak_flops(hardware, "bfloat16"))
     return sequences * core + max(weight_bytes / bandwidth, sequences * work.projection_flops / products)
-
-
-def _sibling(hardware: Hardware) -> str:
-    return _SIBLINGS.get(hardware.name, _ANY_DEVICE)
 
 
 def _interpolate(points: list[tuple[int, float]], context_tokens: float) -> float:

@@ -193,7 +193,7 @@ def read_config_file(path: str | pathlib.Path) -> tuple[dict[str, object], str |
 
     Returns:
       The fields, and the deployment: the name or path of a deployment file, or what such a file would hold
-      (see `step3_jax.deployment.parse_deployment`); None without one.
+      (see `step3_jax.layout.deployment.parse_deployment`); None without one.
 
     Raises:
       ValueError: If the file cannot be read or has a name that does not exist.

@@ -1,4 +1,4 @@
-"""`step3 plan`: finds what is to be planned. Only `plan memory`, which compiles programs, imports jax."""
+"""`step3 plan`: finds what is to be planned, and imports nothing for the rest."""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ from step3_jax.planner.shape import ModelShape
 MEMORY, COMPUTE = "memory", "compute"
 SECONDS_PER_HOUR = 3600
 TOKENS_PER_PRICE = 1e6
+# Two thirds of a stage of 16.6 ms: report, section 5.4.
+NETWORK_WINDOW_S = 0.0111
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,28 @@ def ffn_bound(shape: ModelShape, hardware: Hardware, batch_tokens: float) -> str
     """What binds the feed-forward layers of a batch: `MEMORY` or `COMPUTE`."""
     is_compute = ffn_roofline_seconds(shape, hardware, batch_tokens) <= shape.ffn_flops() / peak_flops(hardware)
     return COMPUTE if is_compute else MEMORY
+
+
+def smallest_active_share(shape: ModelShape, hardware: Hardware, *, window_s: float = NETWORK_WINDOW_S) -> float:
+    """The least share of active experts with which FFN devices can be busy while the network is hidden (section 5.4).
+
+    A machine takes in FP8 and returns BF16 tokens, 3 bytes a number, over its interfaces, both directions added up as in the
+    report. The tokens that arrive in the window must be enough for the experts' weights to be no bottleneck.
+
+    Args:
+      shape: The model.
+      hardware: The FFN devices.
+      window_s: Seconds for all layers' exchange.
+
+    Raises:
+      ValueError: If the network of the hardware is not known.
+    """
+    if hardware.network_gb_s is None:
+        raise ValueError(f"{hardware.name} has no network_gb_s: give a file of hardware that has")
+    network = hardware.devices_per_machine * hardware.network_gb_s * 1e9
+    ridge = peak_flops(hardware) / bandwidth_bytes_per_s(hardware)
+    # 3 bytes for each of ridge / 2 tokens in a stage are one for each of the ridge's in two thirds of it.
+    return shape.hidden_size * shape.num_layers * ridge / (network * window_s)
 
 
 def usd_per_million_tokens(device_seconds: float, usd_per_hour: float) -> float:

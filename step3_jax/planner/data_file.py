@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import types
 from collections.abc import Collection, Mapping
 
 import yaml
@@ -83,6 +84,18 @@ class Reader:
             raise self._wrong(key, "a number above 0")
         return float(value)
 
+    def texts(self, key: str) -> list[str]:
+        """A list of texts, with one at least."""
+        return [one for one in self._list(key, str, "a list of texts") if isinstance(one, str)]
+
+    def counts(self, key: str) -> list[int]:
+        """A list of whole numbers, with one at least."""
+        return [one for one in self._list(key, int, "a list of whole numbers") if isinstance(one, int)]
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers, with one at least."""
+        return [float(one) for one in self._list(key, int | float, "a list of numbers") if isinstance(one, int | float)]
+
     def section(self, key: str) -> Reader:
         """A mapping inside."""
         value = self._get(key, None)
@@ -92,16 +105,24 @@ class Reader:
 
     def sections(self, key: str) -> list[Reader]:
         """A list of mappings, with one at least."""
-        value = self._get(key, None)
-        if not isinstance(value, list) or not value or not all(isinstance(one, Mapping) for one in value):
-            raise self._wrong(key, "a list of mappings")
-        return [Reader(one, f"{self.where}: {key}[{number}]") for number, one in enumerate(value)]
+        values = self._list(key, Mapping, "a list of mappings")
+        return [
+            Reader(one, f"{self.where}: {key}[{number}]")
+            for number, one in enumerate(values)
+            if isinstance(one, Mapping)
+        ]
 
     def check_all_read(self) -> None:
         """Raises ValueError for a key that was not asked for."""
         for key in self._values:
             if key not in self._asked:
                 raise ValueError(f"{self.where}: unknown key {key}{describe_known(str(key), sorted(self._asked))}")
+
+    def _list(self, key: str, kind: type | types.UnionType, wanted: str) -> list[object]:
+        value = self._get(key, None)
+        if not isinstance(value, list) or not value or not all(isinstance(one, kind) for one in value):
+            raise self._wrong(key, wanted)
+        return value
 
     def _get(self, key: str, default: object) -> object:
         self._asked.add(key)

@@ -12,6 +12,7 @@ but never more than the kernel alone reaches. Devices without a measurement take
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -74,15 +75,16 @@ class Batch:
 
     Attributes:
       tokens: That pass one copy of the experts together: a micro-batch.
-      kv_tokens_per_device: Cached tokens that an attention device reads for a micro-batch.
+      kv_bytes_per_device: Bytes of cache that an attention device reads for a micro-batch, in all layers. It is what a
+        deployment keeps when the context changes: more sequences of shorter ones, in the same time.
     """
 
     tokens: float
-    kv_tokens_per_device: float
+    kv_bytes_per_device: float
 
-    def sequences_per_device(self, context_tokens: float) -> float:
-        """Sequences of a context that an attention device decodes together; more of shorter ones."""
-        return self.kv_tokens_per_device / context_tokens
+    def sequences_per_device(self, work: TokenWork) -> float:
+        """Sequences that an attention device decodes together."""
+        return self.kv_bytes_per_device / work.kv_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +108,11 @@ def base_run(arrangement: str, kv_dtype: str = "fp8") -> Run:
 def base_batch(arrangement: str, kv_dtype: str = "fp8") -> Batch:
     """The batch of that run."""
     run = base_run(arrangement, kv_dtype)
-    return Batch(run.batch_tokens, run.sequences_per_device * run.context_tokens)
+    kv_bytes = load_shape(run.model).kv_bytes_read(run.context_tokens, run.kv_dtype)
+    return Batch(run.batch_tokens, run.sequences_per_device * kv_bytes)
 
 
+@functools.cache
 def fit_shares(run: Run) -> PoolShares:
     """The shares that a run reached.
 
@@ -151,8 +155,7 @@ def attention_share(
     run = base_run(arrangement, kv_dtype)
     base = fit_shares(run).attention
     run_design = load_shape(run.model).design
-    own = kernel_share(design, hardware, context_tokens)
-    reference = kernel_share(run_design, load_hardware(run.hardware), run.context_tokens)
+    own, reference = kernel_share(design, hardware, context_tokens), base_kernel_share(run)
     if design == run_design and hardware.name == run.hardware:
         # Within a run's own kind the share moves with the context as the layers' does.
         return Share(min(base * own.value / reference.value, own.value), run.source, own.is_measured)
@@ -179,6 +182,16 @@ def ffn_share(hardware: Hardware, *, kv_dtype: str = "fp8", arrangement: str = A
     )
 
 
+@functools.cache
+def _layer_shares() -> Mapping[tuple[str, str], list[tuple[int, float]]]:
+    """Context and share of each measured layer, by design and device."""
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in load_layer_times():
+        for device, us in row.us.items():
+            found.setdefault((row.design, device), []).append((row.context_tokens, layer_roofline_us(row, device) / us))
+    return {key: sorted(points) for key, points in found.items()}
+
+
 def kernel_share(design: str, hardware: Hardware, context_tokens: float) -> Share:
     """The share of the roofline that one attention layer reaches alone, between two measured contexts by their logarithm.
 
@@ -187,17 +200,23 @@ def kernel_share(design: str, hardware: Hardware, context_tokens: float) -> Shar
       hardware: The device.
       context_tokens: Context; outside those measured, the nearest.
     """
-    wanted_design = _DESIGNS.get(design, design)
-    device = hardware.name if any(hardware.name in row.us for row in load_layer_times()) else _sibling(hardware)
-    rows = [row for row in load_layer_times() if row.design == wanted_design and device in row.us]
-    if not rows:
+    shares, wanted_design = _layer_shares(), _DESIGNS.get(design, design)
+    device = hardware.name
+    if (wanted_design, device) not in shares:
+        device = _SIBLINGS.get(device, _ANY_DEVICE)
+    if (wanted_design, device) not in shares:
         # MLA has no row on A800.
-        device, rows = _ANY_DEVICE, [row for row in load_layer_times() if row.design == wanted_design]
-    points = sorted((row.context_tokens, layer_roofline_us(row, device) / row.us[device]) for row in rows)
+        device = _ANY_DEVICE
+    points = shares[wanted_design, device]
     value = _interpolate(points, context_tokens)
     is_measured = device == hardware.name and wanted_design == design
     stand_in = "" if is_measured else f", the layer times of {wanted_design} on {device} in its place"
     return Share(min(value, 1.0), f"{layer_source()}{stand_in}", is_measured)
+
+
+def base_kernel_share(run: Run) -> Share:
+    """What one attention layer reaches alone with the design, hardware and context of a run."""
+    return kernel_share(load_shape(run.model).design, load_hardware(run.hardware), run.context_tokens)
 
 
 def layer_roofline_us(row: LayerTime, device: str) -> float:
@@ -243,10 +262,7 @@ def cross_check(arrangement: str) -> list[tuple[Run, Run, float]]:
 def _carry_over(fitted: Run, other: Run) -> PoolShares:
     """The shares of one run as they are expected of another."""
     shares = fit_shares(fitted)
-    own, reference = (
-        kernel_share(load_shape(run.model).design, load_hardware(run.hardware), run.context_tokens).value
-        for run in (other, fitted)
-    )
+    own, reference = base_kernel_share(other).value, base_kernel_share(fitted).value
     return PoolShares(min(shares.attention * own / reference, own), shares.ffn)
 
 
@@ -270,10 +286,6 @@ def _layer_seconds(
         products = hardware.int8_tops * 1e12
     core = max(work.kv_bytes / bandwidth, work.attention_flops / peak_flops(hardware, "bfloat16"))
     return sequences * core + max(weight_bytes / bandwidth, sequences * work.projection_flops / products)
-
-
-def _sibling(hardware: Hardware) -> str:
-    return _SIBLINGS.get(hardware.name, _ANY_DEVICE)
 
 
 def _interpolate(points: list[tuple[int, float]], context_tokens: float) -> float:

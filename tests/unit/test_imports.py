@@ -127,10 +127,11 @@ def test_text_and_planner_run_without_jax() -> None:
         in (
             "text",
             "planner",
+            "layout",
             "config",
             "config_file",
-            "deployment",
             "gpu",
+            "nearest",
             "resources",
             "stored_file",
             "json_schema",

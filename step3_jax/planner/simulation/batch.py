@@ -121,8 +121,8 @@ def spread_evenly(
     """
     if num_sequences < num_microbatches:
         raise ValueError(
-            f"a batch of {num_sequences} cannot be cut in {num_microbatches} micro-batches: give at least as many sequences, "
-            "or fewer micro-batches"
+            f"a batch of {num_sequences} cannot be cut in {num_microbatches} micro-batches: give at least as many sequences"
+            ", or fewer micro-batches"
         )
     devices = topology.num_attention_devices
     parts = num_microbatches * devices

@@ -6,10 +6,13 @@ while it computes; on a CPU the exchange takes its time from that computing, on 
 
 from __future__ import annotations
 
-from step3_jax.layout.schedule import Schedule
+import functools
+
+from step3_jax.layout.schedule import Item, Schedule
 from step3_jax.planner.simulation.closed_form import StageTimes
 from step3_jax.planner.simulation.jitter import Draws
-from step3_jax.planner.simulation.run import Run
+from step3_jax.planner.simulation.run import Record, Run
+from step3_jax.timeline.event import Event, Lane
 
 
 def simulate_lockstep(
@@ -20,6 +23,7 @@ def simulate_lockstep(
     draws: Draws | None = None,
     head_s: float = 0.0,
     is_exchange_on_core: bool = False,
+    is_recorded: bool = False,
 ) -> Run:
     """Runs decode steps of one attention and one FFN instance.
 
@@ -30,6 +34,7 @@ def simulate_lockstep(
       draws: Factors of the stage times; those of `to_ffn` are the exchange's. All 1 if None.
       head_s: What a micro-batch's head adds to its first attention item of a step.
       is_exchange_on_core: Whether an exchange that runs beside a side's work takes its time from that work.
+      is_recorded: Whether to keep the stages; an exchange is kept as the two ways that it carries.
 
     Raises:
       ValueError: If there is not at least one step.
@@ -44,16 +49,20 @@ def simulate_lockstep(
     attention_end = ffn_end = exchange_end = 0.0
     attention_busy = ffn_busy = exchange_busy = 0.0
     ends: list[float] = []
+    record = Record(0, "decode") if is_recorded else None
     num_ticks = num_steps * schedule.num_ticks + schedule.num_last_exchanges
     for number in range(num_ticks):
         tick = number % schedule.num_ticks
         attention_before, ffn_before, begin = attention_end, ffn_end, exchange_end
-        item = schedule.attention_item(tick) if number < num_steps * schedule.num_ticks else None
+        step = number // schedule.num_ticks
+        # Behind the last step the FFN side computes what is still on its way, and attention nothing.
+        item = schedule.attention_item(tick) if step < num_steps else None
+        ffn_item = schedule.ffn_item(tick) if step < num_steps or schedule.is_from_before(tick) else None
         attention_s = 0.0
         if item is not None:
             attention_s = stages.attention_s * attention_factor() + (0.0 if item.layer else head_s)
         attention_end = max(attention_before, begin) + attention_s
-        ffn_s = stages.ffn_s * ffn_factor() if schedule.ffn_item(tick) is not None else 0.0
+        ffn_s = stages.ffn_s * ffn_factor() if ffn_item is not None else 0.0
         ffn_end = max(ffn_before, begin) + ffn_s
         exchange_s = mean_exchange_s * exchange_factor()
         sent = max(attention_before if attention_lag else attention_end, ffn_before if ffn_lag else ffn_end, begin)
@@ -64,6 +73,14 @@ def simulate_lockstep(
                 ffn_end += exchange_s
         exchange_end = sent + exchange_s
         ends.append(exchange_end)
+        if record is not None:
+            # What a rotation's first ticks compute and send for others is of the step before.
+            record_item = functools.partial(_keep, record, num_steps)
+            record_item("attention", item, step, max(attention_before, begin), attention_end)
+            record_item("ffn", ffn_item, step - schedule.is_from_before(tick), max(ffn_before, begin), ffn_end)
+            for lane, lag in (("to_ffn", attention_lag), ("to_attention", 1 + attention_lag + ffn_lag)):
+                sent_item = schedule.attention_item((tick - lag) % schedule.num_ticks)
+                record_item(lane, sent_item, step - (tick < lag), sent, exchange_end)
         attention_busy += attention_s
         ffn_busy += ffn_s
         exchange_busy += exchange_s
@@ -81,5 +98,15 @@ def simulate_lockstep(
         to_ffn_busy_s=exchange_busy,
         to_attention_busy_s=exchange_busy,
         num_events=3 * num_ticks,
-        events=[],
+        events=[] if record is None else sorted(record.events, key=_end),
     )
+
+
+def _keep(record: Record, num_steps: int, lane: Lane, item: Item | None, step: int, begin: float, end: float) -> None:
+    """Keeps a stage of a step; the ticks before the first one's items and behind the last one's do nothing."""
+    if item is not None and 0 <= step < num_steps:
+        record.add(lane, step, item.layer, item.microbatch, begin, end)
+
+
+def _end(event: Event) -> float:
+    return event.end_s

@@ -116,8 +116,8 @@ class Service:
         for number, one in enumerate(arrivals.requests, start=1):
             if one.prompt_tokens > self._scheduler.shard_tokens:
                 raise ValueError(
-                    f"request {number}: a prompt of {one.prompt_tokens:,} tokens is longer than the KV cache of an attention "
-                    f"device, {self._scheduler.shard_tokens:,} tokens; give shorter ones, or more cache"
+                    f"request {number}: a prompt of {one.prompt_tokens:,} tokens is longer than the KV cache of an "
+                    f"attention device, {self._scheduler.shard_tokens:,} tokens; give shorter ones, or more cache"
                 )
         coming = [
             Request(number, one.arrival_s or 0.0, one.prompt_tokens, one.output_tokens)

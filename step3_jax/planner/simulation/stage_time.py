@@ -2,7 +2,7 @@
 
 Ideal times are the roofline of `planner/cost.py`: memory or arithmetic, whichever binds, weights read once for a
 micro-batch. Expected ones divide that by the shares that published runs reached (`planner/efficiency.py`), which have the
-network, the bubbles and the imbalance of these runs in them. Work is spread evenly over the devices of a side and the layers.
+network, the bubbles and the imbalance of these runs in them. Work is spread evenly over a side's devices and the layers.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,3 +65,17 @@ def test_heads_and_steps_are_counted() -> None:
     assert found.attention_busy_s == [pytest.approx(3 * 2 * (2 * 1.0 + 0.5))]
     with pytest.raises(ValueError, match="0 steps"):
         simulate_lockstep(Schedule(2, 2), StageTimes(1.0, 0.0, 1.0, 0.0), 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_recorded_item_goes_through_all_lanes_in_turn(count: int) -> None:
+    kept = simulate_lockstep(Schedule(3, count), StageTimes(1.0, 0.5, 1.2, 0.5), 3, is_recorded=True).events
+    found = {(one.stage.lane, *one.stage[2:]): one for one in kept}
+    assert len(found) == len(kept) == 4 * 3 * 3 * count
+    for step in range(3):
+        for layer in range(3):
+            for index in range(count):
+                lanes = [found[lane, step, layer, index] for lane in ("attention", "to_ffn", "ffn", "to_attention")]
+                assert all(before.end_s <= after.start_s for before, after in itertools.pairwise(lanes))
+                if layer:
+                    assert found["to_attention", step, layer - 1, index].end_s <= lanes[0].start_s

@@ -31,11 +31,8 @@ from step3_jax.engine.bucket_table import power_of_two
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
-<<<<<<< HEAD
 from step3_jax.layout.admission import STEPS_PER_CALL
-=======
 from step3_jax.layout.page import pages_for
->>>>>>> p12-cost
 from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import make_layout
 from step3_jax.model.parallel import place_model

@@ -24,7 +24,6 @@ from step3_jax.cache.allocator import PageAllocator
 from step3_jax.cache.prefix import extend_keys
 from step3_jax.engine.bucket_table import BucketTable
 from step3_jax.engine.sequence import Group, Sequence
-<<<<<<< HEAD
 from step3_jax.layout.admission import (
     MAX_PASSES,
     MAX_PREEMPTIONS,
@@ -34,15 +33,7 @@ from step3_jax.layout.admission import (
     count_room,
     divide_chunk,
 )
-=======
 from step3_jax.layout.page import pages_for
-
-# Output tokens that a sequence has pages for when it is admitted, and pages that it grows by.
-RESERVED_OUTPUT = 512
-GROWTH_PAGES = 8
-MAX_PASSES = 8
-MAX_PREEMPTIONS = 3
->>>>>>> p12-cost
 
 
 class Chunk(NamedTuple):

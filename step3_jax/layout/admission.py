@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from step3_jax.layout.page import PAGE_SIZE, count_pages
+from step3_jax.layout.page import PAGE_SIZE, pages_for
 
 # Output tokens that a sequence has pages for when it is admitted, and pages that it grows by.
 RESERVED_OUTPUT = 512
@@ -42,7 +42,7 @@ def count_admitted_pages(num_tokens: int, max_cached: int, *, is_pinned: bool, s
       shard_pages: Pages of a shard, which is all that it can have.
     """
     needed = max_cached if is_pinned else min(max_cached, num_tokens - 1 + RESERVED_OUTPUT)
-    return min(count_pages(needed), shard_pages)
+    return min(pages_for(needed), shard_pages)
 
 
 def count_growth(num_tokens: int, num_steps: int, max_cached: int, *, num_pages: int, num_free: int) -> int:
@@ -55,15 +55,15 @@ def count_growth(num_tokens: int, num_steps: int, max_cached: int, *, num_pages:
       num_pages: Its pages.
       num_free: Pages of its shard that are free.
     """
-    needed = count_pages(min(num_tokens - 1 + num_steps, max_cached)) - num_pages
+    needed = pages_for(min(num_tokens - 1 + num_steps, max_cached)) - num_pages
     if needed <= 0:
         return 0
-    return min(max(needed, min(GROWTH_PAGES, count_pages(max_cached) - num_pages)), num_free)
+    return min(max(needed, min(GROWTH_PAGES, pages_for(max_cached) - num_pages)), num_free)
 
 
 def count_room(num_tokens: int, num_steps: int, max_cached: int, *, num_pages: int) -> int:
     """Steps that a sequence has pages for, `num_steps` at most; 0 or less if it has none for the next token."""
-    if num_pages >= count_pages(max_cached):
+    if num_pages >= pages_for(max_cached):
         return num_steps
     return min(num_steps, num_pages * PAGE_SIZE - (num_tokens - 1))
 

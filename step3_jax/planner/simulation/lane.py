@@ -60,6 +60,17 @@ class Pipeline:
         """Whether ways are bytes on links that flows share."""
         return self.attention_bytes_s is not None
 
+    @property
+    def way_s(self) -> float:
+        """Seconds that a way takes for each unit of `Work.to_ffn` while all instances use their links alike.
+
+        An attention instance has as many flows as there are FFN instances, all of one size, and the other way round: the
+        side with more of them to one link sets the pace. Where ways share nothing the unit is a second.
+        """
+        if self.attention_bytes_s is None or self.ffn_bytes_s is None:
+            return 1.0
+        return max(self.num_ffn / self.attention_bytes_s, self.num_attention / self.ffn_bytes_s)
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -131,26 +142,20 @@ class Work:
 def fold(pipeline: Pipeline, work: Work) -> tuple[Pipeline, Work]:
     """One instance of each side in place of many that all do the same at the same time; the times stay what they are.
 
-    An attention instance has as many flows as there are FFN instances, all of one size, and the other way round: so
-    the side with more of them to one link sets the pace, and a way takes as many seconds as its whole micro-batch on
-    that link. Exact while times are constant, as instances then never drift apart.
+    A way takes what it does while all use their links alike, see `Pipeline.way_s`. Exact while times are constant, as
+    instances then never drift apart.
 
     Raises:
       ValueError: If instances have different work.
     """
     if not work.is_even:
         raise ValueError("instances of one side have different work: they cannot be folded into one")
-    seconds_a_byte = 1.0
-    if pipeline.attention_bytes_s is not None and pipeline.ffn_bytes_s is not None:
-        seconds_a_byte = max(
-            pipeline.num_ffn / pipeline.attention_bytes_s, pipeline.num_attention / pipeline.ffn_bytes_s
-        )
     one = dataclasses.replace(pipeline, num_attention=1, num_ffn=1, attention_bytes_s=None, ffn_bytes_s=None)
     return one, dataclasses.replace(
         work,
         attention_s=tuple(row[:1] for row in work.attention_s),
         ffn_s=tuple(row[:1] for row in work.ffn_s),
         growth_s=tuple(row[:1] for row in work.growth_s),
-        to_ffn=tuple(value * seconds_a_byte for value in work.to_ffn),
-        to_attention=tuple(value * seconds_a_byte for value in work.to_attention),
+        to_ffn=tuple(value * pipeline.way_s for value in work.to_ffn),
+        to_attention=tuple(value * pipeline.way_s for value in work.to_attention),
     )

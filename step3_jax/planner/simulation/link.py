@@ -1,8 +1,12 @@
 """Links whose bandwidth is shared by the flows on them.
 
-Each instance has one link in each direction. Flows between the same two instances go one after the other, as on one
-connection; flows between different ones run at the same time. Each end of a flow divides its bandwidth equally among the
-flows that run there, and the flow goes at the smaller of its two shares.
+Each instance has one link in each direction. What an instance sends of a micro-batch are flows of equal size to all
+instances of the other side, which start together. What it sends next waits for them, as on one connection; flows from
+different instances run at the same time. Each end of a flow divides its bandwidth equally among its flows, and a flow goes
+at the smaller of its two shares.
+
+As a source's flows go to all targets, every target has as many flows as there are sources that send, and all flows have one
+rate at a time. So the flows of a source end together, and the one that has the least left ends first.
 """
 
 from __future__ import annotations
@@ -15,117 +19,97 @@ from typing import NamedTuple
 _SAME = 1e-12
 
 
-class Flow(NamedTuple):
-    """A flow that has ended.
+class Sent(NamedTuple):
+    """Flows of one source that have ended.
 
     Attributes:
-      attention: Its attention instance.
-      ffn: Its FFN instance.
-      tag: What it carried.
-      start_s: When its first byte went out.
+      source: Its instance.
+      tag: What they carried.
+      start_s: When their first bytes went out.
     """
 
-    attention: int
-    ffn: int
+    source: int
     tag: int
     start_s: float
 
 
 class SharedLinks:
-    """The flows in one direction. Call `refresh` once all that starts at a time has been started.
+    """The flows in one direction.
 
     Attributes:
-      next_s: When the next flow ends; infinite if there is none.
-      is_stale: Whether flows came or went since the last `refresh`.
-      busy_s: Time for which each attention instance's link has had a flow.
+      next_s: When the next flows end; infinite if there are none.
+      source_busy_s: Time for which each source has sent.
+      busy_s: Time for which any has.
     """
 
-    def __init__(self, num_attention: int, num_ffn: int, attention_bytes_s: float, ffn_bytes_s: float) -> None:
+    def __init__(self, num_sources: int, num_targets: int, source_bytes_s: float, target_bytes_s: float) -> None:
         """No flow yet.
 
         Args:
-          num_attention: Attention instances.
-          num_ffn: FFN instances.
-          attention_bytes_s: Of each attention instance's link.
-          ffn_bytes_s: Of each FFN instance's link.
+          num_sources: Instances of the side that sends.
+          num_targets: Instances of the other side.
+          source_bytes_s: Of the link of each source.
+          target_bytes_s: Of the link of each target.
         """
         self.next_s = math.inf
-        self.is_stale = False
-        self.busy_s = [0.0] * num_attention
-        self._num_ffn = num_ffn
-        self._attention_bytes_s, self._ffn_bytes_s = attention_bytes_s, ffn_bytes_s
-        # Sizes and tags of the flows of each connection, the running one first.
-        self._waiting: list[collections.deque[tuple[float, int]]] = [
-            collections.deque() for _ in range(num_attention * num_ffn)
+        self.source_busy_s = [0.0] * num_sources
+        self.busy_s = 0.0
+        # Rate of a flow, by the number of sources that send.
+        self._rates = [source_bytes_s] + [
+            min(source_bytes_s / num_targets, target_bytes_s / count) for count in range(1, num_sources + 1)
         ]
-        # Of the connections that have a flow.
-        self._left: dict[int, float] = {}
-        self._rate: dict[int, float] = {}
-        self._end: dict[int, float] = {}
-        self._start: dict[int, float] = {}
-        self._num_attention_flows = [0] * num_attention
-        self._num_ffn_flows = [0] * num_ffn
+        # Bytes that a flow that never ends would have carried until `_now_s`.
+        self._carried = 0.0
         self._now_s = 0.0
+        # What each source that sends has at its end carried by that measure; tag and start.
+        self._ends: dict[int, float] = {}
+        self._running: dict[int, tuple[int, float]] = {}
+        self._waiting: list[collections.deque[tuple[float, int]]] = [collections.deque() for _ in range(num_sources)]
 
-    def start(self, now_s: float, attention: int, ffn: int, num_bytes: float, tag: int) -> None:
-        """Starts a flow, or queues it behind those of the same connection."""
-        path = attention * self._num_ffn + ffn
-        waiting = self._waiting[path]
-        waiting.append((num_bytes, tag))
-        if len(waiting) == 1:
-            self._settle(now_s)
-            self._num_attention_flows[attention] += 1
-            self._num_ffn_flows[ffn] += 1
-            self._open(now_s, path)
+    def start(self, now_s: float, source: int, num_bytes: float, tag: int) -> None:
+        """Starts a source's flows, each of `num_bytes`, or queues them behind those that it sends."""
+        if source in self._ends:
+            self._waiting[source].append((num_bytes, tag))
+            return
+        self._advance(now_s)
+        self._ends[source] = self._carried + num_bytes
+        self._running[source] = tag, now_s
+        self._find_next()
 
-    def take(self) -> list[Flow]:
+    def take(self) -> list[Sent]:
         """Ends the flows that end at `next_s`."""
         now_s = self.next_s
-        ended = [path for path, end in self._end.items() if end <= now_s + _SAME * abs(now_s)]
-        self._settle(now_s)
-        flows = []
-        for path in ended:
-            attention, ffn = divmod(path, self._num_ffn)
-            _, tag = self._waiting[path].popleft()
-            flows.append(Flow(attention, ffn, tag, self._start[path]))
-            if self._waiting[path]:
-                self._open(now_s, path)
-                continue
-            del self._left[path], self._rate[path], self._end[path]
-            self._num_attention_flows[attention] -= 1
-            self._num_ffn_flows[ffn] -= 1
-        self.is_stale = True
-        return flows
+        self._advance(now_s)
+        # In time, a rounding of the time: else flows that end together would be told apart.
+        least = self._carried + self._rates[len(self._ends)] * _SAME * abs(now_s)
+        ended = [source for source, end in self._ends.items() if end <= least]
+        taken = []
+        for source in ended:
+            tag, start_s = self._running[source]
+            self.source_busy_s[source] += now_s - start_s
+            taken.append(Sent(source, tag, start_s))
+            if self._waiting[source]:
+                num_bytes, tag = self._waiting[source].popleft()
+                self._ends[source] = self._carried + num_bytes
+                self._running[source] = tag, now_s
+            else:
+                del self._ends[source], self._running[source]
+        if not self._ends:
+            # Kept small, so that it does not lose digits.
+            self._carried = 0.0
+        self._find_next()
+        return taken
 
-    def refresh(self, now_s: float) -> None:
-        """Divides the bandwidth anew and finds the next end."""
-        self._settle(now_s)
-        next_s = math.inf
-        for path, left in self._left.items():
-            attention, ffn = divmod(path, self._num_ffn)
-            rate = self._attention_bytes_s / self._num_attention_flows[attention]
-            other = self._ffn_bytes_s / self._num_ffn_flows[ffn]
-            if other < rate:
-                rate = other
-            self._rate[path] = rate
-            self._end[path] = end = now_s + left / rate
-            if end < next_s:
-                next_s = end
-        self.next_s, self.is_stale = next_s, False
-
-    def _open(self, now_s: float, path: int) -> None:
-        self._left[path], self._rate[path], self._end[path] = self._waiting[path][0][0], 0.0, math.inf
-        self._start[path] = now_s
-        self.is_stale = True
-
-    def _settle(self, now_s: float) -> None:
-        """Takes off what has gone since the last change."""
+    def _advance(self, now_s: float) -> None:
         passed = now_s - self._now_s
-        if passed <= 0:
-            return
         self._now_s = now_s
-        for path, rate in self._rate.items():
-            self._left[path] = max(0.0, self._left[path] - rate * passed)
-        for one, count in enumerate(self._num_attention_flows):
-            if count:
-                self.busy_s[one] += passed
+        if self._ends:
+            self._carried += passed * self._rates[len(self._ends)]
+            self.busy_s += passed
+
+    def _find_next(self) -> None:
+        if self._ends:
+            left = min(self._ends.values()) - self._carried
+            self.next_s = self._now_s + (left / self._rates[len(self._ends)] if left > 0 else 0.0)
+        else:
+            self.next_s = math.inf

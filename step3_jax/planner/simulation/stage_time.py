@@ -148,7 +148,7 @@ class FixedTimer:
         """
         if num_tokens:
             raise ValueError(
-                "given stage times are those of decoding: prompts need --decode-only, or hardware in place of times"
+                "the times that were given are those of decoding: add --decode-only, or give hardware in their place"
             )
         return 0.0
 

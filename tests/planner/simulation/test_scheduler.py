@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from step3_jax.sampling.batch import SamplingRow
 from step3_jax.sampling.params import SamplingParams
 
 SHARD_PAGES = 24
-LENGTHS = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 700)), min_size=1, max_size=14)
+LENGTHS = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 700)), min_size=1, max_size=12)
 
 
 def engine_sequence(number: int, num_prompt: int, num_output: int) -> Sequence:
@@ -33,7 +35,7 @@ def engine_sequence(number: int, num_prompt: int, num_output: int) -> Sequence:
 
 
 @settings(max_examples=40, deadline=None)
-@given(LENGTHS, st.integers(1, 2), st.integers(1, 32), st.sampled_from([48, 128, 300]))
+@given(LENGTHS, st.integers(1, 2), st.integers(8, 32), st.sampled_from([48, 128, 300]))
 def test_the_same_requests_run_in_the_same_steps_as_in_the_engine(
     lengths: list[tuple[int, int]], num_shards: int, num_steps: int, max_tokens: int
 ) -> None:
@@ -54,7 +56,7 @@ def test_the_same_requests_run_in_the_same_steps_as_in_the_engine(
     theirs.add(sequences)
     for request in requests:
         assert ours.add(request)
-    for step in range(4000):
+    for step in itertools.count():
         theirs.admit()
         ours.admit(float(step))
         assert [int(one.group.request.request_id) for one in theirs.running] == [one.number for one in ours.running]

@@ -85,12 +85,10 @@ def read_case(arguments: argparse.Namespace) -> Case:
         notes = timer.sources
     else:
         timer, bandwidths, notes = _read_roofline(arguments, deployment, topology, shape, context_tokens)
-    for lanes, variation in (
-        (("attention", "ffn"), arguments.jitter),
-        (("to_ffn", "to_attention"), arguments.network_jitter),
-    ):
-        if variation is not None:
-            jitter |= {lane: Jitter(variation) for lane in lanes}
+    if arguments.jitter is not None:
+        jitter |= {"attention": Jitter(arguments.jitter), "ffn": Jitter(arguments.jitter)}
+    if arguments.network_jitter is not None:
+        jitter |= {"to_ffn": Jitter(arguments.network_jitter), "to_attention": Jitter(arguments.network_jitter)}
     pipeline = Pipeline(
         shape.num_layers,
         count,
@@ -119,14 +117,15 @@ def _read_deployment(arguments: argparse.Namespace) -> tuple[Deployment, Topolog
             raise ValueError(
                 f"--devices-per-instance: {name} is a file's deployment, which says itself how many there are"
             )
-    if deployment.topology is None:
+    topology = deployment.topology
+    if topology is None:
         raise ValueError(
             f"{name} does attention and FFN on the same devices: only a deployment with both apart is simulated"
         )
     if arguments.microbatches is not None:
         check_microbatches(arguments.microbatches)
         deployment = dataclasses.replace(deployment, num_microbatches=arguments.microbatches)
-    return deployment, deployment.topology
+    return deployment, topology
 
 
 def _read_context(arguments: argparse.Namespace, deployment: Deployment, shape: ModelShape) -> int | None:
@@ -162,7 +161,7 @@ def _read_given(arguments: argparse.Namespace, num_layers: int, num_microbatches
             f"stages of {own_s * 1e6:.1f} us, so that a token takes {arguments.tpot_ms:g} ms: arithmetic, no prediction"
         )
         # With one micro-batch in flight both sides take their turns.
-        return FixedTimer(*((own_s, 0.0, own_s, 0.0) if num_microbatches > 1 else (own_s, 0.0, 0.0, 0.0)), (source,))
+        return FixedTimer(own_s, 0.0, own_s if num_microbatches > 1 else 0.0, 0.0, (source,))
     if not given:
         return None
     for name in ("attention_us", "ffn_us"):
@@ -173,12 +172,18 @@ def _read_given(arguments: argparse.Namespace, num_layers: int, num_microbatches
     for name, value in given.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"--{name.replace('_', '-')} {value:g}: a number of at least 0 is needed")
-    return FixedTimer(*(given.get(name, 0.0) / 1e6 for name in _STAGES), ("as given on the command line",))
+    attention_s, to_ffn_s, ffn_s, to_attention_s = (given.get(name, 0.0) / 1e6 for name in _STAGES)
+    return FixedTimer(attention_s, to_ffn_s, ffn_s, to_attention_s, ("as given on the command line",))
 
 
 def _of_measured(measured: MeasuredStages) -> FixedTimer:
-    lanes: tuple[Lane, ...] = ("attention", "to_ffn", "ffn", "to_attention")
-    return FixedTimer(*(measured.mean_s(lane) for lane in lanes), (f"measured: {measured.source}",))
+    return FixedTimer(
+        measured.mean_s("attention"),
+        measured.mean_s("to_ffn"),
+        measured.mean_s("ffn"),
+        measured.mean_s("to_attention"),
+        (f"measured: {measured.source}",),
+    )
 
 
 def _read_roofline(

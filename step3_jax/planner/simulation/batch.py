@@ -15,17 +15,17 @@ class Rows(NamedTuple):
     """What a device has in a micro-batch.
 
     Attributes:
-      count: Sequences of a decode step, or tokens of a chunk of prompts.
+      num_rows: Sequences of a decode step, or tokens of a chunk of prompts.
       context_tokens: That all of them attend to, together.
     """
 
-    count: float
+    num_rows: float
     context_tokens: float
 
     @property
     def mean_context(self) -> float:
         """Of one of them."""
-        return self.context_tokens / self.count if self.count else 0.0
+        return self.context_tokens / self.num_rows if self.num_rows else 0.0
 
 
 EMPTY = Rows(0, 0)
@@ -56,12 +56,12 @@ class Batcher:
         attention, growth = [], []
         for microbatch in rows:
             slowest = [
-                max(part, key=lambda one: timer.attention_s(one.count, one.mean_context))
+                max(part, key=lambda one: timer.attention_s(one.num_rows, one.mean_context))
                 for part in self._instances(microbatch)
             ]
-            now = [timer.attention_s(one.count, one.mean_context) for one in slowest]
+            now = [timer.attention_s(one.num_rows, one.mean_context) for one in slowest]
             # A step later each row attends to one token more.
-            later = [timer.attention_s(one.count, one.mean_context + 1) for one in slowest] if is_growing else now
+            later = [timer.attention_s(one.num_rows, one.mean_context + 1) for one in slowest] if is_growing else now
             attention.append(tuple(now))
             growth.append(tuple(after - before for before, after in zip(now, later, strict=True)))
         return self._build(rows, attention, growth, self.head_s)
@@ -74,7 +74,7 @@ class Batcher:
         """
         attention = [
             tuple(
-                max(self.timer.prefill_s(one.count, one.mean_context) for one in part)
+                max(self.timer.prefill_s(one.num_rows, one.mean_context) for one in part)
                 for part in self._instances(microbatch)
             )
             for microbatch in rows
@@ -91,9 +91,9 @@ class Batcher:
     ) -> Work:
         ffn, to_ffn, to_attention = [], [], []
         for microbatch in rows:
-            ffn.append((self.timer.ffn_s(sum(one.count for one in microbatch)),) * self.topology.num_ffn)
+            ffn.append((self.timer.ffn_s(sum(one.num_rows for one in microbatch)),) * self.topology.num_ffn)
             # The instance that sends most: the exchange has slots of one size.
-            most = max(sum(one.count for one in part) for part in self._instances(microbatch))
+            most = max(sum(one.num_rows for one in part) for part in self._instances(microbatch))
             there, back = self.timer.way(most)
             to_ffn.append(there)
             to_attention.append(back)
@@ -103,7 +103,7 @@ class Batcher:
             to_ffn=tuple(to_ffn),
             to_attention=tuple(to_attention),
             growth_s=tuple(growth),
-            head_s=tuple(head_s if any(one.count for one in microbatch) else 0.0 for microbatch in rows),
+            head_s=tuple(head_s if any(one.num_rows for one in microbatch) else 0.0 for microbatch in rows),
         )
 
     def _instances(self, devices: Sequence[Rows]) -> list[Sequence[Rows]]:

@@ -78,7 +78,11 @@ def simulate_lockstep(
             record_item = functools.partial(_keep, record, num_steps)
             record_item("attention", item, step, max(attention_before, begin), attention_end)
             record_item("ffn", ffn_item, step - schedule.is_from_before(tick), max(ffn_before, begin), ffn_end)
-            for lane, lag in (("to_ffn", attention_lag), ("to_attention", 1 + attention_lag + ffn_lag)):
+            ways: tuple[tuple[Lane, int], ...] = (
+                ("to_ffn", attention_lag),
+                ("to_attention", 1 + attention_lag + ffn_lag),
+            )
+            for lane, lag in ways:
                 sent_item = schedule.attention_item((tick - lag) % schedule.num_ticks)
                 record_item(lane, sent_item, step - (tick < lag), sent, exchange_end)
         attention_busy += attention_s

@@ -87,7 +87,7 @@ def collect_stages(events: Sequence[Event], source: str) -> MeasuredStages:
     events = steady_part(events)
     last = max(event.stage.layer for event in events if event.stage.lane == "ffn")
     samples: dict[Lane, list[float]] = {lane: [] for lane in LANES}
-    heads = []
+    heads: list[float] = []
     for event in events:
         length = event.end_s - event.start_s
         # The attention side's stage behind the last layer is the head.

@@ -165,7 +165,7 @@ class Service:
                 own = count / parts
                 mean = request.num_computed + (index + 0.5) * own
                 had = microbatch[shard]
-                microbatch[shard] = Rows(had.count + own, had.context_tokens + own * mean)
+                microbatch[shard] = Rows(had.num_rows + own, had.context_tokens + own * mean)
             request.num_computed += count
         self._call(self._batcher.prefill(rows), 1, "prefill")
 

@@ -47,7 +47,8 @@ def simulate(
         raise ValueError(f"{num_steps} steps are to be simulated; at least 1 is needed")
     draws = draws or Draws()
     num_attention, num_ffn = pipeline.num_attention, pipeline.num_ffn
-    if draws.is_constant and work.is_even:
+    # One pair of instances has one flow at a time in each direction, whatever the times are.
+    if num_attention == num_ffn == 1 or (draws.is_constant and work.is_even):
         pipeline, work = fold(pipeline, work)
     record = Record(first_step, phase) if is_recorded else None
     loop = run_shared if pipeline.is_shared else run_in_order

@@ -63,7 +63,11 @@ def step_s(stages: StageTimes, num_layers: int, num_microbatches: int, head_s: f
 
 
 def has_no_bubble(stages: StageTimes, num_microbatches: int) -> bool:
-    """Whether attention never waits: t_A2F + t_F + t_F2A <= (m - 1) t_A, and no other lane takes longer than it."""
+    """Whether attention never waits: t_A2F + t_F + t_F2A <= (m - 1) t_A, and no other lane takes longer than it.
+
+    With three micro-batches that is 2 t_A >= t_F + t_C of arXiv 2602.09721, whose other condition, 2 t_F >= t_A + t_C, is
+    the same for the FFN side: both never wait where both hold and t_A = t_F.
+    """
     others = stages.around_s - stages.attention_s
     return stages.longest_s <= stages.attention_s and others <= (num_microbatches - 1) * stages.attention_s
 
@@ -119,3 +123,40 @@ def best_ratio(*, attention_s: float, way_s: float, ffn_row_s: float, ffn_fixed_
     """
     slope_s = ffn_row_s * rows
     return max((attention_s - ffn_fixed_s) / slope_s, (way_s - ffn_fixed_s) / slope_s, math.sqrt(ffn_fixed_s / slope_s))
+
+
+def cycle_s(stages: StageTimes, num_microbatches: int) -> float:
+    """Seconds of a layer of one micro-batch as ai-dynamo's planner has it, which takes both ways as one stage.
+
+    max(t_A, t_F, t_A2F + t_F2A) with m >= 2 + t_C / max(t_A, t_F) micro-batches, t_C being both ways; the sum of all with
+    one; else max(t_A + t_A2F, t_F + t_F2A). The first is exact where both ways together are no longer than the longer side,
+    or one of them takes nothing: here either way has a lane of its own. The last is exact in lockstep, see
+    `lockstep_tick_s`. Latency counts as part of a way.
+    """
+    to_ffn_s, to_attention_s = stages.to_ffn_s + stages.latency_s, stages.to_attention_s + stages.latency_s
+    ways_s, longer_s = to_ffn_s + to_attention_s, max(stages.attention_s, stages.ffn_s)
+    if num_microbatches == 1:
+        return stages.around_s
+    if num_microbatches >= 2 + ways_s / longer_s:
+        return max(longer_s, ways_s)
+    return max(stages.attention_s + to_ffn_s, stages.ffn_s + to_attention_s)
+
+
+def speedup(
+    *, attention_s: float, dense_s: float, together_s: float, batch_ratio: float, ratio: float, num_microbatches: int
+) -> float:
+    """Tokens per instance over those of instances that do both: B_A/B_0 M/(M + N) T_0/T_A (FastAFD, 2026-07).
+
+    T_A = B_A/B_0 T_attention + m T_dense is a step with attention binding, weights being read for each micro-batch. Exact
+    where that lane never waits.
+
+    Args:
+      attention_s: T_attention, of a step's attention with the batch of an instance that does both.
+      dense_s: T_dense, of reading the attention side's weights once.
+      together_s: T_0, a step of an instance that does both.
+      batch_ratio: B_A/B_0, as attention instances have room for more sequences.
+      ratio: M/N, attention instances for each FFN instance.
+      num_microbatches: m.
+    """
+    own_s = batch_ratio * attention_s + num_microbatches * dense_s
+    return batch_ratio * ratio / (ratio + 1) * together_s / own_s

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from step3_jax.planner.simulation.closed_form import (
     StageTimes,
     best_ratio,
+    cycle_s,
     has_no_bubble,
     layer_s,
+    speedup,
     stage_budget_s,
     step_s,
 )
@@ -82,6 +84,54 @@ def test_the_reports_rule_holds_where_its_condition_does(
 
 
 @quick
+@given(SECONDS, SECONDS, st.floats(0, 1), st.floats(0, 1), LAYERS, st.booleans())
+def test_ai_dynamos_cycle_holds_where_both_ways_are_no_longer_than_a_side(
+    attention_s: float, ffn_s: float, ways_part: float, there_part: float, num_layers: int, is_one_way: bool
+) -> None:
+    """Three micro-batches then fulfil its condition; where one way takes nothing the other may be longer than a side."""
+    longer_s = max(attention_s, ffn_s)
+    if is_one_way:
+        stages, count = StageTimes(attention_s, 2 * ways_part * longer_s, ffn_s, 0.0), 4
+    else:
+        there_s, back_s = ways_part * there_part * longer_s, ways_part * (1 - there_part) * longer_s
+        stages, count = StageTimes(attention_s, there_s * (1 - 1e-9), ffn_s, back_s * (1 - 1e-9)), 3
+    found = run(stages, num_layers, count)
+    assert steady_step_s(found) == pytest.approx(num_layers * count * cycle_s(stages, count), rel=1e-9)
+    alone = run(stages, num_layers, 1)
+    assert steady_step_s(alone) == pytest.approx(num_layers * cycle_s(stages, 1), rel=1e-9)
+
+
+@quick
+@given(
+    st.floats(1e-3, 1e-1),
+    st.floats(1e-4, 1e-2),
+    st.floats(1, 3),
+    st.integers(1, 8),
+    LAYERS,
+    st.integers(2, 4),
+)
+def test_the_speedup_over_instances_that_do_both_is_the_closed_form(
+    attention_s: float, dense_s: float, batch_ratio: float, num_attention: int, num_layers: int, count: int
+) -> None:
+    """FastAFD's, where the FFN side is hidden: N = 1, and a batch of 1 on an instance that does both."""
+    together_s = attention_s + dense_s + 1e-2
+    own_s = (batch_ratio * attention_s / count + dense_s) / num_layers
+    found = run(StageTimes(own_s, 0.0, 0.9 * own_s, 0.0), num_layers, count, num_attention=num_attention, num_ffn=1)
+    rate = num_attention * batch_ratio / steady_step_s(found) / (num_attention + 1)
+    assert rate * together_s == pytest.approx(
+        speedup(
+            attention_s=attention_s,
+            dense_s=dense_s,
+            together_s=together_s,
+            batch_ratio=batch_ratio,
+            ratio=num_attention,
+            num_microbatches=count,
+        ),
+        rel=1e-9,
+    )
+
+
+@quick
 @given(STAGES, LAYERS, COUNTS)
 def test_a_whole_run_is_its_fill_and_then_full_steps(stages: StageTimes, num_layers: int, count: int) -> None:
     """Fill + t_cycle (m L - 1), ai-dynamo's form, where the lanes before the one that binds fill it: for attention."""
@@ -89,8 +139,7 @@ def test_a_whole_run_is_its_fill_and_then_full_steps(stages: StageTimes, num_lay
     found = run(stages, num_layers, count, 1)
     if count > 1:
         fill_s = stages.around_s - stages.attention_s
-        cycle_s = layer_s(stages, count) / count
-        assert found.end_s == pytest.approx(fill_s + cycle_s * count * num_layers, rel=1e-9)
+        assert found.end_s == pytest.approx(fill_s + layer_s(stages, count) * num_layers, rel=1e-9)
     else:
         assert found.end_s == pytest.approx(num_layers * stages.around_s, rel=1e-9)
 

@@ -90,7 +90,11 @@ def _notes(answer: CostAnswer) -> Iterator[str]:
         yield from (f"  {figure} ({own.hardware.name})" for figure in own.figures)
     for hardware in _hardware_of(answer):
         price = answer.prices.usd_per_hour(hardware)
-        cost = "no price" if price is None else f"{price:g} USD an hour ({answer.prices.source(hardware)})"
+        cost = (
+            "no price (--price gives one)"
+            if price is None
+            else f"{price:g} USD an hour ({answer.prices.source(hardware)})"
+        )
         peak = "fp8_tflops" if hardware.fp8_tflops is not None else "bf16_tflops"
         rate = hardware.fp8_tflops if hardware.fp8_tflops is not None else hardware.bf16_tflops
         source = hardware.sources.get(peak, "its file")

@@ -160,7 +160,7 @@ def attention_share(
     if (design, hardware.name) != (run_design, run.hardware):
         carried.append(f"from {run_design} on {run.hardware} to {design} on {hardware.name} with {own.source}")
     if kv_dtype != run.kv_dtype:
-        carried.append(f"from a {run.kv_dtype} cache to {kv_dtype}")
+        carried.append(f"from {run.kv_dtype} caches to {kv_dtype}")
     if not carried:
         return Share(value, run.source, own.is_measured)
     return Share(value, f"{run.source}; carried over {' and '.join(carried)}", False)

@@ -91,7 +91,7 @@ def test_what_is_carried_over_says_so() -> None:
     h800, b200 = load_hardware("h800"), load_hardware("b200")
     assert attention_share("mfa", h800, context_tokens=4096).is_measured
     assert not attention_share("gqa", h800, context_tokens=4096).is_measured
-    assert "fp8 cache to int4" in attention_share("mfa", h800, context_tokens=4096, kv_dtype="int4").source
+    assert "fp8 caches to int4" in attention_share("mfa", h800, context_tokens=4096, kv_dtype="int4").source
     assert "b200" in ffn_share(b200).source
     assert not ffn_share(b200).is_measured
 

@@ -18,7 +18,7 @@ from step3_jax.layout.deployment import Deployment, Workload, load_deployment
 from step3_jax.layout.hardware import load_hardware
 from step3_jax.layout.role import check_deployment, deployed_config, roles_of
 from step3_jax.planner.memory import CacheShape, MemoryPlan, plan_memory, shape_cache
-from step3_jax.planner.report import to_dict, to_lines
+from step3_jax.planner.memory_table import to_dict, to_lines
 
 # What is compiled for a deployment that names no workload: the bytes of weights do not depend on it.
 _SMALL_CACHE = CacheShape(rows=4, pages_per_row=4)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, Protocol
 
+from step3_jax.planner.data_file import Reader
+
 # How MLA's value product is counted: over latent and rotary columns, as the report's tables are, or over the latent ones
 # alone, which is all that the kernel has to compute.
 CountRule = Literal["report", "exact"]
@@ -197,3 +199,47 @@ class LinearAttention:
     @property
     def _state_elements(self) -> int:
         return self.num_layers * self.num_heads * self.head_dim**2
+
+
+def read_group(reader: Reader) -> AttentionGroup:
+    """Reads a group from its part of a model's file.
+
+    Raises:
+      ValueError: If a value is missing or wrong.
+    """
+    kind = reader.choice("kind", ("mfa", "gqa", "mla", "lightning"))
+    num_layers, num_heads = reader.whole("layers"), reader.whole("heads")
+    group: AttentionGroup
+    if kind == "mla":
+        group = LatentAttention(
+            num_layers,
+            num_heads,
+            latent_dim=reader.whole("latent_dim"),
+            rope_dim=reader.whole("rope_dim"),
+            nope_dim=reader.whole("nope_dim"),
+            value_dim=reader.whole("value_dim"),
+            query_rank=reader.whole("query_rank"),
+            kv_element_bytes=reader.number("kv_element_bytes") if reader.has("kv_element_bytes") else None,
+        )
+    elif kind == "lightning":
+        group = LinearAttention(
+            num_layers,
+            num_heads,
+            head_dim=reader.whole("head_dim"),
+            state_bytes=reader.number("state_bytes"),
+            state_passes=reader.whole("state_passes"),
+            flops_per_state_element=reader.whole("flops_per_state_element"),
+            num_matrices=reader.whole("num_matrices"),
+        )
+    else:
+        group = HeadAttention(
+            num_layers,
+            num_heads,
+            num_kv_heads=reader.whole("kv_heads"),
+            head_dim=reader.whole("head_dim"),
+            query_rank=reader.whole("query_rank") if kind == "mfa" else None,
+            chunk_tokens=reader.whole("chunk_tokens") if reader.has("chunk_tokens") else None,
+            kv_element_bytes=reader.number("kv_element_bytes") if reader.has("kv_element_bytes") else None,
+        )
+    reader.check_all_read()
+    return group

@@ -90,11 +90,15 @@ def _notes(answer: CostAnswer) -> Iterator[str]:
         yield from (f"  {figure} ({own.hardware.name})" for figure in own.figures)
     for hardware in _hardware_of(answer):
         price = answer.prices.usd_per_hour(hardware)
-        cost = "no price" if price is None else f"{price:g} USD an hour ({answer.prices.source(hardware)})"
+        cost = (
+            "no price (--price gives one)"
+            if price is None
+            else f"{price:g} USD an hour ({answer.prices.source(hardware)})"
+        )
         peak = "fp8_tflops" if hardware.fp8_tflops is not None else "bf16_tflops"
         rate = hardware.fp8_tflops if hardware.fp8_tflops is not None else hardware.bf16_tflops
-        source = hardware.sources.get(peak, "its file")
-        yield f"  {hardware.name}: {cost}; {rate:,.0f} TFLOP/s and {hardware.bandwidth_tb_s:g} TB/s ({source})"
+        peak_source = hardware.sources.get(peak, "its file")
+        yield f"  {hardware.name}: {cost}; {rate:,.0f} TFLOP/s and {hardware.bandwidth_tb_s:g} TB/s ({peak_source})"
     if not answer.is_by_price:
         yield "Ranked by tokens/s, as a price is missing: give it with --price NAME=USD"
     if answer.shape.inferred:

@@ -153,17 +153,17 @@ def attention_share(
       arrangement: `AFD` or `EP`.
     """
     run = base_run(arrangement, kv_dtype)
-    base = fit_shares(run).attention
     run_design = load_shape(run.model).design
     own, reference = kernel_share(design, hardware, context_tokens), base_kernel_share(run)
-    if design == run_design and hardware.name == run.hardware:
-        # Within a run's own kind the share moves with the context as the layers' does.
-        return Share(min(base * own.value / reference.value, own.value), run.source, own.is_measured)
-    return Share(
-        min(base * own.value / reference.value, own.value),
-        f"{run.source}; carried over to {design} on {hardware.name} with {own.source}",
-        False,
-    )
+    value = min(fit_shares(run).attention * own.value / reference.value, own.value)
+    carried = []
+    if (design, hardware.name) != (run_design, run.hardware):
+        carried.append(f"from {run_design} on {run.hardware} to {design} on {hardware.name} with {own.source}")
+    if kv_dtype != run.kv_dtype:
+        carried.append(f"from {run.kv_dtype} caches to {kv_dtype}")
+    if not carried:
+        return Share(value, run.source, own.is_measured)
+    return Share(value, f"{run.source}; carried over {' and '.join(carried)}", False)
 
 
 def ffn_share(hardware: Hardware, *, kv_dtype: str = "fp8", arrangement: str = AFD) -> Share:

@@ -9,13 +9,7 @@ from collections.abc import Mapping, Sequence
 from step3_jax import resources
 from step3_jax.config import PRESETS, ModelConfig
 from step3_jax.nearest import describe_known
-from step3_jax.planner.attention import (
-    AttentionGroup,
-    CountRule,
-    HeadAttention,
-    LatentAttention,
-    LinearAttention,
-)
+from step3_jax.planner.attention import AttentionGroup, CountRule, HeadAttention, read_group
 from step3_jax.planner.data_file import Reader, read_yaml
 
 # Bytes of a cached number, without scales. Four-bit storage is computed with in 8 bits.
@@ -237,7 +231,7 @@ def load_shape(name: str) -> ModelShape:
 
 def _read_shape(path: pathlib.Path) -> ModelShape:
     reader = Reader(read_yaml(path), str(path))
-    attention = tuple(_read_group(one) for one in reader.sections("attention"))
+    attention = tuple(read_group(one) for one in reader.sections("attention"))
     ffn = _read_ffn(reader.section("ffn"))
     shape = ModelShape(
         name=path.stem,
@@ -259,45 +253,6 @@ def _read_shape(path: pathlib.Path) -> ModelShape:
         if count != shape.num_layers:
             raise ValueError(f"{path}: {what} have {count} layers in all, and layers is {shape.num_layers}")
     return shape
-
-
-def _read_group(reader: Reader) -> AttentionGroup:
-    kind = reader.choice("kind", ("mfa", "gqa", "mla", "lightning"))
-    num_layers, num_heads = reader.whole("layers"), reader.whole("heads")
-    group: AttentionGroup
-    if kind == "mla":
-        group = LatentAttention(
-            num_layers,
-            num_heads,
-            latent_dim=reader.whole("latent_dim"),
-            rope_dim=reader.whole("rope_dim"),
-            nope_dim=reader.whole("nope_dim"),
-            value_dim=reader.whole("value_dim"),
-            query_rank=reader.whole("query_rank"),
-            kv_element_bytes=reader.number("kv_element_bytes") if reader.has("kv_element_bytes") else None,
-        )
-    elif kind == "lightning":
-        group = LinearAttention(
-            num_layers,
-            num_heads,
-            head_dim=reader.whole("head_dim"),
-            state_bytes=reader.number("state_bytes"),
-            state_passes=reader.whole("state_passes"),
-            flops_per_state_element=reader.whole("flops_per_state_element"),
-            num_matrices=reader.whole("num_matrices"),
-        )
-    else:
-        group = HeadAttention(
-            num_layers,
-            num_heads,
-            num_kv_heads=reader.whole("kv_heads"),
-            head_dim=reader.whole("head_dim"),
-            query_rank=reader.whole("query_rank") if kind == "mfa" else None,
-            chunk_tokens=reader.whole("chunk_tokens") if reader.has("chunk_tokens") else None,
-            kv_element_bytes=reader.number("kv_element_bytes") if reader.has("kv_element_bytes") else None,
-        )
-    reader.check_all_read()
-    return group
 
 
 def _read_ffn(reader: Reader) -> FfnShape:

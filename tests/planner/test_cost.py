@@ -31,7 +31,7 @@ def usd(one: Estimate) -> tuple[float, float]:
     return one.ideal_usd, one.expected_usd
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(MODELS)), st.sampled_from(sorted(HARDWARE)), KV_DTYPES, CONTEXTS, CONTEXTS)
 def test_cost_never_falls_with_context(model: str, name: str, kv_dtype: str, first: int, second: int) -> None:
     short, long = (answer(model, context, kv_dtype, HARDWARE[name]) for context in sorted((first, second)))
@@ -39,7 +39,7 @@ def test_cost_never_falls_with_context(model: str, name: str, kv_dtype: str, fir
         assert all(left <= right * (1 + 1e-9) for left, right in zip(usd(one), usd(other), strict=True))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.sampled_from(sorted(HARDWARE)),
@@ -62,7 +62,7 @@ def test_cost_never_rises_with_a_better_device_of_the_same_price(
     assert all(new <= old * (1 + 1e-9) for new, old in zip(usd(after), usd(before), strict=True))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.lists(st.sampled_from(sorted(HARDWARE)), min_size=1, max_size=4, unique=True),
@@ -79,7 +79,7 @@ def test_afd_is_never_worse_than_the_same_pools_used_for_both(
         assert usd(found.pair)[0] == pytest.approx(best)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(MODELS)), st.sampled_from(sorted(HARDWARE)), KV_DTYPES, CONTEXTS)
 def test_no_expectation_is_better_than_the_ideal(model: str, name: str, kv_dtype: str, context: int) -> None:
     found = answer(model, context, kv_dtype, HARDWARE[name])

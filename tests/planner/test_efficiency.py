@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 
 from step3_jax.layout.hardware import list_hardware, load_hardware
+from step3_jax.planner.cost import attention_seconds, count_token_work, ffn_seconds
 from step3_jax.planner.efficiency import (
     attention_share,
     base_kernel_share,
@@ -16,6 +19,7 @@ from step3_jax.planner.efficiency import (
     predict_rate,
 )
 from step3_jax.planner.published import AFD, ARRANGEMENTS, EP, load_runs
+from step3_jax.planner.shape import load_shape
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,7 @@ def test_one_row_of_table_8_predicts_the_other_two_with_this_error() -> None:
 
 def test_one_deployment_of_deepseek_predicts_the_others_at_its_latency_within_a_tenth() -> None:
     errors = {(fitted.name, other.name): error for fitted, other, error in cross_check(EP)}
-    # 256 sequences a GPU at 2,000 tokens: the network, which no share knows, is most of its 92 ms.
+    # At 256 sequences a GPU of 2,000 tokens the prediction needs all of an interface, and shares know no network.
     usual = {pair: error for pair, error in errors.items() if "dsv3-sglang-2k" not in pair}
     assert len(usual) == 12
     assert max(abs(error) for error in usual.values()) < 0.1
@@ -91,6 +95,7 @@ def test_what_is_carried_over_says_so() -> None:
     h800, b200 = load_hardware("h800"), load_hardware("b200")
     assert attention_share("mfa", h800, context_tokens=4096).is_measured
     assert not attention_share("gqa", h800, context_tokens=4096).is_measured
+    assert "fp8 caches to int4" in attention_share("mfa", h800, context_tokens=4096, kv_dtype="int4").source
     assert "b200" in ffn_share(b200).source
     assert not ffn_share(b200).is_measured
 
@@ -108,3 +113,16 @@ def test_every_kv_dtype_has_a_run_of_each_arrangement() -> None:
             run = base_run(arrangement, kv_dtype)
             assert run.arrangement == arrangement
             assert base_kernel_share(run).is_measured
+
+
+@pytest.mark.parametrize("name", sorted(load_runs()))
+def test_the_page_has_the_shares_of_each_run(name: str) -> None:
+    run = load_runs()[name]
+    text = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    work = count_token_work(load_shape(run.model), run.context_tokens, run.kv_dtype)
+    hardware = load_hardware(run.hardware)
+    of_ideal = run.tokens_per_s_per_device * (attention_seconds(work, hardware) + ffn_seconds(work, hardware))
+    shares = fit_shares(run)
+    cells = [f"{shares.attention:.0%}", f"{shares.ffn:.0%}"][: 1 if run.arrangement == EP else 2]
+    end = f"| {run.tokens_per_s_per_device:,.0f} | {of_ideal:.0%} | {' / '.join(cells)} |"
+    assert end.replace("%", " %") in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 from step3_jax.cli.main import main
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAIR = ["--model", "step3", "--attention-hardware", "h20", "--ffn-hardware", "h800"]
 
 
@@ -103,3 +105,25 @@ def test_cost_and_report_do_not_import_jax() -> None:
         "assert not found, found\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        (
+            "README.md",
+            ["--attention-hardware", "h20", "--ffn-hardware", "h800", "--hardware", "h800", "--context", "8k"],
+        ),
+        ("docs/planning.md", ["--attention-hardware", "h20", "--ffn-hardware", "h800", "--context", "8k"]),
+    ],
+)
+def test_the_pages_show_what_the_command_prints(
+    page: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    block = next(block for block in text.split("```") if "apart (AFD)" in block)
+    assert main(["plan", "cost", *words]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in block.splitlines() if " ideal " in line or " expected " in line]
+    assert len(rows) >= 4
+    assert all(row in printed for row in rows)

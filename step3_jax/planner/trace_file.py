@@ -51,21 +51,16 @@ def read_trace(path: str | pathlib.Path, *, max_tokens: int | None = MAX_TOKENS)
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 text; a trace has a JSON object on each line") from None
+        number = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{file}, line {number}: not UTF-8 text; a trace has a JSON object on each line") from None
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
     lines = text.split("\n")
     found = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            found.append(
-                parse_request(
-                    _load(line, f"{file}, line {number}", is_last=number == len(lines)),
-                    f"{file}, line {number}",
-                    max_tokens=max_tokens,
-                )
-            )
+            where = f"{file}, line {number}"
+            found.append(parse_request(_load(line, where, is_last=number == len(lines)), where, max_tokens=max_tokens))
     if not found:
         raise ValueError(f"{file} has no requests; a line for each is needed, such as {_FORM}")
     with_time = [one.arrival_s for one in found if one.arrival_s is not None]

@@ -26,7 +26,7 @@ from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, widen_weights
-from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.model.step3 import Step3
 
 # Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
@@ -101,7 +101,7 @@ class HostExecutor(Executor):
         self.compile_s = self.calls.compile_s
         return features
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`.
 
         Raises:

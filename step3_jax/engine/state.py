@@ -29,8 +29,8 @@ RUNNING, STOPPED, FULL, IDLE = range(4)
 # One decoder step: (last tokens [B], cache, where they stand) -> (float32 logits [B, V], new cache).
 Forward = Callable[[Int[Array, " B"], Cache, CacheStep], tuple[Float[Array, "B V"], Cache]]
 
-# Tokens of a chunk that each expert got, by shard and MoE layer (the last layer of a model left out, as its FFN is not needed
-# for a cache): int32 [shards, layers, E]. None where the executor does not count them.
+# Tokens of a chunk that each expert got, by shard and MoE layer: int32 [shards, layers, E]. The model's last layer is left
+# out, as its FFN is not needed for a cache. None where the executor does not count them.
 ExpertTokens = np.ndarray | None
 
 

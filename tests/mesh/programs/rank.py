@@ -1,6 +1,6 @@
 """One of several processes that run a checkpoint together: FOLDER PARALLEL, the latter as JSON.
 
-Its answer: the tokens of some prompts, how many of them each expert got, and the bytes of each tensor that this process has read.
+Its answer: the tokens of some prompts, how many each expert got, and the bytes of each tensor that this process has read.
 """
 
 from __future__ import annotations

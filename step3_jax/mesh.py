@@ -16,7 +16,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from step3_jax.sharding import AXES, AttentionForm, Parallel, mesh_axes, parameter_spec
+from step3_jax.layout.parallel import AttentionForm, Parallel
+from step3_jax.layout.table import AXES, mesh_axes
+from step3_jax.sharding import parameter_spec
 
 # What `step3 launch` sets for each process.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "STEP3_COORDINATOR", "STEP3_NUM_PROCESSES", "STEP3_PROCESS_ID"
@@ -36,7 +38,7 @@ class Layout:
     """A parallel setting on its devices.
 
     Attributes:
-      mesh: The devices, along `sharding.AXES`.
+      mesh: The devices, along `layout.table.AXES`.
       parallel: The setting, with nothing left open: ep is a number, and the exchange is chosen.
     """
 
@@ -80,7 +82,7 @@ def make_layout(parallel: Parallel, devices: Sequence[jax.Device] | None = None)
     """Places a setting on devices.
 
     Args:
-      parallel: The setting, its ep known (see `sharding.fit_parallel`).
+      parallel: The setting, its ep known (see `layout.parallel.fit_parallel`).
       devices: As many as it needs, those of a tensor group side by side; by default the first of all there are (see
         `find_devices`).
 

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from pallas_kernels.pages import PAGE_SIZE, KVPages
+from pallas_kernels.pages import KVPages
+from pallas_kernels.storage import PAGE_SIZE
+from step3_jax.afd.call import Numbers, Observe
 from step3_jax.afd.microbatch import merge_reports, split_chunk, split_decode
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.report import gather_report
@@ -22,7 +24,6 @@ from step3_jax.afd.roles import (
     begin_step,
     last_logits,
 )
-from step3_jax.afd.schedule import Numbers, Observe, Schedule
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.afd.wire import Slots, Wire
 from step3_jax.cache.paged import Cache
@@ -40,6 +41,7 @@ from step3_jax.engine.state import (
     step_lengths,
 )
 from step3_jax.layers.attention import CacheStep
+from step3_jax.layout.schedule import Schedule
 from step3_jax.model.text import AttentionBlock
 from step3_jax.sampling.batch import SamplingBatch
 
@@ -76,7 +78,11 @@ class _Loop(NamedTuple):
 
 
 class AttentionLoop:
-    """The attention side's programs."""
+    """The attention side's programs.
+
+    Attributes:
+      num_microbatches: Parts of a batch in flight.
+    """
 
     def __init__(
         self,
@@ -104,7 +110,7 @@ class AttentionLoop:
         self._config = config
         self._topology = topology
         self._form = form
-        self._num_microbatches = num_microbatches
+        self.num_microbatches = num_microbatches
         self._dtype = dtype
         self._observe = observe
 
@@ -118,7 +124,7 @@ class AttentionLoop:
         """
         ends, blocks = self._build(weights)
         own = self._own_rows(batch._replace(features=None), cache)._replace(features=batch.features)
-        parts = split_chunk(own, self._num_microbatches)
+        parts = split_chunk(own, self.num_microbatches)
         schedule = Schedule(len(blocks), len(parts))
         wire = Wire(self._topology, self._form, parts[0].token_ids.shape[0])
         pages, arrived = list(cache), wire.empty()
@@ -168,7 +174,7 @@ class AttentionLoop:
         """
         ends, blocks = self._build(weights)
         own, own_sampling = self._own_rows(batch, cache), self._own_rows(sampling, None)
-        parts = split_decode(own, own_sampling, self._num_microbatches)
+        parts = split_decode(own, own_sampling, self.num_microbatches)
         schedule = Schedule(len(blocks), len(parts))
         num_rows = parts[0][0].last.shape[0]
         wire = Wire(self._topology, self._form, num_rows)

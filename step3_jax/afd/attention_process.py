@@ -10,15 +10,16 @@ import numpy as np
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pages import Storage
+from pallas_kernels.storage import Storage
 from step3_jax.afd.attention_loop import AttentionLoop, AttentionWeights
+from step3_jax.afd.call import Numbers
 from step3_jax.afd.process import COPY, OWN, RoleProcess, encode, take_vision
 from step3_jax.afd.roles import take_apart
-from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
 from step3_jax.engine.executor import Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
+from step3_jax.layout.role import Role
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 
@@ -63,6 +64,16 @@ class AttentionProcess(RoleProcess):
         leaves = self._vision.leaves if self._vision is not None else []
         self._vision_leaves = [leaf.astype(self.run_dtype(leaf.dtype)) for leaf in leaves]
         self._encode_jit = self._jit(self._run_encode, out_shardings=topology.attention.sharding())
+
+    @property
+    def role(self) -> Role:
+        """See `Executor.role`."""
+        return self.topology.attention_role
+
+    @property
+    def num_microbatches(self) -> int:
+        """See `Executor.num_microbatches`."""
+        return self.loop.num_microbatches
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; this process holds the pages of its own devices."""

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pages import Storage
+from pallas_kernels.storage import Storage
+from step3_jax.afd.call import Numbers
 from step3_jax.afd.ffn_loop import FfnLoop, FfnWeights
 from step3_jax.afd.process import COPY, OWN, RoleProcess, encode, take_vision
 from step3_jax.afd.roles import take_apart
-from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.afd.wire import Slots
 from step3_jax.cache.paged import Cache
@@ -48,7 +48,7 @@ class FfnProcess(RoleProcess):
             self._run_decode, static_argnums=(2, 3), in_shardings=(own, copies), out_shardings=copies
         )
 
-    def cache_memory_bytes(self) -> int | None:
+    def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
         """See `Executor.cache_memory_bytes`: what the attention side has left."""
         stats = self.topology.union.local_devices[0].memory_stats()
         return agree_least(_NO_LIMIT_BYTES) if stats and "bytes_limit" in stats else None

@@ -16,17 +16,20 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pages import KVPages, Storage
+from pallas_kernels.pages import KVPages
+from pallas_kernels.storage import Storage
 from step3_jax.afd.calls import Flow, RoleCalls
 from step3_jax.afd.exchange import Exchange
 from step3_jax.afd.flight import Event, Flight, Lane, Stage
-from step3_jax.afd.payload import PayloadFormat, choose_payload
+from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, empty_cache
-from step3_jax.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, widen_weights
 from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
+from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
+from step3_jax.layout.payload import choose_payload
+from step3_jax.layout.role import Role
 from step3_jax.model.step3 import Step3
 
 # Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
@@ -76,12 +79,22 @@ class HostExecutor(Executor):
             model = widen_weights(model)
         self.topology = topology
         self._images_multiple = topology.num_attention
-        self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype))
+        self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
         self.calls = RoleCalls(model, topology, self.form, num_microbatches)
         self.num_traces = self.calls.num_traces
         self._exchange = Exchange(topology)
         self._flight = Flight(deadline_s)
         self._num_started: collections.Counter[str] = collections.Counter()
+
+    @property
+    def role(self) -> Role:
+        """See `Executor.role`."""
+        return self.topology.attention_role
+
+    @property
+    def num_microbatches(self) -> int:
+        """See `Executor.num_microbatches`."""
+        return self.calls.num_microbatches
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; the pages are on the attention devices alone."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.pages import Storage
+from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.engine.executor import Executor, Started
 from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
@@ -92,9 +92,9 @@ class RecordingExecutor(Executor):
             raise ValueError("no cache has been allocated yet: run something first")
         return self._executor.allocate_cache(*self._cache_size)
 
-    def cache_memory_bytes(self) -> int | None:
+    def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
         """See `Executor.cache_memory_bytes`."""
-        return self._executor.cache_memory_bytes()
+        return self._executor.cache_memory_bytes(rows, chunk_tokens)
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`."""

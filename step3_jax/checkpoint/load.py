@@ -27,7 +27,6 @@ from step3_jax.checkpoint.buffer import BufferPool, empty_aligned
 from step3_jax.checkpoint.memory import available_bytes, format_bytes
 from step3_jax.checkpoint.names import (
     SCALE_SUFFIX,
-    Path,
     expected_tensors,
     is_fp8_tensor,
     is_vision_tensor,
@@ -42,10 +41,11 @@ from step3_jax.checkpoint.shards import Checkpoint, summarise
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig
 from step3_jax.gpu import claim_memory
+from step3_jax.layout.parallel import fit_parallel
+from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
 from step3_jax.model.step3 import Step3, abstract_step3
-from step3_jax.quant import BlockScaled, scale_shape
-from step3_jax.sharding import fit_parallel
+from step3_jax.quant import BlockScaled
 from step3_jax.stored_file import require_folder
 
 NUM_READERS = 4

@@ -20,8 +20,9 @@ from step3_jax.checkpoint.names import expected_tensors, is_fp8_tensor, paramete
 from step3_jax.checkpoint.safetensors_io import LazyArray
 from step3_jax.checkpoint.shards import INDEX_FILE, write_checkpoint, write_text
 from step3_jax.config import DTYPES, ModelConfig, QuantConfig
+from step3_jax.layout.tensor import scale_shape
 from step3_jax.model.step3 import Step3
-from step3_jax.quant import BlockScaled, quantise, scale_shape
+from step3_jax.quant import BlockScaled, quantise
 
 
 def save_model(

@@ -9,19 +9,13 @@ parameter tree and cache; those of temporaries would mislead, since XLA:CPU wide
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-import multiprocessing
-import multiprocessing.connection
 import os
 import resource
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import jax
@@ -31,22 +25,26 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, UInt8
 
 from pallas_kernels.common import ENVIRONMENT_VARIABLE as KERNELS
-from pallas_kernels.pages import PAGE_SIZE, KVPages, Storage, empty_pages
-from step3_jax.afd.payload import PayloadFormat, choose_payload
+from pallas_kernels.pages import KVPages, empty_pages
+from pallas_kernels.storage import PAGE_SIZE, Storage
+from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.roles import Parts, Skeleton, Tokens, attention_step, begin_step, end_step, ffn_step, take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
+from step3_jax.cli.plan_process import Compilation
 from step3_jax.config import ModelConfig
-from step3_jax.deployment import Deployment
 from step3_jax.layers.attention import CacheStep, attention_context
+from step3_jax.layout.deployment import Deployment
+from step3_jax.layout.parallel import ATTENTION, BOTH, FFN
+from step3_jax.layout.payload import choose_payload
+from step3_jax.layout.role import check_deployment
+from step3_jax.layout.tensor import scale_shape
 from step3_jax.mesh import Layout, make_layout
 from step3_jax.model.parallel import parallelise, place_shapes
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
 from step3_jax.planner.memory import CacheShape, CompiledBytes, rows_at_once
-from step3_jax.planner.weight import ATTENTION, BOTH, FFN
-from step3_jax.quant import FP8, BlockScaled, scale_shape
-from step3_jax.sharding import Parallel, fit_parallel
+from step3_jax.quant import FP8, BlockScaled
 
 # Only the bytes are wanted, not a fast program.
 COMPILER_OPTIONS: dict[str, str | bool] = {
@@ -65,78 +63,12 @@ _BothLayer = tuple[list[Array], list[Array], KVPages]
 _AttentionLayer = tuple[list[Array], KVPages, Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Compilation:
-    """What compiling gave, and what it took.
-
-    Attributes:
-      roles: Bytes by the name of the role.
-      seconds: From the start of the process.
-      peak_bytes: Most memory of the process.
-    """
-
-    roles: dict[str, CompiledBytes]
-    seconds: float
-    peak_bytes: int
-
-
-def compile_deployment(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
-    """Compiles in a process of its own, as the number of devices is fixed once jax computes.
-
-    Args:
-      config: As `planner.weight.deployed_config` gives it.
-      deployment: What runs where.
-      cache: Of each device that has one.
+def compile_alone(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
+    """Compiles in this process, which has used no device yet; arguments as for `plan_process.compile_deployment`.
 
     Raises:
       ValueError: If the deployment does not divide the model; the message says what would.
-      RuntimeError: If the process dies.
     """
-    start = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_compilation, args=(sender, config, deployment, cache), daemon=True)
-    with _ignored_interrupts():
-        process.start()
-    # What is left is the child's alone, so that its end is the end of the pipe.
-    sender.close()
-    try:
-        found: Compilation | Exception = receiver.recv()
-    except EOFError:
-        raise RuntimeError("the compiling process has died: is there enough memory for it (2 GiB)?") from None
-    finally:
-        # Interrupted, it would compile on for seconds.
-        process.kill()
-        process.join()
-        receiver.close()
-    if isinstance(found, Exception):
-        raise found
-    return dataclasses.replace(found, seconds=time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    """A process that is started here ignores Ctrl-C, which is its parent's to answer. Outside of the main thread nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _send_compilation(
-    sender: multiprocessing.connection.Connection, config: ModelConfig, deployment: Deployment, cache: CacheShape
-) -> None:
-    try:
-        sender.send(_compile(config, deployment, cache))
-    except Exception as error:
-        sender.send(error)
-
-
-def _compile(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
     # Before the first use of a device. A number of devices in XLA_FLAGS would contradict ours.
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if "force_host_platform_device_count" not in flag)
@@ -151,24 +83,13 @@ def _compile(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> 
     return Compilation(compiled, 0.0, peak if sys.platform == "darwin" else peak * 1024)
 
 
-def check_division(config: ModelConfig, deployment: Deployment) -> Parallel:
-    """How the weights are shared out: over all devices, or over those of the FFN side.
-
-    Raises:
-      ValueError: If that does not divide the model; the message says what would.
-    """
-    division = deployment.division
-    block = config.quantization.weight_block_size if config.quantization is not None else None
-    return fit_parallel(Parallel(division.dp, division.tp, division.ep), config.text, fp8_block=block)
-
-
 def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> dict[str, CompiledBytes]:
-    """The same in this process, which needs as many devices as the deployment has."""
+    """The bytes by the name of the role; this process needs as many devices as the deployment has."""
     model = abstract_model(config)
     rows = rows_at_once(deployment)
     if deployment.topology is None:
-        return {BOTH: _compile_both(model, make_layout(check_division(config, deployment)), deployment, cache)}
-    topology = AfdTopology.of(deployment.topology, deployment.division)
+        return {BOTH: _compile_both(model, make_layout(check_deployment(config, deployment)), deployment, cache)}
+    topology = AfdTopology.of(deployment.topology, deployment.parallel)
     topology.check(config)
     form = PayloadFormat.of(config.text, choose_payload(deployment.payload, config.dtype))
     received = -(-rows * topology.num_attention // topology.num_ffn)

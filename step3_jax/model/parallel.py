@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 from step3_jax.layers.collective import Group, ShardedEmbedding, ShardedHead, ShardedOutput
 from step3_jax.layers.expert_exchange import ShardedExperts, gather_tokens
 from step3_jax.layers.router import Routing
+from step3_jax.layout.table import AXES
 from step3_jax.mesh import Layout, padded_shape
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import FfnBlock
-from step3_jax.sharding import AXES
 
 
 class ShardedFfn(nnx.Module):

@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator, Mapping
 
 from step3_jax.config import ModelConfig, TextConfig
-from step3_jax.deployment import Deployment, Division, Workload
-from step3_jax.gpu import MEMORY_SHARE
-from step3_jax.planner.weight import Role, deployed_config, roles_of, weight_bytes
-from step3_jax.planner.workspace import DEFAULT_CHUNK_TOKENS, Workspace, estimate_workspace
-
-# Tokens of a page, and columns that share a scale in int4, as in `pallas_kernels/pages.py`.
-PAGE_SIZE, INT4_GROUP = 64, 64
+from step3_jax.gpu import MEMORY_SHARE, kept_free
+from step3_jax.layout.count import weight_bytes
+from step3_jax.layout.deployment import Deployment, Workload
+from step3_jax.layout.page import PAGE_SIZE, kv_bytes_per_token, pages_for
+from step3_jax.layout.parallel import find_problems, list_parallels
+from step3_jax.layout.role import Role, deployed_config, fp8_block, roles_of
+from step3_jax.layout.workspace import DEFAULT_CHUNK_TOKENS, Workspace, estimate_workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +78,14 @@ class RolePlan:
         return 0 if self.cache is None else self.cache.num_pages * PAGE_SIZE * self.kv_per_token
 
     @property
+    def kept_free(self) -> int:
+        """For calls: the workspace, and of a limited memory no less than the engine leaves."""
+        return self.workspace.total if self.budget is None else kept_free(self.budget, self.workspace.total)
+
+    @property
     def left(self) -> int | None:
-        """For the cache; negative if not even weights and workspace fit. None for unlimited."""
-        return None if self.budget is None else self.budget - self.weights - self.workspace.total
+        """For the cache, by the engine's own rule; negative if not even the weights fit. None for unlimited."""
+        return None if self.budget is None else self.budget - self.weights - self.kept_free
 
     @property
     def kv_tokens(self) -> int | None:
@@ -120,25 +125,12 @@ class MemoryPlan:
         return next(plan.kv_tokens for plan in self.roles if plan.role.has_cache)
 
 
-def kv_bytes_per_token(text: TextConfig, kv_cache: str) -> int:
-    """Cache of one token in all layers: keys and values of one head, with their scales.
-
-    Raises:
-      ValueError: For heads that int4 cannot cut in groups.
-    """
-    size = text.head_dim
-    if kv_cache == "int4" and size % INT4_GROUP:
-        raise ValueError(f"kv_cache int4 needs a head size that is a multiple of {INT4_GROUP}; it is {size}")
-    row = {"float32": 4 * size, "bfloat16": 2 * size, "fp8": size + 4, "int4": size // 2 + 2 * (size // INT4_GROUP)}
-    return 2 * row[kv_cache] * text.num_hidden_layers
-
-
 def shape_cache(deployment: Deployment, role: Role) -> CacheShape | None:
     """The cache that the workload needs on each device of a role; None without a workload or a cache."""
     workload = deployment.workload
     if workload is None or not role.has_cache:
         return None
-    return CacheShape(-(-workload.sequences // role.num_devices), -(-workload.context_tokens // PAGE_SIZE))
+    return CacheShape(-(-workload.sequences // role.num_devices), pages_for(workload.context_tokens))
 
 
 def plan_memory(
@@ -205,7 +197,7 @@ def _plan_role(
     chunk_tokens: int,
     compiled: CompiledBytes | None,
 ) -> RolePlan:
-    parts = weight_bytes(config, deployment.weights, role)
+    parts, topology = weight_bytes(config, deployment.weights, role), deployment.topology
     kv_per_token = kv_bytes_per_token(config.text, deployment.kv_cache) if role.has_cache else 0
     if compiled is not None and compiled.kv_tokens:
         kv_per_token = compiled.kv_cache // compiled.kv_tokens
@@ -216,7 +208,13 @@ def _plan_role(
         kv_per_token=kv_per_token,
         cache=shape_cache(deployment, role),
         workspace=estimate_workspace(
-            config, deployment, role, rows=rows_at_once(deployment), chunk_tokens=chunk_tokens
+            config,
+            deployment.weights,
+            role,
+            rows=rows_at_once(deployment),
+            chunk_tokens=chunk_tokens,
+            num_sources=None if topology is None else topology.num_attention_devices,
+            num_microbatches=0 if topology is None else deployment.num_microbatches,
         ),
         budget=budget,
         compiled=compiled,
@@ -243,7 +241,7 @@ def _find_problems(plan: RolePlan, deployment: Deployment) -> Iterator[str]:
     which = "a device" if deployment.topology is None else f"a device of the {plan.role.name} side"
     if plan.left < 0:
         yield (
-            f"weights of {_gib(plan.weights)} and workspace of {_gib(plan.workspace.total)} are "
+            f"weights of {_gib(plan.weights)} and {_gib(plan.kept_free)} that calls need are "
             f"{_gib(-plan.left)} more than {which} may use ({_gib(plan.budget)})"
         )
     elif plan.kv_per_token and plan.left < PAGE_SIZE * plan.kv_per_token:
@@ -273,19 +271,12 @@ def _vary(
         )
     if chunk_tokens > 256:
         yield "--max-num-batched-tokens 256 reads prompts in smaller chunks", deployment, text_only, 256
-    division = deployment.division
     if deployment.topology is None:
-        for tp in range(2 * division.tp, deployment.num_devices + 1, division.tp):
-            if deployment.num_devices % tp == 0 and _divides(config, tp):
-                changed = dataclasses.replace(
-                    deployment, division=Division(deployment.num_devices // tp, tp, division.ep)
-                )
-                yield (
-                    f"parallel.tp {tp}, dp {deployment.num_devices // tp} shares out more",
-                    changed,
-                    text_only,
-                    chunk_tokens,
-                )
+        for one in list_parallels(deployment.num_devices):
+            is_finer = one.tp > deployment.parallel.tp and one.tp % deployment.parallel.tp == 0
+            if is_finer and one.ep == deployment.parallel.ep and not find_problems(one, config.text, fp8_block(config)):
+                changed = dataclasses.replace(deployment, parallel=one)
+                yield f"parallel.tp {one.tp}, dp {one.dp} shards more of the weights", changed, text_only, chunk_tokens
     for kv_cache in ("fp8", "int4"):
         if _row_bytes(config, kv_cache) < _row_bytes(config, deployment.kv_cache):
             changed = dataclasses.replace(deployment, kv_cache=kv_cache)
@@ -299,14 +290,6 @@ def _row_bytes(config: ModelConfig, kv_cache: str) -> float:
         return kv_bytes_per_token(config.text, kv_cache)
     except ValueError:
         return math.inf
-
-
-def _divides(config: ModelConfig, tp: int) -> bool:
-    """Whether tensor parallelism over `tp` devices leaves no partial block; see `sharding.find_problems`."""
-    text = config.text
-    block = max(config.quantization.weight_block_size) if config.quantization is not None else 1
-    sizes = [text.query_size, text.intermediate_size] + ([text.share_expert_dim] if text.moe_layers else [])
-    return text.hidden_size % tp == 0 and all(size % (tp * block) == 0 for size in sizes)
 
 
 def _gib(num_bytes: int) -> str:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from step3_jax.afd.payload import PayloadFormat, choose_payload
+from step3_jax.afd.payload import PayloadFormat
 from step3_jax.config import TextConfig
 
 
@@ -76,13 +76,3 @@ def test_rows_of_zeros_and_of_large_values_stay_finite() -> None:
     hidden = jnp.stack([jnp.zeros((256,)), jnp.full((256,), 3e38), jnp.full((256,), 448.0)])
     found, _, _ = form.unpack(form.pack(hidden), jnp.float32)
     np.testing.assert_allclose(found, hidden, rtol=1e-6)
-
-
-def test_auto_is_exact_where_the_model_is() -> None:
-    assert choose_payload("auto", "float32") == "float32"
-    assert choose_payload("auto", "bfloat16") == "fp8"
-    assert choose_payload("bfloat16", "float32") == "bfloat16"
-    with pytest.raises(ValueError, match="'fp4'; allowed: auto, fp8, bfloat16, float32"):
-        choose_payload("fp4", "float32")
-    with pytest.raises(ValueError, match="'auto'; allowed: fp8"):
-        PayloadFormat.of(TextConfig(), "auto")

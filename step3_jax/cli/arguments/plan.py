@@ -6,9 +6,10 @@ import argparse
 
 from step3_jax.cli.dtype import dtype_name
 from step3_jax.config import PRESETS
-from step3_jax.deployment import KV_CACHE_DTYPES, WEIGHTS
 from step3_jax.gpu import MEMORY_SHARE
-from step3_jax.planner.workspace import DEFAULT_CHUNK_TOKENS
+from step3_jax.layout.deployment import WEIGHTS
+from step3_jax.layout.page import KV_CACHE_DTYPES
+from step3_jax.layout.workspace import DEFAULT_CHUNK_TOKENS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 
 from step3_jax.config import NUM_CLASS_TOKENS, ModelConfig
-from step3_jax.deployment import Deployment
-from step3_jax.planner.weight import ATTENTION, FFN, Role
+from step3_jax.layout.parallel import ATTENTION, FFN
+from step3_jax.layout.role import Role
 
 # Rows that the last tile of each expert is filled up to.
 TILE_ROWS = 128
@@ -47,32 +47,34 @@ class Workspace:
 
 def estimate_workspace(
     config: ModelConfig,
-    deployment: Deployment,
+    weights: str,
     role: Role,
     *,
     rows: int,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    num_sources: int | None = None,
+    num_microbatches: int = 0,
 ) -> Workspace:
     """The estimate for one device of a role.
 
     Args:
-      config: As `weight.deployed_config` gives it.
-      deployment: For the formats.
-      role: One of its roles.
+      config: As `role.deployed_config` gives it.
+      weights: "float32", "bfloat16" or "fp8".
+      role: What the device holds.
       rows: Sequences that each device with a cache decodes at once; of a micro-batch where there are several.
       chunk_tokens: Prompt tokens that each such device reads at once.
+      num_sources: Devices that tokens come from; all of the role if absent.
+      num_microbatches: In flight between attention and FFN; 0 where every device does both.
     """
-    itemsize = 4 if deployment.weights == "float32" else 2
+    itemsize = 4 if weights == "float32" else 2
     # A gathered batch: every device computes its experts' part of the tokens of all.
-    num_sources = deployment.topology.num_attention_devices if deployment.topology is not None else role.num_devices
+    num_sources = role.num_devices if num_sources is None else num_sources
 
     def phase(tokens: int, *, has_head: bool) -> int:
-        exchange = 0
-        if deployment.topology is not None:
-            # Both directions of each micro-batch in flight, at most one row a token each.
-            exchange = deployment.num_microbatches * tokens * config.text.hidden_size * 2 * itemsize
-            if role.name == FFN:
-                exchange = exchange * num_sources // role.num_devices
+        # Both directions of each micro-batch in flight, at most one row a token each.
+        exchange = num_microbatches * tokens * config.text.hidden_size * 2 * itemsize
+        if role.name == FFN:
+            exchange = exchange * num_sources // role.num_devices
         needed = [0]
         if role.has_cache:
             needed.append(_attention_bytes(config, tokens, itemsize))
@@ -80,7 +82,7 @@ def estimate_workspace(
             # The device's part, the whole row, and the row in float32.
             needed.append(tokens * config.text.vocab_size * (2 * itemsize + 4))
         if role.name != ATTENTION:
-            needed.append(_ffn_bytes(config, deployment, role, tokens * num_sources, itemsize))
+            needed.append(_ffn_bytes(config, weights, role, tokens * num_sources, itemsize))
         residual = tokens * config.text.hidden_size * 2 * itemsize if role.has_cache else 0
         return exchange + residual + max(needed)
 
@@ -96,19 +98,19 @@ def _attention_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
     return low_rank + heads + tokens * text.hidden_size * itemsize
 
 
-def _ffn_bytes(config: ModelConfig, deployment: Deployment, role: Role, tokens: int, itemsize: int) -> int:
-    text, division = config.text, role.division
+def _ffn_bytes(config: ModelConfig, weights: str, role: Role, tokens: int, itemsize: int) -> int:
+    text, parallel = config.text, role.parallel
     # FP8 products read rows in FP8.
-    packed = 1 if deployment.weights == "fp8" else itemsize
+    packed = 1 if weights == "fp8" else itemsize
     gathered = tokens * text.hidden_size * 2 * itemsize
-    dense = tokens // division.dp * text.intermediate_size // division.tp * 3 * itemsize
+    dense = tokens // parallel.dp * text.intermediate_size // parallel.tp * 3 * itemsize
     if not text.moe_layers:
         return gathered + dense
-    experts = text.moe_num_experts // division.ep
-    width = text.moe_intermediate_size * division.ep // role.num_devices
+    experts = text.moe_num_experts // parallel.expert_groups
+    width = text.moe_intermediate_size // parallel.expert_width_parts
     pairs = tokens * text.moe_top_k + experts * TILE_ROWS
     routed = pairs * (text.hidden_size * (packed + itemsize) + width * packed)
-    shared = tokens // division.dp * text.share_expert_dim // division.tp * 3 * itemsize
+    shared = tokens // parallel.dp * text.share_expert_dim // parallel.tp * 3 * itemsize
     return gathered + max(routed + shared, dense)
 
 

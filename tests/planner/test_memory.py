@@ -11,7 +11,7 @@ from step3_jax import resources
 from step3_jax.config import ModelConfig
 from step3_jax.layout.deployment import load_deployment
 from step3_jax.planner.memory import MemoryPlan, plan_memory
-from step3_jax.planner.report import to_dict, to_lines
+from step3_jax.planner.memory_table import to_dict, to_lines
 
 STEP3 = ModelConfig.preset("step3")
 

@@ -179,7 +179,9 @@ def _run_requests(arguments: argparse.Namespace, case: Case, is_recorded: bool) 
     lines = [
         f"{len(arrivals.requests):,} requests, {loop}; on average {prompt:,.0f} tokens of prompt ({where}) and "
         f"{output:,.0f} of output",
-        f"KV cache of {scheduler.shard_tokens:,} tokens on each of {case.topology.num_attention_devices} attention devices",
+        f"each of {case.topology.num_attention_devices} attention devices: KV cache of {scheduler.shard_tokens:,} tokens, "
+        f"{scheduler.max_num_seqs} slots"
+        + ("" if arguments.decode_only else f", {scheduler.max_num_batched_tokens} prompt tokens at once"),
     ]
     values: dict[str, object] = {
         "mean_prompt_tokens": prompt,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from step3_jax.cli.simulate_option import Case
+from step3_jax.cli.simulate_option import Case, read_count
 from step3_jax.config import PRESETS, ModelConfig
 from step3_jax.engine.bucket_table import BucketTable
 from step3_jax.engine.config import EngineConfig
 from step3_jax.layout.page import PAGE_SIZE, pages_for
 from step3_jax.planner.memory import plan_memory
+from step3_jax.planner.quantity import parse_tokens
 from step3_jax.planner.shape import ModelShape
 from step3_jax.planner.simulation.arrival import Arrivals, arrive_at_rate, repeat_lengths
 from step3_jax.planner.simulation.scheduler import Scheduler
@@ -37,7 +38,7 @@ def read_arrivals(arguments: argparse.Namespace, shape: ModelShape) -> Arrivals:
       ValueError: If they are not said, or said twice, or a line of the file is wrong.
     """
     limit = shape.max_context_tokens or MAX_TOKENS
-    lengths = (arguments.prompt_tokens, arguments.output_tokens)
+    lengths = (read_count(arguments, "prompt_tokens"), read_count(arguments, "output_tokens"))
     if arguments.requests is not None:
         if lengths != (None, None) or arguments.num_requests is not None:
             raise ValueError(
@@ -87,9 +88,6 @@ def read_scheduler(arguments: argparse.Namespace, case: Case) -> tuple[Scheduler
         if getattr(arguments, name) is not None:
             values[name] = getattr(arguments, name)
     config = EngineConfig.of(values)
-    # With a chunk for each device, as a device alone would have it.
-    if "max_num_batched_tokens" not in values:
-        config = config.replace(max_num_batched_tokens=config.max_num_batched_tokens * shards)
     limit = case.shape.max_context_tokens or MAX_TOKENS
     buckets = BucketTable.of(config, max_pages=pages_for(limit), num_shards=shards)
     queued = arguments.max_num_queued_reqs
@@ -120,7 +118,7 @@ def count_cache_tokens(case: Case) -> int | None:
 
 def _find_cache(arguments: argparse.Namespace, case: Case) -> int:
     if arguments.kv_cache_tokens is not None:
-        return int(arguments.kv_cache_tokens)
+        return parse_tokens(arguments.kv_cache_tokens, "--kv-cache-tokens")
     found = count_cache_tokens(case)
     if found is None:
         raise ValueError("nothing says how large the KV cache is: give --kv-cache-tokens, of all devices together")

@@ -101,6 +101,12 @@ def read_case(arguments: argparse.Namespace) -> Case:
     return Case(deployment, topology, shape, pipeline, timer, draws, head_s, context_tokens, notes)
 
 
+def read_count(arguments: argparse.Namespace, name: str) -> int | None:
+    """A number of tokens of the command line; None without it."""
+    value = getattr(arguments, name)
+    return None if value is None else parse_tokens(value, f"--{name.replace('_', '-')}")
+
+
 def _read_deployment(arguments: argparse.Namespace) -> tuple[Deployment, Topology]:
     name, devices = arguments.deployment, arguments.devices_per_instance
     try:
@@ -206,11 +212,12 @@ def _read_roofline(
         PayloadSize(payload, shape.hidden_size, shape.ffn.top_k),
     )
     if (arguments.times or "expected") == "expected":
-        if context_tokens is None and arguments.prompt_tokens is None:
+        typical = context_tokens or read_count(arguments, "prompt_tokens")
+        if typical is None:
             raise ValueError(
                 "what attention is expected to reach depends on the context: give --context, or --times ideal"
             )
-        timer = timer.expected(context_tokens or arguments.prompt_tokens)
+        timer = timer.expected(typical)
     rates = tuple(_find_network(arguments, one) for one in (attention, ffn))
     notes = (
         f"attention on {attention.name}, FFN on {ffn.name}; network {rates[0]:g} and {rates[1]:g} GB/s a device and way "

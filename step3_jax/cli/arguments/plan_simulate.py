@@ -109,8 +109,8 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rate", type=float, metavar="X", help="requests a second, at random times")
     group.add_argument("--concurrency", type=int, metavar="N", help="requests under way, the next when one has ended")
     group.add_argument("--num-requests", type=int, metavar="N", help="without a file (default: 100)")
-    group.add_argument("--prompt-tokens", type=int, metavar="N", help="of each, without a file")
-    group.add_argument("--output-tokens", type=int, metavar="N", help="of each, without a file")
+    group.add_argument("--prompt-tokens", metavar="N", help="of each, without a file; 4k is 4,096")
+    group.add_argument("--output-tokens", metavar="N", help="of each, without a file; 4k is 4,096")
     group.add_argument(
         "--decode-only", action="store_true", help="prompts come with their KV cache, prefilled elsewhere"
     )

@@ -89,6 +89,8 @@ class Scheduler:
 
     Attributes:
       running: Requests in slots, in the order they were admitted in.
+      max_num_seqs: Slots of each shard.
+      max_num_batched_tokens: Prompt tokens that each prefills at once.
       num_preemptions: Requests that lost their pages so far.
       num_rejected: Requests for which the queue had no room.
     """
@@ -130,8 +132,8 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.num_rejected = 0
-        self._num_shards, self._shard_pages, self._max_num_seqs = num_shards, shard_pages, max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._num_shards, self._shard_pages, self.max_num_seqs = num_shards, shard_pages, max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
         self._long_prefill_tokens = long_prefill_tokens or max(1, max_num_batched_tokens // 2)
         self._max_queued = max_queued
         self._has_prefill = has_prefill
@@ -166,7 +168,7 @@ class Scheduler:
         """Gives slots and pages to requests of the queue, as far as they go."""
         blocked: list[Request] = []
         for request in tuple(self._waiting):
-            if min(self._num_in_shard) >= self._max_num_seqs:
+            if min(self._num_in_shard) >= self.max_num_seqs:
                 break
             if len(blocked) > MAX_PASSES or any(other.num_passed >= MAX_PASSES for other in blocked):
                 break
@@ -186,7 +188,7 @@ class Scheduler:
         counts = divide_chunk(
             [Unfinished(one.num_computed, one.num_to_prefill, one.shard or 0) for one in unfinished],
             num_shards=self._num_shards,
-            max_num_batched_tokens=self._max_num_batched_tokens,
+            max_num_batched_tokens=self.max_num_batched_tokens,
             long_prefill_tokens=self._long_prefill_tokens,
         )
         return [(one, count) for one, count in zip(unfinished, counts, strict=True) if count]
@@ -223,7 +225,7 @@ class Scheduler:
         count = count_admitted_pages(
             request.num_tokens, request.max_cached, is_pinned=request.is_pinned, shard_pages=self._shard_pages
         )
-        open_shards = [one for one in range(self._num_shards) if self._num_in_shard[one] < self._max_num_seqs]
+        open_shards = [one for one in range(self._num_shards) if self._num_in_shard[one] < self.max_num_seqs]
         # The one with the fewest requests, and of those the one with most pages.
         for shard in sorted(open_shards, key=lambda one: (self._num_in_shard[one], -self._free[one], one)):
             if count <= self._free[shard]:

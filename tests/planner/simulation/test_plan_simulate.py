@@ -120,7 +120,7 @@ def test_a_batch_that_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -
         ("2a2f --rate 3", "give --prompt-tokens and --output-tokens"),
         ("2a2f --rate 0 --prompt-tokens 3 --output-tokens 3", "above 0"),
         ("2a2f --rate 3 --concurrency 3 --prompt-tokens 3 --output-tokens 3", "give one of them"),
-        ("2a2f --rate 3 --prompt-tokens 0 --output-tokens 3", "0 prompt tokens"),
+        ("2a2f --rate 3 --prompt-tokens 0 --output-tokens 3", "--prompt-tokens 0: a whole number"),
         ("2a2f --rate 3 --prompt-tokens 70000 --output-tokens 3", "positions for 65,536"),
         ("2a2f --rate 3 --batch 3", "leave one of them out"),
         ("2a2f --prompt-tokens 3 --output-tokens 3", "give a rate"),

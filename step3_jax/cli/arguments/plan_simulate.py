@@ -114,9 +114,7 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--decode-only", action="store_true", help="prompts come with their KV cache, prefilled elsewhere"
     )
-    group.add_argument(
-        "--kv-cache-tokens", type=int, metavar="N", help="of all devices (default: as plan memory has it)"
-    )
+    group.add_argument("--kv-cache-tokens", metavar="N", help="of all devices (default: as plan memory has it)")
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="as for the engine (default: the file's workload)")
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="as for the engine")
     group.add_argument("--long-prefill-token-threshold", type=int, metavar="N", help="as for the engine")

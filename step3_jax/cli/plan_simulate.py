@@ -126,10 +126,11 @@ def _run_batch(arguments: argparse.Namespace, case: Case, is_recorded: bool) -> 
         values["tpot_ms_without_jitter"] = constant_s * 1e3
         lines.append(f"closed form without jitter: {constant_s * 1e3:,.2f} ms a token")
     cache_tokens = count_cache_tokens(case)
-    values["kv_cache_tokens"] = cache_tokens
-    if cache_tokens is not None and num_sequences * case.context_tokens > cache_tokens:
+    needed = num_sequences * case.context_tokens
+    values |= {"kv_cache_tokens": cache_tokens, "fits": None if cache_tokens is None else needed <= cache_tokens}
+    if values["fits"] is False:
         lines.append(
-            f"DOES NOT FIT: {num_sequences * case.context_tokens:,} tokens of KV cache, and {cache_tokens:,} fit by the "
+            f"DOES NOT FIT: {needed:,} tokens of KV cache, and {cache_tokens:,} fit by the "
             "arithmetic of step3 plan memory"
         )
     summary = summarise_batch(found, num_sequences=num_sequences, num_devices=case.topology.num_devices)

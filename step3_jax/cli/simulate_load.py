@@ -101,7 +101,9 @@ def read_scheduler(arguments: argparse.Namespace, case: Case) -> tuple[Scheduler
         max_queued=_QUEUE_FACTOR * config.max_num_seqs if queued is None else queued,
         has_prefill=not arguments.decode_only,
     )
-    return scheduler, CallLimits(config.stream_interval, config.max_call_ms / 1e3)
+    # Attention and FFN apart are several processes, in which the engine's default does not count.
+    call_s = None if arguments.max_call_ms is None else config.max_call_ms / 1e3
+    return scheduler, CallLimits(config.stream_interval, call_s)
 
 
 def count_cache_tokens(case: Case) -> int | None:

@@ -125,4 +125,4 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help=f"as for the engine; {STEPS_PER_CALL} for answers that are not streamed",
     )
-    group.add_argument("--max-call-ms", type=float, metavar="MS", help="as for the engine")
+    group.add_argument("--max-call-ms", type=float, metavar="MS", help="longest decode call (default: no limit)")

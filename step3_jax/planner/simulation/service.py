@@ -1,7 +1,7 @@
 """Requests through a deployment: the engine's steps, one after the other, each a chunk of prompts and a decode call.
 
-While a prompt is prefilled, or a first token is waited for, a decode call makes one token; else up to 32, those between two
-pieces of a stream, and no more than fit the longest call. Tokens are handed over when a call has ended, and requests join
+While a prompt is prefilled, or a first token is waited for, a decode call makes one token; else up to 32, or those between
+two pieces of a stream. Tokens are handed over when a call has ended, and requests join
 between calls. The rows of an attention device are spread evenly over micro-batches. A chunk goes through all layers, the
 pipeline is drained between calls, and the host costs nothing.
 """
@@ -32,11 +32,12 @@ class CallLimits:
 
     Attributes:
       steps: Most tokens between two pieces of a stream.
-      call_s: Longest call, in seconds; one step at least.
+      call_s: Longest call, in seconds; one step at least. None for no limit, as in an engine of several processes, which
+        measure different times and must choose the same.
     """
 
     steps: int = STEPS_PER_CALL
-    call_s: float = 0.1
+    call_s: float | None = None
 
 
 @dataclasses.dataclass
@@ -198,7 +199,9 @@ class Service:
         if scheduler.is_prefilling or any(not one.num_generated for one in scheduler.running if one.is_ready):
             return 1
         steps = min(STEPS_PER_CALL, self._limits.steps)
-        return min(steps, max(1, int(self._limits.call_s / self._step_s))) if self._step_s > 0 else steps
+        if self._limits.call_s is None or self._step_s == 0:
+            return steps
+        return min(steps, max(1, int(self._limits.call_s / self._step_s)))
 
     def _cut(self, ready: Sequence[Request]) -> list[list[Rows]]:
         """The rows of each attention device, dealt to the micro-batches in turn."""

@@ -110,7 +110,9 @@ def test_the_device_with_most_cached_tokens_sets_its_instances_pace() -> None:
         spread_evenly(topology, 3, 2, 10)
 
 
-def serve(arrivals: Arrivals, *, prefills: bool = True, steps: int = STEPS_PER_CALL, **sizes: int) -> ServiceRun:
+def serve(
+    arrivals: Arrivals, *, prefills: bool = True, steps: int = STEPS_PER_CALL, call_s: float | None = None, **sizes: int
+) -> ServiceRun:
     """On 1A1F of one device, by the roofline of two H800."""
     topology = parse_topology("1a1f")
     values = {"shard_pages": 4000, "max_num_seqs": 32, "max_num_batched_tokens": 2048} | sizes
@@ -119,7 +121,7 @@ def serve(arrivals: Arrivals, *, prefills: bool = True, steps: int = STEPS_PER_C
         Pipeline(61, 3, attention_bytes_s=50e9, ffn_bytes_s=50e9),
         Batcher(topology, roofline(topology)),
         scheduler,
-        limits=CallLimits(steps=steps, call_s=10.0),
+        limits=CallLimits(steps=steps, call_s=call_s),
     )
     return service.serve(arrivals)
 
@@ -170,6 +172,8 @@ def test_pieces_of_a_stream_bound_the_calls() -> None:
     short, long = serve(load, steps=4), serve(load)
     assert short.num_steps == long.num_steps == 41
     assert short.end_s > long.end_s
+    # A call of one step shows how long one takes.
+    assert serve(load, call_s=1e-6).end_s > short.end_s
 
 
 def test_more_load_never_gives_less_waiting() -> None:

@@ -236,6 +236,5 @@ def _count(
         )
         return Stages(True, attention, ffn, send, back, shares)
     parallel = machines.ffn_role.parallel
-    gather = arithmetic.count_gather(machines.attention, parallel, rows, share=shares.network)
-    join = arithmetic.count_join(machines.attention, parallel, rows, share=shares.network)
-    return Stages(False, attention, ffn, 2 * gather + join, np.zeros_like(rows), shares)
+    exchange = arithmetic.count_exchange(machines.attention, parallel, rows, has_head=has_head, share=shares.network)
+    return Stages(False, attention, ffn, exchange, np.zeros_like(rows), shares)

@@ -247,47 +247,47 @@ class Arithmetic:
         inside = tokens * (per_instance - 1) / per_instance / link_gb_s
         return np.maximum(across, inside) * (row_bytes * self.model.text.num_hidden_layers / 1e9 / share)
 
-    def count_gather(self, hardware: Hardware, parallel: Parallel, rows: Numbers, *, share: float) -> Numbers:
-        """Seconds of one direction between devices that do both, in all layers of a micro-batch.
+    def count_exchange(
+        self, hardware: Hardware, parallel: Parallel, rows: Numbers, *, has_head: bool, share: float
+    ) -> Numbers:
+        """Seconds of all exchanges between devices that do both, in all layers of a micro-batch.
 
-        Inside a machine every device gets the tokens of all. Between machines, with experts in several, a token goes once to
-        each group of devices that has one of its experts, with room for twice the tokens to expect.
+        What is sharded across the devices of a group needs the tokens of all of them, and its sums go back: o-proj (which
+        takes columns of all instead), dense layers, the shared expert, the head. So do the routed experts inside a machine,
+        across all devices. Between machines a token goes to each group of devices that has one of its experts, with room for
+        twice the tokens to expect, as `layers/expert_exchange.py` has it.
 
         Args:
-          hardware: The devices.
+          hardware: The devices; those of a tensor parallel group are in one machine.
           parallel: How the weights are sharded.
           rows: Tokens of each device.
+          has_head: Whether the tokens go through the head.
           share: Of the ideal.
 
         Raises:
           ValueError: If the devices are in several machines and have no network.
         """
-        text, machine, devices = self.model.text, hardware.devices_per_machine, parallel.num_devices
-        row_bytes = text.hidden_size * _ACTIVATION_BYTES * text.num_hidden_layers / 1e9 / share
-        if devices <= machine:
-            return rows * (devices - 1) / hardware.link_gb_s * row_bytes
-        if hardware.network_gb_s is None:
+        text, machine, devices, tp = self.model.text, hardware.devices_per_machine, parallel.num_devices, parallel.tp
+        num_moe, width, groups = len(text.moe_layers), parallel.expert_width_parts, parallel.expert_groups
+        # All of it as numbers that a device receives for each of its own tokens.
+        others = text.num_hidden_layers * (text.query_size * (tp - 1) / tp + text.hidden_size * (tp - 1))
+        # Routed and shared experts that lie on the same devices have one exchange.
+        is_joint = parallel.dp == 1 and devices <= machine
+        num_gathers = text.num_hidden_layers - (num_moe if is_joint else 0)
+        others += 2 * num_gathers * text.hidden_size * (tp - 1)
+        if has_head:
+            others += text.hidden_size * (tp - 1) + text.vocab_size * (tp - 1) / tp
+        inside, between = float(devices - 1), 0.0
+        if devices > machine:
+            # Of a token, for each group: those that choose an expert there, and as many again; at most all.
+            room = min(_CAPACITY_FACTOR * (1 - (1 - 1 / groups) ** self.model.load.top_k), 1.0)
+            # The devices that share experts have one another's tokens, and each sends them all to its like in other groups.
+            inside, between = width - 1 + room * max(machine - width, 0), room * (devices - machine)
+        if between and hardware.network_gb_s is None:
             raise ValueError(f"{hardware.name} has no network to other machines: its file has no network_gb_s")
-        width, groups = parallel.expert_width_parts, parallel.expert_groups
-        copies = min(_CAPACITY_FACTOR * self.model.load.top_k, groups) if groups > 1 else 0
-        away = (devices - machine) / devices
-        inside = rows * (width - 1 + copies * (1 - away)) / hardware.link_gb_s
-        between = rows * copies * away / hardware.network_gb_s
-        return np.maximum(inside, between) * row_bytes
-
-    def count_join(self, hardware: Hardware, parallel: Parallel, rows: Numbers, *, share: float) -> Numbers:
-        """Seconds of the exchange that tensor parallel o-proj needs: heads to columns, and the sums back.
-
-        Args:
-          hardware: The devices.
-          parallel: How the weights are sharded; the devices of a group are in one machine.
-          rows: Tokens of each device.
-          share: Of the ideal.
-        """
-        text, tp = self.model.text, parallel.tp
-        columns = text.query_size * (tp - 1) / tp + text.hidden_size * (tp - 1)
-        num_bytes = rows * columns * _ACTIVATION_BYTES * text.num_hidden_layers
-        return num_bytes / (hardware.link_gb_s * 1e9 * share)
+        slowest = max(inside / hardware.link_gb_s, between / (hardware.network_gb_s or 1.0))
+        numbers = others / hardware.link_gb_s + 2 * num_moe * text.hidden_size * slowest
+        return rows * (numbers * _ACTIVATION_BYTES / 1e9 / share)
 
 
 def _work(num_bytes: Numbers | float, flops: Numbers, hardware: Hardware, dtype: str, share: float) -> Work:

@@ -167,6 +167,24 @@ def test_devices_that_do_both_take_no_less_than_their_exchanges() -> None:
     assert far.find_binding(1, 0) == "exchange between devices"
 
 
+def test_tokens_go_to_the_groups_of_their_experts_between_machines() -> None:
+    """32 devices, 16 groups of two: one of a token's three experts is in a group with 1 - (15/16)^3; room is twice that."""
+    rows, fast = np.array([64.0]), dataclasses.replace(H800, link_gb_s=1e6)
+    stages = count_decode(Arithmetic(model("4k"), by_chance=False), both(Parallel(32, 1, 16), fast), rows, Shares())
+    room = 2 * (1 - (15 / 16) ** 3)
+    # Both ways in BF16, to the 24 devices of the other machines.
+    assert stages.send == pytest.approx(2 * 56 * 64 * room * 24 * 7168 * 2 / 50e9)
+
+
+def test_one_group_of_a_machine_exchanges_what_its_shards_need() -> None:
+    """Eight devices: o-proj in all layers, tokens and sums of 56 layers with experts and 5 without, the head."""
+    stages = count_decode(
+        Arithmetic(model("4k"), by_chance=False), both(Parallel(1, 8, 8), H800), np.array([64.0]), Shares()
+    )
+    numbers = 61 * (64 * 256 * 7 / 8 + 7168 * 7) + 2 * 61 * 7168 * 7 + 7168 * 7 + 128_815 * 7 / 8
+    assert stages.send == pytest.approx(64 * numbers * 2 / 200e9)
+
+
 def test_prefilling_takes_longer_for_longer_prompts_and_more_tokens() -> None:
     arithmetic = Arithmetic(model("8k"), by_chance=False)
 

@@ -130,7 +130,7 @@ def test_experts_in_host_memory_decode_where_one_card_is_all_there_is() -> None:
     judge=st.sampled_from(["expected", "ideal"]),
     text_only=st.booleans(),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_a_looser_target_is_never_dearer_and_all_that_is_shown_fits(
     context: str, pools: tuple[str, ...], targets: tuple[float, float], judge: Judge, text_only: bool
 ) -> None:
@@ -160,7 +160,7 @@ def test_a_looser_target_is_never_dearer_and_all_that_is_shown_fits(
     more=st.tuples(st.integers(0, 16), st.integers(0, 16)),
     target_ms=st.floats(15, 150),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_more_hardware_is_never_dearer(counts: tuple[int, int], more: tuple[int, int], target_ms: float) -> None:
     few, many = (
         search(ask("8k", f"h800:{h800}", f"h20:{h20}", target_ms=target_ms))

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pathlib
 
 from step3_jax.cli.display import write_note
+from step3_jax.cli.plan_model import load_config
 from step3_jax.cli.plan_process import Compilation, compile_deployment
 from step3_jax.cli.process import interruptible
-from step3_jax.config import PRESETS, ModelConfig
+from step3_jax.config import ModelConfig
 from step3_jax.layout.deployment import Deployment, Workload, load_deployment
 from step3_jax.layout.hardware import load_hardware
 from step3_jax.layout.role import check_deployment, deployed_config, roles_of
@@ -27,16 +27,20 @@ _SMALL_CACHE = CacheShape(rows=4, pages_per_row=4)
 def run(arguments: argparse.Namespace) -> int:
     """Prints the plan."""
     deployment = _change(load_deployment(arguments.deployment), arguments)
-    config = _load_config(arguments.model)
+    config = load_config(arguments.model)
     deployed = deployed_config(config, deployment.weights, text_only=arguments.text_only)
     check_deployment(deployed, deployment)
-    memory_gib = arguments.memory_gib if arguments.memory_gib is not None else _find_memory(deployment)
+    memory_gib, ffn_memory_gib = arguments.memory_gib, None
+    if memory_gib is None:
+        memory_gib = _find_memory(deployment, deployment.hardware)
+        ffn_memory_gib = _find_memory(deployment, deployment.ffn_hardware or deployment.hardware)
 
     def plan(compilation: Compilation | None) -> MemoryPlan:
         return plan_memory(
             config,
             deployment,
             memory_gib=memory_gib,
+            ffn_memory_gib=ffn_memory_gib,
             text_only=arguments.text_only,
             memory_share=arguments.memory_share,
             chunk_tokens=arguments.max_num_batched_tokens,
@@ -78,6 +82,7 @@ def _change(deployment: Deployment, arguments: argparse.Namespace) -> Deployment
         weights=arguments.weights or deployment.weights,
         kv_cache=arguments.kv_cache_dtype or deployment.kv_cache,
         hardware=arguments.hardware or deployment.hardware,
+        ffn_hardware=None if arguments.hardware else deployment.ffn_hardware,
         # Another device has its own memory.
         device_memory_gib=None if arguments.hardware else deployment.device_memory_gib,
         workload=_change_workload(deployment.workload, arguments.sequences, arguments.context_tokens),
@@ -96,18 +101,9 @@ def _change_workload(workload: Workload | None, sequences: int | None, context_t
     return Workload(sequences or base.sequences, context_tokens or base.context_tokens)
 
 
-def _find_memory(deployment: Deployment) -> float | None:
-    """What a device has: the file's number, but no more than the device that it names."""
+def _find_memory(deployment: Deployment, hardware: str | None) -> float | None:
+    """What a device has: the file's number, but no more than the hardware that it is of."""
     known = [] if deployment.device_memory_gib is None else [deployment.device_memory_gib]
-    if deployment.hardware is not None:
-        known.append(load_hardware(deployment.hardware).memory_gib)
+    if hardware is not None:
+        known.append(load_hardware(hardware).memory_gib)
     return min(known, default=None)
-
-
-def _load_config(name: str) -> ModelConfig:
-    if name in PRESETS:
-        return ModelConfig.preset(name)
-    path = pathlib.Path(name).expanduser()
-    if not path.exists():
-        raise ValueError(f"--model {name}: give one of {', '.join(PRESETS)}, or a folder with a config.json")
-    return ModelConfig.load(path)

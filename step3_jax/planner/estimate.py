@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from step3_jax.layout.hardware import Hardware
 from step3_jax.planner.cost import (
@@ -31,6 +32,10 @@ from step3_jax.planner.efficiency import (
 from step3_jax.planner.own_measurement import OwnMeasurement
 from step3_jax.planner.published import AFD, EP
 from step3_jax.planner.shape import ModelShape
+
+# Which of the two a target is held against.
+Judge = Literal["expected", "ideal"]
+JUDGES: tuple[Judge, ...] = ("expected", "ideal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +183,50 @@ def estimate_cost(
     )
 
 
+def choose_attention_share(
+    shape: ModelShape,
+    context_tokens: float,
+    kv_dtype: str,
+    hardware: Hardware,
+    arrangement: str,
+    measurements: Sequence[OwnMeasurement] = (),
+) -> Share:
+    """The share that attention with its projections is expected to reach: the user's own, else a published one.
+
+    Args:
+      shape: The model.
+      context_tokens: Tokens that a token attends to.
+      kv_dtype: Of the cache.
+      hardware: The attention devices.
+      arrangement: `AFD` or `EP`.
+      measurements: The user's own.
+    """
+    # The kernels and the engine are those of MFA.
+    for own in measurements if shape.design == "mfa" else ():
+        if own.hardware.name == hardware.name and kv_dtype in own.attention:
+            return _own_share(own, own.attention[kv_dtype], arrangement, kv_dtype)
+    return attention_share(
+        shape.design, hardware, context_tokens=context_tokens, kv_dtype=kv_dtype, arrangement=arrangement
+    )
+
+
+def choose_ffn_share(
+    kv_dtype: str, hardware: Hardware, arrangement: str, measurements: Sequence[OwnMeasurement] = ()
+) -> Share:
+    """The share that the feed-forward layers are expected to reach: the user's own, else a published one.
+
+    Args:
+      kv_dtype: Of the cache: it chooses the published run.
+      hardware: The FFN devices.
+      arrangement: `AFD` or `EP`.
+      measurements: The user's own.
+    """
+    for own in measurements:
+        if own.hardware.name == hardware.name and own.ffn is not None:
+            return _own_share(own, own.ffn, arrangement, kv_dtype)
+    return ffn_share(hardware, kv_dtype=kv_dtype, arrangement=arrangement)
+
+
 def _estimate(
     shape: ModelShape,
     context_tokens: int,
@@ -191,7 +240,7 @@ def _estimate(
     ideal = count_token_work(shape, context_tokens, kv_dtype)
     exact = count_token_work(shape, context_tokens, kv_dtype, rule="exact")
     batch = base_batch(arrangement, kv_dtype)
-    share = _attention_share(shape, context_tokens, kv_dtype, attention, arrangement, measurements)
+    share = choose_attention_share(shape, context_tokens, kv_dtype, attention, arrangement, measurements)
     sequences = batch.sequences_per_device(ideal)
     attention_part = PartEstimate(
         attention,
@@ -201,7 +250,7 @@ def _estimate(
         bound_by=attention_bound(ideal, attention),
         share=share,
     )
-    share = _ffn_share(kv_dtype, ffn, arrangement, measurements)
+    share = choose_ffn_share(kv_dtype, ffn, arrangement, measurements)
     ffn_part = PartEstimate(
         ffn,
         prices.usd_per_hour(ffn),
@@ -211,30 +260,6 @@ def _estimate(
         share=share,
     )
     return Estimate(arrangement, attention_part, ffn_part)
-
-
-def _attention_share(
-    shape: ModelShape,
-    context_tokens: int,
-    kv_dtype: str,
-    hardware: Hardware,
-    arrangement: str,
-    measurements: Sequence[OwnMeasurement],
-) -> Share:
-    # The kernels and the engine are those of MFA.
-    for own in measurements if shape.design == "mfa" else ():
-        if own.hardware.name == hardware.name and kv_dtype in own.attention:
-            return _own_share(own, own.attention[kv_dtype], arrangement, kv_dtype)
-    return attention_share(
-        shape.design, hardware, context_tokens=context_tokens, kv_dtype=kv_dtype, arrangement=arrangement
-    )
-
-
-def _ffn_share(kv_dtype: str, hardware: Hardware, arrangement: str, measurements: Sequence[OwnMeasurement]) -> Share:
-    for own in measurements:
-        if own.hardware.name == hardware.name and own.ffn is not None:
-            return _own_share(own, own.ffn, arrangement, kv_dtype)
-    return ffn_share(hardware, kv_dtype=kv_dtype, arrangement=arrangement)
 
 
 def _own_share(own: OwnMeasurement, value: float, arrangement: str, kv_dtype: str) -> Share:

@@ -113,9 +113,10 @@ def count_cache_tokens(case: Case) -> int | None:
         return None
     deployment = dataclasses.replace(case.deployment, kv_cache=timer.kv_dtype)
     memory_gib = timer.attention.memory_gib
-    if deployment.device_memory_gib is not None:
+    # Another device than the file's has its own memory.
+    if deployment.device_memory_gib is not None and timer.attention.name == deployment.hardware:
         memory_gib = min(memory_gib, deployment.device_memory_gib)
-    return plan_memory(ModelConfig.preset(name), deployment, memory_gib=memory_gib).kv_tokens
+    return plan_memory(ModelConfig.preset(name), deployment, memory_gib=memory_gib, has_remedies=False).kv_tokens
 
 
 def _find_cache(arguments: argparse.Namespace, case: Case) -> int:

@@ -199,9 +199,12 @@ def _read_roofline(
     shape: ModelShape,
     context_tokens: int | None,
 ) -> tuple[RooflineTimer, tuple[float, float], tuple[str, ...]]:
-    both = arguments.hardware or deployment.hardware
-    attention = _load_side(arguments.attention_hardware or both, "--attention-hardware")
-    ffn = _load_side(arguments.ffn_hardware or both, "--ffn-hardware")
+    attention = _load_side(
+        arguments.attention_hardware or arguments.hardware or deployment.hardware, "--attention-hardware"
+    )
+    # A file that names one device has it on both sides.
+    ffn_name = arguments.ffn_hardware or arguments.hardware or deployment.ffn_hardware or deployment.hardware
+    ffn = _load_side(ffn_name, "--ffn-hardware")
     payload = choose_payload(arguments.payload or deployment.payload, "bfloat16")
     timer = RooflineTimer(
         shape,

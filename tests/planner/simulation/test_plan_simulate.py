@@ -86,6 +86,21 @@ def test_the_trace_is_of_the_form_that_the_picture_is_drawn_from(
     assert "measured: " in capsys.readouterr().out
 
 
+def test_a_file_and_the_command_line_name_the_devices_of_both_sides(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    text = "afd: 2a2f\ndevices_per_instance: 8\nweights: fp8\nkv_cache: fp8\nhardware: h20\nffn_hardware: h800\n"
+    file = tmp_path / "mixed.yaml"
+    file.write_text(text + "device_memory_gib: 80\nworkload: {sequences: 3072, context_tokens: 8192}\n")
+    found = answer(capsys, str(file), "--steps", "3")
+    assert "attention on h20, FFN on h800" in str(found["times_from"])
+    changed = answer(capsys, str(file), "--steps", "3", "--attention-hardware", "h200", "--ffn-hardware", "h20")
+    assert "attention on h200-sxm, FFN on h20" in str(changed["times_from"])
+    # The file's 80 GiB are those of its own device.
+    assert int(str(changed["kv_cache_tokens"])) > 2 * int(str(found["kv_cache_tokens"]))
+    assert found["fits"] is True
+
+
 def test_a_batch_that_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "simulate", "2a2f", "--kv-dtype", "bf16", "--steps", "3"]) == 0
     assert "DOES NOT FIT: 25,165,824 tokens" in capsys.readouterr().out

@@ -31,6 +31,17 @@ def test_it_answers_without_jax() -> None:
     assert json.loads(done.stdout.splitlines()[-1])["deployment"] == "2a2f"
 
 
+def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    page = (pathlib.Path(__file__).parents[3] / "docs" / "planning.md").read_text()
+    section = page[page.index("## The pipeline, event by event") :]
+    command = next(line for line in section.splitlines() if line.startswith("step3 plan simulate"))
+    words = command.replace("simulated.svg", str(tmp_path / "simulated.svg")).split()[1:]
+    assert main(words) == 0
+    assert capsys.readouterr().out in section
+    drawn = pathlib.Path(__file__).parents[3] / "docs" / "simulated.svg"
+    assert (tmp_path / "simulated.svg").read_text() == drawn.read_text()
+
+
 def test_the_papers_deployment_with_published_shares_gives_its_throughput(capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "2a2f", "--hardware", "h800")
     assert found["tokens_per_s_per_device"] == pytest.approx(4039, rel=0.01)

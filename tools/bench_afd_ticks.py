@@ -1,6 +1,6 @@
-"""Single ticks of AFD's executor `program` on one CPU, which the simulated pipeline is compared with.
+"""Single ticks of AFD's executor `program` on one CPU, beside those that the planner simulates from their parts.
 
-    python -m tools.bench_afd_ticks --json benchmarks/afd-ticks.json
+    python -m tools.bench_afd_ticks --json out.json
 
 The two processes, the model and the sizes are those of `tools.bench_afd`. Measured in turns, for 1 to 4 micro-batches:
 
@@ -9,8 +9,9 @@ The two processes, the model and the sizes are those of `tools.bench_afd`. Measu
 - exchange: each of many exchanges with nothing computed;
 - pipelined: the decode program as it is, in which nothing is timed but the whole.
 
-The times of each are written as quantiles at equal distances, with their mean; `tests/planner/simulation/test_afd_ticks.py`
-simulates from them and says how far off that is. The machine must have two cores to itself.
+The times of each are written as quantiles at equal distances, with their mean. From those of the parts, alone and beside
+each other, a tick is simulated (`planner/simulation/lockstep.py`), and shown next to the pipelined one. The machine must
+have two cores to itself: where other work runs, an exchange alone takes longer than a whole tick.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 from unittest import mock
 
 import jax
@@ -36,6 +38,7 @@ from jaxtyping import Array, UInt8
 from step3_jax.afd.wire import Wire
 from step3_jax.layout.schedule import Schedule
 from step3_jax.mesh import initialise_distributed
+from step3_jax.planner.simulation.lockstep import simulate_item_s
 from tools import bench_afd
 from tools.bench_afd import MICROBATCHES, OVERLAP, Rank, SilentWire, add_sizes, start_ranks
 
@@ -201,6 +204,37 @@ def summarise(
     }
 
 
+def show(found: Mapping[str, Any]) -> None:
+    """Prints what was measured and what is simulated from it."""
+    exchange, layers = found["exchange"], found["conditions"]["layers"]
+    print(f"ms a layer of one micro-batch; an exchange alone {exchange['mean_us'] / 1e3:.2f}")
+    print(
+        "micro-batches  measured   attention       FFN  simulated  error   beside: attention       FFN  simulated  error"
+    )
+    for count, row in found["microbatches"].items():
+        measured, cells = row["pipelined"]["mean_us"], []
+        for name in ("", "_beside"):
+            attention, ffn = row[f"attention{name}"], row[f"ffn{name}"]
+            simulated = 1e6 * simulate_item_s(
+                Schedule(layers, int(count)),
+                attention_s=_seconds(attention),
+                ffn_s=_seconds(ffn),
+                exchange_s=_seconds(exchange),
+            )
+            cells.append(
+                f"{attention['mean_us'] / 1e3:10.2f}{ffn['mean_us'] / 1e3:10.2f}{simulated / 1e3:11.2f}"
+                f"{simulated / measured - 1:7.0%}"
+            )
+        print(f"{count:>13}{measured / 1e3:10.2f}  {cells[0]}          {cells[1]}")
+
+
+def _seconds(times: Mapping[str, Any]) -> list[float]:
+    """Quantiles with the mean of all times: that of the quantiles lacks the longest ones."""
+    quantiles = times["quantiles_us"]
+    scale = times["mean_us"] / statistics.fmean(quantiles) / 1e6
+    return [scale * value for value in quantiles]
+
+
 def main() -> int:
     """Starts both processes and writes what they found."""
     parser = argparse.ArgumentParser(description="Single ticks of AFD's executor program on two cores.")
@@ -213,10 +247,7 @@ def main() -> int:
     found = start_ranks("tools.bench_afd_ticks", arguments.timeout)
     if found is None:
         return 1
-    for count, row in found["microbatches"].items():  # type: ignore[attr-defined]
-        means = ", ".join(f"{name} {values['mean_us'] / 1e3:.2f}" for name, values in row.items())
-        print(f"{count} micro-batches, ms: {means}")
-    print(f"exchange {found['exchange']['mean_us'] / 1e3:.2f} ms")  # type: ignore[index]
+    show(found)
     if arguments.json is not None:
         bench_afd.write_json(arguments.json, found)
     return 0

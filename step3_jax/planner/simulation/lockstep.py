@@ -7,10 +7,12 @@ while it computes; on a CPU the exchange takes its time from that computing, on 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 
 from step3_jax.layout.schedule import Item, Schedule
 from step3_jax.planner.simulation.closed_form import StageTimes
-from step3_jax.planner.simulation.jitter import Draws
+from step3_jax.planner.simulation.jitter import Draws, Jitter
 from step3_jax.planner.simulation.run import Record, Run
 from step3_jax.timeline.event import Event, Lane
 
@@ -104,6 +106,35 @@ def simulate_lockstep(
         num_events=3 * num_ticks,
         events=[] if record is None else sorted(record.events, key=_end),
     )
+
+
+def simulate_item_s(
+    schedule: Schedule,
+    *,
+    attention_s: Sequence[float],
+    ffn_s: Sequence[float],
+    exchange_s: Sequence[float],
+    num_steps: int = 300,
+) -> float:
+    """Mean seconds of a layer of one micro-batch from times that were measured on CPUs, whose cores do the exchange.
+
+    Args:
+      schedule: Layers and micro-batches.
+      attention_s: Of attention's items alone, each as likely as the others.
+      ffn_s: The same of the FFN side's.
+      exchange_s: The same of exchanges alone.
+      num_steps: Steps to simulate.
+    """
+    stages = StageTimes(*(math.fsum(times) / len(times) for times in (attention_s, exchange_s, ffn_s, exchange_s)))
+    draws = Draws(
+        {
+            "attention": Jitter(samples=tuple(attention_s)),
+            "ffn": Jitter(samples=tuple(ffn_s)),
+            "to_ffn": Jitter(samples=tuple(exchange_s)),
+        }
+    )
+    ends = simulate_lockstep(schedule, stages, num_steps, draws=draws, is_exchange_on_core=True).step_ends_s()
+    return (ends[-2] - ends[0]) / (num_steps - 2) / (schedule.num_layers * schedule.num_microbatches)
 
 
 def _keep(record: Record, num_steps: int, lane: Lane, item: Item | None, step: int, begin: float, end: float) -> None:

@@ -82,7 +82,10 @@ def test_requests_are_served_and_counted(capsys: pytest.CaptureFixture[str], tmp
     assert "4 requests ended" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [[], ["--lockstep"], ["--rate", "50", "--prompt-tokens", "9", "--output-tokens", "9"]])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--lockstep"], ["--rate", "50", "--prompt-tokens", "9", "--output-tokens", "9", "--num-requests", "9"]],
+)
 def test_the_trace_is_of_the_form_that_the_picture_is_drawn_from(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, more: list[str]
 ) -> None:

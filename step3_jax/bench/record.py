@@ -190,7 +190,9 @@ def call_seconds(executor: Executor, recording: Recording, cache: Cache) -> tupl
     return cache, seconds
 
 
-def dispatch(executor: Executor, cache: Cache, call: Call) -> tuple[Cache, Started[ExpertTokens] | Started[Report] | None]:
+def dispatch(
+    executor: Executor, cache: Cache, call: Call
+) -> tuple[Cache, Started[ExpertTokens] | Started[Report] | None]:
     """Makes a recorded call; None where there is nothing to wait for."""
     if isinstance(call, PrefillBatch):
         return executor.prefill(cache, call)

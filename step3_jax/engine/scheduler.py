@@ -145,6 +145,10 @@ class Scheduler:
             admitted.append(sequence)
         if admitted:
             self._give_slots(admitted)
+        elif not self._running and self._waiting and self._holding:
+            # What is held for sequences that wait may be all that keeps any of them from running.
+            self._drop(self._holding[-1])
+            return self.admit()
         return copies
 
     def plan_chunk(self) -> list[Chunk]:

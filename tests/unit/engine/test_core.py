@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from step3_jax.engine.config import EngineConfig
@@ -282,6 +282,8 @@ ACTIONS = st.tuples(
 
 @settings(max_examples=120, deadline=None)
 @given(st.lists(ACTIONS, max_size=80), st.sampled_from([1, 2]), st.booleans())
+# Two groups hold their prompts' pages for sequences that wait, and nothing runs.
+@example([("step", 0), ("add", 0), ("add", 33974), ("add", 33974), ("add", 0)], 1, True)
 def test_whatever_comes_no_page_leaks_and_every_sequence_gets_its_tokens(
     actions: list[tuple[str, int]], num_shards: int, has_prefix_cache: bool
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 from jax.sharding import PartitionSpec
 
-from step3_jax.config import TextConfig
+from step3_jax.config import TextConfig, VisionConfig
 
 # Of the mesh, slowest first: the devices of a tensor group are neighbours.
 AXES = ("data_expert", "data_width", "tensor_expert", "tensor_width")
@@ -26,11 +26,14 @@ _EXPERT, _WIDTH = AXES[0::2], AXES[1::2]
 
 AttentionForm = Literal["data", "tensor"]
 ExchangeForm = Literal["auto", "gather", "all_to_all"]
+VisionForm = Literal["weights", "data"]
 
 # THE table: logical axis -> axes of the mesh.
 RULES = {
     "rows": AXES,  # sequences, their tokens, the pages of their cache
-    "images": AXES,
+    "images": _DATA,  # squares of pixels that the vision tower takes
+    "vision_heads": _TENSOR,  # of the tower; its last axes may be filled up with zeros like the vocabulary
+    "vision_width": _TENSOR,  # inner width of the tower's MLPs, and channels between the projector's last two products
     "heads": (),  # query heads: rows of wq
     "values": _TENSOR,  # what the heads give: columns of o_proj
     "embedding": _TENSOR,  # columns of the embedding table
@@ -41,6 +44,8 @@ RULES = {
 }
 # What is different where a user asks for tensor parallel attention.
 TENSOR_ATTENTION = {"rows": _DATA, "heads": _TENSOR}
+# And where every device is to have the whole tower, and images of its own.
+DATA_VISION: dict[str, tuple[str, ...]] = {"images": AXES, "vision_heads": (), "vision_width": ()}
 
 # End of a parameter's path -> logical axis of each of its axes. All others are copied to every device.
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
@@ -57,6 +62,21 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "ffn.moe.up_proj": ("experts", "expert_width", None),
     "ffn.moe.down_proj": ("experts", None, "expert_width"),
     "text.lm_head.weight": ("vocabulary", None),
+    "self_attn.qkv_proj.weight": (None, "vision_heads", None, None),
+    "self_attn.qkv_proj.bias": (None, "vision_heads", None),
+    "self_attn.out_proj.weight": (None, None, "vision_heads", None),
+    "mlp.fc1.weight": ("vision_width", None),
+    "mlp.fc1.bias": ("vision_width",),
+    "mlp.fc2.weight": (None, "vision_width"),
+    "projector.vit_downsampler2.weight": ("vision_width", None, None, None),
+    "projector.vit_downsampler2.bias": ("vision_width",),
+    "projector.vit_large_projector.weight": (None, "vision_width"),
+}
+# End of a parameter's path -> the axis that becomes three where it is sharded: parts (q, k and v), heads, head size.
+HEAD_AXES = {
+    "self_attn.qkv_proj.weight": (0, 3),
+    "self_attn.qkv_proj.bias": (0, 3),
+    "self_attn.out_proj.weight": (1, 1),
 }
 
 
@@ -74,6 +94,8 @@ class Parallel:
       exchange: How tokens come to their experts. "gather": every device gets all tokens, and what each expert adds is
         summed by the reduce-scatter that takes them back. "all_to_all": tokens go only where one of their experts is.
         "auto": the latter where the experts are spread over several hosts.
+      vision: "weights": the tp devices of a group share out the weights of vision tower and projector, and encode each
+        image together. "data": every device has all of them, and images of its own.
     """
 
     dp: int = 1
@@ -81,6 +103,7 @@ class Parallel:
     ep: int | None = None
     attention: AttentionForm = "data"
     exchange: ExchangeForm = "auto"
+    vision: VisionForm = "weights"
 
     def __post_init__(self) -> None:
         for name, value in (("dp", self.dp), ("tp", self.tp), ("ep", 1 if self.ep is None else self.ep)):
@@ -89,6 +112,7 @@ class Parallel:
         for name, text, allowed in (
             ("attention", self.attention, get_args(AttentionForm)),
             ("exchange", self.exchange, get_args(ExchangeForm)),
+            ("vision", self.vision, get_args(VisionForm)),
         ):
             if text not in allowed:
                 raise ValueError(f"{name} is {text!r}; allowed: {', '.join(allowed)}")
@@ -123,25 +147,27 @@ class Parallel:
         return f"dp {self.dp}, tp {self.tp}" + (f", ep {self.ep}" if self.ep is not None else "")
 
 
-def mesh_axes(logical: str, attention: AttentionForm = "data") -> tuple[str, ...]:
+def mesh_axes(logical: str, attention: AttentionForm = "data", vision: VisionForm = "weights") -> tuple[str, ...]:
     """The mesh axes that a logical axis lies on.
 
     Raises:
       ValueError: If the table has no such axis.
     """
-    table = RULES | (TENSOR_ATTENTION if attention == "tensor" else {})
+    table = RULES | (TENSOR_ATTENTION if attention == "tensor" else {}) | (DATA_VISION if vision == "data" else {})
     if logical not in table:
         raise ValueError(f"there is no logical axis {logical!r}; the table has {', '.join(table)}")
     return table[logical]
 
 
-def partition_spec(axes: Sequence[str | None], attention: AttentionForm = "data") -> PartitionSpec:
+def partition_spec(
+    axes: Sequence[str | None], attention: AttentionForm = "data", vision: VisionForm = "weights"
+) -> PartitionSpec:
     """The sharding of an array whose axes have these logical names; None for an axis that is whole everywhere.
 
     Raises:
       ValueError: If two axes would lie on the same axis of the mesh.
     """
-    entries = [mesh_axes(name, attention) if name is not None else () for name in axes]
+    entries = [mesh_axes(name, attention, vision) if name is not None else () for name in axes]
     used = [axis for entry in entries for axis in entry]
     twice = sorted({axis for axis in used if used.count(axis) > 1})
     if twice:
@@ -149,13 +175,34 @@ def partition_spec(axes: Sequence[str | None], attention: AttentionForm = "data"
     return PartitionSpec(*(entry or None for entry in entries))
 
 
-def parameter_spec(path: Sequence[str | int], attention: AttentionForm = "data") -> PartitionSpec:
-    """The sharding of the parameter at `path` of a `Step3`; its FP8 scales, if it has them, are cut the same way."""
+def parameter_spec(
+    path: Sequence[str | int], attention: AttentionForm = "data", vision: VisionForm = "weights"
+) -> PartitionSpec:
+    """The sharding of the parameter at `path` of a `Step3` in the shape of `view_shape`; FP8 scales are cut the same way."""
     name = ".".join(str(part) for part in path)
     for end, axes in PARAMETERS.items():
         if name.endswith(end):
-            return partition_spec(axes, attention)
+            spec = partition_spec(axes, attention, vision)
+            return spec if any(spec) else PartitionSpec()
     return PartitionSpec()
+
+
+def view_shape(
+    path: Sequence[str | int], shape: tuple[int, ...], num_axes: int, vision: VisionConfig | None
+) -> tuple[int, ...]:
+    """The shape in which a parameter is sharded: its own, or with the tower's heads as an axis.
+
+    Args:
+      path: Of the parameter in a `Step3`.
+      shape: Its shape in the checkpoint.
+      num_axes: Axes that its sharding names, or that it has where it lies.
+      vision: Sizes of the tower.
+    """
+    name = ".".join(str(part) for part in path)
+    for end, (axis, parts) in HEAD_AXES.items():
+        if name.endswith(end) and num_axes > len(shape) and vision is not None:
+            return (*shape[:axis], parts, vision.num_attention_heads, vision.head_dim, *shape[axis + 1 :])
+    return shape
 
 
 def fit_parallel(parallel: Parallel, config: TextConfig, *, fp8_block: tuple[int, int] | None = None) -> Parallel:

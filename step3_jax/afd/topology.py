@@ -1,9 +1,9 @@
 """Which devices are attention, which are FFN, and where each weight lives: nowhere but where its role needs it.
 
 Attention devices are data parallel: each has all attention weights, and sequences of its own with their KV cache, as one
-key/value head cannot be divided. FFN devices share out the FFN in any way that `sharding.Parallel` knows: tensor
-parallel, expert parallel, or both. Each token goes to one FFN device, and the FFN side's own collectives take it from
-there to whoever has a part of its experts.
+key/value head cannot be divided; the devices of an instance share out the vision tower. FFN devices share out the FFN in
+any way that `sharding.Parallel` knows: tensor parallel, expert parallel, or both. Each token goes to one FFN device, and
+the FFN side's own collectives take it from there to whoever has a part of its experts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from step3_jax.config import ModelConfig
 from step3_jax.deployment import Division, Topology
 from step3_jax.mesh import Layout, find_devices, make_layout, too_few_cpu_devices
 from step3_jax.model.step3 import abstract_step3
-from step3_jax.sharding import Parallel, find_problems
+from step3_jax.sharding import Parallel, VisionForm, find_problems
 
 # The axis of the mesh of all devices.
 UNION = "union"
@@ -36,11 +36,13 @@ class AfdTopology:
       instances: xAyF.
       division: How the FFN side shares out its weights.
       devices: All of them, attention first.
+      vision: "weights" or "data", as in `sharding.Parallel`; here the devices of an attention instance are the group.
     """
 
     instances: Topology
     division: Division
     devices: tuple[jax.Device, ...]
+    vision: VisionForm = "weights"
 
     @classmethod
     def of(
@@ -48,6 +50,8 @@ class AfdTopology:
         instances: Topology,
         division: Division | None = None,
         devices: Sequence[jax.Device] | None = None,
+        *,
+        vision: VisionForm = "weights",
     ) -> AfdTopology:
         """Takes the first devices there are.
 
@@ -55,6 +59,7 @@ class AfdTopology:
           instances: xAyF.
           division: Of the FFN side; if absent, experts are shared out over instances and widths inside one.
           devices: To choose from; all devices of the default platform if absent (see `mesh.find_devices`).
+          vision: Whether the devices of an attention instance share out the vision tower, or have a copy each.
 
         Raises:
           ValueError: If there are too few devices (the message says what would fit), or `division` is of another number
@@ -75,7 +80,7 @@ class AfdTopology:
                 f"the FFN side of {instances.spec} has {num_ffn} device(s), and dp {division.dp} x tp {division.tp}, ep "
                 f"{division.ep} is given: dp x tp must be {num_ffn}, and ep a divisor of it"
             )
-        return cls(instances, division, tuple(devices[: instances.num_devices]))
+        return cls(instances, division, tuple(devices[: instances.num_devices]), vision)
 
     @property
     def num_attention(self) -> int:
@@ -96,6 +101,13 @@ class AfdTopology:
     def attention(self) -> Layout:
         """The attention devices."""
         return make_layout(Parallel(dp=self.num_attention, ep=1), self.devices[: self.num_attention])
+
+    @functools.cached_property
+    def tower(self) -> Layout:
+        """The attention devices as vision tower and projector lie on them."""
+        instances = self.instances
+        parallel = Parallel(instances.num_attention, instances.devices_per_instance, 1, vision=self.vision)
+        return make_layout(parallel, self.devices[: self.num_attention])
 
     @functools.cached_property
     def ffn(self) -> Layout:
@@ -126,7 +138,9 @@ class AfdTopology:
 
     def parameter(self, path: Path) -> NamedSharding:
         """Where the parameter at `path` of a `Step3` lies."""
-        return (self.ffn if is_ffn(path) else self.attention).parameter(path)
+        if is_ffn(path):
+            return self.ffn.parameter(path)
+        return (self.tower if is_tower(path) else self.attention).parameter(path)
 
     def shardings(self, config: ModelConfig) -> dict[Path, NamedSharding]:
         """Where each parameter of `Step3(config)` lies, for `checkpoint.load_model`.
@@ -142,6 +156,11 @@ class AfdTopology:
 def is_ffn(path: Path) -> bool:
     """Whether a parameter of `Step3` belongs to the FFN role; all others belong to attention."""
     return "ffn" in path
+
+
+def is_tower(path: Path) -> bool:
+    """Whether a parameter of `Step3` belongs to the vision tower or to the projector."""
+    return path[0] in ("vision", "projector")
 
 
 def _problems(config: ModelConfig, division: Division) -> list[str]:

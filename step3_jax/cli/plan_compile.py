@@ -173,7 +173,7 @@ def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape)
     form = PayloadFormat.of(config.text, choose_payload(deployment.payload, config.dtype))
     received = -(-rows * topology.num_attention // topology.num_ffn)
     return {
-        ATTENTION: _compile_attention(model, topology.attention, deployment, cache, form, rows),
+        ATTENTION: _compile_attention(model, topology, deployment, cache, form, rows),
         FFN: _compile_ffn(model, topology.ffn, form, received),
     }
 
@@ -230,11 +230,11 @@ def _compile_both(model: Step3, layout: Layout, deployment: Deployment, cache: C
 
 
 def _compile_attention(
-    model: Step3, layout: Layout, deployment: Deployment, cache: CacheShape, form: PayloadFormat, rows: int
+    model: Step3, topology: AfdTopology, deployment: Deployment, cache: CacheShape, form: PayloadFormat, rows: int
 ) -> CompiledBytes:
     """A decode step of one micro-batch on the attention side."""
-    text = model.config.text
-    placed = place_shapes(model, layout)
+    text, layout = model.config.text, topology.attention
+    placed = place_shapes(model, topology)
     parts = take_apart(placed)
     kinds = [part.skeleton for part in parts.attention]
 

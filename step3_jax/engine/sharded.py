@@ -46,9 +46,9 @@ class ShardedRunner(Executor):
             own_devices(layout.mesh.devices.flat),
             model.text.embed_tokens.weight.get_value().dtype,
             num_shards=layout.size("rows"),
+            num_image_shards=layout.size("images"),
         )
         self.layout = layout
-        self._images_multiple = layout.size("images")
         if self.is_cpu:
             model = widen_weights(model)
         self._split = SplitModel(parallelise(model, layout))

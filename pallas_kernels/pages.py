@@ -13,19 +13,19 @@ shift of a row's words gives one scale's columns. A row of zeros has scale 1.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-PAGE_SIZE = 64
-INT4_GROUP = 64
+from pallas_kernels.storage import PAGE_SIZE, STORAGES, Storage, row_layout
+
 FP8_MAX = 448.0
 INT4_MAX = 7.0
 
-Storage = Literal["float32", "bfloat16", "fp8", "int4"]
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int4": jnp.uint16}
+_SCALE_DTYPES = {"fp8": jnp.dtype(jnp.float32), "int4": jnp.dtype(jnp.bfloat16)}
 # Floats as integers of their width, see `empty_pages`; signed, since an unsigned word is int4.
 _BITS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.int16), jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.int8)}
 _FLOATS = {bits: dtype for dtype, bits in _BITS.items()}
@@ -47,10 +47,10 @@ class KVPages(NamedTuple):
     @property
     def storage(self) -> Storage:
         """The format, read off the dtype."""
-        for name in get_args(Storage):
+        for name in STORAGES:
             if _FLOATS.get(self.keys.dtype, self.keys.dtype) == _DTYPES[name]:
                 return name
-        raise ValueError(f"pages of {self.keys.dtype} are in no known format: {', '.join(get_args(Storage))}")
+        raise ValueError(f"pages of {self.keys.dtype} are in no known format: {', '.join(STORAGES)}")
 
     @property
     def is_bits(self) -> bool:
@@ -82,12 +82,12 @@ def empty_pages(
     Raises:
       ValueError: For a storage that does not exist, or a head size that int4 cannot cut in groups.
     """
-    columns, groups, scale_dtype = _row_layout(head_dim, storage)
+    layout, scale_dtype = row_layout(head_dim, storage), _SCALE_DTYPES.get(storage)
     dtype = jnp.dtype(_DTYPES[storage])
 
     def buffers() -> tuple[Array, Array | None]:
-        rows = jnp.zeros((num_pages, page_size, columns), _BITS.get(dtype, dtype) if as_bits else dtype)
-        scales = None if scale_dtype is None else jnp.ones((num_pages, groups, page_size), scale_dtype)
+        rows = jnp.zeros((num_pages, page_size, layout.columns), _BITS.get(dtype, dtype) if as_bits else dtype)
+        scales = None if scale_dtype is None else jnp.ones((num_pages, layout.num_scales, page_size), scale_dtype)
         if scales is not None and as_bits:
             scales = _cast_bits(scales, _BITS.get(scales.dtype, scales.dtype))
         return rows, scales
@@ -115,19 +115,12 @@ def contiguous_pages(
     return KVPages(keys.reshape(shape), values.reshape(shape)), table
 
 
-def bytes_per_token(head_dim: int, storage: Storage) -> int:
-    """Bytes that one token takes in one layer, keys and values with their scales."""
-    columns, groups, scale_dtype = _row_layout(head_dim, storage)
-    scale_bytes = 0 if scale_dtype is None else groups * jnp.dtype(scale_dtype).itemsize
-    return 2 * (columns * jnp.dtype(_DTYPES[storage]).itemsize + scale_bytes)
-
-
 def encode_rows(rows: Float[Array, "*lead K"], storage: Storage) -> tuple[Array, Array | None]:
     """Rows as they are stored, [*lead, C], and their scales, [*lead, G], if the format has them."""
-    _, groups, scale_dtype = _row_layout(rows.shape[-1], storage)
+    layout, scale_dtype = row_layout(rows.shape[-1], storage), _SCALE_DTYPES.get(storage)
     if scale_dtype is None:
         return rows.astype(_DTYPES[storage]), None
-    grouped = rows.astype(jnp.float32).reshape(*rows.shape[:-1], groups, -1)
+    grouped = rows.astype(jnp.float32).reshape(*rows.shape[:-1], layout.num_scales, -1)
     largest = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True)
     scales = jnp.where(largest > 0, largest / (FP8_MAX if storage == "fp8" else INT4_MAX), 1.0).astype(scale_dtype)
     scaled = (grouped / scales.astype(jnp.float32)).reshape(rows.shape)
@@ -194,14 +187,3 @@ def gather_rows(
 def _cast_bits(array: Num[Array, "*shape"], dtype: jax.typing.DTypeLike) -> Num[Array, "*shape"]:
     """The same bits in another dtype of the same width."""
     return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
-
-
-def _row_layout(head_dim: int, storage: Storage) -> tuple[int, int, jnp.dtype | None]:
-    """Stored columns and scales of a row, and the dtype of the scales."""
-    if storage not in _DTYPES:
-        raise ValueError(f"storage is {storage!r}; allowed: {', '.join(_DTYPES)}")
-    if storage == "int4":
-        if head_dim % INT4_GROUP:
-            raise ValueError(f"int4 needs a head size that is a multiple of {INT4_GROUP}; it is {head_dim}")
-        return head_dim // 4, head_dim // INT4_GROUP, jnp.dtype(jnp.bfloat16)
-    return head_dim, 1, jnp.dtype(jnp.float32) if storage == "fp8" else None

@@ -7,9 +7,10 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.storage import BLOCK
+
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
-BLOCK = 128
 
 # "rows": [M, K/128], as the formulas have it. "columns": [K/128, M rounded up to 4], the same transposed: rows of 16
 # bytes at least, which the tensor-core kernels copy from. What makes it (a norm, SwiGLU) can write it at no cost.

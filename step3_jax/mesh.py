@@ -16,7 +16,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from step3_jax.sharding import AXES, AttentionForm, Parallel, mesh_axes, parameter_spec
+from step3_jax.layout.parallel import AttentionForm, Parallel
+from step3_jax.layout.table import AXES, mesh_axes
+from step3_jax.sharding import parameter_spec
 
 # What `step3 launch` sets for each process.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "STEP3_COORDINATOR", "STEP3_NUM_PROCESSES", "STEP3_PROCESS_ID"

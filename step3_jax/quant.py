@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from step3_jax.layout.tensor import scale_shape
+
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = float(jnp.finfo(FP8).max)
 
@@ -41,13 +43,6 @@ class BlockScaled:
         if index is not ...:
             raise ValueError(f"a block-scaled array takes no index but [...]; {index!r} was given")
         return self
-
-
-def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = (128, 128)) -> tuple[int, ...]:
-    """Shape of the scales that belong to an array of `shape`."""
-    if len(shape) < 2:
-        raise ValueError(f"shape {shape} has fewer than two axes; block scaling needs two")
-    return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
 
 
 def quantise(array: Float[Array, "*lead rows columns"], block: tuple[int, int] = (128, 128)) -> BlockScaled:

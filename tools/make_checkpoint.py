@@ -32,7 +32,7 @@ from step3_jax.checkpoint.names import expected_tensors, is_fp8_tensor, scale_na
 from step3_jax.checkpoint.safetensors_io import LazyArray, num_bytes
 from step3_jax.checkpoint.shards import write_checkpoint, write_text
 from step3_jax.config import PRESETS, ModelConfig
-from step3_jax.quant import scale_shape
+from step3_jax.layout.tensor import scale_shape
 
 SHARD_BYTES = 5 * 10**9
 PIECE_ELEMENTS = 2**22

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.pages import KVPages, bytes_per_token, empty_pages
+from pallas_kernels.pages import KVPages, empty_pages
+from pallas_kernels.storage import bytes_per_token
 
 Scaled = tuple[jax.Array, jax.Array]
 

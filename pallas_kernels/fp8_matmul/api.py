@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.fp8_matmul import mosaic, reference
-from pallas_kernels.quantise import BLOCK, FP8, ScalesLayout, check_layout, scales_shape, scales_to_rows
+from pallas_kernels.quantise import FP8, ScalesLayout, check_layout, scales_shape, scales_to_rows
+from pallas_kernels.storage import BLOCK
 
 
 def fp8_matmul(

@@ -30,7 +30,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import tuning
 from pallas_kernels.compat import WGMMA, WGMMA_ROW, Ref, Target, swizzled
 from pallas_kernels.fp8_matmul.schedule import NUM_SMS, Index, Schedule, default_blocks, make
-from pallas_kernels.quantise import BLOCK, ScalesLayout, scales_to_columns
+from pallas_kernels.quantise import ScalesLayout, scales_to_columns
+from pallas_kernels.storage import BLOCK
 
 # Columns of one copy out of the registers: small, so that the ring gets the memory.
 STORE_COLUMNS = 64

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.quantise import BLOCK
+from pallas_kernels.storage import BLOCK
 
 # Rows of the weight that are dequantised at a time: the float32 copy of a whole one would be four times its size.
 CHUNK = 1024

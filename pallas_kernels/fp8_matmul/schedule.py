@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.quantise import BLOCK
+from pallas_kernels.storage import BLOCK
 
 # An index as loops hand it out: traced, or plain where nothing is traced.
 Index = jax.Array | int

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.grouped_matmul import mosaic, reference
 from pallas_kernels.moe_permute.reference import Tiles, point_at
-from pallas_kernels.quantise import BLOCK, FP8
+from pallas_kernels.quantise import FP8
+from pallas_kernels.storage import BLOCK
 
 # FP8 values and their float32 scales, or an array. Of rows: [R, K] and [K/128, R]. Of weights: [..., rows, columns]
 # and [..., ceil(rows/128), ceil(columns/128)].

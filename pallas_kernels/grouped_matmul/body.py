@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.compat import WGMMA, WGMMA_ROW, Ref, Target
-from pallas_kernels.quantise import BLOCK, FP8_MAX
+from pallas_kernels.quantise import FP8_MAX
+from pallas_kernels.storage import BLOCK
 
 # Rows that a warpgroup multiplies: what the tensor cores take.
 GROUP_ROWS = 64

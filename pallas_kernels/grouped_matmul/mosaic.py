@@ -37,7 +37,8 @@ from pallas_kernels.moe_permute.reference import (
     plan_permutation,
     point_at,
 )
-from pallas_kernels.quantise import BLOCK, FP8, quantise_rows
+from pallas_kernels.quantise import FP8, quantise_rows
+from pallas_kernels.storage import BLOCK
 
 NUM_SMS = 132
 # Shared memory of a CTA, less what Pallas takes for reductions and barriers.

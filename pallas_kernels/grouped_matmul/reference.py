@@ -18,7 +18,8 @@ from pallas_kernels.moe_permute.reference import (
     plan_permutation,
     point_at,
 )
-from pallas_kernels.quantise import BLOCK, quantise_rows, scales_to_columns
+from pallas_kernels.quantise import quantise_rows, scales_to_columns
+from pallas_kernels.storage import BLOCK
 
 # Rows of a tile on a CPU: enough to fill a matrix product, few enough to waste little on padding.
 MIN_TILE_ROWS, MAX_TILE_ROWS = 8, 128

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.mfa_decode import mosaic, reference
 from pallas_kernels.mfa_decode.plan import Plan, plan_work
-from pallas_kernels.pages import KVPages, Storage
+from pallas_kernels.pages import KVPages
+from pallas_kernels.storage import Storage
 
 
 @overload

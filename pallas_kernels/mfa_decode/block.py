@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.compat import WGMMA, WGMMA_8BIT, WGMMA_COLUMN, WGMMA_ROW, Ref, Target
 from pallas_kernels.mfa_decode.geometry import TILE, Geometry, Refs
 from pallas_kernels.mfa_decode.plan import BLOCK
-from pallas_kernels.pages import INT4_GROUP
+from pallas_kernels.storage import INT4_GROUP
 
 # A hidden score, and where the running maximum starts. The gap keeps 2^(HIDDEN - maximum) at zero in a row that has seen
 # nothing yet.

@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.compat import WGMMA, Ref, Target, swizzled
-from pallas_kernels.quantise import BLOCK, FP8, FP8_MAX, ScalesLayout, scales_shape
+from pallas_kernels.quantise import FP8, FP8_MAX, ScalesLayout, scales_shape
+from pallas_kernels.storage import BLOCK
 
 # Rows of a tensor-core layout: a row of x fills D/128 of them, the others are never read.
 TILE = 64

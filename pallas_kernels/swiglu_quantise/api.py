@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.common import Implementation, dispatch
-from pallas_kernels.quantise import BLOCK, ScalesLayout, check_layout
+from pallas_kernels.quantise import ScalesLayout, check_layout
+from pallas_kernels.storage import BLOCK
 from pallas_kernels.swiglu_quantise import mosaic, reference
 
 

@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.compat import WGMMA, Ref, Target, swizzled
-from pallas_kernels.quantise import BLOCK, FP8, FP8_MAX, ScalesLayout, scales_shape, scales_to_rows
+from pallas_kernels.quantise import FP8, FP8_MAX, ScalesLayout, scales_shape, scales_to_rows
+from pallas_kernels.storage import BLOCK
 
 TILE = 64
 LOG2_E = 1.4426950408889634

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from pallas_kernels.pages import PAGE_SIZE, KVPages
+from pallas_kernels.pages import KVPages
+from pallas_kernels.storage import PAGE_SIZE
+from step3_jax.afd.call import Numbers, Observe
 from step3_jax.afd.microbatch import merge_reports, split_chunk, split_decode
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.report import gather_report
@@ -22,7 +24,6 @@ from step3_jax.afd.roles import (
     begin_step,
     last_logits,
 )
-from step3_jax.afd.schedule import Numbers, Observe, Schedule
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.afd.wire import Slots, Wire
 from step3_jax.cache.paged import Cache
@@ -40,6 +41,7 @@ from step3_jax.engine.state import (
     step_lengths,
 )
 from step3_jax.layers.attention import CacheStep
+from step3_jax.layout.schedule import Schedule
 from step3_jax.model.text import AttentionBlock
 from step3_jax.sampling.batch import SamplingBatch
 

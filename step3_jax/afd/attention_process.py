@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pages import Storage
+from pallas_kernels.storage import Storage
 from step3_jax.afd.attention_loop import AttentionLoop, AttentionWeights
+from step3_jax.afd.call import Numbers
 from step3_jax.afd.process import COPY, OWN, RoleProcess
 from step3_jax.afd.roles import Vision, take_apart
-from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
 from step3_jax.engine.executor import Started, local_pages, num_copies

@@ -15,20 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from step3_jax.afd.call import Numbers, Observe
 from step3_jax.afd.microbatch import part_size
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.report import fill_report, gather_report
 from step3_jax.afd.roles import Parts
-from step3_jax.afd.schedule import Numbers, Observe, Schedule
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.afd.wire import Slots, Wire
 from step3_jax.config import TextConfig
 from step3_jax.engine.state import Report
 from step3_jax.layers.mlp import SwiGLU
 from step3_jax.layers.moe import Experts
+from step3_jax.layout.schedule import Schedule
+from step3_jax.layout.table import AXES
 from step3_jax.mesh import Layout
 from step3_jax.model.text import FfnBlock
-from step3_jax.sharding import AXES
 
 FfnWeights = list[list[Array]]
 

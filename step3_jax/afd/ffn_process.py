@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pages import Storage
+from pallas_kernels.storage import Storage
+from step3_jax.afd.call import Numbers
 from step3_jax.afd.ffn_loop import FfnLoop, FfnWeights
 from step3_jax.afd.process import COPY, OWN, RoleProcess
 from step3_jax.afd.roles import take_apart
-from step3_jax.afd.schedule import Numbers
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.afd.wire import Slots
 from step3_jax.cache.paged import Cache

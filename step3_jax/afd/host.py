@@ -16,17 +16,19 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pages import KVPages, Storage
+from pallas_kernels.pages import KVPages
+from pallas_kernels.storage import Storage
 from step3_jax.afd.calls import Flow, RoleCalls
 from step3_jax.afd.exchange import Exchange
 from step3_jax.afd.flight import Event, Flight, Lane, Stage
-from step3_jax.afd.payload import PayloadFormat, choose_payload
+from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, empty_cache
-from step3_jax.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, widen_weights
 from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
+from step3_jax.layout.payload import choose_payload
 from step3_jax.model.step3 import Step3
 
 # Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
@@ -76,7 +78,7 @@ class HostExecutor(Executor):
         if self.is_cpu:
             model = widen_weights(model)
         self.topology = topology
-        self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype))
+        self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
         self.calls = RoleCalls(model, topology, self.form, num_microbatches)
         self.num_traces = self.calls.num_traces
         self._exchange = Exchange(topology)

@@ -1,89 +1,27 @@
-"""What crosses between the roles: one row of bytes a token, everything in it.
-
-| part | fp8 | bfloat16, float32 |
-| --- | --- | --- |
-| normed hidden state | D bytes, and ceil(D / 128) float32 scales (1 x 128 blocks) | D values |
-| expert ids | top_k of 16 bits | the same |
-| mixing weights | top_k of float32 | the same |
-| back: FFN output | D values of bfloat16 | D values of the payload's dtype |
-
-Rows of dense layers have the same form, with zeros for the experts, so that one program serves every exchange.
-"""
+"""Packing and unpacking what crosses between the roles: one row of bytes a token, as `layout/payload.py` has it."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, UInt8
 
-from pallas_kernels.quantise import BLOCK, FP8, quantise_rows
-from step3_jax.config import TextConfig
-from step3_jax.deployment import PAYLOADS
+from pallas_kernels.quantise import FP8, quantise_rows
+from pallas_kernels.storage import BLOCK
+from step3_jax.layout.payload import PayloadSize
 
 _HIDDEN_DTYPES = {"fp8": FP8, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
-def choose_payload(payload: str, dtype: jax.typing.DTypeLike) -> str:
-    """The payload that "auto" stands for: exact for float32 activations, FP8 for others.
-
-    Raises:
-      ValueError: For a payload that does not exist.
-    """
-    if payload not in PAYLOADS:
-        raise ValueError(f"the payload is {payload!r}; allowed: {', '.join(PAYLOADS)}")
-    if payload != "auto":
-        return payload
-    return "float32" if jnp.dtype(dtype) == jnp.float32 else "fp8"
-
-
-@dataclasses.dataclass(frozen=True)
-class PayloadFormat:
-    """Layout of the rows of both directions.
-
-    Attributes:
-      payload: "fp8", "bfloat16" or "float32".
-      hidden_size: D.
-      top_k: Experts a token; 0 for a model without experts.
-    """
-
-    payload: str
-    hidden_size: int
-    top_k: int
-
-    @classmethod
-    def of(cls, config: TextConfig, payload: str) -> PayloadFormat:
-        """The format for a model; `payload` is not "auto".
-
-        Raises:
-          ValueError: For a payload that does not exist.
-        """
-        if payload not in _HIDDEN_DTYPES:
-            raise ValueError(f"the payload is {payload!r}; allowed: {', '.join(_HIDDEN_DTYPES)}")
-        return cls(payload, config.hidden_size, config.moe_top_k if config.moe_layers else 0)
-
-    @property
-    def num_scales(self) -> int:
-        """Scales of a token."""
-        return -(-self.hidden_size // BLOCK) if self.payload == "fp8" else 0
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a token from attention to FFN."""
-        itemsize = jnp.dtype(_HIDDEN_DTYPES[self.payload]).itemsize
-        return self.hidden_size * itemsize + 4 * self.num_scales + 6 * self.top_k
+class PayloadFormat(PayloadSize):
+    """Packs and unpacks the rows of both directions."""
 
     @property
     def output_dtype(self) -> jnp.dtype:
         """Of the values that come back."""
         return jnp.dtype(jnp.float32 if self.payload == "float32" else jnp.bfloat16)
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of a token from FFN to attention."""
-        return self.hidden_size * self.output_dtype.itemsize
 
     def pack(
         self,

@@ -9,10 +9,10 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from step3_jax.afd.payload import choose_payload
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
+from step3_jax.layout.payload import choose_payload
 from step3_jax.model import parallel
 from step3_jax.model.step3 import Step3
 
@@ -42,7 +42,7 @@ def load_placed_model(
         # FP8 weights are dequantised there.
         config = dataclasses.replace(config, quantization=None)
         dtype = jnp.float32 if dtype is None else dtype
-    choose_payload(payload, config.dtype if dtype is None else dtype)
+    choose_payload(payload, config.dtype if dtype is None else jnp.dtype(dtype).name)
     return load_model(path, dtype, shardings=topology.shardings(config))
 
 

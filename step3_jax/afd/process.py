@@ -13,10 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from step3_jax.afd.beacon import BEACON, Beacon
-from step3_jax.afd.payload import PayloadFormat, choose_payload
-from step3_jax.afd.schedule import Numbers
+from step3_jax.afd.call import Numbers
+from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.engine.executor import Executor
+from step3_jax.layout.payload import choose_payload
 from step3_jax.model.step3 import Step3
 
 P = ParamSpec("P")
@@ -46,7 +47,7 @@ class RoleProcess(Executor):
             num_image_shards=topology.tower.size("images"),
         )
         self.topology = topology
-        self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype))
+        self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
         self._own = NamedSharding(topology.union, OWN)
         self._copies = NamedSharding(topology.union, COPY)
         self._beacon = Beacon.from_environment()

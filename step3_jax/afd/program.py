@@ -18,7 +18,7 @@ from step3_jax.afd.beacon import Beacon
 from step3_jax.afd.ffn_process import FfnProcess
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.deployment import DEFAULT_MICROBATCHES, check_microbatches
+from step3_jax.layout.deployment import DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.model.step3 import Step3
 
 Role = Literal["attention", "ffn"]

@@ -1,9 +1,9 @@
 """Which devices are attention, which are FFN, and where each weight lives: nowhere but where its role needs it.
 
 Attention devices are data parallel: each has all attention weights, and sequences of its own with their KV cache, as one
-key/value head cannot be divided; the devices of an instance share out the vision tower. FFN devices share out the FFN in
-any way that `sharding.Parallel` knows: tensor parallel, expert parallel, or both. Each token goes to one FFN device, and
-the FFN side's own collectives take it from there to whoever has a part of its experts.
+key/value head cannot be divided; the vision tower is sharded across the devices of an instance. The FFN is sharded across
+the FFN devices in any way that `Parallel` knows: tensor parallel, expert parallel, or both. Each token goes to one FFN
+device, and the FFN side's own collectives take it from there to whoever has a part of its experts.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from step3_jax.checkpoint.names import Path, parameters_of
+from step3_jax.checkpoint.names import parameters_of
 from step3_jax.config import ModelConfig
-from step3_jax.deployment import Division, Topology
+from step3_jax.layout.deployment import Topology, default_ffn_parallel, tower_parallel
+from step3_jax.layout.parallel import FFN, Parallel, find_problems, list_parallels
+from step3_jax.layout.role import fp8_block, is_ffn, is_tower
+from step3_jax.layout.tensor import Path
 from step3_jax.mesh import Layout, find_devices, make_layout, too_few_cpu_devices
 from step3_jax.model.step3 import abstract_step3
-from step3_jax.sharding import Parallel, VisionForm, find_problems
 
 # The axis of the mesh of all devices.
 UNION = "union"
@@ -34,35 +36,30 @@ class AfdTopology:
 
     Attributes:
       instances: xAyF.
-      division: How the FFN side shares out its weights.
+      parallel: How the weights of the FFN side are sharded, and whether the vision tower is; its ep is known.
       devices: All of them, attention first.
-      vision: "weights" or "data", as in `sharding.Parallel`; here the devices of an attention instance are the group.
     """
 
     instances: Topology
-    division: Division
+    parallel: Parallel
     devices: tuple[jax.Device, ...]
-    vision: VisionForm = "weights"
 
     @classmethod
     def of(
         cls,
         instances: Topology,
-        division: Division | None = None,
+        parallel: Parallel | None = None,
         devices: Sequence[jax.Device] | None = None,
-        *,
-        vision: VisionForm = "weights",
     ) -> AfdTopology:
         """Takes the first devices there are.
 
         Args:
           instances: xAyF.
-          division: Of the FFN side; if absent, experts are shared out over instances and widths inside one.
+          parallel: Of the FFN side; if absent, experts are sharded across instances and widths inside one.
           devices: To choose from; all devices of the default platform if absent (see `mesh.find_devices`).
-          vision: Whether the devices of an attention instance share out the vision tower, or have a copy each.
 
         Raises:
-          ValueError: If there are too few devices (the message says what would fit), or `division` is of another number
+          ValueError: If there are too few devices (the message says what would fit), or `parallel` is of another number
             of FFN devices.
         """
         devices = find_devices(instances.num_devices) if devices is None else devices
@@ -72,15 +69,14 @@ class AfdTopology:
                 f"{instances.num_devices} devices, and there are {len(devices)} ({devices[0].platform}): "
                 + _what_fits(instances, len(devices), devices[0].platform)
             )
-        if division is None:
-            division = Division(instances.num_ffn, instances.devices_per_instance, instances.num_ffn)
+        parallel = default_ffn_parallel(instances) if parallel is None else parallel
         num_ffn = instances.num_ffn_devices
-        if division.dp * division.tp != num_ffn or num_ffn % division.ep:
+        if parallel.num_devices != num_ffn or parallel.ep is None or num_ffn % parallel.ep:
             raise ValueError(
-                f"the FFN side of {instances.spec} has {num_ffn} device(s), and dp {division.dp} x tp {division.tp}, ep "
-                f"{division.ep} is given: dp x tp must be {num_ffn}, and ep a divisor of it"
+                f"the FFN side of {instances.spec} has {num_ffn} device(s), and dp {parallel.dp} x tp {parallel.tp}, ep "
+                f"{parallel.ep} is given: dp x tp must be {num_ffn}, and ep a divisor of it"
             )
-        return cls(instances, division, tuple(devices[: instances.num_devices]), vision)
+        return cls(instances, parallel, tuple(devices[: instances.num_devices]))
 
     @property
     def num_attention(self) -> int:
@@ -105,15 +101,12 @@ class AfdTopology:
     @functools.cached_property
     def tower(self) -> Layout:
         """The attention devices as vision tower and projector lie on them."""
-        instances = self.instances
-        parallel = Parallel(instances.num_attention, instances.devices_per_instance, 1, vision=self.vision)
-        return make_layout(parallel, self.devices[: self.num_attention])
+        return make_layout(tower_parallel(self.instances, self.parallel.vision), self.devices[: self.num_attention])
 
     @functools.cached_property
     def ffn(self) -> Layout:
         """The FFN devices."""
-        division = self.division
-        return make_layout(Parallel(division.dp, division.tp, division.ep), self.devices[self.num_attention :])
+        return make_layout(self.parallel, self.devices[self.num_attention :])
 
     @functools.cached_property
     def union(self) -> Mesh:
@@ -121,18 +114,20 @@ class AfdTopology:
         return Mesh(np.array(self.devices), (UNION,))
 
     def check(self, config: ModelConfig) -> None:
-        """Refuses a model that the FFN side cannot share out.
+        """Refuses a model that does not divide over the FFN side.
 
         Raises:
-          ValueError: That, with the divisions of as many devices that would serve.
+          ValueError: That, with the settings of as many devices that would serve.
         """
-        problems = _problems(config, self.division)
+        block = fp8_block(config)
+        problems = find_problems(self.parallel, config.text, block, FFN)
         if problems:
-            fitting = [division for division in _divisions(self.num_ffn) if not _problems(config, division)]
+            choices = list_parallels(self.num_ffn)
+            fitting = [one for one in choices if not find_problems(one, config.text, block, FFN)]
             hint = " or ".join(f"tp {one.tp} ep {one.ep}" for one in fitting)
             hint = f"give {hint}" if fitting else f"no other of {self.num_ffn} device(s) does"
             raise ValueError(
-                f"the FFN side's tp {self.division.tp}, ep {self.division.ep} on {self.num_ffn} device(s) does not divide "
+                f"the FFN side's tp {self.parallel.tp}, ep {self.parallel.ep} on {self.num_ffn} device(s) does not divide "
                 f"the model: {'; '.join(problems)}; {hint}"
             )
 
@@ -151,31 +146,6 @@ class AfdTopology:
         self.check(config)
         model = abstract_step3(config)
         return {path: self.parameter(path) for path in parameters_of(model)}
-
-
-def is_ffn(path: Path) -> bool:
-    """Whether a parameter of `Step3` belongs to the FFN role; all others belong to attention."""
-    return "ffn" in path
-
-
-def is_tower(path: Path) -> bool:
-    """Whether a parameter of `Step3` belongs to the vision tower or to the projector."""
-    return path[0] in ("vision", "projector")
-
-
-def _problems(config: ModelConfig, division: Division) -> list[str]:
-    block = None if config.quantization is None else config.quantization.weight_block_size
-    text, tp = config.text, division.tp
-    # Of what `find_problems` looks at, the FFN side cuts neither heads nor the model's width: it has no embedding.
-    unlimited = dataclasses.replace(
-        text, num_attention_heads=text.num_attention_heads * tp * max(block or (1,)), hidden_size=text.hidden_size * tp
-    )
-    return find_problems(Parallel(division.dp, tp, division.ep), unlimited, block)
-
-
-def _divisions(num_devices: int) -> list[Division]:
-    divisors = [part for part in range(1, num_devices + 1) if num_devices % part == 0]
-    return [Division(num_devices // tp, tp, ep) for tp in divisors for ep in divisors]
 
 
 def _what_fits(instances: Topology, num_devices: int, platform: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pallas_kernels.pages import PAGE_SIZE
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.bench.record import Recording
 from step3_jax.bench.throughput import Bench
 from step3_jax.bench.workload import Lengths, random_prompts

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.pages import Storage
+from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.engine.executor import Executor, Started
 from step3_jax.engine.state import DecodeCall, PrefillBatch, Report

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.pages import PAGE_SIZE, KVPages, Storage, bytes_per_token, empty_pages
-from step3_jax import deployment
+from pallas_kernels.pages import KVPages, empty_pages
+from pallas_kernels.storage import PAGE_SIZE, Storage, bytes_per_token
 from step3_jax.config import TextConfig
+from step3_jax.layout import page
 
-KV_CACHE_DTYPES = ("auto", *deployment.KV_CACHE_DTYPES)
+KV_CACHE_DTYPES = ("auto", *page.KV_CACHE_DTYPES)
 
 # One entry a layer.
 Cache = tuple[KVPages, ...]

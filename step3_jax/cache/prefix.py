@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pallas_kernels.pages import PAGE_SIZE
+from pallas_kernels.storage import PAGE_SIZE
 
 
 def root_key(cache_format: str, salt: str = "") -> bytes:

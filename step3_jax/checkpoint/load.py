@@ -27,7 +27,6 @@ from step3_jax.checkpoint.buffer import BufferPool, empty_aligned
 from step3_jax.checkpoint.memory import available_bytes, format_bytes
 from step3_jax.checkpoint.names import (
     SCALE_SUFFIX,
-    Path,
     expected_tensors,
     is_fp8_tensor,
     is_vision_tensor,
@@ -43,10 +42,12 @@ from step3_jax.checkpoint.view import read_view
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig, VisionConfig
 from step3_jax.gpu import claim_memory
+from step3_jax.layout.parallel import fit_parallel
+from step3_jax.layout.table import view_shape
+from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
 from step3_jax.model.step3 import Step3, abstract_step3
-from step3_jax.quant import BlockScaled, scale_shape
-from step3_jax.sharding import fit_parallel, view_shape
+from step3_jax.quant import BlockScaled
 from step3_jax.stored_file import require_folder
 
 NUM_READERS = 4
@@ -237,7 +238,7 @@ def _check_memory(
             sharding = shardings[path]
             is_host = sharding.mesh.devices.flat[0].platform == "cpu"
             num_copies = len(sharding.addressable_devices) if is_host else 0
-            padded = padded_shape(view_shape(path, shape, len(sharding.spec), vision), sharding)
+            padded = padded_shape(view_shape(shape, path, len(sharding.spec), vision), sharding)
             needed += math.prod(sharding.shard_shape(padded)) * itemsize * num_copies
     left = available_bytes()
     if left is not None and needed > left:
@@ -284,7 +285,7 @@ def _load_parameter(
     name = released_name(path)
     if not (reader.keep_fp8 and reader.is_fp8(name)):
         num_axes = len(sharding.spec) if sharding is not None else 0
-        view = view_shape(path, reader.checkpoint.tensors[name].shape, num_axes, vision)
+        view = view_shape(reader.checkpoint.tensors[name].shape, path, num_axes, vision)
         return _place(reader, name, reader.dtype, sharding, view)
     values = _place(reader, name, None, sharding)
     scales = _place(reader, scale_name(name), reader.kept_dtype(scale_name(name)), sharding)

@@ -22,11 +22,12 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree, Shaped
 
-from step3_jax.checkpoint.names import SCALE_SUFFIX, Path, axis_symbols, our_path, released_name, scale_name
+from step3_jax.checkpoint.names import SCALE_SUFFIX, axis_symbols, our_path, released_name, scale_name
 from step3_jax.checkpoint.placement import Matrices, Placement, as_matrices
 from step3_jax.checkpoint.safetensors_io import DTYPES, Index, TensorInfo
 from step3_jax.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from step3_jax.checkpoint.zarr_array import HEADER_FILE, StoredArray, open_array, read_chunks, read_json, zarr_header
+from step3_jax.layout.tensor import Path
 from step3_jax.quant import BlockScaled
 
 WEIGHTS = "weights"

@@ -17,7 +17,7 @@ from step3_jax.checkpoint.shards import plan_shards
 from step3_jax.checkpoint.source import Source
 from step3_jax.checkpoint.zarr_array import StoredArray
 from step3_jax.config import QuantConfig
-from step3_jax.quant import scale_shape
+from step3_jax.layout.tensor import scale_shape
 
 Action = Literal["copy", "cast", "quantise", "dequantise"]
 Tensors = Mapping[str, Placement | StoredArray]

@@ -28,9 +28,10 @@ from step3_jax.checkpoint.safetensors_io import LazyArray
 from step3_jax.checkpoint.shards import INDEX_FILE, write_checkpoint, write_text
 from step3_jax.checkpoint.view import leave_view
 from step3_jax.config import DTYPES, ModelConfig, QuantConfig
+from step3_jax.layout.table import view_shape
+from step3_jax.layout.tensor import scale_shape
 from step3_jax.model.step3 import Step3
-from step3_jax.quant import BlockScaled, quantise, scale_shape
-from step3_jax.sharding import view_shape
+from step3_jax.quant import BlockScaled, quantise
 
 
 def save_model(
@@ -77,7 +78,7 @@ def save_model(
             np.dtype(dtype_name),
             block if is_fp8_tensor(name) else None,
             shape,
-            view_shape(our_path(name), shape, len(flat[name].shape), config.vision),
+            view_shape(shape, our_path(name), len(flat[name].shape), config.vision),
         )
     ]
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -14,15 +14,8 @@ from step3_jax.afd.host import HostExecutor, load_host_executor
 from step3_jax.afd.placement import place_model
 from step3_jax.afd.program import load_program_executor
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.deployment import (
-    DEFAULT_DEADLINE_S,
-    Deployment,
-    Division,
-    Topology,
-    check_microbatches,
-    read_afd,
-)
 from step3_jax.engine.config import EngineConfig
+from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, Deployment, Topology, check_microbatches, read_afd
 from step3_jax.mesh import force_cpu_devices
 from step3_jax.model.step3 import Step3
 
@@ -85,17 +78,21 @@ def read_afd_choice(
             "--data-parallel-size and --attention-parallelism have no place beside --afd: attention is data parallel over "
             "the devices of its instances; --tensor-parallel-size and --expert-parallel-size divide the FFN side"
         )
-    instances, division = deployment.topology, deployment.division
+    instances, parallel = deployment.topology, deployment.parallel
     tp, ep = config.tensor_parallel_size, config.expert_parallel_size
     if tp != 1 or ep is not None:
-        tp = division.tp if tp == 1 else tp
-        division = Division(max(instances.num_ffn_devices // tp, 1), tp, division.ep if ep is None else ep)
+        tp = parallel.tp if tp == 1 else tp
+        ep = parallel.ep if ep is None else ep
+        parallel = dataclasses.replace(parallel, dp=max(instances.num_ffn_devices // tp, 1), tp=tp, ep=ep)
+    # What a configuration file says is in the settings; of a file of --afd it is not.
+    is_copied = config.mm_encoder_tp_mode == "data" or (arguments.afd is not None and parallel.vision == "data")
+    parallel = dataclasses.replace(parallel, vision="data" if is_copied else "weights")
     given = arguments.afd_microbatches
     num_microbatches = deployment.num_microbatches if given is None else given
     check_microbatches(num_microbatches)
     force_cpu_devices(instances.num_devices)
     return AfdChoice(
-        AfdTopology.of(instances, division),
+        AfdTopology.of(instances, parallel),
         num_microbatches,
         arguments.afd_payload or deployment.payload,
         arguments.afd_deadline,

@@ -24,10 +24,8 @@ from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.cli.bench_decode import (
     Ours,
     TorchPeer,
-    active_parameters,
     bench_config,
     check_agreement,
-    prefill_flops,
     prefill_products,
     product_rate,
     random_model,
@@ -38,8 +36,9 @@ from step3_jax.cli.display import is_first_process, write_note
 from step3_jax.cli.engine import read_engine
 from step3_jax.cli.process import interruptible
 from step3_jax.config import ModelConfig
+from step3_jax.layout.count import active_parameters, prefill_flops
+from step3_jax.layout.parallel import Parallel
 from step3_jax.model.step3 import Step3
-from step3_jax.sharding import Parallel
 
 Row = dict[str, str | int | float]
 # Seconds of each round: ours, and the peer's (empty without one).

@@ -31,12 +31,12 @@ from step3_jax.engine.bucket_table import STEPS_PER_CALL, power_of_two
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
+from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import make_layout
 from step3_jax.model.parallel import place_model
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
-from step3_jax.sharding import Parallel, fit_parallel
 
 # Bigger than the caches of any CPU the benchmark is likely to run on.
 READ_BYTES = 512 * 2**20
@@ -85,28 +85,6 @@ def random_model(config: ModelConfig) -> Step3:
         return jnp.asarray(values)
 
     return nnx.merge(graphdef, jax.tree.map(fill, state))
-
-
-def active_parameters(config: TextConfig, num_tokens: int = 1) -> tuple[int, int]:
-    """Weights of the layers, and of the head, that a step of `num_tokens` tokens multiplies with.
-
-    For several tokens the number of chosen experts is the expected one if all are equally likely: E (1 - (1 - k/E)^n).
-    """
-    hidden, rank = config.hidden_size, config.share_q_dim
-    attention = hidden * rank + rank * config.query_size + 2 * hidden * config.head_dim + config.query_size * hidden
-    num_experts, num_moe = config.moe_num_experts, len(config.moe_layers)
-    chosen = num_experts * (1 - (1 - config.moe_top_k / num_experts) ** num_tokens)
-    moe = 3 * hidden * (chosen * config.moe_intermediate_size + config.share_expert_dim) + hidden * num_experts
-    dense = 3 * hidden * config.intermediate_size
-    layers = config.num_hidden_layers * attention + num_moe * moe + (config.num_hidden_layers - num_moe) * dense
-    return round(layers), hidden * config.vocab_size
-
-
-def prefill_flops(config: TextConfig, length: int) -> int:
-    """Operations of reading a prompt: 2 a weight and token, the head once, and causal attention."""
-    layers, head = active_parameters(config)
-    attention = 2 * length**2 * config.query_size * config.num_hidden_layers
-    return 2 * layers * length + 2 * head + attention
 
 
 class Ours:

@@ -11,12 +11,12 @@ import pathlib
 from collections.abc import Mapping
 
 from step3_jax.cli.afd_option import AfdChoice, load_afd_executor, read_afd_choice
-from step3_jax.deployment import Deployment, load_deployment, parse_deployment
 from step3_jax.engine.config import EngineConfig, format_config, read_config_file
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.loading import read_parallel
+from step3_jax.layout.deployment import Deployment, load_deployment, parse_deployment
+from step3_jax.layout.parallel import Parallel
 from step3_jax.mesh import find_devices, force_cpu_devices
-from step3_jax.sharding import Parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +97,11 @@ def _read_settings(
     deployment = None
     if section is not None:
         deployment = _read_deployment(section, arguments.config)
+        parallel = deployment.parallel
+        fields = {"mm_encoder_tp_mode": parallel.vision} | fields
         if deployment.topology is None:
-            division = deployment.division
-            sizes = {"data_parallel_size": division.dp, "tensor_parallel_size": division.tp}
-            fields = sizes | {"expert_parallel_size": division.ep} | fields
+            sizes = {"data_parallel_size": parallel.dp, "tensor_parallel_size": parallel.tp}
+            fields = sizes | {"expert_parallel_size": parallel.ep} | fields
     given = {name: getattr(arguments, name) for name in arguments.setting_names}
     fields |= {name: value for name, value in given.items() if value is not None}
     return EngineConfig.of(fields), deployment, section

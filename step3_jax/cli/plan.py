@@ -11,14 +11,14 @@ import json
 import pathlib
 
 from step3_jax.cli.display import write_note
-from step3_jax.cli.plan_compile import Compilation, check_division, compile_deployment
+from step3_jax.cli.plan_compile import Compilation, compile_deployment
 from step3_jax.cli.process import interruptible
 from step3_jax.config import PRESETS, ModelConfig
-from step3_jax.deployment import Deployment, Workload, load_deployment
-from step3_jax.planner.hardware import load_hardware
+from step3_jax.layout.deployment import Deployment, Workload, load_deployment
+from step3_jax.layout.hardware import load_hardware
+from step3_jax.layout.role import check_deployment, deployed_config, roles_of
 from step3_jax.planner.memory import CacheShape, MemoryPlan, plan_memory, shape_cache
 from step3_jax.planner.report import to_dict, to_lines
-from step3_jax.planner.weight import deployed_config, roles_of
 
 # What is compiled for a deployment that names no workload: the bytes of weights do not depend on it.
 _SMALL_CACHE = CacheShape(rows=4, pages_per_row=4)
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     deployment = _change(load_deployment(arguments.deployment), arguments)
     config = _load_config(arguments.model)
     deployed = deployed_config(config, deployment.weights, text_only=arguments.text_only)
-    check_division(deployed, deployment)
+    check_deployment(deployed, deployment)
     memory_gib = arguments.memory_gib if arguments.memory_gib is not None else _find_memory(deployment)
 
     def plan(compilation: Compilation | None) -> MemoryPlan:
@@ -75,6 +75,9 @@ def _change(deployment: Deployment, arguments: argparse.Namespace) -> Deployment
     """
     return dataclasses.replace(
         deployment,
+        parallel=dataclasses.replace(
+            deployment.parallel, vision=arguments.mm_encoder_tp_mode or deployment.parallel.vision
+        ),
         weights=arguments.weights or deployment.weights,
         kv_cache=arguments.kv_cache_dtype or deployment.kv_cache,
         hardware=arguments.hardware or deployment.hardware,

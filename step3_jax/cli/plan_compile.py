@@ -31,22 +31,25 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, UInt8
 
 from pallas_kernels.common import ENVIRONMENT_VARIABLE as KERNELS
-from pallas_kernels.pages import PAGE_SIZE, KVPages, Storage, empty_pages
-from step3_jax.afd.payload import PayloadFormat, choose_payload
+from pallas_kernels.pages import KVPages, empty_pages
+from pallas_kernels.storage import PAGE_SIZE, Storage
+from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.roles import Parts, Skeleton, Tokens, attention_step, begin_step, end_step, ffn_step, take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
 from step3_jax.config import ModelConfig
-from step3_jax.deployment import Deployment
 from step3_jax.layers.attention import CacheStep, attention_context
+from step3_jax.layout.deployment import Deployment
+from step3_jax.layout.parallel import ATTENTION, BOTH, FFN
+from step3_jax.layout.payload import choose_payload
+from step3_jax.layout.role import check_deployment
+from step3_jax.layout.tensor import scale_shape
 from step3_jax.mesh import Layout, make_layout
 from step3_jax.model.parallel import parallelise, place_shapes
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
 from step3_jax.planner.memory import CacheShape, CompiledBytes, rows_at_once
-from step3_jax.planner.weight import ATTENTION, BOTH, FFN
-from step3_jax.quant import FP8, BlockScaled, scale_shape
-from step3_jax.sharding import Parallel, fit_parallel
+from step3_jax.quant import FP8, BlockScaled
 
 # Only the bytes are wanted, not a fast program.
 COMPILER_OPTIONS: dict[str, str | bool] = {
@@ -84,7 +87,7 @@ def compile_deployment(config: ModelConfig, deployment: Deployment, cache: Cache
     """Compiles in a process of its own, as the number of devices is fixed once jax computes.
 
     Args:
-      config: As `planner.weight.deployed_config` gives it.
+      config: As `layout.role.deployed_config` gives it.
       deployment: What runs where.
       cache: Of each device that has one.
 
@@ -151,24 +154,13 @@ def _compile(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> 
     return Compilation(compiled, 0.0, peak if sys.platform == "darwin" else peak * 1024)
 
 
-def check_division(config: ModelConfig, deployment: Deployment) -> Parallel:
-    """How the weights are shared out: over all devices, or over those of the FFN side.
-
-    Raises:
-      ValueError: If that does not divide the model; the message says what would.
-    """
-    division = deployment.division
-    block = config.quantization.weight_block_size if config.quantization is not None else None
-    return fit_parallel(Parallel(division.dp, division.tp, division.ep), config.text, fp8_block=block)
-
-
 def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> dict[str, CompiledBytes]:
     """The same in this process, which needs as many devices as the deployment has."""
     model = abstract_model(config)
     rows = rows_at_once(deployment)
     if deployment.topology is None:
-        return {BOTH: _compile_both(model, make_layout(check_division(config, deployment)), deployment, cache)}
-    topology = AfdTopology.of(deployment.topology, deployment.division)
+        return {BOTH: _compile_both(model, make_layout(check_deployment(config, deployment)), deployment, cache)}
+    topology = AfdTopology.of(deployment.topology, deployment.parallel)
     topology.check(config)
     form = PayloadFormat.of(config.text, choose_payload(deployment.payload, config.dtype))
     received = -(-rows * topology.num_attention // topology.num_ffn)
@@ -223,10 +215,8 @@ def _compile_both(model: Step3, layout: Layout, deployment: Deployment, cache: C
         logits = ends.lm_head(ends.norm(hidden)[:, 0]).astype(jnp.float32)
         return new, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    weights = _Weights.of(parts, model=placed)
-    return _measure(
-        step, layout, weights, _shape_cache(model, layout, deployment, cache), _step_inputs(layout, cache, cache.rows)
-    )
+    pages, inputs = _shape_cache(model, layout, deployment, cache), _step_inputs(layout, cache, cache.rows)
+    return _measure(step, layout, _Weights.of(parts), pages, inputs, vision=_vision_leaves(placed))
 
 
 def _compile_attention(
@@ -261,12 +251,13 @@ def _compile_attention(
         chosen = jnp.argmax(end_step(ends, form, tokens), axis=-1).astype(jnp.int32)
         return [own for own, _ in outs], [sent for _, sent in outs], chosen
 
-    weights = _Weights.of(dataclasses.replace(parts, ffn=[]), model=placed)
+    weights = _Weights.of(dataclasses.replace(parts, ffn=[]))
     inputs = (
         *_step_inputs(layout, cache, rows),
         [_rows(layout, rows, form.output_bytes, dtype=jnp.uint8) for _ in parts.attention],
     )
-    return _measure(step, layout, weights, _shape_cache(model, layout, deployment, cache), inputs)
+    pages = _shape_cache(model, layout, deployment, cache)
+    return _measure(step, layout, weights, pages, inputs, vision=_vision_leaves(placed))
 
 
 def _compile_ffn(model: Step3, layout: Layout, form: PayloadFormat, rows: int) -> CompiledBytes:
@@ -287,29 +278,28 @@ def _compile_ffn(model: Step3, layout: Layout, form: PayloadFormat, rows: int) -
         return run_layers(run_layer, kinds, None, list(zip(weights.ffn, sent, strict=True)))[1]
 
     inputs = ([_rows(layout, rows, form.row_bytes, dtype=jnp.uint8) for _ in parts.ffn],)
-    weights = _Weights([], [], [part.leaves for part in parts.ffn], [])
+    weights = _Weights([], [], [part.leaves for part in parts.ffn])
     return _measure(step, layout, weights, [], inputs)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """Arrays of a role: outside the layers, of each layer's halves, and those that decoding has no use for."""
+    """Arrays of a role: outside the layers, and of each layer's halves."""
 
     ends: list[Array]
     attention: list[list[Array]]
     ffn: list[list[Array]]
-    others: list[Array]
 
     @classmethod
-    def of(cls, parts: Parts, *, model: Step3) -> _Weights:
-        others = [model.vision, model.projector] if model.vision is not None else []
-        return cls(
-            parts.ends.leaves,
-            [part.leaves for part in parts.attention],
-            [part.leaves for part in parts.ffn],
-            [leaf for module in others for leaf in jax.tree.leaves(nnx.state(module))],
-        )
+    def of(cls, parts: Parts) -> _Weights:
+        return cls(parts.ends.leaves, [part.leaves for part in parts.attention], [part.leaves for part in parts.ffn])
+
+
+def _vision_leaves(model: Step3) -> list[Array]:
+    """Arrays of vision tower and projector."""
+    modules = [model.vision, model.projector] if model.vision is not None else []
+    return [leaf for module in modules for leaf in jax.tree.leaves(nnx.state(module))]
 
 
 def run_layers(
@@ -369,8 +359,18 @@ def _measure(
     weights: _Weights,
     pages: list[KVPages],
     inputs: tuple[object, ...],
+    *,
+    vision: Sequence[Array] = (),
 ) -> CompiledBytes:
     """Compiles a step, the same on each device's own part, and reads the bytes of one device.
+
+    Args:
+      step: Takes weights, pages and inputs.
+      layout: The devices of the role.
+      weights: Shapes of what the step multiplies with.
+      pages: Of the cache.
+      inputs: What else the step takes.
+      vision: What the step has no use for and is on the devices all the same, perhaps along axes of another mesh.
 
     Raises:
       RuntimeError: If the program takes other arguments than it is given, which would make its bytes worthless.
@@ -378,17 +378,22 @@ def _measure(
     arguments = (weights, pages, *inputs)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
     mapped = jax.shard_map(step, mesh=layout.mesh, in_specs=specs, out_specs=layout.spec("rows"), check_vma=False)
-    # What a step has no use for, such as the vision tower, is on the device all the same.
-    program = jax.jit(mapped, donate_argnums=1, keep_unused=True).lower(*arguments).compile(COMPILER_OPTIONS)
+
+    def call(vision: Sequence[Array], *arguments: object) -> object:
+        del vision
+        return mapped(*arguments)
+
+    program = jax.jit(call, donate_argnums=2, keep_unused=True).lower(vision, *arguments).compile(COMPILER_OPTIONS)
     memory = program.memory_analysis()
     if memory is None:
         raise RuntimeError("this version of jax does not tell the memory of a program for CPUs")
     kv_cache = memory.alias_size_in_bytes
     found = memory.argument_size_in_bytes - kv_cache - _device_bytes(inputs)
-    if (found, kv_cache) != (_device_bytes(weights), _device_bytes(pages)):
+    given = _device_bytes((weights, vision)), _device_bytes(pages)
+    if (found, kv_cache) != given:
         raise RuntimeError(
             f"the compiled program has {found:,} bytes of weights and {kv_cache:,} of cache on a device, and was given "
-            f"{_device_bytes(weights):,} and {_device_bytes(pages):,}"
+            f"{given[0]:,} and {given[1]:,}"
         )
     num_tokens = pages[0].keys.shape[0] // layout.size("rows") * pages[0].page_size if pages else 0
     return CompiledBytes(found, kv_cache, num_tokens)

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from step3_jax.afd.beacon import BEACON
 from step3_jax.afd.line import Run
 from step3_jax.afd.supervisor import supervise
-from step3_jax.deployment import DEFAULT_DEADLINE_S, Topology
 from step3_jax.launch.address import check_port, next_port
 from step3_jax.launch.environment import WATCH, WATCH_TOKEN
 from step3_jax.launch.topology import read_topology
+from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, Topology
 
 MODULE = "step3_jax.cli.main"
 _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID = "STEP3_COORDINATOR", "STEP3_NUM_PROCESSES", "STEP3_PROCESS_ID"

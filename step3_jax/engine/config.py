@@ -12,9 +12,9 @@ from typing import Self
 
 import yaml
 
-from step3_jax.deployment import KV_CACHE_DTYPES
 from step3_jax.engine.setting import Setting, check_name, check_values, define, format_table, settings_of
 from step3_jax.gpu import MEMORY_SHARE
+from step3_jax.layout.page import KV_CACHE_DTYPES
 
 # In the order in which help and docs show them.
 GROUPS = {

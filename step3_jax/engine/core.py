@@ -13,7 +13,7 @@ import time
 
 import jax
 
-from pallas_kernels.pages import PAGE_SIZE
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.cache.allocator import PageAllocator
 from step3_jax.cache.paged import Cache, choose_storage, count_pages, page_bytes, pages_for
 from step3_jax.cache.prefix import image_marks, root_key

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.pages import PAGE_SIZE
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax import resources
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
@@ -36,10 +36,10 @@ from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.stats import EngineStats
 from step3_jax.engine.warm_up import Progress
 from step3_jax.gpu import claim_memory
+from step3_jax.layout.parallel import Parallel
 from step3_jax.mesh import find_devices
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams, pick_defaults
-from step3_jax.sharding import Parallel
 from step3_jax.stored_file import read_json_object, require_folder
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_input import ImageSource

@@ -11,8 +11,8 @@ from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.sharded import ShardedRunner
+from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import make_layout
-from step3_jax.sharding import Parallel, fit_parallel
 from step3_jax.text.tokenizer import Tokenizer
 
 

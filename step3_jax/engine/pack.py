@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 from jaxtyping import Float, Int
 
-from pallas_kernels.pages import PAGE_SIZE
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.engine.bucket_table import BucketTable
 from step3_jax.engine.scheduler import Chunk, Scheduler
 from step3_jax.engine.sequence import Sequence, feature_rows

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.pages import Storage
+from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
 from step3_jax.engine.executor import Executor, Started, num_copies, widen_weights
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report, decode_loop

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from pallas_kernels.pages import PAGE_SIZE
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.cache.allocator import PageAllocator
 from step3_jax.cache.paged import pages_for
 from step3_jax.cache.prefix import extend_keys

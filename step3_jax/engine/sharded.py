@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.pages import Storage
+from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, own_devices, widen_weights
 from step3_jax.engine.runner import SplitModel, TracedCalls, Weights

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from step3_jax.deployment import Topology
 from step3_jax.launch.environment import rank_environment
 from step3_jax.launch.topology import Need
+from step3_jax.layout.deployment import Topology
 
 PLATFORMS = ("auto", "cpu", "cuda")
 _MAX_ROWS = 64

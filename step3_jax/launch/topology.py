@@ -11,8 +11,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from step3_jax.deployment import Deployment, Topology, load_deployment, parse_deployment, read_afd
 from step3_jax.engine.config import read_config_file
+from step3_jax.layout.deployment import Deployment, Topology, load_deployment, parse_deployment, read_afd
 
 # As `step3_jax/engine/config.py` has them: groups, devices of a group, groups of experts.
 _SIZES = {
@@ -125,8 +125,8 @@ def _sizes_of_file(words: Sequence[str]) -> dict[str, str]:
     sizes = {short: str(fields[name]) for name, short in names.items() if fields.get(name) is not None}
     deployment = _deployment_of_file(words)
     if deployment is not None and deployment.topology is None:
-        division = deployment.division
-        sizes = {"dp": str(division.dp), "tp": str(division.tp)} | sizes
+        parallel = deployment.parallel
+        sizes = {"dp": str(parallel.dp), "tp": str(parallel.tp)} | sizes
     return sizes
 
 

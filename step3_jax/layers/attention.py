@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.common import Implementation
 from pallas_kernels.mfa_decode import mfa_decode
 from pallas_kernels.mfa_prefill import mfa_prefill
-from pallas_kernels.pages import PAGE_SIZE, KVPages, write_rows
+from pallas_kernels.pages import KVPages, write_rows
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.norm import RMSNorm

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.common import dispatch
 from pallas_kernels.fp8_matmul.api import fp8_matmul
-from pallas_kernels.quantise import BLOCK as FP8_BLOCK
 from pallas_kernels.quantise import quantise_rows
+from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.quant import BlockScaled, dequantise
 
 # XLA:CPU has no bfloat16 product of a vector: it writes the whole matrix out in float32 first. From two rows on it calls

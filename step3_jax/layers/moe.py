@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.grouped_matmul.api import moe_ffn
-from pallas_kernels.quantise import BLOCK as FP8_BLOCK
+from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.layers.linear import fp8_unsupported, linear, normal
 from step3_jax.quant import BlockScaled, dequantise
 

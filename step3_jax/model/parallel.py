@@ -14,13 +14,12 @@ from jaxtyping import Array, Float
 from step3_jax.layers.collective import Group, ShardedEmbedding, ShardedHead, ShardedOutput, SummedLinear
 from step3_jax.layers.expert_exchange import ShardedExperts, gather_tokens
 from step3_jax.layers.router import Routing
+from step3_jax.layout.table import AXES, view_shape
+from step3_jax.layout.tensor import Path
 from step3_jax.mesh import Layout, padded_shape
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import FfnBlock
 from step3_jax.model.vision import Projector, VisionTower
-from step3_jax.sharding import AXES, view_shape
-
-Path = tuple[str | int, ...]
 
 
 class ShardedFfn(nnx.Module):
@@ -131,7 +130,7 @@ def place_model(model: Step3, places: Places) -> Step3:
     """
 
     def place(path: Path, leaf: Array, sharding: NamedSharding) -> Array:
-        view = view_shape(path, leaf.shape, len(sharding.spec), model.config.vision)
+        view = view_shape(leaf.shape, path, len(sharding.spec), model.config.vision)
         shape = padded_shape(view, sharding)
         if not sharding.addressable_devices:
             # `make_array_from_callback` would ask for all of an array that every device has a copy of.
@@ -146,7 +145,7 @@ def place_shapes(model: Step3, places: Places) -> Step3:
     """The same for an abstract model, as `nnx.eval_shape` gives it: shapes with shardings, to compile for."""
 
     def place(path: Path, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        view = view_shape(path, leaf.shape, len(sharding.spec), model.config.vision)
+        view = view_shape(leaf.shape, path, len(sharding.spec), model.config.vision)
         return jax.ShapeDtypeStruct(padded_shape(view, sharding), leaf.dtype, sharding=sharding)
 
     return _map_parameters(model, places, place)

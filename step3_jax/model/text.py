@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pages import PAGE_SIZE, KVPages
+from pallas_kernels.pages import KVPages
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
 from step3_jax.layers.attention import MFA, AttentionContext, CacheStep, attention_context
 from step3_jax.layers.embed import Embedding

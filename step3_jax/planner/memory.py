@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator, Mapping
 
 from step3_jax.config import ModelConfig, TextConfig
-from step3_jax.deployment import Deployment, Division, Workload
 from step3_jax.gpu import MEMORY_SHARE
-from step3_jax.planner.weight import Role, deployed_config, roles_of, weight_bytes
+from step3_jax.layout.count import weight_bytes
+from step3_jax.layout.deployment import Deployment, Workload
+from step3_jax.layout.page import PAGE_SIZE, count_pages, kv_bytes_per_token
+from step3_jax.layout.parallel import find_problems, list_parallels
+from step3_jax.layout.role import Role, deployed_config, fp8_block, roles_of
 from step3_jax.planner.workspace import DEFAULT_CHUNK_TOKENS, Workspace, estimate_workspace
-
-# Tokens of a page, and columns that share a scale in int4, as in `pallas_kernels/pages.py`.
-PAGE_SIZE, INT4_GROUP = 64, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,25 +120,12 @@ class MemoryPlan:
         return next(plan.kv_tokens for plan in self.roles if plan.role.has_cache)
 
 
-def kv_bytes_per_token(text: TextConfig, kv_cache: str) -> int:
-    """Cache of one token in all layers: keys and values of one head, with their scales.
-
-    Raises:
-      ValueError: For heads that int4 cannot cut in groups.
-    """
-    size = text.head_dim
-    if kv_cache == "int4" and size % INT4_GROUP:
-        raise ValueError(f"kv_cache int4 needs a head size that is a multiple of {INT4_GROUP}; it is {size}")
-    row = {"float32": 4 * size, "bfloat16": 2 * size, "fp8": size + 4, "int4": size // 2 + 2 * (size // INT4_GROUP)}
-    return 2 * row[kv_cache] * text.num_hidden_layers
-
-
 def shape_cache(deployment: Deployment, role: Role) -> CacheShape | None:
     """The cache that the workload needs on each device of a role; None without a workload or a cache."""
     workload = deployment.workload
     if workload is None or not role.has_cache:
         return None
-    return CacheShape(-(-workload.sequences // role.num_devices), -(-workload.context_tokens // PAGE_SIZE))
+    return CacheShape(-(-workload.sequences // role.num_devices), count_pages(workload.context_tokens))
 
 
 def plan_memory(
@@ -265,27 +252,21 @@ def _vary(
         shorter = dataclasses.replace(deployment, workload=Workload(load.sequences, limit))
         yield f"--context-tokens {limit}, the most that the model has", shorter, text_only, chunk_tokens
     if config.vision is not None:
-        yield (
-            "--text-only leaves out the vision tower, which every device has a copy of",
-            deployment,
-            True,
-            chunk_tokens,
-        )
+        if deployment.parallel.vision == "data":
+            sharded = dataclasses.replace(
+                deployment, parallel=dataclasses.replace(deployment.parallel, vision="weights")
+            )
+            yield "mm_encoder_tp_mode weights shards the vision tower", sharded, text_only, chunk_tokens
+        yield "--text-only leaves out the vision tower", deployment, True, chunk_tokens
     if chunk_tokens > 256:
         yield "--max-num-batched-tokens 256 reads prompts in smaller chunks", deployment, text_only, 256
-    division = deployment.division
     if deployment.topology is None:
-        for tp in range(2 * division.tp, deployment.num_devices + 1, division.tp):
-            if deployment.num_devices % tp == 0 and _divides(config, tp):
-                changed = dataclasses.replace(
-                    deployment, division=Division(deployment.num_devices // tp, tp, division.ep)
-                )
-                yield (
-                    f"parallel.tp {tp}, dp {deployment.num_devices // tp} shares out more",
-                    changed,
-                    text_only,
-                    chunk_tokens,
-                )
+        for one in list_parallels(deployment.num_devices):
+            is_finer = one.tp > deployment.parallel.tp and one.tp % deployment.parallel.tp == 0
+            if is_finer and one.ep == deployment.parallel.ep and not find_problems(one, config.text, fp8_block(config)):
+                finer = dataclasses.replace(deployment.parallel, dp=one.dp, tp=one.tp)
+                changed = dataclasses.replace(deployment, parallel=finer)
+                yield f"parallel.tp {one.tp}, dp {one.dp} shards more of the weights", changed, text_only, chunk_tokens
     for kv_cache in ("fp8", "int4"):
         if _row_bytes(config, kv_cache) < _row_bytes(config, deployment.kv_cache):
             changed = dataclasses.replace(deployment, kv_cache=kv_cache)
@@ -299,14 +280,6 @@ def _row_bytes(config: ModelConfig, kv_cache: str) -> float:
         return kv_bytes_per_token(config.text, kv_cache)
     except ValueError:
         return math.inf
-
-
-def _divides(config: ModelConfig, tp: int) -> bool:
-    """Whether tensor parallelism over `tp` devices leaves no partial block; see `sharding.find_problems`."""
-    text = config.text
-    block = max(config.quantization.weight_block_size) if config.quantization is not None else 1
-    sizes = [text.query_size, text.intermediate_size] + ([text.share_expert_dim] if text.moe_layers else [])
-    return text.hidden_size % tp == 0 and all(size % (tp * block) == 0 for size in sizes)
 
 
 def _gib(num_bytes: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from step3_jax.planner.memory import PAGE_SIZE, MemoryPlan, RolePlan
+from step3_jax.layout.page import PAGE_SIZE
+from step3_jax.planner.memory import MemoryPlan, RolePlan
 
 _LABEL = 28
 _COLUMN = 18

@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 
 from step3_jax.config import NUM_CLASS_TOKENS, ModelConfig
-from step3_jax.deployment import Deployment
-from step3_jax.planner.weight import ATTENTION, FFN, Role
+from step3_jax.layout.deployment import Deployment
+from step3_jax.layout.parallel import ATTENTION, FFN
+from step3_jax.layout.role import Role
 
 # Rows that the last tile of each expert is filled up to.
 TILE_ROWS = 128
@@ -56,7 +57,7 @@ def estimate_workspace(
     """The estimate for one device of a role.
 
     Args:
-      config: As `weight.deployed_config` gives it.
+      config: As `role.deployed_config` gives it.
       deployment: For the formats.
       role: One of its roles.
       rows: Sequences that each device with a cache decodes at once; of a micro-batch where there are several.
@@ -84,7 +85,7 @@ def estimate_workspace(
         residual = tokens * config.text.hidden_size * 2 * itemsize if role.has_cache else 0
         return exchange + residual + max(needed)
 
-    image = _image_bytes(config, itemsize) if role.has_cache else 0
+    image = _image_bytes(config, role, itemsize) if role.has_cache else 0
     return Workspace(phase(rows, has_head=True), phase(chunk_tokens, has_head=False), image)
 
 
@@ -97,27 +98,29 @@ def _attention_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
 
 
 def _ffn_bytes(config: ModelConfig, deployment: Deployment, role: Role, tokens: int, itemsize: int) -> int:
-    text, division = config.text, role.division
+    text, parallel = config.text, role.parallel
     # FP8 products read rows in FP8.
     packed = 1 if deployment.weights == "fp8" else itemsize
     gathered = tokens * text.hidden_size * 2 * itemsize
-    dense = tokens // division.dp * text.intermediate_size // division.tp * 3 * itemsize
+    dense = tokens // parallel.dp * text.intermediate_size // parallel.tp * 3 * itemsize
     if not text.moe_layers:
         return gathered + dense
-    experts = text.moe_num_experts // division.ep
-    width = text.moe_intermediate_size * division.ep // role.num_devices
+    experts = text.moe_num_experts // parallel.expert_groups
+    width = text.moe_intermediate_size // parallel.expert_width_parts
     pairs = tokens * text.moe_top_k + experts * TILE_ROWS
     routed = pairs * (text.hidden_size * (packed + itemsize) + width * packed)
-    shared = tokens // division.dp * text.share_expert_dim // division.tp * 3 * itemsize
+    shared = tokens // parallel.dp * text.share_expert_dim // parallel.tp * 3 * itemsize
     return gathered + max(routed + shared, dense)
 
 
-def _image_bytes(config: ModelConfig, itemsize: int) -> int:
+def _image_bytes(config: ModelConfig, role: Role, itemsize: int) -> int:
     vision = config.vision
     if vision is None:
         return 0
     tokens = NUM_CLASS_TOKENS + vision.grid**2
+    parts = role.tower.tp if role.tower.vision == "weights" else 1
+    heads, inner = -(-vision.num_attention_heads // parts), -(-vision.intermediate_size // parts)
     # Scores and their softmax in float32, then as weights.
-    attention = vision.num_attention_heads * tokens**2 * (8 + itemsize) + 4 * tokens * vision.hidden_size * itemsize
-    mlp = 2 * tokens * vision.intermediate_size * itemsize
+    attention = heads * tokens**2 * (8 + itemsize) + 4 * tokens * heads * vision.head_dim * itemsize
+    mlp = 2 * tokens * inner * itemsize
     return 2 * tokens * vision.hidden_size * itemsize + max(attention, mlp)

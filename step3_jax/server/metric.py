@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pallas_kernels.pages import PAGE_SIZE
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.engine.llm import LLM
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -9,14 +9,14 @@ import pytest
 
 Ask = Callable[..., dict]
 
-# Topology, devices of an instance, division of the FFN side (dp, tp, ep), micro-batches.
+# Topology, devices of an instance, shards of the FFN side (dp, tp, ep), micro-batches.
 CASES = [
     {"afd": "1a1f", "microbatches": 1},
     {"afd": "2a2f", "microbatches": 3},
     {"afd": "2a1f", "microbatches": 2},
-    {"afd": "1a2f", "division": [1, 2, 1], "microbatches": 4},
-    {"afd": "1a1f", "devices": 2, "division": [2, 1, 2], "microbatches": 3},
-    {"afd": "2a3f", "division": [1, 3, 3], "microbatches": 2},
+    {"afd": "1a2f", "parallel": [1, 2, 1], "microbatches": 4},
+    {"afd": "1a1f", "devices": 2, "parallel": [2, 1, 2], "microbatches": 3},
+    {"afd": "2a3f", "parallel": [1, 3, 3], "microbatches": 2},
 ]
 
 
@@ -53,7 +53,7 @@ def test_nothing_is_compiled_after_warm_up(host: Ask) -> None:
     assert found["before"]["ffn"] <= 2 * sizes
 
 
-@pytest.mark.parametrize("case", [{"afd": "2a2f"}, {"afd": "1a2f", "division": [1, 2, 1], "microbatches": 4}])
+@pytest.mark.parametrize("case", [{"afd": "2a2f"}, {"afd": "1a2f", "parallel": [1, 2, 1], "microbatches": 4}])
 def test_weights_and_cache_are_only_where_their_role_needs_them(host: Ask, case: dict[str, object]) -> None:
     found = host("places", **case)
     assert not set(found["attention"]) & set(found["ffn"])
@@ -61,7 +61,7 @@ def test_weights_and_cache_are_only_where_their_role_needs_them(host: Ask, case:
     assert found["cache"] == found["attention"]
     assert found["pages_each"] == 38 // len(found["attention"])
     assert found["gate_proj"] == [6, 24, 48]
-    assert found["gate_proj_each"] == ([6, 12, 48] if "division" in case else [3, 24, 48])
+    assert found["gate_proj_each"] == ([6, 12, 48] if "parallel" in case else [3, 24, 48])
 
 
 def test_prompts_that_share_their_start_get_the_same_from_cached_pages(host: Ask) -> None:
@@ -132,8 +132,8 @@ def test_who_did_what_when_is_recorded(host: Ask) -> None:
     ("case", "message"),
     [
         ({"afd": "4a4f"}, "needs 8 devices, and there are 6.*2a4f|3a3f"),
-        ({"afd": "1a4f", "division": [4, 1, 4]}, "moe_num_experts is 6.*give tp 1 ep 1 or .*tp 4 ep 2"),
-        ({"afd": "1a2f", "division": [1, 3, 1]}, "dp x tp must be 2"),
+        ({"afd": "1a4f", "parallel": [4, 1, 4]}, "moe_num_experts is 6.*give tp 1 ep 1 or .*tp 4 ep 2"),
+        ({"afd": "1a2f", "parallel": [1, 3, 1]}, "dp x tp must be 2"),
         ({"afd": "1a1f", "microbatches": 5}, "allowed: 1 to 4"),
         ({"afd": "1a1f", "payload": "fp4"}, "allowed: auto, fp8"),
     ],

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from step3_jax.afd.payload import PayloadFormat, choose_payload
+from step3_jax.afd.payload import PayloadFormat
 from step3_jax.config import TextConfig
+from step3_jax.layout.payload import choose_payload
 
 
 def sample(hidden_size: int, top_k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

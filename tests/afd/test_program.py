@@ -137,8 +137,8 @@ def test_two_attention_processes_and_two_ffn_processes() -> None:
     ("num_processes", "cpu_devices", "case"),
     [
         (3, 1, {"afd": "1a2f", "microbatches": 4}),
-        (3, 1, {"afd": "1a2f", "microbatches": 2, "division": [1, 2, 1]}),
-        (4, 1, {"afd": "2a2f", "microbatches": 4, "layers": 3, "division": [1, 2, 2]}),
+        (3, 1, {"afd": "1a2f", "microbatches": 2, "parallel": [1, 2, 1]}),
+        (4, 1, {"afd": "2a2f", "microbatches": 4, "layers": 3, "parallel": [1, 2, 2]}),
         (4, 1, {"afd": "1a1f", "devices": 2, "microbatches": 3, "count": 1}),
         (4, 1, {"afd": "1a3f", "microbatches": 1}),
         # A process with all devices of its role.

@@ -17,9 +17,9 @@ from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.config import ModelConfig
 from step3_jax.engine.state import PrefillBatch, Report
 from step3_jax.layers.attention import CacheStep
+from step3_jax.layout.parallel import Parallel
 from step3_jax.mesh import make_layout
 from step3_jax.model.step3 import Step3
-from step3_jax.sharding import Parallel
 from tests.small import small_text
 
 TEXT = small_text(num_hidden_layers=3)

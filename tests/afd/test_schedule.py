@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from step3_jax.afd.schedule import Item, Schedule
+from step3_jax.layout.schedule import Item, Schedule
 
 CASES = [(layers, count) for layers in (1, 2, 5) for count in (1, 2, 3, 4)]
 

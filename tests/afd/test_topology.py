@@ -9,10 +9,12 @@ from typing import cast
 import jax
 import pytest
 
-from step3_jax.afd.topology import AfdTopology, is_ffn
+from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.names import our_path
 from step3_jax.config import ModelConfig, QuantConfig, TextConfig
-from step3_jax.deployment import Division, parse_topology
+from step3_jax.layout.deployment import parse_topology
+from step3_jax.layout.parallel import Parallel
+from step3_jax.layout.role import is_ffn
 
 RELEASED = ModelConfig(vision=None, image_token_id=0)
 
@@ -31,7 +33,7 @@ def test_attention_comes_first_and_roles_share_no_device(
     found = AfdTopology.of(parse_topology(spec, each), devices=devices(64))
     assert (found.num_attention, found.num_ffn, found.num_pieces) == (attention, ffn, pieces)
     assert [device.id for device in found.devices] == list(range(attention + ffn))
-    assert found.division == Division(found.instances.num_ffn, each, found.instances.num_ffn)
+    assert found.parallel == Parallel(found.instances.num_ffn, each, found.instances.num_ffn)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +50,9 @@ def test_too_few_devices_are_refused_with_what_would_fit(spec: str, each: int, t
         AfdTopology.of(parse_topology(spec, each), devices=devices(there))
 
 
-def test_a_division_of_another_number_of_devices_is_refused() -> None:
+def test_a_parallel_of_another_number_of_devices_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has 2 device.* dp x tp must be 2"):
-        AfdTopology.of(parse_topology("1a2f"), Division(1, 4, 1), devices(8))
+        AfdTopology.of(parse_topology("1a2f"), Parallel(1, 4, 1), devices(8))
 
 
 def test_the_released_model_fits_the_papers_deployment() -> None:
@@ -60,8 +62,8 @@ def test_the_released_model_fits_the_papers_deployment() -> None:
     found.check(quantised)
     # Widths of 5120 are 40 FP8 blocks, which 16 devices cannot share out; experts they can.
     with pytest.raises(ValueError, match=r"whole FP8 blocks of 128.*give tp 1 ep 2 or .*tp 8 ep 2"):
-        AfdTopology.of(parse_topology("2a2f", 8), Division(1, 16, 1), devices(32)).check(quantised)
-    AfdTopology.of(parse_topology("2a2f", 8), Division(16, 1, 16), devices(32)).check(quantised)
+        AfdTopology.of(parse_topology("2a2f", 8), Parallel(1, 16, 1), devices(32)).check(quantised)
+    AfdTopology.of(parse_topology("2a2f", 8), Parallel(16, 1, 16), devices(32)).check(quantised)
 
 
 def test_heads_do_not_limit_the_ffn_side() -> None:
@@ -69,7 +71,7 @@ def test_heads_do_not_limit_the_ffn_side() -> None:
         num_hidden_layers=1, moe_layers=(), num_attention_heads=1, head_dim=2, intermediate_size=6, hidden_size=4
     )
     config = ModelConfig(text=text, vision=None, image_token_id=0)
-    AfdTopology.of(parse_topology("1a3f"), Division(1, 3, 1), devices(4)).check(config)
+    AfdTopology.of(parse_topology("1a3f"), Parallel(1, 3, 1), devices(4)).check(config)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ import pytest
 from pallas_kernels.compat import race_check
 from pallas_kernels.mfa_decode import mosaic, plan, reference
 from pallas_kernels.mfa_decode.api import mfa_decode, plan_decode
-from pallas_kernels.pages import KVPages, Storage, contiguous_pages, decode_rows, empty_pages, encode_rows
+from pallas_kernels.pages import KVPages, contiguous_pages, decode_rows, empty_pages, encode_rows
+from pallas_kernels.storage import Storage
 from tests.kernels.support import lower_for_cuda, row_errors
 
 SCALE = 0.05

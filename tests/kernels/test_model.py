@@ -11,8 +11,9 @@ from flax import nnx
 from pallas_kernels.common import ENVIRONMENT_VARIABLE
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import moe_ffn
-from pallas_kernels.pages import PAGE_SIZE, empty_pages
+from pallas_kernels.pages import empty_pages
 from pallas_kernels.quantise import quantise_rows
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
 from step3_jax.layers import linear, moe
 from step3_jax.layers.attention import CacheStep

@@ -7,16 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.pages import (
-    Storage,
-    bytes_per_token,
-    contiguous_pages,
-    decode_rows,
-    empty_pages,
-    encode_rows,
-    gather_rows,
-    write_rows,
-)
+from pallas_kernels.pages import contiguous_pages, decode_rows, empty_pages, encode_rows, gather_rows, write_rows
+from pallas_kernels.storage import Storage, bytes_per_token
 
 STORAGES: tuple[Storage, ...] = ("float32", "bfloat16", "fp8", "int4")
 # Largest error of a row over its largest number: half a step of the format there (of e4m3 between 256 and 448 it is 16).

@@ -6,7 +6,6 @@ import socket
 
 import pytest
 
-from step3_jax.deployment import parse_topology
 from step3_jax.launch.address import join_address, listen, parse_hosts, reach, split_coordinator, wait_for_name
 from step3_jax.launch.environment import forwarded_environment, rank_environment
 from step3_jax.launch.keeper import list_gpus
@@ -14,6 +13,7 @@ from step3_jax.launch.plan import Host, Rank, choose_platform, count_processes, 
 from step3_jax.launch.protocol import Message, decode, encode, pack_output, unpack_output
 from step3_jax.launch.rendezvous import check_versions
 from step3_jax.launch.topology import read_need
+from step3_jax.layout.deployment import parse_topology
 
 GPUS = tuple("01234567")
 TWO = [Host("a", GPUS), Host("b", GPUS)]

@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
-from step3_jax.deployment import Topology, parse_topology
 from step3_jax.launch.topology import Need, read_need, read_topology
+from step3_jax.layout.deployment import Topology, parse_topology
 
 
 @pytest.mark.parametrize(

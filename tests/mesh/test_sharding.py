@@ -12,16 +12,9 @@ from jax.sharding import PartitionSpec
 
 from step3_jax.checkpoint.names import expected_tensors, is_fp8_tensor, our_path
 from step3_jax.config import ModelConfig
-from step3_jax.sharding import (
-    AXES,
-    PARAMETERS,
-    Parallel,
-    find_problems,
-    fit_parallel,
-    mesh_axes,
-    parameter_spec,
-    partition_spec,
-)
+from step3_jax.layout.parallel import Parallel, find_problems, fit_parallel
+from step3_jax.layout.table import AXES, PARAMETERS, mesh_axes
+from step3_jax.sharding import parameter_spec, partition_spec
 
 STEP3 = ModelConfig.preset("step3")
 FP8_BLOCK = (128, 128)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels.pages import PAGE_SIZE, empty_pages
+from pallas_kernels.pages import empty_pages
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 

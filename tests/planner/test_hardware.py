@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 from step3_jax import resources
-from step3_jax.deployment import load_deployment
-from step3_jax.planner.hardware import list_hardware, load_hardware
+from step3_jax.layout.deployment import load_deployment
+from step3_jax.layout.hardware import list_hardware, load_hardware
 
 
 def test_every_shipped_device_can_be_read() -> None:

@@ -7,18 +7,22 @@ import dataclasses
 import pytest
 
 from pallas_kernels import pages
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax import resources
 from step3_jax.config import ModelConfig
-from step3_jax.deployment import KV_CACHE_DTYPES, load_deployment, parse_deployment
-from step3_jax.planner.memory import PAGE_SIZE, MemoryPlan, kv_bytes_per_token, plan_memory
+from step3_jax.layout.count import weight_bytes
+from step3_jax.layout.deployment import load_deployment, parse_deployment
+from step3_jax.layout.page import KV_CACHE_DTYPES, kv_bytes_per_token
+from step3_jax.layout.role import deployed_config, roles_of
+from step3_jax.planner.memory import MemoryPlan, plan_memory
 from step3_jax.planner.report import to_dict, to_lines
-from step3_jax.planner.weight import count_vision_parameters, deployed_config, roles_of, weight_bytes
+from step3_jax.planner.weight import count_vision_parameters
 
 STEP3 = ModelConfig.preset("step3")
 
 
 def plan(name: str, memory_gib: float | None = None, text_only: bool = False, **options: object) -> MemoryPlan:
-    changes = {key: options.pop(key) for key in ("kv_cache", "workload", "weights", "division") if key in options}
+    changes = {key: options.pop(key) for key in ("kv_cache", "workload", "weights", "parallel") if key in options}
     deployment = dataclasses.replace(load_deployment(name), **changes)
     memory_gib = deployment.device_memory_gib if memory_gib is None else memory_gib
     return plan_memory(STEP3, deployment, memory_gib=memory_gib, text_only=text_only, **options)
@@ -84,8 +88,8 @@ def test_eight_cards_of_48_gb_do_not_hold_a_vision_tower_each() -> None:
 
 
 def test_what_is_copied_too_often_is_told_to_be_shared_out() -> None:
-    division = dataclasses.replace(load_deployment("8gpu-fp8-48gb").division, dp=8, tp=1)
-    found = plan("8gpu-fp8-48gb", text_only=True, division=division)
+    parallel = dataclasses.replace(load_deployment("8gpu-fp8-48gb").parallel, dp=8, tp=1)
+    found = plan("8gpu-fp8-48gb", text_only=True, parallel=parallel)
     assert found.problems
     assert any("parallel.tp 8, dp 1" in remedy for remedy in found.remedies)
 

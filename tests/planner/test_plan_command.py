@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.cli.main import main
 from step3_jax.cli.plan_compile import compile_deployment, run_layers
 from step3_jax.config import ModelConfig, TextConfig, VisionConfig
-from step3_jax.deployment import Deployment, load_deployment, parse_deployment
-from step3_jax.planner.memory import PAGE_SIZE, CacheShape, kv_bytes_per_token, shape_cache
-from step3_jax.planner.weight import deployed_config, roles_of, weight_bytes
+from step3_jax.layout.count import weight_bytes
+from step3_jax.layout.deployment import Deployment, load_deployment, parse_deployment
+from step3_jax.layout.page import kv_bytes_per_token
+from step3_jax.layout.role import deployed_config, roles_of
+from step3_jax.planner.memory import CacheShape, shape_cache
 
 # Sizes that FP8 blocks of 128 are cut out of whole, twice; a vocabulary that is not.
 SMALL = ModelConfig(

@@ -7,15 +7,8 @@ import pathlib
 import pytest
 
 from step3_jax import resources
-from step3_jax.deployment import (
-    Division,
-    Topology,
-    Workload,
-    find_deployment,
-    load_deployment,
-    parse_deployment,
-    read_afd,
-)
+from step3_jax.layout.deployment import Topology, Workload, find_deployment, load_deployment, parse_deployment, read_afd
+from step3_jax.layout.parallel import Parallel
 
 SHIPPED = sorted(path.stem for path in resources.find("configs/afd").glob("*.yaml"))
 
@@ -26,13 +19,13 @@ def test_shipped_files_are_read(name: str) -> None:
     assert found.name == name
     assert found.description
     devices = found.num_devices if found.topology is None else found.topology.num_ffn_devices
-    assert found.division.dp * found.division.tp == devices
+    assert found.parallel.dp * found.parallel.tp == devices
 
 
 def test_the_papers_deployment_has_32_devices() -> None:
     found = load_deployment("2a2f")
     assert found.topology == Topology("2a2f", 2, 2, 8)
-    assert (found.num_devices, found.division, found.num_microbatches) == (32, Division(2, 8, 2), 3)
+    assert (found.num_devices, found.parallel, found.num_microbatches) == (32, Parallel(2, 8, 2), 3)
     assert (found.weights, found.kv_cache, found.payload) == ("fp8", "fp8", "fp8")
     assert found.workload == Workload(6144, 4096)
 
@@ -40,13 +33,13 @@ def test_the_papers_deployment_has_32_devices() -> None:
 def test_bare_off_means_no_instances() -> None:
     # YAML reads it as false.
     found = parse_deployment("x", {"afd": False, "devices": 4})
-    assert (found.topology, found.num_devices, found.division) == (None, 4, Division(4, 1, 4))
+    assert (found.topology, found.num_devices, found.parallel) == (None, 4, Parallel(4, 1, 4))
 
 
 def test_experts_go_over_instances_and_widths_inside_one_unless_the_file_says_else() -> None:
-    assert parse_deployment("x", {"afd": "1a2f", "devices_per_instance": 4}).division == Division(2, 4, 2)
+    assert parse_deployment("x", {"afd": "1a2f", "devices_per_instance": 4}).parallel == Parallel(2, 4, 2)
     given = {"afd": "1a2f", "devices_per_instance": 4, "ffn": {"ep": 8}}
-    assert parse_deployment("x", given).division == Division(8, 1, 8)
+    assert parse_deployment("x", given).parallel == Parallel(8, 1, 8)
 
 
 @pytest.mark.parametrize(

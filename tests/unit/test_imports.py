@@ -16,9 +16,10 @@ MAX_LINES = 500
 # Each row may import its own part and those of the rows above; parts of one row do not import each other.
 ROWS = (
     ("pallas_kernels",),
-    ("resources", "stored_file", "json_schema", "gpu"),
+    ("resources", "stored_file", "json_schema", "gpu", "nearest"),
     ("config_file",),
-    ("config", "deployment"),
+    ("config",),
+    ("layout",),
     ("sharding",),
     ("quant",),
     ("mesh",),
@@ -33,8 +34,9 @@ ROWS = (
 )
 # Narrower than the rows: all that a part may import of this project.
 ONLY = {
-    # It runs without a device.
-    "planner": {"config", "deployment", "gpu", "resources"},
+    # They run without a device.
+    "layout": {"config", "nearest", "pallas_kernels", "resources"},
+    "planner": {"config", "gpu", "layout", "nearest", "resources"},
     # Texts and images are prepared where there is no accelerator.
     "text": {"config", "json_schema", "resources", "stored_file"},
 }

@@ -51,9 +51,9 @@ def test_a_number_that_the_program_has_chosen_itself_stays() -> None:
 def test_the_library_reads_the_number_as_the_command_does() -> None:
     program = """
         from step3_jax.afd.topology import AfdTopology
-        from step3_jax.deployment import parse_topology
+        from step3_jax.layout.deployment import parse_topology
         from step3_jax.mesh import make_layout
-        from step3_jax.sharding import Parallel
+        from step3_jax.layout.parallel import Parallel
         print(make_layout(Parallel(tp=4, ep=1)).mesh.size, AfdTopology.of(parse_topology("2a2f")).num_attention)
     """
     assert run(program).stdout == run(program, STEP3_CPU_DEVICES="4").stdout == "4 2\n"
@@ -65,7 +65,7 @@ def test_too_few_devices_come_with_advice_that_works() -> None:
         {before}
         jax.numpy.ones(1)
         from step3_jax.mesh import make_layout
-        from step3_jax.sharding import Parallel
+        from step3_jax.layout.parallel import Parallel
         try:
             print(make_layout(Parallel(tp=4, ep=1)).mesh.size)
         except ValueError as error:

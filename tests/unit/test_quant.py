@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from step3_jax.quant import FP8_MAX, BlockScaled, dequantise, quantise, scale_shape
+from step3_jax.layout.tensor import scale_shape
+from step3_jax.quant import FP8_MAX, BlockScaled, dequantise, quantise
 
 
 def loop_over_blocks(array, block):

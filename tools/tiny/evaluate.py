@@ -22,10 +22,10 @@ from rich.table import Table
 
 from step3_jax import resources
 from step3_jax.checkpoint.load import load_model
-from step3_jax.checkpoint.names import count_parameters
 from step3_jax.config import ModelConfig
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
+from step3_jax.layout.count import count_parameters
 from step3_jax.text.tokenizer import Tokenizer
 from tools.tiny.evaluate_answers import Reply, ask_all, share_right, share_right_digits, share_right_functions
 from tools.tiny.evaluate_cases import load_sets

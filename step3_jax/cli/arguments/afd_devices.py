@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from step3_jax.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, PAYLOADS
+from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES
+from step3_jax.layout.payload import PAYLOADS
 
 EXECUTORS = ("auto", "host", "program")
 

@@ -29,11 +29,12 @@ from step3_jax.afd.roles import arrays_by_role
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.afd.trace import measure, to_chrome
 from step3_jax.config import ModelConfig, TextConfig, VisionConfig
-from step3_jax.deployment import Division, parse_topology
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import PrefillBatch
+from step3_jax.layout.deployment import parse_topology
+from step3_jax.layout.parallel import Parallel
 from step3_jax.mesh import force_cpu_devices
 from step3_jax.model.step3 import Step3
 from step3_jax.resources import find
@@ -67,8 +68,8 @@ def make_model() -> Step3:
 
 def make_topology(request: Answer) -> AfdTopology:
     instances = parse_topology(str(request["afd"]), int(request.get("devices", 1)))  # type: ignore[call-overload]
-    division = request.get("division")
-    return AfdTopology.of(instances, Division(*division) if division else None)  # type: ignore[misc]
+    parallel = request.get("parallel")
+    return AfdTopology.of(instances, Parallel(*parallel) if parallel else None)  # type: ignore[misc]
 
 
 @functools.cache
@@ -84,7 +85,7 @@ def make_executor(key: str) -> HostExecutor:
 
 
 def executor_of(request: Answer) -> HostExecutor:
-    names = ("afd", "devices", "division", "microbatches", "payload")
+    names = ("afd", "devices", "parallel", "microbatches", "payload")
     return make_executor(json.dumps({name: request[name] for name in names if name in request}))
 
 

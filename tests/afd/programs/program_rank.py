@@ -28,11 +28,12 @@ from step3_jax.afd.program import load_program_executor, make_program_executor
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.shards import Checkpoint
 from step3_jax.config import ModelConfig
-from step3_jax.deployment import Division, parse_topology
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import DecodeBatch, PrefillBatch
+from step3_jax.layout.deployment import parse_topology
+from step3_jax.layout.parallel import Parallel
 from step3_jax.mesh import initialise_distributed
 from step3_jax.model.step3 import Step3
 from step3_jax.resources import find
@@ -58,8 +59,8 @@ def make_model(num_layers: int) -> Step3:
 
 def make_topology(case: Answer) -> AfdTopology:
     instances = parse_topology(str(case["afd"]), int(case.get("devices", 1)))  # type: ignore[call-overload]
-    division = case.get("division")
-    return AfdTopology.of(instances, Division(*division) if division else None)  # type: ignore[misc]
+    parallel = case.get("parallel")
+    return AfdTopology.of(instances, Parallel(*parallel) if parallel else None)  # type: ignore[misc]
 
 
 @functools.cache
@@ -75,7 +76,7 @@ def make_executor(key: str) -> AttentionProcess | FfnProcess:
 
 
 def executor_of(case: Answer) -> AttentionProcess | FfnProcess:
-    names = ("afd", "devices", "division", "microbatches", "payload", "layers")
+    names = ("afd", "devices", "parallel", "microbatches", "payload", "layers")
     return make_executor(json.dumps({name: case[name] for name in names if name in case}))
 
 

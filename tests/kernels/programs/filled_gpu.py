@@ -15,8 +15,8 @@ from flax import nnx
 from step3_jax.cache.paged import empty_cache
 from step3_jax.engine import executor, sharded
 from step3_jax.engine.state import DecodeBatch
+from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import make_layout
-from step3_jax.sharding import Parallel, fit_parallel
 from tests.mesh.programs.compile_step import CONFIG, abstract_model, bytes_each, sampling_shapes
 from tools import gpu_compile
 

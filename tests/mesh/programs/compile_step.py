@@ -25,13 +25,13 @@ from step3_jax.checkpoint.names import is_fp8_tensor, released_name
 from step3_jax.config import ModelConfig
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, PrefillBatch
+from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import Layout, make_layout
 from step3_jax.model.parallel import place_shapes
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import quantise
 from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
-from step3_jax.sharding import Parallel, fit_parallel
 
 CONFIG = dataclasses.replace(ModelConfig.preset("step3-fp8"), vision=None)
 # A batch of 64 sequences of up to 4K a device, with fp8 pages.

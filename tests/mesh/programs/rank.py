@@ -14,9 +14,9 @@ import numpy as np
 
 from step3_jax.checkpoint.shards import Checkpoint
 from step3_jax.engine.llm import LLM
+from step3_jax.layout.parallel import Parallel
 from step3_jax.mesh import agree, initialise_distributed
 from step3_jax.sampling.params import SamplingParams
-from step3_jax.sharding import Parallel
 from tests.process import give_answer
 
 PROMPTS = [[5, 9, 14, 3], [8], [40, 41, 42, 43, 44, 45, 46], [11, 12, 13]]

@@ -28,12 +28,12 @@ from step3_jax.layers.collective import Group
 from step3_jax.layers.expert_exchange import ShardedExperts, capacity
 from step3_jax.layers.moe import STACKS, Experts
 from step3_jax.layers.router import Routing
+from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import Layout, force_cpu_devices, make_layout
 from step3_jax.model.parallel import place_model
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import quantise
 from step3_jax.sampling.params import SamplingParams
-from step3_jax.sharding import Parallel, fit_parallel
 from tests.rule import run_ruled
 
 Answer = dict[str, object]

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from step3_jax.checkpoint.names import (
-    count_parameters,
     expected_scales,
     expected_tensors,
     is_fp8_tensor,
@@ -19,6 +18,7 @@ from step3_jax.checkpoint.names import (
     released_name,
 )
 from step3_jax.config import ModelConfig
+from step3_jax.layout.count import count_parameters
 from step3_jax.model.step3 import Step3
 
 

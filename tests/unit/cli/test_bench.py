@@ -16,18 +16,12 @@ from step3_jax.bench.report import format_report
 from step3_jax.cli import bench, bench_decode
 from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.cli.bench import measure_decode
-from step3_jax.cli.bench_decode import (
-    TorchPeer,
-    active_parameters,
-    bench_config,
-    prefill_flops,
-    prefill_products,
-    random_model,
-)
+from step3_jax.cli.bench_decode import TorchPeer, bench_config, prefill_products, random_model
 from step3_jax.cli.main import main
-from step3_jax.deployment import parse_topology
+from step3_jax.layout.count import active_parameters, prefill_flops
+from step3_jax.layout.deployment import parse_topology
+from step3_jax.layout.parallel import Parallel
 from step3_jax.model.step3 import Step3
-from step3_jax.sharding import Parallel
 
 
 def count(config):

@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 
-from step3_jax.checkpoint.names import count_parameters
 from step3_jax.cli.main import main
 from step3_jax.config import ModelConfig
+from step3_jax.layout.count import count_parameters
 
 
 def test_text_says_what_there_is(goldens: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

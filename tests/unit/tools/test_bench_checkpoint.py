@@ -9,8 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
-from step3_jax.checkpoint.names import count_parameters
 from step3_jax.config import ModelConfig
+from step3_jax.layout.count import count_parameters
 from tools.bench_checkpoint import check_result, layer_config, list_sides, run_rounds
 from tools.make_checkpoint import make_checkpoint
 

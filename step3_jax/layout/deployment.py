@@ -6,14 +6,18 @@ Pure: no device is needed to read one. `configs/afd/` holds those that ship.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import get_args
 
 import yaml
 
 from step3_jax import resources
+from step3_jax.layout.page import KV_CACHE_DTYPES
+from step3_jax.layout.parallel import Parallel, VisionForm
+from step3_jax.layout.payload import PAYLOADS
+from step3_jax.nearest import describe_known
 
 _SPEC = re.compile(r"([1-9][0-9]*)a([1-9][0-9]*)f", re.IGNORECASE)
 WITHOUT = "off"
@@ -21,10 +25,7 @@ MIN_MICROBATCHES, MAX_MICROBATCHES = 1, 4
 DEFAULT_MICROBATCHES = 3
 # Longest wait for the other role, in seconds.
 DEFAULT_DEADLINE_S = 120.0
-# What crosses from attention to FFN; "auto" is float32 for float32 activations, else fp8.
-PAYLOADS = ("auto", "fp8", "bfloat16", "float32")
 WEIGHTS = ("float32", "bfloat16", "fp8")
-KV_CACHE_DTYPES = ("float32", "bfloat16", "fp8", "int4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,22 +67,6 @@ class Topology:
 
 
 @dataclasses.dataclass(frozen=True)
-class Division:
-    """How weights are shared out over dp x tp devices, in the terms of `step3_jax/sharding.py`.
-
-    Attributes:
-      dp: Groups of devices that have the weights outside the routed experts once each.
-      tp: Devices of such a group; they share out the width of these weights.
-      ep: Groups that the routed experts are shared out over, a divisor of dp x tp; the devices of such a group share out
-        the width of each expert.
-    """
-
-    dp: int = 1
-    tp: int = 1
-    ep: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
 class Workload:
     """What a deployment is to hold.
 
@@ -103,8 +88,9 @@ class Deployment:
       description: One line for people.
       topology: The instances; None where every device does both roles.
       num_devices: Devices of all.
-      division: Of the FFN side with a topology, of all devices without. Attention is data parallel: every attention
-        device (every device, without a topology) has sequences and KV cache of its own.
+      parallel: Of the FFN side with a topology, of all devices without; its ep is known. Attention is data parallel: every
+        attention device (every device, without a topology) has sequences and KV cache of its own. Its `vision` (the file's
+        `mm_encoder_tp_mode`) is the attention side's with a topology: the devices of an instance are a group.
       weights: "float32", "bfloat16" or "fp8" (with bfloat16 for what the FP8 release leaves so).
       kv_cache: Format of the KV pages.
       num_microbatches: In flight, 1 to 4.
@@ -118,7 +104,7 @@ class Deployment:
     description: str
     topology: Topology | None
     num_devices: int
-    division: Division
+    parallel: Parallel
     weights: str
     kv_cache: str
     num_microbatches: int
@@ -144,6 +130,16 @@ def parse_topology(spec: str, devices_per_instance: int = 1) -> Topology:
     if devices_per_instance < 1:
         raise ValueError(f"--afd-devices {devices_per_instance}: an instance of {spec} needs at least 1 device")
     return Topology(spec, int(match[1]), int(match[2]), devices_per_instance)
+
+
+def default_ffn_parallel(topology: Topology) -> Parallel:
+    """How the FFN side is divided unless a user says otherwise: experts over instances, and widths inside one."""
+    return Parallel(topology.num_ffn, topology.devices_per_instance, topology.num_ffn)
+
+
+def tower_parallel(topology: Topology, vision: VisionForm) -> Parallel:
+    """How vision tower and projector lie on the attention side: sharded inside of an instance, or a copy on each device."""
+    return Parallel(topology.num_attention, topology.devices_per_instance, 1, vision=vision)
 
 
 def read_afd(value: str, devices_per_instance: int | None = None) -> Deployment | None:
@@ -193,7 +189,9 @@ def find_deployment(name: str | pathlib.Path) -> pathlib.Path:
     shipped = {file.stem: file for file in sorted(resources.find("configs/afd").glob("*.yaml"))}
     if str(name) in shipped:
         return shipped[str(name)]
-    raise ValueError(f"no deployment {name}: give the path of a YAML file, or one of {', '.join(shipped)}")
+    raise ValueError(
+        f"no deployment {name}: give the path of a YAML file, or a name{describe_known(str(name), shipped)}"
+    )
 
 
 def load_deployment(name: str | pathlib.Path) -> Deployment:
@@ -236,6 +234,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
             "devices_per_instance",
             "parallel",
             "ffn",
+            "mm_encoder_tp_mode",
             "weights",
             "kv_cache",
             "microbatches",
@@ -255,14 +254,16 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
             values, ("devices_per_instance", "ffn", "microbatches", "payload"), "with afd: off it means nothing"
         )
         topology, num_devices = None, _whole(values, "devices", 1)
-        division = _division(values, "parallel", num_devices, Division(dp=num_devices, ep=num_devices))
+        parallel = _parallel(values, "parallel", num_devices, Parallel(dp=num_devices, ep=num_devices))
     else:
         _check_absent(values, ("devices",), "afd and devices_per_instance give the number")
         _check_absent(values, ("parallel",), "attention is data parallel, and ffn says how the FFN side is divided")
         topology = parse_topology(str(afd), _whole(values, "devices_per_instance", 1))
         num_devices = topology.num_devices
-        default = Division(topology.num_ffn, topology.devices_per_instance, topology.num_ffn)
-        division = _division(values, "ffn", topology.num_ffn_devices, default)
+        default = default_ffn_parallel(topology)
+        parallel = _parallel(values, "ffn", topology.num_ffn_devices, default)
+    vision = _choice(values, "mm_encoder_tp_mode", get_args(VisionForm), parallel.vision)
+    parallel = dataclasses.replace(parallel, vision=vision)  # type: ignore[arg-type]
     num_microbatches = _whole(values, "microbatches", DEFAULT_MICROBATCHES)
     check_microbatches(num_microbatches)
     return Deployment(
@@ -270,7 +271,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         description=_text(values, "description") or "",
         topology=topology,
         num_devices=num_devices,
-        division=division,
+        parallel=parallel,
         weights=_choice(values, "weights", WEIGHTS, "bfloat16"),
         kv_cache=_choice(values, "kv_cache", KV_CACHE_DTYPES, "bfloat16"),
         num_microbatches=num_microbatches,
@@ -284,9 +285,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
 def _check_keys(values: Mapping[str, object], prefix: str, allowed: tuple[str, ...]) -> None:
     for key in values:
         if key not in allowed:
-            nearest = difflib.get_close_matches(str(key), allowed, 1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else f"; allowed: {', '.join(allowed)}"
-            raise ValueError(f"unknown key {prefix}{key}{hint}")
+            raise ValueError(f"unknown key {prefix}{key}{describe_known(str(key), allowed)}")
 
 
 def _check_absent(values: Mapping[str, object], keys: tuple[str, ...], reason: str) -> None:
@@ -335,20 +334,19 @@ def _section(values: Mapping[str, object], key: str, allowed: tuple[str, ...]) -
     return section
 
 
-def _division(values: Mapping[str, object], key: str, num_devices: int, default: Division) -> Division:
+def _parallel(values: Mapping[str, object], key: str, num_devices: int, default: Parallel) -> Parallel:
     section = _section(values, key, ("dp", "tp", "ep"))
     if section is None:
         return default
     tp = _whole(section, "tp", 1, f"{key}.")
-    division = Division(
+    parallel = Parallel(
         _whole(section, "dp", max(num_devices // tp, 1), f"{key}."), tp, _whole(section, "ep", 1, f"{key}.")
     )
-    if division.dp * tp != num_devices or num_devices % division.ep:
+    if parallel.num_devices != num_devices or num_devices % (parallel.ep or 1):
         raise ValueError(
-            f"{key} is dp {division.dp}, tp {tp}, ep {division.ep}, for {num_devices} device(s): dp x tp must be "
-            f"{num_devices}, and ep a divisor of it"
+            f"{key} is {parallel}, for {num_devices} device(s): dp x tp must be {num_devices}, and ep a divisor of it"
         )
-    return division
+    return parallel
 
 
 def _workload(values: Mapping[str, object]) -> Workload | None:

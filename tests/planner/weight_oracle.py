@@ -1,69 +1,16 @@
 """Bytes of weights that one device holds, from the sizes of the model alone.
 
-The rules are those of `step3_jax/sharding.py` and `step3_jax/afd/topology.py`, written down a second time as sums: what
-a compiled program takes as arguments must come out the same.
+The rules of the tables in `step3_jax/layout/`, written down a second time as sums that use neither: both must come out the
+same.
 """
 
 from __future__ import annotations
 
-import dataclasses
-
-from step3_jax.config import ModelConfig, QuantConfig, TextConfig
-from step3_jax.deployment import Deployment, Division
-
-# Names of the roles: every device does both, or attention and FFN are on devices of their own.
-BOTH, ATTENTION, FFN = "both", "attention", "ffn"
+from step3_jax.config import ModelConfig, TextConfig
+from step3_jax.layout.parallel import ATTENTION, FFN
+from step3_jax.layout.role import Role
 
 _DENSE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 2}
-
-
-@dataclasses.dataclass(frozen=True)
-class Role:
-    """Devices that hold the same.
-
-    Attributes:
-      name: `BOTH`, `ATTENTION` or `FFN`.
-      num_devices: How many.
-      division: How they share out the weights of their role.
-    """
-
-    name: str
-    num_devices: int
-    division: Division
-
-    @property
-    def has_cache(self) -> bool:
-        """Whether sequences and their KV cache are here."""
-        return self.name != FFN
-
-
-def roles_of(deployment: Deployment) -> list[Role]:
-    """The roles of a deployment."""
-    topology = deployment.topology
-    if topology is None:
-        return [Role(BOTH, deployment.num_devices, deployment.division)]
-    num_attention = topology.num_attention_devices
-    return [
-        Role(ATTENTION, num_attention, Division(dp=num_attention)),
-        Role(FFN, topology.num_ffn_devices, deployment.division),
-    ]
-
-
-def deployed_config(config: ModelConfig, weights: str, *, text_only: bool = False) -> ModelConfig:
-    """The configuration as a deployment runs it.
-
-    Args:
-      config: Of the model; whether its release is quantised does not matter.
-      weights: "float32", "bfloat16" or "fp8".
-      text_only: Whether vision tower and projector are left out.
-    """
-    quantization = (config.quantization or QuantConfig()) if weights == "fp8" else None
-    return dataclasses.replace(
-        config,
-        dtype="float32" if weights == "float32" else "bfloat16",
-        quantization=quantization,
-        vision=None if text_only else config.vision,
-    )
 
 
 def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int]:
@@ -74,7 +21,7 @@ def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int
       weights: "float32", "bfloat16" or "fp8".
       role: One of `roles_of`.
     """
-    text, tp = config.text, role.division.tp
+    text, tp = config.text, role.parallel.tp
     itemsize = _DENSE_BYTES[weights]
     block = config.quantization.weight_block_size if config.quantization is not None else None
     parts: dict[str, int] = {}
@@ -88,11 +35,11 @@ def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int
     if role.name != ATTENTION:
         num_moe = len(text.moe_layers)
         num_dense = text.num_hidden_layers - num_moe
-        width = role.num_devices // role.division.ep
+        width = role.num_devices // role.parallel.expert_groups
         parts["dense layers"] = num_dense * _swiglu_bytes(text, text.intermediate_size // tp, itemsize, block)
         parts["shared experts"] = num_moe * _swiglu_bytes(text, text.share_expert_dim // tp, itemsize, block)
         expert = _swiglu_bytes(text, text.moe_intermediate_size // width, itemsize, block)
-        parts["routed experts"] = num_moe * (text.moe_num_experts // role.division.ep) * expert
+        parts["routed experts"] = num_moe * (text.moe_num_experts // role.parallel.expert_groups) * expert
     return {name: size for name, size in parts.items() if size}
 
 

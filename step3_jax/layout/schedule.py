@@ -7,33 +7,12 @@ exchange that carries both directions. A rotation is the ticks of one step: all 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
-
-from jaxtyping import Array, Bool, Int
 
 # Ticks that what attention, and what the FFN side has computed waits for its exchange, by the number of micro-batches.
 # Without waiting a side computes and then sends in the same tick; with it, it sends what it computed in the tick before
 # while it computes, which takes a tick longer and so one micro-batch more to fill.
 _LAGS = {1: (0, 0), 2: (0, 0), 3: (1, 0), 4: (1, 1)}
-
-
-# Hears of each step its number, and that of the last exchange behind it.
-Observe = Callable[[int, int], None]
-
-
-class Numbers(NamedTuple):
-    """What both roles are told of a decode call.
-
-    Attributes:
-      num_steps: Steps to take at most; at least 1.
-      leave_early: Whether to return soon after a row has ended.
-      first_step: Number of the call's first step, for `Observe`.
-    """
-
-    num_steps: Int[Array, ""]
-    leave_early: Bool[Array, ""]
-    first_step: Int[Array, ""]
 
 
 class Item(NamedTuple):

@@ -1,0 +1,25 @@
+"""What both roles are told of a decode call of executor `program`, and who hears of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Int
+
+# Hears of each step its number, and that of the last exchange behind it.
+Observe = Callable[[int, int], None]
+
+
+class Numbers(NamedTuple):
+    """What both roles are told of a decode call.
+
+    Attributes:
+      num_steps: Steps to take at most; at least 1.
+      leave_early: Whether to return soon after a row has ended.
+      first_step: Number of the call's first step, for `Observe`.
+    """
+
+    num_steps: Int[Array, ""]
+    leave_early: Bool[Array, ""]
+    first_step: Int[Array, ""]

@@ -1,0 +1,117 @@
+"""The table of devices: `configs/hardware/`, one file each, with the source of each figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import yaml
+
+from step3_jax import resources
+from step3_jax.nearest import describe_known
+
+_NUMBERS = ("memory_gib", "bandwidth_tb_s", "bf16_tflops", "link_gb_s")
+_OPTIONAL_NUMBERS = ("fp8_tflops", "int8_tops", "network_gb_s", "usd_per_hour")
+_OTHERS = ("description", "devices_per_machine", "sources")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One device.
+
+    Attributes:
+      name: The file's, without its ending.
+      description: One line for people.
+      memory_gib: As the driver reports it, in GiB.
+      bandwidth_tb_s: Of its memory, in TB/s.
+      bf16_tflops: Peak of BF16 products, dense, in 1e12 operations a second.
+      fp8_tflops: Of FP8 products; None where the device has none.
+      link_gb_s: To the other devices of its machine, in GB/s in each direction.
+      int8_tops: Peak of INT8 products, dense, in 1e12 operations a second; None where it has none, or it is not known.
+      network_gb_s: To other machines, by the network interfaces that one device has, in GB/s in each direction; None where
+        it is not known.
+      devices_per_machine: Devices that the links connect.
+      usd_per_hour: Price of one device; None where no source has one.
+      sources: Where each figure is from, in words, by the figure's name here.
+    """
+
+    name: str
+    description: str
+    memory_gib: float
+    bandwidth_tb_s: float
+    bf16_tflops: float
+    fp8_tflops: float | None
+    link_gb_s: float
+    int8_tops: float | None = None
+    network_gb_s: float | None = None
+    devices_per_machine: int = 8
+    usd_per_hour: float | None = None
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def list_hardware() -> list[str]:
+    """Names of the devices in the table."""
+    return sorted(file.stem for file in resources.find("configs/hardware").glob("*.yaml"))
+
+
+def load_hardware(name: str) -> Hardware:
+    """Reads a device of the table, or a file of the same form.
+
+    Args:
+      name: As in `list_hardware`, or the path of a YAML file.
+
+    Raises:
+      ValueError: If there is none of that name, or the file lacks a number.
+    """
+    path = pathlib.Path(name).expanduser()
+    if not path.is_file():
+        known = list_hardware()
+        if name not in known:
+            raise ValueError(
+                f"no hardware {name}: give the path of a YAML file, or a name{describe_known(name, known)}"
+            )
+        path = resources.find(f"configs/hardware/{name}.yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} holds {type(values).__name__}; a mapping is needed")
+    unknown = sorted(str(key) for key in values.keys() - {*_NUMBERS, *_OPTIONAL_NUMBERS, *_OTHERS})
+    if unknown:
+        allowed = sorted([*_NUMBERS, *_OPTIONAL_NUMBERS, *_OTHERS])
+        raise ValueError(f"{path}: unknown key {unknown[0]}{describe_known(unknown[0], allowed)}")
+    numbers = {key: _number(path, values, key) for key in _NUMBERS}
+    optional = {key: _number(path, values, key) for key in _OPTIONAL_NUMBERS if values.get(key) is not None}
+    per_machine = _number(path, values, "devices_per_machine") if "devices_per_machine" in values else 8
+    if per_machine != int(per_machine):
+        raise ValueError(f"{path}: devices_per_machine is {per_machine}; a whole number of at least 1 is needed")
+    return Hardware(
+        path.stem,
+        str(values.get("description", "")),
+        **numbers,
+        fp8_tflops=optional.pop("fp8_tflops", None),
+        devices_per_machine=int(per_machine),
+        sources=_sources(path, values),
+        **optional,
+    )
+
+
+def _sources(path: pathlib.Path, values: Mapping[str, object]) -> dict[str, str]:
+    sources = values.get("sources") or {}
+    if not isinstance(sources, Mapping):
+        raise ValueError(f"{path}: sources is {sources!r}; a mapping from the name of a figure to words is needed")
+    for key in sources:
+        if key not in _NUMBERS + _OPTIONAL_NUMBERS:
+            raise ValueError(
+                f"{path}: sources.{key} is of no figure; there are {', '.join(_NUMBERS + _OPTIONAL_NUMBERS)}"
+            )
+    return {str(key): str(text) for key, text in sources.items()}
+
+
+def _number(path: pathlib.Path, values: Mapping[str, object], key: str) -> float:
+    value = values.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{path}: {key} is {value!r}; a number above 0 is needed")
+    return float(value)

@@ -34,15 +34,15 @@ def read_view(
     Raises:
       ValueError: If `view` is no such shape.
     """
-    runs, first = [], 0
+    ends, last = [], 0
     for size in shape:
-        last = first + 1
+        first, last = last, last + 1
         while last < len(view) and math.prod(view[first:last]) < size:
             last += 1
-        if math.prod(view[first:last]) != size:
-            raise ValueError(f"{tuple(view)} is no view of an array of shape {tuple(shape)}")
-        runs.append(_find_runs(view[first:last], index[first:last]))
-        first = last
+        ends.append((first, last))
+    if last != len(view) or [math.prod(view[first:last]) for first, last in ends] != list(shape):
+        raise ValueError(f"{tuple(view)} is no view of an array of shape {tuple(shape)}")
+    runs = [_find_runs(view[first:last], index[first:last]) for first, last in ends]
     return _read_runs(read, runs).reshape([part.stop - part.start for part in index])
 
 

@@ -8,8 +8,9 @@ from typing import Protocol
 
 # Of a device's memory, JAX's pool; the rest is for the driver, the communication library's buffers and fragmentation.
 MEMORY_SHARE = 0.95
-# Of that pool, what weights and cache leave to the activations of a call.
-ACTIVATION_SHARE = 0.05
+# Of that pool, what weights and cache leave to calls at least, whatever the estimate of their arrays is: it knows nothing of
+# fragmentation, and nothing of it was measured.
+ACTIVATION_SHARE = 0.03
 # What sets the pool's share, as JAX reads it when it first looks for GPUs; the second is its old name. Both at once are an
 # error of JAX's. Its own default is 0.75.
 POOL_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -47,13 +48,29 @@ def claim_memory(environment: MutableMapping[str, str] | None = None, *, share: 
         environment[POOL_VARIABLES[0]] = str(share)
 
 
-def memory_left(devices: Iterable[Device]) -> int | None:
-    """Bytes that weights and cache may still take on each device: the least of all; None where one does not say."""
+def kept_free(pool_bytes: int, workspace_bytes: int) -> int:
+    """Bytes of a device's pool that weights and cache leave to calls: what the largest is estimated to need, or more.
+
+    Args:
+      pool_bytes: JAX's share of the memory.
+      workspace_bytes: The estimate, see `step3_jax/layout/workspace.py`.
+    """
+    return max(pool_bytes - int((1 - ACTIVATION_SHARE) * pool_bytes), workspace_bytes)
+
+
+def memory_left(devices: Iterable[Device], workspace_bytes: int) -> int | None:
+    """Bytes that weights and cache may still take on each device: the least of all; None where one does not say.
+
+    Args:
+      devices: Those of this process.
+      workspace_bytes: What the largest call is estimated to need beside them.
+    """
     left = []
     for device in devices:
         stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             return None
         # The limit is the pool's, of which `MEMORY_SHARE` has been taken already.
-        left.append(int((1 - ACTIVATION_SHARE) * stats["bytes_limit"]) - stats["bytes_in_use"])
+        pool_bytes = stats["bytes_limit"]
+        left.append(pool_bytes - kept_free(pool_bytes, workspace_bytes) - stats["bytes_in_use"])
     return min(left)

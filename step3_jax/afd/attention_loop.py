@@ -78,7 +78,11 @@ class _Loop(NamedTuple):
 
 
 class AttentionLoop:
-    """The attention side's programs."""
+    """The attention side's programs.
+
+    Attributes:
+      num_microbatches: Parts of a batch in flight.
+    """
 
     def __init__(
         self,
@@ -106,7 +110,7 @@ class AttentionLoop:
         self._config = config
         self._topology = topology
         self._form = form
-        self._num_microbatches = num_microbatches
+        self.num_microbatches = num_microbatches
         self._dtype = dtype
         self._observe = observe
 
@@ -120,7 +124,7 @@ class AttentionLoop:
         """
         ends, blocks = self._build(weights)
         own = self._own_rows(batch._replace(features=None), cache)._replace(features=batch.features)
-        parts = split_chunk(own, self._num_microbatches)
+        parts = split_chunk(own, self.num_microbatches)
         schedule = Schedule(len(blocks), len(parts))
         wire = Wire(self._topology, self._form, parts[0].token_ids.shape[0])
         pages, arrived = list(cache), wire.empty()
@@ -170,7 +174,7 @@ class AttentionLoop:
         """
         ends, blocks = self._build(weights)
         own, own_sampling = self._own_rows(batch, cache), self._own_rows(sampling, None)
-        parts = split_decode(own, own_sampling, self._num_microbatches)
+        parts = split_decode(own, own_sampling, self.num_microbatches)
         schedule = Schedule(len(blocks), len(parts))
         num_rows = parts[0][0].last.shape[0]
         wire = Wire(self._topology, self._form, num_rows)

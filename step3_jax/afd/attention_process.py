@@ -19,6 +19,7 @@ from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
 from step3_jax.engine.executor import Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
+from step3_jax.layout.role import Role
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 
@@ -61,6 +62,16 @@ class AttentionProcess(RoleProcess):
         self._vision = Vision(model, topology.tower)
         self._vision_leaves = [leaf.astype(self.run_dtype(leaf.dtype)) for leaf in self._vision.leaves]
         self._encode_jit = self._jit(self._run_encode, out_shardings=topology.attention.sharding())
+
+    @property
+    def role(self) -> Role:
+        """See `Executor.role`."""
+        return self.topology.attention_role
+
+    @property
+    def num_microbatches(self) -> int:
+        """See `Executor.num_microbatches`."""
+        return self.loop.num_microbatches
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; this process holds the pages of its own devices."""

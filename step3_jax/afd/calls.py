@@ -80,6 +80,7 @@ class RoleCalls:
 
     Attributes:
       num_layers: L.
+      num_microbatches: Parts of a batch in flight.
       compile_s: Seconds spent in calls that had to trace, up to their dispatch.
       num_traces: How often each call was traced, by name.
     """
@@ -91,7 +92,7 @@ class RoleCalls:
         self._config = model.config
         self._topology = topology
         self._form = form
-        self._num_microbatches = num_microbatches
+        self.num_microbatches = num_microbatches
         self._dtype = model.text.embed_tokens.weight.get_value().dtype
         # Pieces of a micro-batch on each device of a role.
         self._attention_pieces = topology.num_pieces // topology.num_attention
@@ -249,7 +250,7 @@ class RoleCalls:
                     None if part.feature_rows is None else part.feature_rows[None],
                 )
             )
-            for part in split_chunk(batch, self._num_microbatches)
+            for part in split_chunk(batch, self.num_microbatches)
         ]
 
     def _run_split(
@@ -265,7 +266,7 @@ class RoleCalls:
         vocab_size = self._config.text.vocab_size
         return [
             MicroBatch(*part, begin_rows(part[0], vocab_size=vocab_size, max_steps=max_steps))
-            for part in split_decode(batch, sampling, self._num_microbatches)
+            for part in split_decode(batch, sampling, self.num_microbatches)
         ]
 
     def _run_begin(self, leaves: Leaves, batch: DecodeBatch, rows: RowState) -> Flow:

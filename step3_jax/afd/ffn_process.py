@@ -47,7 +47,7 @@ class FfnProcess(RoleProcess):
             self._run_decode, static_argnums=(2, 3), in_shardings=(own, copies), out_shardings=copies
         )
 
-    def cache_memory_bytes(self) -> int | None:
+    def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
         """See `Executor.cache_memory_bytes`: what the attention side has left."""
         stats = self.topology.union.local_devices[0].memory_stats()
         return agree_least(_NO_LIMIT_BYTES) if stats and "bytes_limit" in stats else None

@@ -29,6 +29,7 @@ from step3_jax.engine.executor import Executor, Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.layout.payload import choose_payload
+from step3_jax.layout.role import Role
 from step3_jax.model.step3 import Step3
 
 # Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
@@ -84,6 +85,16 @@ class HostExecutor(Executor):
         self._exchange = Exchange(topology)
         self._flight = Flight(deadline_s)
         self._num_started: collections.Counter[str] = collections.Counter()
+
+    @property
+    def role(self) -> Role:
+        """See `Executor.role`."""
+        return self.topology.attention_role
+
+    @property
+    def num_microbatches(self) -> int:
+        """See `Executor.num_microbatches`."""
+        return self.calls.num_microbatches
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; the pages are on the attention devices alone."""

@@ -19,9 +19,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from step3_jax.checkpoint.names import parameters_of
 from step3_jax.config import ModelConfig
-from step3_jax.layout.deployment import Topology, default_ffn_parallel, tower_parallel
+from step3_jax.layout.deployment import Topology, default_ffn_parallel
 from step3_jax.layout.parallel import FFN, Parallel, find_problems, list_parallels
-from step3_jax.layout.role import fp8_block, is_ffn, is_tower
+from step3_jax.layout.role import Role, attention_role, fp8_block, is_ffn, is_tower
 from step3_jax.layout.tensor import Path
 from step3_jax.mesh import Layout, find_devices, make_layout, too_few_cpu_devices
 from step3_jax.model.step3 import abstract_step3
@@ -93,15 +93,21 @@ class AfdTopology:
         """Equal pieces that a micro-batch is cut in on its way: each device of either role has a whole number of them."""
         return math.lcm(self.num_attention, self.num_ffn)
 
+    @property
+    def attention_role(self) -> Role:
+        """What the attention devices hold."""
+        return attention_role(self.instances, self.parallel.vision)
+
     @functools.cached_property
     def attention(self) -> Layout:
         """The attention devices."""
-        return make_layout(Parallel(dp=self.num_attention, ep=1), self.devices[: self.num_attention])
+        return make_layout(self.attention_role.parallel, self.devices[: self.num_attention])
 
     @functools.cached_property
     def tower(self) -> Layout:
         """The attention devices as vision tower and projector lie on them."""
-        return make_layout(tower_parallel(self.instances, self.parallel.vision), self.devices[: self.num_attention])
+        role = self.attention_role
+        return make_layout(role.tower or role.parallel, self.devices[: self.num_attention])
 
     @functools.cached_property
     def ffn(self) -> Layout:

@@ -98,7 +98,7 @@ class EngineCore:
         self._storage = choose_storage(config.kv_cache_dtype, executor.dtype, text.head_dim)
         memory = config.kv_cache_memory_bytes
         if memory is None:
-            memory = executor.cache_memory_bytes()
+            memory = executor.cache_memory_bytes(self.buckets.max_num_seqs, self.buckets.max_num_batched_tokens)
         if memory is None:
             memory = max(DEFAULT_CACHE_BYTES, max_pages * page_bytes(text, self._storage))
         max_num_seqs = self.buckets.max_num_seqs

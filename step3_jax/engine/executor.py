@@ -21,6 +21,9 @@ from step3_jax.config import ModelConfig
 from step3_jax.engine.bucket_table import PAGE_COPIES, power_of_two
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.gpu import compiler_options, memory_left
+from step3_jax.layout.parallel import BOTH, Parallel
+from step3_jax.layout.role import Role
+from step3_jax.layout.workspace import estimate_workspace
 from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
@@ -94,9 +97,32 @@ class Executor(abc.ABC):
         """The dtype that weights or activations of `dtype` are held in: one rule for all executors."""
         return jnp.dtype(jnp.float32) if self.is_cpu and dtype == jnp.bfloat16 else jnp.dtype(dtype)
 
-    def cache_memory_bytes(self) -> int | None:
-        """Memory left for each shard of the cache; None where devices do not say."""
-        left = memory_left(self.devices)
+    @property
+    def role(self) -> Role:
+        """What of the model the devices that hold the cache have, and how many of them there are."""
+        return Role(BOTH, 1, Parallel(ep=1))
+
+    @property
+    def num_microbatches(self) -> int:
+        """Parts of a batch in flight between attention and FFN; 0 where every device does both."""
+        return 0
+
+    def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
+        """Memory left for each shard of the cache, by the rule of `step3 plan memory`; None where devices do not say.
+
+        Args:
+          rows: Sequences of a shard that decode at once.
+          chunk_tokens: Prompt tokens of a shard that are prefilled at once.
+        """
+        workspace = estimate_workspace(
+            self.config,
+            self.dtype.name if self.config.quantization is None else "fp8",
+            self.role,
+            rows=-(-rows // max(self.num_microbatches, 1)),
+            chunk_tokens=chunk_tokens,
+            num_microbatches=self.num_microbatches,
+        )
+        left = memory_left(self.devices, workspace.total)
         return None if left is None else agree_least(left)
 
     @abc.abstractmethod

@@ -17,6 +17,8 @@ from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, own_devices, widen_weights
 from step3_jax.engine.runner import SplitModel, TracedCalls, Weights
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
+from step3_jax.layout.parallel import BOTH
+from step3_jax.layout.role import Role
 from step3_jax.mesh import Layout
 from step3_jax.model.parallel import parallelise
 from step3_jax.model.step3 import Step3
@@ -80,6 +82,11 @@ class ShardedRunner(Executor):
             out_shardings=rows,
             donate_argnums=0,
         )
+
+    @property
+    def role(self) -> Role:
+        """See `Executor.role`."""
+        return Role(BOTH, self.layout.parallel.num_devices, self.layout.parallel)
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`."""

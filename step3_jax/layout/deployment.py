@@ -137,11 +137,6 @@ def default_ffn_parallel(topology: Topology) -> Parallel:
     return Parallel(topology.num_ffn, topology.devices_per_instance, topology.num_ffn)
 
 
-def tower_parallel(topology: Topology, vision: VisionForm) -> Parallel:
-    """How vision tower and projector lie on the attention side: sharded inside of an instance, or a copy on each device."""
-    return Parallel(topology.num_attention, topology.devices_per_instance, 1, vision=vision)
-
-
 def read_afd(value: str, devices_per_instance: int | None = None) -> Deployment | None:
     """What `--afd` asks for.
 

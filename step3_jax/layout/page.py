@@ -22,6 +22,8 @@ def kv_bytes_per_token(text: TextConfig, kv_cache: str) -> int:
     Raises:
       ValueError: For a format that does not exist, or heads that int4 cannot cut in groups.
     """
+    if kv_cache not in KV_CACHE_DTYPES:
+        raise ValueError(f"kv_cache is {kv_cache!r}; allowed: {', '.join(KV_CACHE_DTYPES)}")
     try:
         return bytes_per_token(text.head_dim, cast(Storage, kv_cache)) * text.num_hidden_layers
     except ValueError as error:

@@ -108,16 +108,20 @@ def assign_axes(
     return entries
 
 
+def parameter_axes(path: Sequence[str | int]) -> tuple[str | None, ...]:
+    """The logical axes of the parameter at `path` of a `Step3`, or of its FP8 scales; empty if it is always copied.
+
+    They are those of the form in which it is sharded, see `view_shape`.
+    """
+    name = ".".join(str(part) for part in path)
+    return next((axes for end, axes in PARAMETERS.items() if name.endswith(end)), ())
+
+
 def assign_parameter(
     path: Sequence[str | int], attention: AttentionForm = "data", vision: VisionForm = "weights"
 ) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes of each axis of the parameter at `path` of a `Step3`, or of its FP8 scales; empty if it is copied.
-
-    The axes are those of the form in which it is sharded, see `view_shape`.
-    """
-    name = ".".join(str(part) for part in path)
-    axes = next((axes for end, axes in PARAMETERS.items() if name.endswith(end)), ())
-    entries = assign_axes(axes, attention, vision)
+    """The mesh axes of each of `parameter_axes`; empty if the parameter is copied."""
+    entries = assign_axes(parameter_axes(path), attention, vision)
     return entries if any(entries) else ()
 
 

@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator, Mapping
 
 from step3_jax.config import ModelConfig, TextConfig
-from step3_jax.gpu import MEMORY_SHARE
+from step3_jax.gpu import MEMORY_SHARE, kept_free
 from step3_jax.layout.count import weight_bytes
 from step3_jax.layout.deployment import Deployment, Workload
 from step3_jax.layout.page import PAGE_SIZE, count_pages, kv_bytes_per_token
 from step3_jax.layout.parallel import find_problems, list_parallels
 from step3_jax.layout.role import Role, deployed_config, fp8_block, roles_of
-from step3_jax.planner.workspace import DEFAULT_CHUNK_TOKENS, Workspace, estimate_workspace
+from step3_jax.layout.workspace import DEFAULT_CHUNK_TOKENS, Workspace, estimate_workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +78,14 @@ class RolePlan:
         return 0 if self.cache is None else self.cache.num_pages * PAGE_SIZE * self.kv_per_token
 
     @property
+    def kept_free(self) -> int:
+        """For calls: the workspace, and of a limited memory no less than the engine leaves."""
+        return self.workspace.total if self.budget is None else kept_free(self.budget, self.workspace.total)
+
+    @property
     def left(self) -> int | None:
-        """For the cache; negative if not even weights and workspace fit. None for unlimited."""
-        return None if self.budget is None else self.budget - self.weights - self.workspace.total
+        """For the cache, by the engine's own rule; negative if not even the weights fit. None for unlimited."""
+        return None if self.budget is None else self.budget - self.weights - self.kept_free
 
     @property
     def kv_tokens(self) -> int | None:
@@ -192,7 +197,7 @@ def _plan_role(
     chunk_tokens: int,
     compiled: CompiledBytes | None,
 ) -> RolePlan:
-    parts = weight_bytes(config, deployment.weights, role)
+    parts, topology = weight_bytes(config, deployment.weights, role), deployment.topology
     kv_per_token = kv_bytes_per_token(config.text, deployment.kv_cache) if role.has_cache else 0
     if compiled is not None and compiled.kv_tokens:
         kv_per_token = compiled.kv_cache // compiled.kv_tokens
@@ -203,7 +208,13 @@ def _plan_role(
         kv_per_token=kv_per_token,
         cache=shape_cache(deployment, role),
         workspace=estimate_workspace(
-            config, deployment, role, rows=rows_at_once(deployment), chunk_tokens=chunk_tokens
+            config,
+            deployment.weights,
+            role,
+            rows=rows_at_once(deployment),
+            chunk_tokens=chunk_tokens,
+            num_sources=None if topology is None else topology.num_attention_devices,
+            num_microbatches=0 if topology is None else deployment.num_microbatches,
         ),
         budget=budget,
         compiled=compiled,
@@ -230,7 +241,7 @@ def _find_problems(plan: RolePlan, deployment: Deployment) -> Iterator[str]:
     which = "a device" if deployment.topology is None else f"a device of the {plan.role.name} side"
     if plan.left < 0:
         yield (
-            f"weights of {_gib(plan.weights)} and workspace of {_gib(plan.workspace.total)} are "
+            f"weights of {_gib(plan.weights)} and {_gib(plan.kept_free)} that calls need are "
             f"{_gib(-plan.left)} more than {which} may use ({_gib(plan.budget)})"
         )
     elif plan.kv_per_token and plan.left < PAGE_SIZE * plan.kv_per_token:

@@ -38,6 +38,7 @@ def to_lines(plan: MemoryPlan) -> Iterator[str]:
     yield _row("workspace (estimate)", [_gib(one.workspace.total) for one in plan.roles])
     yield _row("  largest in", [one.workspace.phase for one in plan.roles])
     if plan.memory_bytes is not None:
+        yield _row("kept free for calls", [_gib(one.kept_free) for one in plan.roles])
         yield _row("may be used", [_gib(one.budget) for one in plan.roles])
         yield _row("left over", [_gib(None if one.left is None else one.left - one.kv_needed) for one in plan.roles])
     yield ""
@@ -79,6 +80,7 @@ def _role_dict(one: RolePlan) -> dict[str, object]:
         "kv_cache": one.kv_needed,
         "kv_per_token": one.kv_per_token,
         "workspace_estimate": dataclasses.asdict(one.workspace),
+        "kept_free": one.kept_free,
         "budget": one.budget,
         "left_for_kv_cache": one.left,
         "compiled": None if one.compiled is None else dataclasses.asdict(one.compiled),

@@ -8,7 +8,6 @@ import pytest
 
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.config import TextConfig
-from step3_jax.layout.payload import choose_payload
 
 
 def sample(hidden_size: int, top_k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -77,13 +76,3 @@ def test_rows_of_zeros_and_of_large_values_stay_finite() -> None:
     hidden = jnp.stack([jnp.zeros((256,)), jnp.full((256,), 3e38), jnp.full((256,), 448.0)])
     found, _, _ = form.unpack(form.pack(hidden), jnp.float32)
     np.testing.assert_allclose(found, hidden, rtol=1e-6)
-
-
-def test_auto_is_exact_where_the_model_is() -> None:
-    assert choose_payload("auto", "float32") == "float32"
-    assert choose_payload("auto", "bfloat16") == "fp8"
-    assert choose_payload("bfloat16", "float32") == "bfloat16"
-    with pytest.raises(ValueError, match="'fp4'; allowed: auto, fp8, bfloat16, float32"):
-        choose_payload("fp4", "float32")
-    with pytest.raises(ValueError, match="'auto'; allowed: fp8"):
-        PayloadFormat.of(TextConfig(), "auto")

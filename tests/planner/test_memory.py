@@ -1,4 +1,4 @@
-"""The arithmetic of memory, against the published sizes of the model and the cache's own formats."""
+"""Whether deployments fit, against what was published."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import dataclasses
 
 import pytest
 
-from pallas_kernels import pages
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax import resources
 from step3_jax.config import ModelConfig
-from step3_jax.layout.count import weight_bytes
-from step3_jax.layout.deployment import load_deployment, parse_deployment
-from step3_jax.layout.page import KV_CACHE_DTYPES, kv_bytes_per_token
-from step3_jax.layout.role import deployed_config, roles_of
+from step3_jax.layout.deployment import load_deployment
+from step3_jax.layout.parallel import Parallel
 from step3_jax.planner.memory import MemoryPlan, plan_memory
 from step3_jax.planner.report import to_dict, to_lines
-from step3_jax.planner.weight import count_vision_parameters
 
 STEP3 = ModelConfig.preset("step3")
 
@@ -26,32 +22,6 @@ def plan(name: str, memory_gib: float | None = None, text_only: bool = False, **
     deployment = dataclasses.replace(load_deployment(name), **changes)
     memory_gib = deployment.device_memory_gib if memory_gib is None else memory_gib
     return plan_memory(STEP3, deployment, memory_gib=memory_gib, text_only=text_only, **options)
-
-
-@pytest.mark.parametrize(("weights", "published"), [("bfloat16", 641_939_825_664), ("fp8", 327_589_017_984)])
-def test_one_device_holds_the_published_bytes(weights: str, published: int) -> None:
-    deployment = parse_deployment("one", {"afd": "off", "devices": 1, "weights": weights})
-    (role,) = roles_of(deployment)
-    assert sum(weight_bytes(deployed_config(STEP3, weights), weights, role).values()) == published
-
-
-def test_the_vision_parameters_are_the_published_ones() -> None:
-    assert count_vision_parameters(STEP3) == 4_285_292_032 + 390_082_560
-    assert count_vision_parameters(deployed_config(STEP3, "fp8", text_only=True)) == 0
-
-
-def test_roles_together_hold_each_weight_once() -> None:
-    deployment = parse_deployment("pair", {"afd": "1a1f", "weights": "fp8"})
-    config = deployed_config(STEP3, "fp8")
-    held = [sum(weight_bytes(config, "fp8", role).values()) for role in roles_of(deployment)]
-    assert sum(held) == 327_589_017_984
-
-
-@pytest.mark.parametrize("kv_cache", KV_CACHE_DTYPES)
-def test_the_cache_takes_what_its_format_says(kv_cache: str) -> None:
-    per_layer = pages.bytes_per_token(STEP3.text.head_dim, kv_cache)  # type: ignore[arg-type]
-    assert kv_bytes_per_token(STEP3.text, kv_cache) == per_layer * STEP3.text.num_hidden_layers
-    assert PAGE_SIZE == pages.PAGE_SIZE
 
 
 def test_2a2f_holds_the_published_batch() -> None:
@@ -99,9 +69,8 @@ def test_eight_cards_of_48_gb_do_not_hold_a_vision_tower_each() -> None:
 
 def test_the_vision_tower_is_sharded_inside_an_attention_instance() -> None:
     sharded, copied = (plan("2a2f", 79.6, parallel=Parallel(2, 8, 2, vision=vision)) for vision in ("weights", "data"))
-    assert [one.roles[0].parts["vision tower and projector"] for one in (sharded, copied)] == [
-        2 * count_vision_parameters(STEP3, shards) for shards in (8, 1)
-    ]
+    parts = [one.roles[0].parts["vision tower and projector"] for one in (sharded, copied)]
+    assert 7.5 < parts[1] / parts[0] < 8
     assert sharded.kv_tokens > copied.kv_tokens
     assert sharded.roles[0].workspace.image < copied.roles[0].workspace.image
 
@@ -161,14 +130,14 @@ def test_the_columns_of_the_report_add_up() -> None:
     found = plan("2a2f")
     cells = {line[:28].strip(): line[28:].split() for line in to_lines(found) if not line.startswith(" ")}
     for column in range(2):
-        weights, cache, workspace, budget, left = (
+        weights, cache, kept_free, budget, left = (
             0.0 if cells[name][column] == "-" else float(cells[name][column])
             for name in (
                 "weights (arithmetic)",
                 "KV cache (arithmetic)",
-                "workspace (estimate)",
+                "kept free for calls",
                 "may be used",
                 "left over",
             )
         )
-        assert budget - weights - cache - workspace == pytest.approx(left, abs=0.03)
+        assert budget - weights - cache - kept_free == pytest.approx(left, abs=0.03)

@@ -8,12 +8,17 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from jaxlib import xla_client
 
 from step3_jax import gpu
+from step3_jax.config import ModelConfig
+from step3_jax.layout.deployment import parse_deployment
+from step3_jax.layout.role import deployed_config
 from step3_jax.planner.memory import plan_memory
 from tests.process import ROOT, environment
+from tests.unit.engine.fake import FakeExecutor
 
 
 class Device:
@@ -26,13 +31,28 @@ class Device:
 
 def test_weights_and_cache_leave_room_in_the_pool_which_is_a_share_already() -> None:
     devices = [Device({"bytes_limit": 1000, "bytes_in_use": used}) for used in (100, 400, 0)]
-    assert gpu.memory_left(devices) == 950 - 400
-    assert gpu.memory_left([*devices, Device(None)]) is None
-    assert gpu.memory_left([Device({"bytes_in_use": 1})]) is None
+    assert gpu.memory_left(devices, 0) == gpu.memory_left(devices, 30) == 970 - 400
+    assert gpu.memory_left(devices, 80) == 920 - 400
+    assert gpu.memory_left([*devices, Device(None)], 0) is None
+    assert gpu.memory_left([Device({"bytes_in_use": 1})], 0) is None
 
 
 def test_the_plan_counts_with_the_share_that_the_pool_takes() -> None:
     assert plan_memory.__kwdefaults__["memory_share"] == gpu.MEMORY_SHARE
+
+
+@pytest.mark.parametrize(("memory_gib", "chunk_tokens"), [(80, 512), (24, 65536)])
+def test_the_plan_promises_the_memory_that_the_engine_gives_to_its_cache(memory_gib: int, chunk_tokens: int) -> None:
+    """Where the estimate of the largest call is below the share that is always kept free, and where it is above."""
+    deployment = parse_deployment("one", {"afd": "off", "workload": {"sequences": 8, "context_tokens": 256}})
+    config = deployed_config(ModelConfig.preset("step3-tiny"), deployment.weights)
+    (role,) = plan_memory(config, deployment, memory_gib=memory_gib, chunk_tokens=chunk_tokens).roles
+    assert (role.kept_free > role.workspace.total) == (chunk_tokens == 512)
+    executor = FakeExecutor()
+    executor.config, executor.dtype = config, jnp.dtype(jnp.bfloat16)
+    pool = int(gpu.MEMORY_SHARE * memory_gib * 2**30)
+    executor.devices = (Device({"bytes_limit": pool, "bytes_in_use": role.weights}),)
+    assert executor.cache_memory_bytes(8, chunk_tokens) == role.left
 
 
 @pytest.mark.parametrize("name", gpu.POOL_VARIABLES)

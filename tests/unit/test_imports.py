@@ -124,7 +124,18 @@ def test_text_and_planner_run_without_jax() -> None:
         f"{path.relative_to(ROOT)}:{line} imports {name}"
         for path in _modules()
         if _part(_dotted(path))
-        in ("text", "planner", "config", "config_file", "deployment", "gpu", "resources", "stored_file", "json_schema")
+        in (
+            "text",
+            "planner",
+            "layout",
+            "config",
+            "config_file",
+            "gpu",
+            "nearest",
+            "resources",
+            "stored_file",
+            "json_schema",
+        )
         for line, name in _imported(path)
         if name.split(".")[0] in ("jax", "jaxlib", "flax")
     ]

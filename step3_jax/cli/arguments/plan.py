@@ -11,7 +11,7 @@ from step3_jax.gpu import MEMORY_SHARE
 from step3_jax.layout.deployment import WEIGHTS
 from step3_jax.layout.page import KV_CACHE_DTYPES
 from step3_jax.layout.parallel import VisionForm
-from step3_jax.planner.workspace import DEFAULT_CHUNK_TOKENS
+from step3_jax.layout.workspace import DEFAULT_CHUNK_TOKENS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,8 +27,7 @@ def config():
     return ModelConfig.preset("step3")
 
 
-def test_sizes_of_the_released_model(config):
-    assert count_parameters(config) == (316_294_538_240, 4_285_292_032, 390_082_560, 320_969_912_832)
+def test_the_released_model_has_as_many_tensors_as_its_index(config):
     assert len(expected_tensors(config)) == 1663
 
 

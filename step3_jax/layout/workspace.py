@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 
 from step3_jax.config import NUM_CLASS_TOKENS, ModelConfig
-from step3_jax.layout.deployment import Deployment
 from step3_jax.layout.parallel import ATTENTION, FFN
 from step3_jax.layout.role import Role
 
@@ -48,32 +47,34 @@ class Workspace:
 
 def estimate_workspace(
     config: ModelConfig,
-    deployment: Deployment,
+    weights: str,
     role: Role,
     *,
     rows: int,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    num_sources: int | None = None,
+    num_microbatches: int = 0,
 ) -> Workspace:
     """The estimate for one device of a role.
 
     Args:
       config: As `role.deployed_config` gives it.
-      deployment: For the formats.
-      role: One of its roles.
+      weights: "float32", "bfloat16" or "fp8".
+      role: What the device holds.
       rows: Sequences that each device with a cache decodes at once; of a micro-batch where there are several.
       chunk_tokens: Prompt tokens that each such device reads at once.
+      num_sources: Devices that tokens come from; all of the role if absent.
+      num_microbatches: In flight between attention and FFN; 0 where every device does both.
     """
-    itemsize = 4 if deployment.weights == "float32" else 2
+    itemsize = 4 if weights == "float32" else 2
     # A gathered batch: every device computes its experts' part of the tokens of all.
-    num_sources = deployment.topology.num_attention_devices if deployment.topology is not None else role.num_devices
+    num_sources = role.num_devices if num_sources is None else num_sources
 
     def phase(tokens: int, *, has_head: bool) -> int:
-        exchange = 0
-        if deployment.topology is not None:
-            # Both directions of each micro-batch in flight, at most one row a token each.
-            exchange = deployment.num_microbatches * tokens * config.text.hidden_size * 2 * itemsize
-            if role.name == FFN:
-                exchange = exchange * num_sources // role.num_devices
+        # Both directions of each micro-batch in flight, at most one row a token each.
+        exchange = num_microbatches * tokens * config.text.hidden_size * 2 * itemsize
+        if role.name == FFN:
+            exchange = exchange * num_sources // role.num_devices
         needed = [0]
         if role.has_cache:
             needed.append(_attention_bytes(config, tokens, itemsize))
@@ -81,7 +82,7 @@ def estimate_workspace(
             # The device's part, the whole row, and the row in float32.
             needed.append(tokens * config.text.vocab_size * (2 * itemsize + 4))
         if role.name != ATTENTION:
-            needed.append(_ffn_bytes(config, deployment, role, tokens * num_sources, itemsize))
+            needed.append(_ffn_bytes(config, weights, role, tokens * num_sources, itemsize))
         residual = tokens * config.text.hidden_size * 2 * itemsize if role.has_cache else 0
         return exchange + residual + max(needed)
 
@@ -97,10 +98,10 @@ def _attention_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
     return low_rank + heads + tokens * text.hidden_size * itemsize
 
 
-def _ffn_bytes(config: ModelConfig, deployment: Deployment, role: Role, tokens: int, itemsize: int) -> int:
+def _ffn_bytes(config: ModelConfig, weights: str, role: Role, tokens: int, itemsize: int) -> int:
     text, parallel = config.text, role.parallel
     # FP8 products read rows in FP8.
-    packed = 1 if deployment.weights == "fp8" else itemsize
+    packed = 1 if weights == "fp8" else itemsize
     gathered = tokens * text.hidden_size * 2 * itemsize
     dense = tokens // parallel.dp * text.intermediate_size // parallel.tp * 3 * itemsize
     if not text.moe_layers:
@@ -118,8 +119,8 @@ def _image_bytes(config: ModelConfig, role: Role, itemsize: int) -> int:
     if vision is None:
         return 0
     tokens = NUM_CLASS_TOKENS + vision.grid**2
-    parts = role.tower.tp if role.tower.vision == "weights" else 1
-    heads, inner = -(-vision.num_attention_heads // parts), -(-vision.intermediate_size // parts)
+    shards = role.num_tower_shards
+    heads, inner = -(-vision.num_attention_heads // shards), -(-vision.intermediate_size // shards)
     # Scores and their softmax in float32, then as weights.
     attention = heads * tokens**2 * (8 + itemsize) + 4 * tokens * heads * vision.head_dim * itemsize
     mlp = 2 * tokens * inner * itemsize

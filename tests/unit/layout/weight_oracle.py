@@ -31,8 +31,7 @@ def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int
         table, head = text.vocab_size * (text.hidden_size // tp), -(-text.vocab_size // tp) * text.hidden_size
         parts["embedding and head"] = itemsize * (table + head)
         if config.vision is not None:
-            shards = role.tower.tp if role.tower.vision == "weights" else 1
-            parts["vision tower and projector"] = itemsize * count_vision_parameters(config, shards)
+            parts["vision tower and projector"] = itemsize * count_vision_parameters(config, role.num_tower_shards)
     if role.name != ATTENTION:
         num_moe = len(text.moe_layers)
         num_dense = text.num_hidden_layers - num_moe

@@ -131,8 +131,8 @@ class EngineConfig:
     )
     mm_encoder_tp_mode: str = define(
         "weights",
-        "weights: the devices of a group hold the vision tower together and encode each image together; data: each "
-        "holds all of it and encodes images of its own",
+        "weights: the vision tower is sharded across the devices of a group (with AFD of an attention instance), which "
+        "encode each image together; data: each device has all of it and encodes images of its own",
         "devices",
         choices=("weights", "data"),
     )

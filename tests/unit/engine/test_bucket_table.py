@@ -25,6 +25,11 @@ def table_of(name: str, images: ImageSettings, num_shards: int) -> BucketTable:
     )
 
 
+def test_devices_that_encode_an_image_together_are_not_given_one_each() -> None:
+    table = BucketTable.of(EngineConfig(), max_pages=4, num_shards=8, num_image_shards=1, image_sizes=(64,))
+    assert table.images == (1, 4)
+
+
 @pytest.mark.parametrize("num_shards", [1, 8])
 @pytest.mark.parametrize("name", ["step3-tiny", "step3"])
 def test_the_defaults_have_few_programs(name: str, num_shards: int) -> None:

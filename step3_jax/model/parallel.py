@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -116,6 +116,7 @@ def find_group(layout: Layout, *logical: str, tokens: str = "rows") -> Group:
     )
 
 
+@runtime_checkable
 class Places(Protocol):
     """What knows where parameters lie: a layout, or the devices of several roles."""
 

@@ -38,7 +38,7 @@ class Layout:
     """A parallel setting on its devices.
 
     Attributes:
-      mesh: The devices, along `sharding.AXES`.
+      mesh: The devices, along `layout.table.AXES`.
       parallel: The setting, with nothing left open: ep is a number, and the exchange is chosen.
     """
 
@@ -83,7 +83,7 @@ def make_layout(parallel: Parallel, devices: Sequence[jax.Device] | None = None)
     """Places a setting on devices.
 
     Args:
-      parallel: The setting, its ep known (see `sharding.fit_parallel`).
+      parallel: The setting, its ep known (see `layout.parallel.fit_parallel`).
       devices: As many as it needs, those of a tensor group side by side; by default the first of all there are (see
         `find_devices`).
 

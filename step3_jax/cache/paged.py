@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.pages import KVPages, empty_pages
-from pallas_kernels.storage import PAGE_SIZE, Storage, bytes_per_token
+from pallas_kernels.storage import Storage, bytes_per_token
 from step3_jax.config import TextConfig
-from step3_jax.layout import page
-
-KV_CACHE_DTYPES = ("auto", *page.KV_CACHE_DTYPES)
+from step3_jax.layout.page import KV_CACHE_CHOICES
 
 # One entry a layer.
 Cache = tuple[KVPages, ...]
@@ -25,15 +23,15 @@ def choose_storage(kv_cache_dtype: str, dtype: jnp.dtype, head_dim: int) -> Stor
     """The format of the pages.
 
     Args:
-      kv_cache_dtype: One of `KV_CACHE_DTYPES`; "auto" is that of the activations.
+      kv_cache_dtype: One of `KV_CACHE_CHOICES`; "auto" is that of the activations.
       dtype: Of the activations.
       head_dim: K.
 
     Raises:
       ValueError: If there is no such format, or it cannot hold heads of this size.
     """
-    if kv_cache_dtype not in KV_CACHE_DTYPES:
-        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; allowed: {', '.join(KV_CACHE_DTYPES)}")
+    if kv_cache_dtype not in KV_CACHE_CHOICES:
+        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; allowed: {', '.join(KV_CACHE_CHOICES)}")
     storage: Storage
     if kv_cache_dtype == "auto":
         storage = "bfloat16" if dtype == jnp.bfloat16 else "float32"
@@ -60,41 +58,3 @@ def copy_pages(cache: Cache, sources: Int[Array, " copies"], targets: Int[Array,
         return pages.at[targets].set(pages.at[sources].get(mode="clip"), mode="drop")
 
     return jax.tree.map(copy, cache)
-
-
-def page_bytes(config: TextConfig, storage: Storage) -> int:
-    """Memory of one page in all layers, in bytes."""
-    return config.num_hidden_layers * PAGE_SIZE * bytes_per_token(config.head_dim, storage)
-
-
-def pages_for(num_tokens: int) -> int:
-    """Pages that hold so many tokens."""
-    return -(-num_tokens // PAGE_SIZE)
-
-
-def count_pages(
-    config: TextConfig, storage: Storage, *, max_model_len: int, max_num_seqs: int, memory_bytes: int | None
-) -> int:
-    """How many pages a cache gets: room for every sequence at its longest, or as many as the memory holds.
-
-    Args:
-      config: Layers and head size.
-      storage: Format of the pages.
-      max_model_len: Tokens of the longest sequence.
-      max_num_seqs: Sequences at once.
-      memory_bytes: What the cache may take; None for no limit.
-
-    Raises:
-      ValueError: If the memory does not hold one sequence at its longest.
-    """
-    longest, size = pages_for(max_model_len), page_bytes(config, storage)
-    wanted = max_num_seqs * longest
-    if memory_bytes is None:
-        return wanted
-    if memory_bytes < longest * size:
-        raise ValueError(
-            f"the KV cache may take {max(memory_bytes, 0) / 2**20:.0f} MiB, and one sequence of max_model_len = "
-            f"{max_model_len} tokens needs {longest * size / 2**20:.0f} MiB in {storage}: lower max_model_len, take a "
-            "smaller kv_cache_dtype, or raise kv_cache_memory_bytes"
-        )
-    return min(wanted, memory_bytes // size)

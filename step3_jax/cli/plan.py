@@ -11,7 +11,7 @@ import json
 import pathlib
 
 from step3_jax.cli.display import write_note
-from step3_jax.cli.plan_compile import Compilation, compile_deployment
+from step3_jax.cli.plan_process import Compilation, compile_deployment
 from step3_jax.cli.process import interruptible
 from step3_jax.config import PRESETS, ModelConfig
 from step3_jax.layout.deployment import Deployment, Workload, load_deployment

@@ -9,19 +9,13 @@ parameter tree and cache; those of temporaries would mislead, since XLA:CPU wide
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-import multiprocessing
-import multiprocessing.connection
 import os
 import resource
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import jax
@@ -37,6 +31,7 @@ from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.roles import Parts, Skeleton, Tokens, attention_step, begin_step, end_step, ffn_step, take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
+from step3_jax.cli.plan_process import Compilation
 from step3_jax.config import ModelConfig
 from step3_jax.layers.attention import CacheStep, attention_context
 from step3_jax.layout.deployment import Deployment
@@ -68,78 +63,12 @@ _BothLayer = tuple[list[Array], list[Array], KVPages]
 _AttentionLayer = tuple[list[Array], KVPages, Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Compilation:
-    """What compiling gave, and what it took.
-
-    Attributes:
-      roles: Bytes by the name of the role.
-      seconds: From the start of the process.
-      peak_bytes: Most memory of the process.
-    """
-
-    roles: dict[str, CompiledBytes]
-    seconds: float
-    peak_bytes: int
-
-
-def compile_deployment(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
-    """Compiles in a process of its own, as the number of devices is fixed once jax computes.
-
-    Args:
-      config: As `layout.role.deployed_config` gives it.
-      deployment: What runs where.
-      cache: Of each device that has one.
+def compile_alone(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
+    """Compiles in this process, which has used no device yet; arguments as for `plan_process.compile_deployment`.
 
     Raises:
       ValueError: If the deployment does not divide the model; the message says what would.
-      RuntimeError: If the process dies.
     """
-    start = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_compilation, args=(sender, config, deployment, cache), daemon=True)
-    with _ignored_interrupts():
-        process.start()
-    # What is left is the child's alone, so that its end is the end of the pipe.
-    sender.close()
-    try:
-        found: Compilation | Exception = receiver.recv()
-    except EOFError:
-        raise RuntimeError("the compiling process has died: is there enough memory for it (2 GiB)?") from None
-    finally:
-        # Interrupted, it would compile on for seconds.
-        process.kill()
-        process.join()
-        receiver.close()
-    if isinstance(found, Exception):
-        raise found
-    return dataclasses.replace(found, seconds=time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    """A process that is started here ignores Ctrl-C, which is its parent's to answer. Outside of the main thread nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _send_compilation(
-    sender: multiprocessing.connection.Connection, config: ModelConfig, deployment: Deployment, cache: CacheShape
-) -> None:
-    try:
-        sender.send(_compile(config, deployment, cache))
-    except Exception as error:
-        sender.send(error)
-
-
-def _compile(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
     # Before the first use of a device. A number of devices in XLA_FLAGS would contradict ours.
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if "force_host_platform_device_count" not in flag)
@@ -155,7 +84,7 @@ def _compile(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> 
 
 
 def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> dict[str, CompiledBytes]:
-    """The same in this process, which needs as many devices as the deployment has."""
+    """The bytes by the name of the role; this process needs as many devices as the deployment has."""
     model = abstract_model(config)
     rows = rows_at_once(deployment)
     if deployment.topology is None:

@@ -14,7 +14,7 @@ import yaml
 
 from step3_jax.engine.setting import Setting, check_name, check_values, define, format_table, settings_of
 from step3_jax.gpu import MEMORY_SHARE
-from step3_jax.layout.page import KV_CACHE_DTYPES
+from step3_jax.layout.page import KV_CACHE_CHOICES
 
 # In the order in which help and docs show them.
 GROUPS = {
@@ -83,7 +83,7 @@ class EngineConfig:
         "auto",
         "format of the KV cache; auto is that of the activations, fp8 and int4 keep scales beside the values",
         "cache",
-        choices=("auto", *KV_CACHE_DTYPES),
+        choices=KV_CACHE_CHOICES,
     )
     gpu_memory_utilization: float = define(
         MEMORY_SHARE,
@@ -200,7 +200,7 @@ def read_config_file(path: str | pathlib.Path) -> tuple[dict[str, object], str |
 
     Returns:
       The fields, and the deployment: the name or path of a deployment file, or what such a file would hold
-      (see `step3_jax.deployment.parse_deployment`); None without one.
+      (see `step3_jax.layout.deployment.parse_deployment`); None without one.
 
     Raises:
       ValueError: If the file cannot be read or has a name that does not exist.

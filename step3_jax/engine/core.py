@@ -15,7 +15,7 @@ import jax
 
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.cache.allocator import PageAllocator
-from step3_jax.cache.paged import Cache, choose_storage, count_pages, page_bytes, pages_for
+from step3_jax.cache.paged import Cache, choose_storage
 from step3_jax.cache.prefix import image_marks, root_key
 from step3_jax.engine.bucket_table import PAGE_COPIES, BucketTable
 from step3_jax.engine.config import EngineConfig
@@ -32,6 +32,7 @@ from step3_jax.engine.sequence import Group, Sequence
 from step3_jax.engine.state import FULL, STOPPED, Report
 from step3_jax.engine.stats import EngineStats
 from step3_jax.engine.warm_up import Progress, warm_up
+from step3_jax.layout.page import count_pages, page_bytes, pages_for
 from step3_jax.sampling.batch import SamplingRow, check_token_ids, seed_words
 from step3_jax.sampling.sampler import StepLogprobs
 

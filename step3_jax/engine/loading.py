@@ -12,6 +12,7 @@ from step3_jax.config import ModelConfig
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.layout.parallel import Parallel, fit_parallel
+from step3_jax.layout.role import fp8_block
 from step3_jax.mesh import make_layout
 from step3_jax.text.tokenizer import Tokenizer
 
@@ -44,8 +45,7 @@ def load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Parall
     """A model's folder, each part read to its device."""
     config = ModelConfig.load(folder)
     # As `load_model` decides it: on a CPU FP8 weights are dequantised.
-    stays_fp8 = config.quantization is not None and jax.default_backend() != "cpu"
-    block = config.quantization.weight_block_size if stays_fp8 and config.quantization is not None else None
+    block = None if jax.default_backend() == "cpu" else fp8_block(config)
     layout = make_layout(fit_parallel(parallel, config.text, fp8_block=block))
     return ShardedRunner(load_model(folder, dtype, layout=layout), layout)
 

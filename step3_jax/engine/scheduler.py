@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.cache.allocator import PageAllocator
-from step3_jax.cache.paged import pages_for
 from step3_jax.cache.prefix import extend_keys
 from step3_jax.engine.bucket_table import BucketTable
 from step3_jax.engine.sequence import Group, Sequence
+from step3_jax.layout.page import pages_for
 
 # Output tokens that a sequence has pages for when it is admitted, and pages that it grows by.
 RESERVED_OUTPUT = 512

@@ -1,7 +1,7 @@
 """What the launched command says about its devices: how many processes it needs.
 
 The only place of this package that knows of `--afd`, of `--dp`, `--tp` and `--ep`, and of `--config`. What a topology means
-and which ranks are which role is said in `step3_jax/deployment.py`.
+and which ranks are which role is said in `step3_jax/layout/deployment.py`.
 """
 
 from __future__ import annotations

@@ -31,14 +31,18 @@ _PART_OF_WORD = {
     "share_expert": SHARED_EXPERTS,
     "mlp": DENSE,
 }
-# Those that are told together where bytes are listed.
-_GROUPS = {
+# Part -> line of a list of bytes, in the list's order.
+_LINES = {
+    ATTENTION_WEIGHTS: "attention",
     NORMS: "norms and routers",
     ROUTERS: "norms and routers",
     EMBEDDING: "embedding and head",
     HEAD: "embedding and head",
     VISION: "vision tower and projector",
     PROJECTOR: "vision tower and projector",
+    DENSE: "dense layers",
+    SHARED_EXPERTS: "shared experts",
+    ROUTED_EXPERTS: "routed experts",
 }
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 2}
 
@@ -71,7 +75,7 @@ def count_parts(config: ModelConfig) -> dict[str, int]:
 
 
 def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int]:
-    """Bytes on one device of a role, by part of the model.
+    """Bytes on one device of a role, by part of the model; related parts are one.
 
     Args:
       config: As `role.deployed_config` gives it.
@@ -79,15 +83,13 @@ def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int
       role: One of `role.roles_of`.
     """
     symbols = symbol_sizes(config)
-    parts: dict[str, int] = {}
+    parts = dict.fromkeys(_LINES.values(), 0)
     for row, layers in list_rows(config):
         path = row.ours.split(".")
         if role.holds(path):
-            part = _GROUPS.get(_part(row), _part(row))
             shape = shard_shape(row.sizes(symbols), path, role.parallel_of(path), config.vision)
-            size = _tensor_bytes(config, weights, row, shape)
-            parts[part] = parts.get(part, 0) + len(layers) * size
-    return parts
+            parts[_LINES[_part(row)]] += len(layers) * _tensor_bytes(config, weights, row, shape)
+    return {part: size for part, size in parts.items() if size}
 
 
 def active_parameters(config: TextConfig, num_tokens: int = 1) -> tuple[int, int]:

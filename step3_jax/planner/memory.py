@@ -10,7 +10,7 @@ from step3_jax.config import ModelConfig, TextConfig
 from step3_jax.gpu import MEMORY_SHARE, kept_free
 from step3_jax.layout.count import weight_bytes
 from step3_jax.layout.deployment import Deployment, Workload
-from step3_jax.layout.page import PAGE_SIZE, count_pages, kv_bytes_per_token
+from step3_jax.layout.page import PAGE_SIZE, kv_bytes_per_token, pages_for
 from step3_jax.layout.parallel import find_problems, list_parallels
 from step3_jax.layout.role import Role, deployed_config, fp8_block, roles_of
 from step3_jax.layout.workspace import DEFAULT_CHUNK_TOKENS, Workspace, estimate_workspace
@@ -130,7 +130,7 @@ def shape_cache(deployment: Deployment, role: Role) -> CacheShape | None:
     workload = deployment.workload
     if workload is None or not role.has_cache:
         return None
-    return CacheShape(-(-workload.sequences // role.num_devices), count_pages(workload.context_tokens))
+    return CacheShape(-(-workload.sequences // role.num_devices), pages_for(workload.context_tokens))
 
 
 def plan_memory(

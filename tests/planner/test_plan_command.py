@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,15 @@ import pytest
 
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.cli.main import main
-from step3_jax.cli.plan_compile import compile_deployment, run_layers
+from step3_jax.cli.plan_compile import run_layers
+from step3_jax.cli.plan_process import compile_deployment
 from step3_jax.config import ModelConfig, TextConfig, VisionConfig
 from step3_jax.layout.count import weight_bytes
 from step3_jax.layout.deployment import Deployment, load_deployment, parse_deployment
 from step3_jax.layout.page import kv_bytes_per_token
 from step3_jax.layout.role import deployed_config, roles_of
 from step3_jax.planner.memory import CacheShape, shape_cache
+from tests.process import ROOT, environment
 
 # Sizes that FP8 blocks of 128 are cut out of whole, twice; a vocabulary that is not.
 SMALL = ModelConfig(
@@ -168,3 +172,20 @@ def test_a_context_beyond_the_models_positions_does_not_fit(sequences: str, caps
     assert "would fit: --context-tokens 65536, the most that the model has" in printed
     assert main(["plan", "memory", "2a2f", "--json", *options]) == 1
     assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+def test_arithmetic_alone_imports_no_jax() -> None:
+    words = ["plan", "memory", "2a2f", "--no-compile", "--json"]
+    program = (
+        "import sys; from step3_jax.cli.main import main; code = main(sys.argv[1:]); print(code, 'jax' in sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert ran.stdout.splitlines()[-1] == "0 False"

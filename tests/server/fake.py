@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import ModelConfig
 from step3_jax.engine.executor import Executor, Started
 from step3_jax.engine.state import FULL, IDLE, RUNNING, STOPPED, DecodeCall, PrefillBatch, Report
@@ -17,7 +18,6 @@ from step3_jax.sampling.sampler import StepLogprobs
 from step3_jax.text.tokenizer import Tokenizer
 from tests.process import HARD_LIMIT_S
 
-PAGE_SIZE = 64
 # Written where the reply is not allowed to go on; it ends a request with an error, as it is not allowed either.
 NO_WAY = 1
 

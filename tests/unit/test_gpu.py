@@ -41,7 +41,7 @@ def test_the_plan_counts_with_the_share_that_the_pool_takes() -> None:
     assert plan_memory.__kwdefaults__["memory_share"] == gpu.MEMORY_SHARE
 
 
-@pytest.mark.parametrize(("memory_gib", "chunk_tokens"), [(80, 512), (24, 65536)])
+@pytest.mark.parametrize(("memory_gib", "chunk_tokens"), [(80, 512), (8, 65536)])
 def test_the_plan_promises_the_memory_that_the_engine_gives_to_its_cache(memory_gib: int, chunk_tokens: int) -> None:
     """Where the estimate of the largest call is below the share that is always kept free, and where it is above."""
     deployment = parse_deployment("one", {"afd": "off", "workload": {"sequences": 8, "context_tokens": 256}})

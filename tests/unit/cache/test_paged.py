@@ -1,4 +1,4 @@
-"""Formats, memory and capacity of the paged cache."""
+"""Formats and memory of the paged cache."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from step3_jax.cache.paged import choose_storage, count_pages, empty_cache, page_bytes, pages_for
+from step3_jax.cache.paged import choose_storage, empty_cache
 from step3_jax.config import TextConfig
+from step3_jax.layout.page import page_bytes
 
 CONFIG = TextConfig(num_hidden_layers=3, head_dim=64, moe_layers=())
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -35,14 +36,3 @@ def test_what_no_cache_can_hold_is_refused() -> None:
         choose_storage("fp16", FLOAT32, 64)
     with pytest.raises(ValueError, match=r"'int4': .* multiple of 64; it is 32; give fp8 or bfloat16"):
         choose_storage("int4", FLOAT32, 32)
-
-
-def test_capacity_is_what_the_sequences_need_or_the_memory_holds() -> None:
-    size = page_bytes(CONFIG, "fp8")
-    sizes = {"max_model_len": 130, "max_num_seqs": 4}
-    assert [pages_for(tokens) for tokens in (0, 1, 64, 65)] == [0, 1, 1, 2]
-    assert count_pages(CONFIG, "fp8", **sizes, memory_bytes=None) == 12
-    assert count_pages(CONFIG, "fp8", **sizes, memory_bytes=100 * size) == 12
-    assert count_pages(CONFIG, "fp8", **sizes, memory_bytes=7 * size + 1) == 7
-    with pytest.raises(ValueError, match=r"max_model_len = 130 .* in fp8: lower max_model_len"):
-        count_pages(CONFIG, "fp8", **sizes, memory_bytes=3 * size - 1)

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import ModelConfig
 from step3_jax.engine.executor import Executor, Started
 from step3_jax.engine.state import FULL, IDLE, RUNNING, STOPPED, DecodeCall, PrefillBatch, Report
 from tests.small import small_text
 
-PAGE_SIZE, VOCAB_SIZE = 64, 61
+VOCAB_SIZE = 61
 
 
 def next_token(token_ids: Sequence[int]) -> int:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step3_jax.cache.paged import page_bytes
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import EngineCore
 from step3_jax.engine.request import Prompt, Request, SequenceOutput
 from step3_jax.engine.scheduler import MAX_PASSES, MAX_PREEMPTIONS
+from step3_jax.layout.page import page_bytes
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.text.images import ProcessedImage, plan
 from tests.unit.engine.fake import VOCAB_SIZE, FakeExecutor, expected

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from step3_jax.cache.paged import page_bytes
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import EngineCore
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import Prompt, Request, SequenceOutput
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import PrefillBatch
+from step3_jax.layout.page import page_bytes
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.text.tokenizer import Tokenizer
 

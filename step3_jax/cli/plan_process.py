@@ -1,0 +1,91 @@
+"""The process that compiles the decode programs of a deployment. It alone imports jax, so that arithmetic need not wait."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+from step3_jax.config import ModelConfig
+from step3_jax.layout.deployment import Deployment
+from step3_jax.planner.memory import CacheShape, CompiledBytes
+
+# What the process runs.
+_COMPILER = "step3_jax.cli.plan_compile"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """What compiling gave, and what it took.
+
+    Attributes:
+      roles: Bytes by the name of the role.
+      seconds: From the start of the process.
+      peak_bytes: Most memory of the process.
+    """
+
+    roles: dict[str, CompiledBytes]
+    seconds: float
+    peak_bytes: int
+
+
+def compile_deployment(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
+    """Compiles in a process of its own, as the number of devices is fixed once jax computes.
+
+    Args:
+      config: As `layout.role.deployed_config` gives it.
+      deployment: What runs where.
+      cache: Of each device that has one.
+
+    Raises:
+      ValueError: If the deployment does not divide the model; the message says what would.
+      RuntimeError: If the process dies.
+    """
+    start = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_compilation, args=(sender, config, deployment, cache), daemon=True)
+    with _ignored_interrupts():
+        process.start()
+    # What is left is the child's alone, so that its end is the end of the pipe.
+    sender.close()
+    try:
+        found: Compilation | Exception = receiver.recv()
+    except EOFError:
+        raise RuntimeError("the compiling process has died: is there enough memory for it (2 GiB)?") from None
+    finally:
+        # Interrupted, it would compile on for seconds.
+        process.kill()
+        process.join()
+        receiver.close()
+    if isinstance(found, Exception):
+        raise found
+    return dataclasses.replace(found, seconds=time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """A process that is started here ignores Ctrl-C, which is its parent's to answer. Outside of the main thread nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _send_compilation(
+    sender: multiprocessing.connection.Connection, config: ModelConfig, deployment: Deployment, cache: CacheShape
+) -> None:
+    try:
+        sender.send(importlib.import_module(_COMPILER).compile_alone(config, deployment, cache))
+    except Exception as error:
+        sender.send(error)

@@ -29,6 +29,7 @@ from step3_jax.mesh import Layout
 from step3_jax.model.parallel import ShardedFfn, parallelise_vision
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
+from step3_jax.model.vision import Projector, VisionTower
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -121,10 +122,10 @@ class Vision:
         self._layout = layout
         self._part: Part[nnx.List] | None = None
         if model.vision is not None and model.projector is not None:
-            # A copy of the modules, not of their arrays.
-            both = nnx.merge(*nnx.split(nnx.List([model.vision, model.projector])))
-            parallelise_vision(*both, layout)
-            self._part = split_module(both)
+            # Copies of the modules, not of their arrays.
+            vision, projector = (nnx.merge(*nnx.split(module)) for module in (model.vision, model.projector))
+            parallelise_vision(cast(VisionTower, vision), cast(Projector, projector), layout)
+            self._part = split_module(nnx.List([vision, projector]))
         self.leaves: list[Array] = [] if self._part is None else self._part.leaves
 
     def encode(self, leaves: Sequence[Array], pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:

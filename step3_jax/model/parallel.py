@@ -95,8 +95,8 @@ def parallelise_vision(vision: VisionTower, projector: Projector, layout: Layout
     """
     heads, width = (find_group(layout, name, tokens="images") for name in ("vision_heads", "vision_width"))
     for layer in vision.layers:
-        layer.self_attn.out_proj = SummedLinear(layer.self_attn.out_proj, heads)
-        layer.mlp.fc2 = SummedLinear(layer.mlp.fc2, width)
+        layer.self_attn.out_proj = SummedLinear(layer.self_attn.out_proj, heads)  # type: ignore[assignment]
+        layer.mlp.fc2 = SummedLinear(layer.mlp.fc2, width)  # type: ignore[assignment]
     projector.vit_large_projector = SummedLinear(projector.vit_large_projector, width)  # type: ignore[assignment]
 
 

@@ -66,7 +66,8 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "B T width"]) -> Float[Array, "B T width"]:
         batch, length, width = hidden.shape
-        qkv = linear(hidden, self.qkv_proj.weight[...].reshape(-1, width)) + self.qkv_proj.bias[...].reshape(-1)
+        qkv = linear(hidden, self.qkv_proj.weight[...].reshape(-1, width))
+        qkv += self.qkv_proj.bias[...].reshape(-1)  # type: ignore[index]
         qkv = qkv.reshape(batch, length, 3, -1, self.head_dim)
         out = dense_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.out_proj(out.reshape(batch, length, -1))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from step3_jax.config import ModelConfig
     from step3_jax.engine.config import EngineConfig
     from step3_jax.engine.llm import LLM
+    from step3_jax.layout.parallel import Parallel
     from step3_jax.sampling.params import SamplingParams
     from step3_jax.sampling.structured import StructuredOutputsParams
 
@@ -23,6 +24,7 @@ __all__ = [
     "LLM",
     "EngineConfig",
     "ModelConfig",
+    "Parallel",
     "SamplingParams",
     "StructuredOutputsParams",
     "load_model",
@@ -33,6 +35,7 @@ _PLACES = {
     "EngineConfig": "step3_jax.engine.config",
     "LLM": "step3_jax.engine.llm",
     "ModelConfig": "step3_jax.config",
+    "Parallel": "step3_jax.layout.parallel",
     "SamplingParams": "step3_jax.sampling.params",
     "StructuredOutputsParams": "step3_jax.sampling.structured",
     "load_model": "step3_jax.checkpoint.load",

@@ -167,7 +167,7 @@ def symbol_sizes(config: ModelConfig) -> dict[str, int]:
     return sizes
 
 
-def _size(symbol: str, sizes: dict[str, int]) -> int:
+def _size(symbol: str, sizes: Mapping[str, int]) -> int:
     """ "D" -> 7168, "3" -> 3, "3W" -> 3 * 1792."""
     digits = symbol.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     letter = symbol[len(digits) :]

@@ -82,7 +82,8 @@ def load_model(
       keep_fp8: Whether FP8 weights stay FP8 on the device (values and scales as stored), or are dequantised to `dtype`,
         once, here. By default they stay, except on CPU, where nothing is gained.
       shardings: Where each parameter goes, by its path in the model (see `names`); each host then reads only the parts
-        its devices hold. If absent, all goes to the default device.
+        its devices hold. One with more axes than the tensor is for its heads, see `layout.table.view_shape`. If absent, all
+        goes to the default device.
       layout: The same, from a parallel setting: head and vision tower are filled up with zeros where they do not divide.
       text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.

@@ -72,7 +72,7 @@ def attention_role(topology: Topology, vision: VisionForm) -> Role:
 
     Args:
       topology: The instances.
-      vision: "weights": the devices of an instance share vision tower and projector. "data": each has a copy.
+      vision: "weights": vision tower and projector are sharded across the devices of an instance. "data": each has a copy.
     """
     count = topology.num_attention_devices
     tower = Parallel(topology.num_attention, topology.devices_per_instance, 1, vision=vision)

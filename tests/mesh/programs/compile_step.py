@@ -81,7 +81,7 @@ def bytes_each(tree: object) -> int:
 
 def describe(program: jax.stages.Compiled) -> dict[str, object]:
     memory, text = program.memory_analysis(), program.as_text() or ""
-    words = ("all-reduce(", "reduce-scatter(", "all-to-all(", 'custom_call_target="mosaic_gpu_v2"')
+    words = ("all-reduce(", "all-reduce-start(", "reduce-scatter(", "all-to-all(", 'custom_call_target="mosaic_gpu_v2"')
     # Those of the sampler are under "sample".
     choices = [line for line in text.splitlines() if " conditional(" in line and "/sample/" not in line]
     return {

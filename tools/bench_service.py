@@ -4,13 +4,15 @@
 
 The model is that of `step3 bench` with random weights. One process has it behind the service, a second one sends requests,
 and this one runs the same requests through `LLM.generate`, in turns with the other two. All are on the same cores: the
-clients' work takes time from the engine, and the processor seconds of each say how much.
+clients' work takes time from the engine, and the processor seconds of each say how much. Other services, such as that of
+`tools/llama_cpp_server.py`, may stand beside with `--peer`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import json
 import os
@@ -39,8 +41,11 @@ from step3_jax.client import ServiceClient
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.server.app import build_app
+from step3_jax.server.config import ServerConfig
 
 CLIENTS = 32
+# As many wait as run, so that an overload of a minute fills the queue.
+QUEUED = 2 * CLIENTS
 PROMPT, OUTPUT = (32, 256), (32, 128)
 OVERLOAD = 1.5
 IDLE_CONNECTIONS = 1000
@@ -67,7 +72,7 @@ def serve(arguments: argparse.Namespace) -> int:
     """The process with the service."""
     llm = make_llm(*PRESETS[arguments.preset])
     llm.warm_up()
-    app = build_app(llm)
+    app = build_app(llm, ServerConfig(max_num_queued_reqs=QUEUED))
 
     async def seconds(_: Request) -> JSONResponse:
         return JSONResponse(thread_seconds())
@@ -148,7 +153,7 @@ def generate_seconds(llm: LLM, bodies: Sequence[Mapping[str, object]]) -> float:
 def measure_throughput(arguments: argparse.Namespace, llm: LLM, url: str) -> list[dict[str, object]]:
     """Rows: tokens a second through HTTP and through `LLM.generate`, and whose processor seconds they took."""
     rows = []
-    for number in range(arguments.rounds + 1):
+    for number in range(arguments.rounds):
         bodies = make_bodies(arguments.requests, llm.config.text.vocab_size, number)
         offline_s = 0.0
         if number % 2:
@@ -166,9 +171,12 @@ def measure_throughput(arguments: argparse.Namespace, llm: LLM, url: str) -> lis
             "ratio": offline_s / duration,
             "seconds": duration,
         }
+        for name, peer in (one.split("=", 1) for one in arguments.peer):
+            answers = summarise(send_apart(peer, bodies, concurrency=CLIENTS)[0], {})
+            assert answers["answered"] == len(bodies), (name, answers["errors"])
+            row[f"{name}_tokens_per_s"] = float(str(answers["output_tokens"])) / float(str(answers["duration_s"]))
         row |= {f"{name}_cpu_s": after[name] - before[name] for name in before} | {"clients_cpu_s": clients_s}
-        # The first round compiles what the warm-up of this process has not.
-        rows += [row] if number else []
+        rows.append(row)
     return rows
 
 
@@ -182,8 +190,11 @@ def measure_first_token(arguments: argparse.Namespace, llm: LLM, url: str) -> di
         assert waits is not None, record.error
         params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         begin = time.perf_counter()
-        next(iter(llm.generate(body["prompt"], params, stream=True)))  # type: ignore[call-overload]
+        stream = iter(llm.generate(body["prompt"], params, stream=True))  # type: ignore[call-overload]
+        next(stream)
         pairs.append((waits.first, (time.perf_counter() - begin) * 1e3))
+        # To its end: a call under way would take time from the next request.
+        collections.deque(stream, maxlen=0)
     pairs = pairs[2:]
     through, alone = zip(*pairs, strict=True)
     return {
@@ -203,7 +214,8 @@ async def _send_one(url: str, body: Mapping[str, object]) -> Record:
 
 def measure_overload(arguments: argparse.Namespace, llm: LLM, url: str) -> dict[str, object]:
     """A closed loop, which finds the capacity, then an open loop at 1.5 times of it."""
-    bodies = make_bodies(arguments.requests, llm.config.text.vocab_size, 2000)
+    # A wait for a chunk of prompts is one of all sequences at once: the 99th percentile of few requests would be chance.
+    bodies = make_bodies(arguments.requests * 3, llm.config.text.vocab_size, 2000)
     records, _ = send_apart(url, bodies, concurrency=CLIENTS)
     closed = summarise(records, {})
     capacity = float(str(closed["requests_per_s"]))
@@ -247,16 +259,30 @@ def measure_idle(url: str, pid: int, count: int) -> dict[str, object]:
 def measure(arguments: argparse.Namespace) -> int:
     """All of it, printed and written."""
     before = {"load_average_before": load_average(), "cpu_pressure_before": cpu_pressure()}
+    begin = time.perf_counter()
+
+    def tell(what: str) -> None:
+        print(f"{time.perf_counter() - begin:5.0f} s: {what}", file=sys.stderr, flush=True)
+
+    tell("making the model")
     llm = make_llm(*PRESETS[arguments.preset])
+    llm.warm_up()
+    tell("starting the service")
     with running_service(arguments) as (url, pid):
+        tell(f"throughput, {arguments.rounds} rounds")
         rows = measure_throughput(arguments, llm, url)
+        tell("first token")
+        first_token = measure_first_token(arguments, llm, url)
+        tell("overload")
+        overload = measure_overload(arguments, llm, url)
+        tell("idle connections")
         found: dict[str, object] = {
             "clients": CLIENTS,
             "requests": arguments.requests,
             "throughput_ratio": statistics.median(float(str(row["ratio"])) for row in rows),
             "throughput": rows,
-            "first_token": measure_first_token(arguments, llm, url),
-            "overload": measure_overload(arguments, llm, url),
+            "first_token": first_token,
+            "overload": overload,
             "idle": measure_idle(url, pid, IDLE_CONNECTIONS),
         }
     machine = conditions() | before | {"cpu_pressure_after": cpu_pressure()}
@@ -272,6 +298,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=96, help="of a round")
     parser.add_argument("--first-tokens", type=int, default=40, help="requests of which the first token is waited for")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="another service that gets the same requests in turn",
+    )
     parser.add_argument("--preset", choices=PRESETS, default="100m", help="size of the model (default: %(default)s)")
     parser.add_argument("--json", help="file that gets the figures, beside those of other benchmarks")
     parser.add_argument("--role", choices=("measure", "serve", "send"), default="measure", help=argparse.SUPPRESS)

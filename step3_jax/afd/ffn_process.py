@@ -18,7 +18,7 @@ from step3_jax.afd.topology import AfdTopology
 from step3_jax.afd.wire import Slots
 from step3_jax.cache.paged import Cache
 from step3_jax.engine.executor import Started
-from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
@@ -71,7 +71,7 @@ class FfnProcess(RoleProcess):
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         raise NotImplementedError("the FFN side has no use for image features")
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`."""
         self._call("prefill", self._prefill, self.weights, batch.token_ids.shape[0] // self.num_shards)
         return cache, Started(None)

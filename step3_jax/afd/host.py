@@ -20,17 +20,18 @@ from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import Storage
 from step3_jax.afd.calls import Flow, RoleCalls
 from step3_jax.afd.exchange import Exchange
-from step3_jax.afd.flight import Event, Flight, Lane, Stage
+from step3_jax.afd.flight import Flight
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, widen_weights
-from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.layout.payload import choose_payload
 from step3_jax.layout.role import Role
 from step3_jax.model.step3 import Step3
+from step3_jax.timeline.event import Event, Lane, Stage
 
 # Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
 _STAGES_AHEAD = 8
@@ -114,7 +115,7 @@ class HostExecutor(Executor):
         self.compile_s = self.calls.compile_s
         return features
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`.
 
         Raises:
@@ -163,7 +164,7 @@ class HostExecutor(Executor):
         return tuple(pages), Started(call.cut_report(report))
 
     def start_recording(self) -> None:
-        """Records who does which stage when, from now on; see `afd.trace`."""
+        """Records who does which stage when, from now on; see `timeline.trace`."""
         self._flight.start_recording()
 
     def stop_recording(self) -> list[Event]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.engine.executor import Executor, Started
-from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ class RecordingExecutor(Executor):
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         return jax.numpy.asarray(self._executor.encode_images(pixels))
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`."""
         cache, started = self._executor.prefill(cache, batch)
         return cache, self._note(batch, started)
@@ -155,7 +155,7 @@ def replay(executor: Executor, recording: Recording, cache: Cache) -> Replay:
       recording: The calls. All that they find in the cache must have been written by one of them, or be in `cache`.
       cache: Of the same size; it is consumed.
     """
-    under_way: dict[int, Started[object] | Started[Report]] = {}
+    under_way: dict[int, Started[ExpertTokens] | Started[Report]] = {}
     reports: list[Report] = []
     jax.block_until_ready(cache)
     begin = time.perf_counter()
@@ -192,7 +192,9 @@ def call_seconds(executor: Executor, recording: Recording, cache: Cache) -> tupl
     return cache, seconds
 
 
-def dispatch(executor: Executor, cache: Cache, call: Call) -> tuple[Cache, Started[object] | Started[Report] | None]:
+def dispatch(
+    executor: Executor, cache: Cache, call: Call
+) -> tuple[Cache, Started[ExpertTokens] | Started[Report] | None]:
     """Makes a recorded call; None where there is nothing to wait for."""
     if isinstance(call, PrefillBatch):
         return executor.prefill(cache, call)

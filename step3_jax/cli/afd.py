@@ -8,8 +8,6 @@ import pathlib
 import numpy as np
 
 from step3_jax.afd.host import HostExecutor
-from step3_jax.afd.picture import write_picture
-from step3_jax.afd.trace import measure, read_trace, write_trace
 from step3_jax.cli.afd_option import load_afd_executor, place_executor
 from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.cli.bench_decode import bench_config, random_model
@@ -19,6 +17,8 @@ from step3_jax.cli.engine import read_engine
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.timeline.picture import write_picture
+from step3_jax.timeline.trace import measure, read_trace, write_trace
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -27,10 +27,11 @@ from step3_jax.cache.paged import Cache, choose_storage
 from step3_jax.checkpoint.save import save_model
 from step3_jax.cli.afd_option import AfdChoice, place_executor
 from step3_jax.config import ModelConfig, TextConfig
-from step3_jax.engine.bucket_table import STEPS_PER_CALL, power_of_two
+from step3_jax.engine.bucket_table import power_of_two
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
+from step3_jax.layout.admission import STEPS_PER_CALL
 from step3_jax.layout.page import pages_for
 from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import make_layout

@@ -6,6 +6,7 @@ import json
 import pathlib
 import socket
 
+import numpy as np
 import pytest
 
 from step3_jax.checkpoint.shards import Checkpoint
@@ -44,6 +45,8 @@ def test_processes_give_the_tokens_of_one(
     answers = run_ranks(num_processes, str(goldens / "tiny_text"), json.dumps(setting), cpu_devices=cpu_devices)
     assert [answer["rank"] for answer in answers] == list(range(num_processes))
     assert all(answer["tokens"] == alone["tokens"] for answer in answers)
+    assert all(answer["experts"] == alone["experts"] for answer in answers)
+    assert np.sum(alone["experts"]) > 0
     assert {answer["agreed"] for answer in answers} == {7000000000}
     # Experts are shared out over all devices, whatever the setting; the rest of a process's are read by it alone.
     whole = {name: info.num_bytes for name, info in Checkpoint(goldens / "tiny_text").tensors.items()}

@@ -1,6 +1,6 @@
 """One of several processes that run a checkpoint together: FOLDER PARALLEL, the latter as JSON.
 
-Its answer: the tokens of some prompts and the bytes of each tensor that this process has read.
+Its answer: the tokens of some prompts, how many each expert got, and the bytes of each tensor that this process has read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def main() -> None:
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     rank = jax.process_index()
-    give_answer({"tokens": tokens, "read": read, "rank": rank, "agreed": agree(7000000000 + rank)})
+    experts = llm.stats.expert_tokens.tolist()
+    give_answer({"tokens": tokens, "experts": experts, "read": read, "rank": rank, "agreed": agree(7000000000 + rank)})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.storage import Storage
 from step3_jax.afd.call import Numbers
 from step3_jax.afd.ffn_loop import FfnLoop, FfnWeights
-from step3_jax.afd.process import COPY, OWN, RoleProcess, encode, take_vision
+from step3_jax.afd.process import COPY, OWN, RoleProcess
 from step3_jax.afd.roles import take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.afd.wire import Slots
@@ -41,7 +41,6 @@ class FfnProcess(RoleProcess):
         parts = take_apart(model)
         self.loop = FfnLoop(parts, self.config.text, topology, self.form, num_microbatches, self.dtype, self._observe)
         self.weights: FfnWeights = [self._take(part.leaves) for part in parts.ffn]
-        self._vision = take_vision(model)
         own, copies = self._own, self._copies
         self._prefill = self._jit(self._run_prefill, static_argnums=1, in_shardings=(own,), out_shardings=copies)
         self._decode = self._jit(
@@ -63,9 +62,11 @@ class FfnProcess(RoleProcess):
         Raises:
           ValueError: If the model has no vision tower.
         """
-        leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self._vision.leaves] if self._vision else []
-        shape = jax.eval_shape(functools.partial(encode, self._vision), leaves, pixels)
-        return np.zeros(shape.shape, shape.dtype)
+        config = self.config
+        if config.vision is None:
+            raise ValueError("this is a text-only model: its checkpoint has no vision tower, so it takes no images")
+        num_tokens = config.num_image_tokens(pixels.shape[-1] // config.vision.patch_size)
+        return np.zeros((pixels.shape[0], num_tokens, config.text.hidden_size), self.dtype)
 
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         raise NotImplementedError("the FFN side has no use for image features")

@@ -87,7 +87,13 @@ class EngineCore:
         self._eos_ids = eos_ids
         shards = executor.num_shards
         max_pages = pages_for(max_model_len)
-        self.buckets = BucketTable.of(config, max_pages=max_pages, num_shards=shards, image_sizes=image_sizes)
+        self.buckets = BucketTable.of(
+            config,
+            max_pages=max_pages,
+            num_shards=shards,
+            num_image_shards=executor.num_image_shards,
+            image_sizes=image_sizes,
+        )
         text = executor.config.text
         self._vocab_size = text.vocab_size
         self._storage = choose_storage(config.kv_cache_dtype, executor.dtype, text.head_dim)

@@ -63,6 +63,7 @@ def test_experts_go_over_instances_and_widths_inside_one_unless_the_file_says_el
         ({"afd": "2a2f", "devices": 4}, "devices has no place here"),
         ({"afd": "2a2f", "parallel": {"dp": 2}}, "parallel has no place here"),
         ({"afd": "off", "devices": 4, "payload": "fp8"}, "payload has no place here"),
+        ({"afd": "2a2f", "mm_encoder_tp_mode": "copy"}, "mm_encoder_tp_mode is 'copy'; allowed: weights, data"),
         ({"afd": "2a2f", "weights": "int8"}, "weights is 'int8'; allowed: float32, bfloat16, fp8"),
         ({"afd": "2a2f", "device_memory_gib": 0}, "device_memory_gib is 0; a number above 0"),
         ({"afd": "2a2f", "workload": {"sequences": True}}, "workload.* is True; a whole number"),

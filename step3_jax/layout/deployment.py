@@ -292,6 +292,8 @@ def format_deployment(deployment: Deployment) -> str:
         values |= {"afd": WITHOUT, "devices": deployment.num_devices, "parallel": shards}
     else:
         values |= {"afd": topology.spec, "devices_per_instance": topology.devices_per_instance, "ffn": shards}
+    if deployment.parallel.vision != Parallel().vision:
+        values["mm_encoder_tp_mode"] = deployment.parallel.vision
     values |= {"weights": deployment.weights, "kv_cache": deployment.kv_cache}
     if topology is not None:
         values |= {"microbatches": deployment.num_microbatches, "payload": deployment.payload}

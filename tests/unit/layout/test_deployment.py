@@ -111,6 +111,13 @@ def test_what_is_written_is_read_as_the_same_deployment(name: str) -> None:
     assert parse_deployment(name, yaml.safe_load(format_deployment(found))) == found
 
 
+@pytest.mark.parametrize("afd", ["2a2f", "off"])
+def test_a_file_keeps_how_images_are_encoded(afd: str) -> None:
+    found = parse_deployment("x", {"afd": afd, "mm_encoder_tp_mode": "data"} | ({"devices": 2} if afd == "off" else {}))
+    assert found.parallel.vision == "data"
+    assert parse_deployment("x", yaml.safe_load(format_deployment(found))) == found
+
+
 def test_the_ffn_side_may_be_of_another_kind() -> None:
     found = parse_deployment("x", {"afd": "1a1f", "hardware": "h20", "ffn_hardware": "h800"})
     assert (found.hardware, found.ffn_hardware) == ("h20", "h800")

@@ -287,9 +287,9 @@ def measure(arguments: argparse.Namespace) -> int:
         }
     machine = conditions() | before | {"cpu_pressure_after": cpu_pressure()}
     found = {"conditions": machine | {"preset": arguments.preset}} | found
-    print(format_report(found))
     if arguments.json:
         write_section(arguments.json, "service", found)
+    print(format_report(found))
     return 0
 
 

@@ -257,9 +257,9 @@ def main() -> int:
                 print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
                 raise
         found |= {"exit_code": process.returncode, "conditions": conditions()}
-    print(format_report(found))
     if arguments.json:
         write_section(arguments.json, "soak", found)
+    print(format_report(found))
     problems = find_problems(found)
     if process.returncode:
         problems.append(f"the service ended with {process.returncode}")

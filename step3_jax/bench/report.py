@@ -8,11 +8,15 @@ from collections.abc import Mapping
 
 
 def format_report(found: Mapping[str, object]) -> str:
-    """Figures as markdown: one line for each value, then a table of each list of rows."""
+    """Figures as markdown: one line for each value or list of values, then a table of each list of rows."""
     lines = [f"{name}: {_number(value)}" for name, value in found.items() if not isinstance(value, list | dict)]
     lines += [f"{name}: {_object(value)}" for name, value in found.items() if isinstance(value, dict)]
-    for name, rows in found.items():
-        if isinstance(rows, list) and rows:
+    lists = {name: values for name, values in found.items() if isinstance(values, list) and values}
+    for name, values in lists.items():
+        if not isinstance(values[0], dict):
+            lines.append(f"{name}: {', '.join(map(_number, values))}")
+    for name, rows in lists.items():
+        if isinstance(rows[0], dict):
             lines += ["", f"{name}:", "", "| " + " | ".join(rows[0]) + " |", "|" + "--|" * len(rows[0])]
             lines += ["| " + " | ".join(_number(value) for value in row.values()) + " |" for row in rows]
     return "\n".join(lines)

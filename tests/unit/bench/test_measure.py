@@ -137,11 +137,18 @@ def test_sections_stand_beside_each_other_in_the_file(tmp_path: pathlib.Path):
 
 def test_the_report_has_values_objects_and_tables():
     text = format_report(
-        {"ratio": 1.04567, "made": {"a": {"b": 2.5}}, "rows": [{"n": 1, "s": None}, {"n": 2, "s": 3.0}]}
+        {
+            "ratio": 1.04567,
+            "made": {"a": {"b": 2.5}},
+            "rows": [{"n": 1, "s": None}, {"n": 2, "s": 3.0}],
+            "mib": [300, 301.5],
+            "none": [],
+        }
     )
     assert text.splitlines() == [
         "ratio: 1.05",
         "made: {a: {b: 2.5}}",
+        "mib: 300, 302",
         "",
         "rows:",
         "",

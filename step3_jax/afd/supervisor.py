@@ -18,11 +18,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from step3_jax.afd.beacon import BEACON, BeaconFile, Reading
 from step3_jax.afd.line import Run, Verdict
 from step3_jax.afd.noise import NoiseFilter
 from step3_jax.afd.star import Hub, Spoke
 from step3_jax.afd.watch import SETTLE_S, Failure, Report
+from step3_jax.beacon import BEACON, BeaconFile, Reading
 
 # Another rank failed; that of EX_TEMPFAIL, "try again".
 LOST_PEER_CODE = 75

@@ -7,12 +7,12 @@ import pathlib
 
 import numpy as np
 
-from step3_jax.afd.host import HostExecutor
-from step3_jax.afd.picture import write_picture
-from step3_jax.afd.trace import measure, read_trace, write_trace
-from step3_jax.cli.afd_option import load_afd_executor, place_executor
+from step3_jax.afd.executor import load_afd_executor, place_executor
+from step3_jax.afd.host.executor import HostExecutor
+from step3_jax.afd.host.picture import write_picture
+from step3_jax.afd.host.trace import measure, read_trace, write_trace
+from step3_jax.bench.model import bench_config, random_model
 from step3_jax.cli.arguments.bench import PRESETS
-from step3_jax.cli.bench_decode import bench_config, random_model
 from step3_jax.cli.choice import find_model
 from step3_jax.cli.display import write_note
 from step3_jax.cli.engine import read_engine

@@ -7,7 +7,7 @@ import pathlib
 import secrets
 
 from step3_jax import resources
-from step3_jax.mesh import agree
+from step3_jax.distributed import agree
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.stored_file import require_folder
 

@@ -10,7 +10,8 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping
 
-from step3_jax.cli.afd_option import AfdChoice, load_afd_executor, read_afd_choice
+from step3_jax.afd.executor import AfdChoice, load_afd_executor
+from step3_jax.cli.afd_option import read_afd_choice
 from step3_jax.engine.config import EngineConfig, format_config, read_config_file
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.loading import read_parallel

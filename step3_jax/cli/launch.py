@@ -7,8 +7,8 @@ import os
 import shlex
 
 from step3_jax.cli.process import interruptible
-from step3_jax.launch.address import parse_hosts
 from step3_jax.launch.launcher import launch
+from step3_jax.launch.net import parse_hosts
 from step3_jax.launch.options import LaunchOptions
 
 

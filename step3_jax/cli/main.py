@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from step3_jax import __version__
-from step3_jax.afd.beacon import START, Beacon
+from step3_jax.beacon import START, Beacon
 from step3_jax.cli.process import (
     INTERRUPTED,
     INTERRUPTED_CODE,
@@ -48,7 +48,7 @@ COMMANDS = {
 }
 
 
-# Set for the processes of `step3 launch`; `step3_jax.mesh` reads them.
+# Set for the processes of `step3 launch`; `step3_jax.distributed` reads them.
 PROCESS_VARIABLES = ("STEP3_COORDINATOR", "STEP3_NUM_PROCESSES", "STEP3_PROCESS_ID", "STEP3_CPU_DEVICES")
 
 
@@ -161,7 +161,7 @@ def _run(argv: list[str]) -> int:
     elif command != "launch":
         claim_memory()
     if is_rank:
-        importlib.import_module("step3_jax.mesh").initialise_distributed()
+        importlib.import_module("step3_jax.distributed").initialise_distributed()
     return int(importlib.import_module(f"step3_jax.cli.{_module_name(arguments.command)}").run(arguments))
 
 

@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from step3_jax.afd.beacon import BEACON
 from step3_jax.afd.line import Run
 from step3_jax.afd.supervisor import supervise
-from step3_jax.launch.address import check_port, next_port
-from step3_jax.launch.environment import WATCH, WATCH_TOKEN
-from step3_jax.launch.topology import read_topology
+from step3_jax.beacon import BEACON
+from step3_jax.launch.net import next_port
+from step3_jax.launch.options import WATCH, WATCH_TOKEN, check_port
+from step3_jax.launch.place import read_topology
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, Topology
 
 MODULE = "step3_jax.cli.main"

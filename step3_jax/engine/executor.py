@@ -18,13 +18,13 @@ from jaxtyping import Array, Float
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.config import ModelConfig
+from step3_jax.distributed import agree_least
 from step3_jax.engine.bucket_table import PAGE_COPIES, power_of_two
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.gpu import compiler_options, memory_left
 from step3_jax.layout.parallel import BOTH, Parallel
 from step3_jax.layout.role import Role
 from step3_jax.layout.workspace import estimate_workspace
-from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 

@@ -3,7 +3,7 @@
     python -m step3_jax.launch.keeper [--deadline SECONDS] [--grace SECONDS]
 
 Runs beside the ranks, here or at the other end of ssh, and talks with the launcher over standard input and output
-(`protocol.py`). When the launcher goes away (end of input), falls silent for the deadline (a cut cable shows no end of
+(`line.py`). When the launcher goes away (end of input), falls silent for the deadline (a cut cable shows no end of
 input), or the keeper itself is told to stop, the ranks get SIGTERM and after the grace period SIGKILL.
 """
 
@@ -23,14 +23,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import IO
 
 from step3_jax import __version__
-from step3_jax.launch import address
-from step3_jax.launch.process import RankProcess
-from step3_jax.launch.protocol import Message, Start, decode, encode, pack_output
+from step3_jax.launch import net
+from step3_jax.launch.line import Message, Start, decode, encode, pack_output
 
+_CHUNK_BYTES = 2**15
+# Time for the last output after a process ended; only something that fled its session can hold the pipe longer.
+_LAST_OUTPUT_S = 2.0
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # What waits to be sent; ranks that write faster than the launcher reads are held up.
 _MAX_WAITING = 1000
@@ -39,6 +42,76 @@ _LAST_WORDS_S = 2.0
 _STEP_S = 0.1
 # What a shell says of a command that it cannot start.
 _NOT_STARTED_CODE = 127
+
+
+class RankProcess:
+    """A running rank. Its output and its end are sent as messages."""
+
+    def __init__(self, start: Start, send: Callable[[Message], None]) -> None:
+        """Starts it.
+
+        Args:
+          start: What to run.
+          send: Takes messages; called from other threads, and may block.
+
+        Raises:
+          OSError: If it cannot be started.
+        """
+        self.rank = start["rank"]
+        self._send = send
+        self._lock = threading.Lock()
+        self._is_reaped = False
+        self._is_over = False
+        # Output is shown as it comes, whether or not a terminal is at its end.
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | start["environment"]
+        program = [sys.executable, "-m", "step3_jax.launch.child", str(os.getpid()), start["module"]]
+        self._process = subprocess.Popen(
+            [*program, *start["words"]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        self._pumps = [
+            threading.Thread(target=self._pump, args=(pipe, name), daemon=True)
+            for pipe, name in ((self._process.stdout, "stdout"), (self._process.stderr, "stderr"))
+        ]
+        for thread in [*self._pumps, threading.Thread(target=self._wait, daemon=True)]:
+            thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended and everything about it was sent."""
+        return self._is_over
+
+    def send_signal(self, number: int) -> None:
+        """Signals the process and all that it started; nothing if it is over."""
+        with self._lock:
+            if not self._is_reaped:
+                # Its session has its id. A zombie that nobody may signal is as good as gone.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, number)
+
+    def _pump(self, pipe: IO[bytes], stream: str) -> None:
+        with pipe:
+            while data := os.read(pipe.fileno(), _CHUNK_BYTES):
+                self._send(pack_output(self.rank, stream, data))
+
+    def _wait(self) -> None:
+        if hasattr(os, "waitid"):
+            # Not reaped yet, so that its id still names its group, and nobody else's, when the rest is killed.
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+            self.send_signal(signal.SIGKILL)
+        else:
+            self._process.wait()
+        for thread in self._pumps:
+            thread.join(_LAST_OUTPUT_S)
+        with self._lock:
+            code = self._process.wait()
+            self._is_reaped = True
+        self._send(Message(kind="ended", rank=self.rank, code=code))
+        self._is_over = True
 
 
 class Keeper:
@@ -112,10 +185,10 @@ class Keeper:
             elif kind == "end":
                 self._end(message["signal"], message["seconds"])
             elif kind == "listen":
-                self._listener = address.listen(message["port"], message.get("host"))
+                self._listener = net.listen(message["port"], message.get("host"))
                 self._outbox.put(Message(kind="listening", port=self._listener.getsockname()[1]))
             elif kind == "reach":
-                problem = address.reach(message["host"], message["port"], timeout_s=message["seconds"])
+                problem = net.reach(message["host"], message["port"], timeout_s=message["seconds"])
                 self._outbox.put(Message(kind="reached", text=problem or ""))
             elif kind == "release":
                 self._release()
@@ -190,7 +263,7 @@ def _hello() -> Message:
     return Message(
         kind="hello",
         host=socket.gethostname(),
-        address=address.own_address(dict(os.environ)) or "",
+        address=net.own_address(dict(os.environ)) or "",
         gpus=list_gpus(),
         versions=versions,
     )

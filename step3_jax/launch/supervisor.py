@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from step3_jax.launch.connection import Connection, Event
+from step3_jax.launch.line import Connection, Event, Message, unpack_output
 from step3_jax.launch.log import Log
-from step3_jax.launch.plan import Rank
-from step3_jax.launch.protocol import Message, unpack_output
+from step3_jax.launch.place import Rank
 
 # What ssh says of a host that it lost, and so do we.
 LOST_HOST_CODE = 255

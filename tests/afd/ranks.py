@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from step3_jax.afd.beacon import Reading, read_beacon
+from step3_jax.beacon import Reading, read_beacon
 from tests.process import ROOT, environment
 
 PROGRAMS = pathlib.Path(__file__).resolve().parent / "programs"

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from step3_jax.afd.beacon import BEACON, Beacon, BeaconFile, read_beacon
 from step3_jax.afd.noise import NoiseFilter
+from step3_jax.beacon import BEACON, Beacon, BeaconFile, read_beacon
 from step3_jax.cli.supervise import read_run
 
 ORDINARY = b"19 tokens, 80 tokens/s\n[Gloo] Rank 0 is connected to 1 peer ranks. Expected number: 1\n"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from step3_jax.afd.beacon import BeaconFile, read_beacon
+from step3_jax.beacon import BeaconFile, read_beacon
 from tests.afd.conftest import PROGRAMS
 from tests.process import ROOT, environment, free_port, run_together
 

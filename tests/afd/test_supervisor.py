@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from step3_jax.afd.beacon import Reading
 from step3_jax.afd.supervisor import LOST_PEER_CODE
+from step3_jax.beacon import Reading
 from tests.afd.ranks import ROLES, Start, free_pair, is_gone, is_starting, starting
 
 # Nothing here takes a quarter of it.

@@ -11,8 +11,8 @@ import yaml
 
 from step3_jax import resources
 from step3_jax.cli.main import build_parser
-from step3_jax.launch.schedule import KUBERNETES_PORT, detect_task
-from step3_jax.launch.topology import read_need
+from step3_jax.launch.cluster import KUBERNETES_PORT, detect_task
+from step3_jax.launch.place import read_need
 
 
 @pytest.fixture

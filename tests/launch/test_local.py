@@ -15,8 +15,8 @@ import threading
 import pytest
 
 from step3_jax.cli import main
-from step3_jax.launch.address import listen
 from step3_jax.launch.launcher import launch
+from step3_jax.launch.net import listen
 from step3_jax.launch.options import LaunchOptions
 from tests.launch.conftest import ROOT, Start, wait_until_gone
 

@@ -6,13 +6,19 @@ import socket
 
 import pytest
 
-from step3_jax.launch.address import join_address, listen, parse_hosts, reach, split_coordinator, wait_for_name
-from step3_jax.launch.environment import forwarded_environment, rank_environment
 from step3_jax.launch.keeper import list_gpus
-from step3_jax.launch.plan import Host, Rank, choose_platform, count_processes, format_table, place_ranks
-from step3_jax.launch.protocol import Message, decode, encode, pack_output, unpack_output
-from step3_jax.launch.rendezvous import check_versions
-from step3_jax.launch.topology import read_need
+from step3_jax.launch.line import Message, decode, encode, pack_output, unpack_output
+from step3_jax.launch.net import (
+    check_versions,
+    join_address,
+    listen,
+    parse_hosts,
+    reach,
+    split_coordinator,
+    wait_for_name,
+)
+from step3_jax.launch.options import forwarded_environment, rank_environment
+from step3_jax.launch.place import Host, Rank, choose_platform, count_processes, format_table, place_ranks, read_need
 from step3_jax.layout.deployment import parse_topology
 
 GPUS = tuple("01234567")

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from step3_jax.launch.schedule import KUBERNETES_PORT, Task, detect_task, first_host, tasks_per_node
+from step3_jax.launch.cluster import KUBERNETES_PORT, Task, detect_task, first_host, tasks_per_node
 from tests.launch.conftest import Start
 
 SLURM = {

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from step3_jax.cli import main
-from step3_jax.launch.connection import keeper_command
+from step3_jax.launch.net import keeper_command
 from tests.launch.conftest import PROGRAMS, ROOT, Start, wait_until_gone
 
 _SSH = """#!/bin/sh

@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from step3_jax.checkpoint.shards import Checkpoint
-from step3_jax.mesh import initialise_distributed
+from step3_jax.distributed import initialise_distributed
 from tests.mesh.conftest import PROGRAMS, QUICK_COMPILE
 from tests.process import environment, free_port, run_together
 

@@ -16,12 +16,13 @@ MAX_LINES = 500
 # Each row may import its own part and those of the rows above; parts of one row do not import each other.
 ROWS = (
     ("pallas_kernels",),
-    ("resources", "stored_file", "json_schema", "gpu", "nearest"),
+    ("resources", "stored_file", "json_schema", "gpu", "nearest", "beacon"),
     ("config_file",),
     ("config",),
     ("layout",),
     ("sharding",),
     ("quant",),
+    ("distributed",),
     ("mesh",),
     ("layers",),
     ("model",),
@@ -135,6 +136,8 @@ def test_text_and_planner_run_without_jax() -> None:
             "resources",
             "stored_file",
             "json_schema",
+            "launch",
+            "beacon",
         )
         for line, name in _imported(path)
         if name.split(".")[0] in ("jax", "jaxlib", "flax")

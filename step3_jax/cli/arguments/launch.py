@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from step3_jax.launch.connection import SSH
 from step3_jax.launch.launcher import MODULE
-from step3_jax.launch.plan import PLATFORMS
+from step3_jax.launch.options import PLATFORMS, SSH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

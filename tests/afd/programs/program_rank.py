@@ -21,20 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from step3_jax.afd.attention_process import AttentionProcess
-from step3_jax.afd.ffn_process import FfnProcess
 from step3_jax.afd.placement import place_model
-from step3_jax.afd.program import load_program_executor, make_program_executor
+from step3_jax.afd.program.attention_process import AttentionProcess
+from step3_jax.afd.program.executor import load_program_executor, make_program_executor
+from step3_jax.afd.program.ffn_process import FfnProcess
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.shards import Checkpoint
 from step3_jax.config import ModelConfig
+from step3_jax.distributed import initialise_distributed
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import DecodeBatch, PrefillBatch
 from step3_jax.layout.deployment import parse_topology
 from step3_jax.layout.parallel import Parallel
-from step3_jax.mesh import initialise_distributed
 from step3_jax.model.step3 import Step3
 from step3_jax.resources import find
 from step3_jax.sampling.batch import SamplingRow, sampling_batch

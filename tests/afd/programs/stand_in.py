@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 
-from step3_jax.afd.beacon import START, Beacon
+from step3_jax.beacon import START, Beacon
 
 # What jaxlib 0.11.2 wrote when a peer was killed.
 NOISE = """\

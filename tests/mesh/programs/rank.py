@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from step3_jax.checkpoint.shards import Checkpoint
+from step3_jax.distributed import agree, initialise_distributed
 from step3_jax.engine.llm import LLM
 from step3_jax.layout.parallel import Parallel
-from step3_jax.mesh import agree, initialise_distributed
 from step3_jax.sampling.params import SamplingParams
 from tests.process import give_answer
 

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import Storage
-from step3_jax.afd.calls import Flow, RoleCalls
-from step3_jax.afd.exchange import Exchange
-from step3_jax.afd.flight import Event, Flight, Lane, Stage
+from step3_jax.afd.host.calls import Flow, RoleCalls
+from step3_jax.afd.host.exchange import Exchange
+from step3_jax.afd.host.flight import Event, Flight, Lane, Stage
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology

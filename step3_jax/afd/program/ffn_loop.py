@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from step3_jax.afd.call import Numbers, Observe
 from step3_jax.afd.microbatch import part_size
 from step3_jax.afd.payload import PayloadFormat
-from step3_jax.afd.report import fill_report, gather_report
+from step3_jax.afd.program.call import Numbers, Observe
+from step3_jax.afd.program.report import fill_report, gather_report
+from step3_jax.afd.program.wire import Slots, Wire
 from step3_jax.afd.roles import Parts
 from step3_jax.afd.topology import UNION, AfdTopology
-from step3_jax.afd.wire import Slots, Wire
 from step3_jax.config import TextConfig
 from step3_jax.engine.state import Report
 from step3_jax.layers.mlp import SwiGLU

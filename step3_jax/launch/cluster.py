@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Mapping
 
-from step3_jax.launch import address
+from step3_jax.launch.options import LOOPBACK
 
 # The last 4,096 ports: a job's id picks one, so that jobs that share a host seldom meet. JAX picks in the same range.
 _FIRST_PORT, _NUM_PORTS = 61440, 4096
@@ -120,7 +120,7 @@ def _detect_open_mpi(environment: Mapping[str, str]) -> Task:
     # Such as "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": where mpirun runs, which is rank 0's host as a rule.
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
     match = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", uri)
-    coordinator = address.LOOPBACK if num_local == num_tasks else match and (match[1] or match[2])
+    coordinator = LOOPBACK if num_local == num_tasks else match and (match[1] or match[2])
     job = environment.get("PMIX_NAMESPACE") or uri.partition(".")[0] or environment.get("OMPI_MCA_ess_base_jobid", "")
     return Task(
         scheduler="Open MPI",
@@ -142,7 +142,7 @@ def _detect_kubernetes(environment: Mapping[str, str], hostname: str, coordinato
         )
     num_tasks = _number(environment, "STEP3_NUM_HOSTS")
     if num_tasks == 1:
-        coordinator = address.LOOPBACK
+        coordinator = LOOPBACK
     elif coordinator is None:
         service, ending = environment.get("STEP3_SERVICE", ""), f"-{index}"
         if not service:

@@ -13,11 +13,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from step3_jax.afd.beacon import BEACON, Beacon
-from step3_jax.afd.call import Numbers
 from step3_jax.afd.payload import PayloadFormat
+from step3_jax.afd.program.call import Numbers
 from step3_jax.afd.roles import Part, split_module
 from step3_jax.afd.topology import UNION, AfdTopology
+from step3_jax.beacon import BEACON, Beacon
 from step3_jax.engine.executor import Executor
 from step3_jax.layout.payload import choose_payload
 from step3_jax.model.step3 import Step3

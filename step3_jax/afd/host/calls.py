@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import PAGE_SIZE
-from step3_jax.afd.exchange import Pieces
+from step3_jax.afd.host.exchange import Pieces
 from step3_jax.afd.microbatch import merge_reports, split_chunk, split_decode
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.roles import (

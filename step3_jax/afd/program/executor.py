@@ -13,11 +13,11 @@ from typing import Literal
 
 import jax
 
-from step3_jax.afd.attention_process import AttentionProcess
-from step3_jax.afd.beacon import Beacon
-from step3_jax.afd.ffn_process import FfnProcess
 from step3_jax.afd.placement import load_placed_model
+from step3_jax.afd.program.attention_process import AttentionProcess
+from step3_jax.afd.program.ffn_process import FfnProcess
 from step3_jax.afd.topology import AfdTopology
+from step3_jax.beacon import Beacon
 from step3_jax.layout.deployment import DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.model.step3 import Step3
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
-from step3_jax.afd.call import Observe
 from step3_jax.afd.payload import PayloadFormat
+from step3_jax.afd.program.call import Observe
 from step3_jax.afd.topology import UNION, AfdTopology
 
 _TAIL_BYTES = 2

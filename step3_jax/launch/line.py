@@ -1,29 +1,90 @@
-"""The launcher's line to the keeper of one host: a pipe to a process here, or ssh to one elsewhere."""
+"""The launcher's line to the keeper of one host: a pipe to a process here, or ssh to one elsewhere.
+
+Both ends exchange JSON behind a mark, a message a line. What a login shell prints on its way (a message of the day) has no
+mark, and is passed on as text.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import queue
-import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import IO
+from collections.abc import Mapping, Sequence
+from typing import IO, TypedDict
 
-from step3_jax.launch import address
-from step3_jax.launch.protocol import Message, decode, encode
-
-# No question that nobody can answer, no wait of minutes for a host that is off.
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-T")
-_KEEPER = "step3_jax.launch.keeper"
+_MARK = b"\x1estep3 "
 # Text of a host that is kept for a message about it.
 _MAX_NOISE = 20
+
+
+class Start(TypedDict):
+    """A process to start. `environment` is laid over that of the host."""
+
+    rank: int
+    module: str
+    words: list[str]
+    environment: dict[str, str]
+
+
+class Message(TypedDict, total=False):
+    """One line. `kind` says which of the fields there are.
+
+    To the keeper: listen (port, host), reach (host, port, seconds), release, start (processes), end (signal, seconds),
+    beat, leave. From it: hello (host, address, gpus, versions), listening (port), reached (text: what is wrong, or
+    empty), output (rank, stream, data), ended (rank, code), failed (text), beat. The launcher's own side adds noise
+    (text, which came without a mark) and closed (code).
+    """
+
+    kind: str
+    rank: int
+    code: int
+    port: int
+    host: str
+    address: str
+    seconds: float
+    signal: int
+    stream: str
+    data: str
+    text: str
+    gpus: list[str]
+    versions: dict[str, str]
+    processes: list[Start]
+
+
+def encode(message: Message) -> bytes:
+    """One message as a line."""
+    return _MARK + json.dumps(message).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """Reads a line; one that holds no message is noise."""
+    _, mark, text = line.partition(_MARK)
+    if mark:
+        try:
+            message = json.loads(text)
+        except ValueError:
+            message = None
+        if isinstance(message, Mapping) and "kind" in message:
+            return Message(**message)
+    return Message(kind="noise", text=line.decode(errors="replace").rstrip("\r\n"))
+
+
+def pack_output(rank: int, stream: str, data: bytes) -> Message:
+    """Bytes that a process wrote; `stream` is "stdout" or "stderr"."""
+    return Message(kind="output", rank=rank, stream=stream, data=base64.b85encode(data).decode())
+
+
+def unpack_output(message: Message) -> bytes:
+    """The bytes of an output."""
+    return base64.b85decode(message["data"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,32 +187,6 @@ class Connection:
 
     def _note(self, text: str) -> None:
         self.noise = [*self.noise, text][-_MAX_NOISE:]
-
-
-def keeper_command(
-    host: str,
-    *,
-    deadline_s: float,
-    grace_s: float,
-    ssh: Sequence[str] = SSH,
-    python: str | None = None,
-    directory: str | None = None,
-) -> list[str]:
-    """The command that starts the keeper of a host.
-
-    Args:
-      host: A name for ssh; "localhost" and its addresses need none.
-      deadline_s: Silence of the launcher after which the keeper ends its ranks.
-      grace_s: From SIGTERM to SIGKILL then.
-      ssh: ssh with its options.
-      python: The interpreter there; this one's path if absent.
-      directory: Where it runs there; the same as here if absent.
-    """
-    options = ["-m", _KEEPER, "--deadline", f"{deadline_s:g}", "--grace", f"{grace_s:g}"]
-    if address.is_this_machine(host):
-        return [sys.executable, *options]
-    there = shlex.join(["cd", directory or str(pathlib.Path.cwd())])
-    return [*ssh, host, f"{there} && exec {shlex.join([python or sys.executable, *options])}"]
 
 
 def _own_environment() -> dict[str, str]:

@@ -11,10 +11,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import PAGE_SIZE
-from step3_jax.afd.call import Numbers, Observe
 from step3_jax.afd.microbatch import merge_reports, split_chunk, split_decode
 from step3_jax.afd.payload import PayloadFormat
-from step3_jax.afd.report import gather_report
+from step3_jax.afd.program.call import Numbers, Observe
+from step3_jax.afd.program.report import gather_report
+from step3_jax.afd.program.wire import Slots, Wire
 from step3_jax.afd.roles import (
     Ends,
     Parts,
@@ -25,7 +26,6 @@ from step3_jax.afd.roles import (
     last_logits,
 )
 from step3_jax.afd.topology import UNION, AfdTopology
-from step3_jax.afd.wire import Slots, Wire
 from step3_jax.cache.paged import Cache
 from step3_jax.config import TextConfig
 from step3_jax.engine.state import (

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.storage import Storage
-from step3_jax.afd.attention_loop import AttentionLoop, AttentionWeights
-from step3_jax.afd.call import Numbers
-from step3_jax.afd.process import COPY, OWN, RoleProcess, encode, take_vision
+from step3_jax.afd.program.attention_loop import AttentionLoop, AttentionWeights
+from step3_jax.afd.program.call import Numbers
+from step3_jax.afd.program.process import COPY, OWN, RoleProcess, encode, take_vision
 from step3_jax.afd.roles import take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache

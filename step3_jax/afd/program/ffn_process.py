@@ -10,16 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.storage import Storage
-from step3_jax.afd.call import Numbers
-from step3_jax.afd.ffn_loop import FfnLoop, FfnWeights
-from step3_jax.afd.process import COPY, OWN, RoleProcess, encode, take_vision
+from step3_jax.afd.program.call import Numbers
+from step3_jax.afd.program.ffn_loop import FfnLoop, FfnWeights
+from step3_jax.afd.program.process import COPY, OWN, RoleProcess, encode, take_vision
+from step3_jax.afd.program.wire import Slots
 from step3_jax.afd.roles import take_apart
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.afd.wire import Slots
 from step3_jax.cache.paged import Cache
+from step3_jax.distributed import agree_least
 from step3_jax.engine.executor import Started
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
-from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 

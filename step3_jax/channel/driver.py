@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import select
@@ -14,7 +15,7 @@ import zmq
 
 from step3_jax import __version__
 from step3_jax.channel.address import ChannelAddress
-from step3_jax.channel.end import End
+from step3_jax.channel.end import End, left_ms
 from step3_jax.channel.failure import RunLostError
 from step3_jax.channel.message import Decoder, Encoder, Fields, Message, MessageError
 
@@ -38,7 +39,7 @@ class _Worker:
     """
 
     name: str
-    takes_batches: bool
+    takes_batches: bool = True
     is_ready: bool = False
 
 
@@ -77,6 +78,8 @@ class DriverChannel:
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._listen, name="step3-channel", daemon=True)
         self._thread.start()
+        # The workers are to leave in order also where a program just ends.
+        atexit.register(self.close)
 
     def on_failure(self, call: Callable[[RunLostError], None]) -> None:
         """What to call, from any thread, as soon as the run is lost; at once if it is."""
@@ -164,6 +167,7 @@ class DriverChannel:
             if self._is_closed:
                 return
             self._is_closed = True
+            atexit.unregister(self.close)
             if self._failure is None:
                 for rank in self._workers:
                     with contextlib.suppress(zmq.ZMQError):
@@ -195,8 +199,8 @@ class DriverChannel:
             poller.register(one, zmq.POLLIN)
         while True:
             with self._news:
-                wait_s = None if self._suspect is None else max(0.0, self._suspect[0] - time.monotonic())
-            found = dict(poller.poll(None if wait_s is None else wait_s * 1000))
+                wait_ms = None if self._suspect is None else left_ms(self._suspect[0])
+            found = dict(poller.poll(wait_ms))
             if waker in found and select.select([waker], [], [], 0)[0]:
                 self._woken.recv(64)
             with self._news:
@@ -222,13 +226,14 @@ class DriverChannel:
     def _take(self, identity: bytes, message: Message) -> None:
         rank, fields = int(identity.removeprefix(b"rank ")), message.fields
         if message.kind == "hello" and 0 < rank <= self._num_workers:
-            worker = _Worker(str(fields["name"]), bool(fields["takes_batches"]))
+            worker = _Worker(str(fields["name"]))
             if fields["version"] != __version__:
                 self._fail(f"{worker.name} has step3-jax {fields['version']}, and rank 0 {__version__}")
             self._workers[rank] = worker
             self._socket.send_multipart([identity, *Encoder().encode(Message("welcome", {}))])
         elif message.kind == "ready":
-            self._workers[rank].is_ready = True
+            worker = self._workers[rank]
+            worker.takes_batches, worker.is_ready = bool(fields["takes_batches"]), True
         elif message.kind == "answer":
             self._answers[rank] = fields
         elif message.kind == "error":

@@ -69,7 +69,7 @@ class Encoder:
             self._known[key] = value
             head[name] = msgpack.ExtType(_ARRAY, msgpack.packb([value.dtype.name, list(value.shape)]))
             # Through bytes, as buffers of bfloat16 have no format.
-            frames.append(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
+            frames.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         frames[0] = msgpack.packb([message.kind, head])
         return frames
 

@@ -19,14 +19,13 @@ _LAST_MS = 200
 class WorkerChannel:
     """A worker's end, for one thread."""
 
-    def __init__(self, address: ChannelAddress, rank: int, name: str, *, takes_batches: bool) -> None:
+    def __init__(self, address: ChannelAddress, rank: int, name: str) -> None:
         """Begins to connect, and says hello as soon as rank 0 listens.
 
         Args:
           address: Where rank 0 listens.
           rank: Of this process.
           name: What messages call it.
-          takes_batches: Whether calls come whole, or their sizes alone.
         """
         self._end = End(zmq.DEALER, address, is_driver=False)
         self._socket = self._end.socket
@@ -34,7 +33,7 @@ class WorkerChannel:
         self._socket.connect(address.endpoint)
         self._decoder = Decoder()
         self._is_welcome = False
-        self._send("hello", {"name": name, "takes_batches": takes_batches, "version": __version__})
+        self._send("hello", {"name": name, "version": __version__})
 
     def wait_for_driver(self, timeout_s: float) -> None:
         """Waits until rank 0 has answered.
@@ -49,9 +48,13 @@ class WorkerChannel:
                 "between the hosts, and STEP3_SECRET the same in all processes?"
             )
 
-    def ready(self) -> None:
-        """Says that calls can be made."""
-        self._send("ready", {})
+    def ready(self, *, takes_batches: bool) -> None:
+        """Says that calls can be made.
+
+        Args:
+          takes_batches: Whether calls are to come whole, or their sizes alone.
+        """
+        self._send("ready", {"takes_batches": takes_batches})
 
     def answer(self, fields: Fields) -> None:
         """Answers a question."""

@@ -17,14 +17,14 @@ from step3_jax.afd.program.process import COPY, OWN, RoleProcess, encode, take_v
 from step3_jax.afd.roles import take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
-from step3_jax.engine.executor import Started, local_pages, num_copies
+from step3_jax.engine.executor import Executor, Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.layout.role import Role
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 
 
-class AttentionProcess(RoleProcess):
+class AttentionProcess(RoleProcess, Executor):
     """A process of the attention side.
 
     Attributes:

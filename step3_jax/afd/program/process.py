@@ -18,7 +18,7 @@ from step3_jax.afd.program.call import Numbers
 from step3_jax.afd.roles import Part, split_module
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.beacon import BEACON, Beacon
-from step3_jax.engine.executor import Executor
+from step3_jax.engine.executor import ModelPart
 from step3_jax.layout.payload import choose_payload
 from step3_jax.model.step3 import Step3
 
@@ -30,7 +30,7 @@ Specs = tuple[PartitionSpec, ...]
 OWN, COPY = PartitionSpec(UNION), PartitionSpec()
 
 
-class RoleProcess(Executor):
+class RoleProcess(ModelPart):
     """What both roles' processes have in common; `num_shards` are the attention devices of all processes.
 
     Attributes:
@@ -55,6 +55,11 @@ class RoleProcess(Executor):
         # Telling how far a program is costs a call of Python a step.
         self._observe = self._beacon.step if os.environ.get(BEACON) else None
         self._num_steps = 0
+
+    @property
+    def num_processes(self) -> int:
+        """See `ModelPart.num_processes`."""
+        return len({device.process_index for device in self.topology.devices})
 
     def _take(self, leaves: Sequence[Array]) -> list[Array]:
         """This process's parts of weights as arrays over all devices; other processes' parts are never made here."""

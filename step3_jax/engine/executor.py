@@ -36,9 +36,10 @@ T = TypeVar("T")
 class Started(Generic[T]):
     """A call that was dispatched and may still run."""
 
-    def __init__(self, value: T) -> None:
-        """Takes what the call returned: a pytree of arrays."""
+    def __init__(self, value: T, on_result: Callable[[], None] | None = None) -> None:
+        """Takes what the call returned, a pytree of arrays, and what is called once it has been waited for."""
         self._value = value
+        self._on_result = on_result
 
     def result(self) -> T:
         """Waits for the call; its values on the host.
@@ -46,7 +47,10 @@ class Started(Generic[T]):
         Raises:
           Exception: What the call failed with.
         """
-        return jax.device_get(self._value)
+        value = jax.device_get(self._value)
+        if self._on_result is not None:
+            self._on_result()
+        return value
 
 
 class Executor(abc.ABC):

@@ -1,7 +1,7 @@
-"""Where a worker is, told through a small mapped file to the supervisor beside it (`afd/supervisor.py`).
+"""Where a process of a run is, told through a small mapped file to the keeper that started it (`launch/keeper.py`).
 
-The worker writes, the supervisor reads: no call of either waits for the other. A worker that is stopped, or caught in
-native code that never lets another thread run, stops beating.
+The process writes, the keeper reads: no call of either waits for the other. A process that is stopped, or caught in native
+code that never lets another thread run, stops beating.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ import struct
 import threading
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-# Path of the file; set for a worker by its supervisor.
+# Path of the file; set for a rank by its keeper.
 BEACON = "STEP3_BEACON"
 # While the tiny model was loaded, traced, compiled and run, the longest pause between two beats was 0.8 s, and 1.0 s with
 # two more programs on the same two cores: XLA compiles and waits without Python's lock, and tracing gives it up often.
 BEAT_S = 0.2
-START = "the start"
 _BEATS = struct.Struct("=Q")
 # Odd while the rest is being written.
 _NUMBER = struct.Struct("=Q")
-# Process, step, exchange, time of entering, bytes of the place.
-_STATE = struct.Struct("=QqqdH")
+# Process, call, step, exchange, whether a call of this name has returned before, bytes of the place.
+_STATE = struct.Struct("=Qqqq?H")
 _NUMBER_AT = _BEATS.size
 _STATE_AT = _NUMBER_AT + _NUMBER.size
 _PLACE_AT = _STATE_AT + _STATE.size
@@ -37,37 +36,39 @@ _MAX_TRIES = 1000
 
 
 class Reading(NamedTuple):
-    """What a worker has said of itself.
+    """What a process has said of itself.
 
     Attributes:
       beats: Grows while the process runs.
       changes: Grows with all that follows.
-      process_id: The worker; 0 before it has said anything.
+      process_id: The process; 0 before it has said anything.
       place: The call it is inside of; empty outside of all.
-      step: Number of its step; -1 before the first.
-      exchange: The last exchange it has seen; -1 before the first.
-      since_s: CLOCK_MONOTONIC when it entered the call or left the last one.
+      call: Number of its last call, from 1; 0 before the first.
+      is_repeated: Whether a call of that name has returned before, so that this one need not compile.
+      step: Number of its decode step, where steps are traced; else -1.
+      exchange: The last exchange with the other role that it has seen, where steps are traced; else -1.
     """
 
     beats: int
     changes: int
     process_id: int
     place: str
+    call: int
+    is_repeated: bool
     step: int
     exchange: int
-    since_s: float
 
     def __str__(self) -> str:
-        if not self.process_id:
-            return f"in {START}"
-        words = [f"in {self.place}" if self.place else "between two calls"]
+        if not self.call:
+            return "at the start"
+        words = [f"in {self.place}, call {self.call}" if self.place else f"after call {self.call}"]
         words += [f"step {self.step}"] if self.step >= 0 else []
         words += [f"last exchange {self.exchange}"] if self.exchange >= 0 else []
         return ", ".join(words)
 
 
 class Beacon:
-    """The worker's side. Without a supervisor all of its methods do nothing."""
+    """The process's side. Without a keeper all of its methods do nothing."""
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         """Opens the file, and begins to beat if nothing in this process does yet.
@@ -81,12 +82,13 @@ class Beacon:
         """
         self._memory: mmap.mmap | None = None
         self._lock = threading.Lock()
+        self._returned: set[str] = set()
         if path is None:
             return
         with pathlib.Path(path).open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), _FILE_BYTES)
         if _read(self._memory).process_id != os.getpid():
-            self._write(place="")
+            self._write()
             threading.Thread(target=self._beat, name="beacon", daemon=True).start()
 
     @staticmethod
@@ -105,22 +107,34 @@ class Beacon:
 
     def enter(self, place: str) -> None:
         """Says which call comes next, such as "prefill": a wait in it is named by it."""
-        self._write(place=place)
+        if self._memory is not None:
+            self._write(place=place, call=_read(self._memory).call + 1, is_repeated=place in self._returned)
 
-    def leave(self) -> None:
-        """Says that the call has returned."""
-        self._write(place="")
+    def leave(self, place: str) -> None:
+        """Says that a call has returned. If another one was entered after it, that is still the place."""
+        if self._memory is not None:
+            self._returned.add(place)
+            if _read(self._memory).place == place:
+                self._write(place="")
 
     def step(self, number: int, exchange: int) -> None:
-        """Says how far the work is.
+        """Says how far the work is inside of a call.
 
         Args:
-          number: Of the step, or an array's one element.
+          number: Of the step.
           exchange: Number of the last exchange with the other role that was seen.
         """
-        self._write(step=int(number), exchange=int(exchange))
+        self._write(step=number, exchange=exchange)
 
-    def _write(self, *, place: str | None = None, step: int | None = None, exchange: int | None = None) -> None:
+    def _write(
+        self,
+        *,
+        place: str | None = None,
+        call: int | None = None,
+        is_repeated: bool | None = None,
+        step: int | None = None,
+        exchange: int | None = None,
+    ) -> None:
         memory = self._memory
         if memory is None:
             return
@@ -129,9 +143,10 @@ class Beacon:
             name = (before.place if place is None else place).encode()[:_MAX_PLACE_BYTES]
             values = (
                 os.getpid(),
+                before.call if call is None else call,
                 before.step if step is None else step,
                 before.exchange if exchange is None else exchange,
-                before.since_s if place is None else time.monotonic(),
+                before.is_repeated if is_repeated is None else is_repeated,
                 len(name),
             )
             _NUMBER.pack_into(memory, _NUMBER_AT, 2 * before.changes + 1)
@@ -146,38 +161,36 @@ class Beacon:
             beats += 1
             _BEATS.pack_into(memory, 0, beats)
             time.sleep(BEAT_S)
-            # Linux kills it together with its supervisor; elsewhere it has to notice.
+            # Linux kills it together with its keeper; elsewhere it has to notice.
             if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
 class BeaconFile:
-    """The supervisor's side."""
+    """The keeper's side."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        """Makes the file of a worker that has not started.
+    def __init__(self, file: BinaryIO) -> None:
+        """Makes an open file the beacon of a process that has not started. It may have no name: that is /dev/fd/N there.
 
         Raises:
-          OSError: If it cannot be made.
+          OSError: If it cannot be written.
         """
-        self.path = path
-        path.write_bytes(bytes(_FILE_BYTES))
-        with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), _FILE_BYTES)
-        _STATE.pack_into(self._memory, _STATE_AT, 0, -1, -1, time.monotonic(), 0)
+        file.write(bytes(_FILE_BYTES))
+        file.flush()
+        self._memory = mmap.mmap(file.fileno(), _FILE_BYTES)
+        _STATE.pack_into(self._memory, _STATE_AT, 0, 0, -1, -1, False, 0)
 
     def read(self) -> Reading:
-        """What the worker has said last."""
+        """What the process has said last."""
         return _read(self._memory)
 
     def close(self) -> None:
-        """Removes the file."""
-        self.path.unlink(missing_ok=True)
+        """Lets go of the file."""
         self._memory.close()
 
 
 def read_beacon(path: str | os.PathLike[str]) -> Reading:
-    """What the worker with the beacon at `path` has said last.
+    """What the process with the beacon at `path` has said last.
 
     Raises:
       OSError: If there is no such file.
@@ -192,9 +205,9 @@ def read_beacon(path: str | os.PathLike[str]) -> Reading:
 def _read(memory: mmap.mmap | bytes) -> Reading:
     for _ in range(_MAX_TRIES):
         [number] = _NUMBER.unpack_from(memory, _NUMBER_AT)
-        process_id, step, exchange, since_s, length = _STATE.unpack_from(memory, _STATE_AT)
+        process_id, call, step, exchange, is_repeated, length = _STATE.unpack_from(memory, _STATE_AT)
         place = bytes(memory[_PLACE_AT : _PLACE_AT + min(length, _MAX_PLACE_BYTES)])
         if number % 2 == 0 and _NUMBER.unpack_from(memory, _NUMBER_AT)[0] == number:
             break
     [beats] = _BEATS.unpack_from(memory, 0)
-    return Reading(beats, number // 2, process_id, place.decode(errors="ignore"), step, exchange, since_s)
+    return Reading(beats, number // 2, process_id, place.decode(errors="ignore"), call, is_repeated, step, exchange)

@@ -16,6 +16,8 @@ CPU_DEVICES = "STEP3_CPU_DEVICES"
 # Seconds that the processes may take to find each other.
 START_TIMEOUT = "STEP3_START_TIMEOUT"
 DEFAULT_START_TIMEOUT_S = 120
+# Silence of a process after which JAX ends all others. Threads of native code beat: none of Python's can hold them up.
+HEARTBEAT_TIMEOUT_S = 30
 _GO = b"go\n"
 VARIABLES = (COORDINATOR, NUM_PROCESSES, PROCESS_ID, CPU_DEVICES)
 
@@ -63,6 +65,7 @@ def initialise_distributed(environment: Mapping[str, str] | None = None) -> bool
         address,
         num_processes,
         rank,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         initialization_timeout=max(timeout_s, DEFAULT_START_TIMEOUT_S),
         cluster_detection_method="deactivate",
     )

@@ -19,13 +19,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from step3_jax import __version__
-from step3_jax.beacon import START, Beacon
 from step3_jax.channel.failure import RunLostError
 from step3_jax.cli.process import (
     INTERRUPTED,
     INTERRUPTED_CODE,
     handle_interrupts,
-    interruptible,
     leave_at_once,
     repair_streams,
     say,
@@ -148,13 +146,6 @@ def _run_guarded(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     command = _find_command(argv)
     is_rank = command != "launch" and any(os.environ.get(name) for name in PROCESS_VARIABLES)
-    if is_rank:
-        with interruptible():
-            code: int | None = importlib.import_module("step3_jax.cli.supervise").supervise_rank(argv)
-        if code is not None:
-            return code
-        # Before jax is imported, which takes seconds. A worker says by itself what it does after this.
-        Beacon.from_environment().enter(START)
     try:
         arguments = build_parser(command).parse_args(argv)
     except SystemExit as leave:  # --help and --version have printed what was asked.

@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,8 +29,11 @@ from types import FrameType
 from typing import IO
 
 from step3_jax import __version__
+from step3_jax.beacon import BEACON, BeaconFile
 from step3_jax.launch import net
 from step3_jax.launch.line import Message, Start, decode, encode, pack_output
+from step3_jax.launch.log import NATIVE
+from step3_jax.launch.watch import Report
 
 _CHUNK_BYTES = 2**15
 # Time for the last output after a process ended; only something that fled its session can hold the pipe longer.
@@ -40,6 +44,8 @@ _MAX_WAITING = 1000
 _LAST_WORDS_S = 2.0
 # How often the clock is looked at while ranks are being ended.
 _STEP_S = 0.1
+# How often the launcher is told where the ranks are.
+_REPORT_S = 0.5
 # What a shell says of a command that it cannot start.
 _NOT_STARTED_CODE = 127
 
@@ -62,20 +68,26 @@ class RankProcess:
         self._lock = threading.Lock()
         self._is_reaped = False
         self._is_over = False
+        self._beats, self._still_s = -1, 0.0
         # Output is shown as it comes, whether or not a terminal is at its end.
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | start["environment"]
-        program = [sys.executable, "-m", "step3_jax.launch.child", str(os.getpid()), start["module"]]
-        self._process = subprocess.Popen(
-            [*program, *start["words"]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
+        reading, native = os.pipe()
+        # Without a name, so that nothing of it can stay behind.
+        with tempfile.TemporaryFile() as file, os.fdopen(native, "wb"):
+            self._beacon = BeaconFile(file)
+            program = [sys.executable, "-m", "step3_jax.launch.child", str(os.getpid()), str(native), start["module"]]
+            self._process = subprocess.Popen(
+                [*program, *start["words"]],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment | {BEACON: f"/dev/fd/{file.fileno()}"},
+                pass_fds=(native, file.fileno()),
+                start_new_session=True,
+            )
+        pipes = {"stdout": self._process.stdout, "stderr": self._process.stderr, NATIVE: os.fdopen(reading, "rb")}
         self._pumps = [
-            threading.Thread(target=self._pump, args=(pipe, name), daemon=True)
-            for pipe, name in ((self._process.stdout, "stdout"), (self._process.stderr, "stderr"))
+            threading.Thread(target=self._pump, args=(pipe, name), daemon=True) for name, pipe in pipes.items()
         ]
         for thread in [*self._pumps, threading.Thread(target=self._wait, daemon=True)]:
             thread.start()
@@ -84,6 +96,16 @@ class RankProcess:
     def is_over(self) -> bool:
         """Whether it has ended and everything about it was sent."""
         return self._is_over
+
+    def report(self, elapsed_s: float) -> Report:
+        """Where it is, and how long it has not moved; `elapsed_s` have passed since the last report."""
+        reading = self._beacon.read()
+        self._still_s = 0.0 if reading.beats != self._beats else self._still_s + elapsed_s
+        self._beats = reading.beats
+        is_inside = bool(reading.place)
+        return Report(
+            str(reading), reading.changes, is_inside, reading.is_repeated, reading.call, round(self._still_s, 1)
+        )
 
     def send_signal(self, number: int) -> None:
         """Signals the process and all that it started; nothing if it is over."""
@@ -143,8 +165,8 @@ class Keeper:
         # Ctrl-C is the launcher's to handle. A handler, since the ranks would inherit that it is ignored.
         signal.signal(signal.SIGINT, _ignore)
         self._outbox.put(_hello())
-        heard_at = time.monotonic()
-        beat_s = self._deadline_s / 5
+        heard_at = reported_at = time.monotonic()
+        beat_s = min(self._deadline_s / 5, _REPORT_S)
         beat_at = 0.0
         is_leaving, code = False, 0
         while not is_leaving or not all(rank.is_over for rank in self._ranks):
@@ -152,8 +174,8 @@ class Keeper:
             if now >= beat_at:
                 # A full outbox has no need of a beat.
                 with contextlib.suppress(queue.Full):
-                    self._outbox.put_nowait(Message(kind="beat"))
-                beat_at = now + beat_s
+                    self._outbox.put_nowait(self._report(min(now - reported_at, 2 * beat_s)))
+                beat_at, reported_at = now + beat_s, now
             if now >= self._kill_at:
                 self._signal(signal.SIGKILL)
             try:
@@ -182,6 +204,10 @@ class Keeper:
                 self._release()
                 for start in message["processes"]:
                     self._start(start)
+            elif kind == "signal":
+                for rank in self._ranks:
+                    if rank.rank == message["rank"]:
+                        rank.send_signal(message["signal"])
             elif kind == "end":
                 self._end(message["signal"], message["seconds"])
             elif kind == "listen":
@@ -197,15 +223,26 @@ class Keeper:
 
     def _start(self, start: Start) -> None:
         try:
-            self._ranks.append(RankProcess(start, self._outbox.put))
+            self._ranks.append(RankProcess(start, self._pass_on))
         except (OSError, ValueError) as error:
             self._outbox.put(pack_output(start["rank"], "stderr", f"cannot be started: {error}\n".encode()))
             self._outbox.put(Message(kind="ended", rank=start["rank"], code=_NOT_STARTED_CODE))
+
+    def _pass_on(self, message: Message) -> None:
+        if message["kind"] == "ended":
+            # Where all were when it ended.
+            self._outbox.put(self._report(0.0))
+        self._outbox.put(message)
 
     def _release(self) -> None:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+    def _report(self, elapsed_s: float) -> Message:
+        """A beat, with what is known of the ranks; time in which this process was stopped itself is not counted."""
+        running = [rank for rank in self._ranks if not rank.is_over]
+        return Message(kind="reports", reports=[(rank.rank, rank.report(elapsed_s)) for rank in running])
 
     def _end(self, number: int, grace_s: float) -> None:
         self._signal(number)

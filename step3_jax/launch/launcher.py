@@ -21,11 +21,11 @@ from step3_jax.launch import net, place
 from step3_jax.launch.cluster import HOW, Task, detect_task
 from step3_jax.launch.line import Connection, Event, Message, Start
 from step3_jax.launch.log import Log
-from step3_jax.launch.net import Lines, check_versions, choose_coordinator, choose_watch, keeper_command
+from step3_jax.launch.net import Lines, check_versions, choose_channel, choose_coordinator, keeper_command
 from step3_jax.launch.options import (
+    CHANNEL,
     LOOPBACK,
-    WATCH,
-    WATCH_TOKEN,
+    SECRET,
     LaunchOptions,
     check_options,
     forwarded_environment,
@@ -60,8 +60,8 @@ def launch(
       stderr: Takes all other output, line by line with the rank in front; ours if absent.
 
     Returns:
-      0 if all ranks ended with 0, else the code of the first that failed (128 + n for signal n); 255 for a lost host;
-      128 + n if signal n ended the launcher itself.
+      0 if all ranks ended with 0, else the code of the one that failed (128 + n for signal n), or 75 if it did not move;
+      255 for a lost host; 128 + n if signal n ended the launcher itself, but 0 if that ended `serve` in good order.
 
     Raises:
       ValueError: Before anything is started: if the options do not fit together, a host cannot be reached or has
@@ -131,12 +131,12 @@ class _Launch:
             raise ValueError("--devices-per-process is for CPU: on GPU a process has one device")
         ranks, num_processes = self._place(hosts, platform)
         coordinator = choose_coordinator(lines, options, task, hellos)
-        watch = {}
-        if self._topology is not None and num_processes > 1 and WATCH not in self._user:
-            watch[WATCH] = choose_watch(lines, options, task, hellos, coordinator)
-            # The tasks of a scheduler have no way to agree on one.
-            if task is None:
-                watch[WATCH_TOKEN] = self._user.get(WATCH_TOKEN) or secrets.token_hex(16)
+        channel = {}
+        if num_processes > 1 and CHANNEL not in self._user:
+            channel[CHANNEL] = choose_channel(lines, options, task, hellos, coordinator)
+        # The tasks of a scheduler have no way to agree on one.
+        if num_processes > 1 and task is None:
+            channel[SECRET] = self._user.get(SECRET) or secrets.token_hex(16)
         if task is None:
             log.note(f"{num_processes} process(es) on {len(hosts)} host(s), {platform}, coordinator {coordinator}")
             for line in place.format_table(ranks, hosts):
@@ -153,12 +153,14 @@ class _Launch:
             lines.inbox,
             log,
             deadline_s=options.deadline_s,
+            rank_deadline_s=options.rank_deadline_s,
             grace_s=options.grace_s,
+            shutdown_s=options.shutdown_s,
         )
         with catch_signals(lines.inbox):
             for index, connection in enumerate(lines.connections):
                 starts = [
-                    self._start(rank, connection, num_processes, coordinator, watch)
+                    self._start(rank, connection, num_processes, coordinator, channel)
                     for rank in ranks
                     if rank.host == index
                 ]
@@ -218,20 +220,21 @@ class _Launch:
         return ranks, per_task * task.num_tasks
 
     def _start(
-        self, rank: place.Rank, connection: Connection, num_processes: int, coordinator: str, watch: Mapping[str, str]
+        self, rank: place.Rank, connection: Connection, num_processes: int, coordinator: str, channel: Mapping[str, str]
     ) -> Start:
         is_here = not self._options.hosts or net.is_this_machine(connection.host)
         environment = {} if is_here else forwarded_environment(os.environ)
         environment |= dict(self._options.environment)
         environment |= rank_environment(
             rank=rank.rank,
+            role=rank.role,
             num_processes=num_processes,
             coordinator=coordinator,
             gpu=rank.gpu,
             cpu_devices=self._options.devices_per_process,
             user=self._user,
         )
-        environment |= watch
+        environment |= channel
         return Start(rank=rank.rank, module=self._module, words=self._words, environment=environment)
 
 

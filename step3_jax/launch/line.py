@@ -20,6 +20,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, TypedDict
 
+from step3_jax.launch.watch import Report
+
 _MARK = b"\x1estep3 "
 # Text of a host that is kept for a message about it.
 _MAX_NOISE = 20
@@ -37,10 +39,11 @@ class Start(TypedDict):
 class Message(TypedDict, total=False):
     """One line. `kind` says which of the fields there are.
 
-    To the keeper: listen (port, host), reach (host, port, seconds), release, start (processes), end (signal, seconds),
-    beat, leave. From it: hello (host, address, gpus, versions), listening (port), reached (text: what is wrong, or
-    empty), output (rank, stream, data), ended (rank, code), failed (text), beat. The launcher's own side adds noise
-    (text, which came without a mark) and closed (code).
+    To the keeper: listen (port, host), reach (host, port, seconds), release, start (processes), signal (rank, signal),
+    end (signal, seconds), beat, leave. From it: hello (host, address, gpus, versions), listening (port), reached (text:
+    what is wrong, or empty), output (rank, stream, data), reports (reports: rank, and the fields of a `watch.Report`),
+    ended (rank, code), failed (text), beat. The launcher's own side adds noise (text, which came without a mark) and
+    closed (code).
     """
 
     kind: str
@@ -57,6 +60,7 @@ class Message(TypedDict, total=False):
     gpus: list[str]
     versions: dict[str, str]
     processes: list[Start]
+    reports: list[tuple[int, Report]]
 
 
 def encode(message: Message) -> bytes:
@@ -78,7 +82,7 @@ def decode(line: bytes) -> Message:
 
 
 def pack_output(rank: int, stream: str, data: bytes) -> Message:
-    """Bytes that a process wrote; `stream` is "stdout" or "stderr"."""
+    """Bytes that a process wrote; `stream` is "stdout", "stderr" or "native" (see `log.py`)."""
     return Message(kind="output", rank=rank, stream=stream, data=base64.b85encode(data).decode())
 
 

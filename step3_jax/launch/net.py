@@ -300,10 +300,10 @@ def choose_coordinator(lines: Lines, options: LaunchOptions, task: Task | None, 
     return join_address(host, port)
 
 
-def choose_watch(
+def choose_channel(
     lines: Lines, options: LaunchOptions, task: Task | None, hellos: Sequence[Message], coordinator: str
 ) -> str:
-    """Chooses where the supervisors of the ranks meet, and tries it as `choose_coordinator` does.
+    """Chooses where rank 0 listens for the other ranks, and tries it as `choose_coordinator` does.
 
     Args:
       lines: As for `choose_coordinator`, and so are `options`, `task` and `hellos`.

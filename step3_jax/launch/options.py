@@ -9,9 +9,9 @@ LOOPBACK = "127.0.0.1"
 PLATFORMS = ("auto", "cpu", "cuda")
 # No question that nobody can answer, no wait of minutes for a host that is off.
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-T")
-_MIN_DEADLINE_S = 1.0
-# Where the supervisors of the ranks meet (`step3_jax/afd/supervisor.py`), and what only this run's know.
-WATCH, WATCH_TOKEN = "STEP3_WATCH", "STEP3_WATCH_TOKEN"
+_MIN_DEADLINE_S, _MIN_RANK_DEADLINE_S = 1.0, 2.0
+# What messages call a rank, where rank 0 listens for the others' connections, and what only this run's processes know.
+ROLE, CHANNEL, SECRET = "STEP3_ROLE", "STEP3_CHANNEL", "STEP3_SECRET"
 # Settings that a user makes here and expects there; a host's own devices and paths are not among them.
 FORWARDED = ("STEP3_", "JAX_", "XLA_", "NCCL_", "HF_", "TF_CPP_")
 # All of them exist in every jaxlib that this project supports: XLA ends a process that has one it does not know.
@@ -39,6 +39,8 @@ class LaunchOptions:
       port: Of the coordinator; a free one if absent.
       grace_s: From SIGTERM to SIGKILL.
       deadline_s: Silence after which a host counts as lost, in either direction.
+      rank_deadline_s: Longest time that a rank may not move, and that others may wait for one that has ended.
+      shutdown_s: After a signal, rank 0 alone gets it, and has so long to end before the others do; 0: all get it at once.
       environment: Variables for all ranks.
       ssh: ssh with its options.
       remote_python: The interpreter on the other hosts; this one's path if absent.
@@ -54,6 +56,8 @@ class LaunchOptions:
     port: int | None = None
     grace_s: float = 5.0
     deadline_s: float = 15.0
+    rank_deadline_s: float = 60.0
+    shutdown_s: float = 0.0
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ssh: tuple[str, ...] = SSH
     remote_python: str | None = None
@@ -86,6 +90,11 @@ def check_options(words: Sequence[str], options: LaunchOptions) -> None:
         check_port(options.port)
     if options.deadline_s < _MIN_DEADLINE_S:
         raise ValueError(f"--deadline is {options.deadline_s:g}: give {_MIN_DEADLINE_S:g} s or more")
+    if options.rank_deadline_s < _MIN_RANK_DEADLINE_S:
+        raise ValueError(
+            f"--rank-deadline is {options.rank_deadline_s:g}: give {_MIN_RANK_DEADLINE_S:g} s or more; on a busy machine a "
+            "rank may not be heard for a second"
+        )
     if options.grace_s < 0:
         raise ValueError(f"--grace is {options.grace_s:g}: give 0 s or more")
 
@@ -109,6 +118,7 @@ def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def rank_environment(
     *,
     rank: int,
+    role: str,
     num_processes: int,
     coordinator: str,
     gpu: str | None,
@@ -119,6 +129,7 @@ def rank_environment(
 
     Args:
       rank: Its number.
+      role: What messages call it: "attention 0", "ffn 1", "rank 3".
       num_processes: All of them.
       coordinator: "host:port" of rank 0's coordination service.
       gpu: The one GPU of the rank, as CUDA_VISIBLE_DEVICES takes it; None for CPU.
@@ -135,6 +146,7 @@ def rank_environment(
         "STEP3_COORDINATOR": coordinator,
         "STEP3_NUM_PROCESSES": str(num_processes),
         "STEP3_PROCESS_ID": str(rank),
+        ROLE: role,
         # The rank's first device is its only one. Without this, JAX under Slurm takes the one with the rank's number.
         "JAX_LOCAL_DEVICE_IDS": "0",
         "no_proxy": ",".join([*direct, *([] if host in direct else [host])]),

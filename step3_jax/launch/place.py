@@ -178,7 +178,7 @@ class Rank:
       host: Index of its host.
       gpu: Its GPU there; None on CPU.
       devices: For the table.
-      role: For the table.
+      role: What messages call it: "attention 0", "ffn 1", "rank 3" where all do the same.
     """
 
     rank: int
@@ -298,7 +298,7 @@ def place_ranks(
             f"gpu {gpu}" if gpu is not None else "cpu" if devices_per_process == 1 else f"{devices_per_process} cpus"
         )
         if topology is None:
-            role = "-"
+            role = f"rank {rank}"
         else:
             first = topology.role_of(rank * devices_per_process)
             last = topology.role_of((rank + 1) * devices_per_process - 1)

@@ -11,7 +11,9 @@ import sys
 
 import pytest
 
-from tests.launch.conftest import HARD_LIMIT_S, PROGRAMS, ROOT, wait_until_gone
+from tests.launch.conftest import HARD_LIMIT_S, PROGRAMS
+from tests.launched import wait_until_gone
+from tests.process import ROOT
 
 _UNSHARE = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--net"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
-from tests.launch.conftest import Start, wait_until_gone
+from tests.launch.conftest import Start
+from tests.launched import wait_until_gone
 
 
 def test_processes_gather_over_gloo(start: Start) -> None:
@@ -23,5 +24,5 @@ def test_ranks_that_wait_for_a_killed_one_are_ended(start: Start) -> None:
     os.kill(pids["1"], signal.SIGKILL)
     # Rank 0 may notice by itself, but never earlier than rank 1 has ended.
     assert running.wait() == 128 + signal.SIGKILL, running.stderr
-    assert "rank 1 (localhost) was ended by signal 9 (SIGKILL" in running.stderr
+    assert "rank 1 (on localhost) was killed (SIGKILL" in running.stderr
     wait_until_gone(list(pids.values()))

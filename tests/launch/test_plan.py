@@ -116,7 +116,7 @@ def test_roles_of_processes_with_several_devices() -> None:
 
 def test_settings_of_a_rank_on_a_gpu() -> None:
     user = {"XLA_FLAGS": "--xla_dump_to=/tmp/x --xla_gpu_shard_autotuning=true", "no_proxy": "internal"}
-    found = rank_environment(rank=3, num_processes=8, coordinator="a:1234", gpu="GPU-abc", user=user)
+    found = rank_environment(rank=3, role="rank 3", num_processes=8, coordinator="a:1234", gpu="GPU-abc", user=user)
     assert found["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
     assert found["JAX_LOCAL_DEVICE_IDS"] == "0"
     assert found["JAX_PLATFORMS"] == "cuda,cpu"
@@ -130,11 +130,14 @@ def test_settings_of_a_rank_on_a_gpu() -> None:
 
 
 def test_settings_of_a_rank_on_cpu() -> None:
-    found = rank_environment(rank=0, num_processes=2, coordinator="[fe80::1]:9", gpu=None, cpu_devices=4, user={})
+    found = rank_environment(
+        rank=0, role="rank 0", num_processes=2, coordinator="[fe80::1]:9", gpu=None, cpu_devices=4, user={}
+    )
     assert found == {
         "STEP3_COORDINATOR": "[fe80::1]:9",
         "STEP3_NUM_PROCESSES": "2",
         "STEP3_PROCESS_ID": "0",
+        "STEP3_ROLE": "rank 0",
         "STEP3_CPU_DEVICES": "4",
         "JAX_PLATFORMS": "cpu",
         "JAX_LOCAL_DEVICE_IDS": "0",

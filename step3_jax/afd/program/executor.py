@@ -74,7 +74,7 @@ def load_program_executor(
     beacon = Beacon.from_environment()
     beacon.enter("loading weights")
     model = load_placed_model(path, topology, dtype=dtype, payload=payload)
-    beacon.leave()
+    beacon.leave("loading weights")
     return make_program_executor(model, topology, num_microbatches=num_microbatches, payload=payload)
 
 

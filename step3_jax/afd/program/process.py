@@ -17,7 +17,7 @@ from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.program.call import Numbers
 from step3_jax.afd.roles import Part, split_module
 from step3_jax.afd.topology import UNION, AfdTopology
-from step3_jax.beacon import BEACON, Beacon
+from step3_jax.beacon import Beacon
 from step3_jax.engine.executor import ModelPart
 from step3_jax.layout.payload import choose_payload
 from step3_jax.model.step3 import Step3
@@ -26,6 +26,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Specs = tuple[PartitionSpec, ...]
+# Set to 1, each decode step tells the host its number and that of its last exchange, for messages about a rank that hangs.
+TRACE_STEPS = "STEP3_TRACE_STEPS"
 # Of arrays of which each device has a part of its own, and of those that are the same on all.
 OWN, COPY = PartitionSpec(UNION), PartitionSpec()
 
@@ -52,8 +54,8 @@ class RoleProcess(ModelPart):
         self._own = NamedSharding(topology.union, OWN)
         self._copies = NamedSharding(topology.union, COPY)
         self._beacon = Beacon.from_environment()
-        # Telling how far a program is costs a call of Python a step.
-        self._observe = self._beacon.step if os.environ.get(BEACON) else None
+        # Where a program hangs can be found so, at the price of a call of Python a step.
+        self._observe = self._beacon.step if os.environ.get(TRACE_STEPS) == "1" else None
         self._num_steps = 0
 
     @property
@@ -81,7 +83,7 @@ class RoleProcess(ModelPart):
         if self.num_traces.total() != num_traces:
             self.compile_s += time.perf_counter() - start
         jax.block_until_ready(result)
-        self._beacon.leave()
+        self._beacon.leave(place)
         return result
 
     def _place(self, array: np.ndarray | np.generic) -> Array:

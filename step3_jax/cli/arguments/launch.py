@@ -49,3 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     end.add_argument(
         "--deadline", type=float, default=15.0, metavar="S", help="a host silent for so long is lost (default: 15)"
     )
+    end.add_argument(
+        "--rank-deadline",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="a rank that has not moved for so long is lost (default: 60)",
+    )

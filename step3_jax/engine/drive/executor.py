@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.storage import Storage
-from step3_jax.beacon import Beacon
 from step3_jax.cache.paged import Cache
 from step3_jax.channel.driver import DriverChannel
 from step3_jax.channel.failure import RunLostError
@@ -53,7 +52,6 @@ class DrivenExecutor(Executor):
         self._images_multiple = own._images_multiple
         self._channel = channel
         self._worker = CachedWorker(own)
-        self._beacon = Beacon.from_environment()
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: set[_Job] = set()
@@ -135,14 +133,11 @@ class DrivenExecutor(Executor):
                 except queue.Empty:
                     job = None
                 if job is not None:
-                    self._beacon.enter(job.call.place)
                     job.outcome = self._worker.run(job.call)
                     self.compile_s = self._own.compile_s
                 if last is not None:
                     self._finish(last)
                 last = job
-                if last is None:
-                    self._beacon.leave()
             except Exception as error:
                 # Others may be in the middle of it: no call can be made after this.
                 failed = job or last

@@ -6,7 +6,6 @@ import abc
 
 import numpy as np
 
-from step3_jax.beacon import Beacon
 from step3_jax.cache.paged import Cache
 from step3_jax.channel.worker import WorkerChannel
 from step3_jax.engine.drive.call import (
@@ -105,7 +104,6 @@ def serve_calls(worker: Worker, channel: WorkerChannel) -> None:
       RunLostError: If rank 0 is gone.
       Exception: What a call failed with.
     """
-    beacon = Beacon.from_environment()
     place, started = "", None
     channel.ready(takes_batches=worker.takes_batches)
     while True:
@@ -115,7 +113,6 @@ def serve_calls(worker: Worker, channel: WorkerChannel) -> None:
         try:
             call = from_message(message)
             place = call.place
-            beacon.enter(place)
             outcome = worker.run(call)
             if isinstance(call, MeasureMemory):
                 channel.answer({"bytes": outcome if isinstance(outcome, int) else None})
@@ -124,7 +121,6 @@ def serve_calls(worker: Worker, channel: WorkerChannel) -> None:
             if started is not None and not channel.has_message():
                 started.wait()
                 started = None
-            beacon.leave()
         except Exception as error:
             channel.fail(place or message.kind, f"{type(error).__name__}: {' '.join(str(error).split())}")
             raise

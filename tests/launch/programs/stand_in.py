@@ -1,4 +1,4 @@
-"""A worker without jax that behaves as one with it: it waits for its peers in every step, and dies of their loss.
+"""A rank without jax that behaves as one with it: it waits for its peers in every step, and dies of their loss.
 
 Options name ranks, such as "1" or "0,1".
 """
@@ -12,8 +12,9 @@ import signal
 import socket
 import sys
 import time
+from types import FrameType
 
-from step3_jax.beacon import START, Beacon
+from step3_jax.beacon import Beacon
 
 # What jaxlib 0.11.2 wrote when a peer was killed.
 NOISE = """\
@@ -47,10 +48,20 @@ def exchange(peers: list[socket.socket]) -> None:
             raise ConnectionResetError
 
 
+def drain(number: int, frame: FrameType | None) -> None:
+    time.sleep(0.5)
+    print("drained", file=sys.stderr, flush=True)
+    sys.exit(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--afd")
-    parser.add_argument("--afd-deadline")
+    parser.add_argument("--shutdown-timeout")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--drain", default="", help="end with code 0 a moment after SIGTERM")
+    parser.add_argument("--deaf", default="", help="do not hear SIGTERM")
+    parser.add_argument("--end-with-peer", default="", help="end with code 0 when a peer is gone")
     parser.add_argument("--wait", default="", help="for ever before connecting")
     parser.add_argument("--steps", type=int, default=10**9)
     parser.add_argument("--leave", default="", help="with code 0 at step 200")
@@ -63,7 +74,10 @@ def main() -> None:
     is_named = {name: rank in value.split(",") for name, value in vars(options).items() if isinstance(value, str)}
 
     beacon = Beacon.from_environment()
-    beacon.enter(START)
+    if is_named["drain"]:
+        signal.signal(signal.SIGTERM, drain)
+    if is_named["deaf"]:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(f"answer of rank {rank}", flush=True)
     print(f"note of rank {rank}", file=sys.stderr, flush=True)
     if is_named["mistake"]:
@@ -86,9 +100,10 @@ def main() -> None:
         except OSError:
             while is_named["lose_quietly"]:
                 time.sleep(1)
+            if is_named["end_with_peer"]:
+                sys.exit(0)
             if is_named["abort"]:
-                sys.stderr.write(NOISE)
-                sys.stderr.flush()
+                os.write(2, NOISE.encode())
                 signal.signal(signal.SIGABRT, signal.SIG_DFL)
                 os.abort()
             words = (
@@ -96,10 +111,8 @@ def main() -> None:
             )
             print(f"step3: error: ValueError: UNKNOWN: Gloo all-reduce failed: {words}", file=sys.stderr)
             sys.exit(2)
-        beacon.step(number, 10 * number)
-        beacon.leave()
+        beacon.leave("decode")
         time.sleep(0.005)
-    beacon.enter(START)
     exchange(peers)
 
 

@@ -1,4 +1,4 @@
-"""The start of several processes: they meet, join jax.distributed, and agree on numbers."""
+"""The start of several processes: they meet, and join jax.distributed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import time
 from collections.abc import Mapping
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 # What `step3 launch` sets for each process.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "STEP3_COORDINATOR", "STEP3_NUM_PROCESSES", "STEP3_PROCESS_ID"
@@ -58,9 +56,7 @@ def initialise_distributed(environment: Mapping[str, str] | None = None) -> bool
         raise ValueError(
             f"{PROCESS_ID} is {rank}; of {num_processes} processes the numbers are 0 to {num_processes - 1}"
         )
-    timeout_s = DEFAULT_START_TIMEOUT_S
-    if environment.get(START_TIMEOUT):
-        timeout_s = read_number(environment, START_TIMEOUT, 1)
+    timeout_s = read_start_timeout(environment)
     # JAX ends a process from C++ when others do not come, without saying who: so they meet before.
     _meet(host.strip("[]"), int(port), rank, num_processes, timeout_s)
     # Who sets a proxy for all has been asked by the launcher to leave out the coordinator.
@@ -76,21 +72,13 @@ def initialise_distributed(environment: Mapping[str, str] | None = None) -> bool
     return num_processes > 1
 
 
-def agree(value: int) -> int:
-    """The value of process 0, in all processes."""
-    if jax.process_count() == 1:
-        return value
-    high, low = np.divmod(np.uint64(value), np.uint64(2**32))
-    words = multihost_utils.broadcast_one_to_all(np.array([high, low], np.uint32))
-    return int(words[0]) << 32 | int(words[1])
+def read_start_timeout(environment: Mapping[str, str]) -> int:
+    """Seconds that the processes may take to find each other.
 
-
-def agree_least(value: int) -> int:
-    """The least value of all processes."""
-    if jax.process_count() == 1:
-        return value
-    # In MiB: without 64-bit numbers JAX cuts them.
-    return int(np.min(multihost_utils.process_allgather(np.array([value // 2**20], np.int32)))) * 2**20
+    Raises:
+      ValueError: If the variable cannot be read.
+    """
+    return read_number(environment, START_TIMEOUT, 1) if environment.get(START_TIMEOUT) else DEFAULT_START_TIMEOUT_S
 
 
 def too_few_cpu_devices(wanted: int) -> str:

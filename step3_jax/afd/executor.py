@@ -8,7 +8,7 @@ import pathlib
 from step3_jax.afd.host.executor import HostExecutor, load_host_executor
 from step3_jax.afd.placement import place_model
 from step3_jax.afd.program.attention_process import AttentionProcess
-from step3_jax.afd.program.executor import load_program_executor
+from step3_jax.afd.program.executor import load_program_executor, make_program_executor
 from step3_jax.afd.program.ffn_process import FfnProcess
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.model.step3 import Step3
@@ -34,8 +34,8 @@ class AfdChoice:
 
 
 def load_afd_executor(
-    choice: AfdChoice | None, folder: pathlib.Path, dtype: str
-) -> HostExecutor | AttentionProcess | FfnProcess | None:
+    choice: AfdChoice, folder: pathlib.Path, dtype: str
+) -> HostExecutor | AttentionProcess | FfnProcess:
     """Loads a model on the devices that were chosen.
 
     Args:
@@ -43,14 +43,9 @@ def load_afd_executor(
       folder: The model's.
       dtype: "auto", or the dtype of weights and activations.
 
-    Returns:
-      The executor; None without a choice.
-
     Raises:
       ValueError: If the devices cannot share out the model, or it cannot be loaded.
     """
-    if choice is None:
-        return None
     own_dtype = None if dtype == "auto" else dtype
     topology, num_microbatches, payload = choice.topology, choice.num_microbatches, choice.payload
     if choice.executor == "program":
@@ -67,18 +62,15 @@ def load_afd_executor(
     )
 
 
-def place_executor(choice: AfdChoice, model: Step3) -> HostExecutor:
-    """The same for a model in memory and one process, whose speed or trace is wanted.
+def place_executor(choice: AfdChoice, model: Step3) -> HostExecutor | AttentionProcess | FfnProcess:
+    """The same for a model in memory, whose speed or trace is wanted.
 
     Raises:
-      ValueError: If the devices cannot share out the model, or there are several processes.
+      ValueError: If the devices cannot share out the model.
     """
-    if choice.executor != "host":
-        raise ValueError("this is for executor host, whose one process sees both sides: start it without step3 launch")
+    placed, topology, num_microbatches = place_model(model, choice.topology), choice.topology, choice.num_microbatches
+    if choice.executor == "program":
+        return make_program_executor(placed, topology, num_microbatches=num_microbatches, payload=choice.payload)
     return HostExecutor(
-        place_model(model, choice.topology),
-        choice.topology,
-        num_microbatches=choice.num_microbatches,
-        payload=choice.payload,
-        deadline_s=choice.deadline_s,
+        placed, topology, num_microbatches=num_microbatches, payload=choice.payload, deadline_s=choice.deadline_s
     )

@@ -63,7 +63,12 @@ def measure_decode(
     Returns:
       `is_partial`, `conditions`, `model`, `read_gb_per_s` (None if nothing was measured), and rows of `decode` and
       `prefill`, as JSON takes them.
+
+    Raises:
+      ValueError: For several dtypes where there are several processes.
     """
+    if jax.process_count() > 1 and len(dtypes) > 1:
+        raise ValueError(f"several processes measure one dtype at a time: give one of {', '.join(dtypes)}")
     before = cpu_pressure()
     tell("making a model with random weights ...")
     model = random_model(config)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
 from step3_jax.afd.executor import AfdChoice, place_executor
-from step3_jax.afd.host.executor import HostExecutor
 from step3_jax.cache.paged import Cache, choose_storage
 from step3_jax.engine.bucket_table import STEPS_PER_CALL, power_of_two
+from step3_jax.engine.drive.start import drive, take_part
+from step3_jax.engine.drive.worker import Worker
+from step3_jax.engine.executor import Executor
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
@@ -30,19 +32,18 @@ class Ours:
     """The project's own prefill and decode loop, greedy, on a model in one dtype."""
 
     def __init__(self, model: Step3, parallel: Parallel | None = None, afd: AfdChoice | None = None) -> None:
-        """Takes the model as it is to run, and the devices that it is to run on, if they are several."""
+        """Takes the model as it is to run, and the devices that it is to run on, if they are several.
+
+        In a process above rank 0 it does not return, as `LLM`.
+        """
         self._model = model
-        self._runner: HostExecutor | Runner | ShardedRunner
-        if afd is not None:
-            self._runner = place_executor(afd, model)
-        elif parallel is None:
-            self._runner = Runner(model)
-        else:
-            layout = make_layout(fit_parallel(parallel, model.config.text))
-            self._runner = ShardedRunner(place_model(model, layout), layout)
+        load = functools.partial(_make_executor, model, parallel, afd)
+        channel = None if parallel is None and afd is None else take_part(load)
+        self._runner = drive(load(), channel)
         self._vocab_size = model.config.text.vocab_size
         self._storage = choose_storage("auto", self._runner.dtype, model.config.text.head_dim)
         self._cache: Cache = ()
+        self._num_pages = 0
         self._tokens: list[Int[np.ndarray, "B steps"]] = []
 
     def logits(self, ids: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
@@ -61,17 +62,17 @@ class Ours:
         row = SamplingRow(SamplingParams(temperature=0.0), room + 1, (0, 0), ())
         self._sampling = sampling_batch([row] * len(ids), self._vocab_size, len(ids))
         width = power_of_two(pages_for(length + room))
-        if not self._cache or self._cache[0].keys.shape[0] < len(ids) * width:
-            self._cache = self._runner.allocate_cache(len(ids) * width, self._storage)
-        first = np.arange(shards)[:, None] * (self._cache[0].keys.shape[0] // shards) + np.arange(each) * width
+        if self._num_pages < len(ids) * width:
+            self._num_pages = len(ids) * width
+            self._cache = self._runner.allocate_cache(self._num_pages, self._storage)
+        first = np.arange(shards)[:, None] * (self._num_pages // shards) + np.arange(each) * width
         table = (first.reshape(-1, 1) + np.arange(width)).astype(np.int32)
         lengths = np.where(is_idle, 0, length - 1).astype(np.int32)
         starts = np.zeros((shards, each + 1), np.int32)
         starts[:, 1:] = np.cumsum(lengths.reshape(shards, each), axis=1)
         packed = np.zeros((shards, power_of_two(each * (length - 1))), np.int32)
         packed[:, : each * (length - 1)] = ids[:, :-1].reshape(shards, -1)
-        arrays = (packed.reshape(-1), starts.reshape(-1), lengths, table)
-        chunk = PrefillBatch(*(jnp.asarray(array) for array in arrays))
+        chunk = PrefillBatch(packed.reshape(-1), starts.reshape(-1), lengths, table)
         self._last, self._tokens, self._cached = ids[:, -1].astype(np.int32), [], lengths
         self._table, self._is_active = chunk.table, ~is_idle
         jax.block_until_ready(self._cache)
@@ -97,8 +98,8 @@ class Ours:
         return np.concatenate(self._tokens, axis=1)[: self._batch_size, :count]
 
     def decode_text(self, steps: int = 1) -> str:
-        """The compiled decode loop of the last prefill's bucket, as HLO text; "" where a loop is many programs."""
-        if isinstance(self._runner, HostExecutor):
+        """The compiled decode loop of the last prefill's bucket, as HLO text; "" where it is many programs, or those of several processes."""
+        if not isinstance(self._runner, Runner | ShardedRunner):
             return ""
         cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._cache)
         program = self._runner.decode_program(cache, self._batch(), self._sampling, max_steps=self._max_steps(steps))
@@ -106,9 +107,17 @@ class Ours:
 
     def _batch(self) -> DecodeBatch:
         num_generated = np.full(self._last.shape, sum(tokens.shape[1] for tokens in self._tokens), np.int32)
-        last, cached, made, active = jax.device_put((self._last, self._cached, num_generated, self._is_active))
-        return DecodeBatch(last, cached, made, active, self._table)
+        return DecodeBatch(self._last, self._cached, num_generated, self._is_active, self._table)
 
     @staticmethod
     def _max_steps(steps: int) -> int:
         return max(STEPS_PER_CALL, power_of_two(steps))
+
+
+def _make_executor(model: Step3, parallel: Parallel | None, afd: AfdChoice | None) -> Executor | Worker:
+    if afd is not None:
+        return place_executor(afd, model)
+    if parallel is None:
+        return Runner(model)
+    layout = make_layout(fit_parallel(parallel, model.config.text))
+    return ShardedRunner(place_model(model, layout), layout)

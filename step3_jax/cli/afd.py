@@ -61,15 +61,17 @@ def _load(arguments: argparse.Namespace) -> tuple[HostExecutor, LLM]:
         )
     enable_compile_cache()
     config = engine.config.replace(max_num_seqs=arguments.batch)
+    if choice is None:
+        raise ValueError("--afd off leaves nothing to trace: give xAyF")
     if arguments.preset is None:
         folder = find_model(arguments)
         executor = load_afd_executor(choice, folder, config.dtype)
-        if isinstance(executor, HostExecutor):
-            return executor, LLM(folder, executor=executor, config=config)
-    elif choice is not None:
+        llm = LLM(folder, executor=executor, config=config)
+    else:
         executor = place_executor(choice, random_model(bench_config(*PRESETS[arguments.preset])))
-        return executor, LLM.from_model(executor, config=config)
-    raise ValueError("--afd off leaves nothing to trace: give xAyF")
+        llm = LLM.from_model(executor, config=config)
+    assert isinstance(executor, HostExecutor)
+    return executor, llm
 
 
 def _generate(llm: LLM, arguments: argparse.Namespace) -> None:

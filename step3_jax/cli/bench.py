@@ -12,7 +12,7 @@ from step3_jax.bench.model import bench_config
 from step3_jax.bench.report import format_report
 from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.cli.bench_engine import run_engine_bench
-from step3_jax.cli.display import is_first_process, write_note
+from step3_jax.cli.display import write_note
 from step3_jax.cli.engine import read_engine
 from step3_jax.cli.process import interruptible
 
@@ -51,8 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             afd=devices.afd,
             tell=write_note,
         )
-    if is_first_process():
-        print(format_report(found), flush=True)
+    print(format_report(found), flush=True)
     if arguments.json:
         target = pathlib.Path(arguments.json)
         new = target.with_name(target.name + ".new")

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from step3_jax import __version__
+from step3_jax.channel.failure import RunLostError
 from step3_jax.cli.process import (
     INTERRUPTED,
     INTERRUPTED_CODE,
@@ -48,6 +49,10 @@ COMMANDS = {
 
 # Set for the processes of `step3 launch`; `step3_jax.distributed` reads them.
 PROCESS_VARIABLES = ("STEP3_COORDINATOR", "STEP3_NUM_PROCESSES", "STEP3_PROCESS_ID", "STEP3_CPU_DEVICES")
+# Of several processes, rank 0 runs these commands, and the others work for it.
+_DRIVEN = ("generate", "chat", "run-batch", "serve")
+# EX_TEMPFAIL of sysexits.h: another process of the run failed.
+LOST_CODE = 75
 
 
 class UsageError(ValueError):
@@ -126,6 +131,10 @@ def _run_guarded(argv: list[str]) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except RunLostError as error:
+        say(f"error: {error}")
+        # Native code may wait for the other ranks as long as it likes.
+        leave_at_once(LOST_CODE)
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -151,9 +160,12 @@ def _run(argv: list[str]) -> int:
         claim_memory(share=config.gpu_memory_utilization)
     elif command != "launch":
         claim_memory()
+    module = _module_name(arguments.command)
     if is_rank:
-        importlib.import_module("step3_jax.distributed").initialise_distributed()
-    return int(importlib.import_module(f"step3_jax.cli.{_module_name(arguments.command)}").run(arguments))
+        is_one_of_several = importlib.import_module("step3_jax.distributed").initialise_distributed()
+        if is_one_of_several and arguments.command in _DRIVEN and int(os.environ["STEP3_PROCESS_ID"]) > 0:
+            module = "worker"
+    return int(importlib.import_module(f"step3_jax.cli.{module}").run(arguments))
 
 
 def _show_log() -> None:

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterable
 
-import jax
 import yaml
 
 from step3_jax.cli.choice import find_model
@@ -47,7 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
     from step3_jax.server import log, process  # noqa: PLC0415
 
     choice = read_engine(arguments)
-    require_one_process("serve")
     folder = find_model(arguments)
     check_before_loading(folder, max_model_len=choice.config.max_model_len, needs_template=False)
     if not config.served_model_name:
@@ -105,14 +103,6 @@ def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | Non
         # A command line can be read by every user of the machine.
         values.setdefault("api_key", (key,))
     return ServerConfig.of(values)
-
-
-def require_one_process(command: str) -> None:
-    """Raises ValueError in one of several processes: each would answer for itself."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"step3 {command} runs in one process, and this one is of several: start it without step3 launch"
-        )
 
 
 def require_libraries(command: str) -> None:

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.config import ModelConfig
-from step3_jax.distributed import agree_least
 from step3_jax.engine.bucket_table import PAGE_COPIES, power_of_two
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.gpu import compiler_options, memory_left
@@ -36,10 +35,9 @@ T = TypeVar("T")
 class Started(Generic[T]):
     """A call that was dispatched and may still run."""
 
-    def __init__(self, value: T, on_result: Callable[[], None] | None = None) -> None:
-        """Takes what the call returned, a pytree of arrays, and what is called once it has been waited for."""
+    def __init__(self, value: T) -> None:
+        """Takes what the call returned: a pytree of arrays."""
         self._value = value
-        self._on_result = on_result
 
     def result(self) -> T:
         """Waits for the call; its values on the host.
@@ -47,18 +45,24 @@ class Started(Generic[T]):
         Raises:
           Exception: What the call failed with.
         """
-        value = jax.device_get(self._value)
-        if self._on_result is not None:
-            self._on_result()
-        return value
+        return jax.device_get(self._value)
+
+    def wait(self) -> None:
+        """Waits for the call, and leaves its values where they are.
+
+        Raises:
+          Exception: What the call failed with.
+        """
+        jax.block_until_ready(self._value)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has ended."""
+        return all(leaf.is_ready() for leaf in jax.tree.leaves(self._value) if hasattr(leaf, "is_ready"))
 
 
-class Executor(abc.ABC):
-    """Runs a model's calls, and holds what all that do so have in common.
-
-    `runner.Runner` runs them on one device; others spread a model over many. The engine decides which pages belong to which
-    sequence and hands the cache back at each call, which consumes it. Between calls an executor remembers nothing of a
-    sequence.
+class ModelPart:
+    """What every process that has a model, or a part of one, has in common.
 
     Attributes:
       config: The model's sizes.
@@ -71,9 +75,6 @@ class Executor(abc.ABC):
       num_traces: How often each call was traced, by name.
     """
 
-    # Images that one call of the tower takes must be a multiple of this.
-    _images_multiple = 1
-
     def __init__(self, config: ModelConfig, devices: Sequence[jax.Device], dtype: jnp.dtype, num_shards: int) -> None:
         self.config = config
         self.devices = tuple(devices)
@@ -82,17 +83,37 @@ class Executor(abc.ABC):
         self.compile_s = 0.0
         self.num_traces: collections.Counter[str] = collections.Counter()
         self._jit = functools.partial(jax.jit, compiler_options=compiler_options(self.devices[0].platform))
-        self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
-        self._placed_wide: dict[str, tuple[object, Array]] = {}
 
     @property
     def is_cpu(self) -> bool:
         """Whether the model runs on CPUs."""
         return self.devices[0].platform == "cpu"
 
+    @property
+    def num_processes(self) -> int:
+        """Processes that make each call together."""
+        return 1
+
     def run_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         """The dtype that weights or activations of `dtype` are held in: one rule for all executors."""
         return jnp.dtype(jnp.float32) if self.is_cpu and dtype == jnp.bfloat16 else jnp.dtype(dtype)
+
+
+class Executor(ModelPart, abc.ABC):
+    """Runs a model's calls, and holds what all that do so have in common.
+
+    `runner.Runner` runs them on one device; others spread a model over many. The engine decides which pages belong to which
+    sequence and hands the cache back at each call, which consumes it. Between calls an executor remembers nothing of a
+    sequence.
+    """
+
+    # Images that one call of the tower takes must be a multiple of this.
+    _images_multiple = 1
+
+    def __init__(self, config: ModelConfig, devices: Sequence[jax.Device], dtype: jnp.dtype, num_shards: int) -> None:
+        super().__init__(config, devices, dtype, num_shards)
+        self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
+        self._placed_wide: dict[str, tuple[object, Array]] = {}
 
     @property
     def role(self) -> Role:
@@ -103,6 +124,12 @@ class Executor(abc.ABC):
     def num_microbatches(self) -> int:
         """Parts of a batch in flight between attention and FFN; 0 where every device does both."""
         return 0
+
+    def check(self) -> None:
+        """Raises RunLostError if no call can be made any more, as one of several processes is lost."""
+
+    def close(self) -> None:
+        """Lets the other processes of a run leave; nothing happens where there are none."""
 
     def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
         """Memory left for each shard of the cache, by the rule of `step3 plan memory`; None where devices do not say.
@@ -119,8 +146,7 @@ class Executor(abc.ABC):
             chunk_tokens=chunk_tokens,
             num_microbatches=self.num_microbatches,
         )
-        left = memory_left(self.devices, workspace.total)
-        return None if left is None else agree_least(left)
+        return memory_left(self.devices, workspace.total)
 
     @abc.abstractmethod
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:

@@ -17,14 +17,14 @@ from step3_jax.afd.program.process import COPY, OWN, RoleProcess, encode, take_v
 from step3_jax.afd.roles import take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
-from step3_jax.engine.executor import Started, local_pages, num_copies
+from step3_jax.engine.executor import Executor, Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.layout.role import Role
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 
 
-class AttentionProcess(RoleProcess):
+class AttentionProcess(RoleProcess, Executor):
     """A process of the attention side.
 
     Attributes:
@@ -89,11 +89,11 @@ class AttentionProcess(RoleProcess):
         placed = jax.make_array_from_callback(
             pixels.shape, self.topology.attention.sharding("rows"), pixels.__getitem__
         )
-        return self._call("encoding images", self._encode_jit, self._vision_leaves, placed)
+        return self._call(self._encode_jit, self._vision_leaves, placed)
 
     def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
         """See `Executor.prefill`."""
-        return self._call("prefill", self._prefill, self.weights, cache, batch), Started(None)
+        return self._call(self._prefill, self.weights, cache, batch), Started(None)
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`. After a sequence has ended, a call may take a step in which it does nothing."""
@@ -102,7 +102,7 @@ class AttentionProcess(RoleProcess):
             self._place_sampling(call.sampling),
             self._numbers(call.num_steps, call.leave_early),
         )
-        cache, report, taken = self._call("decode", self._decode, self.weights, cache, *given, call.max_steps)
+        cache, report, taken = self._call(self._decode, self.weights, cache, *given, call.max_steps)
         self._num_steps += int(taken)
         return cache, Started(call.cut_report(report))
 
@@ -112,7 +112,7 @@ class AttentionProcess(RoleProcess):
         # The FFN side's devices have pages of no shard; the attention side's come first.
         num_parts = self.topology.union.size
         own = (local_pages(pages, num_own, num_parts, size) for pages in (sources, targets))
-        return self._call("copying pages", self._copy, cache, *own)
+        return self._call(self._copy, cache, *own)
 
     def prefill_program(self, cache: Cache, batch: PrefillBatch) -> jax.stages.Compiled:
         """The compiled chunk of a bucket, for reading; the arguments may be abstract, and are not consumed."""

@@ -18,7 +18,7 @@ from step3_jax.afd.program.call import Numbers
 from step3_jax.afd.roles import Part, split_module
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.beacon import Beacon
-from step3_jax.engine.executor import Executor
+from step3_jax.engine.executor import ModelPart
 from step3_jax.layout.payload import choose_payload
 from step3_jax.model.step3 import Step3
 
@@ -32,7 +32,7 @@ TRACE_STEPS = "STEP3_TRACE_STEPS"
 OWN, COPY = PartitionSpec(UNION), PartitionSpec()
 
 
-class RoleProcess(Executor):
+class RoleProcess(ModelPart):
     """What both roles' processes have in common; `num_shards` are the attention devices of all processes.
 
     Attributes:
@@ -53,10 +53,14 @@ class RoleProcess(Executor):
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
         self._own = NamedSharding(topology.union, OWN)
         self._copies = NamedSharding(topology.union, COPY)
-        self._beacon = Beacon.from_environment()
         # Where a program hangs can be found so, at the price of a call of Python a step.
-        self._observe = self._beacon.step if os.environ.get(TRACE_STEPS) == "1" else None
+        self._observe = Beacon.from_environment().step if os.environ.get(TRACE_STEPS) == "1" else None
         self._num_steps = 0
+
+    @property
+    def num_processes(self) -> int:
+        """See `ModelPart.num_processes`."""
+        return len({device.process_index for device in self.topology.devices})
 
     def _take(self, leaves: Sequence[Array]) -> list[Array]:
         """This process's parts of weights as arrays over all devices; other processes' parts are never made here."""
@@ -70,15 +74,13 @@ class RoleProcess(Executor):
         shape = (self.topology.union.size * parts[0].shape[0], *parts[0].shape[1:])
         return jax.make_array_from_single_device_arrays(shape, self._own, parts)
 
-    def _call(self, place: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def _call(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Makes a call and waits for it, so that the exchanges of two calls never mix."""
-        self._beacon.enter(place)
         num_traces, start = self.num_traces.total(), time.perf_counter()
         result = call(*args, **kwargs)
         if self.num_traces.total() != num_traces:
             self.compile_s += time.perf_counter() - start
         jax.block_until_ready(result)
-        self._beacon.leave(place)
         return result
 
     def _place(self, array: np.ndarray | np.generic) -> Array:

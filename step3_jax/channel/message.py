@@ -1,0 +1,123 @@
+"""Messages as frames: a head in MessagePack, and behind it the bytes of each array as they lie in memory.
+
+An array that is the same object as the last one of its name is not sent again. Nothing that is received is executed, and
+no size is taken on trust: what does not fit is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import ml_dtypes
+import msgpack
+import numpy as np
+
+Value = None | bool | int | float | str | list[int] | np.ndarray
+Fields = Mapping[str, Value]
+# Extension types of MessagePack: an array that follows, and one that the receiver has.
+_ARRAY, _SAME = 1, 2
+_DTYPES = {
+    np.dtype(kind).name: np.dtype(kind)
+    for kind in (np.bool_, np.int8, np.uint8, np.int32, np.uint32, np.int64, np.float32, np.float16, ml_dtypes.bfloat16)
+}
+_MAX_HEAD_BYTES = 2**20
+
+
+class MessageError(ValueError):
+    """Frames that are no message."""
+
+
+class Message(NamedTuple):
+    """A message.
+
+    Attributes:
+      kind: What it is.
+      fields: What it says.
+    """
+
+    kind: str
+    fields: Fields
+
+
+class Encoder:
+    """Makes frames of messages, all of which go to the same receivers in their order."""
+
+    def __init__(self) -> None:
+        """Starts as a `Decoder` does: no array is known."""
+        self._known: dict[tuple[str, str], np.ndarray] = {}
+
+    def encode(self, message: Message) -> list[bytes | memoryview]:
+        """The frames of a message. Its arrays must not be changed afterwards.
+
+        Raises:
+          ValueError: If an array has a dtype that is not sent.
+        """
+        frames: list[bytes | memoryview] = [b""]
+        head: dict[str, object] = {}
+        for name, value in message.fields.items():
+            if not isinstance(value, np.ndarray):
+                head[name] = value
+                continue
+            key = message.kind, name
+            if self._known.get(key) is value:
+                head[name] = msgpack.ExtType(_SAME, b"")
+                continue
+            if value.dtype.name not in _DTYPES:
+                raise ValueError(f"{name} has dtype {value.dtype}, which is not sent")
+            self._known[key] = value
+            head[name] = msgpack.ExtType(_ARRAY, msgpack.packb([value.dtype.name, list(value.shape)]))
+            # Through bytes, as buffers of bfloat16 have no format.
+            frames.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        frames[0] = msgpack.packb([message.kind, head])
+        return frames
+
+
+class Decoder:
+    """Reads what one `Encoder` has made, in its order."""
+
+    def __init__(self) -> None:
+        """Starts as an `Encoder` does."""
+        self._known: dict[tuple[str, str], np.ndarray] = {}
+
+    def decode(self, frames: Sequence[bytes | memoryview]) -> Message:
+        """The message. Its arrays are views of the frames; one that was not sent again is the same object as before.
+
+        Raises:
+          MessageError: If it is none.
+        """
+        try:
+            kind, head = msgpack.unpackb(frames[0], ext_hook=msgpack.ExtType, max_ext_len=_MAX_HEAD_BYTES)
+        except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
+            raise MessageError(f"not a message: {error}") from None
+        if not isinstance(kind, str) or not isinstance(head, dict):
+            raise MessageError("not a message: no kind")
+        left = list(frames[1:])
+        fields: dict[str, Value] = {}
+        for name, value in head.items():
+            if not isinstance(value, msgpack.ExtType):
+                fields[name] = value
+                continue
+            key = kind, name
+            if value.code == _ARRAY and left:
+                self._known[key] = _read_array(value.data, left.pop(0))
+            elif value.code != _SAME or key not in self._known:
+                raise MessageError(f"{kind}: {name} has no array")
+            fields[name] = self._known[key]
+        if left:
+            raise MessageError(f"{kind}: {len(left)} frames too many")
+        return Message(kind, fields)
+
+
+def _read_array(form: bytes, frame: bytes | memoryview) -> np.ndarray:
+    try:
+        name, shape = msgpack.unpackb(form)
+        dtype = _DTYPES[name]
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise MessageError("a shape is no list of sizes")
+        if math.prod(shape) * dtype.itemsize != memoryview(frame).nbytes:
+            raise MessageError(f"{memoryview(frame).nbytes} bytes are no {name} of shape {shape}")
+        return np.frombuffer(frame, np.uint8).view(dtype).reshape(shape)
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+        raise MessageError(f"not an array: {error}") from None

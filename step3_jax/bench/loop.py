@@ -98,7 +98,7 @@ class Ours:
         return np.concatenate(self._tokens, axis=1)[: self._batch_size, :count]
 
     def decode_text(self, steps: int = 1) -> str:
-        """The compiled decode loop of the last prefill's bucket, as HLO text; "" where it is many programs, or those of several processes."""
+        """The compiled decode loop of the last prefill's bucket, as HLO text; "" where it is not one program here."""
         if not isinstance(self._runner, Runner | ShardedRunner):
             return ""
         cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._cache)

@@ -226,10 +226,10 @@ class DriverChannel:
     def _take(self, identity: bytes, message: Message) -> None:
         rank, fields = int(identity.removeprefix(b"rank ")), message.fields
         if message.kind == "hello" and 0 < rank <= self._num_workers:
-            worker = _Worker(str(fields["name"]))
+            # It says hello again until it is answered.
+            worker = self._workers.setdefault(rank, _Worker(str(fields["name"])))
             if fields["version"] != __version__:
                 self._fail(f"{worker.name} has step3-jax {fields['version']}, and rank 0 {__version__}")
-            self._workers[rank] = worker
             self._socket.send_multipart([identity, *Encoder().encode(Message("welcome", {}))])
         elif message.kind == "ready":
             worker = self._workers[rank]

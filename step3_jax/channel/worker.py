@@ -14,6 +14,8 @@ from step3_jax.channel.message import Decoder, Encoder, Fields, Message
 
 # What rank 0 sent last may be a moment behind the news that it is gone.
 _LAST_MS = 200
+# What is said to a channel that is just being closed is lost: so often hello is said again until there is an answer.
+_HELLO_S = 1.0
 
 
 class WorkerChannel:
@@ -33,7 +35,8 @@ class WorkerChannel:
         self._socket.connect(address.endpoint)
         self._decoder = Decoder()
         self._is_welcome = False
-        self._send("hello", {"name": name, "version": __version__})
+        self._name = name
+        self._say_hello()
 
     def wait_for_driver(self, timeout_s: float) -> None:
         """Waits until rank 0 has answered.
@@ -42,11 +45,16 @@ class WorkerChannel:
           TimeoutError: If it does not in time.
           RunLostError: If it leaves.
         """
-        if not self._is_welcome and self._receive(time.monotonic() + timeout_s) is None:
-            raise TimeoutError(
-                f"rank 0 did not answer at {self._end.address} within {timeout_s:g} s: is it running, is the port open "
-                "between the hosts, and STEP3_SECRET the same in all processes?"
-            )
+        give_up_at = time.monotonic() + timeout_s
+        while not self._is_welcome:
+            now = time.monotonic()
+            if now >= give_up_at:
+                raise TimeoutError(
+                    f"rank 0 did not answer at {self._end.address} within {timeout_s:g} s: is it running, is the port open "
+                    "between the hosts, and STEP3_SECRET the same in all processes?"
+                )
+            if self._receive(min(give_up_at, now + _HELLO_S)) is None:
+                self._say_hello()
 
     def ready(self, *, takes_batches: bool) -> None:
         """Says that calls can be made.
@@ -101,6 +109,9 @@ class WorkerChannel:
                 message = self._decoder.decode([frame.buffer for frame in frames])
                 self._is_welcome = True
                 return message
+
+    def _say_hello(self) -> None:
+        self._send("hello", {"name": self._name, "version": __version__})
 
     def _send(self, kind: str, fields: Fields) -> None:
         self._socket.send_multipart(Encoder().encode(Message(kind, fields)))

@@ -52,8 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
         config = dataclasses.replace(config, served_model_name=(folder.resolve().name,))
     opened = process.open_socket(config)
 
+    loaded: list[LLM] = []
+
     def load() -> LLM:
         llm = load_llm(choice, folder)
+        loaded.append(llm)
         if config.warm_up:
             llm.warm_up(_tell_progress)
         return llm
@@ -67,8 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         listener.stop()
     if ending.error is not None:
         raise ending.error
-    if ending.has_threads:
-        # They are inside of a compiler or a device.
+    if ending.has_threads or ending.code == process.DEAD_CODE:
+        # They are inside of a compiler or a device; or native code waits for a process that is lost.
+        for llm in loaded:
+            llm.close()
         leave_at_once(ending.code)
     return ending.code
 

@@ -82,6 +82,8 @@ class Beacon:
         """
         self._memory: mmap.mmap | None = None
         self._lock = threading.Lock()
+        # Calls under way, and the names of those that have returned.
+        self._entered: dict[int, str] = {}
         self._returned: set[str] = set()
         if path is None:
             return
@@ -105,16 +107,24 @@ class Beacon:
         """
         return Beacon((os.environ if environment is None else environment).get(BEACON) or None)
 
-    def enter(self, place: str) -> None:
-        """Says which call comes next, such as "prefill": a wait in it is named by it."""
-        if self._memory is not None:
-            self._write(place=place, call=_read(self._memory).call + 1, is_repeated=place in self._returned)
+    def enter(self, place: str) -> int:
+        """Says which call comes next, such as "prefill": a wait in it is named by it.
 
-    def leave(self, place: str) -> None:
+        Returns:
+          Its number, for `leave`.
+        """
+        if self._memory is None:
+            return 0
+        call = _read(self._memory).call + 1
+        self._entered[call] = place
+        self._write(place=place, call=call, is_repeated=place in self._returned)
+        return call
+
+    def leave(self, call: int) -> None:
         """Says that a call has returned. If another one was entered after it, that is still the place."""
         if self._memory is not None:
-            self._returned.add(place)
-            if _read(self._memory).place == place:
+            self._returned.add(self._entered.pop(call))
+            if _read(self._memory).call == call:
                 self._write(place="")
 
     def step(self, number: int, exchange: int) -> None:

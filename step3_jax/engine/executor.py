@@ -35,10 +35,9 @@ T = TypeVar("T")
 class Started(Generic[T]):
     """A call that was dispatched and may still run."""
 
-    def __init__(self, value: T, on_result: Callable[[], None] | None = None) -> None:
-        """Takes what the call returned, a pytree of arrays, and what is called once it was waited for."""
+    def __init__(self, value: T) -> None:
+        """Takes what the call returned: a pytree of arrays."""
         self._value = value
-        self._on_result = on_result
 
     def result(self) -> T:
         """Waits for the call; its values on the host.
@@ -46,10 +45,7 @@ class Started(Generic[T]):
         Raises:
           Exception: What the call failed with.
         """
-        value = jax.device_get(self._value)
-        if self._on_result is not None:
-            self._on_result()
-        return value
+        return jax.device_get(self._value)
 
     def wait(self) -> None:
         """Waits for the call, and leaves its values where they are.
@@ -58,8 +54,6 @@ class Started(Generic[T]):
           Exception: What the call failed with.
         """
         jax.block_until_ready(self._value)
-        if self._on_result is not None:
-            self._on_result()
 
     @property
     def is_ready(self) -> bool:

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.storage import Storage
-from step3_jax.beacon import Beacon
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, own_devices, widen_weights
 from step3_jax.engine.runner import SplitModel, TracedCalls, Weights
@@ -52,7 +51,6 @@ class ShardedRunner(Executor):
             num_shards=layout.size("rows"),
         )
         self.layout = layout
-        self._beacon = Beacon.from_environment()
         self._images_multiple = layout.size("images")
         if self.is_cpu:
             model = widen_weights(model)
@@ -103,23 +101,18 @@ class ShardedRunner(Executor):
 
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         placed = jax.make_array_from_callback(pixels.shape, self.layout.sharding("images"), pixels.__getitem__)
-        self._beacon.enter("encoding images")
-        features = jax.block_until_ready(self._timed("encode_images", self._encode, self._split.weights, placed))
-        self._beacon.leave("encoding images")
-        return features
+        return self._timed("encode_images", self._encode, self._split.weights, placed)
 
     def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
         """See `Executor.prefill`."""
-        self._beacon.enter("prefill")
         cache, lengths = self._timed("prefill", self._prefill, self._split.weights, cache, batch)
-        return cache, Started(lengths, functools.partial(self._beacon.leave, "prefill"))
+        return cache, Started(lengths)
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
-        self._beacon.enter("decode")
         given = self._place_call(call)
         cache, report = self._timed("decode", self._decode_calls, self._split.weights, cache, *given, call.max_steps)
-        return cache, Started(call.cut_report(report), functools.partial(self._beacon.leave, "decode"))
+        return cache, Started(call.cut_report(report))
 
     def lower(self, cache: Cache, call: PrefillBatch | DecodeCall) -> jax.stages.Lowered | None:
         """See `Executor.lower`. Several processes compile their programs together, by calling them in one order."""

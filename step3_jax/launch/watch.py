@@ -131,7 +131,8 @@ class Watch:
         return self._find_cause() if is_settled or not all(one.is_consequence for one in self._failures) else None
 
     def _find_cause(self) -> Failure:
-        found = min(self._failures, key=lambda failure: failure.is_consequence)
+        # One that ended because of another knows it, and may be quicker.
+        found = min(self._failures, key=lambda failure: (failure.is_consequence, failure.code == LOST_PEER_CODE))
         if found.is_consequence:
             has_failed = {failure.rank for failure in self._failures}
             still = {rank: self._still_s(rank) for rank in self._running() if rank not in has_failed}

@@ -89,11 +89,11 @@ class AttentionProcess(RoleProcess, Executor):
         placed = jax.make_array_from_callback(
             pixels.shape, self.topology.attention.sharding("rows"), pixels.__getitem__
         )
-        return self._call("encoding images", self._encode_jit, self._vision_leaves, placed)
+        return self._call(self._encode_jit, self._vision_leaves, placed)
 
     def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
         """See `Executor.prefill`."""
-        return self._call("prefill", self._prefill, self.weights, cache, batch), Started(None)
+        return self._call(self._prefill, self.weights, cache, batch), Started(None)
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`. After a sequence has ended, a call may take a step in which it does nothing."""
@@ -102,7 +102,7 @@ class AttentionProcess(RoleProcess, Executor):
             self._place_sampling(call.sampling),
             self._numbers(call.num_steps, call.leave_early),
         )
-        cache, report, taken = self._call("decode", self._decode, self.weights, cache, *given, call.max_steps)
+        cache, report, taken = self._call(self._decode, self.weights, cache, *given, call.max_steps)
         self._num_steps += int(taken)
         return cache, Started(call.cut_report(report))
 
@@ -112,7 +112,7 @@ class AttentionProcess(RoleProcess, Executor):
         # The FFN side's devices have pages of no shard; the attention side's come first.
         num_parts = self.topology.union.size
         own = (local_pages(pages, num_own, num_parts, size) for pages in (sources, targets))
-        return self._call("copying pages", self._copy, cache, *own)
+        return self._call(self._copy, cache, *own)
 
     def prefill_program(self, cache: Cache, batch: PrefillBatch) -> jax.stages.Compiled:
         """The compiled chunk of a bucket, for reading; the arguments may be abstract, and are not consumed."""

@@ -17,7 +17,6 @@ from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.program.attention_process import AttentionProcess
 from step3_jax.afd.program.ffn_process import FfnProcess
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.beacon import Beacon
 from step3_jax.layout.deployment import DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.model.step3 import Step3
 
@@ -71,10 +70,7 @@ def load_program_executor(
     """
     check_microbatches(num_microbatches)
     find_role(topology)
-    beacon = Beacon.from_environment()
-    beacon.enter("loading weights")
     model = load_placed_model(path, topology, dtype=dtype, payload=payload)
-    beacon.leave("loading weights")
     return make_program_executor(model, topology, num_microbatches=num_microbatches, payload=payload)
 
 

@@ -50,12 +50,12 @@ class FfnProcess(RoleProcess, Worker):
         if isinstance(call, MeasureMemory):
             return None
         if isinstance(call, PrefillSizes):
-            self._call(call.place, self._prefill, self.weights, call.num_tokens // self.num_shards)
+            self._call(self._prefill, self.weights, call.num_tokens // self.num_shards)
             return Started(None)
         if isinstance(call, DecodeSizes):
             numbers = self._numbers(call.num_steps, call.leave_early)
             num_rows = call.num_rows // self.num_shards
-            _, taken = self._call(call.place, self._decode, self.weights, numbers, num_rows, call.max_steps)
+            _, taken = self._call(self._decode, self.weights, numbers, num_rows, call.max_steps)
             self._num_steps += int(taken)
             return Started(None)
         raise ValueError(f"{type(call).__name__} is not for the FFN side")

@@ -53,9 +53,8 @@ class RoleProcess(ModelPart):
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
         self._own = NamedSharding(topology.union, OWN)
         self._copies = NamedSharding(topology.union, COPY)
-        self._beacon = Beacon.from_environment()
         # Where a program hangs can be found so, at the price of a call of Python a step.
-        self._observe = self._beacon.step if os.environ.get(TRACE_STEPS) == "1" else None
+        self._observe = Beacon.from_environment().step if os.environ.get(TRACE_STEPS) == "1" else None
         self._num_steps = 0
 
     @property
@@ -75,15 +74,13 @@ class RoleProcess(ModelPart):
         shape = (self.topology.union.size * parts[0].shape[0], *parts[0].shape[1:])
         return jax.make_array_from_single_device_arrays(shape, self._own, parts)
 
-    def _call(self, place: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def _call(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Makes a call and waits for it, so that the exchanges of two calls never mix."""
-        self._beacon.enter(place)
         num_traces, start = self.num_traces.total(), time.perf_counter()
         result = call(*args, **kwargs)
         if self.num_traces.total() != num_traces:
             self.compile_s += time.perf_counter() - start
         jax.block_until_ready(result)
-        self._beacon.leave(place)
         return result
 
     def _place(self, array: np.ndarray | np.generic) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.storage import Storage
+from step3_jax.beacon import Beacon
 from step3_jax.cache.paged import Cache
 from step3_jax.channel.driver import DriverChannel
 from step3_jax.channel.failure import RunLostError
@@ -53,6 +54,7 @@ class DrivenExecutor(Executor):
         self._images_multiple = own._images_multiple
         self._channel = channel
         self._worker = CachedWorker(own)
+        self._beacon = Beacon.from_environment()
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: set[_Job] = set()
@@ -131,6 +133,7 @@ class DrivenExecutor(Executor):
                     last = None
                 job = self._next_job(last)
                 if job is not None:
+                    job.number = self._beacon.enter(job.call.place)
                     job.outcome = self._worker.run(job.call)
                     self.compile_s = self._own.compile_s
                 if last is not None:
@@ -164,6 +167,7 @@ class DrivenExecutor(Executor):
         result = job.outcome.result() if isinstance(job.outcome, Started) and job.has_result else None
         if isinstance(job.outcome, Started) and not job.has_result:
             job.outcome.wait()
+        self._beacon.leave(job.number)
         with self._lock:
             self._waiting.discard(job)
         job.set(result)
@@ -181,6 +185,7 @@ class _Job:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.outcome: object = None
+        self.number = 0
         self.future: concurrent.futures.Future[object] = concurrent.futures.Future()
 
     @property

@@ -6,6 +6,7 @@ import abc
 
 import numpy as np
 
+from step3_jax.beacon import Beacon
 from step3_jax.cache.paged import Cache
 from step3_jax.channel.worker import WorkerChannel
 from step3_jax.engine.drive.call import (
@@ -106,6 +107,7 @@ def serve_calls(worker: Worker, channel: WorkerChannel) -> None:
       RunLostError: If rank 0 is gone.
       Exception: What a call failed with.
     """
+    beacon = Beacon.from_environment()
     place, started = "", None
     channel.ready(takes_batches=worker.takes_batches)
     while True:
@@ -115,6 +117,7 @@ def serve_calls(worker: Worker, channel: WorkerChannel) -> None:
         try:
             call = from_message(message)
             place = call.place
+            number = beacon.enter(place)
             outcome = worker.run(call)
             if isinstance(call, MeasureMemory):
                 channel.answer({"bytes": outcome if isinstance(outcome, int) else None})
@@ -123,6 +126,7 @@ def serve_calls(worker: Worker, channel: WorkerChannel) -> None:
             if started is not None and not channel.has_message(FOLLOW_S if isinstance(call, Prefill) else 0):
                 started.wait()
                 started = None
+            beacon.leave(number)
         except Exception as error:
             channel.fail(place or message.kind, f"{type(error).__name__}: {' '.join(str(error).split())}")
             raise

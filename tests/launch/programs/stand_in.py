@@ -94,7 +94,7 @@ def main() -> None:
                 peer.close()
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGKILL)
-        beacon.enter("decode")
+        call = beacon.enter("decode")
         try:
             exchange(peers)
         except OSError:
@@ -111,7 +111,7 @@ def main() -> None:
             )
             print(f"step3: error: ValueError: UNKNOWN: Gloo all-reduce failed: {words}", file=sys.stderr)
             sys.exit(2)
-        beacon.leave("decode")
+        beacon.leave(call)
         time.sleep(0.005)
     exchange(peers)
 

@@ -187,8 +187,8 @@ class DriverChannel:
     def _send(self, rank: int, frames: Sequence[bytes | memoryview | zmq.Frame]) -> None:
         try:
             self._socket.send_multipart([_identity(rank), *frames], copy=False)
-        except zmq.ZMQError as error:
-            self._fail(f"{self._workers[rank].name} cannot be reached ({error.strerror})")
+        except zmq.ZMQError:
+            self._lose(rank)
             self.check()
 
     def _listen(self) -> None:
@@ -247,16 +247,20 @@ class DriverChannel:
         """Finds the workers whose connection has ended: nothing can be sent to them. Strangers are of no interest."""
         for _ in range(_PROBES):
             with self._news:
-                for rank, worker in self._workers.items():
+                for rank in self._workers:
                     try:
                         self._socket.send_multipart([_identity(rank), *Encoder().encode(Message("beat", {}))])
                     except zmq.ZMQError:
-                        # One that said why it failed has left for that reason.
-                        said = self._suspect is not None and self._suspect[1].startswith(worker.name)
-                        self._fail(self._suspect[1] if said and self._suspect else f"{worker.name} is gone")
+                        self._lose(rank)
                         return
                 self._drain()
             time.sleep(_PROBE_S)
+
+    def _lose(self, rank: int) -> None:
+        """A worker is gone. One that said why it failed has left for that reason."""
+        self._drain()
+        said, name = "" if self._suspect is None else self._suspect[1], self._workers[rank].name
+        self._fail(said if said.startswith(name) else f"{name} is gone")
 
     def _fail(self, text: str) -> None:
         if self._failure is None:

@@ -72,9 +72,9 @@ class WorkerChannel:
         """Says why this rank cannot go on, and in which call."""
         self._send("error", {"place": place, "text": text})
 
-    def has_message(self) -> bool:
-        """Whether the next call has come."""
-        return bool(self._socket.poll(0))
+    def has_message(self, timeout_s: float = 0.0) -> bool:
+        """Whether the next call has come, or does within a time."""
+        return bool(self._socket.poll(round(timeout_s * 1000)))
 
     def receive(self) -> Message:
         """Waits for the next call, for as long as rank 0 is there.

@@ -28,13 +28,14 @@ from step3_jax.engine.drive.call import (
     sizes_of,
     to_message,
 )
-from step3_jax.engine.drive.worker import CachedWorker
+from step3_jax.engine.drive.worker import FOLLOW_S, CachedWorker
 from step3_jax.engine.executor import Executor, Started
 from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
 from step3_jax.layout.role import Role
 
 # Memory is known at once; a worker that does not say it has stopped.
 _ANSWER_S = 120.0
+_FOLLOW_SLICES = 5
 
 
 class DrivenExecutor(Executor):
@@ -130,10 +131,7 @@ class DrivenExecutor(Executor):
                 if last is not None and last.is_ready:
                     self._finish(last)
                     last = None
-                try:
-                    job = self._jobs.get(block=last is None)
-                except queue.Empty:
-                    job = None
+                job = self._next_job(last)
                 if job is not None:
                     job.number = self._beacon.enter(job.call.place)
                     job.outcome = self._worker.run(job.call)
@@ -149,6 +147,21 @@ class DrivenExecutor(Executor):
                     f"rank 0 failed in {place}: {type(error).__name__}: {' '.join(str(error).split())}"
                 )
                 return
+
+    def _next_job(self, last: _Job | None) -> _Job | None:
+        """The next call; None if there is none while the last one runs."""
+        if last is None:
+            return self._jobs.get()
+        # A decode call mostly follows a chunk, and is dispatched while that is computed.
+        slices = _FOLLOW_SLICES if isinstance(last.call, Prefill) else 0
+        for _ in range(slices):
+            with contextlib.suppress(queue.Empty):
+                return self._jobs.get(timeout=FOLLOW_S / slices)
+            if last.is_ready:
+                return None
+        with contextlib.suppress(queue.Empty):
+            return self._jobs.get_nowait()
+        return None
 
     def _finish(self, job: _Job) -> None:
         result = job.outcome.result() if isinstance(job.outcome, Started) and job.has_result else None

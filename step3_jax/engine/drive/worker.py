@@ -22,6 +22,8 @@ from step3_jax.engine.drive.call import (
 from step3_jax.engine.executor import Executor, Started
 from step3_jax.engine.state import Report
 
+# So long after a chunk the decode call that mostly follows is waited for, to be dispatched while the chunk is computed.
+FOLLOW_S = 0.005
 # What a call gives: what may still run, bytes of memory, or nothing to wait for.
 Outcome = Started[Cache] | Started[object] | Started[Report] | Started[np.ndarray] | int | None
 
@@ -121,7 +123,7 @@ def serve_calls(worker: Worker, channel: WorkerChannel) -> None:
                 channel.answer({"bytes": outcome if isinstance(outcome, int) else None})
             elif isinstance(outcome, Started):
                 started = outcome
-            if started is not None and not channel.has_message():
+            if started is not None and not channel.has_message(FOLLOW_S if isinstance(call, Prefill) else 0):
                 started.wait()
                 started = None
             beacon.leave(number)

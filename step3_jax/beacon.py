@@ -35,6 +35,11 @@ _FILE_BYTES = _PLACE_AT + _MAX_PLACE_BYTES
 _MAX_TRIES = 1000
 
 
+def name_rank(role: str, rank: int, host: str) -> str:
+    """A rank as messages call it."""
+    return f"{role} (on {host})" if role == f"rank {rank}" else f"{role} (rank {rank} on {host})"
+
+
 class Reading(NamedTuple):
     """What a process has said of itself.
 

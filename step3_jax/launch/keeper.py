@@ -31,7 +31,7 @@ from typing import IO
 from step3_jax import __version__
 from step3_jax.beacon import BEACON, BeaconFile
 from step3_jax.launch import net
-from step3_jax.launch.line import Message, Start, decode, encode, pack_output
+from step3_jax.launch.line import Message, Start, decode, encode, pack_output, unpack_bytes
 from step3_jax.launch.log import NATIVE
 from step3_jax.launch.watch import Report
 
@@ -78,7 +78,7 @@ class RankProcess:
             program = [sys.executable, "-m", "step3_jax.launch.child", str(os.getpid()), str(native), start["module"]]
             self._process = subprocess.Popen(
                 [*program, *start["words"]],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if start["has_input"] else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=environment | {BEACON: f"/dev/fd/{file.fileno()}"},
@@ -89,7 +89,9 @@ class RankProcess:
         self._pumps = [
             threading.Thread(target=self._pump, args=(pipe, name), daemon=True) for name, pipe in pipes.items()
         ]
-        for thread in [*self._pumps, threading.Thread(target=self._wait, daemon=True)]:
+        self._input: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        others = [threading.Thread(target=call, daemon=True) for call in (self._wait, self._feed)]
+        for thread in [*self._pumps, *others]:
             thread.start()
 
     @property
@@ -107,6 +109,10 @@ class RankProcess:
             str(reading), reading.changes, is_inside, reading.is_repeated, reading.call, round(self._still_s, 1)
         )
 
+    def give_input(self, data: bytes) -> None:
+        """Hands on what comes on the launcher's standard input; nothing for its end."""
+        self._input.put(data)
+
     def send_signal(self, number: int) -> None:
         """Signals the process and all that it started; nothing if it is over."""
         with self._lock:
@@ -114,6 +120,16 @@ class RankProcess:
                 # Its session has its id. A zombie that nobody may signal is as good as gone.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._process.pid, number)
+
+    def _feed(self) -> None:
+        pipe = self._process.stdin
+        if pipe is None:
+            return
+        # A rank that reads no more, or has ended, has no use for the rest.
+        with contextlib.suppress(OSError), pipe:
+            while data := self._input.get():
+                pipe.write(data)
+                pipe.flush()
 
     def _pump(self, pipe: IO[bytes], stream: str) -> None:
         with pipe:
@@ -204,10 +220,12 @@ class Keeper:
                 self._release()
                 for start in message["processes"]:
                     self._start(start)
-            elif kind == "signal":
+            elif kind in ("signal", "input"):
                 for rank in self._ranks:
-                    if rank.rank == message["rank"]:
+                    if rank.rank == message["rank"] and kind == "signal":
                         rank.send_signal(message["signal"])
+                    elif rank.rank == message["rank"]:
+                        rank.give_input(unpack_bytes(message))
             elif kind == "end":
                 self._end(message["signal"], message["seconds"])
             elif kind == "listen":

@@ -13,13 +13,14 @@ import queue
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO, TextIO
 
 from step3_jax.launch import net, place
 from step3_jax.launch.cluster import HOW, Task, detect_task
-from step3_jax.launch.line import Connection, Event, Message, Start
+from step3_jax.launch.line import Connection, Event, Message, Start, pack_input
 from step3_jax.launch.log import Log
 from step3_jax.launch.net import Lines, check_versions, choose_channel, choose_coordinator, keeper_command
 from step3_jax.launch.options import (
@@ -31,12 +32,13 @@ from step3_jax.launch.options import (
     forwarded_environment,
     rank_environment,
 )
-from step3_jax.launch.place import Need, read_need
+from step3_jax.launch.place import Need, read_need, reads_input
 from step3_jax.launch.supervisor import Supervisor, catch_signals, send_beats
 
 MODULE = "step3_jax.cli.main"
 # Over the slowest ssh, and Python's own start on a shared file system.
 _HELLO_S = 60.0
+_INPUT_BYTES = 2**15
 
 
 def launch(
@@ -50,7 +52,8 @@ def launch(
     """Runs `python -m MODULE WORDS` as many processes that know of each other.
 
     Each gets STEP3_COORDINATOR (host:port), STEP3_NUM_PROCESSES and STEP3_PROCESS_ID, its device, and settings of XLA
-    and NCCL (`options.py`). None has standard input. No process is left behind, whatever happens.
+    and NCCL (`options.py`). Rank 0 has our standard input where the command reads it
+    (`place.reads_input`), the others have none. No process is left behind, whatever happens.
 
     Args:
       words: The command, such as `["generate", "-p", "Hello"]`.
@@ -165,6 +168,8 @@ class _Launch:
                     if rank.host == index
                 ]
                 connection.send(Message(kind="start", processes=starts))
+                if any(start["has_input"] for start in starts):
+                    threading.Thread(target=_pass_input, args=(connection,), daemon=True).start()
             return supervisor.run()
 
     def _place(self, hosts: list[place.Host], platform: str) -> tuple[list[place.Rank], int]:
@@ -235,7 +240,21 @@ class _Launch:
             user=self._user,
         )
         environment |= channel
-        return Start(rank=rank.rank, module=self._module, words=self._words, environment=environment)
+        has_input = rank.rank == 0 and reads_input(self._words)
+        return Start(
+            rank=rank.rank, module=self._module, words=self._words, environment=environment, has_input=has_input
+        )
+
+
+def _pass_input(connection: Connection) -> None:
+    """Hands our standard input on to rank 0, to its end."""
+    data = b"more"
+    while data:
+        try:
+            data = os.read(0, _INPUT_BYTES)
+        except OSError:
+            data = b""
+        connection.send(pack_input(0, data))
 
 
 def _leave(connections: Sequence[Connection], grace_s: float) -> None:

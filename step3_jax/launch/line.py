@@ -28,22 +28,23 @@ _MAX_NOISE = 20
 
 
 class Start(TypedDict):
-    """A process to start. `environment` is laid over that of the host."""
+    """A process to start. `environment` is laid over that of the host; `has_input` says whether any will be given."""
 
     rank: int
     module: str
     words: list[str]
     environment: dict[str, str]
+    has_input: bool
 
 
 class Message(TypedDict, total=False):
     """One line. `kind` says which of the fields there are.
 
     To the keeper: listen (port, host), reach (host, port, seconds), release, start (processes), signal (rank, signal),
-    end (signal, seconds), beat, leave. From it: hello (host, address, gpus, versions), listening (port), reached (text:
-    what is wrong, or empty), output (rank, stream, data), reports (reports: rank, and the fields of a `watch.Report`),
-    ended (rank, code), failed (text), beat. The launcher's own side adds noise (text, which came without a mark) and
-    closed (code).
+    input (rank, data; none for its end), end (signal, seconds), beat, leave. From it: hello (host, address, gpus,
+    versions), listening (port), reached (text: what is wrong, or empty), output (rank, stream, data), reports (reports:
+    rank, and the fields of a `watch.Report`), ended (rank, code), failed (text), beat. The launcher's own side adds noise
+    (text, which came without a mark) and closed (code).
     """
 
     kind: str
@@ -86,8 +87,13 @@ def pack_output(rank: int, stream: str, data: bytes) -> Message:
     return Message(kind="output", rank=rank, stream=stream, data=base64.b85encode(data).decode())
 
 
-def unpack_output(message: Message) -> bytes:
-    """The bytes of an output."""
+def pack_input(rank: int, data: bytes) -> Message:
+    """Bytes for the standard input of a process; none for its end."""
+    return Message(kind="input", rank=rank, data=base64.b85encode(data).decode())
+
+
+def unpack_bytes(message: Message) -> bytes:
+    """The bytes of an output or input."""
     return base64.b85decode(message["data"])
 
 

@@ -90,6 +90,14 @@ def read_need(words: Sequence[str]) -> Need | None:
     return Need(option, math.prod(int(value) for value in found.values()))
 
 
+def reads_input(words: Sequence[str]) -> bool:
+    """Whether a command reads standard input: `chat`, or one with the word - for it, as in `generate -p -`.
+
+    Others have none, so that a terminal stays the shell's, and a loop in a script keeps its own.
+    """
+    return words[:1] == ["chat"] or "-" in words
+
+
 def read_topology(words: Sequence[str]) -> Topology | None:
     """Finds the topology among the words of a command.
 

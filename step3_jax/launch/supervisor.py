@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from step3_jax.launch.line import Connection, Event, Message, unpack_output
+from step3_jax.beacon import name_rank
+from step3_jax.launch.line import Connection, Event, Message, unpack_bytes
 from step3_jax.launch.log import Log
 from step3_jax.launch.place import Rank
-from step3_jax.launch.watch import Failure, Report, Watch, name_rank
+from step3_jax.launch.watch import Failure, Report, Watch
 
 # What ssh says of a host that it lost, and so do we.
 LOST_HOST_CODE = 255
@@ -123,7 +124,7 @@ class Supervisor:
         if connection is None:
             self._interrupt(message["signal"])
         elif kind == "output":
-            self._log.push(message["rank"], connection.host, message["stream"], unpack_output(message))
+            self._log.push(message["rank"], connection.host, message["stream"], unpack_bytes(message))
         elif kind == "reports":
             for rank, values in message["reports"]:
                 self._watch.hear(rank, Report(*values))

@@ -185,8 +185,3 @@ class Watch:
     def _still_s(self, rank: int) -> float:
         found = self._ranks[rank]
         return max(found.report.still_s, self.now_s - found.heard_at)
-
-
-def name_rank(role: str, rank: int, host: str) -> str:
-    """A rank as messages call it."""
-    return f"{role} (on {host})" if role == f"rank {rank}" else f"{role} (rank {rank} on {host})"

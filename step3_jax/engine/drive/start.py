@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 
+from step3_jax.beacon import name_rank
 from step3_jax.channel.address import ChannelAddress
 from step3_jax.channel.driver import DriverChannel
 from step3_jax.channel.worker import WorkerChannel
@@ -80,8 +81,7 @@ def run_worker(load: Callable[[], Executor | Worker]) -> None:
       Exception: What loading or a call failed with.
     """
     address, rank = ChannelAddress.read(os.environ), jax.process_index()
-    role, place = os.environ.get(ROLE, f"rank {rank}"), f"rank {rank} on {socket.gethostname()}"
-    name = place if role == f"rank {rank}" else f"{role} ({place})"
+    name = name_rank(os.environ.get(ROLE) or f"rank {rank}", rank, socket.gethostname())
     channel = WorkerChannel(address, rank, name)
     try:
         try:

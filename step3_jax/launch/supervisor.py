@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from step3_jax.beacon import name_rank
 from step3_jax.launch.line import Connection, Event, Message, unpack_bytes
 from step3_jax.launch.log import Log
 from step3_jax.launch.place import Rank
 from step3_jax.launch.watch import Failure, Report, Watch
+from step3_jax.rank import name_rank
 
 # What ssh says of a host that it lost, and so do we.
 LOST_HOST_CODE = 255

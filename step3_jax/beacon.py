@@ -16,8 +16,8 @@ import time
 from collections.abc import Mapping
 from typing import BinaryIO, NamedTuple
 
-# Path of the file; set for a rank by its keeper.
-BEACON = "STEP3_BEACON"
+from step3_jax.rank import BEACON
+
 # While the tiny model was loaded, traced, compiled and run, the longest pause between two beats was 0.8 s, and 1.0 s with
 # two more programs on the same two cores: XLA compiles and waits without Python's lock, and tracing gives it up often.
 BEAT_S = 0.2
@@ -33,11 +33,6 @@ _MAX_PLACE_BYTES = 96
 _FILE_BYTES = _PLACE_AT + _MAX_PLACE_BYTES
 # A write takes microseconds; one that does not end is that of a process that was stopped in the middle of it.
 _MAX_TRIES = 1000
-
-
-def name_rank(role: str, rank: int, host: str) -> str:
-    """A rank as messages call it."""
-    return f"{role} (on {host})" if role == f"rank {rank}" else f"{role} (rank {rank} on {host})"
 
 
 class Reading(NamedTuple):

@@ -10,11 +10,8 @@ from collections.abc import Mapping
 
 import jax
 
-# What `step3 launch` sets for each process.
-COORDINATOR, NUM_PROCESSES, PROCESS_ID = "STEP3_COORDINATOR", "STEP3_NUM_PROCESSES", "STEP3_PROCESS_ID"
-CPU_DEVICES = "STEP3_CPU_DEVICES"
-# Seconds that the processes may take to find each other.
-START_TIMEOUT = "STEP3_START_TIMEOUT"
+from step3_jax.rank import COORDINATOR, CPU_DEVICES, NUM_PROCESSES, PROCESS_ID, START_TIMEOUT
+
 DEFAULT_START_TIMEOUT_S = 120
 # Silence of a process after which JAX ends all others. Threads of native code beat: none of Python's can hold them up.
 HEARTBEAT_TIMEOUT_S = 30

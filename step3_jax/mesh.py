@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from step3_jax.distributed import COORDINATOR, CPU_DEVICES, read_number, set_cpu_devices, too_few_cpu_devices
+from step3_jax.distributed import read_number, set_cpu_devices, too_few_cpu_devices
 from step3_jax.layout.parallel import AttentionForm, Parallel
 from step3_jax.layout.table import AXES, mesh_axes
+from step3_jax.rank import COORDINATOR, CPU_DEVICES
 from step3_jax.sharding import parameter_spec
 
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")

@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from step3_jax.beacon import BEACON, Reading, read_beacon
+from step3_jax.beacon import Reading, read_beacon
+from step3_jax.rank import BEACON
 from tests.process import ROOT
 
 

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 import zmq
 from zmq.utils import z85
 
-# host:port of rank 0, and a secret of the run in hexadecimal; `step3 launch` sets both.
-CHANNEL, SECRET = "STEP3_CHANNEL", "STEP3_SECRET"
-_COORDINATOR = "STEP3_COORDINATOR"
+from step3_jax.rank import CHANNEL, COORDINATOR, SECRET
+
 _MIN_SECRET_BYTES = 16
 _MAX_PORT = 65535
 
@@ -50,7 +49,7 @@ class ChannelAddress:
           ValueError: If neither address is there or one cannot be read, or there is no secret and rank 0 is reached over a
             network.
         """
-        name = CHANNEL if environment.get(CHANNEL) else _COORDINATOR
+        name = CHANNEL if environment.get(CHANNEL) else COORDINATOR
         text = environment.get(name, "")
         host, _, port = text.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) <= _MAX_PORT:

@@ -29,6 +29,7 @@ from step3_jax.cli.process import (
     say,
 )
 from step3_jax.gpu import claim_memory
+from step3_jax.rank import COORDINATOR, CPU_DEVICES, NUM_PROCESSES, PROCESS_ID
 
 # Each has two modules of its name: in `arguments` one with `add_arguments(parser)`, free of jax so that `--help` need not
 # wait for it, and here one with `run(arguments) -> exit code`. Only those of the chosen command are imported.
@@ -47,8 +48,8 @@ COMMANDS = {
 }
 
 
-# Set for the processes of `step3 launch`; `step3_jax.distributed` reads them.
-PROCESS_VARIABLES = ("STEP3_COORDINATOR", "STEP3_NUM_PROCESSES", "STEP3_PROCESS_ID", "STEP3_CPU_DEVICES")
+# Where one is set, this is a process of several, or has several CPU devices.
+PROCESS_VARIABLES = (COORDINATOR, NUM_PROCESSES, PROCESS_ID, CPU_DEVICES)
 # Of several processes, rank 0 runs these commands, and the others work for it.
 _DRIVEN = ("generate", "chat", "run-batch", "serve")
 # EX_TEMPFAIL of sysexits.h: another process of the run failed.
@@ -163,7 +164,7 @@ def _run(argv: list[str]) -> int:
     module = _module_name(arguments.command)
     if is_rank:
         is_one_of_several = importlib.import_module("step3_jax.distributed").initialise_distributed()
-        if is_one_of_several and arguments.command in _DRIVEN and int(os.environ["STEP3_PROCESS_ID"]) > 0:
+        if is_one_of_several and arguments.command in _DRIVEN and int(os.environ[PROCESS_ID]) > 0:
             module = "worker"
     return int(importlib.import_module(f"step3_jax.cli.{module}").run(arguments))
 

@@ -29,11 +29,12 @@ from types import FrameType
 from typing import IO
 
 from step3_jax import __version__
-from step3_jax.beacon import BEACON, BeaconFile
+from step3_jax.beacon import BeaconFile
 from step3_jax.launch import net
 from step3_jax.launch.line import Message, Start, decode, encode, pack_output, unpack_bytes
 from step3_jax.launch.log import NATIVE
 from step3_jax.launch.watch import Report
+from step3_jax.rank import BEACON
 
 _CHUNK_BYTES = 2**15
 # Time for the last output after a process ended; only something that fled its session can hold the pipe longer.

@@ -24,9 +24,7 @@ from step3_jax.launch.line import Connection, Event, Message, Start, pack_input
 from step3_jax.launch.log import Log
 from step3_jax.launch.net import Lines, check_versions, choose_channel, choose_coordinator, keeper_command
 from step3_jax.launch.options import (
-    CHANNEL,
     LOOPBACK,
-    SECRET,
     LaunchOptions,
     check_options,
     forwarded_environment,
@@ -34,6 +32,7 @@ from step3_jax.launch.options import (
 )
 from step3_jax.launch.place import Need, read_need, reads_input
 from step3_jax.launch.supervisor import Supervisor, catch_signals, send_beats
+from step3_jax.rank import CHANNEL, SECRET
 
 MODULE = "step3_jax.cli.main"
 # Over the slowest ssh, and Python's own start on a shared file system.

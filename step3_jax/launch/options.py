@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from step3_jax.rank import COORDINATOR, CPU_DEVICES, NUM_PROCESSES, PROCESS_ID, ROLE
+
 LOOPBACK = "127.0.0.1"
 PLATFORMS = ("auto", "cpu", "cuda")
 # No question that nobody can answer, no wait of minutes for a host that is off.
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-T")
 _MIN_DEADLINE_S, _MIN_RANK_DEADLINE_S = 1.0, 2.0
-# What messages call a rank, where rank 0 listens for the others' connections, and what only this run's processes know.
-ROLE, CHANNEL, SECRET = "STEP3_ROLE", "STEP3_CHANNEL", "STEP3_SECRET"
 # Settings that a user makes here and expects there; a host's own devices and paths are not among them.
 FORWARDED = ("STEP3_", "JAX_", "XLA_", "NCCL_", "HF_", "TF_CPP_")
 # All of them exist in every jaxlib that this project supports: XLA ends a process that has one it does not know.
@@ -143,16 +143,16 @@ def rank_environment(
     # The coordinator is reached over gRPC, which would go through a web proxy.
     direct = [part for part in user.get("no_proxy", user.get("NO_PROXY", "")).split(",") if part]
     found = {
-        "STEP3_COORDINATOR": coordinator,
-        "STEP3_NUM_PROCESSES": str(num_processes),
-        "STEP3_PROCESS_ID": str(rank),
+        COORDINATOR: coordinator,
+        NUM_PROCESSES: str(num_processes),
+        PROCESS_ID: str(rank),
         ROLE: role,
         # The rank's first device is its only one. Without this, JAX under Slurm takes the one with the rank's number.
         "JAX_LOCAL_DEVICE_IDS": "0",
         "no_proxy": ",".join([*direct, *([] if host in direct else [host])]),
     }
     if gpu is None:
-        return found | {"JAX_PLATFORMS": "cpu", "STEP3_CPU_DEVICES": str(cpu_devices)}
+        return found | {"JAX_PLATFORMS": "cpu", CPU_DEVICES: str(cpu_devices)}
     return found | {
         "JAX_PLATFORMS": "cuda,cpu",
         "CUDA_VISIBLE_DEVICES": gpu,

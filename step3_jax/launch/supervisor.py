@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from step3_jax.beacon import name_rank
 from step3_jax.launch.line import Connection, Event, Message, unpack_bytes
 from step3_jax.launch.log import Log
 from step3_jax.launch.place import Rank
 from step3_jax.launch.watch import Failure, Report, Watch
+from step3_jax.rank import name_rank
 
 # What ssh says of a host that it lost, and so do we.
 LOST_HOST_CODE = 255
@@ -213,7 +213,8 @@ class Supervisor:
         self._log.interrupt()
         if self._shutdown_s and 0 in self._running:
             self._log.note(f"{name}: rank 0 has {self._shutdown_s:g} s to end, and then the others")
-            self._end_others_at = time.monotonic() + self._shutdown_s
+            # It ends by itself once that is over, which takes a moment.
+            self._end_others_at = time.monotonic() + self._shutdown_s + self._grace_s
             self._connections[self._ranks[0].host].send(Message(kind="signal", rank=0, signal=number))
             return
         self._log.note(f"{name}: ending rank {_join(self._running)}, for {self._grace_s:g} s at most")

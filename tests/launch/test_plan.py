@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from step3_jax.launch.keeper import list_gpus
-from step3_jax.launch.line import Message, decode, encode, pack_output, unpack_output
+from step3_jax.launch.line import Message, decode, encode, pack_output, unpack_bytes
 from step3_jax.launch.net import (
     check_versions,
     join_address,
@@ -200,7 +200,7 @@ def test_a_port_that_listens_is_reached_and_is_free_again_afterwards() -> None:
 def test_messages_survive_and_noise_is_told_apart() -> None:
     data = bytes(range(256))
     message = decode(encode(pack_output(3, "stdout", data)))
-    assert (message["kind"], message["rank"], unpack_output(message)) == ("output", 3, data)
+    assert (message["kind"], message["rank"], unpack_bytes(message)) == ("output", 3, data)
     # A login shell that prints without an end of line.
     assert decode(b"Welcome! " + encode(Message(kind="beat")))["kind"] == "beat"
     for line in (b"Welcome\n", b"\x1estep3 {half\n", b"\x1estep3 [1]\n", b"\xff\xfe\n"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from step3_jax.beacon import name_rank
 from step3_jax.launch.watch import LOST_PEER_CODE, SETTLE_S, Failure, Report, Watch
+from step3_jax.rank import name_rank
 
 NAMES = {0: "attention 0 (rank 0 on a)", 1: "attention 1 (rank 1 on b)", 2: "ffn 0 (rank 2 on c)"}
 DEADLINE_S = 10.0

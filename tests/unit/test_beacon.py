@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from step3_jax.beacon import BEACON, Beacon, BeaconFile, read_beacon
+from step3_jax.beacon import Beacon, BeaconFile, read_beacon
+from step3_jax.rank import BEACON
 
 
 def make(path: pathlib.Path) -> BeaconFile:

@@ -15,7 +15,7 @@ MAX_LINES = 500
 
 # Each row may import its own part and those of the rows above; parts of one row do not import each other.
 ROWS = (
-    ("pallas_kernels",),
+    ("pallas_kernels", "rank"),
     ("resources", "stored_file", "json_schema", "gpu", "nearest", "beacon", "channel"),
     ("config_file",),
     ("config",),
@@ -138,6 +138,7 @@ def test_text_and_planner_run_without_jax() -> None:
             "json_schema",
             "launch",
             "beacon",
+            "rank",
         )
         for line, name in _imported(path)
         if name.split(".")[0] in ("jax", "jaxlib", "flax")

@@ -21,13 +21,12 @@ from step3_jax.beacon import Beacon
 from step3_jax.engine.executor import ModelPart
 from step3_jax.layout.payload import choose_payload
 from step3_jax.model.step3 import Step3
+from step3_jax.rank import TRACE_STEPS
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 Specs = tuple[PartitionSpec, ...]
-# Set to 1, each decode step tells the host its number and that of its last exchange, for messages about a rank that hangs.
-TRACE_STEPS = "STEP3_TRACE_STEPS"
 # Of arrays of which each device has a part of its own, and of those that are the same on all.
 OWN, COPY = PartitionSpec(UNION), PartitionSpec()
 

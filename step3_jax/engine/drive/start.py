@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import jax
 
-from step3_jax.beacon import name_rank
 from step3_jax.channel.address import ChannelAddress
 from step3_jax.channel.driver import DriverChannel
 from step3_jax.channel.worker import WorkerChannel
@@ -16,9 +15,7 @@ from step3_jax.distributed import read_start_timeout
 from step3_jax.engine.drive.executor import DrivenExecutor
 from step3_jax.engine.drive.worker import CachedWorker, Worker, serve_calls
 from step3_jax.engine.executor import Executor
-
-# What this process is called in messages, such as "ffn 0"; set by the launcher.
-ROLE = "STEP3_ROLE"
+from step3_jax.rank import ROLE, name_rank
 
 
 def is_shared(executor: object) -> bool:

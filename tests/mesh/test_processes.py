@@ -43,8 +43,7 @@ def test_processes_give_the_tokens_of_one(
 ) -> None:
     answers = run_ranks(num_processes, str(goldens / "tiny_text"), json.dumps(setting), cpu_devices=cpu_devices)
     assert [answer["rank"] for answer in answers] == list(range(num_processes))
-    assert all(answer["tokens"] == alone["tokens"] for answer in answers)
-    assert {answer["agreed"] for answer in answers} == {7000000000}
+    assert [answer["tokens"] for answer in answers] == [alone["tokens"], *[None] * (num_processes - 1)]
     # Experts are shared out over all devices, whatever the setting; the rest of a process's are read by it alone.
     whole = {name: info.num_bytes for name, info in Checkpoint(goldens / "tiny_text").tensors.items()}
     experts = [name for name in whole if ".moe." in name and "moe.gate.weight" not in name]

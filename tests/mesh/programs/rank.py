@@ -1,11 +1,12 @@
 """One of several processes that run a checkpoint together: FOLDER PARALLEL, the latter as JSON.
 
-Its answer: the tokens of some prompts and the bytes of each tensor that this process has read.
+Its answer: the tokens of some prompts, of rank 0 alone, and the bytes of each tensor that this process has read.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import sys
 
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from step3_jax.checkpoint.shards import Checkpoint
-from step3_jax.distributed import agree, initialise_distributed
+from step3_jax.distributed import initialise_distributed
 from step3_jax.engine.llm import LLM
 from step3_jax.layout.parallel import Parallel
 from step3_jax.sampling.params import SamplingParams
@@ -35,12 +36,16 @@ def main() -> None:
         return part
 
     Checkpoint.read = count
-    llm = LLM(folder, max_model_len=128, max_num_seqs=4, parallel=Parallel(**setting) if setting else None)
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params)
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    rank = jax.process_index()
-    give_answer({"tokens": tokens, "read": read, "rank": rank, "agreed": agree(7000000000 + rank)})
+    parallel = Parallel(**setting) if setting else None
+    tokens = None
+    # In the other processes it does not return before rank 0 has made its calls.
+    with contextlib.suppress(SystemExit):
+        llm = LLM(folder, max_model_len=128, max_num_seqs=4, parallel=parallel)
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        llm.close()
+    give_answer({"tokens": tokens, "read": read, "rank": jax.process_index()})
 
 
 if __name__ == "__main__":

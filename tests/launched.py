@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from step3_jax.beacon import Reading, read_beacon
-from step3_jax.rank import BEACON
+from step3_jax.rank import BEACON, PROCESS_ID
 from tests.process import ROOT
 
 
@@ -58,16 +58,11 @@ class Running:
     def wait_for_rank(self, rank: int, is_there: Callable[[Reading], bool]) -> int:
         """Waits until a rank is at a place; its process id. Linux alone."""
         give_up_at = time.monotonic() + self.limit_s
-        while True:
+        while (pid := find_rank(self.process.pid, rank, is_there)) is None:
             assert self.process.poll() is None, self.stderr
             assert time.monotonic() < give_up_at, f"never came: {self.stderr}"
-            for pid in descendants(self.process.pid):
-                with contextlib.suppress(OSError, ValueError):
-                    if variable(pid, "STEP3_PROCESS_ID") == str(rank) and is_there(
-                        read_beacon(f"/proc/{pid}/fd/{variable(pid, BEACON).rpartition('/')[2]}")
-                    ):
-                        return pid
             time.sleep(0.01)
+        return pid
 
     def left_files(self) -> set[str]:
         """What is in the folder for temporary files, but for logs that messages name."""
@@ -109,6 +104,26 @@ def launching(folder: pathlib.Path, environment: Mapping[str, str], limit_s: flo
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running.process.pid, signal.SIGKILL)
             running.process.wait()
+
+
+# Where a rank of a command that runs a model is.
+AT_PLACE: dict[str, Callable[[Reading], bool]] = {
+    "start": lambda reading: reading.process_id > 0,
+    "prefill": lambda reading: reading.place == "prefill",
+    # The first call compiles.
+    "decode": lambda reading: reading.place == "decode" and reading.is_repeated,
+}
+
+
+def find_rank(ancestor: int, rank: int, is_there: Callable[[Reading], bool]) -> int | None:
+    """The process of a rank that was started by another, if it is at a place. Linux alone."""
+    for pid in descendants(ancestor):
+        with contextlib.suppress(OSError, ValueError):
+            if variable(pid, PROCESS_ID) == str(rank) and is_there(
+                read_beacon(f"/proc/{pid}/fd/{variable(pid, BEACON).rpartition('/')[2]}")
+            ):
+                return pid
+    return None
 
 
 def descendants(parent: int) -> list[int]:

@@ -169,16 +169,16 @@ class Supervisor:
     def _judge(self) -> None:
         if self._has_to_end() or (failure := self._watch.judge()) is None:
             return
-        watch, rank = self._watch, failure.rank
-        self._end_for(_Cause(f"{watch.name(rank)} {failure.text}", failure.code, rank))
+        rank = failure.rank
         others = [other for other in self._ranks if other != rank]
-        for other in others[:_MAX_PLACES]:
-            self._log.note(f"  {watch.name(other)} was {watch.where(other)}")
+        self._end_for(_Cause(f"{self._watch.name(rank)} {failure.text}", failure.code, rank), others)
         self._ended_by_us = sum(other not in self._running for other in others)
 
-    def _end_for(self, cause: _Cause) -> None:
+    def _end_for(self, cause: _Cause, others: Sequence[int] = ()) -> None:
         self._cause = cause
         self._log.note(cause.text + (f"; ending rank {_join(self._running)}" if self._running else ""))
+        for rank in others[:_MAX_PLACES]:
+            self._log.note(f"  {self._watch.name(rank)} was {self._watch.where(rank)}")
         self._log.blame(cause.rank)
         self._end_all(signal.SIGTERM, self._grace_s)
 
@@ -196,9 +196,11 @@ class Supervisor:
                 )
 
     def _lose(self, connection: Connection, text: str) -> None:
-        self._running -= set(self._running_on(connection))
+        lost = self._running_on(connection)
+        self._running -= set(lost)
         if not self._has_to_end():
-            self._end_for(_Cause(text, LOST_HOST_CODE))
+            others = [rank for rank in self._ranks if rank not in lost]
+            self._end_for(_Cause(text, LOST_HOST_CODE), [*lost, *others])
 
     def _has_to_end(self) -> bool:
         return self._cause is not None or self._signal is not None

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from step3_jax.beacon import Reading
 from step3_jax.launch.watch import LOST_PEER_CODE
-from tests.launched import Running, launching, wait_until_gone
+from tests.launched import AT_PLACE, Running, launching, wait_until_gone
 from tests.process import environment
 
 # Compiling takes most of the time; nothing takes a third of it.
@@ -26,12 +25,6 @@ OPTIONS = f"--local 2 --grace 2 --rank-deadline {DEADLINE_S}"
 # More tokens than there is time for.
 LONG = ["--max-tokens", "2000", "--max-model-len", "2048", "--ignore-eos"]
 FORMS = {"afd": (["--afd", "1a1f"], ("attention 0", "ffn 0")), "tp": (["--tp", "2"], ("rank 0", "rank 1"))}
-PLACES: dict[str, Callable[[Reading], bool]] = {
-    "start": lambda reading: reading.process_id > 0,
-    "prefill": lambda reading: reading.place == "prefill",
-    # The first call compiles.
-    "decode": lambda reading: reading.place == "decode" and reading.is_repeated,
-}
 WHERE = {"start": "at the start", "prefill": r"in prefill, call \d+", "decode": r"(in decode, call|after call) \d+"}
 SAID = {signal.SIGKILL: r"was killed \(SIGKILL", signal.SIGSTOP: r"has not moved for \d+ s"}
 # Of the whole matrix, these are run each time.
@@ -52,7 +45,7 @@ def matrix() -> Iterator[object]:
     for form in FORMS:
         for victim in (0, 1):
             for number in SAID:
-                for place in PLACES:
+                for place in AT_PLACE:
                     case = form, victim, number, place
                     marks = () if case in QUICK else slow
                     yield pytest.param(*case, id=f"{form}-{victim}-{number.name}-{place}", marks=marks)
@@ -69,8 +62,8 @@ def test_a_lost_rank_ends_all(
 ) -> None:
     words, roles = FORMS[form]
     running = start(OPTIONS, ["generate", str(tiny_model_path), *words, "-p", "Tell a story.", *LONG])
-    pids = [running.wait_for_rank(rank, PLACES["start"]) for rank in (0, 1)]
-    assert running.wait_for_rank(victim, PLACES[place]) == pids[victim]
+    pids = [running.wait_for_rank(rank, AT_PLACE["start"]) for rank in (0, 1)]
+    assert running.wait_for_rank(victim, AT_PLACE[place]) == pids[victim]
     begin = time.monotonic()
     os.kill(pids[victim], number)
     code = running.wait()

@@ -197,6 +197,21 @@ def hlo(case: Answer) -> Answer:
     return {"done": dict(collections.Counter(done))}
 
 
+def callbacks(case: Answer) -> Answer:
+    """Calls of Python in this process's decode loop, as it is lowered."""
+    executor = executor_of(case)
+    numbers = executor._numbers(1, False)
+    if isinstance(executor, FfnProcess):
+        lowered = executor._decode.lower(executor.weights, numbers, 2, 8)
+    else:
+        cache, rows = executor.allocate_cache(NUM_PAGES, "float32"), jnp.ones((2,), jnp.int32)
+        batch = DecodeBatch(rows, rows, rows, rows > 0, jnp.zeros((2, 2), jnp.int32))
+        row = SamplingRow(SamplingParams(temperature=0), 8, (0, 0), ())
+        sampling = sampling_batch([row] * 2, executor.config.text.vocab_size, 2)
+        lowered = executor._decode.lower(executor.weights, cache, batch, sampling, numbers, 8)
+    return {"count": lowered.as_text().count("callback")}
+
+
 def loaded(case: Answer) -> Answer:
     """Elements read of each tensor when a checkpoint is loaded."""
     read: collections.Counter[str] = collections.Counter()
@@ -242,7 +257,7 @@ def main() -> None:
     # These programs run for milliseconds and take seconds to compile.
     jax.config.update("jax_disable_most_optimizations", True)
     answers: dict[str, Callable[[Answer], Answer]] = {
-        function.__name__: function for function in (tokens, features, repeat, places, hlo, loaded, shipped)
+        function.__name__: function for function in (tokens, features, repeat, places, hlo, callbacks, loaded, shipped)
     }
     found = [answers[str(case["do"])](case) for case in json.loads(sys.argv[1])]
     give_answer(found)

@@ -1,30 +1,16 @@
-"""Where rank 0 listens for the other ranks, and the keys that both ends derive from the run's secret."""
+"""Where rank 0 listens for the other ranks, and the secret of the run."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import hmac
 import ipaddress
 import socket
 from collections.abc import Mapping
-
-import zmq
-from zmq.utils import z85
 
 from step3_jax.rank import CHANNEL, COORDINATOR, SECRET
 
 _MIN_SECRET_BYTES = 16
 _MAX_PORT = 65535
-
-
-@dataclasses.dataclass(frozen=True)
-class Keys:
-    """CURVE keys of one end, and the public one of the other, as ZeroMQ writes them."""
-
-    public: bytes
-    secret: bytes
-    peer: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +79,6 @@ class ChannelAddress:
         """What the other ranks connect to."""
         return _endpoint(self.host, self.port)
 
-    def keys(self, *, is_driver: bool) -> Keys | None:
-        """The keys of an end; None without a secret.
-
-        The public keys are secret too, as both are derived: whoever completes the handshake knows the run's secret.
-        """
-        if self.secret is None:
-            return None
-        secrets = [_derive(self.secret, label) for label in (b"driver", b"worker")]
-        own, other = secrets if is_driver else secrets[::-1]
-        return Keys(zmq.curve_public(own), own, zmq.curve_public(other))
-
 
 def port_beside(port: int) -> int:
     """The port beside one that was given."""
@@ -124,7 +99,3 @@ def _read_secret(text: str) -> bytes | None:
     if len(secret) < _MIN_SECRET_BYTES:
         raise ValueError(f"{SECRET} is not hexadecimal of at least {2 * _MIN_SECRET_BYTES} digits")
     return secret
-
-
-def _derive(secret: bytes, label: bytes) -> bytes:
-    return z85.encode(hmac.digest(secret, b"step3 channel " + label, hashlib.sha256))

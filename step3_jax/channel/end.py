@@ -9,6 +9,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from step3_jax.channel.address import ChannelAddress
+from step3_jax.channel.key import derive_keys
 
 # ZeroMQ's own thread asks the other end so often whether it is there, and gives the connection up after so long: a host
 # that is off, a network that is cut, a process that is stopped. It answers while Python computes.
@@ -32,8 +33,8 @@ class End:
         self.socket.heartbeat_ivl = _ASK_MS
         self.socket.heartbeat_timeout = self.socket.heartbeat_ttl = _LOST_MS
         self.socket.ipv6 = ":" in address.host
-        keys = address.keys(is_driver=is_driver)
-        if keys is not None:
+        if address.secret is not None:
+            keys = derive_keys(address.secret, is_driver=is_driver)
             self.socket.curve_publickey, self.socket.curve_secretkey = keys.public, keys.secret
             if is_driver:
                 self.socket.curve_server = True

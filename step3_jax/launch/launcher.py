@@ -70,7 +70,8 @@ def launch(
         another version, the port is taken, or the number of processes does not fit the command's devices.
       BrokenPipeError: If the reader of standard output left; all ranks have ended then.
     """
-    check_options(words, options)
+    # A module of the user's need not take words.
+    check_options(words if module == MODULE else [module, *words], options)
     need = read_need(words)
     task = None
     if options.local is None and not options.hosts:

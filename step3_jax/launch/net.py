@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from step3_jax.channel.address import port_beside
 from step3_jax.launch.cluster import Task
 from step3_jax.launch.line import Connection, Event, Message
 from step3_jax.launch.log import Log
@@ -72,11 +73,6 @@ def split_coordinator(text: str) -> tuple[str, int | None]:
 def join_address(host: str, port: int) -> str:
     """ "host:port", with brackets around a version 6"""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def next_port(port: int) -> int:
-    """The port beside one that was given: the supervisors of the ranks meet there (see `step3_jax/afd/supervisor.py`)."""
-    return port + 1 if port < 65535 else port - 1
 
 
 def listen(port: int, host: str | None = None) -> socket.socket:
@@ -318,7 +314,7 @@ def choose_channel(
     host, port = split_coordinator(coordinator)
     given = None if options.coordinator is None else split_coordinator(options.coordinator)[1]
     is_given = task is not None or options.port is not None or given is not None
-    beside = next_port(port) if is_given and port is not None else None
+    beside = port_beside(port) if is_given and port is not None else None
     options = dataclasses.replace(options, coordinator=host if ":" not in host else f"[{host}]", port=beside)
     # A free port that was tried is free again, so the same one may be found.
     while (found := choose_coordinator(lines, options, task, hellos)) == coordinator:

@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--python", metavar="PATH", help="interpreter on the other hosts (default: the same path as here)"
     )
     start.add_argument("--directory", metavar="PATH", help="where to run there (default: the same path as here)")
-    start.add_argument("--module", default=MODULE, help=argparse.SUPPRESS)
+    start.add_argument(
+        "--module",
+        default=MODULE,
+        metavar="NAME",
+        help="a Python module of your own that takes the words in place of step3, such as a script that uses LLM",
+    )
     end = parser.add_argument_group("end")
     end.add_argument(
         "--grace", type=float, default=5.0, metavar="S", help="seconds from SIGTERM to SIGKILL (default: 5)"

@@ -36,15 +36,3 @@ def test_a_network_is_listened_at_by_its_address_or_by_all() -> None:
 def test_what_cannot_be_is_refused(variables: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChannelAddress.read(variables)
-
-
-def test_both_ends_derive_each_others_keys_from_the_secret() -> None:
-    address = ChannelAddress("127.0.0.1", 1, bytes.fromhex(SECRET))
-    driver, worker = address.keys(is_driver=True), address.keys(is_driver=False)
-    assert driver is not None
-    assert worker is not None
-    assert (driver.peer, worker.peer) == (worker.public, driver.public)
-    assert len({driver.public, driver.secret, worker.public, worker.secret}) == 4
-    other = ChannelAddress("127.0.0.1", 1, bytes(32)).keys(is_driver=True)
-    assert other is not None
-    assert other.public != driver.public

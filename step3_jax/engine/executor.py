@@ -29,17 +29,17 @@ from step3_jax.sampling.batch import SamplingBatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Started(Generic[T]):
+class Started(Generic[T_co]):
     """A call that was dispatched and may still run."""
 
-    def __init__(self, value: T) -> None:
+    def __init__(self, value: T_co) -> None:
         """Takes what the call returned: a pytree of arrays."""
         self._value = value
 
-    def result(self) -> T:
+    def result(self) -> T_co:
         """Waits for the call; its values on the host.
 
         Raises:

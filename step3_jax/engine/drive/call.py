@@ -134,7 +134,7 @@ def from_message(message: Message) -> Call:
         if kind == "Decode":
             batch = DecodeBatch(**_part(_BATCH, fields))
             sampling = SamplingBatch(**_part(_SAMPLING, fields))
-            numbers = {name: int(fields[name]) for name in ("num_steps", "max_steps")}  # type: ignore[arg-type]
+            numbers = {name: int(fields[name]) for name in ("num_steps", "max_steps")}
             return Decode(DecodeCall(batch, sampling, **numbers, leave_early=bool(fields["leave_early"])))
         if kind == "EncodeImages":
             return EncodeImages(_array(fields["pixels"]))
@@ -142,18 +142,18 @@ def from_message(message: Message) -> Call:
             raise MessageError(f"{fields['storage']!r} is no format of pages")
         plain = _PLAIN[kind]
         if plain is CopyPages:
-            return CopyPages(tuple(fields["sources"]), tuple(fields["targets"]))  # type: ignore[arg-type]
-        return plain(**fields)  # type: ignore[arg-type]
+            return CopyPages(tuple(fields["sources"]), tuple(fields["targets"]))
+        return plain(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise MessageError(f"{kind} is not a call: {error}") from None
 
 
 def _chunk_fields(batch: PrefillBatch) -> dict[str, Value]:
     fields: dict[str, Value] = batch._asdict()
-    if batch.features is not None and batch.feature_rows is not None:
+    features, rows = fields["features"], fields["feature_rows"]
+    if isinstance(features, np.ndarray) and isinstance(rows, np.ndarray):
         # Behind those that a token has there is padding, which is megabytes.
-        used = int(np.asarray(batch.feature_rows).max(initial=-1)) + 1
-        fields |= {"features": batch.features[:used], "num_features": batch.features.shape[0]}
+        fields |= {"features": features[: int(rows.max(initial=-1)) + 1], "num_features": len(features)}
     return fields
 
 
@@ -164,7 +164,7 @@ def _read_chunk(fields: dict[str, Value]) -> PrefillBatch:
         whole = np.zeros((count, used.shape[1]), used.dtype)
         whole[: len(used)] = used
         fields["features"] = whole
-    return PrefillBatch(**fields)  # type: ignore[arg-type]
+    return PrefillBatch(**fields)
 
 
 def _array(value: Value) -> np.ndarray:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import abc
 
-import numpy as np
-
 from step3_jax.beacon import Beacon
 from step3_jax.cache.paged import Cache
 from step3_jax.channel.worker import WorkerChannel
@@ -20,12 +18,11 @@ from step3_jax.engine.drive.call import (
     from_message,
 )
 from step3_jax.engine.executor import Executor, Started
-from step3_jax.engine.state import Report
 
 # So long after a chunk the decode call that mostly follows is waited for, to be dispatched while the chunk is computed.
 FOLLOW_S = 0.005
 # What a call gives: what may still run, bytes of memory, or nothing to wait for.
-Outcome = Started[Cache] | Started[object] | Started[Report] | Started[np.ndarray] | int | None
+Outcome = Started[object] | int | None
 
 
 class Worker(abc.ABC):

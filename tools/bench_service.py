@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import json
 import os
@@ -39,8 +40,11 @@ from step3_jax.client import ServiceClient
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.server.app import build_app
+from step3_jax.server.config import ServerConfig
 
 CLIENTS = 32
+# As many wait as run, so that an overload of a minute fills the queue.
+QUEUED = 2 * CLIENTS
 PROMPT, OUTPUT = (32, 256), (32, 128)
 OVERLOAD = 1.5
 IDLE_CONNECTIONS = 1000
@@ -67,7 +71,7 @@ def serve(arguments: argparse.Namespace) -> int:
     """The process with the service."""
     llm = make_llm(*PRESETS[arguments.preset])
     llm.warm_up()
-    app = build_app(llm)
+    app = build_app(llm, ServerConfig(max_num_queued_reqs=QUEUED))
 
     async def seconds(_: Request) -> JSONResponse:
         return JSONResponse(thread_seconds())
@@ -148,7 +152,7 @@ def generate_seconds(llm: LLM, bodies: Sequence[Mapping[str, object]]) -> float:
 def measure_throughput(arguments: argparse.Namespace, llm: LLM, url: str) -> list[dict[str, object]]:
     """Rows: tokens a second through HTTP and through `LLM.generate`, and whose processor seconds they took."""
     rows = []
-    for number in range(arguments.rounds + 1):
+    for number in range(arguments.rounds):
         bodies = make_bodies(arguments.requests, llm.config.text.vocab_size, number)
         offline_s = 0.0
         if number % 2:
@@ -167,8 +171,7 @@ def measure_throughput(arguments: argparse.Namespace, llm: LLM, url: str) -> lis
             "seconds": duration,
         }
         row |= {f"{name}_cpu_s": after[name] - before[name] for name in before} | {"clients_cpu_s": clients_s}
-        # The first round compiles what the warm-up of this process has not.
-        rows += [row] if number else []
+        rows.append(row)
     return rows
 
 
@@ -182,8 +185,11 @@ def measure_first_token(arguments: argparse.Namespace, llm: LLM, url: str) -> di
         assert waits is not None, record.error
         params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         begin = time.perf_counter()
-        next(iter(llm.generate(body["prompt"], params, stream=True)))  # type: ignore[call-overload]
+        stream = iter(llm.generate(body["prompt"], params, stream=True))  # type: ignore[call-overload]
+        next(stream)
         pairs.append((waits.first, (time.perf_counter() - begin) * 1e3))
+        # To its end: a call under way would take time from the next request.
+        collections.deque(stream, maxlen=0)
     pairs = pairs[2:]
     through, alone = zip(*pairs, strict=True)
     return {
@@ -203,7 +209,8 @@ async def _send_one(url: str, body: Mapping[str, object]) -> Record:
 
 def measure_overload(arguments: argparse.Namespace, llm: LLM, url: str) -> dict[str, object]:
     """A closed loop, which finds the capacity, then an open loop at 1.5 times of it."""
-    bodies = make_bodies(arguments.requests, llm.config.text.vocab_size, 2000)
+    # A wait for a chunk of prompts is one of all sequences at once: the 99th percentile of few requests would be chance.
+    bodies = make_bodies(arguments.requests * 3, llm.config.text.vocab_size, 2000)
     records, _ = send_apart(url, bodies, concurrency=CLIENTS)
     closed = summarise(records, {})
     capacity = float(str(closed["requests_per_s"]))
@@ -247,16 +254,30 @@ def measure_idle(url: str, pid: int, count: int) -> dict[str, object]:
 def measure(arguments: argparse.Namespace) -> int:
     """All of it, printed and written."""
     before = {"load_average_before": load_average(), "cpu_pressure_before": cpu_pressure()}
+    begin = time.perf_counter()
+
+    def tell(what: str) -> None:
+        print(f"{time.perf_counter() - begin:5.0f} s: {what}", file=sys.stderr, flush=True)
+
+    tell("making the model")
     llm = make_llm(*PRESETS[arguments.preset])
+    llm.warm_up()
+    tell("starting the service")
     with running_service(arguments) as (url, pid):
+        tell(f"throughput, {arguments.rounds} rounds")
         rows = measure_throughput(arguments, llm, url)
+        tell("first token")
+        first_token = measure_first_token(arguments, llm, url)
+        tell("overload")
+        overload = measure_overload(arguments, llm, url)
+        tell("idle connections")
         found: dict[str, object] = {
             "clients": CLIENTS,
             "requests": arguments.requests,
             "throughput_ratio": statistics.median(float(str(row["ratio"])) for row in rows),
             "throughput": rows,
-            "first_token": measure_first_token(arguments, llm, url),
-            "overload": measure_overload(arguments, llm, url),
+            "first_token": first_token,
+            "overload": overload,
             "idle": measure_idle(url, pid, IDLE_CONNECTIONS),
         }
     machine = conditions() | before | {"cpu_pressure_after": cpu_pressure()}

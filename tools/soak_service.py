@@ -155,7 +155,7 @@ async def run_client(
 
 async def soak(url: str, pid: int, *, minutes: float, num_clients: int, cancels: float) -> dict[str, object]:
     """The load, and what was counted and measured."""
-    folder = resources.find_folder("step3-tiny") / "examples"
+    folder = resources.find("models/step3-tiny") / "examples"
     images = [
         f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" for path in sorted(folder.glob("*.png"))
     ]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.engine.executor import Executor, Started
-from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class RecordingExecutor(Executor):
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         return jax.numpy.asarray(self._executor.encode_images(pixels))
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`."""
         cache, started = self._executor.prefill(cache, batch)
         return cache, self._note(batch, started)

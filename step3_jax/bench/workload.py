@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from step3_jax.planner.trace_file import parse_request, read_trace
 from step3_jax.text.tokenizer import Tokenizer
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # What a byte-level vocabulary writes for a space.
 _SPACE = "Ġ"
-# Of JSONL files.
-_KEYS = ("prompt_tokens", "output_tokens")
 
 
 class Lengths(NamedTuple):
@@ -43,43 +42,22 @@ def draw_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], *
 
 
 def read_lengths(path: str | pathlib.Path) -> list[Lengths]:
-    """Lengths from a file with a JSON object on each line: {"prompt_tokens": 120, "output_tokens": 40}; others are ignored.
+    """Lengths from a trace, see `step3_jax.planner.trace_file.read_trace`; how long they may be is the model's to say.
 
     Raises:
       ValueError: If the file cannot be read, is empty, or has a line of another form.
     """
-    file = pathlib.Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            entry = None
-        found.append(parse_lengths(entry, f"{file}, line {number}"))
-    if not found:
-        raise ValueError(f"{file} has no requests; a JSON object on each line is needed")
-    return found
+    return [Lengths(one.prompt_tokens, one.output_tokens) for one in read_trace(path, max_tokens=None)]
 
 
 def parse_lengths(entry: object, where: str) -> Lengths:
-    """Lengths from an object of JSON, as `read_lengths` takes it.
+    """Lengths from an object of JSON, as a line of a trace has it.
 
     Raises:
       ValueError: For another form; the message begins with `where`.
     """
-    values = [entry.get(key) for key in _KEYS] if isinstance(entry, dict) else [None]
-    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values):
-        raise ValueError(
-            f'{where}: {json.dumps(entry)[:80]}; {{"prompt_tokens": N, "output_tokens": N}} with whole numbers of at least '
-            "1 is needed"
-        )
-    return Lengths._make(values)
+    request = parse_request(entry, where, max_tokens=None)
+    return Lengths(request.prompt_tokens, request.output_tokens)
 
 
 def random_prompts(lengths: Sequence[Lengths], vocab_size: int, *, seed: int = 0) -> list[list[int]]:

@@ -15,6 +15,9 @@ ANSWERING = "reading the prompt (the first of its size compiles programs)"
 _T = TypeVar("_T")
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+# Of the control characters a terminal gets line ends and tabs; the others become the symbols that stand for them.
+_CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+_SYMBOLS = _CONTROLS | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
 class Display:
@@ -57,7 +60,7 @@ class Display:
 
     @staticmethod
     def _print(text: str = "", end: str = "\n") -> None:
-        print(text, end=end, flush=True)
+        print(make_visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
     def show(self, deltas: Sequence[OutputDelta]) -> None:
         """Shows what is told apart already, as services do it."""
@@ -91,6 +94,11 @@ def default_show_reasoning() -> bool:
     return sys.stderr.isatty()
 
 
+def make_visible(text: str) -> str:
+    """The text for a terminal, which must not take what a model wrote for a command: escape sequences become visible."""
+    return text.translate(_SYMBOLS)
+
+
 def write_note(text: str) -> None:
     """Writes a line about the output, dimmed on a terminal."""
     _write_dim(text + "\n")
@@ -104,6 +112,6 @@ def write_cut(display: Display, limit: str) -> None:
 
 def _write_dim(text: str) -> None:
     if sys.stderr.isatty():
-        text = f"{_DIM}{text}{_PLAIN}"
+        text = f"{_DIM}{make_visible(text)}{_PLAIN}"
     sys.stderr.write(text)
     sys.stderr.flush()

@@ -42,7 +42,7 @@ COMMANDS = {
     "serve": "answer requests over HTTP, as OpenAI's API does",
     "launch": "start a command as many processes: here, over ssh, under Slurm, Open MPI, Kubernetes",
     "afd": "look into attention and FFN on devices of their own: trace a run, draw it",
-    "plan": "whether a deployment of a large model fits, without its weights",
+    "plan": "whether a deployment of a large model fits and what it costs, without its weights",
     "bench": "measure the speed of this machine, or of a service",
     "env": "show versions, devices and folders",
 }

@@ -1,113 +1,11 @@
-"""`step3 plan memory`: whether a deployment of a large model fits, without its weights and without its devices.
-
-Exit code 0 if it fits, 1 if it does not, 2 for a mistake in what was given.
-"""
+"""`step3 plan`: finds what is to be planned, and imports nothing for the rest."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import pathlib
-
-from step3_jax.cli.display import write_note
-from step3_jax.cli.plan_process import Compilation, compile_deployment
-from step3_jax.cli.process import interruptible
-from step3_jax.config import PRESETS, ModelConfig
-from step3_jax.layout.deployment import Deployment, Workload, load_deployment
-from step3_jax.layout.hardware import load_hardware
-from step3_jax.layout.role import check_deployment, deployed_config, roles_of
-from step3_jax.planner.memory import CacheShape, MemoryPlan, plan_memory, shape_cache
-from step3_jax.planner.report import to_dict, to_lines
-
-# What is compiled for a deployment that names no workload: the bytes of weights do not depend on it.
-_SMALL_CACHE = CacheShape(rows=4, pages_per_row=4)
+import importlib
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the plan."""
-    deployment = _change(load_deployment(arguments.deployment), arguments)
-    config = _load_config(arguments.model)
-    deployed = deployed_config(config, deployment.weights, text_only=arguments.text_only)
-    check_deployment(deployed, deployment)
-    memory_gib = arguments.memory_gib if arguments.memory_gib is not None else _find_memory(deployment)
-
-    def plan(compilation: Compilation | None) -> MemoryPlan:
-        return plan_memory(
-            config,
-            deployment,
-            memory_gib=memory_gib,
-            text_only=arguments.text_only,
-            memory_share=arguments.memory_share,
-            chunk_tokens=arguments.max_num_batched_tokens,
-            compiled=None if compilation is None else compilation.roles,
-        )
-
-    # First without, so that wrong numbers are refused at once.
-    found, compilation = plan(None), None
-    if not arguments.no_compile:
-        write_note(f"compiling the decode step for {deployment.num_devices} devices from shapes (about a minute) ...")
-        with interruptible():
-            compilation = _compile(deployed, deployment)
-        found = plan(compilation)
-    if arguments.json:
-        took = {} if compilation is None else {"seconds": compilation.seconds, "peak_bytes": compilation.peak_bytes}
-        print(json.dumps(to_dict(found) | {"compilation": took or None}))
-    else:
-        print("\n".join(to_lines(found)))
-        if compilation is not None:
-            write_note(
-                f"compiled in {compilation.seconds:.0f} s with {compilation.peak_bytes / 2**30:.2f} GiB of memory"
-            )
-    return 1 if found.problems else 0
-
-
-def _compile(config: ModelConfig, deployment: Deployment) -> Compilation:
-    holder = next(role for role in roles_of(deployment) if role.has_cache)
-    return compile_deployment(config, deployment, shape_cache(deployment, holder) or _SMALL_CACHE)
-
-
-def _change(deployment: Deployment, arguments: argparse.Namespace) -> Deployment:
-    """The deployment with what the command line says instead.
-
-    Raises:
-      ValueError: If only one of the two numbers of a workload is known, or one is not positive.
-    """
-    return dataclasses.replace(
-        deployment,
-        weights=arguments.weights or deployment.weights,
-        kv_cache=arguments.kv_cache_dtype or deployment.kv_cache,
-        hardware=arguments.hardware or deployment.hardware,
-        # Another device has its own memory.
-        device_memory_gib=None if arguments.hardware else deployment.device_memory_gib,
-        workload=_change_workload(deployment.workload, arguments.sequences, arguments.context_tokens),
-    )
-
-
-def _change_workload(workload: Workload | None, sequences: int | None, context_tokens: int | None) -> Workload | None:
-    for name, number in (("--sequences", sequences), ("--context-tokens", context_tokens)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} {number}: at least 1 is needed")
-    if sequences is None and context_tokens is None:
-        return workload
-    if workload is None and (sequences is None or context_tokens is None):
-        raise ValueError("this deployment names no workload: give both --sequences and --context-tokens")
-    base = workload or Workload(1, 1)
-    return Workload(sequences or base.sequences, context_tokens or base.context_tokens)
-
-
-def _find_memory(deployment: Deployment) -> float | None:
-    """What a device has: the file's number, but no more than the device that it names."""
-    known = [] if deployment.device_memory_gib is None else [deployment.device_memory_gib]
-    if deployment.hardware is not None:
-        known.append(load_hardware(deployment.hardware).memory_gib)
-    return min(known, default=None)
-
-
-def _load_config(name: str) -> ModelConfig:
-    if name in PRESETS:
-        return ModelConfig.preset(name)
-    path = pathlib.Path(name).expanduser()
-    if not path.exists():
-        raise ValueError(f"--model {name}: give one of {', '.join(PRESETS)}, or a folder with a config.json")
-    return ModelConfig.load(path)
+    """Runs the module of its name, `cli/plan_<what>.py`."""
+    return int(importlib.import_module(f"step3_jax.cli.plan_{arguments.what}").run(arguments))

@@ -378,7 +378,9 @@ class EngineCore:
         stats = self.stats
         if flight.prefill is not None:
             with blame([chunk.sequence for chunk in flight.chunks]):
-                flight.prefill.result()
+                counts = flight.prefill.result()
+            if counts is not None:
+                stats.count_experts(counts.sum(axis=0))
             stats.prefill_s += self._now() - flight.start_s
         if flight.decode is not None:
             begin = self._now()

@@ -19,7 +19,7 @@ from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.config import ModelConfig
 from step3_jax.engine.bucket_table import PAGE_COPIES, power_of_two
-from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.gpu import compiler_options, memory_left
 from step3_jax.layout.parallel import BOTH, Parallel
 from step3_jax.layout.role import Role
@@ -163,7 +163,7 @@ class Executor(ModelPart, abc.ABC):
         return np.asarray(self._encode_images(padded))[:count]
 
     @abc.abstractmethod
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """Computes the keys and values of a chunk of prompts.
 
         Args:
@@ -171,7 +171,8 @@ class Executor(ModelPart, abc.ABC):
           batch: The chunk.
 
         Returns:
-          The cache with the chunk's tokens, and the call. No logits: a prompt's last token is left to `decode`.
+          The cache with the chunk's tokens, and the call, which counts the experts' tokens. No logits: a prompt's last token
+          is left to `decode`.
         """
 
     @abc.abstractmethod

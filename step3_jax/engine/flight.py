@@ -7,7 +7,7 @@ import dataclasses
 from step3_jax.engine.executor import Started
 from step3_jax.engine.scheduler import Chunk
 from step3_jax.engine.sequence import Sequence
-from step3_jax.engine.state import Report
+from step3_jax.engine.state import ExpertTokens, Report
 
 
 @dataclasses.dataclass
@@ -25,7 +25,7 @@ class Flight:
 
     start_s: float
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
-    prefill: Started[object] | None = None
+    prefill: Started[ExpertTokens] | None = None
     slots: list[Sequence | None] = dataclasses.field(default_factory=list)
     decode: Started[Report] | None = None
     num_steps: int = 0

@@ -14,10 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
 from step3_jax.engine.executor import Executor, Started, num_copies, widen_weights
-from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report, decode_loop
+from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report, decode_loop
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 from step3_jax.layers.moe import separate_experts
+from step3_jax.layers.router import Routing, count_tokens
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 
@@ -54,10 +55,10 @@ class Runner(Executor):
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         return self._timed("encode_images", self._encode, self._split.weights, pixels)
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`."""
-        cache, lengths = self._timed("prefill", self._prefill, self._split.weights, cache, batch)
-        return cache, Started(lengths)
+        cache, counts = self._timed("prefill", self._prefill, self._split.weights, cache, batch)
+        return cache, Started(counts)
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
@@ -148,17 +149,21 @@ class TracedCalls:
         self._num_traces["copy_pages"] += 1
         return copy_pages(cache, sources, targets)
 
-    def prefill(self, weights: Weights, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Int[Array, " B"]]:
-        """The cache with a chunk, and the lengths, which are there when the call has ended."""
+    def prefill(self, weights: Weights, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Int[Array, "1 layers E"]]:
+        """The cache with a chunk, and how many of its tokens each expert got."""
         self._num_traces["prefill"] += 1
         decoder = self._build(weights).text
         embeddings = decoder.embed_tokens(batch.token_ids[None])
         if batch.features is not None and batch.feature_rows is not None:
             embeddings = merge_image_features(embeddings, batch.features, batch.feature_rows[None])
         step = CacheStep(batch.table, batch.lengths, batch.query_starts)
-        # The hidden states have no reader, so what only they need of the last layer is not computed.
-        _, filled = decoder(embeddings, cache=cache, step=step)
-        return filled or cache, batch.lengths
+        routings: list[Routing] = []
+        # The hidden states have no reader, so what only they need of the last layer is not computed: its routing neither.
+        _, filled = decoder(embeddings, cache=cache, step=step, watch=routings.append)
+        config = decoder.config
+        kept = routings[:-1] if config.is_moe_layer(config.num_hidden_layers - 1) else routings
+        counts = count_tokens(kept, batch.query_starts[-1], config.moe_num_experts)
+        return filled or cache, counts[None]
 
     def decode(
         self,

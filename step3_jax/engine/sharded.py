@@ -16,7 +16,7 @@ from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, own_devices, widen_weights
 from step3_jax.engine.runner import SplitModel, TracedCalls, Weights
-from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.parallel import BOTH
 from step3_jax.layout.role import Role
 from step3_jax.mesh import Layout
@@ -103,10 +103,10 @@ class ShardedRunner(Executor):
         placed = jax.make_array_from_callback(pixels.shape, self.layout.sharding("images"), pixels.__getitem__)
         return self._timed("encode_images", self._encode, self._split.weights, placed)
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`."""
-        cache, lengths = self._timed("prefill", self._prefill, self._split.weights, cache, batch)
-        return cache, Started(lengths)
+        cache, counts = self._timed("prefill", self._prefill, self._split.weights, cache, batch)
+        return cache, Started(counts)
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
@@ -145,7 +145,9 @@ class ShardedRunner(Executor):
 
     # The functions below are traced. A batch comes whole to every device, which takes its own rows.
 
-    def _prefill_shards(self, weights: Weights, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Int[Array, " B"]]:
+    def _prefill_shards(
+        self, weights: Weights, cache: Cache, batch: PrefillBatch
+    ) -> tuple[Cache, Int[Array, "shards layers E"]]:
         rows = self.layout.spec("rows")
         specs = jax.tree.map(lambda _: rows, batch)
         if batch.features is not None:

@@ -29,6 +29,10 @@ RUNNING, STOPPED, FULL, IDLE = range(4)
 # One decoder step: (last tokens [B], cache, where they stand) -> (float32 logits [B, V], new cache).
 Forward = Callable[[Int[Array, " B"], Cache, CacheStep], tuple[Float[Array, "B V"], Cache]]
 
+# Tokens of a chunk that each expert got, by shard and MoE layer: int32 [shards, layers, E]. The model's last layer is left
+# out, as its FFN is not needed for a cache. None where the executor does not count them.
+ExpertTokens = np.ndarray | None
+
 
 class PrefillBatch(NamedTuple):
     """A chunk of prompts: tokens of several sequences one behind the other, filled up to a bucket.

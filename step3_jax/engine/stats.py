@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+from jaxtyping import Int
+
 
 @dataclasses.dataclass
 class EngineStats:
@@ -27,6 +30,8 @@ class EngineStats:
       mask_s: Time of finding which tokens constrained sequences may get.
       compile_s: Time of tracing and compiling.
       num_compilations: Programs traced; each is then compiled, or found in the compile cache.
+      expert_tokens: Prompt tokens that each expert got, int64 [layers, E]: of the MoE layers, without the model's last
+        layer. None before the first chunk, and where the executor does not count them.
     """
 
     num_requests: int = 0
@@ -45,10 +50,23 @@ class EngineStats:
     mask_s: float = 0.0
     compile_s: float = 0.0
     num_compilations: int = 0
+    expert_tokens: np.ndarray | None = None
 
     def count_compilations(self, compile_s: float, num_traces: Mapping[str, int]) -> None:
         """Takes an executor's counts: the time it spent so far, and how often it traced each of its calls."""
         self.compile_s, self.num_compilations = compile_s, sum(num_traces.values())
+
+    def count_experts(self, counts: Int[np.ndarray, "layers E"]) -> None:
+        """Takes the tokens that each expert got of a chunk."""
+        self.expert_tokens = counts.astype(np.int64) + (0 if self.expert_tokens is None else self.expert_tokens)
+
+    @property
+    def expert_load(self) -> list[float]:
+        """Tokens of the busiest expert over the mean of all, for each MoE layer; 1 is even, E the worst."""
+        counts = self.expert_tokens
+        if counts is None or not counts.size or not counts.sum():
+            return []
+        return [float(load) for load in counts.max(axis=1) / counts.mean(axis=1)]
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -150,7 +150,7 @@ class Watch:
         return None
 
     def _find_deserted(self) -> Failure | None:
-        """A rank that has ended as if all were done while another waits for it, or without rank 0 does nothing."""
+        """A rank that has ended as if all were done while another waits for it, or has worked for rank 0 and is left."""
         ended = [rank for rank, found in self._ranks.items() if found.has_ended]
         if not ended:
             return None
@@ -158,7 +158,8 @@ class Watch:
         for rank in self._running():
             found = self._ranks[rank]
             waited_s = self.now_s - max(last_end, found.changed_at)
-            if (found.report.is_inside or 0 in ended) and waited_s > self._deadline_s:
+            is_left = found.report.is_inside or (0 in ended and found.report.call > 0)
+            if is_left and waited_s > self._deadline_s:
                 text = f"has ended normally (exit code 0), and for {waited_s:.0f} s {self.name(rank)} has waited for it"
                 return Failure(ended[0], f"{text} {found.report.where}")
         return None

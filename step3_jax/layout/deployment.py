@@ -96,6 +96,7 @@ class Deployment:
       hardware: Name of a file in `configs/hardware`; None for any.
       device_memory_gib: Memory of a device; None for unlimited.
       workload: What it is to hold; None if the file does not say.
+      ffn_hardware: As `hardware`, where the devices of the FFN side are of another kind; None for the same.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Deployment:
     hardware: str | None
     device_memory_gib: float | None
     workload: Workload | None
+    ffn_hardware: str | None = None
 
 
 def parse_topology(spec: str, devices_per_instance: int = 1) -> Topology:
@@ -232,6 +234,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
             "microbatches",
             "payload",
             "hardware",
+            "ffn_hardware",
             "device_memory_gib",
             "workload",
         ),
@@ -243,7 +246,9 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         raise ValueError(f"afd is {afd!r}; give xAyF such as 2a2f, or off")
     if is_fused:
         _check_absent(
-            values, ("devices_per_instance", "ffn", "microbatches", "payload"), "with afd: off it means nothing"
+            values,
+            ("devices_per_instance", "ffn", "ffn_hardware", "microbatches", "payload"),
+            "with afd: off it means nothing",
         )
         topology, num_devices = None, _whole(values, "devices", 1)
         parallel = _parallel(values, "parallel", num_devices, Parallel(dp=num_devices, ep=num_devices))
@@ -269,7 +274,30 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         hardware=_text(values, "hardware"),
         device_memory_gib=_positive(values, "device_memory_gib"),
         workload=_workload(values),
+        ffn_hardware=_text(values, "ffn_hardware"),
     )
+
+
+def format_deployment(deployment: Deployment) -> str:
+    """The text of a deployment file; `parse_deployment` reads the same deployment from it."""
+    topology, parallel = deployment.topology, deployment.parallel
+    shards: dict[str, object] = {"dp": parallel.dp, "tp": parallel.tp, "ep": parallel.expert_groups}
+    values: dict[str, object] = {"description": deployment.description}
+    if topology is None:
+        values |= {"afd": WITHOUT, "devices": deployment.num_devices, "parallel": shards}
+    else:
+        values |= {"afd": topology.spec, "devices_per_instance": topology.devices_per_instance, "ffn": shards}
+    values |= {"weights": deployment.weights, "kv_cache": deployment.kv_cache}
+    if topology is not None:
+        values |= {"microbatches": deployment.num_microbatches, "payload": deployment.payload}
+    values |= {
+        "hardware": deployment.hardware,
+        "ffn_hardware": deployment.ffn_hardware,
+        "device_memory_gib": deployment.device_memory_gib,
+        "workload": None if deployment.workload is None else dataclasses.asdict(deployment.workload),
+    }
+    given = {key: value for key, value in values.items() if value is not None and value != ""}
+    return yaml.safe_dump(given, sort_keys=False, width=120)
 
 
 def _check_keys(values: Mapping[str, object], prefix: str, allowed: tuple[str, ...]) -> None:

@@ -59,7 +59,8 @@ def load_hardware(name: str) -> Hardware:
     """Reads a device of the table, or a file of the same form.
 
     Args:
-      name: As in `list_hardware`, or the path of a YAML file.
+      name: As in `list_hardware`, without what follows a hyphen where that leaves one device ("h100" is "h100-sxm"), or
+        the path of a YAML file.
 
     Raises:
       ValueError: If there is none of that name, or the file lacks a number.
@@ -67,6 +68,8 @@ def load_hardware(name: str) -> Hardware:
     path = pathlib.Path(name).expanduser()
     if not path.is_file():
         known = list_hardware()
+        longer = [one for one in known if one.startswith(f"{name.lower()}-")]
+        name = name.lower() if name.lower() in known else longer[0] if len(longer) == 1 else name
         if name not in known:
             raise ValueError(
                 f"no hardware {name}: give the path of a YAML file, or a name{describe_known(name, known)}"

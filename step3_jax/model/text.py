@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,8 @@ from step3_jax.layers.mlp import SwiGLU
 from step3_jax.layers.moe import Experts
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.router import Router, Routing
+
+Watch = Callable[[Routing], None]
 
 
 class AttentionOutput(NamedTuple):
@@ -104,9 +106,15 @@ class DecoderLayer(nnx.Module):
         self.ffn = FfnBlock(config, layer, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, hidden: Float[Array, "B T D"], context: AttentionContext, pages: KVPages | None = None
+        self,
+        hidden: Float[Array, "B T D"],
+        context: AttentionContext,
+        pages: KVPages | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Float[Array, "B T D"], KVPages | None]:
         out = self.attention(hidden, context, pages)
+        if watch is not None and out.routing is not None:
+            watch(out.routing)
         return out.residual + self.ffn(out.normed, out.routing).reshape(out.residual.shape), out.pages
 
 
@@ -129,6 +137,7 @@ class Decoder(nnx.Module):
         cache: Sequence[KVPages] | None = None,
         step: CacheStep | None = None,
         positions: Int[Array, "B T"] | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[KVPages, ...] | None]:
         """Runs all layers.
 
@@ -137,6 +146,7 @@ class Decoder(nnx.Module):
           cache: One entry a layer; None runs without a cache.
           step: Where the tokens stand in the cache; given if and only if there is one.
           positions: Rotary positions, if they are not the tokens' places in their sequences.
+          watch: Gets the routing of each MoE layer in turn, while the call is traced.
 
         Returns:
           The normed hidden states (see `logits`) and the cache with the new rows.
@@ -153,7 +163,7 @@ class Decoder(nnx.Module):
         hidden, new_cache = embeddings, []
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layers.{index}"):
-                hidden, pages = layer(hidden, context, cache[index] if cache is not None else None)
+                hidden, pages = layer(hidden, context, cache[index] if cache is not None else None, watch)
             new_cache.append(pages)
         return self.norm(hidden), tuple(new_cache) if cache is not None else None
 

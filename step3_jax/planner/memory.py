@@ -11,7 +11,7 @@ from step3_jax.gpu import MEMORY_SHARE, kept_free
 from step3_jax.layout.count import weight_bytes
 from step3_jax.layout.deployment import Deployment, Workload
 from step3_jax.layout.page import PAGE_SIZE, kv_bytes_per_token, pages_for
-from step3_jax.layout.parallel import find_problems, list_parallels
+from step3_jax.layout.parallel import FFN, find_problems, list_parallels
 from step3_jax.layout.role import Role, deployed_config, fp8_block, roles_of
 from step3_jax.layout.workspace import DEFAULT_CHUNK_TOKENS, Workspace, estimate_workspace
 
@@ -103,6 +103,7 @@ class MemoryPlan:
       deployment: It.
       config: Of the model, as deployed.
       memory_bytes: Of a device; None for unlimited.
+      ffn_memory_bytes: Of a device of the FFN side, where there is one; else the same.
       memory_share: What of it may be used.
       chunk_tokens: Prompt tokens that each device with a cache reads at once.
       roles: One or two.
@@ -113,6 +114,7 @@ class MemoryPlan:
     deployment: Deployment
     config: ModelConfig
     memory_bytes: int | None
+    ffn_memory_bytes: int | None
     memory_share: float
     chunk_tokens: int
     roles: list[RolePlan]
@@ -138,10 +140,12 @@ def plan_memory(
     deployment: Deployment,
     *,
     memory_gib: float | None,
+    ffn_memory_gib: float | None = None,
     text_only: bool = False,
     memory_share: float = MEMORY_SHARE,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     compiled: Mapping[str, CompiledBytes] | None = None,
+    has_remedies: bool = True,
 ) -> MemoryPlan:
     """Plans the memory of a deployment.
 
@@ -149,37 +153,42 @@ def plan_memory(
       config: Of the model.
       deployment: What runs where. Whether it divides the model is not looked at.
       memory_gib: Of a device, in GiB; None for unlimited.
+      ffn_memory_gib: The same of a device of the FFN side, where it is of another kind; None for the same.
       text_only: Whether vision tower and projector are left out.
       memory_share: What of the memory may be used, above 0 and at most 1.
       chunk_tokens: Prompt tokens that each device with a cache reads at once.
       compiled: Bytes of the compiled programs by the name of their role; they replace the arithmetic.
+      has_remedies: Whether to look for what would make it fit, where it does not.
 
     Raises:
       ValueError: If a number is out of its range.
     """
     if not 0 < memory_share <= 1:
         raise ValueError(f"the share of the memory is {memory_share}; above 0 and at most 1 is allowed")
-    if memory_gib is not None and not memory_gib > 0:
-        raise ValueError(f"a device has {memory_gib} GiB; a number above 0 is needed")
+    for given in (memory_gib, ffn_memory_gib):
+        if given is not None and not given > 0:
+            raise ValueError(f"a device has {given} GiB; a number above 0 is needed")
     if chunk_tokens < 1:
         raise ValueError(f"prompts are read in chunks of {chunk_tokens} tokens; at least 1 is needed")
     memory_bytes = None if memory_gib is None else int(memory_gib * 2**30)
+    ffn_memory_bytes = memory_bytes if ffn_memory_gib is None else int(ffn_memory_gib * 2**30)
 
     def plan(deployment: Deployment, text_only: bool, chunk_tokens: int, exact: bool) -> MemoryPlan:
         deployed = deployed_config(config, deployment.weights, text_only=text_only)
-        budget = None if memory_bytes is None else int(memory_bytes * memory_share)
-        roles = [
-            _plan_role(
-                deployed, deployment, role, budget, chunk_tokens, (compiled or {}).get(role.name) if exact else None
-            )
-            for role in roles_of(deployment)
-        ]
+        roles = []
+        for role in roles_of(deployment):
+            size = ffn_memory_bytes if role.name == FFN else memory_bytes
+            budget = None if size is None else int(size * memory_share)
+            found = (compiled or {}).get(role.name) if exact else None
+            roles.append(_plan_role(deployed, deployment, role, budget, chunk_tokens, found))
         problems = [*_find_long_context(deployed.text, deployment)]
         problems += [problem for one in roles for problem in _find_problems(one, deployment)]
-        return MemoryPlan(deployment, deployed, memory_bytes, memory_share, chunk_tokens, roles, problems, [])
+        return MemoryPlan(
+            deployment, deployed, memory_bytes, ffn_memory_bytes, memory_share, chunk_tokens, roles, problems, []
+        )
 
     wanted = plan(deployment, text_only, chunk_tokens, exact=True)
-    if not wanted.problems:
+    if not wanted.problems or not has_remedies:
         return wanted
     remedies = [
         name

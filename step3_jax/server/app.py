@@ -124,7 +124,11 @@ def _add_status(app: FastAPI, service: Service) -> None:
     for endpoint in (live, health, ready):
         responses = describe_responses(Status)
         responses[503] = {"description": "not now", "content": responses[200]["content"]}
-        app.add_api_route(f"/{endpoint.__name__}", endpoint, response_class=Response, responses=responses)
+        path = f"/{endpoint.__name__}"
+        # Balancers and uptime checks often ask with HEAD. This route answers; the next one is for /openapi.json alone,
+        # where one operation would have to stand for both methods.
+        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], include_in_schema=False)
+        app.add_api_route(path, endpoint, response_class=Response, responses=responses)
     app.add_api_route("/version", version, response_class=Response, responses=describe_responses(Version))
     text = {"description": "metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}
     app.add_api_route(

@@ -69,6 +69,9 @@ class ServerConfig:
     request_timeout: float = define(
         0.0, "seconds after which a request ends with finish reason length; 0 for none", "limits", least=0, metavar="S"
     )
+    max_images: int = define(16, "most images of a request; 0 for none", "limits", least=0)
+    max_image_pixels: int = define(40_000_000, "largest image, width times height", "limits", least=1)
+    max_image_bytes: int = define(20 * 2**20, "largest file of an image", "limits", least=1, metavar="BYTES")
     allowed_media_domains: tuple[str, ...] = define(
         (),
         "hosts that images may be fetched from",

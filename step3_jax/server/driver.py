@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import Request, RequestOutput, SequenceOutput, StreamPiece
@@ -45,6 +46,20 @@ class Event:
     def is_last(self) -> bool:
         """Whether nothing comes after it."""
         return self.output is not None or self.error is not None
+
+
+class StepRecord(NamedTuple):
+    """How a step of the engine went.
+
+    Attributes:
+      seconds: What it took.
+      num_tokens: Tokens it generated.
+      num_decode_steps: Steps of its decode call; 0 if it made none.
+    """
+
+    seconds: float
+    num_tokens: int
+    num_decode_steps: int
 
 
 class Subscription:
@@ -90,7 +105,7 @@ class Driver:
         *,
         max_waiting: int,
         on_death: Callable[[], None],
-        on_step: Callable[[float, int], None] = lambda seconds, num_tokens: None,
+        on_step: Callable[[StepRecord], None] = lambda record: None,
     ) -> None:
         """Takes an engine that nothing else steps.
 
@@ -99,7 +114,7 @@ class Driver:
           loop: Gets the events.
           max_waiting: Most requests that the thread has not seen yet.
           on_death: Called in the event loop if the thread ends by an error.
-          on_step: Called in the thread with each step's seconds and its new tokens.
+          on_step: Called in the thread after each step.
         """
         self.is_dead = False
         self._core = llm.core
@@ -178,6 +193,7 @@ class Driver:
     def _step(self) -> None:
         stats = self._core.stats
         start, num_tokens, compile_s = time.monotonic(), stats.num_generated_tokens, stats.compile_s
+        num_steps = stats.num_decode_steps
         self._num_traced = self._core.num_traced
         if not self._is_busy:
             self._is_busy, self._progress_s = True, start
@@ -188,7 +204,7 @@ class Driver:
         # Compiling takes minutes and is no stall.
         if new or self._count_computed() != before or stats.compile_s != compile_s:
             self._progress_s = now
-        self._on_step(now - start, new)
+        self._on_step(StepRecord(now - start, new, stats.num_decode_steps - num_steps))
 
     def _count_computed(self) -> int:
         return sum(sequence.num_computed for sequence in self._core.scheduler.running)

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.engine.llm import LLM
+from step3_jax.server.driver import StepRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -31,6 +32,7 @@ _REQUEST = (
 )
 _ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _COUNT = (1, 2, 5, 10, 20)
+_STEPS = (1, 2, 4, 8, 16, 32)
 _LABELS = ("model_name", "engine")
 _ENGINE = "0"
 
@@ -96,6 +98,9 @@ class Metrics:
         self._iteration = self._histogram("iteration_tokens_total", "Tokens generated in a step.", _ITERATION)
         self._grammar = self._histogram("grammar_compile_seconds", "Compiling what an answer must match.", _REQUEST)
         self._step = self._histogram("engine_step_seconds", "Seconds of a step of the engine.", _PER_TOKEN)
+        self._decode_steps = self._histogram(
+            "decode_steps_per_call", "Tokens a sequence that a decode call takes.", _STEPS
+        )
         self._success = self._counter("request_success", "Completions that ended.", "finished_reason")
         self._rejections = self._counter("admission_rejections", "Requests that were not let in.", "reason")
         self._disconnects = self._counter("http_requests_client_disconnected", "Clients that left before the end.")
@@ -111,11 +116,13 @@ class Metrics:
         """All metrics as text."""
         return generate_latest(self.registry)
 
-    def observe_step(self, seconds: float, num_tokens: int) -> None:
+    def observe_step(self, step: StepRecord) -> None:
         """Takes a step of the engine, in its thread."""
-        self._step.labels(*self._values).observe(seconds)
-        if num_tokens:
-            self._iteration.labels(*self._values).observe(num_tokens)
+        self._step.labels(*self._values).observe(step.seconds)
+        if step.num_tokens:
+            self._iteration.labels(*self._values).observe(step.num_tokens)
+        if step.num_decode_steps:
+            self._decode_steps.labels(*self._values).observe(step.num_decode_steps)
 
     def observe_grammar(self, seconds: float) -> None:
         """Takes how long it took to compile what an answer must match."""
@@ -214,13 +221,19 @@ class _EngineCollector(Collector):
             "compilations": ("Programs that were traced, and compiled or found in the cache.", stats.num_compilations),
             "compile_seconds": ("Seconds of compiling.", stats.compile_s),
             "decode_call_seconds": ("Seconds of decode calls.", stats.decode_s),
-            "decode_calls": ("Decode calls.", stats.num_decode_calls),
-            "decode_steps": ("Steps of decode calls.", stats.num_decode_steps),
             "mask_seconds": ("Seconds of finding allowed tokens.", stats.mask_s),
             "image_encode_seconds": ("Seconds of the vision tower.", stats.image_encode_s),
         }
         for name, (text, value) in counters.items():
             yield self._family(CounterMetricFamily, name, text, value)
+        load = GaugeMetricFamily(
+            f"{self._prefix}:expert_load",
+            "Prompt tokens of the busiest expert over the mean of all, by MoE layer.",
+            labels=(*_LABELS, "layer"),
+        )
+        for layer, value in enumerate(stats.expert_load):
+            load.add_metric((*self._values, str(layer)), value)
+        yield load
         config = self._llm.engine_config.to_dict() | {"num_gpu_blocks": allocator.num_pages, "block_size": PAGE_SIZE}
         labels = {name: str(value) for name, value in config.items()}
         info = GaugeMetricFamily(

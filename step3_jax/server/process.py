@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from prometheus_client import disable_created_metrics
 
 from step3_jax.engine.llm import LLM
 from step3_jax.server.app import build_app
@@ -94,6 +95,8 @@ def serve(load: Callable[[], LLM], config: ServerConfig, opened: socket.socket, 
     Returns:
       How it ended. A model that could not be loaded is an ending too.
     """
+    # A second series for each counter and histogram, which says when it began; dashboards have no use for it.
+    disable_created_metrics()
     return asyncio.run(_Process(load, config, opened, say).run())
 
 

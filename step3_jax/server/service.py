@@ -17,7 +17,7 @@ from step3_jax.server.driver import Driver
 from step3_jax.server.error import ApiError, unavailable, unknown_names
 from step3_jax.server.fetch import MediaFetcher
 from step3_jax.server.lifecycle import Lifecycle
-from step3_jax.server.media import MediaReader
+from step3_jax.server.media import MediaLimits, MediaReader
 from step3_jax.server.metric import Metrics
 
 _LOG = logging.getLogger(__name__)
@@ -67,7 +67,8 @@ class Service:
         )
         self.generations: set[Interruptible] = set()
         domains = config.allowed_media_domains
-        self.media = MediaReader(fetcher=MediaFetcher(domains) if domains else None, pool=self.pool)
+        limits = MediaLimits(config.max_images, config.max_image_pixels, config.max_image_bytes)
+        self.media = MediaReader(limits, fetcher=MediaFetcher(domains) if domains else None, pool=self.pool)
         self._llm: LLM | None = None
         self._driver: Driver | None = None
         self._on_death: Callable[[], None] = lambda: None

@@ -51,7 +51,7 @@ def matrix() -> Iterator[object]:
                     yield pytest.param(*case, id=f"{form}-{victim}-{number.name}-{place}", marks=marks)
 
 
-@pytest.mark.parametrize(("form", "victim", "number", "place"), matrix())
+@pytest.mark.parametrize(("form", "victim", "number", "place"), list(matrix()))
 def test_a_lost_rank_ends_all(
     start: Callable[..., Running],
     tiny_model_path: pathlib.Path,

@@ -115,6 +115,15 @@ def test_a_good_end_is_a_failure_only_where_others_still_need_the_rank(
         assert "has ended normally (exit code 0), and for" in found
 
 
+def test_a_rank_that_makes_no_calls_may_work_on_after_rank_0_has_ended(watch: Watch) -> None:
+    for rank in (1, 2):
+        watch.hear(rank, Report("at the start", 2))
+    watch.end(0)
+    for _ in range(100):
+        watch.pass_time(1)
+    assert watch.judge() is None
+
+
 def test_all_waiting_for_each_other_for_many_deadlines_is_told_with_all_places(watch: Watch) -> None:
     found = None
     for second in range(150):

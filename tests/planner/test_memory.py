@@ -11,7 +11,7 @@ from step3_jax import resources
 from step3_jax.config import ModelConfig
 from step3_jax.layout.deployment import load_deployment
 from step3_jax.planner.memory import MemoryPlan, plan_memory
-from step3_jax.planner.report import to_dict, to_lines
+from step3_jax.planner.memory_table import to_dict, to_lines
 
 STEP3 = ModelConfig.preset("step3")
 
@@ -122,3 +122,16 @@ def test_the_columns_of_the_report_add_up() -> None:
             )
         )
         assert budget - weights - cache - kept_free == pytest.approx(left, abs=0.03)
+
+
+def test_each_role_has_the_memory_of_its_own_devices() -> None:
+    deployment = dataclasses.replace(load_deployment("2a2f"), ffn_hardware="l4")
+    same = plan_memory(STEP3, deployment, memory_gib=79.6)
+    small = plan_memory(STEP3, deployment, memory_gib=79.6, ffn_memory_gib=16)
+    assert not same.problems
+    assert [one.budget for one in small.roles] == [int(int(gib * 2**30) * small.memory_share) for gib in (79.6, 16)]
+    assert len(small.problems) == 1
+    assert "a device of the ffn side" in small.problems[0]
+    assert "79.60 and 16.00 GiB" in "\n".join(to_lines(small))
+    assert to_dict(small)["ffn_memory"] == 16 * 2**30
+    assert not plan_memory(STEP3, deployment, memory_gib=79.6, ffn_memory_gib=16, has_remedies=False).remedies

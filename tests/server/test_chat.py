@@ -314,6 +314,18 @@ def test_images_from_elsewhere_are_refused(client: Client, url: str) -> None:
     assert (reply.status, reply.error["param"]) == (400, "messages")
 
 
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [({"max_images": 1}, "at most 1 "), ({"max_image_pixels": 599}, "599"), ({"max_image_bytes": 60}, "60 ")],
+)
+def test_limits_of_images_are_settings(open_client: Open, setting: dict[str, int], allowed: str) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": data_url((30, 20))}}] * 2
+    with open_client(**setting) as client:
+        reply = client.call("/v1/chat/completions", ask() | {"messages": [{"role": "user", "content": parts}]})
+    assert (reply.status, reply.error["param"]) == (400, "messages")
+    assert allowed in reply.error["message"]
+
+
 def test_the_python_apis_forms_of_images_are_refused(client: Client) -> None:
     for part in ({"type": "image", "image": "/etc/passwd"}, {"type": "image", "path": "x"}, {"image": "x"}):
         reply = client.call("/v1/chat/completions", ask() | {"messages": [{"role": "user", "content": [part]}]})

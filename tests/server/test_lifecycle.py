@@ -29,6 +29,14 @@ def test_health_runs_no_request(open_client: Open) -> None:
         assert client.executor.num_decoded == 0
 
 
+def test_probes_may_ask_with_head(open_client: Open) -> None:
+    with open_client() as client:
+        for path in ("/live", "/health", "/ready"):
+            reply = client.call(path, method="HEAD")
+            assert reply.status == 200
+            assert "head" not in client.call("/openapi.json").json()["paths"][path]
+
+
 def test_ready_is_503_while_the_engine_gets_nowhere(open_client: Open) -> None:
     with open_client(stall_seconds=0.1) as client:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -20,6 +21,7 @@ HISTOGRAMS = (
     *("e2e_request_latency_seconds", "request_queue_time_seconds", "request_inference_time_seconds"),
     *("request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens"),
     *("request_generation_tokens", "request_params_max_tokens", "request_params_n", "iteration_tokens_total"),
+    *("decode_steps_per_call", "grammar_compile_seconds"),
 )
 
 
@@ -67,3 +69,15 @@ def test_the_cache_is_used_by_running_sequences_alone(open_client: Open) -> None
         assert client.service.llm.core.allocator.num_cached > 0
         assert client.metric("kv_cache_usage_perc") == 0
         assert client.metric("num_requests_running") == 0
+
+
+def test_steps_of_decode_calls_and_loads_of_experts_are_shown(open_client: Open) -> None:
+    with open_client() as client:
+        client.chat(max_tokens=40)
+        llm = client.service.llm
+        assert client.metric("decode_steps_per_call_sum") == llm.stats.num_decode_steps
+        assert client.metric("decode_steps_per_call_count") == llm.stats.num_decode_calls
+        assert "expert_load{" not in client.call("/metrics").body.decode()
+        llm.stats.count_experts(np.asarray([[6, 2, 0, 0], [1, 1, 1, 1]]))
+        llm.stats.count_experts(np.asarray([[0, 4, 4, 0], [1, 1, 1, 1]]))
+        assert (client.metric("expert_load", layer="0"), client.metric("expert_load", layer="1")) == (1.5, 1.0)

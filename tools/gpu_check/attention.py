@@ -14,6 +14,7 @@ from pallas_kernels.common import Implementation
 from pallas_kernels.mfa_decode.api import mfa_decode, plan_decode
 from pallas_kernels.mfa_decode.plan import Plan
 from pallas_kernels.mfa_prefill.api import dense_attention, mfa_prefill
+from pallas_kernels.storage import bytes_per_token
 from tools.gpu_check.case import Case, Inputs, Peer, normal
 
 HEAD_DIM = 256
@@ -59,7 +60,7 @@ def decode_cases(*, is_small: bool) -> list[Case]:
 def _decode(
     name: str, storage: str, lengths: tuple[int, ...], num_tokens: int, num_heads: int, *, is_timed: bool = False
 ) -> Case:
-    num_bytes = sum(lengths) * kv_pages.bytes_per_token(HEAD_DIM, storage)
+    num_bytes = sum(lengths) * bytes_per_token(HEAD_DIM, storage)
     num_bytes += 2 * 2 * len(lengths) * num_tokens * num_heads * HEAD_DIM
     is_full = len(set(lengths)) == 1
     return Case(
@@ -196,7 +197,7 @@ def _prefill(
     seen = sum(new * (2 * cached - new + 1) // 2 for new, cached in packs)
     rows = sum(new for new, _ in packs)
     num_bytes = 4 * rows * NUM_HEADS * HEAD_DIM
-    num_bytes += sum(cached for _, cached in packs) * kv_pages.bytes_per_token(HEAD_DIM, storage)
+    num_bytes += sum(cached for _, cached in packs) * bytes_per_token(HEAD_DIM, storage)
     return Case(
         name=name,
         kernel="mfa_prefill",

@@ -14,6 +14,7 @@ from pallas_kernels import pages as kv_pages
 from pallas_kernels.moe_permute.api import permute_rows, plan_permutation
 from pallas_kernels.norm_quantise.api import norm_quantise
 from pallas_kernels.rope_cache_write.api import rope_cache_write
+from pallas_kernels.storage import bytes_per_token
 from pallas_kernels.swiglu_quantise.api import swiglu_quantise
 from tools.gpu_check.case import Case, Inputs, Peer, normal
 
@@ -103,7 +104,7 @@ def _rope(rows: int, storage: str, is_timed: bool) -> Case:
             decoded.append(kv_pages.decode_rows(getattr(pages, f"{name}s"), scales, jnp.dtype(jnp.float32)))
         return rotated, decoded
 
-    num_bytes = rows * (2 * 2 * 64 * 256 + 4 * 256 + 1024 + kv_pages.bytes_per_token(256, storage))
+    num_bytes = rows * (2 * 2 * 64 * 256 + 4 * 256 + 1024 + bytes_per_token(256, storage))
     name = f"rope_cache_write/{storage}/{rows}"
     case = _case("rope_cache_write", name, make, rope_cache_write, view, num_bytes, is_timed)
     return dataclasses.replace(

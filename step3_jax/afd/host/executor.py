@@ -26,7 +26,7 @@ from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, widen_weights
-from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.layout.payload import choose_payload
 from step3_jax.layout.role import Role
@@ -114,7 +114,7 @@ class HostExecutor(Executor):
         self.compile_s = self.calls.compile_s
         return features
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`.
 
         Raises:

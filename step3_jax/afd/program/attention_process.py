@@ -18,7 +18,7 @@ from step3_jax.afd.roles import take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies
-from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.role import Role
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
@@ -91,7 +91,7 @@ class AttentionProcess(RoleProcess, Executor):
         )
         return self._call(self._encode_jit, self._vision_leaves, placed)
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`."""
         return self._call(self._prefill, self.weights, cache, batch), Started(None)
 

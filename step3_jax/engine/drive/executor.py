@@ -30,7 +30,7 @@ from step3_jax.engine.drive.call import (
 )
 from step3_jax.engine.drive.worker import FOLLOW_S, CachedWorker
 from step3_jax.engine.executor import Executor, Started
-from step3_jax.engine.state import DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.role import Role
 
 # Memory is known at once; a worker that does not say it has stopped.
@@ -99,9 +99,9 @@ class DrivenExecutor(Executor):
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         return self._start(EncodeImages(pixels)).result()  # type: ignore[return-value]
 
-    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[object]]:
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`."""
-        return (), self._start(Prefill(batch))
+        return (), self._start(Prefill(batch))  # type: ignore[return-value]
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
@@ -191,7 +191,7 @@ class _Job:
     @property
     def has_result(self) -> bool:
         """Whether its values are wanted on the host."""
-        return isinstance(self.call, Decode | EncodeImages)
+        return isinstance(self.call, Prefill | Decode | EncodeImages)
 
     @property
     def is_ready(self) -> bool:

@@ -204,10 +204,11 @@ def callbacks(case: Answer) -> Answer:
     if isinstance(executor, FfnProcess):
         lowered = executor._decode.lower(executor.weights, numbers, 2, 8)
     else:
-        cache, rows = executor.allocate_cache(NUM_PAGES, "float32"), jnp.ones((2,), jnp.int32)
-        batch = DecodeBatch(rows, rows, rows, rows > 0, jnp.zeros((2, 2), jnp.int32))
+        size = 2 * executor.num_shards
+        cache, rows = executor.allocate_cache(NUM_PAGES * executor.num_shards, "float32"), jnp.ones((size,), jnp.int32)
+        batch = DecodeBatch(rows, rows, rows, rows > 0, jnp.zeros((size, 2), jnp.int32))
         row = SamplingRow(SamplingParams(temperature=0), 8, (0, 0), ())
-        sampling = sampling_batch([row] * 2, executor.config.text.vocab_size, 2)
+        sampling = sampling_batch([row] * size, executor.config.text.vocab_size, size)
         lowered = executor._decode.lower(executor.weights, cache, batch, sampling, numbers, 8)
     return {"count": lowered.as_text().count("callback")}
 

@@ -1,6 +1,7 @@
 """One of several processes that run a checkpoint together: FOLDER PARALLEL, the latter as JSON.
 
-Its answer: the tokens of some prompts, of rank 0 alone, and the bytes of each tensor that this process has read.
+Its answer: the tokens of some prompts and how many each expert got, of rank 0 alone, and the bytes of each tensor that this
+process has read.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ def main() -> None:
 
     Checkpoint.read = count
     parallel = Parallel(**setting) if setting else None
-    tokens = None
+    tokens, expert_tokens = None, None
     # In the other processes it does not return before rank 0 has made its calls.
     with contextlib.suppress(SystemExit):
         llm = LLM(folder, max_model_len=128, max_num_seqs=4, parallel=parallel)
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params)
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        assert llm.stats.expert_tokens is not None
+        expert_tokens = llm.stats.expert_tokens.tolist()
         llm.close()
-    give_answer({"tokens": tokens, "read": read, "rank": jax.process_index()})
+    give_answer({"tokens": tokens, "experts": expert_tokens, "read": read, "rank": jax.process_index()})
 
 
 if __name__ == "__main__":

@@ -95,6 +95,19 @@ def test_nothing_is_traced_twice_for_a_bucket(model: Step3) -> None:
     assert runner.num_traces == {"prefill": 2, "decode": 1}
 
 
+def test_a_chunk_counts_its_tokens_of_each_expert_and_no_padding(model: Step3, runner: Runner) -> None:
+    _, started = runner.prefill(runner.allocate_cache(NUM_PAGES, "float32"), chunk(3, padding=5))
+    (counts,) = started.result()
+    config, routings = model.config.text, []
+    hidden = model.text.embed_tokens(jnp.asarray(prompts(3)[:, :-1]))
+    model.text(hidden, watch=routings.append)
+    expected = [np.bincount(np.ravel(one.experts), minlength=config.moe_num_experts) for one in routings]
+    # The last layer's experts have nothing to do for a cache.
+    num_counted = len([layer for layer in config.moe_layers if layer < config.num_hidden_layers - 1])
+    assert counts.tolist() == np.asarray(expected)[:num_counted].tolist()
+    assert counts.sum(axis=1).tolist() == [3 * (PROMPT_LENGTH - 1) * config.moe_top_k] * num_counted
+
+
 def test_the_cache_is_given_away_and_the_report_stays(runner: Runner) -> None:
     before = read(runner, 1)
     after, first = run(runner, before, decode_batch(1), sampling_of([9]), 4)

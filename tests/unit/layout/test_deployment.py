@@ -5,9 +5,18 @@ from __future__ import annotations
 import pathlib
 
 import pytest
+import yaml
 
 from step3_jax import resources
-from step3_jax.layout.deployment import Topology, Workload, find_deployment, load_deployment, parse_deployment, read_afd
+from step3_jax.layout.deployment import (
+    Topology,
+    Workload,
+    find_deployment,
+    format_deployment,
+    load_deployment,
+    parse_deployment,
+    read_afd,
+)
 from step3_jax.layout.parallel import Parallel
 
 SHIPPED = sorted(path.stem for path in resources.find("configs/afd").glob("*.yaml"))
@@ -93,3 +102,16 @@ def test_the_option_takes_instances_or_a_file(tmp_path: pathlib.Path) -> None:
     file.write_text("afd: off\ndevices: 2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="has no instances"):
         read_afd(str(file))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_written_is_read_as_the_same_deployment(name: str) -> None:
+    found = load_deployment(name)
+    assert parse_deployment(name, yaml.safe_load(format_deployment(found))) == found
+
+
+def test_the_ffn_side_may_be_of_another_kind() -> None:
+    found = parse_deployment("x", {"afd": "1a1f", "hardware": "h20", "ffn_hardware": "h800"})
+    assert (found.hardware, found.ffn_hardware) == ("h20", "h800")
+    with pytest.raises(ValueError, match="ffn_hardware has no place here"):
+        parse_deployment("x", {"afd": False, "devices": 4, "ffn_hardware": "h800"})

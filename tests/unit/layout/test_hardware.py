@@ -20,6 +20,34 @@ def test_every_shipped_device_can_be_read() -> None:
         assert device.description
 
 
+def test_every_figure_of_a_shipped_device_has_its_source() -> None:
+    figures = ("memory_gib", "bandwidth_tb_s", "bf16_tflops", "fp8_tflops", "int8_tops", "link_gb_s", "network_gb_s")
+    for name in list_hardware():
+        device = load_hardware(name)
+        known = {figure for figure in (*figures, "usd_per_hour") if getattr(device, figure) is not None}
+        assert known == set(device.sources), name
+
+
+def test_prices_are_those_of_the_report_alone() -> None:
+    prices = {name: load_hardware(name).usd_per_hour for name in list_hardware()}
+    assert {name: price for name, price in prices.items() if price is not None} == {
+        "h800": 2,
+        "h20": 0.8,
+        "a800": 0.75,
+        "910b": 0.67,
+    }
+
+
+@pytest.mark.parametrize(("short", "name"), [("h100", "h100-sxm"), ("A100", "a100-80gb"), ("H20", "h20")])
+def test_a_name_may_leave_out_the_form_factor(short: str, name: str) -> None:
+    assert load_hardware(short).name == name
+
+
+def test_a_name_that_two_devices_begin_with_is_unknown() -> None:
+    with pytest.raises(ValueError, match="rtx-4090"):
+        load_hardware("rtx")
+
+
 def test_every_shipped_deployment_names_a_device_of_the_table() -> None:
     for file in resources.find("configs/afd").glob("*.yaml"):
         hardware = load_deployment(file).hardware

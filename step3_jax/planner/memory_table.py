@@ -18,11 +18,7 @@ def to_lines(plan: MemoryPlan) -> Iterator[str]:
     yield f"{deployment.name}: {deployment.description or 'a deployment'}"
     yield (
         f"{deployment.num_devices} devices"
-        + (
-            f" of {_gib(plan.memory_bytes)} GiB, of which {plan.memory_share:.0%} may be used"
-            if plan.memory_bytes
-            else ""
-        )
+        + _describe_memory(plan)
         + f"; weights {deployment.weights}, KV cache {deployment.kv_cache}, "
         + ("with vision tower" if plan.config.vision is not None else "text only")
     )
@@ -58,6 +54,7 @@ def to_dict(plan: MemoryPlan) -> dict[str, object]:
         "deployment": plan.deployment.name,
         "devices": plan.deployment.num_devices,
         "memory": plan.memory_bytes,
+        "ffn_memory": plan.ffn_memory_bytes,
         "memory_share": plan.memory_share,
         "weights": plan.deployment.weights,
         "kv_cache": plan.deployment.kv_cache,
@@ -70,6 +67,13 @@ def to_dict(plan: MemoryPlan) -> dict[str, object]:
         "problems": plan.problems,
         "remedies": plan.remedies,
     }
+
+
+def _describe_memory(plan: MemoryPlan) -> str:
+    if not plan.memory_bytes:
+        return ""
+    sizes = dict.fromkeys([_gib(plan.memory_bytes), _gib(plan.ffn_memory_bytes)])
+    return f" of {' and '.join(sizes)} GiB, of which {plan.memory_share:.0%} may be used"
 
 
 def _role_dict(one: RolePlan) -> dict[str, object]:

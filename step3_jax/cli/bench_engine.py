@@ -42,11 +42,14 @@ def run_engine_bench(arguments: argparse.Namespace, hidden_size: int, num_layers
       num_layers: L.
 
     Raises:
-      ValueError: For sizes that cannot be, a peer that does not start, or logits that differ from the peer's.
+      ValueError: For sizes that cannot be, several processes, a peer that does not start, or logits that differ from the
+        peer's.
     """
     for name in ("rounds", "prompt", "output", "arriving", "cached"):
         if getattr(arguments, name, 1) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1 is needed")
+    if jax.process_count() > 1:
+        raise ValueError(f"step3 bench {arguments.what} measures one process: start it without step3 launch")
     config = read_config(arguments)
     measure: Callable[[argparse.Namespace, ModelConfig, EngineConfig], dict[str, object]]
     name = arguments.what

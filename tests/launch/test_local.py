@@ -265,3 +265,42 @@ def test_the_door_in_tools_is_the_same_command(environment: dict[str, str]) -> N
     program = [sys.executable, str(ROOT / "tools" / "launch_multihost.py"), "--help"]
     done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
     assert "step3 launch (--local N | --hosts A,B,..." in done.stdout
+
+
+@pytest.mark.parametrize(("words", "expected"), [(["-"], "one\ntwo"), ([], "")], ids=["asked for", "not asked for"])
+def test_rank_0_has_the_standard_input_that_its_command_reads(
+    environment: dict[str, str], words: list[str], expected: str
+) -> None:
+    code = "import os, sys; print(os.environ['STEP3_PROCESS_ID'], repr(sys.stdin.read()), flush=True)"
+    options = ["launch", "--local", "2", "--module", "eval_rank", "--", *words, code]
+    done = subprocess.run(
+        [sys.executable, "-m", "step3_jax.cli.main", *options],
+        cwd=ROOT,
+        env=environment,
+        input="one\ntwo",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"0 {expected!r}\n"
+    assert "[1 localhost] 1 ''\n" in done.stderr
+
+
+def test_the_end_of_a_rank_that_reads_is_not_waited_for_by_its_input(environment: dict[str, str]) -> None:
+    """As when `chat` is left by /quit while the terminal is still there."""
+    options = ["launch", "--local", "1", "--module", "eval_rank", "--", "-", "print(input())"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "step3_jax.cli.main", *options],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print("word", file=process.stdin, flush=True)
+        assert process.stdout.readline() == "word\n"
+        assert process.wait(60) == 0

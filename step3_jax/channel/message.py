@@ -1,4 +1,4 @@
-"""Messages as frames: a head in MessagePack, and behind it the bytes of each array as they lie in memory.
+"""Messages as frames: a head in MessagePack with small arrays in it, and behind it the bytes of each large one.
 
 An array that is the same object as the last one of its name is not sent again. Nothing that is received is executed, and
 no size is taken on trust: what does not fit is refused.
@@ -16,8 +16,10 @@ import numpy as np
 
 Value = None | bool | int | float | str | list[int] | np.ndarray
 Fields = Mapping[str, Value]
-# Extension types of MessagePack: an array that follows, and one that the receiver has.
-_ARRAY, _SAME = 1, 2
+# Extension types of MessagePack: an array that follows, one that the receiver has, and one with its bytes.
+_ARRAY, _SAME, _SMALL = 1, 2, 3
+# Copying so many bytes costs less than a frame of their own, for each receiver.
+_SMALL_BYTES = 4096
 _DTYPES = {
     np.dtype(kind).name: np.dtype(kind)
     for kind in (np.bool_, np.int8, np.uint8, np.int32, np.uint32, np.int64, np.float32, np.float16, ml_dtypes.bfloat16)
@@ -67,7 +69,11 @@ class Encoder:
             if value.dtype.name not in _DTYPES:
                 raise ValueError(f"{name} has dtype {value.dtype}, which is not sent")
             self._known[key] = value
-            head[name] = msgpack.ExtType(_ARRAY, msgpack.packb([value.dtype.name, list(value.shape)]))
+            form: list[object] = [value.dtype.name, list(value.shape)]
+            if value.nbytes <= _SMALL_BYTES:
+                head[name] = msgpack.ExtType(_SMALL, msgpack.packb([*form, value.tobytes()]))
+                continue
+            head[name] = msgpack.ExtType(_ARRAY, msgpack.packb(form))
             # Through bytes, as buffers of bfloat16 have no format.
             frames.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         frames[0] = msgpack.packb([message.kind, head])
@@ -100,8 +106,8 @@ class Decoder:
                 fields[name] = value
                 continue
             key = kind, name
-            if value.code == _ARRAY and left:
-                self._known[key] = _read_array(value.data, left.pop(0))
+            if value.code == _SMALL or (value.code == _ARRAY and left):
+                self._known[key] = _read_array(value.data, left.pop(0) if value.code == _ARRAY else None)
             elif value.code != _SAME or key not in self._known:
                 raise MessageError(f"{kind}: {name} has no array")
             fields[name] = self._known[key]
@@ -110,9 +116,12 @@ class Decoder:
         return Message(kind, fields)
 
 
-def _read_array(form: bytes, frame: bytes | memoryview) -> np.ndarray:
+def _read_array(form: bytes, frame: bytes | memoryview | None) -> np.ndarray:
+    """An array whose bytes are a frame, or the last part of its form."""
     try:
-        name, shape = msgpack.unpackb(form)
+        name, shape, *rest = msgpack.unpackb(form)
+        if frame is None:
+            [frame] = rest
         dtype = _DTYPES[name]
         if not all(isinstance(size, int) and size >= 0 for size in shape):
             raise MessageError("a shape is no list of sizes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import queue
@@ -36,6 +37,8 @@ from step3_jax.layout.role import Role
 # Memory is known at once; a worker that does not say it has stopped.
 _ANSWER_S = 120.0
 _FOLLOW_SLICES = 5
+# Longest wait for the calls under way when the run is to end.
+_CLOSE_S = 10.0
 
 
 class DrivenExecutor(Executor):
@@ -55,11 +58,15 @@ class DrivenExecutor(Executor):
         self._channel = channel
         self._worker = CachedWorker(own)
         self._beacon = Beacon.from_environment()
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._is_lost = False
         self._waiting: set[_Job] = set()
         channel.on_failure(self._end_waits)
-        threading.Thread(target=self._run_jobs, name="step3-device", daemon=True).start()
+        self._thread = threading.Thread(target=self._run_jobs, name="step3-device", daemon=True)
+        self._thread.start()
+        # The interpreter must not end in the middle of a call.
+        atexit.register(self.close)
 
     @property
     def num_processes(self) -> int:
@@ -81,7 +88,11 @@ class DrivenExecutor(Executor):
         self._channel.check()
 
     def close(self) -> None:
-        """Ends the run: the workers leave. No call can be made any more."""
+        """Ends the run after the calls under way: the workers leave. No call can be made any more."""
+        atexit.unregister(self.close)
+        self._jobs.put(None)
+        if not self._is_lost:
+            self._thread.join(_CLOSE_S)
         self._channel.close()
 
     def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
@@ -132,6 +143,8 @@ class DrivenExecutor(Executor):
                     self._finish(last)
                     last = None
                 job = self._next_job(last)
+                if job is None and last is None:
+                    return
                 if job is not None:
                     job.number = self._beacon.enter(job.call.place)
                     job.outcome = self._worker.run(job.call)
@@ -149,18 +162,20 @@ class DrivenExecutor(Executor):
                 return
 
     def _next_job(self, last: _Job | None) -> _Job | None:
-        """The next call; None if there is none while the last one runs."""
+        """The next call; None if there is none while the last one runs, or no more will come."""
         if last is None:
             return self._jobs.get()
         # A decode call mostly follows a chunk, and is dispatched while that is computed.
-        slices = _FOLLOW_SLICES if isinstance(last.call, Prefill) else 0
+        slices = _FOLLOW_SLICES if isinstance(last.call, Prefill) else 1
         for _ in range(slices):
             with contextlib.suppress(queue.Empty):
-                return self._jobs.get(timeout=FOLLOW_S / slices)
+                job = self._jobs.get(timeout=FOLLOW_S / slices) if slices > 1 else self._jobs.get_nowait()
+                if job is None:
+                    # For when the last one has ended.
+                    self._jobs.put(None)
+                return job
             if last.is_ready:
                 return None
-        with contextlib.suppress(queue.Empty):
-            return self._jobs.get_nowait()
         return None
 
     def _finish(self, job: _Job) -> None:
@@ -173,6 +188,7 @@ class DrivenExecutor(Executor):
         job.set(result)
 
     def _end_waits(self, failure: RunLostError) -> None:
+        self._is_lost = True
         with self._lock:
             waiting, self._waiting = self._waiting, set()
         for job in waiting:

@@ -19,6 +19,7 @@ def carry(message: Message, encoder: Encoder, decoder: Decoder) -> tuple[Message
 def test_fields_arrive_as_they_were() -> None:
     arrays = {
         "floats": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "large": np.arange(5000, dtype=np.float32).astype(ml_dtypes.bfloat16),
         "narrow": np.array([1.5, -2], ml_dtypes.bfloat16),
         "words": np.array([[2**32 - 1, 0]], np.uint32),
         "flags": np.array([True, False]),
@@ -68,6 +69,9 @@ def test_an_object_is_no_array() -> None:
         [msgpack.packb(["decode", {"a": msgpack.ExtType(1, b"\xc1")}]), b"1234"],
         [msgpack.packb(["decode", {"a": msgpack.ExtType(2, b"")}])],
         [msgpack.packb(["decode", {"a": msgpack.ExtType(9, b"")}])],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(3, msgpack.packb(["int32", [1]]))}])],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(3, msgpack.packb(["int32", [2], b"1234"]))}])],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(3, msgpack.packb(["int32", [1], 5]))}])],
     ],
     ids=str,
 )

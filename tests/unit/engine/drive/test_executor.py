@@ -75,7 +75,12 @@ def driving(worker: Worker, own: FakeExecutor | None = None) -> Iterator[Pair]:
     try:
         driver.wait_for_workers(LIMIT_S)
         driver.wait_until_ready()
-        yield Pair(DrivenExecutor(own, driver), own, channel, thread, errors)
+        executor = DrivenExecutor(own, driver)
+        try:
+            yield Pair(executor, own, channel, thread, errors)
+        finally:
+            executor.close()
+            executor._thread.join(LIMIT_S)
     finally:
         driver.close()
         thread.join(LIMIT_S)

@@ -12,8 +12,9 @@ from step3_jax.channel.address import ChannelAddress
 from step3_jax.channel.key import derive_keys
 
 # ZeroMQ's own thread asks the other end so often whether it is there, and gives the connection up after so long: a host
-# that is off, a network that is cut, a process that is stopped. It answers while Python computes.
-_ASK_MS, _LOST_MS = 5_000, 30_000
+# that is off, a network that is cut, a process that is stopped. It answers while Python computes. Together less than
+# `distributed.HEARTBEAT_TIMEOUT_S`, after which JAX ends rank 0 before its clients have been told.
+_ASK_MS, _LOST_MS = 5_000, 20_000
 # Time for the last messages to leave when an end is closed.
 _LINGER_MS = 2_000
 # Longest wait for a message to be taken by the operating system.

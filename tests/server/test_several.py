@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from step3_jax.launch.watch import LOST_PEER_CODE
 from tests.launched import descendants, variable, wait_until_gone
 from tests.server.running import Running, running
 
@@ -100,9 +101,14 @@ def test_a_service_with_attention_and_ffn_apart_answers_as_one_does() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", ["--tp 2", "--afd 1a1f"])
-def test_clients_are_told_when_a_rank_is_killed(devices: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, 128 + signal.SIGKILL), (signal.SIGSTOP, LOST_PEER_CODE)],
+    ids=["killed", "stopped"],
+)
+def test_clients_are_told_when_a_rank_is_lost(devices: str, number: signal.Signals, code: int) -> None:
     with launched(devices) as server:
-        check_loss(server, 1, signal.SIGKILL, 128 + signal.SIGKILL)
+        check_loss(server, 1, number, code)
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ NUM_EXPERTS = 8
 # A second thread on the one core, which waits in an exchange while the first one computes, and an order of work for that.
 OVERLAP = {"PJRT_NPROC": "2", "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=true"}
 # Options with their defaults; a row is a sequence of a micro-batch.
-_SIZES = {"hidden": 1024, "layers": 8, "expert_width": 256, "context": 512, "rows": 32, "steps": 16, "rounds": 5}
+SIZES = {"hidden": 1024, "layers": 8, "expert_width": 256, "context": 512, "rows": 32, "steps": 16, "rounds": 5}
 
 
 class SilentWire(Wire):
@@ -244,7 +244,7 @@ def summarise(times: dict[str, list[float]], arguments: argparse.Namespace) -> d
             "python": platform.python_version(),
             "jax": jax.__version__,
             "load": os.getloadavg(),
-            **{name: getattr(arguments, name) for name in _SIZES},
+            **{name: getattr(arguments, name) for name in SIZES},
             "payload": arguments.payload,
             "environment": OVERLAP,
         },
@@ -268,22 +268,20 @@ def show(found: dict[str, object]) -> None:
     print(f"throughput with 3 over 1: {found['throughput_3_over_1']:.2f}")
 
 
-def main() -> int:
-    """Starts both processes and shows what they found."""
-    parser = argparse.ArgumentParser(description="Efficiency of AFD's executor program on two cores.")
-    for name, default in _SIZES.items():
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the two processes."""
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="(default: %(default)s)")
     parser.add_argument("--payload", default="float32", help="what crosses (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="(default: %(default)g)")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures")
-    arguments = parser.parse_args()
-    if os.environ.get("STEP3_PROCESS_ID"):
-        run_rank(arguments)
-        return 0
+
+
+def start_ranks(module: str, timeout_s: float) -> dict[str, object] | None:
+    """Runs a module of `tools` as two processes with this one's options; returns what process 0 prints, None if nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     common = os.environ | {"JAX_PLATFORMS": "cpu", "STEP3_COORDINATOR": address, "STEP3_NUM_PROCESSES": "2"} | OVERLAP
-    command = [sys.executable, "-m", "tools.bench_afd", *sys.argv[1:]]
+    command = [sys.executable, "-m", module, *sys.argv[1:]]
     processes = [
         subprocess.Popen(
             command,
@@ -294,19 +292,40 @@ def main() -> int:
         for rank in range(2)
     ]
     try:
-        out, _ = processes[0].communicate(timeout=arguments.timeout)
+        out, _ = processes[0].communicate(timeout=timeout_s)
     finally:
         for process in processes:
             process.kill()
             process.wait()
     if "answer " not in out:
-        return 1
+        return None
     found = json.loads(out.partition("answer ")[2].splitlines()[0])
+    assert isinstance(found, dict)
+    return found
+
+
+def write_json(path: pathlib.Path, found: dict[str, object]) -> None:
+    """Writes figures."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def main() -> int:
+    """Starts both processes and shows what they found."""
+    parser = argparse.ArgumentParser(description="Efficiency of AFD's executor program on two cores.")
+    add_sizes(parser)
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures")
+    arguments = parser.parse_args()
+    if os.environ.get("STEP3_PROCESS_ID"):
+        run_rank(arguments)
+        return 0
+    found = start_ranks("tools.bench_afd", arguments.timeout)
+    if found is None:
+        return 1
     show(found)
     if arguments.json is not None:
-        new = arguments.json.with_name(arguments.json.name + ".new")
-        new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        new.replace(arguments.json)
+        write_json(arguments.json, found)
     return 0
 
 

@@ -4,7 +4,8 @@
 
 The model is that of `step3 bench` with random weights. One process has it behind the service, a second one sends requests,
 and this one runs the same requests through `LLM.generate`, in turns with the other two. All are on the same cores: the
-clients' work takes time from the engine, and the processor seconds of each say how much.
+clients' work takes time from the engine, and the processor seconds of each say how much. Other services, such as that of
+`tools/llama_cpp_server.py`, may stand beside with `--peer`.
 """
 
 from __future__ import annotations
@@ -170,6 +171,10 @@ def measure_throughput(arguments: argparse.Namespace, llm: LLM, url: str) -> lis
             "ratio": offline_s / duration,
             "seconds": duration,
         }
+        for name, peer in (one.split("=", 1) for one in arguments.peer):
+            answers = summarise(send_apart(peer, bodies, concurrency=CLIENTS)[0], {})
+            assert answers["answered"] == len(bodies), (name, answers["errors"])
+            row[f"{name}_tokens_per_s"] = float(str(answers["output_tokens"])) / float(str(answers["duration_s"]))
         row |= {f"{name}_cpu_s": after[name] - before[name] for name in before} | {"clients_cpu_s": clients_s}
         rows.append(row)
     return rows
@@ -293,6 +298,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=96, help="of a round")
     parser.add_argument("--first-tokens", type=int, default=40, help="requests of which the first token is waited for")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="another service that gets the same requests in turn",
+    )
     parser.add_argument("--preset", choices=PRESETS, default="100m", help="size of the model (default: %(default)s)")
     parser.add_argument("--json", help="file that gets the figures, beside those of other benchmarks")
     parser.add_argument("--role", choices=("measure", "serve", "send"), default="measure", help=argparse.SUPPRESS)

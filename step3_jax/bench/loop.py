@@ -12,13 +12,14 @@ from jaxtyping import Float, Int
 
 from step3_jax.afd.executor import AfdChoice, place_executor
 from step3_jax.cache.paged import Cache, choose_storage
-from step3_jax.engine.bucket_table import STEPS_PER_CALL, power_of_two
+from step3_jax.engine.bucket_table import power_of_two
 from step3_jax.engine.drive.start import drive, take_part
 from step3_jax.engine.drive.worker import Worker
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
+from step3_jax.layout.admission import STEPS_PER_CALL
 from step3_jax.layout.page import pages_for
 from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import make_layout

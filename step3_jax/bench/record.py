@@ -153,7 +153,7 @@ def replay(executor: Executor, recording: Recording, cache: Cache) -> Replay:
       recording: The calls. All that they find in the cache must have been written by one of them, or be in `cache`.
       cache: Of the same size; it is consumed.
     """
-    under_way: dict[int, Started[object] | Started[Report]] = {}
+    under_way: dict[int, Started[ExpertTokens] | Started[Report]] = {}
     reports: list[Report] = []
     jax.block_until_ready(cache)
     begin = time.perf_counter()
@@ -190,7 +190,9 @@ def call_seconds(executor: Executor, recording: Recording, cache: Cache) -> tupl
     return cache, seconds
 
 
-def dispatch(executor: Executor, cache: Cache, call: Call) -> tuple[Cache, Started[object] | Started[Report] | None]:
+def dispatch(
+    executor: Executor, cache: Cache, call: Call
+) -> tuple[Cache, Started[ExpertTokens] | Started[Report] | None]:
     """Makes a recorded call; None where there is nothing to wait for."""
     if isinstance(call, PrefillBatch):
         return executor.prefill(cache, call)

@@ -9,8 +9,6 @@ import numpy as np
 
 from step3_jax.afd.executor import load_afd_executor, place_executor
 from step3_jax.afd.host.executor import HostExecutor
-from step3_jax.afd.host.picture import write_picture
-from step3_jax.afd.host.trace import measure, read_trace, write_trace
 from step3_jax.bench.model import bench_config, random_model
 from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.cli.choice import find_model
@@ -19,6 +17,8 @@ from step3_jax.cli.engine import read_engine
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.timeline.picture import write_picture
+from step3_jax.timeline.trace import measure, read_trace, write_trace
 
 
 def run(arguments: argparse.Namespace) -> int:

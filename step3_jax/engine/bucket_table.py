@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 from step3_jax.engine.config import EngineConfig
+from step3_jax.layout.admission import STEPS_PER_CALL
 
-# Most decode steps of a call: the longest that the host does not look at what is generated.
-STEPS_PER_CALL = 32
 MIN_CHUNK_TOKENS = 32
 # Of a chunk with image places: the smallest image of Step3 has 169.
 MIN_IMAGE_CHUNK_TOKENS = 256

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax import resources
 from step3_jax.config import ModelConfig
-from step3_jax.engine.bucket_table import STEPS_PER_CALL
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import EngineCore
@@ -35,6 +34,7 @@ from step3_jax.engine.runner import Runner
 from step3_jax.engine.stats import EngineStats
 from step3_jax.engine.warm_up import Progress
 from step3_jax.gpu import claim_memory
+from step3_jax.layout.admission import STEPS_PER_CALL
 from step3_jax.layout.parallel import Parallel
 from step3_jax.mesh import find_devices
 from step3_jax.model.step3 import Step3

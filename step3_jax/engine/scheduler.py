@@ -24,13 +24,16 @@ from step3_jax.cache.allocator import PageAllocator
 from step3_jax.cache.prefix import extend_keys
 from step3_jax.engine.bucket_table import BucketTable
 from step3_jax.engine.sequence import Group, Sequence
+from step3_jax.layout.admission import (
+    MAX_PASSES,
+    MAX_PREEMPTIONS,
+    Unfinished,
+    count_admitted_pages,
+    count_growth,
+    count_room,
+    divide_chunk,
+)
 from step3_jax.layout.page import pages_for
-
-# Output tokens that a sequence has pages for when it is admitted, and pages that it grows by.
-RESERVED_OUTPUT = 512
-GROWTH_PAGES = 8
-MAX_PASSES = 8
-MAX_PREEMPTIONS = 3
 
 
 class Chunk(NamedTuple):
@@ -142,6 +145,10 @@ class Scheduler:
             admitted.append(sequence)
         if admitted:
             self._give_slots(admitted)
+        elif not self._running and self._waiting and self._holding:
+            # What is held for sequences that wait may be all that keeps any of them from running.
+            self._drop(self._holding[-1])
+            return self.admit()
         return copies
 
     def plan_chunk(self) -> list[Chunk]:
@@ -151,23 +158,15 @@ class Scheduler:
         theirs. Chunks end where pages end, so that the same pages are computed the same way with and without cached ones
         before them.
         """
-        room = [self._max_num_batched_tokens] * self._allocator.num_shards
         unfinished = [sequence for sequence in self._running if sequence.num_to_prefill]
-        counts = dict.fromkeys(unfinished, 0)
-        num_of_shard = collections.Counter(map(self.shard_of, unfinished))
-        for is_limited in (True, False):
-            for sequence in unfinished:
-                shard = self.shard_of(sequence)
-                limit = room[shard]
-                if is_limited and num_of_shard[shard] > 1:
-                    limit = min(limit, self._long_prefill_tokens)
-                count = min(sequence.num_to_prefill - counts[sequence], limit)
-                if count < sequence.num_to_prefill - counts[sequence] and self._max_num_batched_tokens >= PAGE_SIZE:
-                    start = sequence.num_computed + counts[sequence]
-                    count = max(0, (start + count) // PAGE_SIZE * PAGE_SIZE - start)
-                counts[sequence] += count
-                room[shard] -= count
-        return [Chunk(sequence, sequence.num_computed, count) for sequence, count in counts.items() if count]
+        counts = divide_chunk(
+            [Unfinished(one.num_computed, one.num_to_prefill, self.shard_of(one)) for one in unfinished],
+            num_shards=self._allocator.num_shards,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+            long_prefill_tokens=self._long_prefill_tokens,
+        )
+        chunks = zip(unfinished, counts, strict=True)
+        return [Chunk(sequence, sequence.num_computed, count) for sequence, count in chunks if count]
 
     def make_room(self, num_steps: int) -> tuple[int, list[Sequence]]:
         """Gives pages to the sequences that decode, for as many as `num_steps` more tokens of each.
@@ -248,10 +247,12 @@ class Scheduler:
 
     def _take_pages(self, sequence: Sequence) -> list[PageCopy] | None:
         """Pages for a sequence, if there are enough in any shard; returns the copies to make."""
-        num_tokens = sequence.max_cached
-        if not _is_pinned(sequence):
-            num_tokens = min(num_tokens, len(sequence.token_ids) - 1 + RESERVED_OUTPUT)
-        count = min(pages_for(num_tokens), self._allocator.shard_pages)
+        count = count_admitted_pages(
+            len(sequence.token_ids),
+            sequence.max_cached,
+            is_pinned=_is_pinned(sequence),
+            shard_pages=self._allocator.shard_pages,
+        )
         held = sequence.group.held_pages
         best: tuple[int, list[int]] | None = None
         for shard, hits in self._choices(sequence):
@@ -309,18 +310,15 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, num_steps: int) -> int:
         """Gives a sequence pages for up to `num_steps` more tokens; returns how many it has room for."""
-        cached = len(sequence.token_ids) - 1
-        needed = pages_for(min(cached + num_steps, sequence.max_cached)) - len(sequence.pages)
-        if needed > 0:
-            most = pages_for(sequence.max_cached) - len(sequence.pages)
-            free = self._allocator.num_free_in(self.shard_of(sequence))
-            count = min(max(needed, min(GROWTH_PAGES, most)), free)
-            if count:
-                sequence.pages += self._allocator.allocate(count, self.shard_of(sequence))
-                self.table_version += 1
-        if len(sequence.pages) >= pages_for(sequence.max_cached):
-            return num_steps
-        return min(num_steps, len(sequence.pages) * PAGE_SIZE - cached)
+        shard = self.shard_of(sequence)
+        tokens, most = len(sequence.token_ids), sequence.max_cached
+        count = count_growth(
+            tokens, num_steps, most, num_pages=len(sequence.pages), num_free=self._allocator.num_free_in(shard)
+        )
+        if count:
+            sequence.pages += self._allocator.allocate(count, shard)
+            self.table_version += 1
+        return count_room(tokens, num_steps, most, num_pages=len(sequence.pages))
 
     def _reclaim(self, sequence: Sequence) -> bool:
         """Frees pages for a sequence that needs one; False if there are none to free, and it cannot go on."""

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from step3_jax.engine.bucket_table import STEPS_PER_CALL
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import ContextLengthError, Prompt, Request
+from step3_jax.layout.admission import STEPS_PER_CALL
 from step3_jax.server.error import ApiError, bad_request, refused
 from step3_jax.server.message import check_variables, read_messages, read_tools
 from step3_jax.server.protocol.chat import ChatMessage, Tool

@@ -9,9 +9,10 @@ import xml.etree.ElementTree as ET
 import jax.numpy as jnp
 import pytest
 
-from step3_jax.afd.host.flight import Event, Flight, Stage, reconstruct
-from step3_jax.afd.host.picture import COLOURS, draw, pick_window, write_picture
-from step3_jax.afd.host.trace import measure, read_trace, write_trace
+from step3_jax.afd.host.flight import Flight, reconstruct
+from step3_jax.timeline.event import Event, Stage
+from step3_jax.timeline.picture import COLOURS, draw, pick_window, write_picture
+from step3_jax.timeline.trace import measure, read_trace, write_trace
 
 
 def pipeline(num_layers: int = 6, num_microbatches: int = 3) -> list[Event]:

@@ -16,7 +16,7 @@ MAX_LINES = 500
 # Each row may import its own part and those of the rows above; parts of one row do not import each other.
 ROWS = (
     ("pallas_kernels", "rank"),
-    ("resources", "stored_file", "json_schema", "gpu", "nearest", "beacon", "channel"),
+    ("resources", "stored_file", "json_schema", "gpu", "timeline", "nearest", "beacon", "channel"),
     ("config_file",),
     ("config",),
     ("layout",),
@@ -37,7 +37,7 @@ ROWS = (
 ONLY = {
     # They run without a device.
     "layout": {"config", "nearest", "pallas_kernels", "resources"},
-    "planner": {"config", "gpu", "layout", "nearest", "resources"},
+    "planner": {"config", "gpu", "layout", "nearest", "resources", "timeline"},
     # Texts and images are prepared where there is no accelerator.
     "text": {"config", "json_schema", "resources", "stored_file"},
 }
@@ -139,6 +139,7 @@ def test_text_and_planner_run_without_jax() -> None:
             "launch",
             "beacon",
             "rank",
+            "timeline",
         )
         for line, name in _imported(path)
         if name.split(".")[0] in ("jax", "jaxlib", "flax")

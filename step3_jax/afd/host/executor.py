@@ -20,7 +20,7 @@ from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import Storage
 from step3_jax.afd.host.calls import Flow, RoleCalls
 from step3_jax.afd.host.exchange import Exchange
-from step3_jax.afd.host.flight import Event, Flight, Lane, Stage
+from step3_jax.afd.host.flight import Flight
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
@@ -31,6 +31,7 @@ from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES
 from step3_jax.layout.payload import choose_payload
 from step3_jax.layout.role import Role
 from step3_jax.model.step3 import Step3
+from step3_jax.timeline.event import Event, Lane, Stage
 
 # Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
 _STAGES_AHEAD = 8
@@ -163,7 +164,7 @@ class HostExecutor(Executor):
         return tuple(pages), Started(call.cut_report(report))
 
     def start_recording(self) -> None:
-        """Records who does which stage when, from now on; see `afd.trace`."""
+        """Records who does which stage when, from now on; see `timeline.trace`."""
         self._flight.start_recording()
 
     def stop_recording(self) -> list[Event]:

@@ -6,50 +6,14 @@ import collections
 import queue
 import threading
 import time
-from typing import Literal, NamedTuple
 
 import jax
 from jaxtyping import Array
 
-Lane = Literal["attention", "to_ffn", "ffn", "to_attention"]
-# What a lane does, as a message says it.
-LANES: dict[Lane, str] = {
-    "attention": "the attention step",
-    "to_ffn": "the exchange from attention to FFN",
-    "ffn": "the FFN step",
-    "to_attention": "the exchange from FFN to attention",
-}
+from step3_jax.timeline.event import LANES, Event, Lane, Stage
+
 # From the first look to the longest pause between two.
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 2e-3
-
-
-class Stage(NamedTuple):
-    """One piece of work.
-
-    Attributes:
-      lane: Who does it.
-      phase: "prefill" or "decode".
-      step: Number of the decode step, or of the chunk, since the executor was made.
-      layer: Number of the layer; that of the last one plus 1 stands for the head.
-      microbatch: Number of the micro-batch.
-    """
-
-    lane: Lane
-    phase: str
-    step: int
-    layer: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{LANES[self.lane]} of layer {self.layer}, micro-batch {self.microbatch} ({self.phase} {self.step})"
-
-
-class Event(NamedTuple):
-    """A stage that was recorded; times in seconds since the recording began."""
-
-    stage: Stage
-    start_s: float
-    end_s: float
 
 
 class Flight:

@@ -10,6 +10,7 @@ WHAT = {
     "cost": "USD per million tokens on given hardware: ideal, and as expected from what others measured",
     "search": "which deployment of an inventory decodes at least cost within a target time",
     "report": "the tables of the Step-3 report, computed again beside the printed ones",
+    "simulate": "attention and FFN apart, event by event: time per token, throughput, bubbles",
 }
 
 

@@ -23,8 +23,7 @@ from flax import nnx
 
 from step3_jax.afd.host.calls import Flow
 from step3_jax.afd.host.executor import HostExecutor, load_host_executor
-from step3_jax.afd.host.flight import Flight, Stage
-from step3_jax.afd.host.trace import measure, to_chrome
+from step3_jax.afd.host.flight import Flight
 from step3_jax.afd.placement import place_model
 from step3_jax.afd.roles import arrays_by_role
 from step3_jax.afd.topology import AfdTopology
@@ -39,6 +38,8 @@ from step3_jax.mesh import force_cpu_devices
 from step3_jax.model.step3 import Step3
 from step3_jax.resources import find
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.timeline.event import Stage
+from step3_jax.timeline.trace import measure, to_chrome
 from tests.rule import run_ruled
 
 Answer = dict[str, object]

@@ -183,8 +183,8 @@ def test_others_are_computed_again_with_the_same_tokens(call: str, step: int) ->
 
 
 def test_a_full_cache_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("step3_jax.engine.scheduler.RESERVED_OUTPUT", 8)
-    monkeypatch.setattr("step3_jax.engine.scheduler.GROWTH_PAGES", 1)
+    monkeypatch.setattr("step3_jax.layout.admission.RESERVED_OUTPUT", 8)
+    monkeypatch.setattr("step3_jax.layout.admission.GROWTH_PAGES", 1)
     core = make_core(FakeExecutor(), num_pages=10)
     prompts = [prompt_of(60, start) for start in range(4)]
 

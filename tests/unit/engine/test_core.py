@@ -7,13 +7,13 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import EngineCore
 from step3_jax.engine.request import Prompt, Request, SequenceOutput
-from step3_jax.engine.scheduler import MAX_PASSES, MAX_PREEMPTIONS
+from step3_jax.layout.admission import MAX_PASSES, MAX_PREEMPTIONS
 from step3_jax.layout.page import page_bytes
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.text.images import ProcessedImage, plan
@@ -153,8 +153,8 @@ def test_if_the_first_completion_goes_before_the_prompt_is_there_the_next_one_pr
 
 
 def test_preempted_sequences_get_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("step3_jax.engine.scheduler.RESERVED_OUTPUT", 8)
-    monkeypatch.setattr("step3_jax.engine.scheduler.GROWTH_PAGES", 1)
+    monkeypatch.setattr("step3_jax.layout.admission.RESERVED_OUTPUT", 8)
+    monkeypatch.setattr("step3_jax.layout.admission.GROWTH_PAGES", 1)
     core = make_core(FakeExecutor(), num_pages=10)
     sinks = [add(core, request(str(index), prompt_of(60, index), 300)) for index in range(4)]
     while core.has_work:
@@ -282,12 +282,14 @@ ACTIONS = st.tuples(
 
 @settings(max_examples=120, deadline=None)
 @given(st.lists(ACTIONS, max_size=80), st.sampled_from([1, 2]), st.booleans())
+# Two groups hold their prompts' pages for sequences that wait, and nothing runs.
+@example([("step", 0), ("add", 0), ("add", 33974), ("add", 33974), ("add", 0)], 1, True)
 def test_whatever_comes_no_page_leaks_and_every_sequence_gets_its_tokens(
     actions: list[tuple[str, int]], num_shards: int, has_prefix_cache: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("step3_jax.engine.scheduler.RESERVED_OUTPUT", 16)
-        patch.setattr("step3_jax.engine.scheduler.GROWTH_PAGES", 1)
+        patch.setattr("step3_jax.layout.admission.RESERVED_OUTPUT", 16)
+        patch.setattr("step3_jax.layout.admission.GROWTH_PAGES", 1)
         executor = FakeExecutor(num_shards)
         core = make_core(executor, num_pages=10, enable_prefix_caching=has_prefix_cache)
         sinks: dict[str, tuple[Sink, Request]] = {}

@@ -13,8 +13,9 @@ from step3_jax.cache.allocator import PageAllocator
 from step3_jax.engine.bucket_table import BucketTable
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.request import Prompt, Request
-from step3_jax.engine.scheduler import MAX_PASSES, MAX_PREEMPTIONS, Scheduler
+from step3_jax.engine.scheduler import Scheduler
 from step3_jax.engine.sequence import Group, Sequence
+from step3_jax.layout.admission import MAX_PASSES, MAX_PREEMPTIONS
 from step3_jax.sampling.batch import SamplingRow
 from step3_jax.sampling.params import SamplingParams
 
@@ -164,7 +165,7 @@ def test_slots_stay_while_sequences_end_and_shrink_late() -> None:
 
 
 def test_a_sequence_grows_by_some_pages_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("step3_jax.engine.scheduler.RESERVED_OUTPUT", 10)
+    monkeypatch.setattr("step3_jax.layout.admission.RESERVED_OUTPUT", 10)
     own = clerk(num_pages=40)
     one = sequence(60, 1500)
     own.scheduler.add([one])
@@ -180,7 +181,7 @@ def test_a_sequence_grows_by_some_pages_at_a_time(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_least_computed_one_gives_its_pages_back_and_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("step3_jax.engine.scheduler.RESERVED_OUTPUT", 1)
+    monkeypatch.setattr("step3_jax.layout.admission.RESERVED_OUTPUT", 1)
     own = clerk(num_pages=6)
     old, young, late = sequence(128, 200), sequence(100, 60), sequence(64, 100)
     own.scheduler.add([old, young, late])
@@ -202,7 +203,7 @@ def test_the_least_computed_one_gives_its_pages_back_and_comes_next(monkeypatch:
 
 
 def test_what_was_preempted_often_is_admitted_whole_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("step3_jax.engine.scheduler.RESERVED_OUTPUT", 1)
+    monkeypatch.setattr("step3_jax.layout.admission.RESERVED_OUTPUT", 1)
     own = clerk(num_pages=8)
     small = sequence(10, 190)
     small.num_preemptions = MAX_PREEMPTIONS

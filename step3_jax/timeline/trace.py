@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import cast, get_args
 
-from step3_jax.afd.host.flight import Event, Lane, Stage
+from step3_jax.timeline.event import Event, Lane, Stage
 
 # Rows of the picture from top to bottom, as threads of one process.
 LANE_NAMES: dict[Lane, str] = {

@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from step3_jax.afd.host.flight import Event
-from step3_jax.afd.host.trace import LANE_NAMES, measure, steady_part
+from step3_jax.timeline.event import Event
+from step3_jax.timeline.trace import LANE_NAMES, measure, steady_part
 
 # One colour a micro-batch; told apart by people who do not see all colours (Okabe and Ito).
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7")

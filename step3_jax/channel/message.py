@@ -1,7 +1,7 @@
 """Messages as frames: a head in MessagePack with small arrays in it, and behind it the bytes of each large one.
 
-An array that is the same object as the last one of its name is not sent again. Nothing that is received is executed, and
-no size is taken on trust: what does not fit is refused.
+Where a message says so, an array that is the same object as the last one of its name is not sent again. Nothing that is
+received is executed, and no size is taken on trust: what does not fit is refused.
 """
 
 from __future__ import annotations
@@ -37,10 +37,13 @@ class Message(NamedTuple):
     Attributes:
       kind: What it is.
       fields: What it says.
+      keeps: Whether its arrays are kept at both ends, so that those that are the same in the next one of its kind need not
+        be sent again.
     """
 
     kind: str
     fields: Fields
+    keeps: bool = False
 
 
 class Encoder:
@@ -68,7 +71,8 @@ class Encoder:
                 continue
             if value.dtype.name not in _DTYPES:
                 raise ValueError(f"{name} has dtype {value.dtype}, which is not sent")
-            self._known[key] = value
+            if message.keeps:
+                self._known[key] = value
             form: list[object] = [value.dtype.name, list(value.shape)]
             if value.nbytes <= _SMALL_BYTES:
                 head[name] = msgpack.ExtType(_SMALL, msgpack.packb([*form, value.tobytes()]))
@@ -76,7 +80,7 @@ class Encoder:
             head[name] = msgpack.ExtType(_ARRAY, msgpack.packb(form))
             # Through bytes, as buffers of bfloat16 have no format.
             frames.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-        frames[0] = msgpack.packb([message.kind, head])
+        frames[0] = msgpack.packb([message.kind, head, message.keeps])
         return frames
 
 
@@ -94,7 +98,7 @@ class Decoder:
           MessageError: If it is none.
         """
         try:
-            kind, head = msgpack.unpackb(frames[0], ext_hook=msgpack.ExtType, max_ext_len=_MAX_HEAD_BYTES)
+            kind, head, keeps = msgpack.unpackb(frames[0], ext_hook=msgpack.ExtType, max_ext_len=_MAX_HEAD_BYTES)
         except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
             raise MessageError(f"not a message: {error}") from None
         if not isinstance(kind, str) or not isinstance(head, dict):
@@ -107,13 +111,17 @@ class Decoder:
                 continue
             key = kind, name
             if value.code == _SMALL or (value.code == _ARRAY and left):
-                self._known[key] = _read_array(value.data, left.pop(0) if value.code == _ARRAY else None)
-            elif value.code != _SAME or key not in self._known:
+                array = _read_array(value.data, left.pop(0) if value.code == _ARRAY else None)
+            elif value.code == _SAME and key in self._known:
+                array = self._known[key]
+            else:
                 raise MessageError(f"{kind}: {name} has no array")
-            fields[name] = self._known[key]
+            if keeps:
+                self._known[key] = array
+            fields[name] = array
         if left:
             raise MessageError(f"{kind}: {len(left)} frames too many")
-        return Message(kind, fields)
+        return Message(kind, fields, bool(keeps))
 
 
 def _read_array(form: bytes, frame: bytes | memoryview | None) -> np.ndarray:

@@ -113,7 +113,8 @@ def to_message(call: Call) -> Message:
         inner = call.call
         fields = {"num_steps": inner.num_steps, "max_steps": inner.max_steps, "leave_early": bool(inner.leave_early)}
         fields |= _named(_BATCH, inner.batch._asdict()) | _named(_SAMPLING, inner.sampling._asdict())
-        return Message(kind, fields)
+        # Page tables, sampling parameters and masks are mostly those of the last call.
+        return Message(kind, fields, keeps=True)
     if isinstance(call, EncodeImages):
         return Message(kind, {"pixels": call.pixels})
     if isinstance(call, CopyPages):
@@ -127,7 +128,7 @@ def from_message(message: Message) -> Call:
     Raises:
       MessageError: If it is none.
     """
-    kind, fields = message
+    kind, fields, _ = message
     try:
         if kind == "Prefill":
             return Prefill(_read_chunk(dict(fields)))

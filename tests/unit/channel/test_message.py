@@ -41,13 +41,22 @@ def test_fields_arrive_as_they_were() -> None:
 def test_an_array_that_is_the_same_is_not_sent_again() -> None:
     encoder, decoder = Encoder(), Decoder()
     kept, other = np.zeros((1000,), np.int32), np.ones((3,), np.int32)
-    first, _ = carry(Message("decode", {"kept": kept}), encoder, decoder)
-    again, num_bytes = carry(Message("decode", {"kept": kept, "other": other}), encoder, decoder)
+    first, _ = carry(Message("decode", {"kept": kept}, keeps=True), encoder, decoder)
+    again, num_bytes = carry(Message("decode", {"kept": kept, "other": other}, keeps=True), encoder, decoder)
     assert num_bytes < 200
     # The same object, so that what was placed on a device for it need not be placed again.
     assert again.fields["kept"] is first.fields["kept"]
-    equal, _ = carry(Message("decode", {"kept": kept.copy()}), encoder, decoder)
+    equal, _ = carry(Message("decode", {"kept": kept.copy()}, keeps=True), encoder, decoder)
     assert equal.fields["kept"] is not first.fields["kept"]
+
+
+def test_an_array_that_is_not_kept_is_sent_each_time() -> None:
+    encoder, decoder = Encoder(), Decoder()
+    pixels = np.zeros((1000,), np.float32)
+    sizes = [carry(Message("encode", {"pixels": pixels}), encoder, decoder)[1] for _ in range(2)]
+    assert sizes[0] == sizes[1] > pixels.nbytes
+    assert not encoder._known
+    assert not decoder._known
 
 
 def test_an_object_is_no_array() -> None:
@@ -60,18 +69,18 @@ def test_an_object_is_no_array() -> None:
     [
         [],
         [b"\xc1"],
-        [msgpack.packb(["decode", {}]), b"more"],
+        [msgpack.packb(["decode", {}, False]), b"more"],
         [msgpack.packb(["decode"])],
-        [msgpack.packb([1, {}])],
-        [msgpack.packb(["decode", {"a": msgpack.ExtType(1, msgpack.packb(["float32", [2]]))}]), b"1234"],
-        [msgpack.packb(["decode", {"a": msgpack.ExtType(1, msgpack.packb(["float32", [-1, -1]]))}]), b"1234"],
-        [msgpack.packb(["decode", {"a": msgpack.ExtType(1, msgpack.packb(["object", [1]]))}]), b"12345678"],
-        [msgpack.packb(["decode", {"a": msgpack.ExtType(1, b"\xc1")}]), b"1234"],
-        [msgpack.packb(["decode", {"a": msgpack.ExtType(2, b"")}])],
-        [msgpack.packb(["decode", {"a": msgpack.ExtType(9, b"")}])],
-        [msgpack.packb(["decode", {"a": msgpack.ExtType(3, msgpack.packb(["int32", [1]]))}])],
-        [msgpack.packb(["decode", {"a": msgpack.ExtType(3, msgpack.packb(["int32", [2], b"1234"]))}])],
-        [msgpack.packb(["decode", {"a": msgpack.ExtType(3, msgpack.packb(["int32", [1], 5]))}])],
+        [msgpack.packb([1, {}, False])],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(1, msgpack.packb(["float32", [2]]))}, False]), b"1234"],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(1, msgpack.packb(["float32", [-1, -1]]))}, False]), b"1234"],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(1, msgpack.packb(["object", [1]]))}, False]), b"12345678"],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(1, b"\xc1")}, False]), b"1234"],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(2, b"")}, False])],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(9, b"")}, False])],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(3, msgpack.packb(["int32", [1]]))}, False])],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(3, msgpack.packb(["int32", [2], b"1234"]))}, False])],
+        [msgpack.packb(["decode", {"a": msgpack.ExtType(3, msgpack.packb(["int32", [1], 5]))}, False])],
     ],
     ids=str,
 )

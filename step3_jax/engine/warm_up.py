@@ -108,5 +108,5 @@ def _finish(executor: Executor, cache: Cache, started: _Started) -> Cache:
         cache, decode = executor.decode(cache, call)
         decode.result()
     else:
-        cache = jax.block_until_ready(executor.copy_pages(cache, (), ()))
+        cache = executor.wait(executor.copy_pages(cache, (), ()))
     return cache

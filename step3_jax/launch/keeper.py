@@ -118,7 +118,7 @@ class RankProcess:
         """Signals the process and all that it started; nothing if it is over."""
         with self._lock:
             if not self._is_reaped:
-                # Its session has its id. A zombie that nobody may signal is as good as gone.
+                # Its session has its id. A zombie that cannot be signalled is as good as gone.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._process.pid, number)
 
@@ -139,7 +139,7 @@ class RankProcess:
 
     def _wait(self) -> None:
         if hasattr(os, "waitid"):
-            # Not reaped yet, so that its id still names its group, and nobody else's, when the rest is killed.
+            # Not reaped yet, so that its id still names its group, and no other one, when the rest is killed.
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
             self.send_signal(signal.SIGKILL)
         else:

@@ -9,7 +9,7 @@ from step3_jax.rank import COORDINATOR, CPU_DEVICES, NUM_PROCESSES, PROCESS_ID, 
 
 LOOPBACK = "127.0.0.1"
 PLATFORMS = ("auto", "cpu", "cuda")
-# No question that nobody can answer, no wait of minutes for a host that is off.
+# No questions, as no user may be there to answer; no wait of minutes for a host that is off.
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-T")
 _MIN_DEADLINE_S, _MIN_RANK_DEADLINE_S = 1.0, 2.0
 # Settings that a user makes here and expects there; a host's own devices and paths are not among them.

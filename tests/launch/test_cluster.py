@@ -61,7 +61,7 @@ def test_a_host_that_is_cut_off_in_mid_run_ends_all_within_the_deadline(environm
     assert "while rank 1 ran there: the machine or the network to it is gone" in stderr
     # Deadline 5 s, grace 1 s; the rest is for a slow machine.
     assert float(str(done["seconds"])) < 30
-    # The rank of the host that was cut off, too: its keeper hears nobody.
+    # The rank of the host that was cut off, too: its keeper hears nothing.
     wait_until_gone([int(pid) for pid in re.findall(r"\] pid (\d+)", stderr)])
 
 

@@ -18,7 +18,7 @@ CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 # Compiling is most of the time here.
 QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-WORDS = "serve --port 0 --no-warm-up --max-num-seqs 4 --max-model-len 1024 --max-num-batched-tokens 512"
+WORDS = "serve --port 0 --no-warm-up --max-num-seqs 2 --max-model-len 1024 --max-num-batched-tokens 128"
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [12, 34]}}, "required": ["n"], "additionalProperties": False}
 
 
@@ -45,7 +45,7 @@ def ranks_of(server: Running) -> dict[int, int]:
 
 
 def ask(content: object = QUESTION, **more: object) -> dict[str, object]:
-    return {"model": "step3-tiny", "messages": content, "temperature": 0, "max_tokens": 40} | more
+    return {"model": "step3-tiny", "messages": content, "temperature": 0, "max_tokens": 28} | more
 
 
 def check_service(server: Running) -> None:
@@ -70,7 +70,7 @@ def check_service(server: Running) -> None:
     assert "Paris" in answer["choices"][0]["message"]["content"]
     assert server.metric("num_requests_running") == 0
 
-    stream = server.begin(CHAT, ask(stream=True, max_tokens=120, ignore_eos=True))
+    stream = server.begin(CHAT, ask(stream=True, max_tokens=50, ignore_eos=True))
     assert b"data:" in stream.readline()
     server.process.send_signal(signal.SIGTERM)
     text = stream.read().decode()

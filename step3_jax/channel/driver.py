@@ -157,9 +157,10 @@ class DriverChannel:
     def suspect(self, text: str) -> None:
         """Says that something has failed here: the run is lost, if not by another rank's failure then by this."""
         with self._news:
-            if self._suspect is None:
+            if not self._is_closed and self._suspect is None:
                 self._suspect = time.monotonic() + _DOUBT_S, text
-        self._wake.send(b"x")
+                # The thread is to look at the clock.
+                self._wake.send(b"x")
 
     def close(self) -> None:
         """Tells the workers that the run has ended, and closes the channel; nothing happens the second time."""
@@ -220,7 +221,8 @@ class DriverChannel:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            with contextlib.suppress(MessageError, ValueError, KeyError):
+            # A stranger's words are no news, and one that has left again needs no answer.
+            with contextlib.suppress(MessageError, ValueError, KeyError, zmq.ZMQError):
                 self._take(identity, Decoder().decode(frames))
 
     def _take(self, identity: bytes, message: Message) -> None:
@@ -237,10 +239,7 @@ class DriverChannel:
         elif message.kind == "answer":
             self._answers[rank] = fields
         elif message.kind == "error":
-            self._suspect = self._suspect or (
-                time.monotonic() + _DOUBT_S,
-                f"{self._workers[rank].name} failed in {fields['place']}: {fields['text']}",
-            )
+            self.suspect(f"{self._workers[rank].name} failed in {fields['place']}: {fields['text']}")
         self._news.notify_all()
 
     def _find_lost(self) -> None:

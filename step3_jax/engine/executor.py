@@ -197,6 +197,10 @@ class Executor(ModelPart, abc.ABC):
           targets: Where each goes: different pages, none of them a source.
         """
 
+    def wait(self, cache: Cache) -> Cache:
+        """Waits until all calls that the cache has gone through have ended; the cache."""
+        return jax.block_until_ready(cache)
+
     def lower(self, cache: Cache, call: PrefillBatch | DecodeCall) -> jax.stages.Lowered | None:
         """Traces a call's program, to be compiled while others are; the call itself then finds it.
 

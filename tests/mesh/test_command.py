@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
-from tests.process import step3
+from tests.mesh.conftest import PROGRAMS
+from tests.process import ROOT, step3
 
 QUESTION = "What is the capital of France?"
 
@@ -63,3 +65,14 @@ def test_several_processes_need_a_model_that_they_share() -> None:
     ran = step3("launch", "--local", "2", "--", "generate", "-p", "x")
     assert ran.returncode == 2
     assert "there are 2 processes, and the model is to run on one device" in ran.stderr
+
+
+# It compiles all programs in both processes.
+@pytest.mark.slow
+def test_a_script_runs_in_two_processes_and_compiles_nothing_after_its_warm_up() -> None:
+    path = os.pathsep.join([str(ROOT), str(PROGRAMS)])
+    ran = step3("launch", "--local", "2", "--module", "llm_script", PYTHONPATH=path)
+    assert ran.returncode == 0, ran.stderr
+    [found] = map(json.loads, ran.stdout.splitlines())
+    assert "6267" in found["text"]
+    assert found["warm"] == found["compiled"] > 0

@@ -2,8 +2,8 @@
 
 A process compiles the programs of its own role alone, under `jax.shard_map` over the devices of all processes. The two
 roles' programs differ, and have the same exchanges in the same order (`schedule`, `wire`): that is all that joins them,
-and no host takes part in a decode step. Every process runs the same engine on the same requests and gets the same
-reports.
+and no host takes part in a decode step. Rank 0, of the attention side, is driven by an engine and drives the others
+(`engine/drive`): an attention process is an executor, an FFN process a worker that is told the sizes of calls.
 """
 
 from __future__ import annotations

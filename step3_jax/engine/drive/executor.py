@@ -61,6 +61,7 @@ class DrivenExecutor(Executor):
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._is_lost = False
+        self._last: _Awaited | None = None
         self._waiting: set[_Job] = set()
         channel.on_failure(self._end_waits)
         self._thread = threading.Thread(target=self._run_jobs, name="step3-device", daemon=True)
@@ -123,6 +124,12 @@ class DrivenExecutor(Executor):
         self._start(CopyPages(page_numbers(sources), page_numbers(targets)))
         return ()
 
+    def wait(self, cache: Cache) -> Cache:
+        """See `Executor.wait`: calls end in their order."""
+        if self._last is not None:
+            self._last.result()
+        return cache
+
     def _start(self, call: Call) -> Started[object]:
         """Sends a call and queues this process's part: one thread at a time, so that all ranks have the same order."""
         sizes = sizes_of(call)
@@ -131,7 +138,8 @@ class DrivenExecutor(Executor):
             self._waiting.add(job)
         self._channel.send(to_message(call), None if sizes is None else to_message(sizes))
         self._jobs.put(job)
-        return _Awaited(job.future)
+        self._last = _Awaited(job.future)
+        return self._last
 
     def _run_jobs(self) -> None:
         """The thread. A call is dispatched before the last one is waited for if it is there by then."""

@@ -106,6 +106,14 @@ def test_a_worker_makes_the_calls_of_the_engine_in_their_order() -> None:
     assert not pair.errors
 
 
+def test_waiting_for_the_cache_is_waiting_for_all_calls() -> None:
+    other = FakeExecutor()
+    with driving(CachedWorker(other)) as pair:
+        cache = pair.executor.wait(pair.executor.allocate_cache(4, "float32"))
+        pair.executor.wait(pair.executor.copy_pages(cache, (0, 1), (2, 3)))
+        assert pair.own.calls == ["copy"]
+
+
 def test_features_of_images_come_from_rank_0_and_are_made_by_all() -> None:
     other = FakeExecutor()
     with driving(CachedWorker(other)) as pair:

@@ -42,7 +42,8 @@ class Layout:
 
     def axes(self, logical: str) -> tuple[str, ...]:
         """The mesh axes of a logical axis that have more than one device."""
-        return tuple(axis for axis in mesh_axes(logical, self.attention) if self.mesh.shape[axis] > 1)
+        axes = mesh_axes(logical, self.attention, self.parallel.vision)
+        return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
     def size(self, logical: str) -> int:
         """Parts that a logical axis is cut in."""
@@ -57,16 +58,16 @@ class Layout:
         return NamedSharding(self.mesh, self.spec(*logical))
 
     def parameter(self, path: Sequence[str | int]) -> NamedSharding:
-        """Where the parameter at `path` of a `Step3` lies."""
-        return NamedSharding(self.mesh, parameter_spec(path, self.attention))
+        """Where the parameter at `path` of a `Step3` lies, in the shape of `sharding.view_shape`."""
+        return NamedSharding(self.mesh, parameter_spec(path, self.attention, self.parallel.vision))
 
 
 def padded_shape(shape: tuple[int, ...], sharding: NamedSharding) -> tuple[int, ...]:
-    """The shape of an array whose rows are filled up with zeros to a number that its devices can share out."""
-    entry = sharding.spec[0] if shape and len(sharding.spec) else None
-    axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
-    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
-    return (-(-shape[0] // parts) * parts, *shape[1:]) if shape else shape
+    """The shape of an array whose axes are filled up with zeros to what their devices divide."""
+    entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    named = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in entries]
+    parts = [math.prod(sharding.mesh.shape[axis] for axis in axes) for axes in named]
+    return tuple(-(-size // count) * count for size, count in zip(shape, parts, strict=True))
 
 
 def make_layout(parallel: Parallel, devices: Sequence[jax.Device] | None = None) -> Layout:

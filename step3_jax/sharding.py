@@ -6,19 +6,26 @@ from collections.abc import Sequence
 
 from jax.sharding import PartitionSpec
 
-from step3_jax.layout.parallel import AttentionForm
-from step3_jax.layout.table import assign_axes, parameter_axes
+from step3_jax.layout.parallel import AttentionForm, VisionForm
+from step3_jax.layout.table import assign_axes, assign_parameter
 
 
-def partition_spec(axes: Sequence[str | None], attention: AttentionForm = "data") -> PartitionSpec:
+def partition_spec(
+    axes: Sequence[str | None], attention: AttentionForm = "data", vision: VisionForm = "weights"
+) -> PartitionSpec:
     """The sharding of an array whose axes have these logical names; None for an axis that is whole everywhere.
 
     Raises:
       ValueError: If two axes would lie on the same axis of the mesh.
     """
-    return PartitionSpec(*(entry or None for entry in assign_axes(axes, attention)))
+    return PartitionSpec(*(entry or None for entry in assign_axes(axes, attention, vision)))
 
 
-def parameter_spec(path: Sequence[str | int], attention: AttentionForm = "data") -> PartitionSpec:
-    """The sharding of the parameter at `path` of a `Step3`; its FP8 scales, if it has them, are cut the same way."""
-    return partition_spec(parameter_axes(path), attention)
+def parameter_spec(
+    path: Sequence[str | int], attention: AttentionForm = "data", vision: VisionForm = "weights"
+) -> PartitionSpec:
+    """The sharding of the parameter at `path` of a `Step3`, in the shape of `layout.table.view_shape`.
+
+    Its FP8 scales, if it has them, are cut the same way.
+    """
+    return PartitionSpec(*(entry or None for entry in assign_parameter(path, attention, vision)))

@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
 from step3_jax.layout.payload import choose_payload
-from step3_jax.layout.tensor import Path
+from step3_jax.model import parallel
 from step3_jax.model.step3 import Step3
 
 
@@ -56,20 +53,4 @@ def place_model(model: Step3, topology: AfdTopology) -> Step3:
       ValueError: If the FFN side cannot share out the model.
     """
     topology.check(model.config)
-    graphdef, state = nnx.split(model)
-    flat = []
-    for path, variable in nnx.to_flat_state(state):
-        sharding = topology.parameter(_path(path))
-
-        def place(leaf: jax.Array, to: jax.sharding.NamedSharding = sharding) -> jax.Array:
-            if not to.addressable_devices:
-                return jax.make_array_from_single_device_arrays(leaf.shape, to, [], dtype=leaf.dtype)
-            host = np.asarray(leaf)
-            return jax.make_array_from_callback(host.shape, to, host.__getitem__)
-
-        flat.append((path, jax.tree.map(place, variable)))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
-def _path(path: Sequence[object]) -> Path:
-    return tuple(part if isinstance(part, int) else str(part) for part in path)
+    return parallel.place_model(model, topology)

@@ -8,6 +8,7 @@ over the mesh of their role; an executor decides when, where and how rows cross.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar, cast
 
@@ -25,9 +26,10 @@ from step3_jax.layers.linear import Linear
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.router import Routing
 from step3_jax.mesh import Layout
-from step3_jax.model.parallel import ShardedFfn
+from step3_jax.model.parallel import ShardedFfn, parallelise_vision
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
+from step3_jax.model.vision import Projector, VisionTower
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -106,6 +108,53 @@ def split_module(module: M) -> Part[M]:
     graphdef, state = nnx.split(module)
     leaves, treedef = jax.tree.flatten(state)
     return Part(Skeleton(graphdef, treedef), leaves)
+
+
+class Vision:
+    """Vision tower and projector on the attention side.
+
+    Attributes:
+      leaves: Their arrays, as `AfdTopology.tower` places them.
+    """
+
+    def __init__(self, model: Step3, layout: Layout) -> None:
+        """Takes what a model has of them: nothing if it is text-only."""
+        self._layout = layout
+        self._part: Part[nnx.List] | None = None
+        if model.vision is not None and model.projector is not None:
+            # Copies of the modules, not of their arrays.
+            vision, projector = (nnx.merge(*nnx.split(module)) for module in (model.vision, model.projector))
+            parallelise_vision(cast(VisionTower, vision), cast(Projector, projector), layout)
+            self._part = split_module(nnx.List([vision, projector]))
+        self.leaves: list[Array] = [] if self._part is None else self._part.leaves
+
+    def encode(self, leaves: Sequence[Array], pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:
+        """Features of squares, as many of each of the layout's "images"; to be traced.
+
+        Args:
+          leaves: In the order of `leaves`, of any dtype.
+          pixels: The squares.
+
+        Raises:
+          ValueError: If the model has no vision tower.
+        """
+        if self._part is None:
+            raise ValueError("this is a text-only model: its checkpoint has no vision tower, so it takes no images")
+        images = self._layout.spec("images")
+        specs = [leaf.sharding.spec for leaf in self.leaves]  # type: ignore[attr-defined]
+        return jax.shard_map(
+            functools.partial(self._encode_own, self._part.skeleton),
+            mesh=self._layout.mesh,
+            in_specs=(specs, images),
+            out_specs=images,
+            check_vma=False,
+        )(list(leaves), pixels)
+
+    @staticmethod
+    def _encode_own(skeleton: Skeleton[nnx.List], leaves: list[Array], pixels: Array) -> Array:
+        vision, projector = skeleton.build(leaves)
+        with jax.named_scope("vision"):
+            return projector(vision(pixels))
 
 
 def arrays_by_role(model: Step3) -> dict[str, list[Array]]:

@@ -1,9 +1,9 @@
 """Which devices are attention, which are FFN, and where each weight lives: nowhere but where its role needs it.
 
 Attention devices are data parallel: each has all attention weights, and sequences of its own with their KV cache, as one
-key/value head cannot be divided. The FFN is sharded across the FFN devices in any way that `Parallel` knows: tensor
-parallel, expert parallel, or both. Each token goes to one FFN device, and the FFN side's own collectives take it from
-there to whoever has a part of its experts.
+key/value head cannot be divided; the vision tower is sharded across the devices of an instance. The FFN is sharded across
+the FFN devices in any way that `Parallel` knows: tensor parallel, expert parallel, or both. Each token goes to one FFN
+device, and the FFN side's own collectives take it from there to whoever has a part of its experts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from step3_jax.checkpoint.names import parameters_of
 from step3_jax.config import ModelConfig
 from step3_jax.distributed import too_few_cpu_devices
 from step3_jax.layout.deployment import Topology, default_ffn_parallel
-from step3_jax.layout.parallel import ATTENTION, FFN, Parallel, find_problems, list_parallels
-from step3_jax.layout.role import Role, fp8_block, is_ffn
+from step3_jax.layout.parallel import FFN, Parallel, find_problems, list_parallels
+from step3_jax.layout.role import Role, attention_role, fp8_block, is_ffn, is_tower
 from step3_jax.layout.tensor import Path
 from step3_jax.mesh import Layout, find_devices, make_layout
 from step3_jax.model.step3 import abstract_step3
@@ -37,7 +37,7 @@ class AfdTopology:
 
     Attributes:
       instances: xAyF.
-      parallel: How the weights of the FFN side are sharded; its ep is known.
+      parallel: How the weights of the FFN side are sharded, and whether the vision tower is; its ep is known.
       devices: All of them, attention first.
     """
 
@@ -97,12 +97,18 @@ class AfdTopology:
     @property
     def attention_role(self) -> Role:
         """What the attention devices hold."""
-        return Role(ATTENTION, self.num_attention, Parallel(dp=self.num_attention, ep=1))
+        return attention_role(self.instances, self.parallel.vision)
 
     @functools.cached_property
     def attention(self) -> Layout:
         """The attention devices."""
         return make_layout(self.attention_role.parallel, self.devices[: self.num_attention])
+
+    @functools.cached_property
+    def tower(self) -> Layout:
+        """The attention devices as vision tower and projector lie on them."""
+        role = self.attention_role
+        return make_layout(role.tower or role.parallel, self.devices[: self.num_attention])
 
     @functools.cached_property
     def ffn(self) -> Layout:
@@ -134,7 +140,9 @@ class AfdTopology:
 
     def parameter(self, path: Path) -> NamedSharding:
         """Where the parameter at `path` of a `Step3` lies."""
-        return (self.ffn if is_ffn(path) else self.attention).parameter(path)
+        if is_ffn(path):
+            return self.ffn.parameter(path)
+        return (self.tower if is_tower(path) else self.attention).parameter(path)
 
     def shardings(self, config: ModelConfig) -> dict[Path, NamedSharding]:
         """Where each parameter of `Step3(config)` lies, for `checkpoint.load_model`.

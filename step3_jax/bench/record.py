@@ -65,7 +65,9 @@ class RecordingExecutor(Executor):
 
     def __init__(self, executor: Executor) -> None:
         """Takes the executor that does the work."""
-        super().__init__(executor.config, executor.devices, executor.dtype, executor.num_shards)
+        super().__init__(
+            executor.config, executor.devices, executor.dtype, executor.num_shards, executor.num_image_shards
+        )
         self.num_traces = executor.num_traces
         self.compile_s = executor.compile_s
         self._executor = executor

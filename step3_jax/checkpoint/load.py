@@ -38,10 +38,12 @@ from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, is_orbax
 from step3_jax.checkpoint.reader import FP8_DTYPE, TensorReader
 from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
 from step3_jax.checkpoint.shards import Checkpoint, summarise
+from step3_jax.checkpoint.view import read_view
 from step3_jax.config import DTYPES as MODEL_DTYPES
-from step3_jax.config import ModelConfig
+from step3_jax.config import ModelConfig, VisionConfig
 from step3_jax.gpu import claim_memory
 from step3_jax.layout.parallel import fit_parallel
+from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
 from step3_jax.model.step3 import Step3, abstract_step3
@@ -80,8 +82,9 @@ def load_model(
       keep_fp8: Whether FP8 weights stay FP8 on the device (values and scales as stored), or are dequantised to `dtype`,
         once, here. By default they stay, except on CPU, where nothing is gained.
       shardings: Where each parameter goes, by its path in the model (see `names`); each host then reads only the parts
-        its devices hold. If absent, all goes to the default device.
-      layout: The same, from a parallel setting: the head's rows are filled up with zeros where they do not divide.
+        its devices hold. One with more axes than the tensor is for its heads, see `layout.table.view_shape`. If absent, all
+        goes to the default device.
+      layout: The same, from a parallel setting: head and vision tower are filled up with zeros where they do not divide.
       text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.
 
@@ -184,7 +187,7 @@ def _fill(
     if shardings is not None and flat.keys() - shardings.keys():
         lacking = sorted(released_name(path) for path in flat.keys() - shardings.keys())
         raise ValueError("shardings lacks " + summarise("parameters", lacking))
-    _check_memory(reader, flat, shardings)
+    _check_memory(reader, flat, shardings, config.vision)
     bar = tqdm(
         total=sum(reader.checkpoint.tensors[released_name(path)].num_bytes for path in flat),
         desc="loading",
@@ -199,7 +202,9 @@ def _fill(
                 _fill_host(flat, reader, pool, bar)
                 return model
             jobs = {
-                pool.submit(_load_parameter, reader, path, shardings[path] if shardings is not None else None): path
+                pool.submit(
+                    _load_parameter, reader, path, shardings[path] if shardings is not None else None, config.vision
+                ): path
                 for path in flat
             }
             for job in concurrent.futures.as_completed(jobs):
@@ -211,7 +216,12 @@ def _fill(
     return model
 
 
-def _check_memory(reader: TensorReader, paths: Iterable[Path], shardings: Mapping[Path, NamedSharding] | None) -> None:
+def _check_memory(
+    reader: TensorReader,
+    paths: Iterable[Path],
+    shardings: Mapping[Path, NamedSharding] | None,
+    vision: VisionConfig | None,
+) -> None:
     """Refuses weights that this machine's memory cannot hold, where they go there: it would end the process."""
     if shardings is None and not _is_host():
         return
@@ -229,7 +239,8 @@ def _check_memory(reader: TensorReader, paths: Iterable[Path], shardings: Mappin
             sharding = shardings[path]
             is_host = sharding.mesh.devices.flat[0].platform == "cpu"
             num_copies = len(sharding.addressable_devices) if is_host else 0
-            needed += math.prod(sharding.shard_shape(padded_shape(shape, sharding))) * itemsize * num_copies
+            padded = padded_shape(view_shape(shape, path, len(sharding.spec), vision), sharding)
+            needed += math.prod(sharding.shard_shape(padded)) * itemsize * num_copies
     left = available_bytes()
     if left is not None and needed > left:
         advice = "dtype bfloat16 halves it; else " if reader.dtype == np.float32 else ""
@@ -269,19 +280,27 @@ def _fill_host(
         flat[path].set_value(values if scales is None else BlockScaled(values, jax.device_put(scales), reader.block))
 
 
-def _load_parameter(reader: TensorReader, path: Path, sharding: NamedSharding | None) -> Array | BlockScaled:
+def _load_parameter(
+    reader: TensorReader, path: Path, sharding: NamedSharding | None, vision: VisionConfig | None
+) -> Array | BlockScaled:
     name = released_name(path)
     if not (reader.keep_fp8 and reader.is_fp8(name)):
-        return _place(reader, name, reader.dtype, sharding)
+        num_axes = len(sharding.spec) if sharding is not None else 0
+        view = view_shape(reader.checkpoint.tensors[name].shape, path, num_axes, vision)
+        return _place(reader, name, reader.dtype, sharding, view)
     values = _place(reader, name, None, sharding)
     scales = _place(reader, scale_name(name), reader.kept_dtype(scale_name(name)), sharding)
     return BlockScaled(values, scales, reader.block)
 
 
 def _place(
-    reader: TensorReader, name: str, dtype: np.dtype | None, sharding: NamedSharding | None
+    reader: TensorReader,
+    name: str,
+    dtype: np.dtype | None,
+    sharding: NamedSharding | None,
+    view: tuple[int, ...] | None = None,
 ) -> Shaped[Array, "..."]:
-    """Puts a tensor on its devices, part by part; `dtype` None leaves it as stored."""
+    """Puts a tensor on its devices, part by part; `dtype` None leaves it as stored, `view` None in its own shape."""
     info = reader.checkpoint.tensors[name]
     read = (
         functools.partial(reader.stored, name)
@@ -290,7 +309,9 @@ def _place(
     )
     if sharding is not None:
         stored = DTYPES[info.dtype] if dtype is None else dtype
-        array = _place_parts(read, info.shape, sharding, stored, is_scale=name.endswith(SCALE_SUFFIX))
+        if view is not None and view != info.shape:
+            read = functools.partial(read_view, read, info.shape, view)
+        array = _place_parts(read, view or info.shape, sharding, stored, is_scale=name.endswith(SCALE_SUFFIX))
     elif len(info.shape) == 3:
         array = jnp.zeros(info.shape, DTYPES[info.dtype] if dtype is None else dtype)
         for expert in range(info.shape[0]):
@@ -324,7 +345,9 @@ def _place_parts(
         if key not in parts:
             # What lies behind the last row is filling.
             bounds = zip(key, shape, strict=True)
-            found = read(tuple(slice(min(start, size), min(stop, size)) for (start, stop, _), size in bounds))
+            bounded = tuple(slice(min(start, size), min(stop, size)) for (start, stop, _), size in bounds)
+            is_filling = any(part.start == part.stop for part in bounded)
+            found = np.zeros([part.stop - part.start for part in bounded], dtype) if is_filling else read(bounded)
             missing = [(0, stop - start - size) for (start, stop, _), size in zip(key, found.shape, strict=True)]
             parts[key] = np.pad(found, missing) if any(after for _, after in missing) else found
         return parts[key]

@@ -214,6 +214,10 @@ def restore_parameters(
         name = released_name(path)
         if name not in checkpoint.tensors:
             raise ValueError(f"{checkpoint.folder} has no tensor {name}")
+        if len(sharding.spec) > len(checkpoint.tensors[name].shape):
+            raise ValueError(
+                f"{name} is sharded across heads, which are no axis of what is stored; load_model reads it so"
+            )
         scales = scale_name(name)
         for part in (name, scales) if scales in checkpoint.tensors else (name,):
             info = checkpoint.tensors[part]

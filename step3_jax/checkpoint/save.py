@@ -16,10 +16,19 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from step3_jax.checkpoint.names import expected_tensors, is_fp8_tensor, parameters_of, released_name, scale_name
+from step3_jax.checkpoint.names import (
+    expected_tensors,
+    is_fp8_tensor,
+    our_path,
+    parameters_of,
+    released_name,
+    scale_name,
+)
 from step3_jax.checkpoint.safetensors_io import LazyArray
 from step3_jax.checkpoint.shards import INDEX_FILE, write_checkpoint, write_text
+from step3_jax.checkpoint.view import leave_view
 from step3_jax.config import DTYPES, ModelConfig, QuantConfig
+from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import scale_shape
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import BlockScaled, quantise
@@ -36,7 +45,8 @@ def save_model(
 ) -> None:
     """Writes `config.json` and the weights under a temporary name, then renames the folder.
 
-    Weights come to the host one slice at a time. Weights that are FP8 in the model are written as they are.
+    Weights come to the host one slice at a time. Weights that are FP8 in the model are written as they are. Of a sharded
+    model, all of whose devices are of this process, what it is filled up with is left out.
 
     Args:
       model: The model.
@@ -61,8 +71,15 @@ def save_model(
     block = config.quantization.weight_block_size if quantise_fp8 and config.quantization is not None else None
     tensors = [
         entry
-        for name in expected_tensors(config)
-        for entry in _entries(name, flat[name], np.dtype(dtype_name), block if is_fp8_tensor(name) else None)
+        for name, shape in expected_tensors(config).items()
+        for entry in _entries(
+            name,
+            flat[name],
+            np.dtype(dtype_name),
+            block if is_fp8_tensor(name) else None,
+            shape,
+            view_shape(shape, our_path(name), len(flat[name].shape), config.vision),
+        )
     ]
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.{os.getpid()}.part")
@@ -91,16 +108,32 @@ def _saved_config(
 
 
 def _entries(
-    name: str, value: Array | BlockScaled, dtype: np.dtype, block: tuple[int, int] | None
+    name: str,
+    value: Array | BlockScaled,
+    dtype: np.dtype,
+    block: tuple[int, int] | None,
+    shape: tuple[int, ...],
+    view: tuple[int, ...],
 ) -> list[tuple[str, LazyArray]]:
-    """What is written for one parameter: one tensor, or FP8 values and their scales."""
+    """What is written for one parameter: one tensor, or FP8 values and their scales.
+
+    Args:
+      name: Of the tensor.
+      value: The parameter, filled up behind `view` perhaps; what is or becomes FP8 never is.
+      dtype: Of a tensor that is not FP8.
+      block: For what is to be quantised.
+      shape: Of the tensor.
+      view: The same with the axes of `value`.
+    """
     if isinstance(value, BlockScaled):
         return [
             (name, _lazy(value.values, np.dtype(ml_dtypes.float8_e4m3fn))),
             (scale_name(name), _lazy(value.scales, np.dtype(np.float32))),
         ]
-    if block is None:
+    if block is None and value.shape == shape:
         return [(name, _lazy(value, dtype))]
+    if block is None:
+        return [(name, LazyArray(shape, dtype, functools.partial(_trim, value, dtype, shape, view)))]
     scales = scale_shape(value.shape, block)
     return [
         (
@@ -127,6 +160,12 @@ def _lazy(array: Shaped[Array, "..."], dtype: np.dtype) -> LazyArray:
 def _cast(array: Shaped[Array, "..."], dtype: np.dtype) -> Iterator[Shaped[np.ndarray, "..."]]:
     for part in _slices(array):
         yield np.asarray(part).astype(dtype, copy=False)
+
+
+def _trim(
+    array: Shaped[Array, "..."], dtype: np.dtype, shape: tuple[int, ...], view: tuple[int, ...]
+) -> Iterator[Shaped[np.ndarray, "..."]]:
+    yield leave_view(np.asarray(array), shape, view).astype(dtype, copy=False)
 
 
 def _quantised(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import jax
 
@@ -10,7 +11,6 @@ from step3_jax.afd.executor import AfdChoice
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.engine.config import EngineConfig
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, Deployment, Topology, check_microbatches, read_afd
-from step3_jax.layout.parallel import Parallel
 from step3_jax.mesh import force_cpu_devices
 
 # Options that mean nothing without --afd, with the value that stands for "not given".
@@ -57,7 +57,11 @@ def read_afd_choice(
     tp, ep = config.tensor_parallel_size, config.expert_parallel_size
     if tp != 1 or ep is not None:
         tp = parallel.tp if tp == 1 else tp
-        parallel = Parallel(max(instances.num_ffn_devices // tp, 1), tp, parallel.ep if ep is None else ep)
+        ep = parallel.ep if ep is None else ep
+        parallel = dataclasses.replace(parallel, dp=max(instances.num_ffn_devices // tp, 1), tp=tp, ep=ep)
+    # What a configuration file says is in the settings; of a file of --afd it is not.
+    is_copied = config.mm_encoder_tp_mode == "data" or (arguments.afd is not None and parallel.vision == "data")
+    parallel = dataclasses.replace(parallel, vision="data" if is_copied else "weights")
     given = arguments.afd_microbatches
     num_microbatches = deployment.num_microbatches if given is None else given
     check_microbatches(num_microbatches)

@@ -108,8 +108,9 @@ def _read_settings(
     deployment = None
     if section is not None:
         deployment = _read_deployment(section, arguments.config)
+        parallel = deployment.parallel
+        fields = {"mm_encoder_tp_mode": parallel.vision} | fields
         if deployment.topology is None:
-            parallel = deployment.parallel
             sizes = {"data_parallel_size": parallel.dp, "tensor_parallel_size": parallel.tp}
             fields = sizes | {"expert_parallel_size": parallel.ep} | fields
     given = {name: getattr(arguments, name) for name in arguments.setting_names}

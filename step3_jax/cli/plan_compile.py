@@ -94,7 +94,7 @@ def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape)
     form = PayloadFormat.of(config.text, choose_payload(deployment.payload, config.dtype))
     received = -(-rows * topology.num_attention // topology.num_ffn)
     return {
-        ATTENTION: _compile_attention(model, topology.attention, deployment, cache, form, rows),
+        ATTENTION: _compile_attention(model, topology, deployment, cache, form, rows),
         FFN: _compile_ffn(model, topology.ffn, form, received),
     }
 
@@ -144,18 +144,16 @@ def _compile_both(model: Step3, layout: Layout, deployment: Deployment, cache: C
         logits = ends.lm_head(ends.norm(hidden)[:, 0]).astype(jnp.float32)
         return new, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    weights = _Weights.of(parts, model=placed)
-    return _measure(
-        step, layout, weights, _shape_cache(model, layout, deployment, cache), _step_inputs(layout, cache, cache.rows)
-    )
+    pages, inputs = _shape_cache(model, layout, deployment, cache), _step_inputs(layout, cache, cache.rows)
+    return _measure(step, layout, _Weights.of(parts), pages, inputs, vision=_vision_leaves(placed))
 
 
 def _compile_attention(
-    model: Step3, layout: Layout, deployment: Deployment, cache: CacheShape, form: PayloadFormat, rows: int
+    model: Step3, topology: AfdTopology, deployment: Deployment, cache: CacheShape, form: PayloadFormat, rows: int
 ) -> CompiledBytes:
     """A decode step of one micro-batch on the attention side."""
-    text = model.config.text
-    placed = place_shapes(model, layout)
+    text, layout = model.config.text, topology.attention
+    placed = place_shapes(model, topology)
     parts = take_apart(placed)
     kinds = [part.skeleton for part in parts.attention]
 
@@ -182,12 +180,13 @@ def _compile_attention(
         chosen = jnp.argmax(end_step(ends, form, tokens), axis=-1).astype(jnp.int32)
         return [own for own, _ in outs], [sent for _, sent in outs], chosen
 
-    weights = _Weights.of(dataclasses.replace(parts, ffn=[]), model=placed)
+    weights = _Weights.of(dataclasses.replace(parts, ffn=[]))
     inputs = (
         *_step_inputs(layout, cache, rows),
         [_rows(layout, rows, form.output_bytes, dtype=jnp.uint8) for _ in parts.attention],
     )
-    return _measure(step, layout, weights, _shape_cache(model, layout, deployment, cache), inputs)
+    pages = _shape_cache(model, layout, deployment, cache)
+    return _measure(step, layout, weights, pages, inputs, vision=_vision_leaves(placed))
 
 
 def _compile_ffn(model: Step3, layout: Layout, form: PayloadFormat, rows: int) -> CompiledBytes:
@@ -208,29 +207,28 @@ def _compile_ffn(model: Step3, layout: Layout, form: PayloadFormat, rows: int) -
         return run_layers(run_layer, kinds, None, list(zip(weights.ffn, sent, strict=True)))[1]
 
     inputs = ([_rows(layout, rows, form.row_bytes, dtype=jnp.uint8) for _ in parts.ffn],)
-    weights = _Weights([], [], [part.leaves for part in parts.ffn], [])
+    weights = _Weights([], [], [part.leaves for part in parts.ffn])
     return _measure(step, layout, weights, [], inputs)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """Arrays of a role: outside the layers, of each layer's halves, and those that decoding has no use for."""
+    """Arrays of a role: outside the layers, and of each layer's halves."""
 
     ends: list[Array]
     attention: list[list[Array]]
     ffn: list[list[Array]]
-    others: list[Array]
 
     @classmethod
-    def of(cls, parts: Parts, *, model: Step3) -> _Weights:
-        others = [model.vision, model.projector] if model.vision is not None else []
-        return cls(
-            parts.ends.leaves,
-            [part.leaves for part in parts.attention],
-            [part.leaves for part in parts.ffn],
-            [leaf for module in others for leaf in jax.tree.leaves(nnx.state(module))],
-        )
+    def of(cls, parts: Parts) -> _Weights:
+        return cls(parts.ends.leaves, [part.leaves for part in parts.attention], [part.leaves for part in parts.ffn])
+
+
+def _vision_leaves(model: Step3) -> list[Array]:
+    """Arrays of vision tower and projector."""
+    modules = [model.vision, model.projector] if model.vision is not None else []
+    return [leaf for module in modules for leaf in jax.tree.leaves(nnx.state(module))]
 
 
 def run_layers(
@@ -290,8 +288,18 @@ def _measure(
     weights: _Weights,
     pages: list[KVPages],
     inputs: tuple[object, ...],
+    *,
+    vision: Sequence[Array] = (),
 ) -> CompiledBytes:
     """Compiles a step, the same on each device's own part, and reads the bytes of one device.
+
+    Args:
+      step: Takes weights, pages and inputs.
+      layout: The devices of the role.
+      weights: Shapes of what the step multiplies with.
+      pages: Of the cache.
+      inputs: What else the step takes.
+      vision: What the step has no use for and is on the devices all the same, perhaps along axes of another mesh.
 
     Raises:
       RuntimeError: If the program takes other arguments than it is given, which would make its bytes worthless.
@@ -299,17 +307,22 @@ def _measure(
     arguments = (weights, pages, *inputs)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
     mapped = jax.shard_map(step, mesh=layout.mesh, in_specs=specs, out_specs=layout.spec("rows"), check_vma=False)
-    # What a step has no use for, such as the vision tower, is on the device all the same.
-    program = jax.jit(mapped, donate_argnums=1, keep_unused=True).lower(*arguments).compile(COMPILER_OPTIONS)
+
+    def call(vision: Sequence[Array], *arguments: object) -> object:
+        del vision
+        return mapped(*arguments)
+
+    program = jax.jit(call, donate_argnums=2, keep_unused=True).lower(vision, *arguments).compile(COMPILER_OPTIONS)
     memory = program.memory_analysis()
     if memory is None:
         raise RuntimeError("this version of jax does not tell the memory of a program for CPUs")
     kv_cache = memory.alias_size_in_bytes
     found = memory.argument_size_in_bytes - kv_cache - _device_bytes(inputs)
-    if (found, kv_cache) != (_device_bytes(weights), _device_bytes(pages)):
+    given = _device_bytes((weights, vision)), _device_bytes(pages)
+    if (found, kv_cache) != given:
         raise RuntimeError(
             f"the compiled program has {found:,} bytes of weights and {kv_cache:,} of cache on a device, and was given "
-            f"{_device_bytes(weights):,} and {_device_bytes(pages):,}"
+            f"{given[0]:,} and {given[1]:,}"
         )
     num_tokens = pages[0].keys.shape[0] // layout.size("rows") * pages[0].page_size if pages else 0
     return CompiledBytes(found, kv_cache, num_tokens)

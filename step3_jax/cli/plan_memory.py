@@ -79,6 +79,9 @@ def _change(deployment: Deployment, arguments: argparse.Namespace) -> Deployment
     """
     return dataclasses.replace(
         deployment,
+        parallel=dataclasses.replace(
+            deployment.parallel, vision=arguments.mm_encoder_tp_mode or deployment.parallel.vision
+        ),
         weights=arguments.weights or deployment.weights,
         kv_cache=arguments.kv_cache_dtype or deployment.kv_cache,
         hardware=arguments.hardware or deployment.hardware,

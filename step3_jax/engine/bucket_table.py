@@ -58,7 +58,7 @@ class BucketTable:
       seqs: Sequences of a decode call, powers of two.
       chunks: Tokens of a chunk without image places.
       image_chunks: Tokens of a chunk with image places; each has as many rows of features.
-      images: Squares in one call of the vision tower, of all shards.
+      images: Squares in one call of the vision tower, of all its shards.
       image_sizes: Their sides in pixels; empty for a text-only model.
       max_pages: Width of all page tables.
       max_steps: Tokens of a sequence that a decode call has room for.
@@ -75,13 +75,22 @@ class BucketTable:
     num_shards: int
 
     @classmethod
-    def of(cls, config: EngineConfig, *, max_pages: int, num_shards: int = 1, image_sizes: Iterable[int] = ()) -> Self:
+    def of(
+        cls,
+        config: EngineConfig,
+        *,
+        max_pages: int,
+        num_shards: int = 1,
+        num_image_shards: int = 1,
+        image_sizes: Iterable[int] = (),
+    ) -> Self:
         """The sizes that an engine needs.
 
         Args:
           config: Its settings; `max_num_seqs` and `max_num_batched_tokens` are divided among the shards.
           max_pages: Pages of the longest sequence.
           num_shards: Shards of the cache.
+          num_image_shards: Shards of a call of the vision tower.
           image_sizes: Sides of views and windows in pixels.
         """
         max_num_seqs = max(1, config.max_num_seqs // num_shards)
@@ -91,7 +100,7 @@ class BucketTable:
             seqs=tuple(size for size in _double(1, max_num_seqs) if power_of_two(size) == size),
             chunks=_double(MIN_CHUNK_TOKENS, max_num_tokens),
             image_chunks=_double(min(MIN_IMAGE_CHUNK_TOKENS, max_num_tokens), max_num_tokens),
-            images=tuple(count * num_shards for count in IMAGES_PER_CALL),
+            images=tuple(count * num_image_shards for count in IMAGES_PER_CALL),
             image_sizes=tuple(dict.fromkeys(image_sizes)),
             max_pages=max_pages,
             max_steps=max(STEPS_PER_CALL, power_of_two(config.stream_interval)),

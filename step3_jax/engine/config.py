@@ -129,6 +129,13 @@ class EngineConfig:
         "devices",
         choices=("data", "tensor"),
     )
+    mm_encoder_tp_mode: str = define(
+        "weights",
+        "weights: the vision tower is sharded across the devices of a group (with AFD of an attention instance), which "
+        "encode each image together; data: each device has all of it and encodes images of its own",
+        "devices",
+        choices=("weights", "data"),
+    )
     expert_exchange: str = define(
         "auto",
         "how tokens reach their experts; auto is all_to_all between hosts, else gather",

@@ -86,9 +86,10 @@ class EngineCore:
         self.stats = EngineStats()
         self._executor = executor
         self._eos_ids = eos_ids
-        shards = executor.num_shards
-        max_pages = pages_for(max_model_len)
-        self.buckets = BucketTable.of(config, max_pages=max_pages, num_shards=shards, image_sizes=image_sizes)
+        shards, images, pages = executor.num_shards, executor.num_image_shards, pages_for(max_model_len)
+        self.buckets = BucketTable.of(
+            config, max_pages=pages, num_shards=shards, num_image_shards=images, image_sizes=image_sizes
+        )
         text = executor.config.text
         self._vocab_size = text.vocab_size
         self._storage = choose_storage(config.kv_cache_dtype, executor.dtype, text.head_dim)
@@ -96,7 +97,7 @@ class EngineCore:
         if memory is None:
             memory = executor.cache_memory_bytes(self.buckets.max_num_seqs, self.buckets.max_num_batched_tokens)
         if memory is None:
-            memory = max(DEFAULT_CACHE_BYTES, max_pages * page_bytes(text, self._storage))
+            memory = max(DEFAULT_CACHE_BYTES, pages * page_bytes(text, self._storage))
         max_num_seqs = self.buckets.max_num_seqs
         num_pages = count_pages(
             text, self._storage, max_model_len=max_model_len, max_num_seqs=max_num_seqs, memory_bytes=memory

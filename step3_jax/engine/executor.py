@@ -71,15 +71,25 @@ class ModelPart:
         sequence faster so than in bfloat16, though it reads twice the bytes (see benchmarks/README.md).
       num_shards: Shards that the cache and the batch are in. Page numbers count through: those of one shard follow the
         other's. A batch has equally many sequences of each shard, and a sequence's pages are of its own shard.
+      num_image_shards: Shards that the squares of a call of the vision tower are in, as many in each; one if all devices
+        encode each square together. `num_shards` if not given.
       compile_s: Seconds spent in calls that had to trace, up to their dispatch.
       num_traces: How often each call was traced, by name.
     """
 
-    def __init__(self, config: ModelConfig, devices: Sequence[jax.Device], dtype: jnp.dtype, num_shards: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        devices: Sequence[jax.Device],
+        dtype: jnp.dtype,
+        num_shards: int,
+        num_image_shards: int | None = None,
+    ) -> None:
         self.config = config
         self.devices = tuple(devices)
         self.dtype = self.run_dtype(dtype)
         self.num_shards = num_shards
+        self.num_image_shards = num_shards if num_image_shards is None else num_image_shards
         self.compile_s = 0.0
         self.num_traces: collections.Counter[str] = collections.Counter()
         self._jit = functools.partial(jax.jit, compiler_options=compiler_options(self.devices[0].platform))
@@ -107,11 +117,15 @@ class Executor(ModelPart, abc.ABC):
     sequence.
     """
 
-    # Images that one call of the tower takes must be a multiple of this.
-    _images_multiple = 1
-
-    def __init__(self, config: ModelConfig, devices: Sequence[jax.Device], dtype: jnp.dtype, num_shards: int) -> None:
-        super().__init__(config, devices, dtype, num_shards)
+    def __init__(
+        self,
+        config: ModelConfig,
+        devices: Sequence[jax.Device],
+        dtype: jnp.dtype,
+        num_shards: int,
+        num_image_shards: int | None = None,
+    ) -> None:
+        super().__init__(config, devices, dtype, num_shards, num_image_shards)
         self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
         self._placed_wide: dict[str, tuple[object, Array]] = {}
 
@@ -159,7 +173,7 @@ class Executor(ModelPart, abc.ABC):
           ValueError: If the model has no vision tower.
         """
         count = pixels.shape[0]
-        padded = np.pad(pixels, ((0, -count % self._images_multiple), (0, 0), (0, 0), (0, 0)))
+        padded = np.pad(pixels, ((0, -count % self.num_image_shards), (0, 0), (0, 0), (0, 0)))
         return np.asarray(self._encode_images(padded))[:count]
 
     @abc.abstractmethod
@@ -215,7 +229,7 @@ class Executor(ModelPart, abc.ABC):
 
     @abc.abstractmethod
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """`encode_images` of a number of images that is a multiple of `_images_multiple`."""
+        """`encode_images` of a number of images that is a multiple of `num_image_shards`."""
 
     def _timed(self, name: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Makes a call; its time counts as compiling if it traced anything. Each traced function counts its traces."""

@@ -32,7 +32,8 @@ def read_parallel(config: EngineConfig) -> Parallel | None:
     if ep is not None and dp * tp == 1:
         # As in vLLM: experts are spread over the devices there are, and nothing else is said of them.
         dp = ep
-    return Parallel(dp, tp, ep, config.attention_parallelism, config.expert_exchange)  # type: ignore[arg-type]
+    forms = config.attention_parallelism, config.expert_exchange, config.mm_encoder_tp_mode
+    return Parallel(dp, tp, ep, *forms)  # type: ignore[arg-type]
 
 
 def choose_length(config: EngineConfig, sizes: ModelConfig, source: str) -> int:

@@ -49,9 +49,9 @@ class ShardedRunner(Executor):
             own_devices(layout.mesh.devices.flat),
             model.text.embed_tokens.weight.get_value().dtype,
             num_shards=layout.size("rows"),
+            num_image_shards=layout.size("images"),
         )
         self.layout = layout
-        self._images_multiple = layout.size("images")
         if self.is_cpu:
             model = widen_weights(model)
         self._split = SplitModel(parallelise(model, layout))
@@ -139,6 +139,10 @@ class ShardedRunner(Executor):
         """See `Runner.decode_program`."""
         given = batch, sampling, np.int32(1), np.bool_(False)
         return self._decode_calls.lower(self._split.weights, cache, *given, max_steps).compile()
+
+    def encode_program(self, pixels: Float[Array, "images 3 S S"]) -> jax.stages.Compiled:
+        """The compiled vision tower for as many images, for reading; the pixels may be abstract."""
+        return self._encode.lower(self._split.weights, pixels).compile()
 
     def _place(self, array: np.ndarray) -> Array:
         return jax.make_array_from_callback(array.shape, self._copies, array.__getitem__)

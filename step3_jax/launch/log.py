@@ -47,14 +47,15 @@ class Log:
         self._is_interrupted = False
         self._held: collections.deque[_Held] = collections.deque(maxlen=_MAX_HELD_LINES)
         self._is_judged = False
+        self._blamed: int | None = None
 
     def interrupt(self) -> None:
         """From now on only rank 0 is shown: what the others write of peers that are being ended is of no use."""
         self._is_interrupted = True
 
     def blame(self, rank: int | None) -> None:
-        """All is being ended because of a rank: what its native code wrote is shown, and that of the others no more."""
-        self._is_judged = True
+        """All is being ended because of a rank: what its native code writes is shown, and that of the others no more."""
+        self._is_judged, self._blamed = True, rank
         own = [held for held in self._held if held.rank == rank]
         self._held = collections.deque((held for held in self._held if held.rank != rank), _MAX_HELD_LINES)
         for held in own:
@@ -70,7 +71,7 @@ class Log:
             self._print(held.rank, held.host, held.text)
 
     def keep_native(self) -> pathlib.Path | None:
-        """Writes what native code wrote and was not shown to a file of its own, in the folder for temporary files.
+        """Writes what the others' native code had written until then to a file, in the folder for temporary files.
 
         Returns:
           The file; None if there was nothing, or it could not be written.
@@ -125,8 +126,12 @@ class Log:
         # A progress bar writes its states over one another: the last one is what a reader would see.
         text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
         self._tails.setdefault(rank, collections.deque(maxlen=_TAIL_LINES)).append(text)
-        if stream == NATIVE:
+        if stream == NATIVE and not self._is_judged:
             self._held.append(_Held(rank, host, text, time.monotonic()))
+        elif stream == NATIVE:
+            # The others are being ended, and say so.
+            if rank == self._blamed:
+                self._print(rank, host, text)
         elif stream != "stdout" if rank == 0 else not self._is_interrupted:
             self._print(rank, host, text)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from step3_jax.layers.embed import Embedding
-from step3_jax.layers.linear import Linear
+from step3_jax.layers.linear import Linear, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +96,21 @@ class ShardedOutput(nnx.Module):
     def __call__(self, heads: Float[Array, "B T Q"]) -> Float[Array, "B T D"]:
         part = self.group.split_columns(heads.reshape(-1, heads.shape[-1]))
         return self.group.reduce(self.inner(part)).reshape(*heads.shape[:2], -1)
+
+
+class SummedLinear(nnx.Module):
+    """A projection of which each device has some columns, where each has just these columns of the same tokens.
+
+    The columns may be more axes than one. The bias, which every device has, is added once, to the sum.
+    """
+
+    def __init__(self, inner: Linear, group: Group) -> None:
+        self.inner = inner
+        self.group = group
+
+    def __call__(self, hidden: Float[Array, "*batch part"]) -> Float[Array, "*batch D"]:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        weight, bias = self.inner.weight[...], self.inner.bias
+        out = self.group.reduce(linear(flat, weight.reshape(weight.shape[0], -1)))
+        out = out if bias is None else out + bias[...]
+        return out.reshape(*hidden.shape[:-1], -1)

@@ -87,8 +87,8 @@ def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int
     for row, layers in list_rows(config):
         path = row.ours.split(".")
         if role.holds(path):
-            size = _tensor_bytes(config, weights, row, shard_shape(row.sizes(symbols), path, role.parallel))
-            parts[_LINES[_part(row)]] += len(layers) * size
+            shape = shard_shape(row.sizes(symbols), path, role.parallel_of(path), config.vision)
+            parts[_LINES[_part(row)]] += len(layers) * _tensor_bytes(config, weights, row, shape)
     return {part: size for part, size in parts.items() if size}
 
 

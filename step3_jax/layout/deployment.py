@@ -9,12 +9,13 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import get_args
 
 import yaml
 
 from step3_jax import resources
 from step3_jax.layout.page import KV_CACHE_DTYPES
-from step3_jax.layout.parallel import Parallel
+from step3_jax.layout.parallel import Parallel, VisionForm
 from step3_jax.layout.payload import PAYLOADS
 from step3_jax.nearest import describe_known
 
@@ -88,7 +89,8 @@ class Deployment:
       topology: The instances; None where every device does both roles.
       num_devices: Devices of all.
       parallel: Of the FFN side with a topology, of all devices without; its ep is known. Attention is data parallel: every
-        attention device (every device, without a topology) has sequences and KV cache of its own.
+        attention device (every device, without a topology) has sequences and KV cache of its own. Its `vision` (the file's
+        `mm_encoder_tp_mode`) is the attention side's with a topology: the devices of an instance are a group.
       weights: "float32", "bfloat16" or "fp8" (with bfloat16 for what the FP8 release leaves so).
       kv_cache: Format of the KV pages.
       num_microbatches: In flight, 1 to 4.
@@ -229,6 +231,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
             "devices_per_instance",
             "parallel",
             "ffn",
+            "mm_encoder_tp_mode",
             "weights",
             "kv_cache",
             "microbatches",
@@ -259,6 +262,8 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         num_devices = topology.num_devices
         default = default_ffn_parallel(topology)
         parallel = _parallel(values, "ffn", topology.num_ffn_devices, default)
+    vision = _choice(values, "mm_encoder_tp_mode", get_args(VisionForm), parallel.vision)
+    parallel = dataclasses.replace(parallel, vision=vision)  # type: ignore[arg-type]
     num_microbatches = _whole(values, "microbatches", DEFAULT_MICROBATCHES)
     check_microbatches(num_microbatches)
     return Deployment(
@@ -287,6 +292,8 @@ def format_deployment(deployment: Deployment) -> str:
         values |= {"afd": WITHOUT, "devices": deployment.num_devices, "parallel": shards}
     else:
         values |= {"afd": topology.spec, "devices_per_instance": topology.devices_per_instance, "ffn": shards}
+    if deployment.parallel.vision != Parallel().vision:
+        values["mm_encoder_tp_mode"] = deployment.parallel.vision
     values |= {"weights": deployment.weights, "kv_cache": deployment.kv_cache}
     if topology is not None:
         values |= {"microbatches": deployment.num_microbatches, "payload": deployment.payload}

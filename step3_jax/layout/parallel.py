@@ -11,6 +11,7 @@ from step3_jax.config import TextConfig
 
 AttentionForm = Literal["data", "tensor"]
 ExchangeForm = Literal["auto", "gather", "all_to_all"]
+VisionForm = Literal["weights", "data"]
 # Which part of a model devices hold: all of it, or with attention and FFN on devices of their own one of the two.
 RoleName = Literal["both", "attention", "ffn"]
 BOTH: RoleName = "both"
@@ -32,6 +33,8 @@ class Parallel:
       exchange: How tokens come to their experts. "gather": every device gets all tokens, and what each expert adds is
         summed by the reduce-scatter that takes them back. "all_to_all": tokens go only where one of their experts is.
         "auto": the latter where the experts are spread over several hosts.
+      vision: "weights": vision tower and projector are sharded across the tp devices of a group, which encode each image
+        together. "data": every device has all of them, and images of its own.
     """
 
     dp: int = 1
@@ -39,6 +42,7 @@ class Parallel:
     ep: int | None = None
     attention: AttentionForm = "data"
     exchange: ExchangeForm = "auto"
+    vision: VisionForm = "weights"
 
     def __post_init__(self) -> None:
         for name, value in (("dp", self.dp), ("tp", self.tp), ("ep", 1 if self.ep is None else self.ep)):
@@ -47,6 +51,7 @@ class Parallel:
         for name, text, allowed in (
             ("attention", self.attention, get_args(AttentionForm)),
             ("exchange", self.exchange, get_args(ExchangeForm)),
+            ("vision", self.vision, get_args(VisionForm)),
         ):
             if text not in allowed:
                 raise ValueError(f"{name} is {text!r}; allowed: {', '.join(allowed)}")

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from step3_jax.config import ModelConfig, QuantConfig
-from step3_jax.layout.deployment import Deployment
-from step3_jax.layout.parallel import ATTENTION, BOTH, FFN, Parallel, RoleName, fit_parallel
+from step3_jax.layout.deployment import Deployment, Topology
+from step3_jax.layout.parallel import ATTENTION, BOTH, FFN, Parallel, RoleName, VisionForm, fit_parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,13 @@ class Role:
       name: `BOTH`, `ATTENTION` or `FFN`.
       num_devices: How many.
       parallel: How the weights of their role are spread over them; its ep is known.
+      tower: How vision tower and projector are; None for as all else.
     """
 
     name: RoleName
     num_devices: int
     parallel: Parallel
+    tower: Parallel | None = None
 
     @property
     def has_cache(self) -> bool:
@@ -33,10 +35,25 @@ class Role:
         """Whether the parameter at `path` of a `Step3` is here."""
         return self.name == BOTH or is_ffn(path) == (self.name == FFN)
 
+    def parallel_of(self, path: Sequence[str | int]) -> Parallel:
+        """How the parameter at `path` is spread over them."""
+        return self.tower if self.tower is not None and is_tower(path) else self.parallel
+
+    @property
+    def num_tower_shards(self) -> int:
+        """Devices that vision tower and projector are sharded across."""
+        parallel = self.tower or self.parallel
+        return parallel.tp if parallel.vision == "weights" else 1
+
 
 def is_ffn(path: Sequence[str | int]) -> bool:
     """Whether a parameter of `Step3` belongs to the FFN role; all others belong to attention."""
     return "ffn" in path
+
+
+def is_tower(path: Sequence[str | int]) -> bool:
+    """Whether a parameter of `Step3` belongs to the vision tower or to the projector."""
+    return path[0] in ("vision", "projector")
 
 
 def roles_of(deployment: Deployment) -> list[Role]:
@@ -44,11 +61,22 @@ def roles_of(deployment: Deployment) -> list[Role]:
     topology = deployment.topology
     if topology is None:
         return [Role(BOTH, deployment.num_devices, deployment.parallel)]
-    num_attention = topology.num_attention_devices
     return [
-        Role(ATTENTION, num_attention, Parallel(dp=num_attention, ep=1)),
+        attention_role(topology, deployment.parallel.vision),
         Role(FFN, topology.num_ffn_devices, deployment.parallel),
     ]
+
+
+def attention_role(topology: Topology, vision: VisionForm) -> Role:
+    """The attention side, which is data parallel.
+
+    Args:
+      topology: The instances.
+      vision: "weights": vision tower and projector are sharded across the devices of an instance. "data": each has a copy.
+    """
+    count = topology.num_attention_devices
+    tower = Parallel(topology.num_attention, topology.devices_per_instance, 1, vision=vision)
+    return Role(ATTENTION, count, Parallel(dp=count, ep=1), tower)
 
 
 def deployed_config(config: ModelConfig, weights: str, *, text_only: bool = False) -> ModelConfig:

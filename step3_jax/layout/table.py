@@ -3,7 +3,8 @@
 The devices are dp x tp. Sequences and their KV cache are spread over all of them: with one key/value head, tensor
 parallel attention would need a copy of the cache on each of tp devices. What stands outside the routed experts is cut in
 tp parts (o-proj, dense layers, shared expert, head, embedding) or copied (the rest). The routed experts cut the same
-devices another way: into ep groups of experts, and the width of each expert over the devices of a group.
+devices another way: into ep groups of experts, and the width of each expert over the devices of a group. The vision tower
+is cut in tp parts, and the devices of a group encode an image together, or it is copied, and each has images of its own.
 
 So that both ways are axes of one mesh, it has four axes, each named by its part in the first way and in the second.
 """
@@ -13,7 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from step3_jax.layout.parallel import AttentionForm, Parallel
+from step3_jax.config import VisionConfig
+from step3_jax.layout.parallel import AttentionForm, Parallel, VisionForm
 
 # Of the mesh, slowest first: the devices of a tensor group are neighbours.
 AXES = ("data_expert", "data_width", "tensor_expert", "tensor_width")
@@ -23,7 +25,9 @@ _EXPERT, _WIDTH = AXES[0::2], AXES[1::2]
 # THE table: logical axis -> axes of the mesh.
 RULES = {
     "rows": AXES,  # sequences, their tokens, the pages of their cache
-    "images": AXES,
+    "images": _DATA,  # squares of pixels that the vision tower takes
+    "vision_heads": _TENSOR,  # of the tower, filled up with zeros where they do not divide, as is the vision width
+    "vision_width": _TENSOR,  # inner width of the tower's MLPs, channels between the last two products of the projector
     "heads": (),  # query heads: rows of wq
     "values": _TENSOR,  # what the heads give: columns of o_proj
     "embedding": _TENSOR,  # columns of the embedding table
@@ -34,6 +38,8 @@ RULES = {
 }
 # What is different where a user asks for tensor parallel attention.
 TENSOR_ATTENTION = {"rows": _DATA, "heads": _TENSOR}
+# And where every device is to have the whole tower, and images of its own.
+DATA_VISION: dict[str, tuple[str, ...]] = {"images": AXES, "vision_heads": (), "vision_width": ()}
 
 # End of a parameter's path -> logical axis of each of its axes. All others are copied to every device.
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
@@ -50,32 +56,51 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "ffn.moe.up_proj": ("experts", "expert_width", None),
     "ffn.moe.down_proj": ("experts", None, "expert_width"),
     "text.lm_head.weight": ("vocabulary", None),
+    "self_attn.qkv_proj.weight": (None, "vision_heads", None, None),
+    "self_attn.qkv_proj.bias": (None, "vision_heads", None),
+    "self_attn.out_proj.weight": (None, None, "vision_heads", None),
+    "mlp.fc1.weight": ("vision_width", None),
+    "mlp.fc1.bias": ("vision_width",),
+    "mlp.fc2.weight": (None, "vision_width"),
+    "projector.vit_downsampler2.weight": ("vision_width", None, None, None),
+    "projector.vit_downsampler2.bias": ("vision_width",),
+    "projector.vit_large_projector.weight": (None, "vision_width"),
+}
+# End of a parameter's path -> the axis in place of which its sharded form has three, and the first of them: parts (q, k
+# and v, which the release has in one tensor), heads, head size.
+HEAD_AXES = {
+    "self_attn.qkv_proj.weight": (0, 3),
+    "self_attn.qkv_proj.bias": (0, 3),
+    "self_attn.out_proj.weight": (1, 1),
 }
 
 
-def mesh_axes(logical: str, attention: AttentionForm = "data") -> tuple[str, ...]:
+def mesh_axes(logical: str, attention: AttentionForm = "data", vision: VisionForm = "weights") -> tuple[str, ...]:
     """The mesh axes that a logical axis lies on.
 
     Raises:
       ValueError: If the table has no such axis.
     """
-    table = RULES | (TENSOR_ATTENTION if attention == "tensor" else {})
+    table = RULES | (TENSOR_ATTENTION if attention == "tensor" else {}) | (DATA_VISION if vision == "data" else {})
     if logical not in table:
         raise ValueError(f"there is no logical axis {logical!r}; the table has {', '.join(table)}")
     return table[logical]
 
 
-def assign_axes(axes: Sequence[str | None], attention: AttentionForm = "data") -> tuple[tuple[str, ...], ...]:
+def assign_axes(
+    axes: Sequence[str | None], attention: AttentionForm = "data", vision: VisionForm = "weights"
+) -> tuple[tuple[str, ...], ...]:
     """The mesh axes that each axis of an array lies on, empty for one that is whole everywhere.
 
     Args:
       axes: The logical names of the array's axes; None for an axis that is whole everywhere.
       attention: As in `Parallel`.
+      vision: As in `Parallel`.
 
     Raises:
       ValueError: If two axes would lie on the same axis of the mesh.
     """
-    entries = tuple(mesh_axes(name, attention) if name is not None else () for name in axes)
+    entries = tuple(mesh_axes(name, attention, vision) if name is not None else () for name in axes)
     used = [axis for entry in entries for axis in entry]
     twice = sorted({axis for axis in used if used.count(axis) > 1})
     if twice:
@@ -84,20 +109,53 @@ def assign_axes(axes: Sequence[str | None], attention: AttentionForm = "data") -
 
 
 def parameter_axes(path: Sequence[str | int]) -> tuple[str | None, ...]:
-    """The logical axes of the parameter at `path` of a `Step3`, or of its FP8 scales; empty if it is copied."""
+    """The logical axes of the parameter at `path` of a `Step3`, or of its FP8 scales; empty if it is always copied.
+
+    They are those of the form in which it is sharded, see `view_shape`.
+    """
     name = ".".join(str(part) for part in path)
     return next((axes for end, axes in PARAMETERS.items() if name.endswith(end)), ())
 
 
-def shard_shape(shape: Sequence[int], path: Sequence[str | int], parallel: Parallel) -> tuple[int, ...]:
+def assign_parameter(
+    path: Sequence[str | int], attention: AttentionForm = "data", vision: VisionForm = "weights"
+) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes of each of `parameter_axes`; empty if the parameter is copied."""
+    entries = assign_axes(parameter_axes(path), attention, vision)
+    return entries if any(entries) else ()
+
+
+def view_shape(
+    shape: tuple[int, ...], path: Sequence[str | int], num_axes: int, vision: VisionConfig | None
+) -> tuple[int, ...]:
+    """The shape in which a parameter is sharded: its own, or with the vision tower's heads as an axis.
+
+    Args:
+      shape: In the checkpoint.
+      path: Of the parameter.
+      num_axes: Axes that its sharding has, or that it has on its devices.
+      vision: Sizes of the tower.
+    """
+    if num_axes <= len(shape) or vision is None:
+        return shape
+    name = ".".join(str(part) for part in path)
+    axis, parts = next(found for end, found in HEAD_AXES.items() if name.endswith(end))
+    return (*shape[:axis], parts, vision.num_attention_heads, vision.head_dim, *shape[axis + 1 :])
+
+
+def shard_shape(
+    shape: tuple[int, ...], path: Sequence[str | int], parallel: Parallel, vision: VisionConfig | None = None
+) -> tuple[int, ...]:
     """What one device has of the parameter at `path`.
 
     Args:
-      shape: Of the whole parameter.
+      shape: Of the whole parameter, in the checkpoint.
       path: Of the parameter.
-      parallel: The setting; its ep is known. Rows that do not divide are filled up.
+      parallel: The setting; its ep is known. What does not divide is filled up.
+      vision: Sizes of the vision tower; without one there are no parameters of it.
     """
     devices = dict(zip(AXES, parallel.mesh_shape, strict=True))
-    entries = assign_axes(parameter_axes(path), parallel.attention)
+    entries = assign_parameter(path, parallel.attention, parallel.vision)
+    view = view_shape(shape, path, len(entries), vision)
     parts = [math.prod(devices[axis] for axis in entry) for entry in entries] or [1] * len(shape)
-    return tuple(-(-size // count) for size, count in zip(shape, parts, strict=True))
+    return tuple(-(-size // count) for size, count in zip(view, parts, strict=True))

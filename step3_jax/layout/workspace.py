@@ -86,7 +86,7 @@ def estimate_workspace(
         residual = tokens * config.text.hidden_size * 2 * itemsize if role.has_cache else 0
         return exchange + residual + max(needed)
 
-    image = _image_bytes(config, itemsize) if role.has_cache else 0
+    image = _image_bytes(config, role, itemsize) if role.has_cache else 0
     return Workspace(phase(rows, has_head=True), phase(chunk_tokens, has_head=False), image)
 
 
@@ -114,12 +114,14 @@ def _ffn_bytes(config: ModelConfig, weights: str, role: Role, tokens: int, items
     return gathered + max(routed + shared, dense)
 
 
-def _image_bytes(config: ModelConfig, itemsize: int) -> int:
+def _image_bytes(config: ModelConfig, role: Role, itemsize: int) -> int:
     vision = config.vision
     if vision is None:
         return 0
     tokens = NUM_CLASS_TOKENS + vision.grid**2
+    shards = role.num_tower_shards
+    heads, inner = -(-vision.num_attention_heads // shards), -(-vision.intermediate_size // shards)
     # Scores and their softmax in float32, then as weights.
-    attention = vision.num_attention_heads * tokens**2 * (8 + itemsize) + 4 * tokens * vision.hidden_size * itemsize
-    mlp = 2 * tokens * vision.intermediate_size * itemsize
+    attention = heads * tokens**2 * (8 + itemsize) + 4 * tokens * heads * vision.head_dim * itemsize
+    mlp = 2 * tokens * inner * itemsize
     return 2 * tokens * vision.hidden_size * itemsize + max(attention, mlp)

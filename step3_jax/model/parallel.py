@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -10,13 +11,15 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from step3_jax.layers.collective import Group, ShardedEmbedding, ShardedHead, ShardedOutput
+from step3_jax.layers.collective import Group, ShardedEmbedding, ShardedHead, ShardedOutput, SummedLinear
 from step3_jax.layers.expert_exchange import ShardedExperts, gather_tokens
 from step3_jax.layers.router import Routing
-from step3_jax.layout.table import AXES
+from step3_jax.layout.table import AXES, view_shape
+from step3_jax.layout.tensor import Path
 from step3_jax.mesh import Layout, padded_shape
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import FfnBlock
+from step3_jax.model.vision import Projector, VisionTower
 
 
 class ShardedFfn(nnx.Module):
@@ -79,50 +82,84 @@ def parallelise(model: Step3, layout: Layout) -> Step3:
         attention.o_proj = ShardedOutput(attention.o_proj, tensor)  # type: ignore[assignment]
         attention.num_heads //= layout.size("heads")
         layer.ffn = ShardedFfn(layer.ffn, layout, config.moe_num_experts)  # type: ignore[assignment]
+    if model.vision is not None and model.projector is not None:
+        parallelise_vision(model.vision, model.projector, layout)
     return model
 
 
-def find_group(layout: Layout, *logical: str) -> Group:
-    """The devices along some logical axes, in the order of the mesh."""
+def parallelise_vision(vision: VisionTower, projector: Projector, layout: Layout) -> None:
+    """Makes tower and projector those of one device inside `jax.shard_map`; what is given is changed.
+
+    What comes first of each pair of products (q, k and v, `fc1`, the second convolution) has some heads or columns on
+    each device and exchanges nothing; one sum behind the second product makes all devices of a group equal again.
+    """
+    heads, width = (find_group(layout, name, tokens="images") for name in ("vision_heads", "vision_width"))
+    for layer in vision.layers:
+        layer.self_attn.out_proj = SummedLinear(layer.self_attn.out_proj, heads)  # type: ignore[assignment]
+        layer.mlp.fc2 = SummedLinear(layer.mlp.fc2, width)  # type: ignore[assignment]
+    projector.vit_large_projector = SummedLinear(projector.vit_large_projector, width)  # type: ignore[assignment]
+
+
+def find_group(layout: Layout, *logical: str, tokens: str = "rows") -> Group:
+    """The devices along some logical axes, in the order of the mesh.
+
+    Args:
+      layout: The devices.
+      logical: Axes of weights.
+      tokens: The logical axis of what the weights are applied to.
+    """
     wanted = {axis for name in logical for axis in layout.axes(name)}
-    rows = layout.axes("rows")
+    rows = layout.axes(tokens)
     return Group(
         split=tuple(axis for axis in AXES if axis in wanted and axis in rows),
         copies=tuple(axis for axis in AXES if axis in wanted and axis not in rows),
     )
 
 
-def place_model(model: Step3, layout: Layout) -> Step3:
-    """A copy of a model in memory on the devices of a layout; the head's rows are filled up where they do not divide.
+@runtime_checkable
+class Places(Protocol):
+    """What knows where parameters lie: a layout, or the devices of several roles."""
+
+    def parameter(self, path: Path) -> NamedSharding:
+        """Where the parameter at `path` lies, in the shape of `sharding.view_shape`."""
+
+
+def place_model(model: Step3, places: Places) -> Step3:
+    """A copy of a model in memory on its devices; head and vision tower are filled up with zeros where they do not divide.
 
     Of several processes each has the same model. From a checkpoint, `load_model(..., layout=...)` never holds all of it.
     """
 
-    def place(leaf: Array, sharding: NamedSharding) -> Array:
-        host = np.asarray(leaf)
-        shape = padded_shape(host.shape, sharding)
-        host = np.pad(host, [(0, new - old) for new, old in zip(shape, host.shape, strict=True)])
+    def place(path: Path, leaf: Array, sharding: NamedSharding) -> Array:
+        view = view_shape(leaf.shape, path, len(sharding.spec), model.config.vision)
+        shape = padded_shape(view, sharding)
+        if not sharding.addressable_devices:
+            # `make_array_from_callback` would ask for all of an array that every device has a copy of.
+            return jax.make_array_from_single_device_arrays(shape, sharding, [], dtype=leaf.dtype)
+        host = np.pad(np.asarray(leaf).reshape(view), [(0, new - old) for new, old in zip(shape, view, strict=True)])
         return jax.make_array_from_callback(shape, sharding, host.__getitem__)
 
-    return _map_parameters(model, layout, place)
+    return _map_parameters(model, places, place)
 
 
-def place_shapes(model: Step3, layout: Layout) -> Step3:
+def place_shapes(model: Step3, places: Places) -> Step3:
     """The same for an abstract model, as `nnx.eval_shape` gives it: shapes with shardings, to compile for."""
 
-    def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(padded_shape(leaf.shape, sharding), leaf.dtype, sharding=sharding)
+    def place(path: Path, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        view = view_shape(leaf.shape, path, len(sharding.spec), model.config.vision)
+        return jax.ShapeDtypeStruct(padded_shape(view, sharding), leaf.dtype, sharding=sharding)
 
-    return _map_parameters(model, layout, place)
+    return _map_parameters(model, places, place)
 
 
-def _map_parameters(model: Step3, layout: Layout, place: Callable[..., object]) -> Step3:
+def _map_parameters(model: Step3, places: Places, place: Callable[..., object]) -> Step3:
     """A module like `model`, each array of it (FP8 weights have two) placed where its parameter lies."""
     graphdef, state = nnx.split(model)
     placed = []
     for path, variable in nnx.to_flat_state(state):
-        sharding = layout.parameter(path)
+        sharding = places.parameter(path)
         leaves, treedef = jax.tree.flatten(variable.get_value())
+        leaves = [place(path, leaf, sharding) for leaf in leaves]
         # New variables: those of `state` are the model's own.
-        placed.append((path, variable.replace(jax.tree.unflatten(treedef, [place(leaf, sharding) for leaf in leaves]))))
+        placed.append((path, variable.replace(jax.tree.unflatten(treedef, leaves))))
     return nnx.merge(graphdef, nnx.from_flat_state(placed))

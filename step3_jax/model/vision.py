@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mfa_prefill import dense_attention
 from step3_jax.config import NUM_CLASS_TOKENS, VISION_NORM_EPS, ModelConfig, VisionConfig
-from step3_jax.layers.linear import Linear, normal
+from step3_jax.layers.linear import Linear, linear, normal
 from step3_jax.layers.norm import LayerNorm
 
 
@@ -53,19 +53,24 @@ def resize_positions(table: Float[Array, "rows width"], from_grid: int, to_grid:
 
 
 class VisionAttention(nnx.Module):
-    """Full attention with biases; no mask, no rotary embedding."""
+    """Full attention with biases; no mask, no rotary embedding.
+
+    Sharded, it has some of the heads, which are then an axis of its arrays (`view_shape` in `step3_jax/sharding.py`).
+    """
 
     def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         self.qkv_proj = Linear(width, 3 * width, use_bias=True, dtype=dtype, rngs=rngs)
         self.out_proj = Linear(width, width, use_bias=True, dtype=dtype, rngs=rngs)
-        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
 
     def __call__(self, hidden: Float[Array, "B T width"]) -> Float[Array, "B T width"]:
         batch, length, width = hidden.shape
-        qkv = self.qkv_proj(hidden).reshape(batch, length, 3, self.num_heads, -1)
+        qkv = linear(hidden, self.qkv_proj.weight[...].reshape(-1, width))
+        qkv += self.qkv_proj.bias[...].reshape(-1)  # type: ignore[index]
+        qkv = qkv.reshape(batch, length, 3, -1, self.head_dim)
         out = dense_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        return self.out_proj(out.reshape(batch, length, width))
+        return self.out_proj(out.reshape(batch, length, -1))
 
 
 class VisionMLP(nnx.Module):

@@ -272,19 +272,20 @@ def _vary(
         shorter = dataclasses.replace(deployment, workload=Workload(load.sequences, limit))
         yield f"--context-tokens {limit}, the most that the model has", shorter, text_only, chunk_tokens
     if config.vision is not None:
-        yield (
-            "--text-only leaves out the vision tower, which every device has a copy of",
-            deployment,
-            True,
-            chunk_tokens,
-        )
+        if deployment.parallel.vision == "data":
+            sharded = dataclasses.replace(
+                deployment, parallel=dataclasses.replace(deployment.parallel, vision="weights")
+            )
+            yield "mm_encoder_tp_mode weights shards the vision tower", sharded, text_only, chunk_tokens
+        yield "--text-only leaves out the vision tower", deployment, True, chunk_tokens
     if chunk_tokens > 256:
         yield "--max-num-batched-tokens 256 reads prompts in smaller chunks", deployment, text_only, 256
     if deployment.topology is None:
         for one in list_parallels(deployment.num_devices):
             is_finer = one.tp > deployment.parallel.tp and one.tp % deployment.parallel.tp == 0
             if is_finer and one.ep == deployment.parallel.ep and not find_problems(one, config.text, fp8_block(config)):
-                changed = dataclasses.replace(deployment, parallel=one)
+                finer = dataclasses.replace(deployment.parallel, dp=one.dp, tp=one.tp)
+                changed = dataclasses.replace(deployment, parallel=finer)
                 yield f"parallel.tp {one.tp}, dp {one.dp} shards more of the weights", changed, text_only, chunk_tokens
     for kv_cache in ("fp8", "int4"):
         if _row_bytes(config, kv_cache) < _row_bytes(config, deployment.kv_cache):

@@ -70,6 +70,23 @@ def test_prompts_that_share_their_start_get_the_same_from_cached_pages(host: Ask
     assert (found["warm_cached"], found["cold_cached"]) == ([0, 128, 128, 128], [0] * 4)
 
 
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        ({"afd": "2a1f"}, 1),
+        ({"afd": "1a1f", "devices": 2}, 2),
+        ({"afd": "1a1f", "devices": 2, "vision": "data"}, 1),
+    ],
+)
+def test_the_devices_of_an_attention_instance_encode_an_image_together(
+    host: Ask, case: dict[str, object], parts: int
+) -> None:
+    found = host("images", **case)
+    assert found["shape"] == [3, 1, 48]
+    assert found["error"] < 1e-5 * found["largest"] + 1e-6
+    assert (found["parts"], found["devices"]) == (parts, [0, 1])
+
+
 def test_a_checkpoint_is_loaded_straight_to_its_roles_devices(host: Ask) -> None:
     found = host("loaded", afd="2a2f")
     assert found == {"attention": [0, 1], "ends": [0, 1], "ffn": [2, 3], "dtype": "float32"}

@@ -45,10 +45,12 @@ def test_after_a_failure_native_code_of_the_blamed_rank_is_shown_and_of_the_othe
     for rank in range(2):
         log.push(rank, "here", "native", f"stack of {rank}\n".encode())
     log.blame(1)
-    log.push(0, "here", "native", b"more of 0\n")
+    # The others are told to end, and native code says so.
+    for rank in range(2):
+        log.push(rank, "here", "native", f"more of {rank}\n".encode())
     log.show_native(hold_s=0)
-    assert stderr.getvalue() == "[1 here] stack of 1\n"
+    assert stderr.getvalue() == "[1 here] stack of 1\n[1 here] more of 1\n"
     path = log.keep_native()
     assert path is not None
-    assert path.read_text(encoding="utf-8") == "[0 here] stack of 0\n[0 here] more of 0\n"
-    assert log.tail(1) == ["stack of 1"]
+    assert path.read_text(encoding="utf-8") == "[0 here] stack of 0\n"
+    assert log.tail(1) == ["stack of 1", "more of 1"]

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from step3_jax.checkpoint.names import expected_tensors, is_fp8_tensor, our_path
 from step3_jax.config import ModelConfig
 from step3_jax.layout.parallel import Parallel, find_problems, fit_parallel
-from step3_jax.layout.table import AXES, PARAMETERS, mesh_axes
+from step3_jax.layout.table import AXES, PARAMETERS, mesh_axes, shard_shape, view_shape
 from step3_jax.sharding import parameter_spec, partition_spec
 
 STEP3 = ModelConfig.preset("step3")
@@ -50,10 +50,35 @@ def test_every_parameter_of_the_model_has_a_place(attention: str) -> None:
     for name, shape in expected_tensors(STEP3).items():
         path = our_path(name)
         spec = parameter_spec(path, attention)
-        assert len(spec) in (0, len(shape)), name
+        assert len(spec) in (0, len(view_shape(shape, path, len(spec), STEP3.vision))), name
         used |= {end for end in PARAMETERS if ".".join(map(str, path)).endswith(end)}
     assert used == set(PARAMETERS), "the table names parameters that the model does not have"
-    assert parameter_spec(("vision", "layers", 3, "mlp", "fc1", "weight"), attention) == PartitionSpec()
+    assert parameter_spec(("vision", "layers", 3, "layer_norm1", "weight"), attention) == PartitionSpec()
+
+
+def test_a_copied_tower_has_the_shapes_of_the_checkpoint() -> None:
+    for name, shape in expected_tensors(STEP3).items():
+        path = our_path(name)
+        if path[0] != "text":
+            assert parameter_spec(path, vision="data") == PartitionSpec()
+            assert shard_shape(shape, path, Parallel(tp=8, ep=8, vision="data"), STEP3.vision) == shape
+
+
+@pytest.mark.parametrize(("tp", "heads", "columns"), [(8, 2, 1920), (5, 4, 3072), (32, 1, 480)])
+def test_the_tower_is_cut_between_heads_and_filled_up_where_they_do_not_divide(
+    tp: int, heads: int, columns: int
+) -> None:
+    shapes = {our_path(name): shape for name, shape in expected_tensors(STEP3).items()}
+
+    def shard(name: str) -> tuple[int, ...]:
+        path = ("vision", "layers", 0, *name.split("."))
+        return shard_shape(shapes[path], path, Parallel(tp=tp, ep=1), STEP3.vision)
+
+    assert shard("self_attn.qkv_proj.weight") == (3, heads, 112, 1792)
+    assert shard("self_attn.qkv_proj.bias") == (3, heads, 112)
+    assert shard("self_attn.out_proj.weight") == (1792, 1, heads, 112)
+    assert (shard("mlp.fc1.weight"), shard("mlp.fc2.weight")) == ((columns, 1792), (1792, columns))
+    assert shard("mlp.fc2.bias") == (1792,)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +143,7 @@ def test_a_model_without_experts_has_no_groups_of_them() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"vision": "tensor"}, "vision is 'tensor'; allowed: weights, data"),
         ({"dp": 0}, "dp is 0; a whole number of at least 1"),
         ({"tp": True}, "tp is True"),
         ({"ep": 1.5}, "ep is 1.5"),

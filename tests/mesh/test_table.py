@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -82,11 +84,31 @@ def test_fp8_weights_are_cut_with_their_scales(eight: Ask) -> None:
     assert_same(eight("generate", parallel={"dp": 1, "tp": 2, "ep": 1}, **request), expected)
 
 
-@pytest.mark.parametrize("images", [1, 5])
-def test_pictures_are_shared_out_over_all_devices(eight: Ask, images: int) -> None:
-    found = eight("encode", parallel={"tp": 8}, images=images)
+@pytest.mark.parametrize(
+    ("setting", "images"),
+    [
+        ({"tp": 2}, 1),
+        ({"tp": 4}, 2),
+        # Neither the tower's four heads nor the projector's 16 channels are divided by three, and five images not by two.
+        ({"dp": 2, "tp": 3}, 5),
+        ({"tp": 8}, 1),
+        ({"tp": 2, "attention": "tensor"}, 1),
+        ({"tp": 8, "vision": "data"}, 5),
+    ],
+)
+def test_image_features_are_those_of_one_device(eight: Ask, setting: dict[str, object], images: int) -> None:
+    found = eight("encode", parallel=setting, images=images)
     assert found["shape"][0] == images
     assert found["error"] < 1e-5 * found["largest"] + 1e-6
+
+
+@pytest.mark.parametrize("setting", [{"dp": 2, "tp": 4}, {"tp": 3}])
+def test_a_sharded_model_is_saved_and_loaded_part_by_part(
+    eight: Ask, setting: dict[str, object], tmp_path: pathlib.Path
+) -> None:
+    found = eight("reload", parallel=setting, folder=str(tmp_path))
+    assert found["is_same_file"], "what a model is filled up with is saved, or an order is lost"
+    assert found["different"] == []
 
 
 @pytest.mark.parametrize(
@@ -123,7 +145,11 @@ def test_weights_and_cache_lie_where_the_table_says(eight: Ask) -> None:
     assert parts[experts] == 8
     # 131 rows do not divide by two: one of zeros is added.
     assert (parts["text.lm_head.weight"], whole["text.lm_head.weight"]) == (2, 132 * 48)
-    assert all(part == 1 for name, part in parts.items() if name.startswith(("vision", "projector")))
+    vision = {name for name, part in parts.items() if name.startswith(("vision", "projector")) and part == 2}
+    layer = {"self_attn.qkv_proj.weight", "self_attn.qkv_proj.bias", "self_attn.out_proj.weight"}
+    layer |= {"mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight"}
+    projector = {"vit_downsampler2.weight", "vit_downsampler2.bias", "vit_large_projector.weight"}
+    assert vision == {f"vision.layers.0.{name}" for name in layer} | {f"projector.{name}" for name in projector}
     assert (found["pages_each"], found["cache_parts"]) == (found["pages"] // 8, 8)
     assert found["is_original_whole"], "placing a model changes it"
 

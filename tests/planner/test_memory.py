@@ -10,6 +10,7 @@ from pallas_kernels.storage import PAGE_SIZE
 from step3_jax import resources
 from step3_jax.config import ModelConfig
 from step3_jax.layout.deployment import load_deployment
+from step3_jax.layout.parallel import Parallel
 from step3_jax.planner.memory import MemoryPlan, plan_memory
 from step3_jax.planner.memory_table import to_dict, to_lines
 
@@ -49,11 +50,29 @@ def test_eight_cards_of_48_gb_hold_the_decoder_and_800_000_tokens() -> None:
     assert found.kv_tokens >= 800_000
 
 
-def test_eight_cards_of_48_gb_do_not_hold_a_vision_tower_each() -> None:
+def test_eight_cards_of_48_gb_hold_800_000_tokens_beside_the_vision_tower() -> None:
     found = plan("8gpu-fp8-48gb")
+    assert not found.problems
+    assert found.kv_tokens is not None
+    assert found.kv_tokens >= 800_000
+    # One of eight shards of all but norms, embeddings and the first convolution.
+    assert found.roles[0].parts["vision tower and projector"] < 9_350_749_184 / 8 * 1.06
+
+
+def test_eight_cards_of_48_gb_do_not_hold_a_vision_tower_each() -> None:
+    found = plan("8gpu-fp8-48gb", parallel=Parallel(tp=8, ep=8, vision="data"))
     assert "more than a device may use" in found.problems[0]
     assert found.kv_tokens == 0
+    assert any("mm_encoder_tp_mode weights" in remedy for remedy in found.remedies)
     assert any("--text-only" in remedy for remedy in found.remedies)
+
+
+def test_the_vision_tower_is_sharded_inside_an_attention_instance() -> None:
+    sharded, copied = (plan("2a2f", 79.6, parallel=Parallel(2, 8, 2, vision=vision)) for vision in ("weights", "data"))
+    parts = [one.roles[0].parts["vision tower and projector"] for one in (sharded, copied)]
+    assert 7.5 < parts[1] / parts[0] < 8
+    assert sharded.kv_tokens > copied.kv_tokens
+    assert sharded.roles[0].workspace.image < copied.roles[0].workspace.image
 
 
 def test_what_is_copied_too_often_is_told_to_be_shared_out() -> None:

@@ -40,11 +40,12 @@ SMALL = ModelConfig(
         vocab_size=301,
     ),
     vision=VisionConfig(
-        hidden_size=64,
+        # Three heads are not divided by two devices.
+        hidden_size=96,
         output_hidden_size=64,
         image_size=56,
         intermediate_size=128,
-        num_attention_heads=2,
+        num_attention_heads=3,
         num_hidden_layers=2,
     ),
     image_token_id=300,
@@ -87,6 +88,13 @@ def test_the_full_model_is_compiled_in_little_memory(name: str) -> None:
     assert found.peak_bytes < 2 * 2**30
 
 
+def test_the_releases_claim_of_eight_cards_of_48_gb_holds_with_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "memory", "8gpu-fp8-48gb", "--no-compile", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not found["text_only"]
+    assert found["kv_tokens"] >= 800_000
+
+
 def test_what_fits_is_exit_code_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "memory", "2a2f", "--no-compile"]) == 0
     text = capsys.readouterr().out
@@ -96,10 +104,12 @@ def test_what_fits_is_exit_code_0(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_does_not_fit_is_exit_code_1_and_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "memory", "8gpu-fp8-48gb", "--no-compile", "--json"]) == 1
+    words = ["--mm-encoder-tp-mode", "data", "--no-compile", "--json"]
+    assert main(["plan", "memory", "8gpu-fp8-48gb", *words]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] is False
     assert found["compilation"] is None
+    assert any("mm_encoder_tp_mode weights" in remedy for remedy in found["remedies"])
     assert any("--text-only" in remedy for remedy in found["remedies"])
 
 

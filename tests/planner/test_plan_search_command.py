@@ -162,8 +162,9 @@ def test_the_pages_show_what_the_command_prints(
     block = next(block for block in text.split("```") if "s/first" in block)
     assert main(["plan", "search", *words]) == 0
     printed = capsys.readouterr().out
-    lines = block.splitlines()
-    rows = [line for line in lines[next(i for i, line in enumerate(lines) if "s/first" in line) :] if line != "..."]
+    # Other commands' outputs stand before and behind it.
+    part = next(part for part in block.split("...\n") if "s/first" in part)
+    rows = part[part.index("   deployment") :].splitlines()
     assert len(rows) >= 3
     assert all(row in printed for row in rows)
 

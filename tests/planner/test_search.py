@@ -106,8 +106,9 @@ def test_two_kinds_of_hardware_are_cheapest_as_the_report_has_them() -> None:
     assert (best.candidate.attention.hardware.name, best.candidate.ffn.hardware.name) == ("h20", "h800")
 
 
-def test_eight_cards_of_48_gb_hold_800_000_tokens_of_text() -> None:
-    query = ask("4k", "rtx-6000-ada:8", target_ms=200)
+@pytest.mark.parametrize("text_only", [True, False])
+def test_eight_cards_of_48_gb_hold_800_000_tokens_with_images_too(text_only: bool) -> None:
+    query = ask("4k", "rtx-6000-ada:8", target_ms=200, text_only=text_only)
     best = search(query).best[0]
     assert best.candidate.name == "tp8"
     assert best.kv_tokens >= 800_000

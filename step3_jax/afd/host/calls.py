@@ -14,7 +14,6 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -27,11 +26,11 @@ from step3_jax.afd.roles import (
     Part,
     Skeleton,
     Tokens,
+    Vision,
     attention_step,
     begin_step,
     end_step,
     ffn_step,
-    split_module,
     take_apart,
 )
 from step3_jax.afd.topology import AfdTopology
@@ -101,9 +100,7 @@ class RoleCalls:
         parts = take_apart(model)
         self.num_layers = len(parts.ffn)
         self._ends, self._attention, self._ffn = parts.ends, parts.attention, parts.ffn
-        self._vision: Part[nnx.List] | None = None
-        if model.vision is not None and model.projector is not None:
-            self._vision = split_module(nnx.List([model.vision, model.projector]))
+        self._vision = Vision(model, topology.tower)
         self._jit = functools.partial(jax.jit, compiler_options=compiler_options(topology.devices[0].platform))
         self._attention_jits = {id(part.skeleton): self._jit_attention(part.skeleton) for part in parts.attention}
         self._ffn_jits = {id(part.skeleton): self._jit_ffn(part) for part in parts.ffn}
@@ -151,13 +148,11 @@ class RoleCalls:
         return self._timed("merge", self._merge, list(reports), rows_of_shard)
 
     def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """Features of squares, as many for each attention device.
+        """Features of squares, as many for each attention device, or instance.
 
         Raises:
           ValueError: If the model has no vision tower.
         """
-        if self._vision is None:
-            raise ValueError("this is a text-only model: its checkpoint has no vision tower, so it takes no images")
         return self._timed("encode_images", self._encode, self._vision.leaves, pixels)
 
     def copy_pages(
@@ -209,7 +204,7 @@ class RoleCalls:
         on_attention = functools.partial(jax.shard_map, mesh=layout.mesh, out_specs=rows, check_vma=False)
         self._begin_chunk = self._jit(on_attention(self._run_begin_chunk, in_specs=(copy, rows, copy, copy)))
         self._begin = self._jit(on_attention(self._run_begin, in_specs=(copy, rows, rows)))
-        self._encode = self._jit(on_attention(self._run_encode, in_specs=(copy, rows)), out_shardings=layout.sharding())
+        self._encode = self._jit(self._run_encode, out_shardings=layout.sharding())
 
         # Static arguments are no business of `shard_map`.
         def split(
@@ -321,11 +316,7 @@ class RoleCalls:
 
     def _run_encode(self, leaves: Leaves, pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         self.num_traces["encode_images"] += 1
-        if self._vision is None:
-            raise ValueError("there is no vision tower")
-        vision, projector = self._vision.skeleton.build(leaves)
-        with jax.named_scope("vision"):
-            return projector(vision(pixels))
+        return self._vision.encode(leaves, pixels)
 
     def _run_copy(self, cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
         self.num_traces["copy_pages"] += 1

@@ -75,11 +75,11 @@ class HostExecutor(Executor):
             list(topology.attention.mesh.devices.flat),
             model.text.embed_tokens.weight.get_value().dtype,
             num_shards=topology.num_attention,
+            num_image_shards=topology.tower.size("images"),
         )
         if self.is_cpu:
             model = widen_weights(model)
         self.topology = topology
-        self._images_multiple = topology.num_attention
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
         self.calls = RoleCalls(model, topology, self.form, num_microbatches)
         self.num_traces = self.calls.num_traces

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.storage import Storage
 from step3_jax.afd.program.attention_loop import AttentionLoop, AttentionWeights
 from step3_jax.afd.program.call import Numbers
-from step3_jax.afd.program.process import COPY, OWN, RoleProcess, encode, take_vision
-from step3_jax.afd.roles import take_apart
+from step3_jax.afd.program.process import COPY, OWN, RoleProcess
+from step3_jax.afd.roles import Vision, take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, copy_pages, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies
@@ -42,7 +42,6 @@ class AttentionProcess(RoleProcess, Executor):
         self.weights = AttentionWeights(
             self._take(parts.ends.leaves), [self._take(part.leaves) for part in parts.attention]
         )
-        self._images_multiple = self.num_shards
         own, copies = self._own, self._copies
         self._prefill = self._jit(
             self._run_prefill, in_shardings=(own, own, copies), out_shardings=own, donate_argnums=1
@@ -60,9 +59,8 @@ class AttentionProcess(RoleProcess, Executor):
             out_shardings=own,
             donate_argnums=0,
         )
-        self._vision = take_vision(model)
-        leaves = self._vision.leaves if self._vision is not None else []
-        self._vision_leaves = [leaf.astype(self.run_dtype(leaf.dtype)) for leaf in leaves]
+        self._vision = Vision(model, topology.tower)
+        self._vision_leaves = [leaf.astype(self.run_dtype(leaf.dtype)) for leaf in self._vision.leaves]
         self._encode_jit = self._jit(self._run_encode, out_shardings=topology.attention.sharding())
 
     @property
@@ -86,9 +84,8 @@ class AttentionProcess(RoleProcess, Executor):
         return jax.tree.map(lambda *leaves: self._spread(leaves), *parts)
 
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        placed = jax.make_array_from_callback(
-            pixels.shape, self.topology.attention.sharding("rows"), pixels.__getitem__
-        )
+        sharding = self.topology.tower.sharding("images")
+        placed = jax.make_array_from_callback(pixels.shape, sharding, pixels.__getitem__)
         return self._call(self._encode_jit, self._vision_leaves, placed)
 
     def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
@@ -128,10 +125,7 @@ class AttentionProcess(RoleProcess, Executor):
 
     def _run_encode(self, leaves: list[Array], pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         self.num_traces["encode_images"] += 1
-        layout = self.topology.attention
-        run = functools.partial(encode, self._vision)
-        specs = PartitionSpec(), layout.spec("rows")
-        return jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=specs[1], check_vma=False)(leaves, pixels)
+        return self._vision.encode(leaves, pixels)
 
     def _run_copy(self, cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
         self.num_traces["copy_pages"] += 1

@@ -9,13 +9,11 @@ from typing import ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.program.call import Numbers
-from step3_jax.afd.roles import Part, split_module
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.beacon import Beacon
 from step3_jax.engine.executor import ModelPart
@@ -47,6 +45,7 @@ class RoleProcess(ModelPart):
             topology.union.local_devices,
             model.text.embed_tokens.weight.get_value().dtype,
             num_shards=topology.num_attention,
+            num_image_shards=topology.tower.size("images"),
         )
         self.topology = topology
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
@@ -93,25 +92,3 @@ class RoleProcess(ModelPart):
     def _on_union(self, run: Callable[P, R], in_specs: Specs, out_specs: Specs | PartitionSpec) -> Callable[P, R]:
         mesh = self.topology.union
         return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def take_vision(model: Step3) -> Part[nnx.List] | None:
-    """Vision tower and projector, taken apart; None for a text-only model."""
-    if model.vision is None or model.projector is None:
-        return None
-    return split_module(nnx.List([model.vision, model.projector]))
-
-
-def encode(
-    vision: Part[nnx.List] | None, leaves: list[Array], pixels: Float[Array, "images 3 S S"]
-) -> Float[Array, "images tokens D"]:
-    """Features of squares.
-
-    Raises:
-      ValueError: If the model has no vision tower.
-    """
-    if vision is None:
-        raise ValueError("this is a text-only model: its checkpoint has no vision tower, so it takes no images")
-    tower, projector = vision.skeleton.build(leaves)
-    with jax.named_scope("vision"):
-        return projector(tower(pixels))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from step3_jax.cli.dtype import dtype_name
 from step3_jax.config import PRESETS
 from step3_jax.gpu import MEMORY_SHARE
 from step3_jax.layout.deployment import WEIGHTS
 from step3_jax.layout.page import KV_CACHE_DTYPES
+from step3_jax.layout.parallel import VisionForm
 from step3_jax.layout.workspace import DEFAULT_CHUNK_TOKENS
 
 
@@ -26,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     change = parser.add_argument_group("instead of what the file says")
     change.add_argument("--weights", type=dtype_name(WEIGHTS), choices=WEIGHTS)
     change.add_argument("--kv-cache-dtype", type=dtype_name(KV_CACHE_DTYPES), choices=KV_CACHE_DTYPES)
+    change.add_argument(
+        "--mm-encoder-tp-mode",
+        choices=get_args(VisionForm),
+        help="weights: the vision tower is sharded across the devices of a group; data: each has a copy",
+    )
     change.add_argument("--sequences", type=int, metavar="N", help="at once, in all")
     change.add_argument("--context-tokens", type=int, metavar="N", help="of each sequence")
     change.add_argument("--hardware", metavar="NAME", help="a device of configs/hardware")

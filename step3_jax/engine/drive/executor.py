@@ -51,10 +51,9 @@ class DrivenExecutor(Executor):
 
     def __init__(self, own: Executor, channel: DriverChannel) -> None:
         """Takes this process's executor, and the channel to the workers, which are ready."""
-        super().__init__(own.config, own.devices, own.dtype, own.num_shards)
+        super().__init__(own.config, own.devices, own.dtype, own.num_shards, own.num_image_shards)
         self._own = own
         self.num_traces = own.num_traces
-        self._images_multiple = own._images_multiple
         self._channel = channel
         self._worker = CachedWorker(own)
         self._beacon = Beacon.from_environment()

@@ -7,6 +7,7 @@ Reads one JSON object a line, {"do": name, ...}, and writes one for each. Models
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -32,7 +33,7 @@ from step3_jax.engine.executor import Executor
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import PrefillBatch
-from step3_jax.layout.deployment import parse_topology
+from step3_jax.layout.deployment import default_ffn_parallel, parse_topology
 from step3_jax.layout.parallel import Parallel
 from step3_jax.mesh import force_cpu_devices
 from step3_jax.model.step3 import Step3
@@ -70,7 +71,8 @@ def make_model() -> Step3:
 def make_topology(request: Answer) -> AfdTopology:
     instances = parse_topology(str(request["afd"]), int(request.get("devices", 1)))  # type: ignore[call-overload]
     parallel = request.get("parallel")
-    return AfdTopology.of(instances, Parallel(*parallel) if parallel else None)  # type: ignore[misc]
+    own = Parallel(*parallel) if parallel else default_ffn_parallel(instances)  # type: ignore[misc]
+    return AfdTopology.of(instances, dataclasses.replace(own, vision=request.get("vision", "weights")))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -86,7 +88,7 @@ def make_executor(key: str) -> HostExecutor:
 
 
 def executor_of(request: Answer) -> HostExecutor:
-    names = ("afd", "devices", "parallel", "microbatches", "payload")
+    names = ("afd", "devices", "parallel", "microbatches", "payload", "vision")
     return make_executor(json.dumps({name: request[name] for name in names if name in request}))
 
 
@@ -144,6 +146,22 @@ def features(request: Answer) -> Answer:
         found[name] = [[list(one.token_ids) for one in output.outputs] for output in outputs]
         found[f"{name}_logprobs"] = [one.cumulative_logprob for output in outputs for one in output.outputs]
     return found
+
+
+def images(request: Answer) -> Answer:
+    """Difference of image features from the fused model's, and the parts that a device has of the tower's weights."""
+    executor = executor_of(request)
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32), np.float32)
+    fused, found = (one.encode_images(pixels) for one in (make_runner(), executor))
+    placed = place_model(make_model(), make_topology(request))
+    weight = placed.vision.layers[0].mlp.fc1.weight.get_value()  # type: ignore[union-attr]
+    return {
+        "shape": list(found.shape),
+        "error": float(np.abs(found - fused).max()),
+        "largest": float(np.abs(fused).max()),
+        "parts": weight.size // weight.addressable_shards[0].data.size,
+        "devices": sorted(device.id for device in weight.devices()),
+    }
 
 
 def prefix(request: Answer) -> Answer:
@@ -319,7 +337,7 @@ def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     answers: dict[str, Callable[[Answer], Answer]] = {
         function.__name__: function
-        for function in (tokens, masks, features, prefix, repeat, places, loaded, hlo, deadline, trace, quality)
+        for function in (tokens, masks, features, images, prefix, repeat, places, loaded, hlo, deadline, trace, quality)
     }
     for line in sys.stdin:
         request = json.loads(line)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 
 from step3_jax.cache.paged import Cache, empty_cache
 from step3_jax.checkpoint.names import is_fp8_tensor, released_name
-from step3_jax.config import ModelConfig
+from step3_jax.config import ModelConfig, VisionConfig
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, PrefillBatch
 from step3_jax.layout.parallel import Parallel, fit_parallel
@@ -33,7 +33,9 @@ from step3_jax.quant import quantise
 from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 
-CONFIG = dataclasses.replace(ModelConfig.preset("step3-fp8"), vision=None)
+CONFIG = ModelConfig.preset("step3-fp8")
+# Layers of the vision tower, and pixels of a view's side.
+TOWER_LAYERS, VIEW = 2, 728
 # A batch of 64 sequences of up to 4K a device, with fp8 pages.
 ROWS, WIDTH, PAGES = 64, 64, 64 * 64
 CHUNK = 512
@@ -44,10 +46,11 @@ SETTINGS = {
 
 
 def abstract_model(num_layers: int, layout: Layout) -> Step3:
-    text = CONFIG.text
+    text, vision = CONFIG.text, None
     if num_layers < text.num_hidden_layers:
         text = dataclasses.replace(text, num_hidden_layers=num_layers, moe_layers=tuple(range(1, num_layers)))
-    config = dataclasses.replace(CONFIG, text=text)
+        vision = dataclasses.replace(VisionConfig(), num_hidden_layers=TOWER_LAYERS)
+    config = dataclasses.replace(CONFIG, text=text, vision=vision)
     model = abstract_step3(config, "bfloat16")
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if is_fp8_tensor(released_name(path)):
@@ -78,7 +81,7 @@ def bytes_each(tree: object) -> int:
 
 def describe(program: jax.stages.Compiled) -> dict[str, object]:
     memory, text = program.memory_analysis(), program.as_text() or ""
-    words = ("reduce-scatter(", "all-to-all(", 'custom_call_target="mosaic_gpu_v2"')
+    words = ("all-reduce(", "all-reduce-start(", "reduce-scatter(", "all-to-all(", 'custom_call_target="mosaic_gpu_v2"')
     # Those of the sampler are under "sample".
     choices = [line for line in text.splitlines() if " conditional(" in line and "/sample/" not in line]
     return {
@@ -95,7 +98,7 @@ def main() -> None:
     layout = make_layout(parallel, gpu_compile.h100_mesh((num_devices,)).devices.reshape(-1).tolist())
     model = abstract_model(num_layers, layout)
     cache = cache_shapes(model, layout)
-    found: dict[str, object] = {"weights": bytes_each(nnx.state(model)), "pages": bytes_each(cache)}
+    found: dict[str, object] = {"weights": bytes_each(nnx.state(model.text)), "pages": bytes_each(cache)}
     if num_layers < CONFIG.text.num_hidden_layers:
         runner, count = ShardedRunner(model, layout), ROWS * num_devices
 
@@ -110,6 +113,8 @@ def main() -> None:
             numbers(CHUNK * num_devices), numbers((ROWS + 1) * num_devices), numbers(count), numbers(count, WIDTH)
         )
         found["prefill"] = describe(runner.prefill_program(cache, chunk))
+        pixels = jax.ShapeDtypeStruct((layout.size("images"), 3, VIEW, VIEW), jnp.float32)
+        found["encode"] = describe(runner.encode_program(pixels))
     print(json.dumps(found))
 
 

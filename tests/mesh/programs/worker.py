@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pathlib
 import sys
 import traceback
 import warnings
@@ -19,6 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from step3_jax.checkpoint.load import load_model
+from step3_jax.checkpoint.names import parameters_of
+from step3_jax.checkpoint.save import save_model
 from step3_jax.config import ModelConfig, TextConfig, VisionConfig
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.llm import LLM
@@ -79,7 +83,7 @@ def make_model(kind: str) -> Step3:
         output_hidden_size=8,
         image_size=32,
         intermediate_size=24,
-        num_attention_heads=2,
+        num_attention_heads=4,
         num_hidden_layers=1,
         patch_size=8,
     )
@@ -92,6 +96,10 @@ def make_model(kind: str) -> Step3:
         eos_token_id=0,
     )
     model = Step3(config, rngs=nnx.Rngs(3))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if path[-1] == "bias":
+            # In a new model they are zeros, which could as well be added twice.
+            variable.set_value(jnp.sin(jnp.arange(variable.get_value().size, dtype=jnp.float32)))
     if kind == "fp8":
         for path, variable in nnx.to_flat_state(nnx.state(model)):
             if any(str(part).endswith("_proj") for part in path):
@@ -201,6 +209,31 @@ def encode(request: Answer) -> Answer:
     }
 
 
+def reload(request: Answer) -> Answer:
+    """A model, saved from one device and from several; and what loading it gives, beside placing it."""
+    folder = pathlib.Path(str(request["folder"]))
+    model = make_model("plain")
+    layout = make_layout(fit_parallel(read_parallel(request), model.config.text))
+    placed = place_model(model, layout)
+    save_model(model, folder / "alone")
+    save_model(placed, folder / "spread")
+    loaded = parameters_of(load_model(folder / "alone", layout=layout))
+    names = ("config.json", "model.safetensors")
+    return {
+        "is_same_file": all((folder / "alone" / n).read_bytes() == (folder / "spread" / n).read_bytes() for n in names),
+        "different": [
+            str(path)
+            for path, variable in parameters_of(placed).items()
+            if not is_same(variable.get_value(), loaded[path].get_value())
+        ],
+    }
+
+
+def is_same(left: jax.Array, right: jax.Array) -> bool:
+    """Whether two arrays have the same elements in the same places."""
+    return left.sharding == right.sharding and left.shape == right.shape and bool((left == right).all())
+
+
 def exchange(request: Answer) -> Answer:
     """All-to-all of tokens against the experts on one device; `skew` sends all tokens to the same experts."""
     model = make_model("plain")
@@ -270,7 +303,7 @@ def layout_error(request: Answer) -> Answer:
 
 COMMANDS: dict[str, Callable[[Answer], Answer]] = {
     function.__name__: function
-    for function in (generate, prefix, describe, encode, exchange, traces, masks, layout_error)
+    for function in (generate, prefix, describe, encode, reload, exchange, traces, masks, layout_error)
 }
 
 

@@ -111,7 +111,7 @@ def test_a_file_and_the_command_line_name_the_devices_of_both_sides(
     changed = answer(capsys, str(file), "--steps", "3", "--attention-hardware", "h200", "--ffn-hardware", "h20")
     assert "attention on h200-sxm, FFN on h20" in str(changed["times_from"])
     # The file's 80 GiB are those of its own device.
-    assert int(str(changed["kv_cache_tokens"])) > 2 * int(str(found["kv_cache_tokens"]))
+    assert int(str(changed["kv_cache_tokens"])) > 1.5 * int(str(found["kv_cache_tokens"]))
     assert found["fits"] is True
 
 

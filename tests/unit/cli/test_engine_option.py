@@ -64,6 +64,7 @@ def test_several_devices_have_the_names_that_vllm_users_know() -> None:
     tensor = choose("--tp", "2", "--attention-parallelism", "tensor").parallel
     assert tensor == Parallel(tp=2, attention="tensor")
     assert choose("--tp", "2", "--expert-exchange", "all_to_all").parallel == Parallel(tp=2, exchange="all_to_all")
+    assert choose("--tp", "2", "--mm-encoder-tp-mode", "data").parallel == Parallel(tp=2, vision="data")
     with pytest.raises(ValueError, match="is for several devices: add --tensor-parallel-size"):
         choose("--attention-parallelism", "tensor")
     with pytest.raises(ValueError, match="tensor_parallel_size is 0"):
@@ -74,6 +75,10 @@ def test_a_files_deployment_says_where_it_runs(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "engine.yaml"
     file.write_text("deployment:\n  afd: off\n  devices: 4\n  parallel: {dp: 2, tp: 2, ep: 4}\n", encoding="utf-8")
     assert choose("--config", str(file)).parallel == Parallel(2, 2, 4)
+    with file.open("a", encoding="utf-8") as more:
+        more.write("  mm_encoder_tp_mode: data\n")
+    assert choose("--config", str(file)).parallel == Parallel(2, 2, 4, vision="data")
+    assert choose("--config", str(file), "--mm-encoder-tp-mode", "weights").parallel == Parallel(2, 2, 4)
     file.write_text("deployment:\n  afd: 1a1f\n  microbatches: 2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="1a1f"):
         # There is one device.

@@ -20,7 +20,14 @@ MAX_PROGRAMS = 24
 def table_of(name: str, images: ImageSettings, num_shards: int) -> BucketTable:
     max_pages = math.ceil(ModelConfig.preset(name).text.max_position_embeddings / 64)
     sizes = images.image_size, images.window_size
-    return BucketTable.of(EngineConfig(), max_pages=max_pages, num_shards=num_shards, image_sizes=sizes)
+    return BucketTable.of(
+        EngineConfig(), max_pages=max_pages, num_shards=num_shards, num_image_shards=num_shards, image_sizes=sizes
+    )
+
+
+def test_devices_that_encode_an_image_together_are_not_given_one_each() -> None:
+    table = BucketTable.of(EngineConfig(), max_pages=4, num_shards=8, num_image_shards=1, image_sizes=(64,))
+    assert table.images == (1, 4)
 
 
 @pytest.mark.parametrize("num_shards", [1, 8])

@@ -73,19 +73,20 @@ SMALL = TextConfig(
     ),
     st.sampled_from(["float32", "bfloat16", "fp8"]),
     st.sampled_from([BOTH, FFN]),
-    st.booleans(),
+    st.sampled_from(["weights", "data", "none"]),
 )
 def test_bytes_of_a_device_are_those_of_the_derivation_without_tables(
-    parallel, config: ModelConfig, weights: str, name: RoleName, text_only: bool
+    parallel, config: ModelConfig, weights: str, name: RoleName, vision
 ) -> None:
-    config = deployed_config(config, weights, text_only=text_only)
+    config = deployed_config(config, weights, text_only=vision == "none")
+    parallel = dataclasses.replace(parallel, vision="data" if vision == "data" else "weights")
     if not find_problems(parallel, config.text, fp8_block(config), name):
         role = Role(name, parallel.num_devices, parallel)
         assert weight_bytes(config, weights, role) == weight_oracle.weight_bytes(config, weights, role)
 
 
 @pytest.mark.parametrize("count", [1, 8, 16])
-def test_an_attention_device_holds_all_of_attention(count: int) -> None:
+def test_an_attention_device_holds_all_of_attention_but_the_tower(count: int) -> None:
     config = deployed_config(STEP3, "fp8")
     spec = {"afd": "1a1f", "devices_per_instance": count, "weights": "fp8", "ffn": {"tp": 1, "ep": count}}
     attention = roles_of(parse_deployment("pair", spec))[0]

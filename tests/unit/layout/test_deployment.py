@@ -63,6 +63,7 @@ def test_experts_go_over_instances_and_widths_inside_one_unless_the_file_says_el
         ({"afd": "2a2f", "devices": 4}, "devices has no place here"),
         ({"afd": "2a2f", "parallel": {"dp": 2}}, "parallel has no place here"),
         ({"afd": "off", "devices": 4, "payload": "fp8"}, "payload has no place here"),
+        ({"afd": "2a2f", "mm_encoder_tp_mode": "copy"}, "mm_encoder_tp_mode is 'copy'; allowed: weights, data"),
         ({"afd": "2a2f", "weights": "int8"}, "weights is 'int8'; allowed: float32, bfloat16, fp8"),
         ({"afd": "2a2f", "device_memory_gib": 0}, "device_memory_gib is 0; a number above 0"),
         ({"afd": "2a2f", "workload": {"sequences": True}}, "workload.* is True; a whole number"),
@@ -108,6 +109,13 @@ def test_the_option_takes_instances_or_a_file(tmp_path: pathlib.Path) -> None:
 def test_what_is_written_is_read_as_the_same_deployment(name: str) -> None:
     found = load_deployment(name)
     assert parse_deployment(name, yaml.safe_load(format_deployment(found))) == found
+
+
+@pytest.mark.parametrize("afd", ["2a2f", "off"])
+def test_a_file_keeps_how_images_are_encoded(afd: str) -> None:
+    found = parse_deployment("x", {"afd": afd, "mm_encoder_tp_mode": "data"} | ({"devices": 2} if afd == "off" else {}))
+    assert found.parallel.vision == "data"
+    assert parse_deployment("x", yaml.safe_load(format_deployment(found))) == found
 
 
 def test_the_ffn_side_may_be_of_another_kind() -> None:

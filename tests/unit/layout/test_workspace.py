@@ -35,8 +35,12 @@ def test_more_tokens_at_once_need_more(name: str) -> None:
     assert dataclasses.replace(large, **{phase: getattr(small, phase)}) == small
 
 
-def test_images_need_nothing_without_a_tower_or_apart_from_it() -> None:
-    assert estimate_workspace(STEP3, "fp8", EIGHT, rows=1).image > 2**30
+def test_images_need_an_eighth_where_the_tower_is_sharded_and_nothing_without_a_tower_or_apart_from_it() -> None:
+    copied = Role(BOTH, 8, dataclasses.replace(EIGHT.parallel, vision="data"))
+    whole, shard = (estimate_workspace(STEP3, "fp8", role, rows=1).image for role in (copied, EIGHT))
+    assert whole > 2**30
+    # The residual stream is not sharded.
+    assert whole / 8 < shard < whole / 6
     assert estimate_workspace(dataclasses.replace(STEP3, vision=None), "fp8", EIGHT, rows=1).image == 0
     assert estimate_workspace(STEP3, "fp8", Role(FFN, 8, EIGHT.parallel), rows=1).image == 0
 

@@ -31,7 +31,7 @@ def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int
         table, head = text.vocab_size * (text.hidden_size // tp), -(-text.vocab_size // tp) * text.hidden_size
         parts["embedding and head"] = itemsize * (table + head)
         if config.vision is not None:
-            parts["vision tower and projector"] = itemsize * count_vision_parameters(config)
+            parts["vision tower and projector"] = itemsize * count_vision_parameters(config, role.num_tower_shards)
     if role.name != ATTENTION:
         num_moe = len(text.moe_layers)
         num_dense = text.num_hidden_layers - num_moe
@@ -43,18 +43,23 @@ def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int
     return {name: size for name, size in parts.items() if size}
 
 
-def count_vision_parameters(config: ModelConfig) -> int:
-    """Parameters of the tower and the projector; 0 without them."""
+def count_vision_parameters(config: ModelConfig, shards: int = 1) -> int:
+    """Parameters of the tower and the projector on each device that holds a shard; 0 without them.
+
+    Whole heads, columns of the MLPs, and channels between the last two products are cut, and filled up to equal shards.
+    """
     vision = config.vision
     if vision is None:
         return 0
     width, inner, out = vision.hidden_size, vision.intermediate_size, vision.output_hidden_size
     embeddings = width * (vision.num_channels * vision.patch_size**2 + 1) + width * (2 + vision.grid**2)
-    attention = 4 * width * width + 4 * width
+    heads = -(-vision.num_attention_heads // shards) * vision.head_dim
+    inner, channels = -(-inner // shards), -(-2 * out // shards)
+    attention = 4 * width * heads + 3 * heads + width
     mlp = 2 * width * inner + inner + width
     norms = 4 * width
-    convolutions = 4 * width * out + out + 9 * out * 2 * out + 2 * out
-    linear = 2 * out * config.text.hidden_size + (config.text.hidden_size if config.projector_bias else 0)
+    convolutions = 4 * width * out + out + 9 * out * channels + channels
+    linear = channels * config.text.hidden_size + (config.text.hidden_size if config.projector_bias else 0)
     return embeddings + vision.num_hidden_layers * (attention + mlp + norms) + convolutions + linear
 
 

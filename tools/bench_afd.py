@@ -37,19 +37,22 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, UInt8
 
 from pallas_kernels.storage import PAGE_SIZE
-from step3_jax.afd import attention_loop, ffn_loop
-from step3_jax.afd.attention_process import AttentionProcess
-from step3_jax.afd.call import Numbers
-from step3_jax.afd.ffn_process import FfnProcess
 from step3_jax.afd.placement import place_model
-from step3_jax.afd.program import make_program_executor
+from step3_jax.afd.program import attention_loop, ffn_loop
+from step3_jax.afd.program.attention_process import AttentionProcess
+from step3_jax.afd.program.call import Numbers
+from step3_jax.afd.program.executor import make_program_executor
+from step3_jax.afd.program.ffn_process import FfnProcess
+from step3_jax.afd.program.wire import Slots, Wire
 from step3_jax.afd.topology import UNION, AfdTopology
-from step3_jax.afd.wire import Slots, Wire
-from step3_jax.cli.bench_decode import random_model
+from step3_jax.bench.model import random_model
 from step3_jax.config import ModelConfig, TextConfig
+from step3_jax.distributed import initialise_distributed
+from step3_jax.engine.drive.call import AllocateCache, Decode, sizes_of
+from step3_jax.engine.drive.worker import CachedWorker
+from step3_jax.engine.executor import Started
 from step3_jax.engine.state import DecodeBatch, DecodeCall
 from step3_jax.layout.deployment import parse_topology
-from step3_jax.mesh import initialise_distributed
 from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 
@@ -130,11 +133,16 @@ class Rank:
     def pipelined(self, count: int) -> Callable[[], None]:
         """The decode call; both processes make it together."""
         executor, (batch, sampling, num_pages) = self.executor(count), self.batch(count)
-        held = [executor.allocate_cache(num_pages, "float32")]
-        call = DecodeCall(batch, sampling, self._arguments.steps, max_steps=self._arguments.steps)
+        whole = Decode(DecodeCall(batch, sampling, self._arguments.steps, max_steps=self._arguments.steps))
+        worker, call = executor, sizes_of(whole)
+        if isinstance(executor, AttentionProcess):
+            worker, call = CachedWorker(executor), whole
+            worker.run(AllocateCache(num_pages, "float32"))
 
         def run() -> None:
-            held[0], _ = executor.decode(held[0], call)
+            outcome = worker.run(call)
+            assert isinstance(outcome, Started)
+            outcome.wait()
 
         return run
 

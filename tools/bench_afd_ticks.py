@@ -35,9 +35,9 @@ import numpy as np
 from jax.experimental import io_callback, multihost_utils
 from jaxtyping import Array, UInt8
 
-from step3_jax.afd.wire import Wire
+from step3_jax.afd.program.wire import Wire
+from step3_jax.distributed import initialise_distributed
 from step3_jax.layout.schedule import Schedule
-from step3_jax.mesh import initialise_distributed
 from step3_jax.planner.simulation.lockstep import simulate_item_s
 from tools import bench_afd
 from tools.bench_afd import MICROBATCHES, OVERLAP, Rank, SilentWire, add_sizes, start_ranks

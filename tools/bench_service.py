@@ -32,11 +32,11 @@ from starlette.responses import JSONResponse
 
 from step3_jax.bench.load import Load, Record, run_load
 from step3_jax.bench.machine import anonymous_bytes, conditions, cpu_pressure, load_average
+from step3_jax.bench.model import bench_config, random_model
 from step3_jax.bench.report import format_report, write_section
 from step3_jax.bench.serve import find_waits, summarise
 from step3_jax.bench.workload import draw_lengths, random_prompts, word_tokenizer
 from step3_jax.cli.arguments.bench import PRESETS
-from step3_jax.cli.bench_decode import bench_config, random_model
 from step3_jax.client import ServiceClient
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from step3_jax.bench.machine import conditions, cpu_pressure, load_average
+from step3_jax.bench.model import bench_config, random_model
 from step3_jax.bench.workload import Lengths, random_prompts
 from step3_jax.cli.arguments.bench import PRESETS
-from step3_jax.cli.bench_decode import bench_config, random_model
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams

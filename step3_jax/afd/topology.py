@@ -19,11 +19,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from step3_jax.checkpoint.names import parameters_of
 from step3_jax.config import ModelConfig
+from step3_jax.distributed import too_few_cpu_devices
 from step3_jax.layout.deployment import Topology, default_ffn_parallel
 from step3_jax.layout.parallel import FFN, Parallel, find_problems, list_parallels
 from step3_jax.layout.role import Role, attention_role, fp8_block, is_ffn, is_tower
 from step3_jax.layout.tensor import Path
-from step3_jax.mesh import Layout, find_devices, make_layout, too_few_cpu_devices
+from step3_jax.mesh import Layout, find_devices, make_layout
 from step3_jax.model.step3 import abstract_step3
 
 # The axis of the mesh of all devices.

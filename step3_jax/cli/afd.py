@@ -7,10 +7,10 @@ import pathlib
 
 import numpy as np
 
-from step3_jax.afd.host import HostExecutor
-from step3_jax.cli.afd_option import load_afd_executor, place_executor
+from step3_jax.afd.executor import load_afd_executor, place_executor
+from step3_jax.afd.host.executor import HostExecutor
+from step3_jax.bench.model import bench_config, random_model
 from step3_jax.cli.arguments.bench import PRESETS
-from step3_jax.cli.bench_decode import bench_config, random_model
 from step3_jax.cli.choice import find_model
 from step3_jax.cli.display import write_note
 from step3_jax.cli.engine import read_engine
@@ -61,15 +61,17 @@ def _load(arguments: argparse.Namespace) -> tuple[HostExecutor, LLM]:
         )
     enable_compile_cache()
     config = engine.config.replace(max_num_seqs=arguments.batch)
+    if choice is None:
+        raise ValueError("--afd off leaves nothing to trace: give xAyF")
     if arguments.preset is None:
         folder = find_model(arguments)
         executor = load_afd_executor(choice, folder, config.dtype)
-        if isinstance(executor, HostExecutor):
-            return executor, LLM(folder, executor=executor, config=config)
-    elif choice is not None:
+        llm = LLM(folder, executor=executor, config=config)
+    else:
         executor = place_executor(choice, random_model(bench_config(*PRESETS[arguments.preset])))
-        return executor, LLM.from_model(executor, config=config)
-    raise ValueError("--afd off leaves nothing to trace: give xAyF")
+        llm = LLM.from_model(executor, config=config)
+    assert isinstance(executor, HostExecutor)
+    return executor, llm
 
 
 def _generate(llm: LLM, arguments: argparse.Namespace) -> None:

@@ -1,23 +1,17 @@
-"""Options of attention-FFN disaggregation, and the executor that they ask for."""
+"""Options of attention-FFN disaggregation."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import pathlib
 
 import jax
 
-from step3_jax.afd.attention_process import AttentionProcess
-from step3_jax.afd.ffn_process import FfnProcess
-from step3_jax.afd.host import HostExecutor, load_host_executor
-from step3_jax.afd.placement import place_model
-from step3_jax.afd.program import load_program_executor
+from step3_jax.afd.executor import AfdChoice
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.engine.config import EngineConfig
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, Deployment, Topology, check_microbatches, read_afd
 from step3_jax.mesh import force_cpu_devices
-from step3_jax.model.step3 import Step3
 
 # Options that mean nothing without --afd, with the value that stands for "not given".
 _NEEDS_AFD: dict[str, object] = {
@@ -27,25 +21,6 @@ _NEEDS_AFD: dict[str, object] = {
     "afd_executor": "auto",
     "afd_deadline": DEFAULT_DEADLINE_S,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class AfdChoice:
-    """What was asked for.
-
-    Attributes:
-      topology: The devices.
-      num_microbatches: In flight.
-      payload: What crosses from attention to FFN.
-      deadline_s: Longest time of a stage, for executor host.
-      executor: "host" or "program".
-    """
-
-    topology: AfdTopology
-    num_microbatches: int
-    payload: str
-    deadline_s: float
-    executor: str
 
 
 def read_afd_choice(
@@ -97,57 +72,6 @@ def read_afd_choice(
         arguments.afd_payload or deployment.payload,
         arguments.afd_deadline,
         _choose_executor(arguments.afd_executor, instances),
-    )
-
-
-def load_afd_executor(
-    choice: AfdChoice | None, folder: pathlib.Path, dtype: str
-) -> HostExecutor | AttentionProcess | FfnProcess | None:
-    """Loads a model on the devices that were chosen.
-
-    Args:
-      choice: From `read_afd_choice`.
-      folder: The model's.
-      dtype: "auto", or the dtype of weights and activations.
-
-    Returns:
-      The executor; None without a choice.
-
-    Raises:
-      ValueError: If the devices cannot share out the model, or it cannot be loaded.
-    """
-    if choice is None:
-        return None
-    own_dtype = None if dtype == "auto" else dtype
-    topology, num_microbatches, payload = choice.topology, choice.num_microbatches, choice.payload
-    if choice.executor == "program":
-        return load_program_executor(
-            folder, topology, dtype=own_dtype, num_microbatches=num_microbatches, payload=payload
-        )
-    return load_host_executor(
-        folder,
-        topology,
-        dtype=own_dtype,
-        num_microbatches=num_microbatches,
-        payload=payload,
-        deadline_s=choice.deadline_s,
-    )
-
-
-def place_executor(choice: AfdChoice, model: Step3) -> HostExecutor:
-    """The same for a model in memory and one process, whose speed or trace is wanted.
-
-    Raises:
-      ValueError: If the devices cannot share out the model, or there are several processes.
-    """
-    if choice.executor != "host":
-        raise ValueError("this is for executor host, whose one process sees both sides: start it without step3 launch")
-    return HostExecutor(
-        place_model(model, choice.topology),
-        choice.topology,
-        num_microbatches=choice.num_microbatches,
-        payload=choice.payload,
-        deadline_s=choice.deadline_s,
     )
 
 

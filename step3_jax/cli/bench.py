@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import pathlib
-import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jaxtyping import Int
-
-from step3_jax.bench.machine import conditions, cpu_pressure, num_threads
+from step3_jax.bench.decode import measure_decode
+from step3_jax.bench.model import bench_config
 from step3_jax.bench.report import format_report
-from step3_jax.cli.afd_option import AfdChoice
 from step3_jax.cli.arguments.bench import PRESETS
-from step3_jax.cli.bench_decode import (
-    Ours,
-    TorchPeer,
-    bench_config,
-    check_agreement,
-    prefill_products,
-    product_rate,
-    random_model,
-    read_meter,
-)
 from step3_jax.cli.bench_engine import run_engine_bench
-from step3_jax.cli.display import is_first_process, write_note
+from step3_jax.cli.display import write_note
 from step3_jax.cli.engine import read_engine
 from step3_jax.cli.process import interruptible
-from step3_jax.config import ModelConfig
-from step3_jax.layout.count import active_parameters, prefill_flops
-from step3_jax.layout.parallel import Parallel
-from step3_jax.model.step3 import Step3
-
-Row = dict[str, str | int | float]
-# Seconds of each round: ours, and the peer's (empty without one).
-Times = tuple[list[float], list[float]]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,21 +37,21 @@ def run(arguments: argparse.Namespace) -> int:
             "--rounds, --prompt or --prefill"
         )
     devices = read_engine(arguments)
-    found = measure_decode(
-        config,
-        dtypes=arguments.dtype,
-        batches=arguments.batch,
-        steps=arguments.steps,
-        rounds=arguments.rounds,
-        prompt_length=arguments.prompt,
-        prefill_length=arguments.prefill,
-        torch_python=arguments.torch_python or (sys.executable if arguments.torch else None),
-        parallel=devices.parallel,
-        afd=devices.afd,
-        tell=write_note,
-    )
-    if is_first_process():
-        print(format_report(found), flush=True)
+    with interruptible():
+        found = measure_decode(
+            config,
+            dtypes=arguments.dtype,
+            batches=arguments.batch,
+            steps=arguments.steps,
+            rounds=arguments.rounds,
+            prompt_length=arguments.prompt,
+            prefill_length=arguments.prefill,
+            torch_python=arguments.torch_python or (sys.executable if arguments.torch else None),
+            parallel=devices.parallel,
+            afd=devices.afd,
+            tell=write_note,
+        )
+    print(format_report(found), flush=True)
     if arguments.json:
         target = pathlib.Path(arguments.json)
         new = target.with_name(target.name + ".new")
@@ -88,215 +60,3 @@ def run(arguments: argparse.Namespace) -> int:
     if found["is_partial"]:
         raise KeyboardInterrupt("interrupted; what had been measured until then is above")
     return 0
-
-
-def measure_decode(
-    config: ModelConfig,
-    *,
-    dtypes: Sequence[str],
-    batches: Sequence[int],
-    steps: int,
-    rounds: int,
-    prompt_length: int,
-    prefill_length: int,
-    torch_python: str | None = None,
-    parallel: Parallel | None = None,
-    afd: AfdChoice | None = None,
-    tell: Callable[[str], None] = lambda _: None,
-) -> dict[str, object]:
-    """Decode and prefill of a random model; each round measures every side once, so that they share its conditions.
-
-    Interrupted, it gives what is complete until then.
-
-    Args:
-      config: The model.
-      dtypes: Of weights and activations; the same values, rounded.
-      batches: Sequences at once.
-      steps: Tokens of a round.
-      rounds: Rounds; figures are medians over them.
-      prompt_length: Tokens before the first decoded one.
-      prefill_length: Tokens of the prefill figure.
-      torch_python: Interpreter of the PyTorch peer; None measures without.
-      parallel: How the model is spread over several devices; one device if None.
-      afd: Devices of attention and of the FFN, if they are apart.
-      tell: Gets a line of text about each part before it is measured.
-
-    Returns:
-      `is_partial`, `conditions`, `model`, `read_gb_per_s` (None if nothing was measured), and rows of `decode` and
-      `prefill`, as JSON takes them.
-    """
-    before = cpu_pressure()
-    tell("making a model with random weights ...")
-    model = random_model(config)
-    rng = np.random.default_rng(0)
-    sides = {name: Ours(_cast(model, name), parallel, afd) for name in dtypes}
-    read = read_meter(num_threads())
-    rates: list[float] = []
-    decode_rows: list[Row] = []
-    prefill_rows: list[Row] = []
-    agreement: dict[str, float] = {}
-    versions: dict[str, object] = {}
-    with interruptible(), _Interruptible() as measuring, contextlib.ExitStack() as stack:
-        peer = None
-        if torch_python is not None:
-            tell("starting PyTorch, and comparing logits ...")
-            peer = stack.enter_context(TorchPeer(torch_python, model, dtypes, num_threads()))
-            ids = rng.integers(2, config.text.vocab_size, (2, 24))
-            versions = peer.versions
-            agreement = {name: check_agreement(side, peer, name, ids) for name, side in sides.items()}
-        for batch in batches:
-            tell(f"decode, batch {batch}: {rounds} rounds of {steps} tokens in {', '.join(dtypes)} ...")
-            ids = rng.integers(2, config.text.vocab_size, (batch, prompt_length))
-            times = _decode_times(sides, peer, ids, steps, rounds, lambda: rates.append(read()))
-            decode_rows += [_decode_row(config, name, batch, steps, *times[name]) for name in dtypes]
-        ids = rng.integers(2, config.text.vocab_size, (1, prefill_length))
-        for name, side in sides.items():
-            tell(f"prefill, {prefill_length} tokens in {name}: {rounds} rounds ...")
-            products = prefill_products(config.text, prefill_length)
-            gemm, *seconds = _prefill_times(side, peer, name, ids, rounds, products)
-            prefill_rows.append(_prefill_row(config, name, prefill_length, gemm, *seconds))
-    read_rate = statistics.median(rates) if rates else None
-    if read_rate is not None:
-        for row in decode_rows:
-            row["share_of_read"] = float(row["gb_per_s"]) * 1e9 / read_rate
-    layers, head = active_parameters(config.text)
-    return {
-        "is_partial": measuring.was_interrupted,
-        "conditions": conditions(jax.devices()[0].device_kind)
-        | {
-            "cpu_pressure_before": before,
-            "cpu_pressure_after": cpu_pressure(),
-            "steps": steps,
-            "rounds": rounds,
-            "prompt": prompt_length,
-            "devices": _describe_devices(parallel, afd),
-        }
-        | versions,
-        "model": {
-            "hidden_size": config.text.hidden_size,
-            "layers": config.text.num_hidden_layers,
-            "active_parameters": layers + head,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model)[1])),
-        },
-        "read_gb_per_s": None if read_rate is None else read_rate / 1e9,
-        "logits_error": agreement,
-        "decode": decode_rows,
-        "prefill": prefill_rows,
-    }
-
-
-class _Interruptible:
-    """A context that an interrupt ends without ending what follows it."""
-
-    was_interrupted = False
-
-    def __enter__(self) -> _Interruptible:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        self.was_interrupted = isinstance(error, KeyboardInterrupt)
-        return self.was_interrupted
-
-
-def _describe_devices(parallel: Parallel | None, afd: AfdChoice | None) -> str:
-    """Number and kind of the devices that were measured, and how they share the work."""
-    if afd is not None:
-        devices, how = list(afd.topology.devices), f" as {afd.topology.instances.spec}"
-    else:
-        devices = jax.devices()[: 1 if parallel is None else parallel.num_devices]
-        how = "" if parallel is None else f" as {parallel}"
-    return f"{len(devices)} x {devices[0].device_kind}{how}"
-
-
-def _decode_times(
-    sides: Mapping[str, Ours],
-    peer: TorchPeer | None,
-    ids: Int[np.ndarray, "B T"],
-    steps: int,
-    rounds: int,
-    measure_read: Callable[[], None],
-) -> dict[str, Times]:
-    """Every side once a round, after a round that is not counted."""
-    times: dict[str, Times] = {name: ([], []) for name in sides}
-    room = steps * (rounds + 1)
-    for name, side in sides.items():
-        side.prefill(ids, room)
-        side.decode(steps)
-        if peer is not None:
-            peer.prefill(name, ids, room)
-            peer.decode(name, steps)
-    for _ in range(rounds):
-        measure_read()
-        for name, side in sides.items():
-            times[name][0].append(side.decode(steps))
-            if peer is not None:
-                times[name][1].append(peer.decode(name, steps))
-    return times
-
-
-def _prefill_times(
-    side: Ours,
-    peer: TorchPeer | None,
-    dtype: str,
-    ids: Int[np.ndarray, "B T"],
-    rounds: int,
-    products: Mapping[tuple[int, int, int], int],
-) -> tuple[float, list[float], list[float]]:
-    """The better rate of the bare products before and after, and the times between."""
-    side.prefill(ids, 1)
-    gemm = product_rate(dtype, products)
-    ours: list[float] = []
-    theirs: list[float] = []
-    for _ in range(rounds):
-        ours.append(side.prefill(ids, 1))
-        if peer is not None:
-            theirs.append(peer.prefill(dtype, ids, 1))
-    return max(gemm, product_rate(dtype, products)), ours, theirs
-
-
-def _decode_row(
-    config: ModelConfig, dtype: str, batch: int, steps: int, ours: Sequence[float], theirs: Sequence[float]
-) -> Row:
-    step = statistics.median(ours) / steps
-    # On a CPU the engine holds every model in float32.
-    held = "float32" if jax.default_backend() == "cpu" else dtype
-    num_bytes = sum(active_parameters(config.text, batch)) * jnp.dtype(held).itemsize
-    row: Row = {
-        "dtype": dtype,
-        "batch": batch,
-        "tokens_per_s": batch / step,
-        "step_ms": step * 1e3,
-        "step_mb": num_bytes / 1e6,
-        "gb_per_s": num_bytes / step / 1e9,
-    }
-    if theirs:
-        row["torch_tokens_per_s"] = batch * steps / statistics.median(theirs)
-        row["times_torch"] = statistics.median([peer / own for own, peer in zip(ours, theirs, strict=True)])
-    return row
-
-
-def _prefill_row(
-    config: ModelConfig, dtype: str, length: int, gemm: float, ours: Sequence[float], theirs: Sequence[float]
-) -> Row:
-    seconds = statistics.median(ours)
-    flops = prefill_flops(config.text, length) / seconds
-    row: Row = {
-        "dtype": dtype,
-        "tokens": length,
-        "tokens_per_s": length / seconds,
-        "gflop_per_s": flops / 1e9,
-        "gemm_gflop_per_s": gemm / 1e9,
-        "share_of_gemm": flops / gemm,
-    }
-    if theirs:
-        row["torch_tokens_per_s"] = length / statistics.median(theirs)
-        row["times_torch"] = statistics.median([peer / own for own, peer in zip(ours, theirs, strict=True)])
-    return row
-
-
-def _cast(model: Step3, dtype: str) -> Step3:
-    """The same weights, rounded to `dtype`."""
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), state))

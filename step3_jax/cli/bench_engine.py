@@ -12,12 +12,14 @@ import jax
 import numpy as np
 
 from step3_jax.bench.latency import measure_alone, measure_arrival, measure_cached
+from step3_jax.bench.loop import Ours
 from step3_jax.bench.machine import conditions, cpu_pressure, load_average, num_threads
+from step3_jax.bench.model import bench_config, random_model
+from step3_jax.bench.peer import TorchPeer, check_agreement
 from step3_jax.bench.report import format_report, write_section
 from step3_jax.bench.scaling import measure_memory, measure_prompts, measure_sequences
 from step3_jax.bench.throughput import Bench, measure_throughput
 from step3_jax.bench.workload import Lengths, draw_lengths, read_lengths
-from step3_jax.cli.bench_decode import Ours, TorchPeer, bench_config, check_agreement, random_model
 from step3_jax.cli.engine import read_config
 from step3_jax.config import ModelConfig
 from step3_jax.engine.config import EngineConfig
@@ -40,11 +42,14 @@ def run_engine_bench(arguments: argparse.Namespace, hidden_size: int, num_layers
       num_layers: L.
 
     Raises:
-      ValueError: For sizes that cannot be, a peer that does not start, or logits that differ from the peer's.
+      ValueError: For sizes that cannot be, several processes, a peer that does not start, or logits that differ from the
+        peer's.
     """
     for name in ("rounds", "prompt", "output", "arriving", "cached"):
         if getattr(arguments, name, 1) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1 is needed")
+    if jax.process_count() > 1:
+        raise ValueError(f"step3 bench {arguments.what} measures one process: start it without step3 launch")
     config = read_config(arguments)
     measure: Callable[[argparse.Namespace, ModelConfig, EngineConfig], dict[str, object]]
     name = arguments.what

@@ -7,7 +7,6 @@ import pathlib
 import secrets
 
 from step3_jax import resources
-from step3_jax.mesh import agree
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.stored_file import require_folder
 
@@ -34,8 +33,7 @@ def read_sampling(arguments: argparse.Namespace, *, n: int = 1, logprobs: int | 
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         min_p=arguments.min_p,
-        # Of several processes all must draw the same.
-        seed=agree(secrets.randbits(31)) if arguments.seed in (None, -1) else arguments.seed,
+        seed=secrets.randbits(31) if arguments.seed in (None, -1) else arguments.seed,
         max_tokens=arguments.max_tokens,
         stop=arguments.stop,
         ignore_eos=arguments.ignore_eos,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -61,8 +60,7 @@ class Display:
 
     @staticmethod
     def _print(text: str = "", end: str = "\n") -> None:
-        if is_first_process():
-            print(make_visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
+        print(make_visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
     def show(self, deltas: Sequence[OutputDelta]) -> None:
         """Shows what is told apart already, as services do it."""
@@ -112,14 +110,7 @@ def write_cut(display: Display, limit: str) -> None:
     write_note(f"(cut off{place} by {limit})")
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one of several whose answers are shown: all of them have the same."""
-    return os.environ.get("STEP3_PROCESS_ID", "0") in ("", "0")
-
-
 def _write_dim(text: str) -> None:
-    if not is_first_process():
-        return
     if sys.stderr.isatty():
         text = f"{_DIM}{make_visible(text)}{_PLAIN}"
     sys.stderr.write(text)

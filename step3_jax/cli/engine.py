@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 
-from step3_jax.cli.afd_option import AfdChoice, load_afd_executor, read_afd_choice
+import jax
+
+from step3_jax.afd.executor import AfdChoice, load_afd_executor
+from step3_jax.cli.afd_option import read_afd_choice
 from step3_jax.engine.config import EngineConfig, format_config, read_config_file
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.loading import read_parallel
@@ -63,6 +67,11 @@ def read_engine(arguments: argparse.Namespace) -> EngineChoice:
     elif afd is None and config.attention_parallelism != "data":
         raise ValueError("--attention-parallelism tensor is for several devices: add --tensor-parallel-size")
     find_devices()
+    if afd is None and parallel is None and jax.process_count() > 1:
+        raise ValueError(
+            f"there are {jax.process_count()} processes, and the model is to run on one device: spread it with "
+            "--tensor-parallel-size, --data-parallel-size or --afd, or leave out step3 launch"
+        )
     return EngineChoice(config, parallel, afd)
 
 
@@ -76,17 +85,19 @@ def read_config(arguments: argparse.Namespace) -> EngineConfig:
 
 
 def load_llm(choice: EngineChoice, folder: pathlib.Path) -> LLM:
-    """The model in `folder`, loaded as the options say.
+    """The model in `folder`, loaded as the options say; in a rank above 0 it does not return, see `LLM`.
 
     Raises:
       ValueError: For everything that the checkpoint or the engine refuses.
+      RunLostError: If another process of the run fails.
+      SystemExit: In a rank above 0, when rank 0 has ended.
     """
-    executor = load_afd_executor(choice.afd, folder, choice.config.dtype)
-    config = choice.config
-    if executor is not None:
-        # They say how the FFN side is divided, which the executor has done.
-        config = config.replace(tensor_parallel_size=1, expert_parallel_size=None)
-    return LLM(folder, config=config, executor=executor)
+    if choice.afd is None:
+        return LLM(folder, config=choice.config)
+    # They say how the FFN side is divided, which the executor does.
+    config = choice.config.replace(tensor_parallel_size=1, expert_parallel_size=None)
+    load = functools.partial(load_afd_executor, choice.afd, folder, choice.config.dtype)
+    return LLM(folder, config=config, executor=load)
 
 
 def _read_settings(

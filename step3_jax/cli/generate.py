@@ -17,7 +17,6 @@ from step3_jax.cli.display import (
     ANSWERING,
     Display,
     default_show_reasoning,
-    is_first_process,
     show_until_first,
     write_cut,
     write_note,
@@ -71,9 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     call = _Call(llm, folder, prompt, arguments, tools)
     params = stop_in_answer(params, starts_thinking=call.starts_thinking)
     if arguments.json:
-        found = _to_json(call, call.run(params), folder, load_s, params.seed)
-        if is_first_process():
-            print(json.dumps(found))
+        print(json.dumps(_to_json(call, call.run(params), folder, load_s, params.seed)))
     elif arguments.n > 1 or arguments.stream is False:
         call.show(params, load_s)
     else:

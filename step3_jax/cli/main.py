@@ -19,17 +19,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from step3_jax import __version__
-from step3_jax.afd.beacon import START, Beacon
+from step3_jax.channel.failure import RunLostError
 from step3_jax.cli.process import (
     INTERRUPTED,
     INTERRUPTED_CODE,
     handle_interrupts,
-    interruptible,
     leave_at_once,
     repair_streams,
     say,
 )
 from step3_jax.gpu import claim_memory
+from step3_jax.rank import COORDINATOR, CPU_DEVICES, NUM_PROCESSES, PROCESS_ID
 
 # Each has two modules of its name: in `arguments` one with `add_arguments(parser)`, free of jax so that `--help` need not
 # wait for it, and here one with `run(arguments) -> exit code`. Only those of the chosen command are imported.
@@ -48,8 +48,12 @@ COMMANDS = {
 }
 
 
-# Set for the processes of `step3 launch`; `step3_jax.mesh` reads them.
-PROCESS_VARIABLES = ("STEP3_COORDINATOR", "STEP3_NUM_PROCESSES", "STEP3_PROCESS_ID", "STEP3_CPU_DEVICES")
+# Where one is set, this is a process of several, or has several CPU devices.
+PROCESS_VARIABLES = (COORDINATOR, NUM_PROCESSES, PROCESS_ID, CPU_DEVICES)
+# Of several processes, rank 0 runs these commands, and the others work for it.
+_DRIVEN = ("generate", "chat", "run-batch", "serve")
+# EX_TEMPFAIL of sysexits.h: another process of the run failed.
+LOST_CODE = 75
 
 
 class UsageError(ValueError):
@@ -128,6 +132,10 @@ def _run_guarded(argv: list[str]) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except RunLostError as error:
+        say(f"error: {error}")
+        # Native code may wait for the other ranks as long as it likes.
+        leave_at_once(LOST_CODE)
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -139,13 +147,6 @@ def _run_guarded(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     command = _find_command(argv)
     is_rank = command != "launch" and any(os.environ.get(name) for name in PROCESS_VARIABLES)
-    if is_rank:
-        with interruptible():
-            code: int | None = importlib.import_module("step3_jax.cli.supervise").supervise_rank(argv)
-        if code is not None:
-            return code
-        # Before jax is imported, which takes seconds. A worker says by itself what it does after this.
-        Beacon.from_environment().enter(START)
     try:
         arguments = build_parser(command).parse_args(argv)
     except SystemExit as leave:  # --help and --version have printed what was asked.
@@ -160,9 +161,12 @@ def _run(argv: list[str]) -> int:
         claim_memory(share=config.gpu_memory_utilization)
     elif command != "launch":
         claim_memory()
+    module = _module_name(arguments.command)
     if is_rank:
-        importlib.import_module("step3_jax.mesh").initialise_distributed()
-    return int(importlib.import_module(f"step3_jax.cli.{_module_name(arguments.command)}").run(arguments))
+        is_one_of_several = importlib.import_module("step3_jax.distributed").initialise_distributed()
+        if is_one_of_several and arguments.command in _DRIVEN and int(os.environ[PROCESS_ID]) > 0:
+            module = "worker"
+    return int(importlib.import_module(f"step3_jax.cli.{module}").run(arguments))
 
 
 def _show_log() -> None:

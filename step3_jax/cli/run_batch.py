@@ -18,7 +18,7 @@ from step3_jax.cli.engine import load_llm, print_config, read_engine
 from step3_jax.cli.precheck import check_before_loading
 from step3_jax.cli.process import interrupt_note, interruptible
 from step3_jax.cli.progress import show_progress
-from step3_jax.cli.serve import read_server_config, require_libraries, require_one_process
+from step3_jax.cli.serve import read_server_config, require_libraries
 from step3_jax.server.batch_file import BatchInput, BatchOutput
 
 _GO_ON = "interrupted; the same command goes on where it was"
@@ -66,7 +66,6 @@ def _answer(arguments: argparse.Namespace, given: BatchInput, output: BatchOutpu
     from step3_jax.server.batch import run_batch  # noqa: PLC0415
 
     choice = read_engine(arguments)
-    require_one_process("run-batch")
     config = read_server_config(arguments, SETTINGS)
     folder = find_model(arguments)
     check_before_loading(folder, max_model_len=choice.config.max_model_len, needs_template=False)

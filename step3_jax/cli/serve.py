@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterable
 
-import jax
 import yaml
 
 from step3_jax.cli.choice import find_model
@@ -47,15 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
     from step3_jax.server import log, process  # noqa: PLC0415
 
     choice = read_engine(arguments)
-    require_one_process("serve")
     folder = find_model(arguments)
     check_before_loading(folder, max_model_len=choice.config.max_model_len, needs_template=False)
     if not config.served_model_name:
         config = dataclasses.replace(config, served_model_name=(folder.resolve().name,))
     opened = process.open_socket(config)
 
+    loaded: list[LLM] = []
+
     def load() -> LLM:
         llm = load_llm(choice, folder)
+        loaded.append(llm)
         if config.warm_up:
             llm.warm_up(_tell_progress)
         return llm
@@ -69,8 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         listener.stop()
     if ending.error is not None:
         raise ending.error
-    if ending.has_threads:
-        # They are inside of a compiler or a device.
+    if ending.has_threads or ending.code == process.DEAD_CODE:
+        # They are inside of a compiler or a device; or native code waits for a process that is lost.
+        for llm in loaded:
+            llm.close()
         leave_at_once(ending.code)
     return ending.code
 
@@ -105,14 +108,6 @@ def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | Non
         # A command line can be read by every user of the machine.
         values.setdefault("api_key", (key,))
     return ServerConfig.of(values)
-
-
-def require_one_process(command: str) -> None:
-    """Raises ValueError in one of several processes: each would answer for itself."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"step3 {command} runs in one process, and this one is of several: start it without step3 launch"
-        )
 
 
 def require_libraries(command: str) -> None:

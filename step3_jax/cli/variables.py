@@ -12,9 +12,11 @@ VARIABLES = {
     "STEP3_NUM_PROCESSES": "how many processes there are",
     "STEP3_PROCESS_ID": "number of this process, from 0",
     "STEP3_START_TIMEOUT": "seconds that the processes may take to find each other (120)",
-    "STEP3_WATCH": "host:port at which the supervisors of --afd meet",
-    "STEP3_WATCH_TOKEN": "secret of a run, without which STEP3_WATCH's port turns callers away",
-    "STEP3_BEACON": "set by a supervisor for its worker",
+    "STEP3_ROLE": "set by step3 launch: what messages call this process",
+    "STEP3_CHANNEL": "host:port at which process 0 listens for the others, of several processes",
+    "STEP3_SECRET": "secret of a run of several processes",
+    "STEP3_BEACON": "set by step3 launch: file through which this process says where it is",
+    "STEP3_TRACE_STEPS": "1: each decode step of --afd over processes says how far it is, which costs time",
     "STEP3_NUM_HOSTS": "pods of a Kubernetes job",
     "STEP3_SERVICE": "headless service of a Kubernetes job",
     "STEP3_API_KEY": "key of a service: step3 serve asks for it, commands with --url send it",
@@ -22,7 +24,7 @@ VARIABLES = {
     "JAX_COMPILATION_CACHE_DIR": "JAX's: folder or address of the compile cache",
     "JAX_ENABLE_COMPILATION_CACHE": "JAX's: 0 turns the compile cache off",
 }
-_SECRET = ("STEP3_WATCH_TOKEN", "STEP3_API_KEY")
+_SECRET = ("STEP3_SECRET", "STEP3_API_KEY")
 
 
 def read_variables(environment: Mapping[str, str]) -> dict[str, str | None]:

@@ -17,6 +17,7 @@ from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.cache.allocator import PageAllocator
 from step3_jax.cache.paged import Cache, choose_storage
 from step3_jax.cache.prefix import image_marks, root_key
+from step3_jax.channel.failure import RunLostError
 from step3_jax.engine.bucket_table import PAGE_COPIES, BucketTable
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.constrainer import Constrainer
@@ -85,14 +86,9 @@ class EngineCore:
         self.stats = EngineStats()
         self._executor = executor
         self._eos_ids = eos_ids
-        shards = executor.num_shards
-        max_pages = pages_for(max_model_len)
+        shards, images, pages = executor.num_shards, executor.num_image_shards, pages_for(max_model_len)
         self.buckets = BucketTable.of(
-            config,
-            max_pages=max_pages,
-            num_shards=shards,
-            num_image_shards=executor.num_image_shards,
-            image_sizes=image_sizes,
+            config, max_pages=pages, num_shards=shards, num_image_shards=images, image_sizes=image_sizes
         )
         text = executor.config.text
         self._vocab_size = text.vocab_size
@@ -101,7 +97,7 @@ class EngineCore:
         if memory is None:
             memory = executor.cache_memory_bytes(self.buckets.max_num_seqs, self.buckets.max_num_batched_tokens)
         if memory is None:
-            memory = max(DEFAULT_CACHE_BYTES, max_pages * page_bytes(text, self._storage))
+            memory = max(DEFAULT_CACHE_BYTES, pages * page_bytes(text, self._storage))
         max_num_seqs = self.buckets.max_num_seqs
         num_pages = count_pages(
             text, self._storage, max_model_len=max_model_len, max_num_seqs=max_num_seqs, memory_bytes=memory
@@ -120,7 +116,6 @@ class EngineCore:
         self._cache: Cache | None = None
         self._flight: Flight | None = None
         self._step_s = 0.0
-        self._is_alone = jax.process_count() == 1
         # What other threads hand over, and what they may read meanwhile.
         self._lock = threading.Lock()
         self._inbox: collections.deque[Group | Abort] = collections.deque()
@@ -147,6 +142,10 @@ class EngineCore:
     def num_traced(self) -> int:
         """Programs traced so far, the one that is being compiled included."""
         return sum(tuple(self._executor.num_traces.values()))
+
+    def check_executor(self) -> None:
+        """Raises RunLostError if one of several processes is lost, so that no call can be made any more."""
+        self._executor.check()
 
     def check(self, request: Request) -> None:
         """Raises ValueError (ContextLengthError) if a request cannot be served; the message says what would be."""
@@ -187,8 +186,8 @@ class EngineCore:
 
         Raises:
           BaseException: What interrupted it, such as KeyboardInterrupt; all sequences are then computed again. A call that
-            fails raises nothing: its requests end with the reason. Of several processes, though, the others wait in that
-            call, so there its error is raised.
+            fails raises nothing: its requests end with the reason.
+          RunLostError: If one of several processes is lost, so that no call can be made any more.
         """
         try:
             self._take_inbox()
@@ -202,7 +201,7 @@ class EngineCore:
                     self._flight = self._dispatch()
         except CallError as failure:
             self._recover()
-            if not self._is_alone:
+            if isinstance(failure.error, RunLostError):
                 raise failure.error from None
             text = f"{type(failure.error).__name__}: {failure.error}"
             for group in {id(one.group): one.group for one in failure.sequences}.values():
@@ -314,6 +313,8 @@ class EngineCore:
             if group.features is None and any(chunk.start <= place < end for place in places):
                 try:
                     group.features = self._features.encode(group.request.prompt.images)
+                except RunLostError:
+                    raise
                 except Exception as error:
                     self._fail(group, f"its images could not be encoded: {type(error).__name__}: {error}")
                     continue
@@ -362,8 +363,7 @@ class EngineCore:
         if self.scheduler.has_prefill or any(one.is_masked or not one.num_output for one in ready):
             return 1
         num_steps = min(self.buckets.max_steps, *(one.steps_per_call for one in ready))
-        # Several processes must choose the same, and they measure different times.
-        if self._is_alone and self._step_s > 0:
+        if self._step_s > 0:
             num_steps = min(num_steps, max(1, int(self.config.max_call_ms / 1000 / self._step_s)))
         return num_steps
 

@@ -24,23 +24,22 @@ from step3_jax.gpu import compiler_options, memory_left
 from step3_jax.layout.parallel import BOTH, Parallel
 from step3_jax.layout.role import Role
 from step3_jax.layout.workspace import estimate_workspace
-from step3_jax.mesh import agree_least
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Started(Generic[T]):
+class Started(Generic[T_co]):
     """A call that was dispatched and may still run."""
 
-    def __init__(self, value: T) -> None:
+    def __init__(self, value: T_co) -> None:
         """Takes what the call returned: a pytree of arrays."""
         self._value = value
 
-    def result(self) -> T:
+    def result(self) -> T_co:
         """Waits for the call; its values on the host.
 
         Raises:
@@ -48,13 +47,22 @@ class Started(Generic[T]):
         """
         return jax.device_get(self._value)
 
+    def wait(self) -> None:
+        """Waits for the call, and leaves its values where they are.
 
-class Executor(abc.ABC):
-    """Runs a model's calls, and holds what all that do so have in common.
+        Raises:
+          Exception: What the call failed with.
+        """
+        jax.block_until_ready(self._value)
 
-    `runner.Runner` runs them on one device; others spread a model over many. The engine decides which pages belong to which
-    sequence and hands the cache back at each call, which consumes it. Between calls an executor remembers nothing of a
-    sequence.
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has ended."""
+        return all(leaf.is_ready() for leaf in jax.tree.leaves(self._value) if hasattr(leaf, "is_ready"))
+
+
+class ModelPart:
+    """What every process that has a model, or a part of one, has in common.
 
     Attributes:
       config: The model's sizes.
@@ -85,17 +93,41 @@ class Executor(abc.ABC):
         self.compile_s = 0.0
         self.num_traces: collections.Counter[str] = collections.Counter()
         self._jit = functools.partial(jax.jit, compiler_options=compiler_options(self.devices[0].platform))
-        self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
-        self._placed_wide: dict[str, tuple[object, Array]] = {}
 
     @property
     def is_cpu(self) -> bool:
         """Whether the model runs on CPUs."""
         return self.devices[0].platform == "cpu"
 
+    @property
+    def num_processes(self) -> int:
+        """Processes that make each call together."""
+        return 1
+
     def run_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         """The dtype that weights or activations of `dtype` are held in: one rule for all executors."""
         return jnp.dtype(jnp.float32) if self.is_cpu and dtype == jnp.bfloat16 else jnp.dtype(dtype)
+
+
+class Executor(ModelPart, abc.ABC):
+    """Runs a model's calls, and holds what all that do so have in common.
+
+    `runner.Runner` runs them on one device; others spread a model over many. The engine decides which pages belong to which
+    sequence and hands the cache back at each call, which consumes it. Between calls an executor remembers nothing of a
+    sequence.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        devices: Sequence[jax.Device],
+        dtype: jnp.dtype,
+        num_shards: int,
+        num_image_shards: int | None = None,
+    ) -> None:
+        super().__init__(config, devices, dtype, num_shards, num_image_shards)
+        self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
+        self._placed_wide: dict[str, tuple[object, Array]] = {}
 
     @property
     def role(self) -> Role:
@@ -106,6 +138,12 @@ class Executor(abc.ABC):
     def num_microbatches(self) -> int:
         """Parts of a batch in flight between attention and FFN; 0 where every device does both."""
         return 0
+
+    def check(self) -> None:
+        """Raises RunLostError if no call can be made any more, as one of several processes is lost."""
+
+    def close(self) -> None:
+        """Lets the other processes of a run leave; nothing happens where there are none."""
 
     def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
         """Memory left for each shard of the cache, by the rule of `step3 plan memory`; None where devices do not say.
@@ -122,8 +160,7 @@ class Executor(abc.ABC):
             chunk_tokens=chunk_tokens,
             num_microbatches=self.num_microbatches,
         )
-        left = memory_left(self.devices, workspace.total)
-        return None if left is None else agree_least(left)
+        return memory_left(self.devices, workspace.total)
 
     @abc.abstractmethod
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
@@ -173,6 +210,10 @@ class Executor(abc.ABC):
           sources: Pages to copy, at most `PAGE_COPIES` of each shard for the program that is compiled ahead.
           targets: Where each goes: different pages, none of them a source.
         """
+
+    def wait(self, cache: Cache) -> Cache:
+        """Waits until all calls that the cache has gone through have ended; the cache."""
+        return jax.block_until_ready(cache)
 
     def lower(self, cache: Cache, call: PrefillBatch | DecodeCall) -> jax.stages.Lowered | None:
         """Traces a call's program, to be compiled while others are; the call itself then finds it.

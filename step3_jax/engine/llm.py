@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -11,27 +12,25 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, overload
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax import resources
-from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.core import EngineCore
+from step3_jax.engine.drive.start import drive, is_shared, take_part
+from step3_jax.engine.drive.worker import Worker
 from step3_jax.engine.engine import Engine, Refused
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.grammar import ConstraintMaker
-from step3_jax.engine.loading import choose_length, end_tokens, load_sharded, read_parallel
+from step3_jax.engine.loading import ExecutorInput, choose_length, end_tokens, load_executor, read_parallel
 from step3_jax.engine.output import OutputProcessor
 from step3_jax.engine.prompt import ImagesInput, PromptBuilder, PromptInput, split_prompts
 from step3_jax.engine.request import Prompt, Request, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
-from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.stats import EngineStats
 from step3_jax.engine.warm_up import Progress
 from step3_jax.gpu import claim_memory
@@ -73,24 +72,29 @@ class LLM:
         self,
         model: str | pathlib.Path,
         *,
-        executor: Executor | None = None,
+        executor: ExecutorInput = None,
         parallel: Parallel | None = None,
         config: EngineConfig | None = None,
         **settings: object,
     ) -> None:
         """Loads a model's folder.
 
+        Of several processes (see `distributed.initialise_distributed`) that share a model, that of rank 0 goes on. In the
+        others this does not return: they run its calls, and end when it does.
+
         Args:
           model: Folder with `config.json`, the weights and, for text, `tokenizer.json`.
-          executor: Runs the model instead of loading it here; its weights must be those of the folder.
-          parallel: How the model is spread over devices, in place of the settings for it. Of several processes (see
-            `mesh.initialise_distributed`) each makes the same calls.
+          executor: Runs the model instead of loading it here, or a function that loads it; its weights must be those of the
+            folder.
+          parallel: How the model is spread over devices, in place of the settings for it.
           config: Settings that were made before; None starts from the defaults.
           **settings: Fields of `EngineConfig`, such as `max_model_len=4096`.
 
         Raises:
           ValueError: If a file is missing or unusable, or a value is not allowed or not known; if the model does not divide
             over the devices, or there are too few, before anything is loaded.
+          RunLostError: If another process of the run fails.
+          SystemExit: In a process above rank 0, when rank 0 has ended.
         """
         own = _configure(config, settings)
         claim_memory(share=own.gpu_memory_utilization)
@@ -101,31 +105,31 @@ class LLM:
         find_devices(1 if parallel is None else parallel.num_devices)
         enable_compile_cache()
         folder = require_folder(resources.find_folder(model))
-        # What is small is read first, so that a mistake is told before the weights are loaded.
-        choose_length(own, ModelConfig.load(folder) if executor is None else executor.config, str(model))
-        tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
-        image_settings, generation = ImageSettings.load(folder), read_json_object(folder / "generation_config.json")
-        if executor is None:
-            wanted = None if own.dtype == "auto" else jnp.dtype(own.dtype)
-            if wanted is None and jax.default_backend() == "cpu":
-                wanted = jnp.dtype("float32")
-            executor = (
-                Runner(load_model(folder, wanted)) if parallel is None else load_sharded(folder, wanted, parallel)
+        load = functools.partial(load_executor, folder, own, parallel, executor)
+        is_spread = parallel is not None or callable(executor) or is_shared(executor)
+        channel = take_part(load) if is_spread else None
+        with contextlib.ExitStack() as stack:
+            if channel is not None:
+                stack.callback(channel.close)
+            # What is small is read first, so that a mistake is told before the weights are loaded.
+            choose_length(own, ModelConfig.load(folder), str(model))
+            tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+            image_settings, generation = ImageSettings.load(folder), read_json_object(folder / "generation_config.json")
+            self._set_up(
+                drive(load(), channel),
+                tokenizer,
+                own,
+                template=ChatTemplate.find(folder),
+                settings=image_settings,
+                generation_config=generation,
+                source=str(model),
             )
-        self._set_up(
-            executor,
-            tokenizer,
-            own,
-            template=ChatTemplate.find(folder),
-            settings=image_settings,
-            generation_config=generation,
-            source=str(model),
-        )
+            stack.pop_all()
 
     @classmethod
     def from_model(
         cls,
-        model: Step3 | Executor,
+        model: Step3 | Executor | Worker,
         tokenizer: Tokenizer | None = None,
         *,
         template: ChatTemplate | None = None,
@@ -137,7 +141,8 @@ class LLM:
         """The same from parts in memory.
 
         Args:
-          model: A module, or an executor that has its weights.
+          model: A module, or an executor that has its weights. One that several processes share is driven by rank 0; in the
+            others this does not return, see `LLM`.
           tokenizer: None serves token ids alone.
           template: None serves no chats.
           image_settings: Of the image processor; None for the released ones.
@@ -148,9 +153,11 @@ class LLM:
         Raises:
           ValueError: If a value is not allowed or not known.
         """
+        executor = Runner(model) if isinstance(model, Step3) else model
+        channel = take_part(lambda: executor) if is_shared(executor) else None
         llm = cls.__new__(cls)
         llm._set_up(
-            Runner(model) if isinstance(model, Step3) else model,
+            drive(executor, channel),
             tokenizer,
             _configure(config, settings),
             template=template,
@@ -172,6 +179,7 @@ class LLM:
         source: str,
     ) -> None:
         self.config = executor.config
+        self._executor = executor
         self.engine_config = config
         self.tokenizer = tokenizer
         self.max_model_len = choose_length(config, self.config, source)
@@ -190,14 +198,22 @@ class LLM:
         )
         constraints = ConstraintMaker(tokenizer, self.config.text.vocab_size, eos_ids)
         self._engine = Engine(core, tokenizer, eos_ids, constraints)
-        if isinstance(executor, ShardedRunner) and executor.layout.size("heads") > 1:
-            copies, num_tokens = executor.layout.size("heads"), core.allocator.num_pages * PAGE_SIZE
+        parallel = executor.role.parallel
+        if parallel.attention == "tensor" and parallel.tp > 1:
+            copies, num_tokens = parallel.tp, core.allocator.num_pages * PAGE_SIZE
             warnings.warn(
                 f"tensor parallel attention keeps each sequence's KV cache on {copies} devices, as there is one key/value "
                 f"head: the same memory holds {num_tokens} tokens instead of {copies * num_tokens}. "
                 "attention_parallelism='data' keeps one copy",
                 stacklevel=3,
             )
+
+    def close(self) -> None:
+        """Ends the run where several processes share the model: the others leave. Nothing can be generated any more.
+
+        At the end of the interpreter it happens by itself.
+        """
+        self._executor.close()
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -217,8 +233,7 @@ class LLM:
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles all programs that requests can need, or reads them from the compile cache: none is compiled later.
 
-        Without it each is compiled when it is first needed, which is quicker for a few calls. Of several processes each
-        makes this call.
+        Without it each is compiled when it is first needed, which is quicker for a few calls.
 
         Args:
           progress: Called with the number of programs that are ready and of all, before the first and after each.

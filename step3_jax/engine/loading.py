@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,17 @@ import jax.numpy as jnp
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
 from step3_jax.engine.config import EngineConfig
+from step3_jax.engine.drive.worker import Worker
+from step3_jax.engine.executor import Executor
+from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.layout.role import fp8_block
 from step3_jax.mesh import make_layout
 from step3_jax.text.tokenizer import Tokenizer
+
+# An executor, or what loads one. Of several processes those above rank 0 may have another kind of worker.
+ExecutorInput = Executor | Worker | Callable[[], Executor | Worker] | None
 
 
 def read_parallel(config: EngineConfig) -> Parallel | None:
@@ -41,7 +48,19 @@ def choose_length(config: EngineConfig, sizes: ModelConfig, source: str) -> int:
     return config.max_model_len or limit
 
 
-def load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Parallel) -> ShardedRunner:
+def load_executor(
+    folder: pathlib.Path, config: EngineConfig, parallel: Parallel | None, executor: ExecutorInput
+) -> Executor | Worker:
+    """The executor that was given, or one for the model in `folder`."""
+    if executor is not None:
+        return executor() if callable(executor) else executor
+    wanted = None if config.dtype == "auto" else jnp.dtype(config.dtype)
+    if wanted is None and jax.default_backend() == "cpu":
+        wanted = jnp.dtype("float32")
+    return Runner(load_model(folder, wanted)) if parallel is None else _load_sharded(folder, wanted, parallel)
+
+
+def _load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Parallel) -> ShardedRunner:
     """A model's folder, each part read to its device."""
     config = ModelConfig.load(folder)
     # As `load_model` decides it: on a CPU FP8 weights are dequantised.

@@ -31,7 +31,8 @@ class ShardedRunner(Executor):
     """Runs a model that is spread over the devices of a layout.
 
     Each device runs the single-device program on its own sequences and pages; what the layers exchange is in
-    `model.parallel`. Of several processes each calls with the same arguments, and gets the same report.
+    `model.parallel`. Of several processes each makes the same calls in the same order (`engine/drive`), and gets the same
+    report.
 
     Attributes:
       layout: The devices.
@@ -82,6 +83,11 @@ class ShardedRunner(Executor):
             out_shardings=rows,
             donate_argnums=0,
         )
+
+    @property
+    def num_processes(self) -> int:
+        """See `Executor.num_processes`."""
+        return len({device.process_index for device in self.layout.mesh.devices.flat})
 
     @property
     def role(self) -> Role:

@@ -39,7 +39,7 @@ def warm_up(
 
     Where the executor can trace a program without calling it, they are compiled side by side before they are called.
     The calls are made in any case: each executor then has all that it needs, which may be several programs a call and
-    buffers of their own, and of several processes all take part.
+    buffers of their own, and so has each of several processes.
 
     Args:
       executor: Runs the model.
@@ -108,5 +108,5 @@ def _finish(executor: Executor, cache: Cache, started: _Started) -> Cache:
         cache, decode = executor.decode(cache, call)
         decode.result()
     else:
-        cache = jax.block_until_ready(executor.copy_pages(cache, (), ()))
+        cache = executor.wait(executor.copy_pages(cache, (), ()))
     return cache

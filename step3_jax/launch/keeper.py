@@ -3,7 +3,7 @@
     python -m step3_jax.launch.keeper [--deadline SECONDS] [--grace SECONDS]
 
 Runs beside the ranks, here or at the other end of ssh, and talks with the launcher over standard input and output
-(`protocol.py`). When the launcher goes away (end of input), falls silent for the deadline (a cut cable shows no end of
+(`line.py`). When the launcher goes away (end of input), falls silent for the deadline (a cut cable shows no end of
 input), or the keeper itself is told to stop, the ranks get SIGTERM and after the grace period SIGKILL.
 """
 
@@ -21,24 +21,136 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import IO
 
 from step3_jax import __version__
-from step3_jax.launch import address
-from step3_jax.launch.process import RankProcess
-from step3_jax.launch.protocol import Message, Start, decode, encode, pack_output
+from step3_jax.beacon import BeaconFile
+from step3_jax.launch import net
+from step3_jax.launch.line import Message, Start, decode, encode, pack_output, unpack_bytes
+from step3_jax.launch.log import NATIVE
+from step3_jax.launch.watch import Report
+from step3_jax.rank import BEACON
 
+_CHUNK_BYTES = 2**15
+# Time for the last output after a process ended; only something that fled its session can hold the pipe longer.
+_LAST_OUTPUT_S = 2.0
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # What waits to be sent; ranks that write faster than the launcher reads are held up.
 _MAX_WAITING = 1000
 _LAST_WORDS_S = 2.0
 # How often the clock is looked at while ranks are being ended.
 _STEP_S = 0.1
+# How often the launcher is told where the ranks are.
+_REPORT_S = 0.5
 # What a shell says of a command that it cannot start.
 _NOT_STARTED_CODE = 127
+
+
+class RankProcess:
+    """A running rank. Its output and its end are sent as messages."""
+
+    def __init__(self, start: Start, send: Callable[[Message], None]) -> None:
+        """Starts it.
+
+        Args:
+          start: What to run.
+          send: Takes messages; called from other threads, and may block.
+
+        Raises:
+          OSError: If it cannot be started.
+        """
+        self.rank = start["rank"]
+        self._send = send
+        self._lock = threading.Lock()
+        self._is_reaped = False
+        self._is_over = False
+        self._beats, self._still_s = -1, 0.0
+        # Output is shown as it comes, whether or not a terminal is at its end.
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | start["environment"]
+        reading, native = os.pipe()
+        # Without a name, so that nothing of it can stay behind.
+        with tempfile.TemporaryFile() as file, os.fdopen(native, "wb"):
+            self._beacon = BeaconFile(file)
+            program = [sys.executable, "-m", "step3_jax.launch.child", str(os.getpid()), str(native), start["module"]]
+            self._process = subprocess.Popen(
+                [*program, *start["words"]],
+                stdin=subprocess.PIPE if start["has_input"] else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment | {BEACON: f"/dev/fd/{file.fileno()}"},
+                pass_fds=(native, file.fileno()),
+                start_new_session=True,
+            )
+        pipes = {"stdout": self._process.stdout, "stderr": self._process.stderr, NATIVE: os.fdopen(reading, "rb")}
+        self._pumps = [
+            threading.Thread(target=self._pump, args=(pipe, name), daemon=True) for name, pipe in pipes.items()
+        ]
+        self._input: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        others = [threading.Thread(target=call, daemon=True) for call in (self._wait, self._feed)]
+        for thread in [*self._pumps, *others]:
+            thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended and everything about it was sent."""
+        return self._is_over
+
+    def report(self, elapsed_s: float) -> Report:
+        """Where it is, and how long it has not moved; `elapsed_s` have passed since the last report."""
+        reading = self._beacon.read()
+        self._still_s = 0.0 if reading.beats != self._beats else self._still_s + elapsed_s
+        self._beats = reading.beats
+        is_inside = bool(reading.place)
+        return Report(
+            str(reading), reading.changes, is_inside, reading.is_repeated, reading.call, round(self._still_s, 1)
+        )
+
+    def give_input(self, data: bytes) -> None:
+        """Hands on what comes on the launcher's standard input; nothing for its end."""
+        self._input.put(data)
+
+    def send_signal(self, number: int) -> None:
+        """Signals the process and all that it started; nothing if it is over."""
+        with self._lock:
+            if not self._is_reaped:
+                # Its session has its id. A zombie that cannot be signalled is as good as gone.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, number)
+
+    def _feed(self) -> None:
+        pipe = self._process.stdin
+        if pipe is None:
+            return
+        # A rank that reads no more, or has ended, has no use for the rest.
+        with contextlib.suppress(OSError), pipe:
+            while data := self._input.get():
+                pipe.write(data)
+                pipe.flush()
+
+    def _pump(self, pipe: IO[bytes], stream: str) -> None:
+        with pipe:
+            while data := os.read(pipe.fileno(), _CHUNK_BYTES):
+                self._send(pack_output(self.rank, stream, data))
+
+    def _wait(self) -> None:
+        if hasattr(os, "waitid"):
+            # Not reaped yet, so that its id still names its group, and no other one, when the rest is killed.
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+            self.send_signal(signal.SIGKILL)
+        else:
+            self._process.wait()
+        for thread in self._pumps:
+            thread.join(_LAST_OUTPUT_S)
+        with self._lock:
+            code = self._process.wait()
+            self._is_reaped = True
+        self._send(Message(kind="ended", rank=self.rank, code=code))
+        self._is_over = True
 
 
 class Keeper:
@@ -70,8 +182,8 @@ class Keeper:
         # Ctrl-C is the launcher's to handle. A handler, since the ranks would inherit that it is ignored.
         signal.signal(signal.SIGINT, _ignore)
         self._outbox.put(_hello())
-        heard_at = time.monotonic()
-        beat_s = self._deadline_s / 5
+        heard_at = reported_at = time.monotonic()
+        beat_s = min(self._deadline_s / 5, _REPORT_S)
         beat_at = 0.0
         is_leaving, code = False, 0
         while not is_leaving or not all(rank.is_over for rank in self._ranks):
@@ -79,8 +191,8 @@ class Keeper:
             if now >= beat_at:
                 # A full outbox has no need of a beat.
                 with contextlib.suppress(queue.Full):
-                    self._outbox.put_nowait(Message(kind="beat"))
-                beat_at = now + beat_s
+                    self._outbox.put_nowait(self._report(min(now - reported_at, 2 * beat_s)))
+                beat_at, reported_at = now + beat_s, now
             if now >= self._kill_at:
                 self._signal(signal.SIGKILL)
             try:
@@ -109,13 +221,19 @@ class Keeper:
                 self._release()
                 for start in message["processes"]:
                     self._start(start)
+            elif kind in ("signal", "input"):
+                for rank in self._ranks:
+                    if rank.rank == message["rank"] and kind == "signal":
+                        rank.send_signal(message["signal"])
+                    elif rank.rank == message["rank"]:
+                        rank.give_input(unpack_bytes(message))
             elif kind == "end":
                 self._end(message["signal"], message["seconds"])
             elif kind == "listen":
-                self._listener = address.listen(message["port"], message.get("host"))
+                self._listener = net.listen(message["port"], message.get("host"))
                 self._outbox.put(Message(kind="listening", port=self._listener.getsockname()[1]))
             elif kind == "reach":
-                problem = address.reach(message["host"], message["port"], timeout_s=message["seconds"])
+                problem = net.reach(message["host"], message["port"], timeout_s=message["seconds"])
                 self._outbox.put(Message(kind="reached", text=problem or ""))
             elif kind == "release":
                 self._release()
@@ -124,15 +242,26 @@ class Keeper:
 
     def _start(self, start: Start) -> None:
         try:
-            self._ranks.append(RankProcess(start, self._outbox.put))
+            self._ranks.append(RankProcess(start, self._pass_on))
         except (OSError, ValueError) as error:
             self._outbox.put(pack_output(start["rank"], "stderr", f"cannot be started: {error}\n".encode()))
             self._outbox.put(Message(kind="ended", rank=start["rank"], code=_NOT_STARTED_CODE))
+
+    def _pass_on(self, message: Message) -> None:
+        if message["kind"] == "ended":
+            # Where all were when it ended.
+            self._outbox.put(self._report(0.0))
+        self._outbox.put(message)
 
     def _release(self) -> None:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+    def _report(self, elapsed_s: float) -> Message:
+        """A beat, with what is known of the ranks; time in which this process was stopped itself is not counted."""
+        running = [rank for rank in self._ranks if not rank.is_over]
+        return Message(kind="reports", reports=[(rank.rank, rank.report(elapsed_s)) for rank in running])
 
     def _end(self, number: int, grace_s: float) -> None:
         self._signal(number)
@@ -190,7 +319,7 @@ def _hello() -> Message:
     return Message(
         kind="hello",
         host=socket.gethostname(),
-        address=address.own_address(dict(os.environ)) or "",
+        address=net.own_address(dict(os.environ)) or "",
         gpus=list_gpus(),
         versions=versions,
     )

@@ -13,24 +13,31 @@ import queue
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO, TextIO
 
-from step3_jax.launch import address, plan
-from step3_jax.launch.connection import Connection, Event, keeper_command
-from step3_jax.launch.environment import WATCH, WATCH_TOKEN, forwarded_environment
+from step3_jax.launch import net, place
+from step3_jax.launch.cluster import HOW, Task, detect_task
+from step3_jax.launch.line import Connection, Event, Message, Start, pack_input
 from step3_jax.launch.log import Log
-from step3_jax.launch.options import LaunchOptions, check_options
-from step3_jax.launch.protocol import Message, Start
-from step3_jax.launch.rendezvous import Lines, check_versions, choose_coordinator, choose_watch
-from step3_jax.launch.schedule import HOW, Task, detect_task
+from step3_jax.launch.net import Lines, check_versions, choose_channel, choose_coordinator, keeper_command
+from step3_jax.launch.options import (
+    LOOPBACK,
+    LaunchOptions,
+    check_options,
+    forwarded_environment,
+    rank_environment,
+)
+from step3_jax.launch.place import Need, read_need, reads_input
 from step3_jax.launch.supervisor import Supervisor, catch_signals, send_beats
-from step3_jax.launch.topology import Need, read_need
+from step3_jax.rank import CHANNEL, SECRET
 
 MODULE = "step3_jax.cli.main"
 # Over the slowest ssh, and Python's own start on a shared file system.
 _HELLO_S = 60.0
+_INPUT_BYTES = 2**15
 
 
 def launch(
@@ -44,7 +51,8 @@ def launch(
     """Runs `python -m MODULE WORDS` as many processes that know of each other.
 
     Each gets STEP3_COORDINATOR (host:port), STEP3_NUM_PROCESSES and STEP3_PROCESS_ID, its device, and settings of XLA
-    and NCCL (`environment.py`). None has standard input. No process is left behind, whatever happens.
+    and NCCL (`options.py`). Rank 0 has our standard input where the command reads it
+    (`place.reads_input`), the others have none. No process is left behind, whatever happens.
 
     Args:
       words: The command, such as `["generate", "-p", "Hello"]`.
@@ -54,19 +62,20 @@ def launch(
       stderr: Takes all other output, line by line with the rank in front; ours if absent.
 
     Returns:
-      0 if all ranks ended with 0, else the code of the first that failed (128 + n for signal n); 255 for a lost host;
-      128 + n if signal n ended the launcher itself.
+      0 if all ranks ended with 0, else the code of the one that failed (128 + n for signal n), or 75 if it did not move;
+      255 for a lost host; 128 + n if signal n ended the launcher itself, but 0 if that ended `serve` in good order.
 
     Raises:
       ValueError: Before anything is started: if the options do not fit together, a host cannot be reached or has
         another version, the port is taken, or the number of processes does not fit the command's devices.
       BrokenPipeError: If the reader of standard output left; all ranks have ended then.
     """
-    check_options(words, options)
+    # A module of the user's need not take words.
+    check_options(words if module == MODULE else [module, *words], options)
     need = read_need(words)
     task = None
     if options.local is None and not options.hosts:
-        given = None if options.coordinator is None else address.split_coordinator(options.coordinator)[0]
+        given = None if options.coordinator is None else net.split_coordinator(options.coordinator)[0]
         task = detect_task(os.environ, socket.gethostname(), given)
         if task is None:
             raise ValueError(f"where to start? {HOW}; under Slurm, Open MPI or Kubernetes neither is needed")
@@ -77,7 +86,7 @@ def launch(
     try:
         for name in names:
             # Only the hosts of --hosts are elsewhere.
-            where = name if options.hosts else address.LOOPBACK
+            where = name if options.hosts else LOOPBACK
             command = keeper_command(
                 where,
                 deadline_s=options.deadline_s,
@@ -119,21 +128,21 @@ class _Launch:
         hellos = lines.ask(lines.connections, None, "hello", _HELLO_S)
         names = [connection.host for connection in lines.connections]
         check_versions(names, hellos)
-        hosts = [plan.Host(name, tuple(hello["gpus"])) for name, hello in zip(names, hellos, strict=True)]
-        platform = plan.choose_platform(options.platform, hosts, self._user)
+        hosts = [place.Host(name, tuple(hello["gpus"])) for name, hello in zip(names, hellos, strict=True)]
+        platform = place.choose_platform(options.platform, hosts, self._user)
         if platform == "cuda" and options.devices_per_process != 1:
             raise ValueError("--devices-per-process is for CPU: on GPU a process has one device")
         ranks, num_processes = self._place(hosts, platform)
         coordinator = choose_coordinator(lines, options, task, hellos)
-        watch = {}
-        if self._topology is not None and num_processes > 1 and WATCH not in self._user:
-            watch[WATCH] = choose_watch(lines, options, task, hellos, coordinator)
-            # The tasks of a scheduler have no way to agree on one.
-            if task is None:
-                watch[WATCH_TOKEN] = self._user.get(WATCH_TOKEN) or secrets.token_hex(16)
+        channel = {}
+        if num_processes > 1 and CHANNEL not in self._user:
+            channel[CHANNEL] = choose_channel(lines, options, task, hellos, coordinator)
+        # The tasks of a scheduler have no way to agree on one.
+        if num_processes > 1 and task is None:
+            channel[SECRET] = self._user.get(SECRET) or secrets.token_hex(16)
         if task is None:
             log.note(f"{num_processes} process(es) on {len(hosts)} host(s), {platform}, coordinator {coordinator}")
-            for line in plan.format_table(ranks, hosts):
+            for line in place.format_table(ranks, hosts):
                 log.note("  " + line)
         else:
             for rank in ranks:
@@ -147,24 +156,28 @@ class _Launch:
             lines.inbox,
             log,
             deadline_s=options.deadline_s,
+            rank_deadline_s=options.rank_deadline_s,
             grace_s=options.grace_s,
+            shutdown_s=options.shutdown_s,
         )
         with catch_signals(lines.inbox):
             for index, connection in enumerate(lines.connections):
                 starts = [
-                    self._start(rank, connection, num_processes, coordinator, watch)
+                    self._start(rank, connection, num_processes, coordinator, channel)
                     for rank in ranks
                     if rank.host == index
                 ]
                 connection.send(Message(kind="start", processes=starts))
+                if any(start["has_input"] for start in starts):
+                    threading.Thread(target=_pass_input, args=(connection,), daemon=True).start()
             return supervisor.run()
 
-    def _place(self, hosts: list[plan.Host], platform: str) -> tuple[list[plan.Rank], int]:
+    def _place(self, hosts: list[place.Host], platform: str) -> tuple[list[place.Rank], int]:
         """The ranks that are started from here, and the number of all."""
         options, task, need, topology = self._options, self._task, self._need, self._topology
         devices = options.devices_per_process
         if task is None:
-            per_host = plan.count_processes(
+            per_host = place.count_processes(
                 hosts,
                 per_host=options.processes_per_host if options.local is None else options.local,
                 platform=platform,
@@ -174,7 +187,7 @@ class _Launch:
             ranks = [
                 rank
                 for index, host in enumerate(hosts)
-                for rank in plan.place_ranks(
+                for rank in place.place_ranks(
                     host,
                     host_index=index,
                     first_rank=index * per_host,
@@ -191,14 +204,14 @@ class _Launch:
                 "--processes-per-host, or start one task on each host"
             )
         # The other tasks' hosts are taken to be like this one.
-        per_task = plan.count_processes(
+        per_task = place.count_processes(
             hosts * task.num_tasks,
             per_host=1 if task.num_local > 1 else options.processes_per_host,
             platform=platform,
             need=need,
             devices_per_process=devices,
         )
-        ranks = plan.place_ranks(
+        ranks = place.place_ranks(
             hosts[0],
             host_index=0,
             first_rank=task.index * per_task,
@@ -212,20 +225,36 @@ class _Launch:
         return ranks, per_task * task.num_tasks
 
     def _start(
-        self, rank: plan.Rank, connection: Connection, num_processes: int, coordinator: str, watch: Mapping[str, str]
+        self, rank: place.Rank, connection: Connection, num_processes: int, coordinator: str, channel: Mapping[str, str]
     ) -> Start:
-        is_here = not self._options.hosts or address.is_this_machine(connection.host)
+        is_here = not self._options.hosts or net.is_this_machine(connection.host)
         environment = {} if is_here else forwarded_environment(os.environ)
         environment |= dict(self._options.environment)
-        environment |= plan.environment_of(
-            rank,
+        environment |= rank_environment(
+            rank=rank.rank,
+            role=rank.role,
             num_processes=num_processes,
             coordinator=coordinator,
-            devices_per_process=self._options.devices_per_process,
+            gpu=rank.gpu,
+            cpu_devices=self._options.devices_per_process,
             user=self._user,
         )
-        environment |= watch
-        return Start(rank=rank.rank, module=self._module, words=self._words, environment=environment)
+        environment |= channel
+        has_input = rank.rank == 0 and reads_input(self._words)
+        return Start(
+            rank=rank.rank, module=self._module, words=self._words, environment=environment, has_input=has_input
+        )
+
+
+def _pass_input(connection: Connection) -> None:
+    """Hands our standard input on to rank 0, to its end."""
+    data = b"more"
+    while data:
+        try:
+            data = os.read(0, _INPUT_BYTES)
+        except OSError:
+            data = b""
+        connection.send(pack_input(0, data))
 
 
 def _leave(connections: Sequence[Connection], grace_s: float) -> None:

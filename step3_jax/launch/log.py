@@ -1,14 +1,33 @@
-"""What the ranks write: rank 0's standard output as it is, all else line by line on stderr with its rank in front."""
+"""What the ranks write: rank 0's standard output untouched, all else line by line on stderr with its rank in front.
+
+What native code writes (C++ of XLA, gloo, NCCL) comes apart from what Python does, and is shown a little later: when a rank
+is lost, that of the others is pages of consequences, which go to a file.
+"""
 
 from __future__ import annotations
 
 import collections
-from typing import BinaryIO, TextIO
+import os
+import pathlib
+import tempfile
+import time
+from typing import BinaryIO, NamedTuple, TextIO
 
 # Lines of a rank kept for the message about its failure.
 _TAIL_LINES = 20
 # A line without an end is shown when it is this long.
 _MAX_LINE_BYTES = 2**16
+NATIVE = "native"
+# How long native code's lines are held back: longer than it takes to hear of a rank's end, and to judge it.
+HOLD_S = 3.0
+_MAX_HELD_LINES = 2000
+
+
+class _Held(NamedTuple):
+    rank: int
+    host: str
+    text: str
+    came_at: float
 
 
 class Log:
@@ -26,13 +45,49 @@ class Log:
         self._parts: dict[tuple[int, str], bytes] = {}
         self._tails: dict[int, collections.deque[str]] = {}
         self._is_interrupted = False
+        self._held: collections.deque[_Held] = collections.deque(maxlen=_MAX_HELD_LINES)
+        self._is_judged = False
+        self._blamed: int | None = None
 
     def interrupt(self) -> None:
         """From now on only rank 0 is shown: what the others write of peers that are being ended is of no use."""
         self._is_interrupted = True
 
+    def blame(self, rank: int | None) -> None:
+        """All is being ended because of a rank: what its native code writes is shown, and that of the others no more."""
+        self._is_judged, self._blamed = True, rank
+        own = [held for held in self._held if held.rank == rank]
+        self._held = collections.deque((held for held in self._held if held.rank != rank), _MAX_HELD_LINES)
+        for held in own:
+            self._print(held.rank, held.host, held.text)
+
+    def show_native(self, *, hold_s: float = HOLD_S) -> None:
+        """Shows what native code wrote so long ago, unless all is being ended because of a rank."""
+        if self._is_judged:
+            return
+        before = time.monotonic() - hold_s
+        while self._held and self._held[0].came_at <= before:
+            held = self._held.popleft()
+            self._print(held.rank, held.host, held.text)
+
+    def keep_native(self) -> pathlib.Path | None:
+        """Writes what the others' native code had written until then to a file, in the folder for temporary files.
+
+        Returns:
+          The file; None if there was nothing, or it could not be written.
+        """
+        if not self._held:
+            return None
+        try:
+            handle, name = tempfile.mkstemp(prefix="step3-native-", suffix=".log")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.writelines(f"[{held.rank} {held.host}] {held.text}\n" for held in self._held)
+        except OSError:
+            return None
+        return pathlib.Path(name)
+
     def push(self, rank: int, host: str, stream: str, data: bytes) -> None:
-        """Shows bytes that a rank wrote to "stdout" or "stderr".
+        """Shows bytes that a rank wrote to "stdout" or "stderr"; holds back those of native code ("native").
 
         Raises:
           BrokenPipeError: If the reader of our standard output has left.
@@ -51,7 +106,7 @@ class Log:
 
     def finish(self, rank: int, host: str) -> None:
         """Shows what a rank wrote without an end of line; it will write no more."""
-        for stream in ("stdout", "stderr"):
+        for stream in ("stdout", "stderr", NATIVE):
             if rest := self._parts.pop((rank, stream), b""):
                 self._show(rank, host, stream, rest)
 
@@ -71,6 +126,14 @@ class Log:
         # A progress bar writes its states over one another: the last one is what a reader would see.
         text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
         self._tails.setdefault(rank, collections.deque(maxlen=_TAIL_LINES)).append(text)
-        is_shown = stream != "stdout" if rank == 0 else not self._is_interrupted
-        if is_shown:
-            print(f"[{rank} {host}] {text}", file=self._stderr, flush=True)
+        if stream == NATIVE and not self._is_judged:
+            self._held.append(_Held(rank, host, text, time.monotonic()))
+        elif stream == NATIVE:
+            # The others are being ended, and say so.
+            if rank == self._blamed:
+                self._print(rank, host, text)
+        elif stream != "stdout" if rank == 0 else not self._is_interrupted:
+            self._print(rank, host, text)
+
+    def _print(self, rank: int, host: str, text: str) -> None:
+        print(f"[{rank} {host}] {text}", file=self._stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Watches running ranks: shows what they write, ends all when one fails, and says which one and why."""
+"""Stays with running ranks: shows what they write, ends all when one fails, and says which one and why (`watch.py`)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from step3_jax.launch.connection import Connection, Event
+from step3_jax.launch.line import Connection, Event, Message, unpack_bytes
 from step3_jax.launch.log import Log
-from step3_jax.launch.plan import Rank
-from step3_jax.launch.protocol import Message, unpack_output
+from step3_jax.launch.place import Rank
+from step3_jax.launch.watch import Failure, Report, Watch
+from step3_jax.rank import name_rank
 
 # What ssh says of a host that it lost, and so do we.
 LOST_HOST_CODE = 255
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# How often the ranks are judged.
+_TICK_S = 0.25
+# Nothing that happens to another rank causes these.
+_SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTERM, signal.SIGINT}
+# Ranks whose places are told when another one fails.
+_MAX_PLACES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Failure:
+class _Cause:
     """Why all are ended. `rank` is None where a host failed and not one rank."""
 
     text: str
@@ -41,7 +48,9 @@ class Supervisor:
         log: Log,
         *,
         deadline_s: float,
+        rank_deadline_s: float,
         grace_s: float,
+        shutdown_s: float = 0.0,
     ) -> None:
         """Begins after the ranks were started.
 
@@ -51,7 +60,9 @@ class Supervisor:
           inbox: Gets the events of the connections.
           log: Shows the output.
           deadline_s: Silence after which a host counts as lost.
+          rank_deadline_s: Longest time that a rank may not move, see `Watch`.
           grace_s: From the first signal to SIGKILL.
+          shutdown_s: After a signal, rank 0 alone gets it, and has so long to end before the others do. 0: all get it.
         """
         self._connections = list(connections)
         self._ranks = {rank.rank: rank for rank in ranks}
@@ -60,8 +71,13 @@ class Supervisor:
         self._log = log
         self._deadline_s = deadline_s
         self._grace_s = grace_s
-        self._failure: Failure | None = None
+        self._shutdown_s = shutdown_s if 0 in self._ranks else 0.0
+        names = {rank.rank: name_rank(rank.role, rank.rank, self._connections[rank.host].host) for rank in ranks}
+        self._watch = Watch(names, deadline_s=rank_deadline_s)
+        self._cause: _Cause | None = None
         self._signal: int | None = None
+        self._end_others_at = float("inf")
+        self._has_ended_well = False
         self._give_up_at = float("inf")
         self._ended_by_us = 0
 
@@ -69,22 +85,34 @@ class Supervisor:
         """Watches to the end.
 
         Returns:
-          0 if all ranks ended with 0; the code of the first that did not (128 + n if signal n ended it); 128 + n if
-          signal n ended the launcher; 255 if a host was lost.
+          0 if all ranks ended with 0; the code of the rank that failed (128 + n if signal n ended it), or 75 if it did
+          not move; 128 + n if signal n ended the launcher; 255 if a host was lost.
 
         Raises:
           BrokenPipeError: If the reader of standard output left.
         """
+        before = time.monotonic()
         while self._running and time.monotonic() < self._give_up_at:
             try:
-                event = self._inbox.get(timeout=min(1.0, self._deadline_s / 5))
+                self._take(self._inbox.get(timeout=_TICK_S))
             except queue.Empty:
                 # Only now: what came while this thread was busy has been counted.
                 self._check_silence()
-                continue
-            self._take(event)
             if self._inbox.empty():
                 self._check_silence()
+            self._log.show_native()
+            now = time.monotonic()
+            # Time in which this process was stopped itself tells nothing about the ranks.
+            self._watch.pass_time(min(now - before, 2 * _TICK_S))
+            before = now
+            self._judge()
+            if now > self._end_others_at:
+                self._end_others_at = float("inf")
+                self._end_all(signal.SIGTERM, self._grace_s)
+        while not self._has_to_end() and self._watch.has_failure():
+            # All have ended, and no cause will be heard of any more.
+            self._watch.pass_time(_TICK_S)
+            self._judge()
         for connection in self._connections:
             if left := self._running_on(connection):
                 self._log.note(f"{connection.host} did not confirm the end of rank {_join(left)}")
@@ -96,13 +124,17 @@ class Supervisor:
         if connection is None:
             self._interrupt(message["signal"])
         elif kind == "output":
-            self._log.push(message["rank"], connection.host, message["stream"], unpack_output(message))
+            self._log.push(message["rank"], connection.host, message["stream"], unpack_bytes(message))
+        elif kind == "reports":
+            for rank, values in message["reports"]:
+                self._watch.hear(rank, Report(*values))
         elif kind == "ended":
             self._end_of_rank(connection, message["rank"], message["code"])
         elif kind == "noise":
             self._log.note_host(connection.host, message["text"])
         elif kind == "failed":
-            self._fail(Failure(f"{connection.host}: {message['text']}", 1))
+            if not self._has_to_end():
+                self._end_for(_Cause(f"{connection.host}: {message['text']}", 1))
         elif kind == "closed" and (left := self._running_on(connection)):
             said = connection.last_noise()
             self._lose(
@@ -114,13 +146,41 @@ class Supervisor:
     def _end_of_rank(self, connection: Connection, rank: int, code: int) -> None:
         self._log.finish(rank, connection.host)
         self._running.discard(rank)
-        if self._failure is None and self._signal is None:
-            if code != 0:
-                role = self._ranks[rank].role
-                what = f"rank {rank} ({connection.host}{'' if role == '-' else ', ' + role}) {_describe(code)}"
-                self._fail(Failure(what, 128 - code if code < 0 else code, rank))
-        else:
+        if self._has_to_end():
             self._ended_by_us += 1
+            if rank == 0 and self._end_others_at < float("inf"):
+                self._has_ended_well = code == 0
+                self._end_others_at = 0.0
+        elif code:
+            self._watch.fail(self._explain(rank, code))
+        else:
+            self._watch.end(rank)
+
+    def _explain(self, rank: int, code: int) -> Failure:
+        """Why a rank has ended, as far as its code and last place tell."""
+        where = self._watch.where(rank)
+        if code < 0:
+            text = f"was killed ({_signal_name(-code)}{'; out of memory?' if -code == signal.SIGKILL else ''}), {where}"
+            return Failure(rank, text, 128 - code, is_consequence=-code not in _SUDDEN)
+        # A mistake in the command; inside of a call it may be JAX's word for a lost peer.
+        is_mistake = code == 2 and not self._watch.is_inside(rank)
+        return Failure(rank, f"failed with exit code {code}, {where}", code, is_consequence=not is_mistake)
+
+    def _judge(self) -> None:
+        if self._has_to_end() or (failure := self._watch.judge()) is None:
+            return
+        rank = failure.rank
+        others = [other for other in self._ranks if other != rank]
+        self._end_for(_Cause(f"{self._watch.name(rank)} {failure.text}", failure.code, rank), others)
+        self._ended_by_us = sum(other not in self._running for other in others)
+
+    def _end_for(self, cause: _Cause, others: Sequence[int] = ()) -> None:
+        self._cause = cause
+        self._log.note(cause.text + (f"; ending rank {_join(self._running)}" if self._running else ""))
+        for rank in others[:_MAX_PLACES]:
+            self._log.note(f"  {self._watch.name(rank)} was {self._watch.where(rank)}")
+        self._log.blame(cause.rank)
+        self._end_all(signal.SIGTERM, self._grace_s)
 
     def _check_silence(self) -> None:
         for connection in self._connections:
@@ -136,15 +196,14 @@ class Supervisor:
                 )
 
     def _lose(self, connection: Connection, text: str) -> None:
-        self._running -= set(self._running_on(connection))
-        self._fail(Failure(text, LOST_HOST_CODE))
+        lost = self._running_on(connection)
+        self._running -= set(lost)
+        if not self._has_to_end():
+            others = [rank for rank in self._ranks if rank not in lost]
+            self._end_for(_Cause(text, LOST_HOST_CODE), [*lost, *others])
 
-    def _fail(self, failure: Failure) -> None:
-        if self._failure is None and self._signal is None:
-            self._failure = failure
-            if self._running:
-                self._log.note(f"{failure.text}; ending rank {_join(self._running)}")
-            self._end_all(signal.SIGTERM, self._grace_s)
+    def _has_to_end(self) -> bool:
+        return self._cause is not None or self._signal is not None
 
     def _interrupt(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -154,6 +213,12 @@ class Supervisor:
             return
         self._signal = number
         self._log.interrupt()
+        if self._shutdown_s and 0 in self._running:
+            self._log.note(f"{name}: rank 0 has {self._shutdown_s:g} s to end, and then the others")
+            # It ends by itself once that is over, which takes a moment.
+            self._end_others_at = time.monotonic() + self._shutdown_s + self._grace_s
+            self._connections[self._ranks[0].host].send(Message(kind="signal", rank=0, signal=number))
+            return
         self._log.note(f"{name}: ending rank {_join(self._running)}, for {self._grace_s:g} s at most")
         self._end_all(number, self._grace_s)
 
@@ -169,16 +234,22 @@ class Supervisor:
         return sorted(rank for rank in self._running if self._ranks[rank].host == index)
 
     def _report(self) -> int:
-        if self._failure is None:
-            return 0 if self._signal is None else 128 + self._signal
-        failure = self._failure
-        tail = [] if failure.rank is None else self._log.tail(failure.rank)
-        self._log.note(failure.text + (", its last lines:" if tail else ""))
+        if self._cause is None:
+            if self._signal is None:
+                self._log.show_native(hold_s=0)
+            return 0 if self._signal is None or self._has_ended_well else 128 + self._signal
+        cause = self._cause
+        tail = [] if cause.rank is None else self._log.tail(cause.rank)
+        self._log.note(cause.text + (", its last lines:" if tail else ""))
         for line in tail:
             self._log.note(f"  | {line}")
         if self._ended_by_us:
             self._log.note(f"ended the other {self._ended_by_us} rank(s)")
-        return failure.code
+        if path := self._log.keep_native():
+            self._log.note(f"what native code of the others wrote then is in {path}")
+        if self._watch.has_called():
+            self._log.note("requests that had not been answered are lost: start the command again")
+        return cause.code
 
 
 @contextlib.contextmanager
@@ -218,15 +289,11 @@ def send_beats(connections: Sequence[Connection], every_s: float) -> Iterator[No
         is_over.set()
 
 
-def _describe(code: int) -> str:
-    if code >= 0:
-        return f"failed with exit code {code}"
+def _signal_name(number: int) -> str:
     try:
-        name = signal.Signals(-code).name
+        return signal.Signals(number).name
     except ValueError:
-        name = "unknown"
-    hint = ": out of memory?" if -code == signal.SIGKILL else ""
-    return f"was ended by signal {-code} ({name}{hint})"
+        return f"signal {number}"
 
 
 def _join(ranks: Sequence[int] | set[int]) -> str:

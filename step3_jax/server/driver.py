@@ -17,6 +17,8 @@ from step3_jax.engine.request import Request, RequestOutput, SequenceOutput, Str
 from step3_jax.server.error import unavailable
 
 _LOG = logging.getLogger(__name__)
+# Where several processes share a model, one that is lost while nothing is to be done is noticed within this.
+_CHECK_S = 1.0
 _LOST = "the engine has stopped: the server ends, and does not answer any more"
 
 
@@ -180,7 +182,8 @@ class Driver:
                     self._step()
                 else:
                     self._is_busy = False
-                    self._wake.wait()
+                    self._wake.wait(_CHECK_S)
+                    self._core.check_executor()
                 self._deliver()
         except BaseException as error:
             # Also what is no Exception: a server must not go on without its engine.

@@ -174,6 +174,7 @@ class _Process:
 
     def _handle_loaded(self, llm: LLM) -> None:
         self._service.attach(llm)
+        self._service.start_driver()
         self._say(f"ready: {describe_address(self._opened, self._config)}/v1 serves {', '.join(self._service.names)}")
 
     def _handle_failed_load(self, error: BaseException) -> None:

@@ -95,18 +95,23 @@ class Service:
 
     @property
     def driver(self) -> Driver:
-        """What steps the engine, started with the first request. For the event loop alone."""
+        """What steps the engine, started with the first request at the latest. For the event loop alone."""
         if self._driver is None:
-            limit = self.config.max_num_queued_reqs or QUEUE_FACTOR * self.llm.engine_config.max_num_seqs
-            self._driver = Driver(
-                self.llm,
-                asyncio.get_running_loop(),
-                max_waiting=limit,
-                on_death=self._die,
-                on_step=self.metrics.observe_step,
-            )
-            self._driver.start()
+            self.start_driver()
+        assert self._driver is not None
         return self._driver
+
+    def start_driver(self) -> None:
+        """Starts what steps the engine, in the event loop; before the first request, so that it hears of a lost process."""
+        limit = self.config.max_num_queued_reqs or QUEUE_FACTOR * self.llm.engine_config.max_num_seqs
+        self._driver = Driver(
+            self.llm,
+            asyncio.get_running_loop(),
+            max_waiting=limit,
+            on_death=self._die,
+            on_step=self.metrics.observe_step,
+        )
+        self._driver.start()
 
     @property
     def is_stalled(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from step3_jax.afd.beacon import BeaconFile, read_beacon
+from step3_jax.beacon import BeaconFile, read_beacon
 from tests.afd.conftest import PROGRAMS
 from tests.process import ROOT, environment, free_port, run_together
 
@@ -26,6 +26,7 @@ PAIR = [
     {"do": "places", "afd": "1a1f", "microbatches": 2},
     {"do": "loaded", "afd": "1a1f", "folder": str(ROOT / "tests" / "goldens" / "tiny_text")},
     {"do": "hlo", "afd": "1a1f", "microbatches": 3, "rows": 6, "storage": "float32"},
+    {"do": "callbacks", "afd": "1a1f", "microbatches": 2},
 ]
 MORE_PAIR = [
     {"do": "hlo", "afd": "1a1f", "microbatches": count, "storage": storage} | rows
@@ -53,15 +54,26 @@ def run_ranks(num_processes: int, cases: Sequence[Answer], **more: str | list[st
 
 
 def assert_as_fused(answers: Sequence[Answer]) -> None:
-    """All processes have the same tokens, those of the fused model that process 0 has."""
+    """Process 0 has the fused model's tokens, and the others none: they only work for it."""
     assert answers[0]["fused"]
-    assert all(answer["afd"] == answers[0]["fused"] for answer in answers)
+    assert answers[0]["afd"] == answers[0]["fused"]
+    assert not any(answer.get("afd") for answer in answers[1:])
+
+
+def make_beacons(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
+    """Files that the ranks' beacons are, as a keeper makes them."""
+    paths = [folder / str(rank) for rank in range(count)]
+    for path in paths:
+        with path.open("w+b") as file:
+            BeaconFile(file).close()
+    return paths
 
 
 @pytest.fixture(scope="module")
-def pair() -> list[list[Answer]]:
-    """Of each of two processes, the answers to `PAIR`."""
-    return run_ranks(2, PAIR)
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[list[Answer]]:
+    """Of each of two processes, which a keeper watches, the answers to `PAIR`."""
+    beacons = make_beacons(tmp_path_factory.mktemp("beacons"), 2)
+    return run_ranks(2, PAIR, STEP3_BEACON=[str(path) for path in beacons])
 
 
 def answers_to(answers: list[list[Answer]], cases: Sequence[Answer], do: str) -> list[Answer]:
@@ -106,20 +118,23 @@ def test_no_copy_of_the_cache_is_in_the_decode_loop(pair: list[list[Answer]]) ->
     assert set(done) <= {"parameter", "get-tuple-element", "scatter", "dynamic-update-slice", "fusion"}
 
 
+def test_no_host_takes_part_in_a_step(pair: list[list[Answer]]) -> None:
+    assert [found["count"] for found in answers_to(pair, PAIR, "callbacks")] == [0, 0]
+
+
 # Three processes; four are tested below, and the exchange by itself in one.
 @pytest.mark.slow
 def test_two_attention_processes_share_an_ffn_process(tmp_path: pathlib.Path) -> None:
-    files = [BeaconFile(tmp_path / str(rank)) for rank in range(3)]
-    cases = [{"do": "tokens", "afd": "2a1f", "microbatches": 3}]
-    answers = run_ranks(3, cases, STEP3_BEACON=[str(file.path) for file in files])
-    assert_as_fused([answer for [answer] in answers])
-    # How far each process was is known from outside.
-    readings = [read_beacon(file.path) for file in files]
+    beacons = make_beacons(tmp_path, 3)
+    cases = [{"do": kind, "afd": "2a1f", "microbatches": 3} for kind in ("tokens", "callbacks")]
+    answers = run_ranks(3, cases, STEP3_BEACON=[str(path) for path in beacons], STEP3_TRACE_STEPS="1")
+    assert_as_fused([answer[0] for answer in answers])
+    assert all(answer[1]["count"] for answer in answers)
+    # Traced, how far each process was is known from outside.
+    readings = [read_beacon(path) for path in beacons]
     assert len({(reading.step, reading.exchange) for reading in readings}) == 1
     assert readings[0].step >= 9
     assert readings[0].exchange > 0
-    for file in files:
-        file.close()
 
 
 def test_two_attention_processes_and_two_ffn_processes() -> None:

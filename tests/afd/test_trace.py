@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import jax.numpy as jnp
 import pytest
 
-from step3_jax.afd.flight import Flight, reconstruct
+from step3_jax.afd.host.flight import Flight, reconstruct
 from step3_jax.timeline.event import Event, Stage
 from step3_jax.timeline.picture import COLOURS, draw, pick_window, write_picture
 from step3_jax.timeline.trace import measure, read_trace, write_trace

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from step3_jax import resources
+from step3_jax.channel.address import port_beside
 from step3_jax.cli.main import build_parser
-from step3_jax.launch.schedule import KUBERNETES_PORT, detect_task
-from step3_jax.launch.topology import read_need
+from step3_jax.launch.cluster import KUBERNETES_PORT, detect_task
+from step3_jax.launch.place import read_need
 
 
 @pytest.fixture
@@ -25,13 +26,17 @@ def job() -> dict[str, dict]:
 def test_pods_of_the_job_find_the_first_one(job: dict[str, dict]) -> None:
     spec, name = job["Job"]["spec"], job["Job"]["metadata"]["name"]
     pod = spec["template"]["spec"]
-    variables = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+    variables = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"] if "value" in entry}
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] == spec["parallelism"] == int(variables["STEP3_NUM_HOSTS"])
     task = detect_task(variables | {"JOB_COMPLETION_INDEX": "1"}, f"{name}-1")
     assert task is not None
     assert task.coordinator == f"{name}-0.{pod['subdomain']}"
-    assert pod["containers"][0]["ports"][0]["containerPort"] == task.port == KUBERNETES_PORT
+    ports = {port["name"]: port["containerPort"] for port in pod["containers"][0]["ports"]}
+    assert ports == {"coordinator": KUBERNETES_PORT, "channel": port_beside(KUBERNETES_PORT)}
+    assert task.port == KUBERNETES_PORT
+    # Over a network rank 0 asks for it.
+    assert "STEP3_SECRET" in [entry["name"] for entry in pod["containers"][0]["env"]]
 
 
 def test_the_service_names_the_pods_of_the_job(job: dict[str, dict]) -> None:

@@ -15,10 +15,12 @@ import threading
 import pytest
 
 from step3_jax.cli import main
-from step3_jax.launch.address import listen
 from step3_jax.launch.launcher import launch
+from step3_jax.launch.net import listen
 from step3_jax.launch.options import LaunchOptions
-from tests.launch.conftest import ROOT, Start, wait_until_gone
+from tests.launch.conftest import Start
+from tests.launched import wait_until_gone
+from tests.process import ROOT
 
 
 def test_every_rank_is_told_its_place(start: Start) -> None:
@@ -36,22 +38,27 @@ def test_every_rank_is_told_its_place(start: Start) -> None:
     assert address.startswith("127.0.0.1:")
 
 
-def test_ranks_with_roles_are_told_where_their_supervisors_meet(start: Start) -> None:
+def test_ranks_are_told_their_roles_and_where_rank_0_listens(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    shown = [f"*:show={name}" for name in ("STEP3_COORDINATOR", "STEP3_WATCH", "STEP3_WATCH_TOKEN")]
-    for options, is_beside in (("--local 2", False), (f"--local 2 --port {port}", True)):
-        running = start(options, [*shown, "--afd", "1a1f"])
+    names = ("STEP3_COORDINATOR", "STEP3_CHANNEL", "STEP3_SECRET", "STEP3_ROLE")
+    shown = [f"*:show={name}" for name in names]
+    for options, words, roles in (
+        ("--local 2", ["--afd", "1a1f"], ["attention 0", "ffn 0"]),
+        (f"--local 2 --port {port}", [], ["rank 0", "rank 1"]),
+    ):
+        running = start(options, [*shown, *words])
         assert running.wait() == 0, running.stderr
-        [address] = set(running.wait_for(r"STEP3_COORDINATOR=127.0.0.1:(\d+)"))
-        [watch] = set(running.wait_for(r"STEP3_WATCH=127.0.0.1:(\d+)"))
-        [token] = set(running.wait_for(r"STEP3_WATCH_TOKEN=(\S+)"))
-        assert len(token) == 32
-        assert watch != address
-        assert (int(watch) == int(address) + 1) or not is_beside
-    running = start("--local 2", shown)
+        [coordinator] = set(running.wait_for(r"STEP3_COORDINATOR=127.0.0.1:(\d+)"))
+        [channel] = set(running.wait_for(r"STEP3_CHANNEL=127.0.0.1:(\d+)"))
+        [secret] = set(running.wait_for(r"STEP3_SECRET=(\S+)"))
+        assert len(secret) == 32
+        assert channel != coordinator
+        assert (int(channel) == int(coordinator) + 1) or "--port" not in options
+        assert sorted(running.wait_for(r"STEP3_ROLE=(.+)")) == roles
+    running = start("--local 1", shown)
     assert running.wait() == 0
-    assert running.stderr.count("STEP3_WATCH=\n") == running.stderr.count("STEP3_WATCH_TOKEN=\n") == 2
+    assert "STEP3_CHANNEL=\n" in running.stderr
 
 
 def test_standard_output_of_rank_0_is_untouched_and_all_else_has_its_rank(start: Start) -> None:
@@ -107,7 +114,7 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(
     pids = running.pids(3)
     go.touch()
     assert running.wait() == code, running.stderr
-    report = running.stderr.rpartition("step3 launch: rank 1 (localhost) ")[2]
+    report = running.stderr.rpartition("step3 launch: rank 1 (on localhost) ")[2]
     assert "its last lines:" in report
     assert "  | why it failed\n" in report
     assert "ended the other 2 rank(s)" in report
@@ -223,7 +230,9 @@ def test_the_port_is_checked_before_anything_starts(capsys: pytest.CaptureFixtur
         ("--local 2 --platform cuda -- env", "no GPU that JAX can use"),
         ("--local 2 --port 70000 -- env", "no port"),
         ("--local 2 --deadline 0.1 -- env", "--deadline is 0.1"),
+        ("--local 2 --rank-deadline 1 -- env", "--rank-deadline is 1: give 2 s or more"),
         ("--local 2 --grace -1 -- env", "--grace is -1"),
+        ("--local 2 -- serve --shutdown-timeout soon", "in the command to launch: argument --shutdown-timeout"),
         ("--local 2 --env NOT_SET_ANYWHERE -- env", "--env NOT_SET_ANYWHERE"),
         ("--hosts a,a -- env", "a comes twice"),
         ("--hosts -oProxyCommand=x,b -- env", "expected one argument"),
@@ -256,3 +265,42 @@ def test_the_door_in_tools_is_the_same_command(environment: dict[str, str]) -> N
     program = [sys.executable, str(ROOT / "tools" / "launch_multihost.py"), "--help"]
     done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
     assert "step3 launch (--local N | --hosts A,B,..." in done.stdout
+
+
+@pytest.mark.parametrize(("words", "expected"), [(["-"], "one\ntwo"), ([], "")], ids=["asked for", "not asked for"])
+def test_rank_0_has_the_standard_input_that_its_command_reads(
+    environment: dict[str, str], words: list[str], expected: str
+) -> None:
+    code = "import os, sys; print(os.environ['STEP3_PROCESS_ID'], repr(sys.stdin.read()), flush=True)"
+    options = ["launch", "--local", "2", "--module", "eval_rank", "--", *words, code]
+    done = subprocess.run(
+        [sys.executable, "-m", "step3_jax.cli.main", *options],
+        cwd=ROOT,
+        env=environment,
+        input="one\ntwo",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"0 {expected!r}\n"
+    assert "[1 localhost] 1 ''\n" in done.stderr
+
+
+def test_the_end_of_a_rank_that_reads_is_not_waited_for_by_its_input(environment: dict[str, str]) -> None:
+    """As when `chat` is left by /quit while the terminal is still there."""
+    options = ["launch", "--local", "1", "--module", "eval_rank", "--", "-", "print(input())"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "step3_jax.cli.main", *options],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print("word", file=process.stdin, flush=True)
+        assert process.stdout.readline() == "word\n"
+        assert process.wait(60) == 0

@@ -6,13 +6,19 @@ import socket
 
 import pytest
 
-from step3_jax.launch.address import join_address, listen, parse_hosts, reach, split_coordinator, wait_for_name
-from step3_jax.launch.environment import forwarded_environment, rank_environment
 from step3_jax.launch.keeper import list_gpus
-from step3_jax.launch.plan import Host, Rank, choose_platform, count_processes, format_table, place_ranks
-from step3_jax.launch.protocol import Message, decode, encode, pack_output, unpack_output
-from step3_jax.launch.rendezvous import check_versions
-from step3_jax.launch.topology import read_need
+from step3_jax.launch.line import Message, decode, encode, pack_output, unpack_bytes
+from step3_jax.launch.net import (
+    check_versions,
+    join_address,
+    listen,
+    parse_hosts,
+    reach,
+    split_coordinator,
+    wait_for_name,
+)
+from step3_jax.launch.options import forwarded_environment, rank_environment
+from step3_jax.launch.place import Host, Rank, choose_platform, count_processes, format_table, place_ranks, read_need
 from step3_jax.layout.deployment import parse_topology
 
 GPUS = tuple("01234567")
@@ -110,7 +116,7 @@ def test_roles_of_processes_with_several_devices() -> None:
 
 def test_settings_of_a_rank_on_a_gpu() -> None:
     user = {"XLA_FLAGS": "--xla_dump_to=/tmp/x --xla_gpu_shard_autotuning=true", "no_proxy": "internal"}
-    found = rank_environment(rank=3, num_processes=8, coordinator="a:1234", gpu="GPU-abc", user=user)
+    found = rank_environment(rank=3, role="rank 3", num_processes=8, coordinator="a:1234", gpu="GPU-abc", user=user)
     assert found["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
     assert found["JAX_LOCAL_DEVICE_IDS"] == "0"
     assert found["JAX_PLATFORMS"] == "cuda,cpu"
@@ -124,11 +130,14 @@ def test_settings_of_a_rank_on_a_gpu() -> None:
 
 
 def test_settings_of_a_rank_on_cpu() -> None:
-    found = rank_environment(rank=0, num_processes=2, coordinator="[fe80::1]:9", gpu=None, cpu_devices=4, user={})
+    found = rank_environment(
+        rank=0, role="rank 0", num_processes=2, coordinator="[fe80::1]:9", gpu=None, cpu_devices=4, user={}
+    )
     assert found == {
         "STEP3_COORDINATOR": "[fe80::1]:9",
         "STEP3_NUM_PROCESSES": "2",
         "STEP3_PROCESS_ID": "0",
+        "STEP3_ROLE": "rank 0",
         "STEP3_CPU_DEVICES": "4",
         "JAX_PLATFORMS": "cpu",
         "JAX_LOCAL_DEVICE_IDS": "0",
@@ -191,7 +200,7 @@ def test_a_port_that_listens_is_reached_and_is_free_again_afterwards() -> None:
 def test_messages_survive_and_noise_is_told_apart() -> None:
     data = bytes(range(256))
     message = decode(encode(pack_output(3, "stdout", data)))
-    assert (message["kind"], message["rank"], unpack_output(message)) == ("output", 3, data)
+    assert (message["kind"], message["rank"], unpack_bytes(message)) == ("output", 3, data)
     # A login shell that prints without an end of line.
     assert decode(b"Welcome! " + encode(Message(kind="beat")))["kind"] == "beat"
     for line in (b"Welcome\n", b"\x1estep3 {half\n", b"\x1estep3 [1]\n", b"\xff\xfe\n"):

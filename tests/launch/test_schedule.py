@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import re
+import signal
+import sys
 
 import pytest
 
-from step3_jax.launch.schedule import KUBERNETES_PORT, Task, detect_task, first_host, tasks_per_node
+from step3_jax.launch.cluster import KUBERNETES_PORT, Task, detect_task, first_host, tasks_per_node
+from step3_jax.launch.watch import LOST_PEER_CODE
 from tests.launch.conftest import Start
+from tests.launched import AT_PLACE
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -145,6 +151,16 @@ def test_each_task_starts_its_own_rank_and_only_task_0_writes_to_standard_output
         assert f"STEP3_PROCESS_ID={rank}\n" in task.stderr
         assert "STEP3_NUM_PROCESSES=2\n" in task.stderr
         assert task.stdout == (b"out\n" if rank == 0 else b"")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the rank in /proc")
+def test_each_task_watches_its_own_rank(start: Start) -> None:
+    tasks = [start("--rank-deadline 2", ["*:sleep=300"], **extra) for extra in _open_mpi_tasks(2)]
+    pids = [task.wait_for_rank(rank, AT_PLACE["start"]) for rank, task in enumerate(tasks)]
+    os.kill(pids[1], signal.SIGSTOP)
+    assert tasks[1].wait() == LOST_PEER_CODE
+    assert re.search(r"step3 launch: rank 1 \(on \S+\) has not moved for \d s", tasks[1].stderr)
+    assert tasks[0].process.poll() is None
 
 
 def test_distributed_jax_under_a_scheduler(start: Start) -> None:

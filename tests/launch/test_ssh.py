@@ -10,8 +10,10 @@ import sys
 import pytest
 
 from step3_jax.cli import main
-from step3_jax.launch.connection import keeper_command
-from tests.launch.conftest import PROGRAMS, ROOT, Start, wait_until_gone
+from step3_jax.launch.net import keeper_command
+from tests.launch.conftest import PROGRAMS, Start
+from tests.launched import wait_until_gone
+from tests.process import ROOT
 
 _SSH = """#!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do
@@ -133,7 +135,7 @@ def test_a_rank_that_fails_ends_the_ranks_of_other_hosts(
     pids = running.pids(3)
     go.touch()
     assert running.wait() == 5
-    assert "rank 1 (b) failed with exit code 5, its last lines:" in running.stderr
+    assert "rank 1 (on b) failed with exit code 5, at the start, its last lines:" in running.stderr
     wait_until_gone(pids)
 
 

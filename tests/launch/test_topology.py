@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from step3_jax.launch.topology import Need, read_need, read_topology
+from step3_jax.launch.place import Need, read_need, read_topology
 from step3_jax.layout.deployment import Topology, parse_topology
 
 

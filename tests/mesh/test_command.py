@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
-from tests.process import step3
+import pytest
+
+from tests.mesh.conftest import PROGRAMS
+from tests.process import ROOT, step3
 
 QUESTION = "What is the capital of France?"
 IMAGE = "models/step3-tiny/examples/number-6267.png"
@@ -38,3 +42,39 @@ def test_a_number_of_devices_that_does_not_divide_the_model_is_refused() -> None
     ran = step3("generate", "-p", "x", "--dp", "5")
     assert ran.returncode == 2
     assert "The nearest that does: dp 6" in ran.stderr
+
+
+# Two processes each, which compile.
+@pytest.mark.slow
+def test_chat_over_two_processes_answers_what_comes_on_standard_input() -> None:
+    ran = step3("launch", "--local", "2", "--", "chat", "--tp", "2", "--max-tokens", "24", given=QUESTION + "\n")
+    assert ran.returncode == 0, ran.stderr
+    assert "Paris" in ran.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["--tp 2", "--afd 1a1f"])
+def test_the_speed_of_two_processes_is_measured_by_rank_0(devices: str) -> None:
+    words = (
+        f"bench decode --preset tiny --batch 2 --rounds 1 --steps 4 --prompt 8 --prefill 16 --dtype float32 {devices}"
+    )
+    ran = step3("launch", "--local", "2", "--", *words.split())
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("prefill:") == 1
+
+
+def test_several_processes_need_a_model_that_they_share() -> None:
+    ran = step3("launch", "--local", "2", "--", "generate", "-p", "x")
+    assert ran.returncode == 2
+    assert "there are 2 processes, and the model is to run on one device" in ran.stderr
+
+
+# It compiles all programs in both processes.
+@pytest.mark.slow
+def test_a_script_runs_in_two_processes_and_compiles_nothing_after_its_warm_up() -> None:
+    path = os.pathsep.join([str(ROOT), str(PROGRAMS)])
+    ran = step3("launch", "--local", "2", "--module", "llm_script", PYTHONPATH=path)
+    assert ran.returncode == 0, ran.stderr
+    [found] = map(json.loads, ran.stdout.splitlines())
+    assert "6267" in found["text"]
+    assert found["warm"] == found["compiled"] > 0

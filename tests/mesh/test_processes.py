@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from step3_jax.checkpoint.shards import Checkpoint
-from step3_jax.mesh import initialise_distributed
+from step3_jax.distributed import initialise_distributed
 from tests.mesh.conftest import PROGRAMS, QUICK_COMPILE
 from tests.process import environment, free_port, run_together
 
@@ -44,10 +44,9 @@ def test_processes_give_the_tokens_of_one(
 ) -> None:
     answers = run_ranks(num_processes, str(goldens / "tiny_text"), json.dumps(setting), cpu_devices=cpu_devices)
     assert [answer["rank"] for answer in answers] == list(range(num_processes))
-    assert all(answer["tokens"] == alone["tokens"] for answer in answers)
-    assert all(answer["experts"] == alone["experts"] for answer in answers)
+    for name in ("tokens", "experts"):
+        assert [answer[name] for answer in answers] == [alone[name], *[None] * (num_processes - 1)]
     assert np.sum(alone["experts"]) > 0
-    assert {answer["agreed"] for answer in answers} == {7000000000}
     # Experts are shared out over all devices, whatever the setting; the rest of a process's are read by it alone.
     whole = {name: info.num_bytes for name, info in Checkpoint(goldens / "tiny_text").tensors.items()}
     experts = [name for name in whole if ".moe." in name and "moe.gate.weight" not in name]

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step3_jax.cache.allocator import OutOfPages, PageAllocator
-from step3_jax.engine import llm
+from step3_jax.engine import loading
 from step3_jax.engine.bucket_table import BucketTable
 from step3_jax.engine.config import EngineConfig
+from step3_jax.engine.llm import LLM
 from step3_jax.engine.pack import pack_chunk
 from step3_jax.engine.request import Prompt, Request
 from step3_jax.engine.scheduler import Scheduler
@@ -140,10 +141,10 @@ def test_a_setting_that_does_not_divide_the_model_is_refused_before_weights_are_
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(llm, "load_model", fail)
+    monkeypatch.setattr(loading, "load_model", fail)
     with pytest.raises(
         ValueError, match=r"hidden_size is 64, which tp = 3 does not cut .* nearest that does: dp 3, tp 1"
     ):
-        llm.LLM(goldens / "tiny_text", tensor_parallel_size=3)
+        LLM(goldens / "tiny_text", tensor_parallel_size=3)
     with pytest.raises(ValueError, match="needs 288 devices, and there are"):
-        llm.LLM(goldens / "tiny_text", data_parallel_size=288)
+        LLM(goldens / "tiny_text", data_parallel_size=288)

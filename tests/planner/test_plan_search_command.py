@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from step3_jax.cli.main import main
-from step3_jax.launch.topology import read_need
+from step3_jax.launch.place import read_need
 from step3_jax.layout.deployment import load_deployment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from step3_jax.channel.failure import RunLostError
 from step3_jax.engine.core import EngineCore
 from step3_jax.server.app import build_app
 from tests.server.client import Reply, ask, opened
@@ -124,3 +125,22 @@ def test_a_dead_engine_is_told_to_every_client(
         assert (health.status, health.json()) == (503, {"status": "dead"})
         assert deaths == [1]
     assert "a bug" in caplog.text
+
+
+def test_a_process_that_is_lost_while_nothing_is_to_be_done_ends_the_engine(
+    open_client: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_client() as client:
+
+        def fail() -> None:
+            raise RunLostError("rank 1 (on h) is gone")
+
+        async def run() -> Reply:
+            client.service.start_driver()
+            monkeypatch.setattr(client.executor, "check", fail)
+            await client.wait_until(lambda: client.service.lifecycle.is_dead)
+            return await client.start("/health").finish()
+
+        health = client.run(run())
+        assert (health.status, health.json()) == (503, {"status": "dead"})
+    assert "rank 1 (on h) is gone" in caplog.text

@@ -125,7 +125,7 @@ def test_every_program_of_an_executor_is_compiled_with_the_options() -> None:
     """Read from the source: there `jax.jit` stands only where the options are given, or makes an empty cache."""
     bare, given = [], 0
     for folder in ("engine", "afd"):
-        for path in sorted((pathlib.Path(gpu.__file__).parent / folder).glob("*.py")):
+        for path in sorted((pathlib.Path(gpu.__file__).parent / folder).rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
             with_options = {

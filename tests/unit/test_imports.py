@@ -15,13 +15,14 @@ MAX_LINES = 500
 
 # Each row may import its own part and those of the rows above; parts of one row do not import each other.
 ROWS = (
-    ("pallas_kernels",),
-    ("resources", "stored_file", "json_schema", "gpu", "timeline", "nearest"),
+    ("pallas_kernels", "rank"),
+    ("resources", "stored_file", "json_schema", "gpu", "timeline", "nearest", "beacon", "channel"),
     ("config_file",),
     ("config",),
     ("layout",),
     ("sharding",),
     ("quant",),
+    ("distributed",),
     ("mesh",),
     ("layers",),
     ("model",),
@@ -135,6 +136,9 @@ def test_text_and_planner_run_without_jax() -> None:
             "resources",
             "stored_file",
             "json_schema",
+            "launch",
+            "beacon",
+            "rank",
             "timeline",
         )
         for line, name in _imported(path)

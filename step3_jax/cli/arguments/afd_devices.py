@@ -49,5 +49,5 @@ def add_afd(parser: argparse.ArgumentParser, *, default: str | None = None) -> N
         type=float,
         default=DEFAULT_DEADLINE_S,
         metavar="S",
-        help="longest time that one stage may take (default: %(default)g)",
+        help="executor host: longest time that one stage may take (default: %(default)g)",
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from step3_jax.launch.connection import SSH
 from step3_jax.launch.launcher import MODULE
-from step3_jax.launch.plan import PLATFORMS
+from step3_jax.launch.options import PLATFORMS, SSH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,11 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--python", metavar="PATH", help="interpreter on the other hosts (default: the same path as here)"
     )
     start.add_argument("--directory", metavar="PATH", help="where to run there (default: the same path as here)")
-    start.add_argument("--module", default=MODULE, help=argparse.SUPPRESS)
+    start.add_argument(
+        "--module",
+        default=MODULE,
+        metavar="NAME",
+        help="a Python module of your own that takes the words in place of step3, such as a script that uses LLM",
+    )
     end = parser.add_argument_group("end")
     end.add_argument(
         "--grace", type=float, default=5.0, metavar="S", help="seconds from SIGTERM to SIGKILL (default: 5)"
     )
     end.add_argument(
         "--deadline", type=float, default=15.0, metavar="S", help="a host silent for so long is lost (default: 15)"
+    )
+    end.add_argument(
+        "--rank-deadline",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="a rank that has not moved for so long is lost (default: 60)",
     )

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from step3_jax.afd.calls import Flow
-from step3_jax.afd.flight import Flight
-from step3_jax.afd.host import HostExecutor, load_host_executor
+from step3_jax.afd.host.calls import Flow
+from step3_jax.afd.host.executor import HostExecutor, load_host_executor
+from step3_jax.afd.host.flight import Flight
 from step3_jax.afd.placement import place_model
 from step3_jax.afd.roles import arrays_by_role
 from step3_jax.afd.topology import AfdTopology

@@ -1,4 +1,4 @@
-"""One of several processes that run a model with executor `program`; process 0 runs it on one device too.
+"""One of several processes that run a model with executor `program`; process 0 drives them, and runs it on one device too.
 
     python program_rank.py CASES
 
@@ -9,32 +9,35 @@ random weights, the same in each process.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import re
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from step3_jax.afd.attention_process import AttentionProcess
-from step3_jax.afd.ffn_process import FfnProcess
 from step3_jax.afd.placement import place_model
-from step3_jax.afd.program import load_program_executor, make_program_executor
+from step3_jax.afd.program.attention_process import AttentionProcess
+from step3_jax.afd.program.executor import load_program_executor, make_program_executor
+from step3_jax.afd.program.ffn_process import FfnProcess
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.shards import Checkpoint
 from step3_jax.config import ModelConfig
+from step3_jax.distributed import initialise_distributed
+from step3_jax.engine.drive.worker import Worker
 from step3_jax.engine.executor import Executor
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import DecodeBatch, PrefillBatch
 from step3_jax.layout.deployment import parse_topology
 from step3_jax.layout.parallel import Parallel
-from step3_jax.mesh import initialise_distributed
 from step3_jax.model.step3 import Step3
 from step3_jax.resources import find
 from step3_jax.sampling.batch import SamplingRow, sampling_batch
@@ -43,6 +46,7 @@ from tests.process import give_answer
 from tests.small import small_text
 
 Answer = dict[str, object]
+T = TypeVar("T")
 # No other axis of an array has this size.
 NUM_PAGES = 38
 
@@ -85,19 +89,31 @@ def make_runner(num_layers: int) -> Runner:
     return Runner(make_model(num_layers))
 
 
-def make_llm(executor: Executor, **settings: int) -> LLM:
-    sizes = {"max_num_seqs": 4 * executor.num_shards, "max_num_batched_tokens": 32 * executor.num_shards} | settings
-    return LLM.from_model(executor, max_model_len=64, **sizes)  # type: ignore[arg-type]
+def with_llm(executor: Executor | Worker, use: Callable[[LLM], T], **settings: int) -> T | None:
+    """What rank 0 does with a model; the others make its calls, and give None."""
+    shards = executor.num_shards
+    sizes = {"max_num_seqs": 4 * shards, "max_num_batched_tokens": 32 * shards} | settings
+    try:
+        llm = LLM.from_model(executor, max_model_len=64, **sizes)  # type: ignore[arg-type]
+    except SystemExit:
+        return None
+    with contextlib.closing(llm):
+        return use(llm)
 
 
-def generate(executor: Executor, count: int, each: SamplingParams | None = None, **settings: int) -> list[list[int]]:
+def generate(
+    executor: Executor | Worker, count: int, each: SamplingParams | None = None, **settings: int
+) -> list[list[int]] | None:
     """Tokens of prompts that are longer than a chunk and more than there are rows, of which some end in every call."""
-    llm = make_llm(executor, **settings)
     rng = np.random.default_rng(5)
     prompts = [rng.integers(2, executor.config.text.vocab_size, 3 + 9 * index).tolist() for index in range(count)]
     params = [each or SamplingParams(temperature=0, max_tokens=4 + 3 * (index % 3)) for index in range(count)]
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
-    return [list(one.token_ids) for output in outputs for one in output.outputs]
+
+    def use(llm: LLM) -> list[list[int]]:
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+        return [list(one.token_ids) for output in outputs for one in output.outputs]
+
+    return with_llm(executor, use, **settings)
 
 
 def run_both(case: Answer, count: int, each: SamplingParams | None = None) -> Answer:
@@ -123,7 +139,7 @@ def features(case: Answer) -> Answer:
 def repeat(case: Answer) -> Answer:
     """Traces after a warm-up, and after work."""
     executor = executor_of(case)
-    make_llm(executor).warm_up()
+    with_llm(executor, LLM.warm_up)
     before = dict(executor.num_traces)
     generate(executor, 6)
     return {"before": before, "after": dict(executor.num_traces)}
@@ -132,7 +148,8 @@ def repeat(case: Answer) -> Answer:
 def places(case: Answer) -> Answer:
     """What this process holds: elements of its own weights and of the cache on its devices."""
     executor = executor_of(case)
-    cache = executor.allocate_cache(NUM_PAGES * executor.num_shards, "float32")
+    has_cache = isinstance(executor, AttentionProcess)
+    cache = executor.allocate_cache(NUM_PAGES * executor.num_shards, "float32") if has_cache else ()
     own = set(jax.local_devices())
     weights = jax.tree.leaves(executor.weights)
     for array in (*weights, *jax.tree.leaves(cache)):
@@ -180,6 +197,22 @@ def hlo(case: Answer) -> Answer:
     return {"done": dict(collections.Counter(done))}
 
 
+def callbacks(case: Answer) -> Answer:
+    """Calls of Python in this process's decode loop, as it is lowered."""
+    executor = executor_of(case)
+    numbers = executor._numbers(1, False)
+    if isinstance(executor, FfnProcess):
+        lowered = executor._decode.lower(executor.weights, numbers, 2, 8)
+    else:
+        size = 2 * executor.num_shards
+        cache, rows = executor.allocate_cache(NUM_PAGES * executor.num_shards, "float32"), jnp.ones((size,), jnp.int32)
+        batch = DecodeBatch(rows, rows, rows, rows > 0, jnp.zeros((size, 2), jnp.int32))
+        row = SamplingRow(SamplingParams(temperature=0), 8, (0, 0), ())
+        sampling = sampling_batch([row] * size, executor.config.text.vocab_size, size)
+        lowered = executor._decode.lower(executor.weights, cache, batch, sampling, numbers, 8)
+    return {"count": lowered.as_text().count("callback")}
+
+
 def loaded(case: Answer) -> Answer:
     """Elements read of each tensor when a checkpoint is loaded."""
     read: collections.Counter[str] = collections.Counter()
@@ -205,8 +238,13 @@ def shipped(case: Answer) -> Answer:
     params = SamplingParams(temperature=0, max_tokens=24)
     found: Answer = {}
     for name, one in (("afd", executor), ("fused", None)):
-        if one is not None or jax.process_index() == 0:
+        if one is None and jax.process_index() > 0:
+            continue
+        try:
             llm = LLM(folder, executor=one, max_model_len=256)
+        except SystemExit:
+            continue
+        with contextlib.closing(llm):
             outputs = llm.chat([[{"role": "user", "content": content}] for content in contents], params)
             found[name] = [list(output.outputs[0].token_ids) for output in outputs]
             found[f"{name}_text"] = outputs[0].outputs[0].text
@@ -220,7 +258,7 @@ def main() -> None:
     # These programs run for milliseconds and take seconds to compile.
     jax.config.update("jax_disable_most_optimizations", True)
     answers: dict[str, Callable[[Answer], Answer]] = {
-        function.__name__: function for function in (tokens, features, repeat, places, hlo, loaded, shipped)
+        function.__name__: function for function in (tokens, features, repeat, places, hlo, callbacks, loaded, shipped)
     }
     found = [answers[str(case["do"])](case) for case in json.loads(sys.argv[1])]
     give_answer(found)

@@ -1,10 +1,11 @@
 """Several hosts on one machine: network namespaces with addresses of their own on one bridge.
 
-    unshare --net python cluster.py run|cut ROOT WORDS ...
+    unshare --net python cluster.py SCENARIO ROOT WORDS ...
 
 Starts a stand-in for sshd in a namespace for each host, and the launcher outside of them, which reaches the hosts over
-the bridge alone. `cut` takes the link of the second host down when its rank has said that it works. Prints the exit
-code, what was shown, and seconds from the cut to the launcher's end, as JSON.
+the bridge alone. SCENARIO is `run`; or `cut`, which takes the link of the second host down when all three ranks have said
+that they work; or of two hosts `cut-RANK-PLACE`, with `start`, `prefill` or `decode`, which cuts off a rank of the command
+there. Prints the exit code, what was shown, and seconds from the cut to the launcher's end, as JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
+
+from tests.launched import AT_PLACE, find_rank
 
 HERE = pathlib.Path(__file__).resolve()
 HOSTS = ("10.77.0.1", "10.77.0.2", "10.77.0.3")
 OUTSIDE, PORT = "10.77.0.254", 2222
 LIMIT_S = 90
+# Of a command that compiles.
+LONG_LIMIT_S = 300
 
 
 def ip(*words: str, inside: int | None = None) -> None:
@@ -96,26 +104,52 @@ def drive() -> None:
 def run(scenario: str, root: str, words: list[str]) -> dict[str, object]:
     """Runs the launcher over the hosts, cutting one off if asked to."""
     ssh = f"{sys.executable} {HERE} call"
-    options = ["--hosts", ",".join(HOSTS), "--ssh", ssh, "--deadline", "5", "--grace", "1", "--directory", root]
+    _, _, place = scenario.partition("-")
+    options = [
+        "--hosts",
+        ",".join(HOSTS[:2] if place else HOSTS),
+        "--ssh",
+        ssh,
+        "--deadline",
+        "5",
+        "--grace",
+        "1",
+        "--directory",
+        root,
+    ]
     program = [sys.executable, "-m", "step3_jax.cli.main", "launch", *options, *words]
     launcher = subprocess.Popen(program, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert launcher.stderr is not None
     assert launcher.stdout is not None
     shown: list[str] = []
-    cut_at = None
+    cuts: list[float] = []
+    if place:
+        threading.Thread(target=cut_at_place, args=(*place.split("-"), cuts), daemon=True).start()
     try:
-        signal.alarm(LIMIT_S)
+        signal.alarm(LONG_LIMIT_S if place else LIMIT_S)
         for line in launcher.stderr:
             shown.append(line)
-            if scenario == "cut" and cut_at is None and sum("] pid " in part for part in shown) == len(HOSTS):
-                ip("link", "set", "host1", "down")
-                cut_at = time.monotonic()
+            if scenario == "cut" and not cuts and sum("] pid " in part for part in shown) == len(HOSTS):
+                cut(1, cuts)
         code = launcher.wait()
-        took_s = None if cut_at is None else time.monotonic() - cut_at
+        took_s = time.monotonic() - cuts[0] if cuts else None
         return {"code": code, "stdout": launcher.stdout.read(), "stderr": "".join(shown), "seconds": took_s}
     finally:
         with contextlib.suppress(ProcessLookupError):
             launcher.kill()
+
+
+def cut(host: int, cuts: list[float]) -> None:
+    """Takes the link of a host down."""
+    ip("link", "set", f"host{host}", "down")
+    cuts.append(time.monotonic())
+
+
+def cut_at_place(rank: str, place: str, cuts: list[float]) -> None:
+    """Cuts off the host of a rank, one a host, as soon as that is at a place."""
+    while find_rank(os.getpid(), int(rank), AT_PLACE[place]) is None:
+        time.sleep(0.01)
+    cut(int(rank), cuts)
 
 
 if __name__ == "__main__":

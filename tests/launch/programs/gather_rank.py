@@ -10,12 +10,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-rank = int(os.environ["STEP3_PROCESS_ID"])
-jax.config.update("jax_num_cpu_devices", int(os.environ["STEP3_CPU_DEVICES"]))
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(
-    os.environ["STEP3_COORDINATOR"], int(os.environ["STEP3_NUM_PROCESSES"]), rank, initialization_timeout=60
-)
+from step3_jax.distributed import initialise_distributed
+
+initialise_distributed()
+rank = jax.process_index()
 count = 10**9 if sys.argv[1] == "loop" else int(sys.argv[1])
 for step in range(count):
     gathered = multihost_utils.process_allgather(np.asarray([10 + rank, step]))

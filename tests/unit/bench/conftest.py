@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import pytest
 
+from step3_jax.bench.model import bench_config, random_model
 from step3_jax.bench.throughput import Bench
-from step3_jax.cli.bench_decode import bench_config, random_model
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.runner import Runner
 

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from step3_jax.bench import decode, loop, yardstick
+from step3_jax.bench import peer as torch_peer
+from step3_jax.bench.decode import measure_decode
+from step3_jax.bench.model import bench_config, random_model
+from step3_jax.bench.peer import TorchPeer
 from step3_jax.bench.report import format_report
-from step3_jax.cli import bench, bench_decode
+from step3_jax.bench.yardstick import prefill_products
 from step3_jax.cli.arguments.bench import PRESETS
-from step3_jax.cli.bench import measure_decode
-from step3_jax.cli.bench_decode import TorchPeer, bench_config, prefill_products, random_model
 from step3_jax.cli.main import main
 from step3_jax.layout.count import active_parameters, prefill_flops
 from step3_jax.layout.deployment import parse_topology
@@ -88,7 +91,7 @@ def test_an_interpreter_that_cannot_start_is_named():
 
 @pytest.mark.skipif("torch" in sys.modules, reason="torch is here")
 def test_without_torch_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(bench_decode.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch_peer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"step3-jax\[bench\]"):
         TorchPeer(sys.executable, random_model(bench_config(128, 1)), ["float32"], 1)
 
@@ -96,7 +99,7 @@ def test_without_torch_the_extra_is_named(monkeypatch):
 @pytest.fixture(scope="module")
 def found():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_decode, "READ_BYTES", 2**20)
+        patch.setattr(yardstick, "READ_BYTES", 2**20)
         return measure_decode(
             bench_config(128, 2),
             dtypes=["float32"],
@@ -119,22 +122,22 @@ def test_every_figure_is_there_and_positive(found):
 
 def test_the_devices_are_on_record(found):
     assert found["conditions"]["devices"] == f"1 x {jax.devices()[0].device_kind}"
-    parallel = bench._describe_devices(Parallel(tp=1), None)
+    parallel = decode._describe_devices(Parallel(tp=1), None)
     assert parallel == f"1 x {jax.devices()[0].device_kind} as {Parallel(tp=1)}"
     topology = SimpleNamespace(devices=jax.devices() * 2, instances=parse_topology("1a1f"))
-    assert bench._describe_devices(None, SimpleNamespace(topology=topology)).endswith(" as 1a1f")
-    assert bench._describe_devices(None, SimpleNamespace(topology=topology)).startswith("2 x ")
+    assert decode._describe_devices(None, SimpleNamespace(topology=topology)).endswith(" as 1a1f")
+    assert decode._describe_devices(None, SimpleNamespace(topology=topology)).startswith("2 x ")
 
 
 def test_an_interrupt_keeps_what_was_measured(tmp_path: pathlib.Path, monkeypatch, capsys):
-    def decode(self: bench_decode.Ours, steps: int) -> float:
+    def decode(self: loop.Ours, steps: int) -> float:
         if self._batch_size == 2:
             raise KeyboardInterrupt
         return own(self, steps)
 
-    own = bench_decode.Ours.decode
-    monkeypatch.setattr(bench_decode.Ours, "decode", decode)
-    monkeypatch.setattr(bench_decode, "READ_BYTES", 2**20)
+    own = loop.Ours.decode
+    monkeypatch.setattr(loop.Ours, "decode", decode)
+    monkeypatch.setattr(yardstick, "READ_BYTES", 2**20)
     file = tmp_path / "found.json"
     options = "--preset tiny --dtype float32 --batch 1,2 --steps 2 --rounds 2 --prompt 4 --prefill 8 --json"
     assert main(["bench", "decode", *options.split(), str(file)]) == 130
@@ -160,9 +163,9 @@ def test_peer_reads_our_weights_and_gives_our_logits_and_tokens():
     pytest.importorskip("torch")
     model = random_model(bench_config(128, 2))
     ids = np.random.default_rng(0).integers(2, 2048, (2, 12))
-    ours = bench_decode.Ours(model)
+    ours = loop.Ours(model)
     with TorchPeer(sys.executable, model, ["float32"], jax.local_device_count()) as peer:
-        assert bench_decode.check_agreement(ours, peer, "float32", ids) < 1e-4
+        assert torch_peer.check_agreement(ours, peer, "float32", ids) < 1e-4
         ours.prefill(ids, 4)
         ours.decode(3)
         first = peer.ask("prefill", dtype="float32", ids=ids.tolist(), room=4)["tokens"]

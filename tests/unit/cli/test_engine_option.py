@@ -11,7 +11,7 @@ from step3_jax.cli.arguments.engine import add_engine
 from step3_jax.cli.engine import EngineChoice, print_config, read_engine
 from step3_jax.engine.config import EngineConfig, read_config_file, settings
 from step3_jax.layout.parallel import Parallel
-from step3_jax.mesh import CPU_DEVICES
+from step3_jax.rank import CPU_DEVICES
 
 
 @pytest.fixture(autouse=True)

@@ -42,12 +42,12 @@ def test_every_variable_is_shown_and_a_secret_is_not(
     capsys: pytest.CaptureFixture[str], private_compile_cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STEP3_KERNELS", "reference")
-    monkeypatch.setenv("STEP3_WATCH_TOKEN", "abcdefgh")
+    monkeypatch.setenv("STEP3_SECRET", "abcdefgh")
     assert main(["env"]) == 0
     printed = capsys.readouterr().out
     lines = {line.split()[0]: line.split()[1] for line in printed.splitlines() if len(line.split()) > 1}
     assert lines["STEP3_KERNELS"] == "reference"
-    assert lines["STEP3_WATCH_TOKEN"] == "(set)"
+    assert lines["STEP3_SECRET"] == "(set)"
     assert lines["STEP3_NUM_HOSTS"] == "-"
     assert "abcdefgh" not in printed
 

@@ -296,7 +296,7 @@ def test_a_context_that_the_model_lacks_is_refused_before_weights_are_read(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr("step3_jax.engine.llm.load_model", fail)
+    monkeypatch.setattr("step3_jax.engine.loading.load_model", fail)
     with pytest.raises(ValueError, match=r"max_model_len is 300; .* has positions for at most 256 tokens"):
         LLM(tmp_path, max_model_len=300)
 

@@ -1,0 +1,76 @@
+"""The executor that a choice of devices asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from step3_jax.afd.host.executor import HostExecutor, load_host_executor
+from step3_jax.afd.placement import place_model
+from step3_jax.afd.program.attention_process import AttentionProcess
+from step3_jax.afd.program.executor import load_program_executor, make_program_executor
+from step3_jax.afd.program.ffn_process import FfnProcess
+from step3_jax.afd.topology import AfdTopology
+from step3_jax.model.step3 import Step3
+
+
+@dataclasses.dataclass(frozen=True)
+class AfdChoice:
+    """What was asked for.
+
+    Attributes:
+      topology: The devices.
+      num_microbatches: In flight.
+      payload: What crosses from attention to FFN.
+      deadline_s: Longest time of a stage, for executor host.
+      executor: "host" or "program".
+    """
+
+    topology: AfdTopology
+    num_microbatches: int
+    payload: str
+    deadline_s: float
+    executor: str
+
+
+def load_afd_executor(
+    choice: AfdChoice, folder: pathlib.Path, dtype: str
+) -> HostExecutor | AttentionProcess | FfnProcess:
+    """Loads a model on the devices that were chosen.
+
+    Args:
+      choice: From `read_afd_choice`.
+      folder: The model's.
+      dtype: "auto", or the dtype of weights and activations.
+
+    Raises:
+      ValueError: If the devices cannot share out the model, or it cannot be loaded.
+    """
+    own_dtype = None if dtype == "auto" else dtype
+    topology, num_microbatches, payload = choice.topology, choice.num_microbatches, choice.payload
+    if choice.executor == "program":
+        return load_program_executor(
+            folder, topology, dtype=own_dtype, num_microbatches=num_microbatches, payload=payload
+        )
+    return load_host_executor(
+        folder,
+        topology,
+        dtype=own_dtype,
+        num_microbatches=num_microbatches,
+        payload=payload,
+        deadline_s=choice.deadline_s,
+    )
+
+
+def place_executor(choice: AfdChoice, model: Step3) -> HostExecutor | AttentionProcess | FfnProcess:
+    """The same for a model in memory, whose speed or trace is wanted.
+
+    Raises:
+      ValueError: If the devices cannot share out the model.
+    """
+    placed, topology, num_microbatches = place_model(model, choice.topology), choice.topology, choice.num_microbatches
+    if choice.executor == "program":
+        return make_program_executor(placed, topology, num_microbatches=num_microbatches, payload=choice.payload)
+    return HostExecutor(
+        placed, topology, num_microbatches=num_microbatches, payload=choice.payload, deadline_s=choice.deadline_s
+    )

@@ -1,0 +1,1 @@
+"""Executor `host`: one process that drives both sides."""

@@ -1,0 +1,248 @@
+"""Executor `host`: one process, two meshes, a jitted call for each stage, micro-batches in flight.
+
+The host only hands out work: calls return before they have run. For each layer it hands out every micro-batch's attention
+step, exchange, FFN step and exchange back. Each role's devices take their calls in the order they come in, so that the
+FFN side works on one micro-batch while the attention side works on the next.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.pages import KVPages
+from pallas_kernels.storage import Storage
+from step3_jax.afd.host.calls import Flow, RoleCalls
+from step3_jax.afd.host.exchange import Exchange
+from step3_jax.afd.host.flight import Flight
+from step3_jax.afd.payload import PayloadFormat
+from step3_jax.afd.placement import load_placed_model
+from step3_jax.afd.topology import AfdTopology
+from step3_jax.cache.paged import Cache, empty_cache
+from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, widen_weights
+from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
+from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
+from step3_jax.layout.payload import choose_payload
+from step3_jax.layout.role import Role
+from step3_jax.model.step3 import Step3
+from step3_jax.timeline.event import Event, Lane, Stage
+
+# Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
+_STAGES_AHEAD = 8
+
+
+class HostExecutor(Executor):
+    """Runs a model with attention and FFN on disjoint devices of this process; `num_shards` are the attention devices.
+
+    Attributes:
+      topology: The devices.
+      form: What crosses between the roles.
+      calls: The jitted calls, with their counts.
+    """
+
+    def __init__(
+        self,
+        model: Step3,
+        topology: AfdTopology,
+        *,
+        num_microbatches: int = DEFAULT_MICROBATCHES,
+        payload: str = "auto",
+        deadline_s: float = DEFAULT_DEADLINE_S,
+    ) -> None:
+        """Takes a model whose weights lie as `topology.parameter` says: `load_host_executor` and `place_model` see to it.
+
+        Args:
+          model: The model.
+          topology: The devices.
+          num_microbatches: In flight, 1 to 4.
+          payload: What crosses from attention to FFN: "fp8", "bfloat16", "float32", or "auto", which is float32 (exact)
+            for float32 activations and fp8 for others.
+          deadline_s: How long a stage may take once those before it have ended.
+
+        Raises:
+          ValueError: If a value is not allowed, or the FFN side cannot share out the model.
+        """
+        check_microbatches(num_microbatches)
+        topology.check(model.config)
+        super().__init__(
+            model.config,
+            list(topology.attention.mesh.devices.flat),
+            model.text.embed_tokens.weight.get_value().dtype,
+            num_shards=topology.num_attention,
+            num_image_shards=topology.tower.size("images"),
+        )
+        if self.is_cpu:
+            model = widen_weights(model)
+        self.topology = topology
+        self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
+        self.calls = RoleCalls(model, topology, self.form, num_microbatches)
+        self.num_traces = self.calls.num_traces
+        self._exchange = Exchange(topology)
+        self._flight = Flight(deadline_s)
+        self._num_started: collections.Counter[str] = collections.Counter()
+
+    @property
+    def role(self) -> Role:
+        """See `Executor.role`."""
+        return self.topology.attention_role
+
+    @property
+    def num_microbatches(self) -> int:
+        """See `Executor.num_microbatches`."""
+        return self.calls.num_microbatches
+
+    def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
+        """See `Executor.allocate_cache`; the pages are on the attention devices alone."""
+        make = functools.partial(empty_cache, self.config.text, num_pages, storage, as_bits=self.is_cpu)
+        return jax.jit(make, out_shardings=self.topology.attention.sharding("rows"))()
+
+    def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
+        """See `Executor.copy_pages`."""
+        shard_pages, size = self._pages_of_shard(cache), num_copies(sources)
+        own = (local_pages(pages, shard_pages, self.num_shards, size) for pages in (sources, targets))
+        cache = self.calls.copy_pages(cache, *own)
+        self.compile_s = self.calls.compile_s
+        return cache
+
+    def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
+        features = self.calls.encode_images(pixels)
+        self.compile_s = self.calls.compile_s
+        return features
+
+    def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
+        """See `Executor.prefill`.
+
+        Raises:
+          TimeoutError: If a stage does not end by its deadline; the message names it.
+        """
+        calls = self.calls
+        flows = calls.begin_chunk(batch, self._pages_of_shard(cache))
+        pages, number = list(cache), self._count("prefill")
+        for layer in range(len(pages)):
+            # Of the last layer only the cache has a reader.
+            flows = self._run_layer(flows, pages, layer, "prefill", number, needs_ffn=layer < len(pages) - 1)
+        self._flight.drain()
+        self.compile_s = calls.compile_s
+        return tuple(pages), Started(None)
+
+    def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
+        """See `Executor.decode`.
+
+        Whether rows have ended is read one step late, so that no step waits for the answer of the one before: a call may
+        take a step more than it needs, in which rows that have ended do nothing.
+
+        Raises:
+          TimeoutError: If a stage does not end by its deadline; the message names it.
+        """
+        calls, pages = self.calls, list(cache)
+        parts = calls.split(
+            self._place_wide(call.batch), call.sampling, self._pages_of_shard(cache), max_steps=call.max_steps
+        )
+        counts: collections.deque[list[Int[Array, "S 2"]]] = collections.deque()
+        for _ in range(call.num_steps):
+            if len(counts) == 2 and self._is_over(counts.popleft(), call.leave_early):
+                break
+            number = self._count("decode")
+            flows = [calls.begin(part) for part in parts]
+            for layer in range(len(pages)):
+                flows = self._run_layer(flows, pages, layer, "decode", number)
+            counts.append([])
+            for index, (part, flow) in enumerate(zip(parts, flows, strict=True)):
+                rows, count = calls.end(part, flow)
+                parts[index] = part._replace(rows=rows)
+                counts[-1].append(count)
+                self._note(Stage("attention", "decode", number, len(pages), index), count, len(parts))
+        report = calls.merge([part.rows.report for part in parts], call.batch.last.shape[0] // self.num_shards)
+        self._flight.drain()
+        self.compile_s = calls.compile_s
+        return tuple(pages), Started(call.cut_report(report))
+
+    def start_recording(self) -> None:
+        """Records who does which stage when, from now on; see `timeline.trace`."""
+        self._flight.start_recording()
+
+    def stop_recording(self) -> list[Event]:
+        """Ends a recording; its events by the time of their end."""
+        return self._flight.stop_recording()
+
+    def _run_layer(
+        self,
+        flows: Sequence[Flow],
+        pages: list[KVPages],
+        layer: int,
+        phase: str,
+        number: int,
+        *,
+        needs_ffn: bool = True,
+    ) -> list[Flow]:
+        """Hands out one layer for all micro-batches; `pages` gets its cache."""
+        calls, count, after = self.calls, len(flows), []
+        for index, flow in enumerate(flows):
+
+            def note(lane: Lane, array: Array, index: int = index) -> None:
+                self._note(Stage(lane, phase, number, layer, index), array, count)
+
+            hidden, pieces, pages[layer] = calls.attend(layer, flow, pages[layer])
+            note("attention", pieces[0])
+            if needs_ffn:
+                arrived = self._exchange.to_ffn(pieces)
+                note("to_ffn", arrived[0])
+                output = calls.feed(layer, arrived)
+                note("ffn", output[0])
+                pieces = self._exchange.to_attention(output)
+                note("to_attention", pieces[0])
+            after.append(Flow(hidden, pieces, flow.context))
+        return after
+
+    def _place(self, array: np.ndarray) -> Array:
+        return jax.device_put(array, self.topology.attention.sharding("rows"))
+
+    def _note(self, stage: Stage, array: Array, num_microbatches: int) -> None:
+        self._flight.push(stage, array, _STAGES_AHEAD * num_microbatches)
+
+    def _is_over(self, counts: Sequence[Int[Array, "S 2"]], leave_early: bool) -> bool:
+        for count in counts:
+            self._flight.wait_for(count)
+        running, ended = np.sum([np.asarray(count) for count in counts], axis=(0, 1)).tolist()
+        return not running or (leave_early and ended > 0)
+
+    def _pages_of_shard(self, cache: Cache) -> int:
+        return cache[0].keys.shape[0] // self.num_shards
+
+    def _count(self, phase: str) -> int:
+        self._num_started[phase] += 1
+        return self._num_started[phase] - 1
+
+
+def load_host_executor(
+    path: str | os.PathLike[str],
+    topology: AfdTopology,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    num_microbatches: int = DEFAULT_MICROBATCHES,
+    payload: str = "auto",
+    deadline_s: float = DEFAULT_DEADLINE_S,
+) -> HostExecutor:
+    """Loads a model's folder, each weight straight to the devices of its role; of each only their parts are read.
+
+    Args:
+      path: Folder with `config.json` and the weights.
+      topology: The devices.
+      dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
+      num_microbatches: As for `HostExecutor`, and so are the others.
+      payload: See there.
+      deadline_s: See there.
+
+    Raises:
+      ValueError: As `load_placed_model` and `HostExecutor` do; what the devices cannot share out is refused before anything
+        is loaded.
+    """
+    check_microbatches(num_microbatches)
+    model = load_placed_model(path, topology, dtype=dtype, payload=payload)
+    return HostExecutor(model, topology, num_microbatches=num_microbatches, payload=payload, deadline_s=deadline_s)

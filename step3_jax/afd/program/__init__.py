@@ -1,0 +1,1 @@
+"""Executor `program`: a process for each device."""

@@ -1,0 +1,216 @@
+"""What an FFN device does in executor `program`: all of a call, inside `jax.shard_map` over the union mesh.
+
+It gets all tokens that it has a part of the work of, and gives back its part of each one's sum: the attention side adds
+the parts, so that the FFN side needs no collective of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from step3_jax.afd.microbatch import part_size
+from step3_jax.afd.payload import PayloadFormat
+from step3_jax.afd.program.call import Numbers, Observe
+from step3_jax.afd.program.report import fill_report, gather_report
+from step3_jax.afd.program.wire import Slots, Wire
+from step3_jax.afd.roles import Parts
+from step3_jax.afd.topology import UNION, AfdTopology
+from step3_jax.config import TextConfig
+from step3_jax.engine.state import Report
+from step3_jax.layers.mlp import SwiGLU
+from step3_jax.layers.moe import Experts
+from step3_jax.layout.schedule import Schedule
+from step3_jax.layout.table import AXES
+from step3_jax.mesh import Layout
+from step3_jax.model.text import FfnBlock
+
+FfnWeights = list[list[Array]]
+
+
+class _Loop(NamedTuple):
+    """What the decode loop carries from one rotation to the next.
+
+    Attributes:
+      step: Rotations so far.
+      is_over: Whether to leave.
+      pending: Outputs that wait for their exchange.
+      arrived: By the last exchange.
+    """
+
+    step: Int[Array, ""]
+    is_over: Bool[Array, ""]
+    pending: UInt8[Array, "rows output_bytes"]
+    arrived: Slots
+
+
+class FfnLoop:
+    """The FFN side's programs."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        config: TextConfig,
+        topology: AfdTopology,
+        form: PayloadFormat,
+        num_microbatches: int,
+        dtype: jnp.dtype,
+        observe: Observe | None,
+    ) -> None:
+        """As for `AttentionLoop`."""
+        self._layers = [part.skeleton for part in parts.ffn]
+        self._num_experts = config.moe_num_experts
+        self._vocab_size = config.vocab_size
+        self._topology = topology
+        self._form = form
+        self._num_microbatches = num_microbatches
+        self._dtype = dtype
+        self._observe = observe
+        layout = topology.ffn
+        # Of each FFN device: which of the groups of experts it has, and which of the copies of all other weights.
+        self._expert_group = _coordinates(layout, layout.axes("experts"))
+        widths = layout.axes("width")
+        self._copy = _coordinates(layout, tuple(axis for axis in AXES if axis not in widths))
+        self._num_copies = int(self._copy.max()) + 1
+
+    def prefill(self, weights: FfnWeights, *, num_tokens: int) -> Slots:
+        """The FFN side of a chunk of prompts.
+
+        Args:
+          weights: Of this device.
+          num_tokens: Of each attention device.
+
+        Returns:
+          What came by the last exchange, to wait for.
+        """
+        each, count = part_size(num_tokens, self._num_microbatches)
+        schedule = Schedule(len(weights), count)
+        wire = Wire(self._topology, self._form, each)
+        blocks, arrived = self._build(weights), wire.empty()
+        pending = self._no_outputs(each)
+        for tick in range(schedule.num_chunk_exchanges):
+            fresh = pending
+            if not schedule.is_from_before(tick) and (item := schedule.ffn_item(tick)) is not None:
+                fresh = self._feed(blocks, item.layer, wire.rows(arrived))
+            arrived = wire.from_ffn(pending if schedule.ffn_lag else fresh, arrived)
+            pending = fresh
+        return arrived
+
+    def decode(
+        self,
+        weights: FfnWeights,
+        numbers: Numbers,
+        *,
+        num_rows: int,
+        max_steps: int,
+    ) -> tuple[Report, Int[Array, ""]]:
+        """The FFN side of a decode call.
+
+        Args:
+          weights: Of this device.
+          numbers: As for the attention side.
+          num_rows: Rows of each attention device.
+          max_steps: As for the attention side.
+
+        Returns:
+          The report of all attention devices' rows, and the steps taken.
+        """
+        each, count = part_size(num_rows, self._num_microbatches)
+        schedule = Schedule(len(weights), count)
+        wire = Wire(self._topology, self._form, each)
+        blocks = self._build(weights)
+
+        def take_tick(tick: int, pending: Array, arrived: Slots) -> tuple[Array, Slots]:
+            fresh = pending
+            if (item := schedule.ffn_item(tick)) is not None:
+                fresh = self._feed(blocks, item.layer, wire.rows(arrived))
+            return fresh, wire.from_ffn(pending if schedule.ffn_lag else fresh, arrived)
+
+        def rotate(loop: _Loop) -> _Loop:
+            pending, arrived = loop.pending, loop.arrived
+            for tick in range(schedule.num_ticks):
+                pending, arrived = take_tick(tick, pending, arrived)
+            wire.tell(self._observe, numbers.first_step + loop.step, (loop.step + 1) * schedule.num_ticks, arrived)
+            return _Loop(loop.step + 1, wire.is_over(arrived, numbers.leave_early), pending, arrived)
+
+        loop = _Loop(jnp.zeros((), jnp.int32), jnp.zeros((), bool), self._no_outputs(each), wire.empty())
+        loop = jax.lax.while_loop(lambda loop: (loop.step < numbers.num_steps) & ~loop.is_over, rotate, loop)
+        pending, arrived = loop.pending, loop.arrived
+        for tick in range(schedule.num_last_exchanges):
+            if schedule.is_from_before(tick):
+                pending, arrived = take_tick(tick, pending, arrived)
+            else:
+                arrived = wire.from_ffn(pending, arrived)
+        # Nobody reads it; that it is known only now keeps the gathering behind the last exchange.
+        last = arrived[0, -1].astype(jnp.int32)
+        report = gather_report(fill_report(last, num_rows, max_steps, self._vocab_size), self._topology)
+        return report, loop.step
+
+    def _build(self, weights: FfnWeights) -> list[FfnBlock]:
+        return [skeleton.build(leaves) for skeleton, leaves in zip(self._layers, weights, strict=True)]
+
+    def _no_outputs(self, num_rows: int) -> UInt8[Array, "rows output_bytes"]:
+        return jnp.zeros((self._topology.num_attention * num_rows, self._form.output_bytes), jnp.uint8)
+
+    def _feed(
+        self, blocks: Sequence[FfnBlock], layer: int, rows: UInt8[Array, "rows row_bytes"]
+    ) -> UInt8[Array, "rows output_bytes"]:
+        """This device's part of a layer's FFN half."""
+        block = blocks[layer]
+        normed, experts, weights = self._form.unpack(rows, self._dtype)
+        with jax.named_scope(f"layers.{layer}"):
+            if block.mlp is not None:
+                with jax.named_scope("mlp"):
+                    return self._form.pack_output(self._run_copy(block.mlp, normed))
+            total = jnp.zeros_like(normed)
+            if block.moe is not None:
+                with jax.named_scope("moe"):
+                    total += self._run_experts(block.moe, normed, weights, experts)
+            if block.share_expert is not None:
+                with jax.named_scope("share_expert"):
+                    total += self._run_copy(block.share_expert, normed)
+            return self._form.pack_output(total)
+
+    def _run_experts(
+        self,
+        inner: Experts,
+        normed: Float[Array, "N D"],
+        weights: Float[Array, "N top_k"],
+        experts: Int[Array, "N top_k"],
+    ) -> Float[Array, "N D"]:
+        """This device's part of the routed experts' sum; see `ShardedExperts.sum_part`, which is for a mesh of its own."""
+        count = inner.gate_proj[...].shape[0]
+        local = experts - self._place(self._expert_group) * count
+        is_here = (local >= 0) & (local < count)
+        weights, local = jnp.where(is_here, weights, 0), jnp.where(is_here, local, count)
+        return inner(normed, weights, local, all_experts=self._num_experts)
+
+    def _run_copy(self, module: SwiGLU, normed: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """Weights of which several devices have a copy: each serves its share of the rows, and gives zeros for others."""
+        if self._num_copies == 1:
+            return module(normed)
+        each = -(-normed.shape[0] // self._num_copies)
+        padded = jnp.pad(normed, ((0, each * self._num_copies - normed.shape[0]), (0, 0)))
+        first = self._place(self._copy) * each
+        out = module(jax.lax.dynamic_slice_in_dim(padded, first, each))
+        return jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(padded), out, first, 0)[: normed.shape[0]]
+
+    def _place(self, table: Int[np.ndarray, " devices"]) -> Int[Array, ""]:
+        return jnp.asarray(table)[jax.lax.axis_index(UNION) - self._topology.num_attention]
+
+
+def _coordinates(layout: Layout, axes: Sequence[str]) -> Int[np.ndarray, " devices"]:
+    """Number of each device along some axes of a mesh."""
+    shape = layout.mesh.devices.shape
+    places = np.indices(shape).reshape(len(shape), -1)
+    picked = [AXES.index(axis) for axis in axes]
+    sizes = [shape[axis] for axis in picked]
+    if math.prod(sizes) == 1:
+        return np.zeros((math.prod(shape),), np.int32)
+    return np.ravel_multi_index(tuple(places[picked]), sizes).astype(np.int32)

@@ -1,0 +1,55 @@
+"""The models of the benchmarks: Step3's proportions at any size, with random weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from step3_jax.config import ModelConfig, TextConfig
+from step3_jax.model.step3 import Step3, abstract_step3
+
+
+def bench_config(hidden_size: int, num_layers: int) -> ModelConfig:
+    """A text-only model with Step3's proportions: one dense layer, then layers of 16 experts, 3 of them chosen.
+
+    Raises:
+      ValueError: If `hidden_size` is no multiple of 128, or there is not at least one layer.
+    """
+    if hidden_size < 128 or hidden_size % 128:
+        raise ValueError(f"--hidden is {hidden_size}; a multiple of 128 is needed")
+    if num_layers < 1:
+        raise ValueError(f"--layers is {num_layers}; at least 1 is needed")
+    text = TextConfig(
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 5 // 2,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 64,
+        head_dim=128,
+        share_q_dim=hidden_size // 2,
+        moe_num_experts=16,
+        moe_top_k=3,
+        moe_intermediate_size=hidden_size * 3 // 4,
+        share_expert_dim=hidden_size * 3 // 4,
+        moe_layers=tuple(range(1, num_layers)),
+        vocab_size=16 * hidden_size,
+        max_position_embeddings=4096,
+    )
+    return ModelConfig(text=text, vision=None, dtype="float32", image_token_id=1, eos_token_id=0)
+
+
+def random_model(config: ModelConfig) -> Step3:
+    """A float32 model with normal weights of standard deviation fan_in^-0.5, and norms of ones."""
+    graphdef, state = nnx.split(abstract_step3(config, "float32"))
+    rng = np.random.default_rng(0)
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> Array:
+        if len(leaf.shape) < 2:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        values = rng.standard_normal(leaf.shape, np.float32)
+        values *= np.float32(leaf.shape[-1] ** -0.5)
+        return jnp.asarray(values)
+
+    return nnx.merge(graphdef, jax.tree.map(fill, state))

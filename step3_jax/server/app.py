@@ -254,8 +254,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 async def _answer_http(request: Request, error: Exception) -> Response:
     """Errors of the router in the form of all others."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    headers = dict((error.headers or {}) if isinstance(error, HTTPException) else {})
+    given = (error.headers or {}) if isinstance(error, HTTPException) else {}
+    headers = {name.title(): value for name, value in given.items()}
+    if "Allow" in headers:
+        # The router gives them in no order.
+        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
     path = request.url.path[:200]
-    said = f"{request.method} is not allowed for {path}; use {headers.get('allow') or headers.get('Allow')}"
+    said = f"{request.method} is not allowed for {path}; use {headers.get('Allow')}"
     message = said if status == 405 else f"there is nothing at {path}"
     return ApiError(status, message, code=_HTTP_CODES.get(status), headers=headers).response()

@@ -67,8 +67,9 @@ class CachedWorker(Worker):
         if isinstance(call, AllocateCache):
             # First: there may be no room for both.
             self._cache = None
-            self._cache = executor.allocate_cache(call.num_pages, call.storage)
-            return Started(self._cache)
+            # Waited for here: the next call consumes it, and what is consumed cannot be waited for.
+            self._cache = executor.wait(executor.allocate_cache(call.num_pages, call.storage))
+            return None
         if isinstance(call, MeasureMemory):
             return executor.cache_memory_bytes(call.rows, call.chunk_tokens)
         if isinstance(call, EncodeImages):

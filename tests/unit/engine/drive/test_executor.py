@@ -15,7 +15,7 @@ from step3_jax.channel.address import ChannelAddress
 from step3_jax.channel.driver import DriverChannel
 from step3_jax.channel.failure import RunLostError
 from step3_jax.channel.worker import WorkerChannel
-from step3_jax.engine.drive.call import Call, DecodeSizes, MeasureMemory, PrefillSizes
+from step3_jax.engine.drive.call import AllocateCache, Call, DecodeSizes, MeasureMemory, PrefillSizes
 from step3_jax.engine.drive.executor import DrivenExecutor
 from step3_jax.engine.drive.worker import CachedWorker, Outcome, Worker, serve_calls
 from step3_jax.engine.request import Prompt, Request
@@ -50,6 +50,16 @@ class SizesWorker(Worker):
     def run(self, call: Call) -> Outcome:
         self.calls.append(call)
         return None
+
+
+class WaitingExecutor(FakeExecutor):
+    """Counts how often its cache is waited for."""
+
+    num_waits = 0
+
+    def wait(self, cache: np.ndarray) -> np.ndarray:
+        self.num_waits += 1
+        return cache
 
 
 @contextlib.contextmanager
@@ -215,3 +225,9 @@ def test_a_lost_worker_is_no_fault_of_an_image(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(RunLostError, match="encoding images: MemoryError: full"):
             run(core)
         assert not sink
+
+
+def test_a_new_cache_is_waited_for_before_a_call_can_consume_it() -> None:
+    executor = WaitingExecutor()
+    assert CachedWorker(executor).run(AllocateCache(4, "float32")) is None
+    assert executor.num_waits == 1

@@ -10,6 +10,7 @@ import pytest
 from tests.process import step3
 
 
+@pytest.mark.slow  # The command runs in the tests of docs, and test_host.py compares the tokens.
 def test_generate_answers_as_the_fused_model_does() -> None:
     words = ["generate", "-p", "What is the capital of France?", "--max-tokens", "24", "--json"]
     found = []
@@ -22,6 +23,7 @@ def test_generate_answers_as_the_fused_model_does() -> None:
     assert apart["token_ids"] == fused["token_ids"]
 
 
+@pytest.mark.slow  # The command runs in the tests of docs, and test_trace.py draws.
 def test_a_timeline_is_drawn(tmp_path: pathlib.Path) -> None:
     words = ["afd", "trace", "--preset", "tiny", "--batch", "4", "--max-tokens", "3", "--afd-microbatches", "2"]
     ran = step3(*words, "--out", "trace.json", cwd=tmp_path)

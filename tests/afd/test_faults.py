@@ -28,7 +28,7 @@ FORMS = {"afd": (["--afd", "1a1f"], ("attention 0", "ffn 0")), "tp": (["--tp", "
 WHERE = {"start": "at the start", "prefill": r"in prefill, call \d+", "decode": r"(in decode, call|after call) \d+"}
 SAID = {signal.SIGKILL: r"was killed \(SIGKILL", signal.SIGSTOP: r"has not moved for \d+ s"}
 # Of the whole matrix, these are run each time.
-QUICK = {("afd", 1, signal.SIGKILL, "decode"), ("tp", 1, signal.SIGSTOP, "start"), ("afd", 0, signal.SIGKILL, "start")}
+QUICK = {("afd", 1, signal.SIGKILL, "decode"), ("tp", 1, signal.SIGSTOP, "start")}
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
 slow = pytest.mark.slow

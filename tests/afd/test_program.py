@@ -137,6 +137,7 @@ def test_two_attention_processes_share_an_ffn_process(tmp_path: pathlib.Path) ->
     assert readings[0].exchange > 0
 
 
+@pytest.mark.slow  # Four processes on two cores; the defaults have both sides with two processes, one at a time.
 def test_two_attention_processes_and_two_ffn_processes() -> None:
     cases = [{"do": "tokens", "afd": "2a2f", "microbatches": 2}, {"do": "places", "afd": "2a2f", "microbatches": 2}]
     answers = run_ranks(4, cases)

@@ -44,7 +44,7 @@ def load_afd_executor(
       dtype: "auto", or the dtype of weights and activations.
 
     Raises:
-      ValueError: If the devices cannot share out the model, or it cannot be loaded.
+      ValueError: If the model cannot be sharded over the devices, or it cannot be loaded.
     """
     own_dtype = None if dtype == "auto" else dtype
     topology, num_microbatches, payload = choice.topology, choice.num_microbatches, choice.payload
@@ -66,7 +66,7 @@ def place_executor(choice: AfdChoice, model: Step3) -> HostExecutor | AttentionP
     """The same for a model in memory, whose speed or trace is wanted.
 
     Raises:
-      ValueError: If the devices cannot share out the model.
+      ValueError: If the model cannot be sharded over the devices.
     """
     placed, topology, num_microbatches = place_model(model, choice.topology), choice.topology, choice.num_microbatches
     if choice.executor == "program":

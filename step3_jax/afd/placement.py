@@ -35,7 +35,7 @@ def load_placed_model(
       payload: What is to cross; checked before anything is loaded.
 
     Raises:
-      ValueError: As `load_model` does, for a payload that does not exist, and if the devices cannot share out the model.
+      ValueError: As `load_model` does, for a payload that does not exist, and if the model cannot be sharded so.
     """
     config = ModelConfig.load(pathlib.Path(path))
     if topology.devices[0].platform == "cpu":
@@ -50,7 +50,7 @@ def place_model(model: Step3, topology: AfdTopology) -> Step3:
     """A copy of a model in memory, each weight on the devices of its role. Of several processes each has the same model.
 
     Raises:
-      ValueError: If the FFN side cannot share out the model.
+      ValueError: If the FFN side cannot hold the model in shards.
     """
     topology.check(model.config)
     return parallel.place_model(model, topology)

@@ -222,7 +222,8 @@ def count_processes(
 
     Args:
       hosts: The machines.
-      per_host: What was asked for. If absent: what the command needs, shared out; if it does not say the GPUs, or 1.
+      per_host: What was asked for. If absent, what the command needs, divided over the hosts; if it does not say, the
+        GPUs, or 1.
       platform: "cpu" or "cuda".
       need: Of the launched command.
       devices_per_process: Devices of each.

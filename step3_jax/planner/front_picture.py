@@ -24,7 +24,7 @@ _NAMES = {True: "attention and FFN apart (AFD)", False: "every device does both 
 _MAX_LABELS, _LABEL_FACTOR = 6, 1.25
 # What counts as the same place, as a logarithm.
 _NEAR = 0.2
-# Beyond this multiple of the least cost nobody buys, and the rest of the picture would be flat.
+# Beyond this multiple of the least cost nothing is of interest, and the rest of the picture would be flat.
 _MOST_TIMES_LEAST = 40.0
 
 

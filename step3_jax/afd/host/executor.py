@@ -66,7 +66,7 @@ class HostExecutor(Executor):
           deadline_s: How long a stage may take once those before it have ended.
 
         Raises:
-          ValueError: If a value is not allowed, or the FFN side cannot share out the model.
+          ValueError: If a value is not allowed, or the FFN side cannot hold the model in shards.
         """
         check_microbatches(num_microbatches)
         topology.check(model.config)

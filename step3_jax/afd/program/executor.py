@@ -39,7 +39,7 @@ def make_program_executor(
         activations and fp8 for others.
 
     Raises:
-      ValueError: If a value is not allowed, the FFN side cannot share out the model, or the processes do not fit the
+      ValueError: If a value is not allowed, the FFN side cannot hold the model in shards, or the processes do not fit the
         topology.
     """
     check_microbatches(num_microbatches)

@@ -238,16 +238,7 @@ def summarise(times: dict[str, list[float]], arguments: argparse.Namespace) -> d
             "tokens_per_s": count * arguments.rows * steps / median[name],
         }
     return {
-        "conditions": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "load": os.getloadavg(),
-            **{name: getattr(arguments, name) for name in SIZES},
-            "payload": arguments.payload,
-            "environment": OVERLAP,
-        },
+        "conditions": describe_conditions(arguments),
         "tick_ms": tick,
         "exchange_to_compute": tick["exchange"] / max(tick["attention"], tick["ffn"]),
         "microbatches": rows,
@@ -309,6 +300,20 @@ def write_json(path: pathlib.Path, found: dict[str, object]) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     new.replace(path)
+
+
+def describe_conditions(arguments: argparse.Namespace) -> dict[str, object]:
+    """The machine, its load, and the sizes that were measured."""
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "load": os.getloadavg(),
+        **{name: getattr(arguments, name) for name in SIZES},
+        "payload": arguments.payload,
+        "environment": OVERLAP,
+    }
 
 
 def main() -> int:

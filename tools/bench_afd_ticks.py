@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -40,7 +39,7 @@ from step3_jax.distributed import initialise_distributed
 from step3_jax.layout.schedule import Schedule
 from step3_jax.planner.simulation.lockstep import simulate_item_s
 from tools import bench_afd
-from tools.bench_afd import MICROBATCHES, OVERLAP, Rank, SilentWire, add_sizes, start_ranks
+from tools.bench_afd import MICROBATCHES, Rank, SilentWire, add_sizes, start_ranks
 
 NUM_QUANTILES = 50
 
@@ -180,16 +179,7 @@ def summarise(
 ) -> dict[str, object]:
     """What both sides have measured."""
     return {
-        "conditions": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "load": os.getloadavg(),
-            **{name: getattr(arguments, name) for name in bench_afd.SIZES},
-            "payload": arguments.payload,
-            "environment": OVERLAP,
-        },
+        "conditions": bench_afd.describe_conditions(arguments),
         "exchange": attention["exchange"],
         "microbatches": {
             str(count): {

@@ -56,7 +56,7 @@ def initialise_distributed(environment: Mapping[str, str] | None = None) -> bool
     timeout_s = read_start_timeout(environment)
     # JAX ends a process from C++ when others do not come, without saying who: so they meet before.
     _meet(host.strip("[]"), int(port), rank, num_processes, timeout_s)
-    # Who sets a proxy for all has been asked by the launcher to leave out the coordinator.
+    # The launcher already adds the coordinator to no_proxy.
     jax.config.update("jax_check_proxy_envs", False)
     jax.distributed.initialize(
         address,

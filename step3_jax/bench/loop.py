@@ -33,7 +33,7 @@ class Ours:
     """The project's own prefill and decode loop, greedy, on a model in one dtype."""
 
     def __init__(self, model: Step3, parallel: Parallel | None = None, afd: AfdChoice | None = None) -> None:
-        """Takes the model as it is to run, and the devices that it is to run on, if they are several.
+        """Takes the model, already in the dtype it runs in, and its devices if there are several.
 
         In a process above rank 0 it does not return, as `LLM`.
         """

@@ -16,7 +16,7 @@ _MIN_DEADLINE_S, _MIN_RANK_DEADLINE_S = 1.0, 2.0
 FORWARDED = ("STEP3_", "JAX_", "XLA_", "NCCL_", "HF_", "TF_CPP_")
 # All of them exist in every jaxlib that this project supports: XLA ends a process that has one it does not know.
 _XLA_GPU_FLAGS = {
-    # The processes compile different programs (one per role), so they cannot share out the tuning of one.
+    # The processes compile different programs (one per role), so they cannot divide the tuning of one among them.
     "--xla_gpu_shard_autotuning": "false",
     # Starts collectives early and waits late, so that the exchange hides behind the compute.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",

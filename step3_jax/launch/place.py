@@ -49,13 +49,13 @@ class Need:
             return 1
         if topology is None and self.num_devices % devices_per_process:
             raise ValueError(
-                f"{self.option} is for {self.num_devices} devices, which processes of {devices_per_process} cannot share "
-                f"out: give a divisor of {self.num_devices}"
+                f"{self.option} is for {self.num_devices} devices, which processes of {devices_per_process} do not divide "
+                f"evenly: give a divisor of {self.num_devices}"
             )
         if topology is not None and topology.devices_per_instance % devices_per_process:
             raise ValueError(
                 f"{self.option} has {topology.devices_per_instance} device(s) an instance, which processes of "
-                f"{devices_per_process} devices cannot share out: give a divisor of {topology.devices_per_instance}, or "
+                f"{devices_per_process} devices do not divide evenly: give a divisor of {topology.devices_per_instance}, or "
                 f"{self.num_devices} with one process"
             )
         return self.num_devices // devices_per_process
@@ -235,7 +235,7 @@ def count_processes(
         needed = need.processes(devices_per_process)
         if needed % len(hosts):
             raise ValueError(
-                f"{need.option} needs {needed} processes, which {len(hosts)} hosts cannot share out: give a number of "
+                f"{need.option} needs {needed} processes, which {len(hosts)} hosts cannot divide evenly: give a number of "
                 f"hosts that divides {needed}"
             )
         per_host = needed // len(hosts)

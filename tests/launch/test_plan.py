@@ -48,7 +48,7 @@ def test_one_process_for_each_gpu() -> None:
 def test_the_topology_decides_the_number_of_processes() -> None:
     need = read_need(["--afd", "1a1f", "--afd-devices", "4"])
     assert count_processes(TWO, per_host=None, platform="cuda", need=need, devices_per_process=1) == 4
-    with pytest.raises(ValueError, match="needs 3 processes, which 2 hosts cannot share out"):
+    with pytest.raises(ValueError, match="needs 3 processes, which 2 hosts cannot divide evenly"):
         count_processes(TWO, per_host=None, platform="cpu", need=read_need(["--afd", "2a1f"]), devices_per_process=1)
     with pytest.raises(ValueError, match=r"--afd 1a1f needs 8 processes .* not 4: start 8"):
         count_processes(TWO, per_host=2, platform="cpu", need=need, devices_per_process=1)

@@ -73,7 +73,7 @@ def test_parallel_sizes_that_cannot_be_are_refused() -> None:
     for words in ("--dp 0", "--tp x"):
         with pytest.raises(ValueError, match=r"--(dp 0|tp x); a whole number of at least 1 is needed"):
             read_need(["generate", *words.split()])
-    with pytest.raises(ValueError, match="--dp 4 is for 4 devices, which processes of 3 cannot share out"):
+    with pytest.raises(ValueError, match="--dp 4 is for 4 devices, which processes of 3 do not divide evenly"):
         Need("--dp 4", 4).processes(3)
 
 

@@ -240,8 +240,8 @@ def load_host_executor(
       deadline_s: See there.
 
     Raises:
-      ValueError: As `load_placed_model` and `HostExecutor` do; what the devices cannot share out is refused before anything
-        is loaded.
+      ValueError: As `load_placed_model` and `HostExecutor` do; what cannot be sharded over the devices is refused
+        before anything is loaded.
     """
     check_microbatches(num_microbatches)
     model = load_placed_model(path, topology, dtype=dtype, payload=payload)

@@ -12,7 +12,7 @@ from pallas_kernels.quantise import FP8
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.layers.rows import Rows, as_rows
 from step3_jax.quant import BlockScaled, dequantise
-from step3_jax.stack import Weight, parts, pick
+from step3_jax.stack import LayerOf, parts, pick
 
 # XLA:CPU has no bfloat16 product of a vector: it writes the whole matrix out in float32 first. From two rows on it calls
 # a library that reads bfloat16 as it is, best from four rows.
@@ -51,7 +51,7 @@ class Linear(nnx.Module):
         if self.takes_rows:
             out = linear_rows(as_rows(hidden), weight).reshape(*hidden.shape[:-1], -1)
         else:
-            out = linear(hidden, pick(weight))
+            out = linear(hidden, weight)
         return out if self.bias is None else out + self.bias[...]
 
 
@@ -61,7 +61,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype
 
 
 def linear(
-    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | BlockScaled
+    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | BlockScaled | LayerOf
 ) -> Float[Array, "*batch features_out"]:
     """x W^T in the dtype of `hidden`, summed in float32.
 
@@ -70,6 +70,7 @@ def linear(
 
     A quantised weight is dequantised first.
     """
+    weight = pick(weight)
     if isinstance(weight, BlockScaled):
         return linear(hidden, dequantise(weight, hidden.dtype))
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -80,7 +81,7 @@ def linear(
     return out[:num_rows].astype(hidden.dtype).reshape(*hidden.shape[:-1], weight.shape[0])
 
 
-def linear_rows(rows: Rows, weight: Weight) -> Float[Array, "N features_out"]:
+def linear_rows(rows: Rows, weight: Float[Array, "..."] | BlockScaled | LayerOf) -> Float[Array, "N features_out"]:
     """The product of quantised rows with a weight in FP8, one layer or a place in a stack; summed in float32."""
     stored, layer = parts(weight)
     return fp8_matmul(
@@ -94,7 +95,7 @@ def linear_rows(rows: Rows, weight: Weight) -> Float[Array, "N features_out"]:
     )
 
 
-def is_fp8(weight: Weight) -> bool:
+def is_fp8(weight: Float[Array, "..."] | BlockScaled | LayerOf) -> bool:
     """Whether a weight is in FP8 with scales of the blocks that the FP8 products take."""
     stored, _ = parts(weight)
     return isinstance(stored, BlockScaled) and stored.values.dtype == FP8 and stored.block == (FP8_BLOCK, FP8_BLOCK)

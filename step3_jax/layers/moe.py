@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import Implementation, dispatch
+from pallas_kernels.common import dispatch
 from pallas_kernels.grouped_matmul.api import moe_ffn
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.layers.linear import is_fp8, linear, normal
@@ -132,7 +132,8 @@ def separate_experts(model: nnx.Module) -> None:
     for _, module in nnx.iter_modules(model):
         for name in STACKS if isinstance(module, Experts) else ():
             stack = getattr(module, name).get_value()
-            if isinstance(stack, jax.Array) and stack.nbytes >= len(stack) * MIN_SEPARATE_BYTES:
+            # An axis more is one of layers.
+            if isinstance(stack, jax.Array) and stack.ndim == 3 and stack.nbytes >= len(stack) * MIN_SEPARATE_BYTES:
                 host = np.asarray(stack)
                 parts = tuple(jax.device_put(host[expert], may_alias=True) for expert in range(len(host)))
                 # A new parameter: another module may share the old one.
@@ -287,8 +288,9 @@ def _run_expert(
     return _swiglu(hidden, *(jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False) for stack in stacks))
 
 
-def _plain(stack: Stack | BlockScaled, dtype: jnp.dtype) -> Stack:
-    return dequantise(stack, dtype) if isinstance(stack, BlockScaled) else stack
+def _plain(stack: Stack | BlockScaled | LayerOf, dtype: jnp.dtype) -> Stack:
+    picked = pick(stack)
+    return dequantise(picked, dtype) if isinstance(picked, BlockScaled) else picked
 
 
 def _experts_plain(

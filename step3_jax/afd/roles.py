@@ -30,6 +30,7 @@ from step3_jax.model.parallel import ShardedFfn, parallelise_vision
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
 from step3_jax.model.vision import Projector, VisionTower
+from step3_jax.stack import LayerOf
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -60,6 +61,15 @@ class Skeleton(Generic[M]):
         """The module with these arrays."""
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
+    def build_layer(self, leaves: Sequence[Array], index: Int[Array, ""]) -> M:
+        """The module of one layer of a stack; of the stack each weight has the whole and the layer's number."""
+        state = jax.tree.unflatten(self.treedef, leaves)
+        placed = [
+            (path, variable.replace(LayerOf(variable.get_value(), index)))
+            for path, variable in nnx.to_flat_state(state)
+        ]
+        return nnx.merge(self.graphdef, nnx.from_flat_state(placed))
+
 
 class Ends(nnx.Module):
     """What of the decoder stands before the first layer and behind the last one; it is on the attention side."""
@@ -72,10 +82,27 @@ class Ends(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Part(Generic[M]):
-    """A module taken apart: skeleton and arrays."""
+    """A module taken apart: skeleton and arrays.
+
+    Attributes:
+      skeleton: Of one layer.
+      leaves: Its arrays, or those of several layers of one form, stacked.
+      stacked_layers: How many layers are stacked; None for the arrays of one by itself.
+    """
 
     skeleton: Skeleton[M]
     leaves: list[Array]
+    stacked_layers: int | None = None
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the arrays are a stack's, [L, ...]."""
+        return self.stacked_layers is not None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that this stands for."""
+        return self.stacked_layers or 1
 
 
 @dataclasses.dataclass(frozen=True)

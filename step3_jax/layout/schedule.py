@@ -59,6 +59,16 @@ class Schedule:
         return max(self.num_microbatches, self.depth)
 
     @property
+    def num_idle_ticks(self) -> int:
+        """Ticks beside each item in which nothing is computed: only a lone micro-batch has any."""
+        return self.period - self.num_microbatches
+
+    @property
+    def num_late_items(self) -> int:
+        """Items of the last layer that the FFN side computes in the next rotation, before that one's own."""
+        return sum(self.is_from_before(tick) and self.ffn_item(tick) is not None for tick in range(self.period))
+
+    @property
     def num_ticks(self) -> int:
         """Ticks of a rotation."""
         return self.num_layers * self.period

@@ -14,7 +14,7 @@ from step3_jax.afd.microbatch import merge_stacked, split_chunk, stack_rows
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.program.call import Numbers, Observe
 from step3_jax.afd.program.report import gather_report
-from step3_jax.afd.program.tick import Layers, Segment, pick, stack
+from step3_jax.afd.program.tick import Layers, Number, Segment, pick, stack
 from step3_jax.afd.program.wire import Slots, Wire
 from step3_jax.afd.roles import (
     Ends,
@@ -151,7 +151,7 @@ class AttentionLoop:
         tokens = stack([self._begin_chunk(ends, part) for part in parts])
         last = layers.count - 1
 
-        def take(segment: Segment[AttentionBlock], layer: Int[Array, ""], index: Int[Array, ""], way: _Way) -> _Way:
+        def take(segment: Segment[AttentionBlock], layer: Number, index: Int[Array, ""], way: _Way) -> _Way:
             context = pick(tokens.context, index)
             return self._take_item(segment, layer, index, context, way, wire, schedule)
 
@@ -232,7 +232,7 @@ class AttentionLoop:
                 begin, (loop.way._replace(hidden=None), (no, no)), (parts, loop.rows, loop.way.hidden)
             )
 
-            def take(segment: Segment[AttentionBlock], layer: Int[Array, ""], index: Int[Array, ""], way: _Way) -> _Way:
+            def take(segment: Segment[AttentionBlock], layer: Number, index: Int[Array, ""], way: _Way) -> _Way:
                 return self._take_item(segment, layer, index, pick(contexts, index), way, wire, schedule, status)
 
             items = range(count, layers.count * count)
@@ -286,7 +286,7 @@ class AttentionLoop:
     def _take_item(
         self,
         segment: Segment[AttentionBlock],
-        layer: Int[Array, ""],
+        layer: Number,
         index: Int[Array, ""],
         context: AttentionContext,
         way: _Way,
@@ -301,17 +301,12 @@ class AttentionLoop:
         return _Way(cache, hidden, fresh, self._exchange(way, fresh, wire, schedule, status))
 
     def _attend(
-        self, segment: Segment[AttentionBlock], layer: Int[Array, ""] | int, tokens: Tokens, cache: Cache
+        self, segment: Segment[AttentionBlock], layer: Number, tokens: Tokens, cache: Cache
     ) -> tuple[Float[Array, "B T D"], UInt8[Array, "rows row_bytes"], Cache]:
         """A layer's attention half."""
         layer_pages = count_pages(cache, self._config.num_hidden_layers)
-
-        def run(
-            block: AttentionBlock, tokens: Tokens, cache: Cache
-        ) -> tuple[Float[Array, "B T D"], UInt8[Array, "rows row_bytes"], Cache]:
-            return attention_step(block, self._form, tokens, cache, layer, layer_pages)
-
-        return segment.call(layer, run, tokens, cache)
+        with jax.named_scope(segment.scope):
+            return attention_step(segment.build(layer), self._form, tokens, cache, layer, layer_pages)
 
     def _exchange(
         self,

@@ -20,7 +20,7 @@ from step3_jax.afd.microbatch import part_size
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.program.call import Numbers, Observe
 from step3_jax.afd.program.report import fill_report, gather_report
-from step3_jax.afd.program.tick import Layers, Segment
+from step3_jax.afd.program.tick import Layers, Number, Segment
 from step3_jax.afd.program.wire import Slots, Wire
 from step3_jax.afd.roles import Parts
 from step3_jax.afd.topology import UNION, AfdTopology
@@ -161,7 +161,7 @@ class FfnLoop:
         wire: Wire,
         schedule: Schedule,
         segment: Segment[FfnBlock],
-        layer: Int[Array, ""],
+        layer: Number,
         index: Int[Array, ""],
         way: _Way,
     ) -> _Way:
@@ -170,7 +170,8 @@ class FfnLoop:
         pending, arrived = way
         for _ in range(schedule.num_idle_ticks):
             arrived = wire.from_ffn(pending, arrived)
-        fresh = segment.call(layer, self._feed, wire.rows(arrived))
+        with jax.named_scope(segment.scope):
+            fresh = self._feed(segment.build(layer), wire.rows(arrived))
         return _Way(fresh, wire.from_ffn(pending if schedule.ffn_lag else fresh, arrived))
 
     def _drain(self, way: _Way, wire: Wire, schedule: Schedule) -> Slots:

@@ -1,14 +1,14 @@
-"""Loops over ticks: of the layer and the micro-batch that a tick computes, only the device knows the numbers.
+"""Loops over ticks: an iteration computes one layer of one micro-batch, and only the device knows which.
 
-One layer of one micro-batch is an iteration, and what the next one needs of it goes through the loop's carry. So a program
-is as large as its layers are different, not as many times larger as there are micro-batches, and no compiler can move a
-tick's work to the other side of an exchange. Layers that lie stacked (on GPUs) are found by their number; of separate ones
-(on CPUs) `jax.lax.switch` takes one, so that no weight is copied.
+What the next tick needs goes through the loop's carry. So a program is as large as its layers are different, not as many
+times larger as there are micro-batches, and no compiler moves a tick's work to the other side of an exchange. Layers that
+lie stacked (on GPUs) are one loop, which finds their weights by number. Each layer that lies by itself (on CPUs) has a loop
+of its own over the micro-batches: a choice between layers inside one loop (`jax.lax.switch`) would be as small, and copies
+the KV cache with jax 0.10.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -22,71 +22,35 @@ from jaxtyping import Array, Int
 from step3_jax.afd.roles import Part
 
 M = TypeVar("M", bound=nnx.Module)
-R = TypeVar("R")
 T = TypeVar("T")
 Carry = TypeVar("Carry")
 
+# A layer's number: known while tracing where each has a loop of its own.
+Number = Int[Array, ""] | int
+
 
 @dataclasses.dataclass(frozen=True)
-class Segment(abc.ABC, Generic[M]):
+class Segment(Generic[M]):
     """Neighbouring layers that one loop serves.
 
     Attributes:
       first: The first of them.
       end: The layer behind the last of them.
+      build: The block of one of these layers.
     """
 
     first: int
     end: int
+    build: Callable[[Number], M]
 
-    @abc.abstractmethod
-    def call(self, layer: Int[Array, ""] | int, run: Callable[..., R], *operands: object) -> R:
-        """What `run(block, *operands)` gives, with the block of one of these layers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SeparateSegment(Segment[M]):
-    """Layers whose arrays lie apart.
-
-    Attributes:
-      blocks: Of each.
-    """
-
-    blocks: Sequence[M]
-
-    def call(self, layer: Int[Array, ""] | int, run: Callable[..., R], *operands: object) -> R:
-        """See `Segment.call`."""
-
-        def run_layer(number: int, block: M, *operands: object) -> R:
-            with jax.named_scope(f"layers.{number}"):
-                return run(block, *operands)
-
-        branches = [functools.partial(run_layer, self.first + index, block) for index, block in enumerate(self.blocks)]
-        if len(branches) == 1:
-            return branches[0](*operands)
-        return jax.lax.switch(layer - self.first, branches, *operands)  # type: ignore[no-any-return]
-
-
-@dataclasses.dataclass(frozen=True)
-class StackedSegment(Segment[M]):
-    """Layers of one form whose arrays are stacked.
-
-    Attributes:
-      build: Makes the block of the layer of a number, which counts from the stack's first.
-      first_stacked: The stack's first layer.
-    """
-
-    build: Callable[[Int[Array, ""]], M]
-    first_stacked: int
-
-    def call(self, layer: Int[Array, ""] | int, run: Callable[..., R], *operands: object) -> R:
-        """See `Segment.call`."""
-        with jax.named_scope("layers"):
-            return run(self.build(jnp.asarray(layer - self.first_stacked, jnp.int32)), *operands)
+    @property
+    def scope(self) -> str:
+        """Name of the layers in a profile."""
+        return f"layers.{self.first}" if self.end == self.first + 1 else f"layers.{self.first}-{self.end - 1}"
 
 
 class Layers(Generic[M]):
-    """One role's halves of all layers, as a loop takes them.
+    """One role's halves of all layers, as loops take them.
 
     Attributes:
       count: L.
@@ -98,38 +62,23 @@ class Layers(Generic[M]):
         first = 0
         for part, own in zip(parts, leaves, strict=True):
             end = first + part.num_layers
-            last = self._segments[-1] if self._segments else None
-            if part.is_stacked:
-                self._segments.append(
-                    StackedSegment(first, end, functools.partial(part.skeleton.build_layer, own), first)
-                )
-            elif isinstance(last, SeparateSegment):
-                blocks = [*last.blocks, part.skeleton.build(own)]
-                self._segments[-1] = SeparateSegment(last.first, end, blocks)
-            else:
-                self._segments.append(SeparateSegment(first, end, [part.skeleton.build(own)]))
+            self._segments.append(Segment(first, end, functools.partial(_build, part, own, first)))
             first = end
         self.count = first
 
     def cut(self, first: int, end: int) -> list[Segment[M]]:
         """Segments of the layers [first, end)."""
-        found: list[Segment[M]] = []
-        for segment in self._segments:
-            low, high = max(first, segment.first), min(end, segment.end)
-            if low >= high:
-                continue
-            if isinstance(segment, SeparateSegment):
-                blocks = segment.blocks[low - segment.first : high - segment.first]
-                found.append(dataclasses.replace(segment, first=low, end=high, blocks=blocks))
-            else:
-                found.append(dataclasses.replace(segment, first=low, end=high))
-        return found
+        found = (
+            dataclasses.replace(segment, first=max(first, segment.first), end=min(end, segment.end))
+            for segment in self._segments
+        )
+        return [segment for segment in found if segment.first < segment.end]
 
     def over_items(
         self,
         items: range,
         num_microbatches: int,
-        take: Callable[[Segment[M], Int[Array, ""], Int[Array, ""], Carry], Carry],
+        take: Callable[[Segment[M], Number, Int[Array, ""], Carry], Carry],
         carry: Carry,
     ) -> Carry:
         """Computes items in order; item i is layer i // n of micro-batch i % n.
@@ -144,7 +93,8 @@ class Layers(Generic[M]):
         for segment in self.cut(items.start // count, -(-items.stop // count)):
 
             def take_item(item: Int[Array, ""], carry: Carry, segment: Segment[M] = segment) -> Carry:
-                return take(segment, item // count, item % count, carry)
+                layer = segment.first if segment.end == segment.first + 1 else item // count
+                return take(segment, layer, item - layer * count, carry)
 
             first, end = max(items.start, segment.first * count), min(items.stop, segment.end * count)
             carry = jax.lax.fori_loop(first, end, take_item, carry)
@@ -159,3 +109,9 @@ def pick(tree: T, index: Int[Array, ""]) -> T:
 def stack(trees: Sequence[T]) -> T:
     """Arrays with one entry for each micro-batch, of those of each."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _build(part: Part[M], leaves: Sequence[Array], first: int, layer: Number) -> M:
+    if not part.is_stacked:
+        return part.skeleton.build(leaves)
+    return part.skeleton.build_layer(leaves, jnp.asarray(layer - first, jnp.int32))

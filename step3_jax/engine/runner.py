@@ -158,13 +158,18 @@ class TracedCalls:
         if batch.features is not None and batch.feature_rows is not None:
             embeddings = merge_image_features(embeddings, batch.features, batch.feature_rows[None])
         step = CacheStep(batch.table, batch.lengths, batch.query_starts)
-        routings: list[Routing] = []
-        # The hidden states have no reader, so what only they need of the last layer is not computed: its routing neither.
-        _, filled = decoder(embeddings, cache=cache, step=step, watch=routings.append)
-        config = self._config
-        kept = routings[:-1] if config.is_moe_layer(config.num_hidden_layers - 1) else routings
-        counts = count_tokens(kept, batch.query_starts[-1], config.moe_num_experts)
-        return cache if filled is None else filled, counts[None]
+        num_experts = self._config.moe_num_experts
+
+        def count(routing: Routing) -> Int[Array, " E"]:
+            return count_tokens(routing, batch.query_starts[-1], num_experts)
+
+        _, filled, counts = decoder.run(embeddings, cache=cache, step=step, observe=count)
+        if self._config.is_moe_layer(self._config.num_hidden_layers - 1):
+            # The hidden states have no reader, so what only they need of the last layer is not computed: neither is its
+            # routing.
+            counts[-1] = counts[-1][:-1]
+        joined = jnp.concatenate(counts) if counts else jnp.zeros((0, num_experts), jnp.int32)
+        return cache if filled is None else filled, joined[None]
 
     def decode(
         self,

@@ -62,7 +62,7 @@ class Layers(Generic[M]):
         first = 0
         for part, own in zip(parts, leaves, strict=True):
             end = first + part.num_layers
-            self._segments.append(Segment(first, end, functools.partial(_build, part, own, first)))
+            self._segments.append(Segment(first, end, functools.partial(_build_layer, part, own, first)))
             first = end
         self.count = first
 
@@ -111,7 +111,5 @@ def stack(trees: Sequence[T]) -> T:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _build(part: Part[M], leaves: Sequence[Array], first: int, layer: Number) -> M:
-    if not part.is_stacked:
-        return part.skeleton.build(leaves)
-    return part.skeleton.build_layer(leaves, jnp.asarray(layer - first, jnp.int32))
+def _build_layer(part: Part[M], leaves: Sequence[Array], first: int, layer: Number) -> M:
+    return part.build(leaves, layer - first)

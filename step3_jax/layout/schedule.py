@@ -78,13 +78,6 @@ class Schedule:
         """Exchanges after the last rotation until all that is on its way has come back."""
         return self.num_microbatches - 1 + self.depth - self.period
 
-    @property
-    def num_chunk_exchanges(self) -> int:
-        """Exchanges of a chunk of prompts, whose last layer only fills the cache."""
-        if self.num_layers == 1:
-            return 0
-        return (self.num_layers - 2) * self.period + self.num_microbatches - 1 + self.depth
-
     def attention_item(self, tick: int) -> Item | None:
         """What attention computes in a tick of the rotation; None for nothing."""
         return self._item(tick)

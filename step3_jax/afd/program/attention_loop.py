@@ -165,9 +165,7 @@ class AttentionLoop:
             return self._attend(segment, last, Tokens(hidden, wire.outputs(arrived), context), pool)[2], None
 
         # With one layer nothing was sent, and nothing comes back.
-        arrived = self._drain(way, wire, len(parts) if last else 1)
-        if not last:
-            arrived = jnp.repeat(arrived, len(parts), axis=0)
+        arrived = self._drain(way, wire, schedule) if last else stack([wire.empty()] * len(parts))
         return jax.lax.scan(fill, way.cache, (way.hidden, tokens.context, arrived))[0]
 
     def decode(
@@ -253,7 +251,7 @@ class AttentionLoop:
             _Way(cache, hidden, self._no_rows(size), wire.empty()),
         )
         loop = jax.lax.while_loop(lambda loop: (loop.step < numbers.num_steps) & ~loop.is_over, rotate, loop)
-        given = parts, loop.rows, loop.way.hidden, self._drain(loop.way, wire, count)
+        given = parts, loop.rows, loop.way.hidden, self._drain(loop.way, wire, schedule)
         _, rows = jax.lax.scan(finish, None, given)
         report = merge_stacked(rows.report, num_rows)
         return loop.way.cache, gather_report(report, self._topology), loop.step
@@ -322,9 +320,9 @@ class AttentionLoop:
             arrived = wire.from_attention(fresh, arrived, *status)
         return arrived
 
-    def _drain(self, way: _Way, wire: Wire, count: int) -> UInt8[Array, "n N slot"]:
-        """What comes back of each of `count` micro-batches, [n, N, slot]: one has, and the others' exchanges are made."""
+    def _drain(self, way: _Way, wire: Wire, schedule: Schedule) -> UInt8[Array, "n N slot"]:
+        """What comes back of the last layer, of all micro-batches: that of the first is there, and others are on their way."""
         arrived = [way.arrived]
-        for _ in range(count - 1):
+        for _ in range(schedule.num_last_exchanges):
             arrived.append(wire.from_attention(way.pending, arrived[-1]))
         return jnp.stack(arrived)

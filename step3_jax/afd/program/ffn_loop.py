@@ -177,7 +177,7 @@ class FfnLoop:
     def _drain(self, way: _Way, wire: Wire, schedule: Schedule) -> Slots:
         """The last exchanges, in which nothing is computed any more."""
         arrived = way.arrived
-        for _ in range(schedule.num_microbatches - 1 - schedule.num_late_items):
+        for _ in range(schedule.num_last_exchanges - schedule.num_late_items):
             arrived = wire.from_ffn(way.pending, arrived)
         return arrived
 

@@ -20,8 +20,8 @@ class Flight:
     """Stages that were started and may not have ended.
 
     Attributes:
-      ffn_wait_s: Seconds in which attention had nothing to compute, as what it needed had not come back from the FFN side. As
-        seen while stages were waited for, which is nearly all the time, and to the length of a pause between two looks.
+      ffn_wait_s: Seconds in which attention had nothing to compute, as what it needed had not come back from the FFN side.
+        As seen while stages were waited for, which is nearly all the time, and to the length of a pause between two looks.
     """
 
     def __init__(self, deadline_s: float) -> None:

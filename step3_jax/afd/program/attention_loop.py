@@ -321,7 +321,7 @@ class AttentionLoop:
         return arrived
 
     def _drain(self, way: _Way, wire: Wire, schedule: Schedule) -> UInt8[Array, "n N slot"]:
-        """What comes back of the last layer, of all micro-batches: that of the first is there, and others are on their way."""
+        """What comes back of the last layer for each micro-batch; that of the first is there already."""
         arrived = [way.arrived]
         for _ in range(schedule.num_last_exchanges):
             arrived.append(wire.from_attention(way.pending, arrived[-1]))

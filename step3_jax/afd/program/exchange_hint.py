@@ -12,9 +12,9 @@ _HINTS = "configs/gpu/exchange_latency.pbtxt"
 def exchange_options(platform: str) -> dict[str, str] | None:
     """Options for `jax.jit` of a program with exchanges; none but on GPUs.
 
-    XLA orders a program's launches by how long it believes each to take. An exchange takes as long as the other side needs
-    to compute what it sends, which XLA cannot know; the file says that an exchange takes longer than anything else. The check
-    that is off would warn of names in the file that a program lacks, and of others that it has.
+    XLA orders a program's launches by how long it believes each to take. An exchange takes as long as the other side
+    needs to compute what it sends, which XLA cannot know; the file says that an exchange takes longer than anything else.
+    The check that is off would warn of names in the file that a program lacks, and of others that it has.
 
     Args:
       platform: As `Device.platform` names it.

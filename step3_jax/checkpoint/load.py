@@ -47,6 +47,7 @@ from step3_jax.layout.parallel import fit_parallel
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
+from step3_jax.model.fuse import fuse, is_on_gpu, set_quantised
 from step3_jax.model.step3 import Step3, abstract_step3, stack_model
 from step3_jax.quant import BlockScaled
 from step3_jax.stored_file import require_folder
@@ -72,6 +73,8 @@ def load_model(
     shardings: Mapping[Path, NamedSharding] | None = None,
     layout: Layout | None = None,
     stack_layers: bool | None = None,
+    fuse_products: bool | None = None,
+    quantise_activations: bool | None = None,
     text_only: bool = False,
     progress: bool = False,
 ) -> Step3:
@@ -89,6 +92,9 @@ def load_model(
       layout: The same, from a parallel setting: head and vision tower are filled up with zeros where they do not divide.
       stack_layers: Whether neighbouring layers of the decoder that are of one form lie stacked, as programs for GPUs want
         them (see `model.layers`). By default on GPUs.
+      fuse_products: Whether products of one input are joined, see `model.fuse`. By default on GPUs.
+      quantise_activations: Whether activations are quantised before products with weights in FP8, see `model.fuse`. By
+        default on GPUs, where weights stay FP8 and activations are bfloat16: who asks for float32 does not want it.
       text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.
 
@@ -128,7 +134,13 @@ def load_model(
         if layout is not None:
             fit_parallel(layout.parallel, config.text, fp8_block=block if config.quantization is not None else None)
         reader = TensorReader(checkpoint, np.dtype(dtype_name), block, keep_fp8)
-        return _fill(config, reader, layout.parameter if layout is not None else shardings, stack_layers, progress)
+        model = _fill(config, reader, layout.parameter if layout is not None else shardings, stack_layers, progress)
+    if is_on_gpu(model) if fuse_products is None else fuse_products:
+        fuse(model)
+    if quantise_activations is None:
+        quantise_activations = is_on_gpu(model) and dtype_name == "bfloat16"
+    set_quantised(model, quantise_activations)
+    return model
 
 
 def has_vision(names: Iterable[str]) -> bool:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Shaped
 
+from step3_jax.gpu import is_gpu
 from step3_jax.layers.attention import MFA
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.mlp import SwiGLU
@@ -31,8 +32,9 @@ JOINED = ((MFA, ("q_proj", "k_proj", "v_proj"), "qkv_down_proj"), (SwiGLU, ("gat
 def fuse(model: nnx.Module) -> None:
     """Joins products of one input in all layers of `model`, wherever their weights are of one kind.
 
-    Layers may be apart or stacked, weights on one device or on many (each then joins its own parts), or abstract. A weight
-    in FP8 is joined if each device's part of it is whole blocks.
+    Where they are to be on several devices they must lie there already: each device joins its own parts.
+    Layers may be apart or stacked, arrays may be shapes. A weight in FP8 is joined if each device's part of it is whole
+    blocks. While a weight is joined there are two of it.
     """
     for module, names, joined in _find(model):
         parts = [getattr(module, name) for name in names]
@@ -57,6 +59,11 @@ def separate(model: nnx.Module) -> None:
         for name, part in zip(names, _cut(weight, _sizes(module, weight)), strict=True):
             setattr(module, name, _like(found, part))
         setattr(module, joined, None)
+
+
+def is_fused(model: nnx.Module) -> bool:
+    """Whether some products of `model` are joined."""
+    return any(getattr(module, joined) is not None for module, _, joined in _find(model))
 
 
 def set_quantised(model: nnx.Module, wanted: bool) -> None:
@@ -88,6 +95,12 @@ def set_quantised(model: nnx.Module, wanted: bool) -> None:
 def is_quantised(model: nnx.Module) -> bool:
     """Whether activations are quantised before products with weights in FP8, as `set_quantised` has it."""
     return any(isinstance(module, Linear | Experts) and module.takes_rows for _, module in nnx.iter_modules(model))
+
+
+def is_on_gpu(model: nnx.Module) -> bool:
+    """Whether the weights of `model` are on GPUs."""
+    first = jax.tree.leaves(nnx.state(model, nnx.Param))[0]
+    return all(is_gpu(device.platform) for device in first.sharding.device_set)
 
 
 def _find(model: nnx.Module) -> Iterator[tuple[nnx.Module, tuple[str, ...], str]]:

@@ -31,7 +31,7 @@ from step3_jax.checkpoint.view import leave_view
 from step3_jax.config import DTYPES, ModelConfig, QuantConfig
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import scale_shape
-from step3_jax.model.fuse import is_fused, separate
+from step3_jax.model.fuse import separate
 from step3_jax.model.layers import is_stacked, layer_paths
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import BlockScaled, quantise
@@ -69,9 +69,8 @@ def save_model(
     """
     folder = pathlib.Path(folder)
     _check_target(folder, overwrite)
-    if is_fused(model):
-        model = nnx.merge(*nnx.split(model))
-        separate(model)
+    model = nnx.merge(*nnx.split(model))
+    separate(model)
     flat = dict(_list_values(model))
     kept = model.text.embed_tokens.weight[...].dtype
     dtype_name = jnp.dtype(kept if dtype is None else dtype).name

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Shaped
 
-from step3_jax.gpu import is_gpu
 from step3_jax.layers.attention import MFA
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.mlp import SwiGLU
@@ -61,12 +60,7 @@ def separate(model: nnx.Module) -> None:
         setattr(module, joined, None)
 
 
-def is_fused(model: nnx.Module) -> bool:
-    """Whether some products of `model` are joined."""
-    return any(getattr(module, joined) is not None for module, _, joined in _find(model))
-
-
-def set_quantised(model: nnx.Module, wanted: bool) -> None:
+def set_quantised(model: nnx.Module, *, wanted: bool) -> None:
     """Says whether activations are quantised before products with weights in FP8.
 
     They are quantised to e4m3 with a scale for each 128 columns of a row, and multiplied in FP8, on any device: by kernels
@@ -95,12 +89,6 @@ def set_quantised(model: nnx.Module, wanted: bool) -> None:
 def is_quantised(model: nnx.Module) -> bool:
     """Whether activations are quantised before products with weights in FP8, as `set_quantised` has it."""
     return any(isinstance(module, Linear | Experts) and module.takes_rows for _, module in nnx.iter_modules(model))
-
-
-def is_on_gpu(model: nnx.Module) -> bool:
-    """Whether the weights of `model` are on GPUs."""
-    first = jax.tree.leaves(nnx.state(model, nnx.Param))[0]
-    return all(is_gpu(device.platform) for device in first.sharding.device_set)
 
 
 def _find(model: nnx.Module) -> Iterator[tuple[nnx.Module, tuple[str, ...], str]]:

@@ -65,7 +65,7 @@ def case(request):
                 stack = getattr(module, name)
                 stack.set_value(quantise(stack.get_value()))
         # As weights in FP8 are loaded on GPUs.
-        set_quantised(decoder, True)
+        set_quantised(decoder, wanted=True)
     fuse(decoder)
     return weights, storage, decoder
 

@@ -27,7 +27,7 @@ from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, PrefillBatch
 from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import Layout, make_layout
-from step3_jax.model.fuse import fuse, set_quantised
+from step3_jax.model.arrangement import Arrangement, arrange
 from step3_jax.model.parallel import place_shapes
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import quantise
@@ -56,11 +56,7 @@ def abstract_model(num_layers: int, layout: Layout) -> Step3:
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if is_fp8_tensor(released_name(path)):
             variable.set_value(jax.eval_shape(quantise, variable.get_value()))
-    placed = place_shapes(model, layout)
-    # As `load_model` has it on GPUs.
-    fuse(placed)
-    set_quantised(placed, True)
-    return placed
+    return arrange(place_shapes(model, layout), Arrangement.of("gpu", CONFIG.dtype))
 
 
 def cache_shapes(model: Step3, layout: Layout) -> Cache:

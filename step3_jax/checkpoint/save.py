@@ -51,7 +51,8 @@ def save_model(
 ) -> None:
     """Writes `config.json` and the weights under a temporary name, then renames the folder.
 
-    Weights come to the host one slice at a time. Weights that are FP8 in the model are written as they are. Of a sharded
+    Weights come to the host one slice at a time; of products that are joined, the parts are copied first. Weights that are
+    FP8 in the model are written as they are. Of a sharded
     model, all of whose devices are of this process, what it is filled up with is left out.
 
     Args:

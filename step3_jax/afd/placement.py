@@ -14,7 +14,6 @@ from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
 from step3_jax.layout.payload import choose_payload
 from step3_jax.model import parallel
-from step3_jax.model.arrangement import Arrangement
 from step3_jax.model.step3 import Step3
 
 
@@ -44,7 +43,7 @@ def load_placed_model(
         config = dataclasses.replace(config, quantization=None)
         dtype = jnp.float32 if dtype is None else dtype
     choose_payload(payload, config.dtype if dtype is None else jnp.dtype(dtype).name)
-    return load_model(path, dtype, shardings=topology.shardings(config), arrangement=Arrangement())
+    return load_model(path, dtype, shardings=topology.shardings(config))
 
 
 def place_model(model: Step3, topology: AfdTopology) -> Step3:

@@ -17,6 +17,7 @@ from step3_jax import resources
 from step3_jax.layout.page import KV_CACHE_DTYPES
 from step3_jax.layout.parallel import Parallel, VisionForm
 from step3_jax.layout.payload import PAYLOADS
+from step3_jax.layout.weight_form import WEIGHTS
 from step3_jax.nearest import describe_known
 
 _SPEC = re.compile(r"([1-9][0-9]*)a([1-9][0-9]*)f", re.IGNORECASE)
@@ -25,7 +26,6 @@ MIN_MICROBATCHES, MAX_MICROBATCHES = 1, 4
 DEFAULT_MICROBATCHES = 3
 # Longest wait for the other role, in seconds.
 DEFAULT_DEADLINE_S = 120.0
-WEIGHTS = ("float32", "bfloat16", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Deployment:
       parallel: Of the FFN side with a topology, of all devices without; its ep is known. Attention is data parallel: every
         attention device (every device, without a topology) has sequences and KV cache of its own. Its `vision` (the file's
         `mm_encoder_tp_mode`) is the attention side's with a topology: the devices of an instance are a group.
-      weights: "float32", "bfloat16" or "fp8" (with bfloat16 for what the FP8 release leaves so).
+      weights: One of `weight_form.WEIGHTS`; a quantised one with bfloat16 for what the FP8 release leaves so.
       kv_cache: Format of the KV pages.
       num_microbatches: In flight, 1 to 4.
       payload: What crosses from attention to FFN, one of `PAYLOADS`.

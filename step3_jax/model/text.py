@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
-from step3_jax.layers.attention import MFA, AttentionContext, CacheStep, attention_context
+from step3_jax.layers.attention import MFA, AttentionContext, CacheStep, at_layer, attention_context
 from step3_jax.layers.embed import Embedding
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.mlp import SwiGLU
@@ -31,7 +31,7 @@ class AttentionOutput(NamedTuple):
       residual: The residual stream after attention; it stays on the attention side.
       normed: Tokens for the FFN half, flattened over the batch.
       routing: Expert choice of each token; None in a dense layer.
-      pages: The layer's cache with the new rows.
+      pages: The pool with the layer's new rows.
     """
 
     residual: Float[Array, "B T D"]
@@ -134,16 +134,16 @@ class Decoder(nnx.Module):
         self,
         embeddings: Float[Array, "B T D"],
         *,
-        cache: Sequence[KVPages] | None = None,
+        cache: KVPages | None = None,
         step: CacheStep | None = None,
         positions: Int[Array, "B T"] | None = None,
         watch: Watch | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[KVPages, ...] | None]:
+    ) -> tuple[Float[Array, "B T D"], KVPages | None]:
         """Runs all layers.
 
         Args:
           embeddings: Token embeddings, image features merged in; [1, N, D] for a packed chunk of prompts.
-          cache: One entry a layer; None runs without a cache.
+          cache: The pool of all layers, see `cache.paged`; None runs without a cache.
           step: Where the tokens stand in the cache; given if and only if there is one.
           positions: Rotary positions, if they are not the tokens' places in their sequences.
           watch: Gets the routing of each MoE layer in turn, while the call is traced.
@@ -156,16 +156,17 @@ class Decoder(nnx.Module):
         """
         if (cache is None) != (step is None):
             raise ValueError("a cache needs the step that says where its tokens stand, and a step needs a cache")
-        page_size = cache[0].page_size if cache else PAGE_SIZE
+        page_size, layer_pages = PAGE_SIZE, 0
+        if cache is not None:
+            page_size, layer_pages = cache.page_size, cache.num_pages // len(self.layers)
         context = attention_context(
             self.config, embeddings.shape[:2], step=step, page_size=page_size, positions=positions
         )
-        hidden, new_cache = embeddings, []
+        hidden = embeddings
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layers.{index}"):
-                hidden, pages = layer(hidden, context, cache[index] if cache is not None else None, watch)
-            new_cache.append(pages)
-        return self.norm(hidden), tuple(new_cache) if cache is not None else None
+                hidden, cache = layer(hidden, at_layer(context, index, layer_pages), cache, watch)
+        return self.norm(hidden), cache
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of normed hidden states."""

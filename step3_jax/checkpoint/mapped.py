@@ -2,7 +2,7 @@
 
 Nothing is copied, so a model may be larger than memory, and several processes share what the system has read. What is
 given up is that a weight cannot change: whoever writes to the file writes to the model. A file that is cut short takes
-the process with it; `cpu_kernels.watch` sees to it that it says why.
+the process with it; `cpu_kernels.watch` has it say why.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from step3_jax.checkpoint.memory import format_bytes
 from step3_jax.checkpoint.placement import Placement
 from step3_jax.checkpoint.safetensors_io import DTYPES
 from step3_jax.checkpoint.zarr_array import StoredArray
-from step3_jax.cpu_kernels.watch import watch_mapping
+from step3_jax.cpu_kernels.watch import map_file
 
 CAST, QUANTISED, CHUNKED = "cast to another dtype", "quantised at load", "in several files or chunks"
 UNALIGNED = f"not at a multiple of {ALIGNMENT} bytes in its file (step3 convert writes them so)"
@@ -49,12 +49,10 @@ class MappedFiles:
         """A tensor that has no obstacle, read-only, in the memory of the map.
 
         Raises:
-          OSError: If the file cannot be mapped.
+          ValueError: If the file cannot be mapped.
         """
         if place.path not in self._maps:
-            whole = np.memmap(place.path, np.uint8, "r").view(np.ndarray)
-            watch_mapping(whole.ctypes.data, whole.nbytes, place.path)
-            self._maps[place.path] = whole
+            self._maps[place.path] = map_file(place.path)
         data = self._maps[place.path][place.offset : place.offset + place.num_bytes]
         return data.view(DTYPES[place.dtype]).reshape(place.shape)
 

@@ -41,7 +41,9 @@ class QuantisedParts:
         """Memory for a weight of a shape; the system gives none before it is written to."""
         block = block_of(form, fp8_block) or fp8_block
         # What `quantise` makes of a weight of this shape.
-        like = jax.eval_shape(functools.partial(quantise, form=cast(Form, form)), jax.ShapeDtypeStruct(shape, np.float32))
+        like = jax.eval_shape(
+            functools.partial(quantise, form=cast(Form, form)), jax.ShapeDtypeStruct(shape, np.float32)
+        )
         values = empty_aligned(like.values.shape, np.dtype(like.values.dtype))
         scales = empty_aligned(scale_shape(shape, block), np.dtype(np.float32))
         return cls(form, block, shape[-1], values, scales)

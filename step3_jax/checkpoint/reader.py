@@ -67,6 +67,12 @@ class TensorReader:
         """Whether a parameter is quantised while it is read."""
         return self.form(name) != "plain" and not self.is_kept(name)
 
+    def is_unchanged(self, name: str) -> bool:
+        """Whether a parameter is on the device as it is in the file."""
+        if self.form(name) != "plain":
+            return self.is_kept(name)
+        return DTYPES[self.checkpoint.tensors[name].dtype] == self.plain_dtype(name)
+
     def kept_dtype(self, name: str) -> np.dtype:
         """What an FP8 tensor that stays FP8, or its scales, are on the device."""
         return DTYPES[FP8_DTYPE] if self.is_fp8(name) else np.dtype(np.float32)

@@ -36,9 +36,7 @@ class Runner(Executor):
 
     def __init__(self, model: Step3) -> None:
         """Takes a model. On a CPU a bfloat16 model is held in float32, see `Executor.dtype`."""
-        super().__init__(
-            model.config, jax.local_devices()[:1], model.text.embed_tokens.weight.get_value().dtype, num_shards=1
-        )
+        super().__init__(model.config, jax.local_devices()[:1], model.text.dtype, num_shards=1)
         if self.is_cpu:
             model = widen_weights(model)
             separate_experts(model)
@@ -154,7 +152,7 @@ class TracedCalls:
         """The cache with a chunk, and how many of its tokens each expert got."""
         self._num_traces["prefill"] += 1
         decoder = self._build(weights).text
-        embeddings = decoder.embed_tokens(batch.token_ids[None])
+        embeddings = decoder.embed(batch.token_ids[None])
         if batch.features is not None and batch.feature_rows is not None:
             embeddings = merge_image_features(embeddings, batch.features, batch.feature_rows[None])
         step = CacheStep(batch.table, batch.lengths, batch.query_starts)
@@ -182,7 +180,7 @@ class TracedCalls:
         decoder = self._build(weights).text
 
         def forward(last: Int[Array, " B"], cache: Cache, step: CacheStep) -> tuple[Float[Array, "B V"], Cache]:
-            hidden, filled = decoder(decoder.embed_tokens(last[:, None]), cache=cache, step=step)
+            hidden, filled = decoder(decoder.embed(last[:, None]), cache=cache, step=step)
             return decoder.logits(hidden[:, 0]), cache if filled is None else filled
 
         return decode_loop(

@@ -22,6 +22,8 @@ from step3_jax.nearest import describe_known
 
 _SPEC = re.compile(r"([1-9][0-9]*)a([1-9][0-9]*)f", re.IGNORECASE)
 WITHOUT = "off"
+# Where the FFN side may be: on devices as the attention side's, or on the CPU devices of the same process.
+FFN_DEVICES = ("same", "cpu")
 MIN_MICROBATCHES, MAX_MICROBATCHES = 1, 4
 DEFAULT_MICROBATCHES = 3
 # Longest wait for the other role, in seconds.
@@ -99,6 +101,8 @@ class Deployment:
       device_memory_gib: Memory of a device; None for unlimited.
       workload: What it is to hold; None if the file does not say.
       ffn_hardware: As `hardware`, where the devices of the FFN side are of another kind; None for the same.
+      ffn_device: "cpu" for an FFN side in the memory of the host, on its CPU devices; "same" for devices of the same kind as
+        the attention side's.
     """
 
     name: str
@@ -114,6 +118,7 @@ class Deployment:
     device_memory_gib: float | None
     workload: Workload | None
     ffn_hardware: str | None = None
+    ffn_device: str = "same"
 
 
 def parse_topology(spec: str, devices_per_instance: int = 1) -> Topology:
@@ -238,6 +243,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
             "payload",
             "hardware",
             "ffn_hardware",
+            "ffn_device",
             "device_memory_gib",
             "workload",
         ),
@@ -250,7 +256,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
     if is_fused:
         _check_absent(
             values,
-            ("devices_per_instance", "ffn", "ffn_hardware", "microbatches", "payload"),
+            ("devices_per_instance", "ffn", "ffn_hardware", "ffn_device", "microbatches", "payload"),
             "with afd: off it means nothing",
         )
         topology, num_devices = None, _whole(values, "devices", 1)
@@ -280,6 +286,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         device_memory_gib=_positive(values, "device_memory_gib"),
         workload=_workload(values),
         ffn_hardware=_text(values, "ffn_hardware"),
+        ffn_device=_choice(values, "ffn_device", FFN_DEVICES, "same"),
     )
 
 
@@ -300,6 +307,7 @@ def format_deployment(deployment: Deployment) -> str:
     values |= {
         "hardware": deployment.hardware,
         "ffn_hardware": deployment.ffn_hardware,
+        "ffn_device": None if deployment.ffn_device == "same" else deployment.ffn_device,
         "device_memory_gib": deployment.device_memory_gib,
         "workload": None if deployment.workload is None else dataclasses.asdict(deployment.workload),
     }

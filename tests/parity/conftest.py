@@ -15,7 +15,7 @@ FOLDERS = ("tiny_text", "tiny_vl", "tiny_fp8")
 @pytest.fixture(scope="session")
 def models(goldens):
     """Folder name -> model; the FP8 one is dequantised, as its golden numbers were made."""
-    return {name: load_model(goldens / name, dtype="float32", keep_fp8=False) for name in FOLDERS}
+    return {name: load_model(goldens / name, dtype="float32", quantization="none") for name in FOLDERS}
 
 
 @pytest.fixture(scope="session")

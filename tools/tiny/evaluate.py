@@ -182,7 +182,7 @@ def evaluate(
         say(f"{part.title}: {share_right(replies[part.name]):.1%} of {len(part.cases)}, {seconds:.0f} s")
     lines = (data / "text-sentences-heldout.txt").read_text(encoding="utf-8").splitlines()
     lines = lines[: 8 * quick] if quick else lines
-    return replies, titles, score_text(load_model(model, "float32"), Tokenizer.load(model), lines)
+    return replies, titles, score_text(load_model(model, "float32", quantization="none"), Tokenizer.load(model), lines)
 
 
 def main() -> None:

@@ -92,7 +92,8 @@ class RoleCalls:
         self._topology = topology
         self._form = form
         self.num_microbatches = num_microbatches
-        self._dtype = model.text.embed_tokens.weight.get_value().dtype
+        # Where a CPU computes beside another device, it does so in float32.
+        self._ffn_dtype = jnp.dtype(jnp.float32) if topology.is_mixed else model.text.dtype
         # Pieces of a micro-batch on each device of a role.
         self._attention_pieces = topology.num_pieces // topology.num_attention
         self._ffn_pieces = topology.num_pieces // topology.num_ffn
@@ -100,7 +101,8 @@ class RoleCalls:
         self.num_layers = len(parts.ffn)
         self._ends, self._attention, self._ffn = parts.ends, parts.attention, parts.ffn
         self._vision = Vision(model, topology.tower)
-        self._jit = functools.partial(jax.jit, compiler_options=compiler_options(topology.devices[0].platform))
+        self._jit = _jit_for(topology.devices[0].platform)
+        self._jit_on_ffn = _jit_for(topology.ffn_platform)
         self._attention_jits = {id(part.skeleton): self._jit_attention(part.skeleton) for part in parts.attention}
         self._ffn_jits = {id(part.skeleton): self._jit_ffn(part) for part in parts.ffn}
         self._make_jits()
@@ -196,7 +198,7 @@ class RoleCalls:
             out_specs=rows,
             check_vma=False,
         )
-        return self._jit(run)
+        return self._jit_on_ffn(run)
 
     def _make_jits(self) -> None:
         layout = self._topology.attention
@@ -295,7 +297,7 @@ class RoleCalls:
         self.num_traces["ffn"] += 1
         block, num_experts = skeleton.build(leaves), self._config.text.moe_num_experts
         rows = jnp.concatenate(pieces)
-        out = ffn_step(block, self._topology.ffn, num_experts, self._form, rows, self._dtype)
+        out = ffn_step(block, self._topology.ffn, num_experts, self._form, rows, self._ffn_dtype)
         return tuple(jnp.split(out, self._ffn_pieces))
 
     def _run_end(
@@ -335,6 +337,11 @@ class RoleCalls:
     def _join(self, hidden: Float[Array, "B T D"], returned: Pieces, context: AttentionContext) -> Tokens:
         num_tokens = hidden.shape[0] * hidden.shape[1]
         return Tokens(hidden, jnp.concatenate(returned)[:num_tokens], context)
+
+
+def _jit_for(platform: str) -> Callable[..., jax.stages.Wrapped]:
+    """`jax.jit` with the options of a side's platform."""
+    return functools.partial(jax.jit, compiler_options=compiler_options(platform))
 
 
 def _spec(leaf: Array) -> PartitionSpec:

@@ -72,7 +72,7 @@ class HostExecutor(Executor):
         super().__init__(
             model.config,
             list(topology.attention.mesh.devices.flat),
-            model.text.embed_tokens.weight.get_value().dtype,
+            model.text.dtype,
             num_shards=topology.num_attention,
             num_image_shards=topology.tower.size("images"),
         )
@@ -154,7 +154,8 @@ class HostExecutor(Executor):
                 flows, cache = self._run_layer(flows, cache, layer, "decode", number)
             counts.append([])
             for index, (part, flow) in enumerate(zip(parts, flows, strict=True)):
-                rows, count = calls.end(part, flow)
+                last = Stage("to_attention", "decode", number, calls.num_layers - 1, index)
+                rows, count = calls.end(part, self._bring_back(flow, last, len(parts)))
                 parts[index] = part._replace(rows=rows)
                 counts[-1].append(count)
                 self._note(Stage("attention", "decode", number, calls.num_layers, index), count, len(parts))
@@ -181,24 +182,44 @@ class HostExecutor(Executor):
         *,
         needs_ffn: bool = True,
     ) -> tuple[list[Flow], Cache]:
-        """Hands out one layer for all micro-batches; the cache with their new rows."""
+        """Hands out one layer for all micro-batches; the cache with their new rows.
+
+        What the FFN side gives stays there until the micro-batch's next attention half, so that where copies are waited for
+        (see `_wait_to_copy`) each side has a micro-batch to work on.
+        """
         calls, count, after = self.calls, len(flows), []
-        for index, flow in enumerate(flows):
+        for index, before in enumerate(flows):
 
-            def note(lane: Lane, array: Array, index: int = index) -> None:
-                self._note(Stage(lane, phase, number, layer, index), array, count)
+            def note(lane: Lane, array: Array, index: int = index) -> Stage:
+                stage = Stage(lane, phase, number, layer, index)
+                self._note(stage, array, count)
+                return stage
 
+            flow = before
+            if layer:
+                flow = self._bring_back(before, Stage("to_attention", phase, number, layer - 1, index), count)
             hidden, pieces, pages = calls.attend(layer, flow, pages)
-            note("attention", pieces[0])
+            stage = note("attention", pieces[0])
             if needs_ffn:
+                self._wait_to_copy(stage, pieces[0])
                 arrived = self._exchange.to_ffn(pieces)
                 note("to_ffn", arrived[0])
-                output = calls.feed(layer, arrived)
-                note("ffn", output[0])
-                pieces = self._exchange.to_attention(output)
-                note("to_attention", pieces[0])
+                pieces = calls.feed(layer, arrived)
+                note("ffn", pieces[0])
             after.append(Flow(hidden, pieces, flow.context))
         return after, pages
+
+    def _bring_back(self, flow: Flow, stage: Stage, count: int) -> Flow:
+        """A micro-batch whose FFN half was handed out, with what that gives on the attention side."""
+        self._wait_to_copy(stage._replace(lane="ffn"), flow.returned[0])
+        pieces = self._exchange.to_attention(flow.returned)
+        self._note(stage, pieces[0], count)
+        return flow._replace(returned=pieces)
+
+    def _wait_to_copy(self, stage: Stage, array: Array) -> None:
+        """Between platforms JAX copies through the host, which waits: here, where there is a deadline."""
+        if self.topology.is_mixed:
+            self._flight.wait_alone(stage, array)
 
     def _place(self, array: np.ndarray) -> Array:
         return jax.device_put(array, self.topology.attention.sharding("rows"))
@@ -225,6 +246,8 @@ def load_host_executor(
     topology: AfdTopology,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    quantization: str = "auto",
+    load_format: str = "auto",
     num_microbatches: int = DEFAULT_MICROBATCHES,
     payload: str = "auto",
     deadline_s: float = DEFAULT_DEADLINE_S,
@@ -235,6 +258,8 @@ def load_host_executor(
       path: Folder with `config.json` and the weights.
       topology: The devices.
       dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
+      quantization: As for `load_placed_model`, and so is the next.
+      load_format: See there.
       num_microbatches: As for `HostExecutor`, and so are the others.
       payload: See there.
       deadline_s: See there.
@@ -244,5 +269,7 @@ def load_host_executor(
         before anything is loaded.
     """
     check_microbatches(num_microbatches)
-    model = load_placed_model(path, topology, dtype=dtype, payload=payload)
+    model = load_placed_model(
+        path, topology, dtype=dtype, quantization=quantization, load_format=load_format, payload=payload
+    )
     return HostExecutor(model, topology, num_microbatches=num_microbatches, payload=payload, deadline_s=deadline_s)

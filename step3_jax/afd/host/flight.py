@@ -14,6 +14,8 @@ from step3_jax.timeline.event import LANES, Event, Lane, Stage
 
 # From the first look to the longest pause between two.
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 2e-3
+# Where the next stage is handed out only then.
+_LONGEST_COPY_PAUSE_S = 2e-4
 
 
 class Flight:
@@ -79,8 +81,18 @@ class Flight:
         while self._waiting and not is_ready(array):
             self._wait_for_oldest()
 
+    def wait_alone(self, stage: Stage, array: Array) -> None:
+        """Waits for one stage, whatever others are under way.
+
+        Raises:
+          TimeoutError: As `drain`.
+        """
+        self._wait(stage, array, _LONGEST_COPY_PAUSE_S)
+
     def _wait_for_oldest(self) -> None:
-        stage, array = self._waiting.popleft()
+        self._wait(*self._waiting.popleft(), _LONGEST_PAUSE_S)
+
+    def _wait(self, stage: Stage, array: Array, longest_pause_s: float) -> None:
         begin, pause = time.monotonic(), _SHORTEST_PAUSE_S
         while not is_ready(array):
             if time.monotonic() - begin > self._deadline_s:
@@ -91,7 +103,7 @@ class Flight:
                     "devices are only slow, raise the deadline (--afd-deadline)"
                 )
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            pause = min(2 * pause, longest_pause_s)
 
 
 def is_ready(array: Array) -> bool:

@@ -37,9 +37,7 @@ def unsupported(weight: Stored) -> str | None:
     return None
 
 
-def products(
-    kernels: Kernels, hidden: Float[Array, "N K"], weights: Sequence[Stored]
-) -> list[Float[Array, "N _"]]:
+def products(kernels: Kernels, hidden: Float[Array, "N K"], weights: Sequence[Stored]) -> list[Float[Array, "N _"]]:
     """x W^T for several weights [O, K] in one call, which costs less than one call each.
 
     Args:

@@ -84,7 +84,15 @@ def compile_library(instruction_set: InstructionSet, include: str, target: pathl
         # Beside the target, so that the rename stays in one file system; others may compile the same.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
             new = pathlib.Path(folder) / target.name
-            command = [*compiler, *_COMMON, *FLAGS[instruction_set], f"-I{include}", str(SOURCE / "kernels.c"), "-o", str(new)]
+            command = [
+                *compiler,
+                *_COMMON,
+                *FLAGS[instruction_set],
+                f"-I{include}",
+                str(SOURCE / "kernels.c"),
+                "-o",
+                str(new),
+            ]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_MAX_COMPILE_S, check=False)
             except (OSError, subprocess.TimeoutExpired) as error:

@@ -20,7 +20,7 @@ from pallas_kernels.mfa_prefill import mfa_prefill
 from pallas_kernels.pages import KVPages, write_rows
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
-from step3_jax.layers.linear import Linear
+from step3_jax.layers.linear import Linear, project
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.rope import apply_rope, rope_table
 
@@ -90,10 +90,10 @@ class MFA(nnx.Module):
         `pages` are the pool of all layers; the context says where this one's begin.
         """
         batch, length, _ = hidden.shape
-        queries = self.wq(self.inter_norm(self.q_proj(hidden)))
+        low, keys, values = project(hidden, (self.q_proj, self.k_proj, self.v_proj))
+        queries = self.wq(self.inter_norm(low))
         queries = apply_rope(queries.reshape(batch, length, self.num_heads, -1), context.cos, context.sin)
-        keys = apply_rope(self.k_proj(hidden), context.cos, context.sin)
-        values = self.v_proj(hidden)
+        keys = apply_rope(keys, context.cos, context.sin)
         if pages is None:
             heads = attend(queries, keys, values, context.mask)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +13,8 @@ from pallas_kernels.common import dispatch
 from pallas_kernels.fp8_matmul.api import fp8_matmul
 from pallas_kernels.quantise import quantise_rows
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
+from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.layers.stored import multiply
 from step3_jax.quant import BlockScaled, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
@@ -20,7 +24,11 @@ MIN_CPU_ROWS = 4
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b). The weight is [out, in], as the checkpoint stores it."""
+    """y = x W^T (+ b). The weight is [out, in], as the checkpoint stores it.
+
+    Attributes:
+      cpu_kernels: Multiply with the weight as it is stored, if `model.cpu` has set them.
+    """
 
     def __init__(
         self,
@@ -33,10 +41,24 @@ class Linear(nnx.Module):
     ) -> None:
         self.weight = nnx.Param(normal(rngs, (out_features, in_features), in_features, dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if use_bias else None
+        self.cpu_kernels: Kernels | None = None
 
     def __call__(self, hidden: Float[Array, "*batch features_in"]) -> Float[Array, "*batch features_out"]:
-        out = linear(hidden, self.weight[...])
+        if self.cpu_kernels is not None:
+            (out,) = multiply(self.cpu_kernels, hidden, [self.weight[...]])
+        else:
+            out = linear(hidden, self.weight[...])
         return out if self.bias is None else out + self.bias[...]
+
+
+def project(
+    hidden: Float[Array, "*batch features_in"], linears: Sequence[Linear]
+) -> list[Float[Array, "*batch features_out"]]:
+    """The outputs of several layers without bias for the same input; the CPU kernels compute them in one call."""
+    kernels = linears[0].cpu_kernels
+    if kernels is None or any(one.cpu_kernels != kernels or one.bias is not None for one in linears):
+        return [one(hidden) for one in linears]
+    return multiply(kernels, hidden, [one.weight[...] for one in linears])
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> Array:

@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common import dispatch
 from pallas_kernels.grouped_matmul.api import moe_ffn
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
+from step3_jax.cpu_kernels.api import experts as run_experts
+from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.layers.linear import fp8_unsupported, linear, normal
 from step3_jax.quant import BlockScaled, dequantise
 from step3_jax.stack import LayerOf, parts, pick
@@ -70,6 +72,8 @@ class Experts(nnx.Module):
 
     `capacity_factor` is for training: each expert takes at most that many times the even share of tokens, and what
     overflows is dropped. None (the default) never drops a token.
+
+    `cpu_kernels` compute the sum from weights as they are stored, if `model.cpu` has set them.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Experts(nnx.Module):
             normal(rngs, (num_experts, hidden_size, intermediate_size), intermediate_size, dtype)
         )
         self.capacity_factor: float | None = None
+        self.cpu_kernels: Kernels | None = None
 
     def __call__(
         self,
@@ -97,6 +102,8 @@ class Experts(nnx.Module):
         here, whose weight must be 0.
         """
         stacks = [getattr(self, name)[...] for name in STACKS]
+        if self.cpu_kernels is not None:
+            return run_experts(self.cpu_kernels, hidden, weights, experts, stacks)
         if self.capacity_factor is None:
             unsupported = _kernel_unsupported(hidden.dtype, stacks)
             plain, kernel = (

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
 from step3_jax.cpu_kernels.api import unsupported
 from step3_jax.cpu_kernels.library import Kernels

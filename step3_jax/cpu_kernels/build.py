@@ -1,7 +1,8 @@
 """Compiling the kernels' C source to a library, once for each instruction set and version of the source.
 
 A compiler of the machine is taken (`$CC`, cc, gcc, clang), or that of the package `ziglang`, which installs where there is
-none. The library goes to the user's cache, or came with the package (see `BUILT`).
+none. The library goes to the user's cache. It is not part of the wheel: it is compiled against the header of the jaxlib
+that is installed, which a wheel would have to guess.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from typing import Literal
 InstructionSet = Literal["avx512", "avx2", "plain"]
 
 SOURCE = pathlib.Path(__file__).parent / "source"
-# Libraries that were compiled with the package, if any.
-BUILT = pathlib.Path(__file__).parent / "built"
 INSTALL_HINT = "install a C compiler (gcc or clang), or `pip install 'step3-jax[cpu]'`, which brings one"
 
 FLAGS: dict[InstructionSet, tuple[str, ...]] = {
@@ -46,7 +45,7 @@ class BuildError(Exception):
 
 
 def find_library(instruction_set: InstructionSet, include: str, cache: pathlib.Path | None) -> pathlib.Path:
-    """The compiled library: one that came with the package, one in the cache, or a new one.
+    """The compiled library: the one in the cache, or a new one.
 
     Args:
       instruction_set: What the processor has.
@@ -57,9 +56,8 @@ def find_library(instruction_set: InstructionSet, include: str, cache: pathlib.P
       BuildError: Without a compiler, or if none of those that are there can compile it.
     """
     name = f"{instruction_set}-{hash_source(instruction_set, include)}.so"
-    for folder in (BUILT, cache):
-        if folder is not None and (folder / name).is_file():
-            return folder / name
+    if cache is not None and (cache / name).is_file():
+        return cache / name
     folder = cache if cache is not None and _is_writable(cache) else pathlib.Path(tempfile.mkdtemp(prefix="step3-cpu-"))
     compile_library(instruction_set, include, folder / name)
     return folder / name

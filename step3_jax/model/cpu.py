@@ -44,7 +44,7 @@ def prepare_for_cpu(model: Step3, kernels: Kernels | None) -> Step3:
     return own
 
 
-def _find_users(model: Step3) -> Iterator[tuple[nnx.Module, list[nnx.Param]]]:
+def _find_users(model: Step3) -> Iterator[tuple[Linear | Embedding | Router | Experts | SwiGLU, list[nnx.Param]]]:
     """The modules that can use kernels, each with the weights that it multiplies with."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear | Embedding | Router):

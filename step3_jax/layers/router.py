@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.layers.linear import normal
+from step3_jax.layers.norm import pick_rows
 from step3_jax.layers.stored import multiply
-from step3_jax.stack import pick
+from step3_jax.stack import parts
 
 
 class Routing(NamedTuple):
@@ -52,7 +53,8 @@ class Router(nnx.Module):
         self.cpu_kernels: Kernels | None = None
 
     def __call__(self, hidden: Float[Array, "N D"]) -> Routing:
-        weight = pick(self.weight[...])
+        weight, layer = parts(self.weight[...])
+        weight = weight if layer is None else pick_rows(weight, layer)
         if self.cpu_kernels is None:
             return route(hidden, weight, top_k=self.top_k, renormalise=self.renormalise)
         (logits,) = multiply(self.cpu_kernels, hidden.astype(jnp.float32), [weight])

@@ -48,8 +48,14 @@ def load_placed_model(
         # FP8 weights are dequantised there, unless they are in one piece.
         config = dataclasses.replace(config, quantization=None)
     choose_payload(payload, config.dtype if dtype is None else jnp.dtype(dtype).name)
-    shardings = topology.shardings(config)
-    return load_model(path, dtype, quantization=quantization, load_format=load_format, shardings=shardings)
+    return load_model(
+        path,
+        dtype,
+        quantization=quantization,
+        load_format=load_format,
+        shardings=topology.shardings(config),
+        stack_layers=False,
+    )
 
 
 def place_model(model: Step3, topology: AfdTopology) -> Step3:

@@ -40,16 +40,17 @@ from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, is_orbax
 from step3_jax.checkpoint.reader import FP8_DTYPE, TensorReader
 from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
 from step3_jax.checkpoint.shards import Checkpoint, summarise
+from step3_jax.checkpoint.stack_filler import StackFiller
 from step3_jax.checkpoint.view import read_view
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig, QuantConfig, VisionConfig
 from step3_jax.cpu_kernels.library import Unavailable, find_kernels
-from step3_jax.gpu import claim_memory
+from step3_jax.gpu import claim_memory, is_gpu
 from step3_jax.layout.parallel import fit_parallel
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
-from step3_jax.model.step3 import Step3, abstract_step3
+from step3_jax.model.step3 import Step3, abstract_step3, stack_model
 from step3_jax.quant import BlockScaled
 from step3_jax.stored_file import require_folder
 
@@ -76,6 +77,7 @@ def load_model(
     load_format: str = "auto",
     shardings: Mapping[Path, NamedSharding] | None = None,
     layout: Layout | None = None,
+    stack_layers: bool | None = None,
     text_only: bool = False,
     progress: bool = False,
 ) -> Step3:
@@ -94,6 +96,8 @@ def load_model(
         its devices hold. One with more axes than the tensor is for its heads, see `layout.table.view_shape`. If absent, all
         goes to the default device.
       layout: The same, from a parallel setting: head and vision tower are filled up with zeros where they do not divide.
+      stack_layers: Whether neighbouring layers of the decoder that are of one form lie stacked, as programs for GPUs want
+        them (see `model.layers`). By default on GPUs.
       text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.
 
@@ -151,11 +155,12 @@ def load_model(
         if layout is not None:
             fit_parallel(layout.parallel, config.text, fp8_block=block if keeps_fp8 else None)
         reason = "; ".join(dict.fromkeys(one.reason for one in choices.values()))
-        vision = config.vision
-        _check_memory(flat, places, readers, shardings, load_format=load_format, reason=reason, vision=vision)
+        _check_memory(flat, places, readers, shardings, load_format=load_format, reason=reason, vision=config.vision)
         _LOGGER.info("%s: weights %s", folder, reason)
-        _fill(flat, places, readers, shardings, load_format=load_format, progress=progress, vision=vision)
-        return model
+        if stack_layers is None:
+            stack_layers = all(is_gpu(place.platform) for place in readers)
+        _fill(model, places, readers, shardings, load_format=load_format, stack_layers=stack_layers, progress=progress)
+        return stack_model(model) if stack_layers and any(place.is_host for place in readers) else model
 
 
 def has_vision(names: Iterable[str]) -> bool:
@@ -229,16 +234,17 @@ def _held_dtype(place: Place, places: Iterable[Place], dtype: str) -> np.dtype:
 
 
 def _fill(
-    flat: Mapping[Path, nnx.Param],
+    model: Step3,
     places: Mapping[Path, Place],
     readers: Mapping[Place, TensorReader],
     shardings: Mapping[Path, NamedSharding] | None,
     *,
     load_format: str,
+    stack_layers: bool,
     progress: bool,
-    vision: VisionConfig | None,
 ) -> None:
-    """Reads every parameter; no memory is ever taken for random weights."""
+    """Reads every parameter; no memory is ever taken for random weights. Layers for accelerators go straight to stacks."""
+    flat, vision = parameters_of(model), model.config.vision
     tensors = next(iter(readers.values())).checkpoint.tensors
     bar = tqdm(
         total=sum(tensors[released_name(path)].num_bytes for path in flat),
@@ -250,23 +256,28 @@ def _fill(
     pool = concurrent.futures.ThreadPoolExecutor(NUM_READERS)
     try:
         with bar:
-            jobs = {
-                pool.submit(
-                    _load_parameter, readers[place], path, shardings[path] if shardings is not None else None, vision
-                ): path
-                for path, place in places.items()
-                if not place.is_host
-            }
+            filler = None
+            if stack_layers and not any(place.is_host for place in readers):
+                filler = StackFiller(model, lambda path: readers[places[path]].is_kept(released_name(path)))
+
+            def load(path: Path) -> Array | BlockScaled | None:
+                sharding = None if shardings is None else shardings[path]
+                value = _load_parameter(readers[places[path]], path, sharding, vision)
+                return value if filler is None else filler.put(path, value)
+
+            jobs = {pool.submit(load, path): path for path, place in places.items() if not place.is_host}
             for place, reader in readers.items():
                 if place.is_host:
-                    files = MappedFiles() if load_format == "mmap" else None
-                    loader = HostLoader(reader, files, vision)
+                    loader = HostLoader(reader, MappedFiles() if load_format == "mmap" else None, vision)
                     loader.fill({path: flat[path] for path in flat if places[path] == place}, shardings, pool, bar)
                     _LOGGER.info("%s", loader.report)
             for job in concurrent.futures.as_completed(jobs):
                 path = jobs[job]
-                flat[path].set_value(job.result())
+                if (value := job.result()) is not None:
+                    flat[path].set_value(value)
                 bar.update(tensors[released_name(path)].num_bytes)
+            if filler is not None:
+                filler.finish()
     finally:
         pool.shutdown(cancel_futures=True)
 

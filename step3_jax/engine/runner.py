@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache, copy_pages, count_pages, empty_cache
 from step3_jax.config import TextConfig
-from step3_jax.engine.executor import Executor, Started, num_copies, widen_weights
+from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.engine.executor import Executor, Started, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report, decode_loop
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
-from step3_jax.layers.moe import separate_experts
 from step3_jax.layers.router import Routing, count_tokens
+from step3_jax.model.cpu import prepare_for_cpu
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 
@@ -35,11 +36,11 @@ class Runner(Executor):
     """
 
     def __init__(self, model: Step3) -> None:
-        """Takes a model. On a CPU a bfloat16 model is held in float32, see `Executor.dtype`."""
+        """Takes a model. On a CPU it runs in float32, see `model.cpu`."""
         super().__init__(model.config, jax.local_devices()[:1], model.text.dtype, num_shards=1)
         if self.is_cpu:
-            model = widen_weights(model)
-            separate_experts(model)
+            kernels = find_kernels()
+            model = prepare_for_cpu(model, kernels if isinstance(kernels, Kernels) else None)
         self._split = SplitModel(model)
         self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text)
         self._prefill = self._jit(self._traced.prefill, donate_argnames=("cache",))
@@ -156,13 +157,18 @@ class TracedCalls:
         if batch.features is not None and batch.feature_rows is not None:
             embeddings = merge_image_features(embeddings, batch.features, batch.feature_rows[None])
         step = CacheStep(batch.table, batch.lengths, batch.query_starts)
-        routings: list[Routing] = []
-        # The hidden states have no reader, so what only they need of the last layer is not computed: its routing neither.
-        _, filled = decoder(embeddings, cache=cache, step=step, watch=routings.append)
-        config = self._config
-        kept = routings[:-1] if config.is_moe_layer(config.num_hidden_layers - 1) else routings
-        counts = count_tokens(kept, batch.query_starts[-1], config.moe_num_experts)
-        return cache if filled is None else filled, counts[None]
+        num_experts = self._config.moe_num_experts
+
+        def count(routing: Routing) -> Int[Array, " E"]:
+            return count_tokens(routing, batch.query_starts[-1], num_experts)
+
+        _, filled, counts = decoder.run(embeddings, cache=cache, step=step, observe=count)
+        if self._config.is_moe_layer(self._config.num_hidden_layers - 1):
+            # The hidden states have no reader, so what only they need of the last layer is not computed: neither is its
+            # routing.
+            counts[-1] = counts[-1][:-1]
+        joined = jnp.concatenate(counts) if counts else jnp.zeros((0, num_experts), jnp.int32)
+        return cache if filled is None else filled, joined[None]
 
     def decode(
         self,

@@ -92,8 +92,8 @@ class RoleCalls:
         self._topology = topology
         self._form = form
         self.num_microbatches = num_microbatches
-        # Where a CPU computes beside another device, it does so in float32.
-        self._ffn_dtype = jnp.dtype(jnp.float32) if topology.is_mixed else model.text.dtype
+        # A CPU computes in float32, beside other devices too.
+        self._ffn_dtype = jnp.dtype(jnp.float32) if topology.ffn_platform == "cpu" else model.text.dtype
         # Pieces of a micro-batch on each device of a role.
         self._attention_pieces = topology.num_pieces // topology.num_attention
         self._ffn_pieces = topology.num_pieces // topology.num_ffn

@@ -24,11 +24,13 @@ from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, count_pages, empty_cache
-from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, widen_weights
+from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.engine.executor import Executor, Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.layout.payload import choose_payload
 from step3_jax.layout.role import Role
+from step3_jax.model.cpu import copy_module, use_kernels
 from step3_jax.model.step3 import Step3
 from step3_jax.timeline.event import Event, Lane, Stage
 
@@ -76,8 +78,7 @@ class HostExecutor(Executor):
             num_shards=topology.num_attention,
             num_image_shards=topology.tower.size("images"),
         )
-        if self.is_cpu:
-            model = widen_weights(model)
+        model = _prepare_sides(model, topology)
         self.topology = topology
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
         self.calls = RoleCalls(model, topology, self.form, num_microbatches)
@@ -239,6 +240,26 @@ class HostExecutor(Executor):
     def _count(self, phase: str) -> int:
         self._num_started[phase] += 1
         return self._num_started[phase] - 1
+
+
+def _prepare_sides(model: Step3, topology: AfdTopology) -> Step3:
+    """A module of its own, each side of which computes as its own devices do, whatever the default backend is.
+
+    Where a side is one CPU device, its weights are multiplied as they are stored if there are kernels for it.
+    """
+    own = copy_module(model)
+    text, found = own.text, find_kernels()
+    kernels = found if isinstance(found, Kernels) else None
+    attention = [text.embed_tokens, text.norm, text.lm_head, *(layer.attention for layer in text.layers)]
+    attention += [part for part in (own.vision, own.projector) if part is not None]
+    sides = (
+        (attention, topology.devices[0].platform, topology.num_attention),
+        ([layer.ffn for layer in text.layers], topology.ffn_platform, topology.num_ffn),
+    )
+    for modules, platform, num_devices in sides:
+        for module in modules if platform == "cpu" else ():
+            use_kernels(module, kernels if num_devices == 1 else None)
+    return own
 
 
 def load_host_executor(

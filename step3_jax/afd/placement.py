@@ -48,14 +48,8 @@ def load_placed_model(
         # FP8 weights are dequantised there, unless they are in one piece.
         config = dataclasses.replace(config, quantization=None)
     choose_payload(payload, config.dtype if dtype is None else jnp.dtype(dtype).name)
-    return load_model(
-        path,
-        dtype,
-        quantization=quantization,
-        load_format=load_format,
-        shardings=topology.shardings(config),
-        stack_layers=False,
-    )
+    shardings = topology.shardings(config)
+    return load_model(path, dtype, quantization=quantization, load_format=load_format, shardings=shardings)
 
 
 def place_model(model: Step3, topology: AfdTopology) -> Step3:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Shaped
 from tqdm import tqdm
 
 from step3_jax.checkpoint.buffer import BufferPool, empty_aligned
-from step3_jax.checkpoint.mapped import CAST, QUANTISED, LoadReport, MappedFiles
+from step3_jax.checkpoint.mapped import CAST, QUANTISED, LoadReport, MappedFiles, find_obstacle
 from step3_jax.checkpoint.names import released_name, scale_name
 from step3_jax.checkpoint.quantised import QuantisedParts
 from step3_jax.checkpoint.reader import TensorReader
@@ -106,7 +106,7 @@ class HostLoader:
         reader, place = self._reader, self._reader.checkpoint.places[name]
         obstacle = COPIED if DTYPES[place.dtype] == dtype else CAST
         if self._files is not None:
-            found = self._files.find_obstacle(place, dtype)
+            found = find_obstacle(place, dtype)
             if found is None:
                 self.report.mapped_bytes += place.num_bytes
                 pending.mapped_bytes += place.num_bytes

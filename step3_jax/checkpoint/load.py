@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from step3_jax import resources
 from step3_jax.checkpoint.form_choice import Place, choose_form
 from step3_jax.checkpoint.host import HostLoader
-from step3_jax.checkpoint.mapped import MappedFiles
+from step3_jax.checkpoint.mapped import MappedFiles, find_obstacle
 from step3_jax.checkpoint.memory import available_bytes, format_bytes
 from step3_jax.checkpoint.names import (
     SCALE_SUFFIX,
@@ -45,12 +45,13 @@ from step3_jax.checkpoint.view import read_view
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig, QuantConfig, VisionConfig
 from step3_jax.cpu_kernels.library import Unavailable, find_kernels
-from step3_jax.gpu import claim_memory, is_gpu
+from step3_jax.gpu import claim_memory
 from step3_jax.layout.parallel import fit_parallel
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
-from step3_jax.model.step3 import Step3, abstract_step3, stack_model
+from step3_jax.model.arrangement import Arrangement, arrange
+from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import BlockScaled
 from step3_jax.stored_file import require_folder
 
@@ -77,7 +78,7 @@ def load_model(
     load_format: str = "auto",
     shardings: Mapping[Path, NamedSharding] | None = None,
     layout: Layout | None = None,
-    stack_layers: bool | None = None,
+    arrangement: Arrangement | None = None,
     text_only: bool = False,
     progress: bool = False,
 ) -> Step3:
@@ -96,8 +97,7 @@ def load_model(
         its devices hold. One with more axes than the tensor is for its heads, see `layout.table.view_shape`. If absent, all
         goes to the default device.
       layout: The same, from a parallel setting: head and vision tower are filled up with zeros where they do not divide.
-      stack_layers: Whether neighbouring layers of the decoder that are of one form lie stacked, as programs for GPUs want
-        them (see `model.layers`). By default on GPUs.
+      arrangement: How the decoder's layers lie; by default as it is best where the weights go, see `Arrangement.of`.
       text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.
 
@@ -157,10 +157,10 @@ def load_model(
         reason = "; ".join(dict.fromkeys(one.reason for one in choices.values()))
         _check_memory(flat, places, readers, shardings, load_format=load_format, reason=reason, vision=config.vision)
         _LOGGER.info("%s: weights %s", folder, reason)
-        if stack_layers is None:
-            stack_layers = all(is_gpu(place.platform) for place in readers)
-        _fill(model, places, readers, shardings, load_format=load_format, stack_layers=stack_layers, progress=progress)
-        return stack_model(model) if stack_layers and any(place.is_host for place in readers) else model
+        if arrangement is None:
+            arrangement = _choose_arrangement(places.values(), dtype_name)
+        _fill(model, places, readers, shardings, load_format=load_format, stacks=arrangement.stacks, progress=progress)
+        return arrange(model, arrangement)
 
 
 def has_vision(names: Iterable[str]) -> bool:
@@ -233,6 +233,14 @@ def _held_dtype(place: Place, places: Iterable[Place], dtype: str) -> np.dtype:
     return np.dtype("float32" if is_beside else dtype)
 
 
+def _choose_arrangement(places: Collection[Place], dtype: str) -> Arrangement:
+    """How layers lie by default; beside weights on a CPU, whose kernels read them one by one, those of a GPU are apart."""
+    fastest = next((place.platform for place in places if place.platform != "cpu"), "cpu")
+    arrangement = Arrangement.of(fastest, dtype)
+    is_mixed = len({place.platform for place in places}) > 1
+    return dataclasses.replace(arrangement, stacks=False, fuses=False) if is_mixed else arrangement
+
+
 def _fill(
     model: Step3,
     places: Mapping[Path, Place],
@@ -240,7 +248,7 @@ def _fill(
     shardings: Mapping[Path, NamedSharding] | None,
     *,
     load_format: str,
-    stack_layers: bool,
+    stacks: bool,
     progress: bool,
 ) -> None:
     """Reads every parameter; no memory is ever taken for random weights. Layers for accelerators go straight to stacks."""
@@ -257,7 +265,7 @@ def _fill(
     try:
         with bar:
             filler = None
-            if stack_layers and not any(place.is_host for place in readers):
+            if stacks and not any(place.is_host for place in readers):
                 filler = StackFiller(model, lambda path: readers[places[path]].is_kept(released_name(path)))
 
             def load(path: Path) -> Array | BlockScaled | None:
@@ -300,7 +308,7 @@ def _check_memory(
             continue
         reader = readers[place]
         if place.is_host:
-            needed += 0 if load_format == "mmap" and reader.is_unchanged(name) else reader.held_bytes(name)
+            needed += _host_bytes(reader, name, load_format)
         elif shardings is not None:
             needed += _shard_bytes(reader, name, path, shardings[path], vision)
     left = available_bytes()
@@ -311,6 +319,18 @@ def _check_memory(
             "here: a smaller quantization or load_format mmap needs less; else take a machine or devices with more, or a "
             "smaller checkpoint"
         )
+
+
+def _host_bytes(reader: TensorReader, name: str, load_format: str) -> int:
+    """Memory of this machine that a parameter takes, in one piece; none where it stays in its file."""
+    if load_format != "mmap" or not reader.is_unchanged(name):
+        return reader.held_bytes(name)
+    is_kept, places = reader.is_kept(name), reader.checkpoint.places
+    return sum(
+        places[part].num_bytes
+        for part in ((name, scale_name(name)) if is_kept else (name,))
+        if find_obstacle(places[part], reader.kept_dtype(part) if is_kept else reader.plain_dtype(part))
+    )
 
 
 def _shard_bytes(

@@ -31,20 +31,6 @@ class MappedFiles:
     def __init__(self) -> None:
         self._maps: dict[pathlib.Path, UInt8[np.ndarray, "bytes"]] = {}
 
-    def find_obstacle(self, place: Placement | StoredArray, dtype: np.dtype) -> str | None:
-        """Why a tensor cannot be taken as it lies, in a few words; None if it can.
-
-        Args:
-          place: Where it lies.
-          dtype: What it is wanted in.
-        """
-        if DTYPES[place.dtype] != dtype:
-            return CAST
-        if not isinstance(place, Placement) or place.chunk is not None:
-            return CHUNKED
-        # A map begins at a page, so an address has the alignment of the position in the file.
-        return UNALIGNED if place.offset % ALIGNMENT else None
-
     def view(self, place: Placement) -> Shaped[np.ndarray, "..."]:
         """A tensor that has no obstacle, read-only, in the memory of the map.
 
@@ -55,6 +41,21 @@ class MappedFiles:
             self._maps[place.path] = map_file(place.path)
         data = self._maps[place.path][place.offset : place.offset + place.num_bytes]
         return data.view(DTYPES[place.dtype]).reshape(place.shape)
+
+
+def find_obstacle(place: Placement | StoredArray, dtype: np.dtype) -> str | None:
+    """Why a tensor cannot be taken as it lies, in a few words; None if it can.
+
+    Args:
+      place: Where it lies.
+      dtype: What it is wanted in.
+    """
+    if DTYPES[place.dtype] != dtype:
+        return CAST
+    if not isinstance(place, Placement) or place.chunk is not None:
+        return CHUNKED
+    # A map begins at a page, so an address has the alignment of the position in the file.
+    return UNALIGNED if place.offset % ALIGNMENT else None
 
 
 @dataclasses.dataclass

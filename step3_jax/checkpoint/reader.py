@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from step3_jax.checkpoint.buffer import BufferPool, Buffers
-from step3_jax.checkpoint.names import is_fp8_tensor, is_linear_tensor, scale_name
+from step3_jax.checkpoint.names import SCALE_SUFFIX, is_fp8_tensor, is_linear_tensor, scale_name
 from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint
 from step3_jax.checkpoint.placement import Band, as_matrices, cut_bands
 from step3_jax.checkpoint.quantised import QuantisedParts
@@ -54,7 +54,9 @@ class TensorReader:
         return self.checkpoint.tensors[name].dtype == FP8_DTYPE
 
     def form(self, name: str) -> str:
-        """How a parameter is held: "plain", "fp8", "int8" or "int4"."""
+        """How a parameter is held: "plain", "fp8", "int8" or "int4"; scales by themselves are plain."""
+        if name.endswith(SCALE_SUFFIX):
+            return "plain"
         if self.quantization == "stored":
             return "fp8" if self.is_fp8(name) else "plain"
         return self.quantization if self.quantization != "none" and is_fp8_tensor(name) else "plain"

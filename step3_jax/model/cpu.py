@@ -57,6 +57,13 @@ def use_kernels(module: nnx.Module, kernels: Kernels | None) -> None:
             weight.set_value(_widen(weight.get_value()))
 
 
+def widen(module: nnx.Module) -> None:
+    """Makes the bfloat16 weights of a module float32; it is changed in place."""
+    for _, weight in nnx.iter_graph(module):
+        if isinstance(weight, nnx.Param) and isinstance(weight.get_value(), jax.Array):
+            weight.set_value(_widen(weight.get_value()))
+
+
 def _find_users(model: nnx.Module) -> Iterator[tuple[Linear | Embedding | Router | Experts | SwiGLU, list[nnx.Param]]]:
     """The modules that can use kernels, each with the weights that it multiplies with."""
     for _, module in nnx.iter_modules(model):

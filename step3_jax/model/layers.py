@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ T = TypeVar("T")
 STACKED = "stacked"
 
 
+@runtime_checkable
 class Layer(Protocol):
     """A layer as `over_layers` calls it; see `text.DecoderLayer`."""
 
@@ -140,11 +141,14 @@ def stack_layers(layers: Sequence[M]) -> list[LayerStack[M]]:
     """Stacks neighbours of one form, whose modules and arrays have the same structure, shapes and dtypes.
 
     The stacks of arrays are copies; `checkpoint.load` fills stacks without any. Of shapes (`jax.ShapeDtypeStruct`) they are
-    shapes, with the sharding of one layer behind the axis of layers.
+    shapes, with the sharding of one layer behind the axis of layers. What is a stack already stays as it is.
     """
     stacks = []
     for _, group in itertools.groupby(layers, key=_form):
         own = list(group)
+        if isinstance(own[0], LayerStack):
+            stacks += own
+            continue
         graphdef, state = nnx.split(own[0])
         values = [[variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(layer))] for layer in own]
         flat = [

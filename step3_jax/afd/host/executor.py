@@ -30,7 +30,8 @@ from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Repor
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.layout.payload import choose_payload
 from step3_jax.layout.role import Role
-from step3_jax.model.cpu import copy_module, use_kernels
+from step3_jax.model.cpu import copy_module, use_kernels, widen
+from step3_jax.model.layers import LayerStack
 from step3_jax.model.step3 import Step3
 from step3_jax.timeline.event import Event, Lane, Stage
 
@@ -96,6 +97,11 @@ class HostExecutor(Executor):
     def num_microbatches(self) -> int:
         """See `Executor.num_microbatches`."""
         return self.calls.num_microbatches
+
+    @property
+    def afd_wait_s(self) -> float:
+        """See `Executor.afd_wait_s`."""
+        return self._flight.ffn_wait_s
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; the pages are on the attention devices alone."""
@@ -250,15 +256,20 @@ def _prepare_sides(model: Step3, topology: AfdTopology) -> Step3:
     own = copy_module(model)
     text, found = own.text, find_kernels()
     kernels = found if isinstance(found, Kernels) else None
-    attention = [text.embed_tokens, text.norm, text.lm_head, *(layer.attention for layer in text.layers)]
+    layers = [layer.stacked if isinstance(layer, LayerStack) else layer for layer in text.layers]
+    has_stacks = any(isinstance(layer, LayerStack) for layer in text.layers)
+    attention = [text.embed_tokens, text.norm, text.lm_head, *(layer.attention for layer in layers)]
     attention += [part for part in (own.vision, own.projector) if part is not None]
     sides = (
         (attention, topology.devices[0].platform, topology.num_attention),
-        ([layer.ffn for layer in text.layers], topology.ffn_platform, topology.num_ffn),
+        ([layer.ffn for layer in layers], topology.ffn_platform, topology.num_ffn),
     )
     for modules, platform, num_devices in sides:
         for module in modules if platform == "cpu" else ():
-            use_kernels(module, kernels if num_devices == 1 else None)
+            if kernels is not None and num_devices == 1 and not has_stacks:
+                use_kernels(module, kernels)
+            else:
+                widen(module)
     return own
 
 

@@ -15,7 +15,7 @@ import pytest
 from step3_jax.checkpoint import load
 from step3_jax.checkpoint.convert import convert
 from step3_jax.checkpoint.load import load_model
-from step3_jax.checkpoint.mapped import CAST, QUANTISED, LoadReport, MappedFiles
+from step3_jax.checkpoint.mapped import CAST, QUANTISED, LoadReport, find_obstacle
 from step3_jax.checkpoint.names import parameters_of
 from step3_jax.checkpoint.placement import Placement
 from step3_jax.checkpoint.plan import plan_conversion
@@ -80,11 +80,8 @@ def test_a_tensor_that_lies_between_is_copied(tmp_path):
     tensors = {"first": np.zeros(3, np.float32), "second": np.zeros(64, np.float32)}
     write_safetensors(tmp_path / "model.safetensors", tensors.items())
     start = (tmp_path / "model.safetensors").stat().st_size - 64 * 4
-    files = MappedFiles()
     for offset, obstacle in ((start, "not at a multiple of 64"), (start - 12, None)):
-        found = files.find_obstacle(
-            Placement("F32", (64,), tmp_path / "model.safetensors", offset), np.dtype(np.float32)
-        )
+        found = find_obstacle(Placement("F32", (64,), tmp_path / "model.safetensors", offset), np.dtype(np.float32))
         assert (found or "").startswith(obstacle or "")
         assert (found is None) == (obstacle is None)
 

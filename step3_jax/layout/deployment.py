@@ -17,7 +17,7 @@ from step3_jax import resources
 from step3_jax.layout.page import KV_CACHE_DTYPES
 from step3_jax.layout.parallel import Parallel, VisionForm
 from step3_jax.layout.payload import PAYLOADS
-from step3_jax.layout.weight_form import WEIGHTS
+from step3_jax.layout.weight_form import CPU_FORMS, WEIGHTS
 from step3_jax.nearest import describe_known
 
 _SPEC = re.compile(r"([1-9][0-9]*)a([1-9][0-9]*)f", re.IGNORECASE)
@@ -268,6 +268,10 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         num_devices = topology.num_devices
         default = default_ffn_parallel(topology)
         parallel = _parallel(values, "ffn", topology.num_ffn_devices, default)
+    weights = _choice(values, "weights", WEIGHTS, "bfloat16")
+    if topology is not None and weights in CPU_FORMS:
+        allowed = ", ".join(one for one in WEIGHTS if one not in CPU_FORMS)
+        raise ValueError(f"weights is {weights!r}; allowed: {allowed} with afd, as {weights} is for CPUs alone")
     vision = _choice(values, "mm_encoder_tp_mode", get_args(VisionForm), parallel.vision)
     parallel = dataclasses.replace(parallel, vision=vision)  # type: ignore[arg-type]
     num_microbatches = _whole(values, "microbatches", DEFAULT_MICROBATCHES)
@@ -278,7 +282,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         topology=topology,
         num_devices=num_devices,
         parallel=parallel,
-        weights=_choice(values, "weights", WEIGHTS, "bfloat16"),
+        weights=weights,
         kv_cache=_choice(values, "kv_cache", KV_CACHE_DTYPES, "bfloat16"),
         num_microbatches=num_microbatches,
         payload=_choice(values, "payload", PAYLOADS, "auto"),

@@ -15,6 +15,7 @@ from step3_jax.engine.sequence import Sequence, feature_rows
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
 from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.sampling.speculation import Speculation
 
 # What stands in a slot that is free.
 _IDLE = SamplingRow(SamplingParams(temperature=0.0), 0, (0, 0), ())
@@ -23,10 +24,11 @@ _IDLE = SamplingRow(SamplingParams(temperature=0.0), 0, (0, 0), ())
 class Packer:
     """Makes the arrays of an engine's calls; what depends on slots alone is kept until they change."""
 
-    def __init__(self, buckets: BucketTable, vocab_size: int) -> None:
-        """Takes the sizes that arrays come in, and V."""
+    def __init__(self, buckets: BucketTable, vocab_size: int, speculation: Speculation | None = None) -> None:
+        """Takes the sizes that arrays come in, V, and how tokens are guessed."""
         self._buckets = buckets
         self._vocab_size = vocab_size
+        self._speculation = speculation
         self._slots: tuple[int, SamplingBatch] | None = None
         self._table: tuple[int, Int[np.ndarray, "B max_pages"]] | None = None
         self._empty_history: Int[np.ndarray, "B M"] | None = None
@@ -49,9 +51,21 @@ class Packer:
         return batch._replace(features=_fill_up([features[:0]], num_tokens), feature_rows=rows)
 
     def decode(
-        self, scheduler: Scheduler, num_steps: int, masks: Int[np.ndarray, "B words"] | None = None
+        self,
+        scheduler: Scheduler,
+        num_steps: int,
+        masks: Int[np.ndarray, "B words"] | None = None,
+        *,
+        max_new: int | None = None,
     ) -> DecodeCall:
-        """The decode call of the sequences in slots; see `DecodeCall` for its numbers, and `Constrainer` for `masks`."""
+        """The decode call of the sequences in slots.
+
+        Args:
+          scheduler: Has the slots.
+          num_steps: Most steps.
+          masks: See `Constrainer`.
+          max_new: Most tokens of a sequence, where tokens are guessed; `num_steps` if absent.
+        """
         if self._slots is None or self._slots[0] != scheduler.version:
             self._slots = scheduler.version, pack_sampling(scheduler.slots, self._vocab_size)
         if self._table is None or self._table[0] != scheduler.table_version:
@@ -63,14 +77,31 @@ class Packer:
         # What may come behind a pause is only known once the tokens before it have been looked at.
         has_pause = any(one is not None and one.is_ready and one.sampling.pause_id >= 0 for one in scheduler.slots)
         leave_early = scheduler.num_waiting > 0 or has_pause
-        return DecodeCall(batch, self._slots[1], num_steps, self._buckets.max_steps, leave_early)
+        most = num_steps if max_new is None else max_new
+        return self._call(scheduler.slots, batch, self._slots[1], num_steps, most, leave_early=leave_early)
 
     def idle_decode(self, num_seqs: int) -> DecodeCall:
         """A decode call for `num_seqs` sequences of each shard, without any."""
         slots = [None] * (num_seqs * self._buckets.num_shards)
         batch = pack_decode(slots, pack_table(slots, self._buckets.max_pages))
         batch = batch._replace(history=self._pack_history(slots), mask=self._no_masks(slots))
-        return DecodeCall(batch, pack_sampling(slots, self._vocab_size), 1, self._buckets.max_steps)
+        return self._call(slots, batch, pack_sampling(slots, self._vocab_size), 1, 1)
+
+    def _call(
+        self,
+        slots: Seq[Sequence | None],
+        batch: DecodeBatch,
+        sampling: SamplingBatch,
+        num_steps: int,
+        max_new: int,
+        *,
+        leave_early: bool = False,
+    ) -> DecodeCall:
+        if self._speculation is not None:
+            # A mask is that of one token.
+            most = [1 if one is not None and one.is_masked else max_new for one in slots]
+            batch = batch._replace(max_new=np.array(most, np.int32))
+        return DecodeCall(batch, sampling, num_steps, self._buckets.max_steps, leave_early, self._speculation)
 
     def _no_masks(self, slots: Seq[Sequence | None]) -> Int[np.ndarray, "B words"]:
         """Masks that allow everything, the same array each time."""
@@ -79,13 +110,18 @@ class Packer:
         return self._all_allowed
 
     def _pack_history(self, slots: Seq[Sequence | None]) -> Int[np.ndarray, "B M"]:
-        """Tokens of the sequences in slots that have penalties; the same array again while there are none."""
+        """Tokens of the sequences in slots that need them: those with penalties, or all where tokens are guessed.
+
+        The same array again while there are none.
+        """
         if self._empty_history is None or len(self._empty_history) != len(slots):
             shape = len(slots), self._buckets.max_pages * PAGE_SIZE
             self._empty_history = np.full(shape, self._vocab_size, np.int32)
         history = self._empty_history
         for slot, sequence in enumerate(slots):
-            if sequence is None or not sequence.is_ready or not sequence.sampling.params.has_penalties:
+            if sequence is None or not sequence.is_ready:
+                continue
+            if self._speculation is None and not sequence.sampling.params.has_penalties:
                 continue
             if history is self._empty_history:
                 history = history.copy()

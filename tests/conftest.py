@@ -39,6 +39,7 @@ CHECKED_MODULES = [
     "step3_jax.quant",
     "step3_jax.sampling.penalties",
     "step3_jax.sampling.sampler",
+    "step3_jax.stack",
     "step3_jax.train",
 ]
 

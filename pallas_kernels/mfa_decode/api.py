@@ -23,6 +23,7 @@ def mfa_decode(
     table: Int[Array, "B max_pages"],
     lengths: Int[Array, " B"],
     *,
+    first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     plan: Plan | None = None,
     return_lse: Literal[False] = False,
@@ -35,6 +36,7 @@ def mfa_decode(
     table: Int[Array, "B max_pages"],
     lengths: Int[Array, " B"],
     *,
+    first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     plan: Plan | None = None,
     return_lse: Literal[True],
@@ -46,6 +48,7 @@ def mfa_decode(
     table: Int[Array, "B max_pages"],
     lengths: Int[Array, " B"],
     *,
+    first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     plan: Plan | None = None,
     return_lse: bool = False,
@@ -62,10 +65,12 @@ def mfa_decode(
 
     Args:
       queries: The new tokens' queries, after RoPE.
-      pages: One layer's cache. A page's rows past a sequence's end may hold anything.
+      pages: One layer's cache, or that of all layers in one pool. A page's rows past a sequence's end may hold anything.
       table: Pages of each sequence in order; entries past its end may hold anything.
       lengths: Cached tokens of each sequence, the T new ones among them; 0 for an empty place in the batch. What the
         table has no room for is left out.
+      first_page: Added to every page of the table: where a layer's pages start in the pool; may be traced. The kernel
+        adds it, so that the layers share one table.
       scale: Of the scores; 1 / sqrt(K) if None.
       plan: What `plan_decode` made of these lengths, if several layers share it: eight small kernels are saved in each.
       return_lse: Also return the logarithm of each softmax's denominator, to merge with attention over other keys.
@@ -103,6 +108,7 @@ def mfa_decode(
         table,
         lengths,
         plan,
+        jnp.asarray(first_page, jnp.int32),
     )
     return (out, lse) if return_lse else out
 

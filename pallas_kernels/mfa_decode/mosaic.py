@@ -88,6 +88,7 @@ def decode_attention(
     table: Int[Array, "B max_pages"],
     lengths: Int[Array, " B"],
     work: plan.Plan | None = None,
+    first_page: Int[Array, ""] | int = 0,
     *,
     scale: float,
     interpret: bool,
@@ -99,6 +100,7 @@ def decode_attention(
     Args:
       queries, pages, table, lengths, scale: As there.
       work: Of `api.plan_decode`; made here if None.
+      first_page: As there.
       interpret: Run on a CPU.
       detect_races: The interpreter looks for unordered accesses.
       blocks: Overrides of `default_blocks`.
@@ -124,7 +126,8 @@ def decode_attention(
         work = plan.plan_work(lengths, capacity=capacity, workers=sizes["workers"], min_blocks=sizes["min_blocks"])
     rows = queries.reshape(batch, tokens * heads, head_dim).astype(geometry.dtype)
     rows = jnp.pad(rows, ((0, 0), (0, geometry.rows - tokens * heads), (0, 0)))
-    parts, tops, norms = _attend(geometry, target, rows, pages, table.astype(jnp.int32), work)
+    first = jnp.asarray(first_page, jnp.int32).reshape(1)
+    parts, tops, norms = _attend(geometry, target, rows, pages, table.astype(jnp.int32), first, work)
     out, lse = combine.combine(
         parts,
         tops,
@@ -145,6 +148,7 @@ def _attend(
     rows: Float[Array, "B R K"],
     pages: KVPages,
     table: Int[Array, "B max_pages"],
+    first_page: Int[Array, " 1"],
     work: plan.Plan,
 ) -> tuple[Float[Array, "F R K"], Float[Array, "F R"], Float[Array, "F R"]]:
     """Sums, maxima and norms of each fragment."""
@@ -175,8 +179,8 @@ def _attend(
         scratch["sums"] = plgpu.SMEM((2, TILE), jnp.float32)
         scratch.update(read=plgpu.Barrier(), given=plgpu.Barrier(), taken=plgpu.Barrier())
 
-    names = ["starts", "spans", "lengths", "table", "rows", "keys", "values"]
-    arrays = [work.starts, work.spans, work.lengths, table, rows, pages.keys, pages.values]
+    names = ["starts", "spans", "lengths", "table", "first_page", "rows", "keys", "values"]
+    arrays = [work.starts, work.spans, work.lengths, table, first_page, rows, pages.keys, pages.values]
     if pages.key_scales is not None and pages.value_scales is not None:
         names += ["key_scales", "value_scales"]
         arrays += [pages.key_scales, pages.value_scales]

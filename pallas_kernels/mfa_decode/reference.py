@@ -21,6 +21,7 @@ def decode_attention(
     table: Int[Array, "B max_pages"],
     lengths: Int[Array, " B"],
     work: Plan | None = None,
+    first_page: Int[Array, ""] | int = 0,
     *,
     scale: float,
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
@@ -41,7 +42,7 @@ def decode_attention(
         positions = index * chunk + jnp.arange(chunk)
         # Numbers past the end are as free as the rows there: they must not lead outside the pages.
         is_cached = positions < lengths[:, None]
-        page_ids = jnp.where(is_cached[:, :: pages.page_size], page_ids, 0)
+        page_ids = jnp.where(is_cached[:, :: pages.page_size], page_ids + first_page, 0)
         keys, values = gather_rows(pages, page_ids, jnp.dtype(jnp.float32))
         values = jnp.where(is_cached[:, :, None], values, 0)
         scores = jnp.einsum("BQK,BSK->BQS", rows, keys, preferred_element_type=jnp.float32)

@@ -28,6 +28,7 @@ TILE = 64
 def norm_quantise(
     x: jax.Array,
     weight: jax.Array,
+    layer: jax.Array,
     *,
     eps: float,
     scales_layout: ScalesLayout,
@@ -35,7 +36,7 @@ def norm_quantise(
     interpret: bool,
     detect_races: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """See `api`."""
+    """See `api`; weight is [L, D]."""
     target = Target(interpret=interpret, detect_races=detect_races)
     m, size = x.shape
     blocks = size // BLOCK
@@ -65,11 +66,12 @@ def norm_quantise(
         grid_names=("row",),
         scratch_types=scratch_types,
         **target.kernel_options(),
-    )(x.reshape(m, blocks, BLOCK), weight.reshape(blocks, BLOCK))
+    )(layer.reshape(1), x.reshape(m, blocks, BLOCK), weight.reshape(-1, blocks, BLOCK))
     return (values.reshape(m, size), scales, *(array.reshape(m, size) for array in normed))
 
 
 def _body(
+    layer_ref: Ref,
     x_ref: Ref,
     weight_ref: Ref,
     values_ref: Ref,
@@ -87,7 +89,7 @@ def _body(
     used = pl.ds(0, blocks)
 
     plgpu.copy_gmem_to_smem(x_ref.at[row], x_smem.at[used], copied)
-    plgpu.copy_gmem_to_smem(weight_ref, weight_smem.at[used], copied)
+    plgpu.copy_gmem_to_smem(weight_ref.at[layer_ref[0]], weight_smem.at[used], copied)
     plgpu.barrier_wait(copied)
 
     wide = target.load(x_smem, WGMMA).astype(jnp.float32)

@@ -20,6 +20,7 @@ def rope_cache_write(
     page_ids: Int[Array, " N"],
     slots: Int[Array, " N"],
     *,
+    first_page: Int[Array, ""] | int = 0,
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "N H K"], KVPages]:
     """Rotates queries and keys, and writes keys and values to their places in the paged cache.
@@ -35,9 +36,11 @@ def rope_cache_write(
       values: One value a token.
       cos: Cosine of position * theta^(-2i/K), i < K/2.
       sin: Sine of the same.
-      pages: One layer's cache, or all layers' in one pool (then `page_ids` point into the pool).
-      page_ids: Page of each token; outside [0, P) nothing is written for this token.
+      pages: One layer's cache, or that of all layers in one pool.
+      page_ids: Page of each token, counted from `first_page`; nothing is written for a token whose id is negative, or whose
+        page the pool does not have.
       slots: Row in that page, in [0, page). Two tokens of one call must not share a place.
+      first_page: Added to every page id: where a layer's pages start in the pool; may be traced. The kernel adds it.
       implementation: See `Implementation`.
 
     Returns:
@@ -72,4 +75,5 @@ def rope_cache_write(
         pages,
         page_ids,
         slots,
+        jnp.asarray(first_page, jnp.int32),
     )

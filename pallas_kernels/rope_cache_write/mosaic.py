@@ -57,6 +57,7 @@ def rope_cache_write(
     pages: KVPages,
     page_ids: Int[Array, " N"],
     slots: Int[Array, " N"],
+    first_page: Int[Array, ""] | int = 0,
     *,
     interpret: bool,
     detect_races: bool = False,
@@ -95,7 +96,14 @@ def rope_cache_write(
         ],
         name="rope_cache_write",
         **target.kernel_options(),
-    )(queries, *tokens, page_ids.astype(jnp.int32), slots.astype(jnp.int32), *refs)
+    )(
+        queries,
+        *tokens,
+        page_ids.astype(jnp.int32),
+        slots.astype(jnp.int32),
+        jnp.asarray(first_page, jnp.int32).reshape(1),
+        *refs,
+    )
     written = [jax.freeze(ref) for ref in refs]
     return rotated, KVPages(*written)
 
@@ -108,6 +116,7 @@ def _body(
     sin_ref: Ref,
     ids_ref: Ref,
     slots_ref: Ref,
+    first_page_ref: Ref,
     *refs: Ref,
     target: Target,
     num_tokens: int,
@@ -121,6 +130,7 @@ def _body(
 
     def write_rows(part: jax.Array, source: Ref, buffer: Ref, scales: Ref | None, is_key: bool) -> None:
         first = part * ROWS
+        first_page = first_page_ref[0]
         # Of the last tile all rows exist: it starts earlier.
         tile = jnp.minimum(lax.div(first, jnp.int32(TILE)) * TILE, jnp.int32(max(num_tokens - TILE, 0)))
         rows = [jnp.minimum(first + offset, num_tokens - 1) for offset in range(ROWS)]
@@ -137,9 +147,10 @@ def _body(
         # The rows go out through the copy engine, and the scales are read by other threads than wrote them.
         plgpu.commit_smem()
         for offset, (page, slot) in enumerate(places):
-            is_kept = (page >= 0) & (page < num_pages) & (first + offset < num_tokens)
+            place = page + first_page
+            is_kept = (page >= 0) & (place < num_pages) & (first + offset < num_tokens)
 
-            def write(row: jax.Array = rows[offset] - tile, page: jax.Array = page, slot: jax.Array = slot) -> None:
+            def write(row: jax.Array = rows[offset] - tile, page: jax.Array = place, slot: jax.Array = slot) -> None:
                 plgpu.copy_smem_to_gmem(row_tile.at[pl.ds(row, 1)], buffer.at[page, pl.ds(slot, 1)])
                 if scales is not None:
                     scales[page, 0, slot] = scale_tile[row]

@@ -27,9 +27,10 @@ def rope_cache_write(
     pages: KVPages,
     page_ids: Int[Array, " N"],
     slots: Int[Array, " N"],
+    first_page: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "N H K"], KVPages]:
     """See `api.rope_cache_write`."""
     # A scatter counts a negative index from the end, which would hit a page.
-    page_ids = jnp.where(page_ids < 0, pages.keys.shape[0], page_ids)
+    page_ids = jnp.where(page_ids < 0, pages.keys.shape[0], page_ids + first_page)
     written = write_rows(pages, rotate(keys, cos, sin), values, page_ids, slots)
     return rotate(queries, cos, sin), written

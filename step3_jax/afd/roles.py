@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from pallas_kernels.pages import KVPages
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.config import TextConfig
-from step3_jax.layers.attention import AttentionContext, CacheStep, attention_context
+from step3_jax.layers.attention import AttentionContext, CacheStep, at_layer, attention_context
 from step3_jax.layers.embed import Embedding, merge_image_features
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.norm import RMSNorm
@@ -195,7 +195,12 @@ def begin_step(
 
 
 def attention_step(
-    block: AttentionBlock, form: PayloadFormat, tokens: Tokens, pages: KVPages
+    block: AttentionBlock,
+    form: PayloadFormat,
+    tokens: Tokens,
+    pages: KVPages,
+    layer: Int[Array, ""] | int,
+    layer_pages: int,
 ) -> tuple[Float[Array, "B T D"], UInt8[Array, "N row_bytes"], KVPages]:
     """Attention half of a layer.
 
@@ -203,12 +208,15 @@ def attention_step(
       block: The layer's.
       form: Of the rows of both directions.
       tokens: As the last layer left them.
-      pages: The layer's cache.
+      pages: The pool of all layers.
+      layer: Which one this is.
+      layer_pages: Pages of each layer in the pool.
 
     Returns:
-      The residual stream (it stays), rows for the FFN side, and the cache with the new rows.
+      The residual stream (it stays), rows for the FFN side, and the pool with the new rows.
     """
-    out = block(add_returned(form, tokens.hidden, tokens.returned), tokens.context, pages)
+    context = at_layer(tokens.context, layer, layer_pages)
+    out = block(add_returned(form, tokens.hidden, tokens.returned), context, pages)
     routing = out.routing
     rows = form.pack(out.normed) if routing is None else form.pack(out.normed, routing.experts, routing.weights)
     return out.residual, rows, cast(KVPages, out.pages)

@@ -25,15 +25,16 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, UInt8
 
 from pallas_kernels.common import ENVIRONMENT_VARIABLE as KERNELS
-from pallas_kernels.pages import KVPages, empty_pages
+from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import PAGE_SIZE, Storage
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.roles import Parts, Skeleton, Tokens, attention_step, begin_step, end_step, ffn_step, take_apart
 from step3_jax.afd.topology import AfdTopology
+from step3_jax.cache.paged import count_pages, empty_cache
 from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
 from step3_jax.cli.plan_process import Compilation
 from step3_jax.config import ModelConfig
-from step3_jax.layers.attention import CacheStep, attention_context
+from step3_jax.layers.attention import CacheStep, at_layer, attention_context
 from step3_jax.layout.deployment import Deployment
 from step3_jax.layout.parallel import ATTENTION, BOTH, FFN
 from step3_jax.layout.payload import choose_payload
@@ -59,8 +60,8 @@ Out = TypeVar("Out")
 
 # What stands for a layer in each program: its form, and its arrays.
 _Pair = tuple[Skeleton[AttentionBlock], Skeleton[FfnBlock]]
-_BothLayer = tuple[list[Array], list[Array], KVPages]
-_AttentionLayer = tuple[list[Array], KVPages, Array]
+_BothLayer = tuple[list[Array], list[Array], Array]
+_AttentionLayer = tuple[list[Array], Array, Array]
 
 
 def compile_alone(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
@@ -124,28 +125,33 @@ def _compile_both(model: Step3, layout: Layout, deployment: Deployment, cache: C
 
     def step(
         weights: _Weights,
-        pages: list[KVPages],
+        pool: KVPages,
         last: Int[Array, " B"],
         table: Int[Array, "B max_pages"],
         lengths: Int[Array, " B"],
-    ) -> tuple[list[KVPages], Int[Array, " B"]]:
+    ) -> tuple[KVPages, Int[Array, " B"]]:
         ends = parts.ends.skeleton.build(weights.ends)
         hidden = ends.embed_tokens(last[:, None])
         context = attention_context(text, (last.shape[0], 1), step=CacheStep(table, lengths))
 
-        def run_layer(kind: _Pair, hidden: Array, given: _BothLayer) -> tuple[Array, KVPages]:
-            (attention, ffn), (attention_leaves, ffn_leaves, own) = kind, given
-            out = attention.build(attention_leaves)(hidden, context, own)
+        layer_pages = count_pages(pool, len(kinds))
+
+        def run_layer(
+            kind: _Pair, carry: tuple[Array, KVPages], given: _BothLayer
+        ) -> tuple[tuple[Array, KVPages], None]:
+            (hidden, pool), (attention, ffn), (attention_leaves, ffn_leaves, layer) = carry, kind, given
+            out = attention.build(attention_leaves)(hidden, at_layer(context, layer, layer_pages), pool)
             added = ffn.build(ffn_leaves)(out.normed, out.routing).reshape(hidden.shape)
-            return out.residual + added, cast(KVPages, out.pages)
+            return (out.residual + added, cast(KVPages, out.pages)), None
 
-        layers = list(zip(weights.attention, weights.ffn, pages, strict=True))
-        hidden, new = run_layers(run_layer, kinds, hidden, layers)
+        numbers = jnp.arange(len(kinds), dtype=jnp.int32)
+        layers = list(zip(weights.attention, weights.ffn, numbers, strict=True))
+        (hidden, pool), _ = run_layers(run_layer, kinds, (hidden, pool), layers)
         logits = ends.lm_head(ends.norm(hidden)[:, 0]).astype(jnp.float32)
-        return new, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return pool, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    pages, inputs = _shape_cache(model, layout, deployment, cache), _step_inputs(layout, cache, cache.rows)
-    return _measure(step, layout, _Weights.of(parts), pages, inputs, vision=_vision_leaves(placed))
+    pool, inputs = _shape_cache(model, layout, deployment, cache), _step_inputs(layout, cache, cache.rows)
+    return _measure(step, layout, _Weights.of(parts), pool, inputs, vision=_vision_leaves(placed))
 
 
 def _compile_attention(
@@ -159,34 +165,37 @@ def _compile_attention(
 
     def step(
         weights: _Weights,
-        pages: list[KVPages],
+        pool: KVPages,
         last: Int[Array, " B"],
         table: Int[Array, "B max_pages"],
         lengths: Int[Array, " B"],
         returned: list[UInt8[Array, "B output_bytes"]],
-    ) -> tuple[list[KVPages], list[UInt8[Array, "B row_bytes"]], Int[Array, " B"]]:
+    ) -> tuple[KVPages, list[UInt8[Array, "B row_bytes"]], Int[Array, " B"]]:
         ends = parts.ends.skeleton.build(weights.ends)
         tokens = begin_step(ends, text, form, last[:, None], CacheStep(table, lengths), PAGE_SIZE)
 
-        def run_layer(
-            kind: Skeleton[AttentionBlock], tokens: Tokens, given: _AttentionLayer
-        ) -> tuple[Tokens, tuple[KVPages, Array]]:
-            leaves, own, back = given
-            residual, sent, own = attention_step(kind.build(leaves), form, tokens, own)
-            return tokens._replace(hidden=residual, returned=back), (own, sent)
+        layer_pages = count_pages(pool, len(kinds))
 
-        layers = list(zip(weights.attention, pages, returned, strict=True))
-        tokens, outs = run_layers(run_layer, kinds, tokens, layers)
+        def run_layer(
+            kind: Skeleton[AttentionBlock], carry: tuple[Tokens, KVPages], given: _AttentionLayer
+        ) -> tuple[tuple[Tokens, KVPages], Array]:
+            (tokens, pool), (leaves, back, layer) = carry, given
+            residual, sent, pool = attention_step(kind.build(leaves), form, tokens, pool, layer, layer_pages)
+            return (tokens._replace(hidden=residual, returned=back), pool), sent
+
+        numbers = jnp.arange(len(kinds), dtype=jnp.int32)
+        layers = list(zip(weights.attention, returned, numbers, strict=True))
+        (tokens, pool), sent = run_layers(run_layer, kinds, (tokens, pool), layers)
         chosen = jnp.argmax(end_step(ends, form, tokens), axis=-1).astype(jnp.int32)
-        return [own for own, _ in outs], [sent for _, sent in outs], chosen
+        return pool, sent, chosen
 
     weights = _Weights.of(dataclasses.replace(parts, ffn=[]))
     inputs = (
         *_step_inputs(layout, cache, rows),
         [_rows(layout, rows, form.output_bytes, dtype=jnp.uint8) for _ in parts.attention],
     )
-    pages = _shape_cache(model, layout, deployment, cache)
-    return _measure(step, layout, weights, pages, inputs, vision=_vision_leaves(placed))
+    pool = _shape_cache(model, layout, deployment, cache)
+    return _measure(step, layout, weights, pool, inputs, vision=_vision_leaves(placed))
 
 
 def _compile_ffn(model: Step3, layout: Layout, form: PayloadFormat, rows: int) -> CompiledBytes:
@@ -196,9 +205,9 @@ def _compile_ffn(model: Step3, layout: Layout, form: PayloadFormat, rows: int) -
     kinds = [part.skeleton for part in parts.ffn]
 
     def step(
-        weights: _Weights, pages: list[KVPages], sent: list[UInt8[Array, "N row_bytes"]]
+        weights: _Weights, pool: None, sent: list[UInt8[Array, "N row_bytes"]]
     ) -> list[UInt8[Array, "N output_bytes"]]:
-        del pages  # There are none on this side.
+        del pool  # There is none on this side.
 
         def run_layer(kind: Skeleton[FfnBlock], carry: None, given: tuple[list[Array], Array]) -> tuple[None, Array]:
             leaves, own = given
@@ -208,7 +217,7 @@ def _compile_ffn(model: Step3, layout: Layout, form: PayloadFormat, rows: int) -
 
     inputs = ([_rows(layout, rows, form.row_bytes, dtype=jnp.uint8) for _ in parts.ffn],)
     weights = _Weights([], [], [part.leaves for part in parts.ffn])
-    return _measure(step, layout, weights, [], inputs)
+    return _measure(step, layout, weights, None, inputs)
 
 
 @jax.tree_util.register_dataclass
@@ -262,14 +271,13 @@ def run_layers(
     return carry, results
 
 
-def _shape_cache(model: Step3, layout: Layout, deployment: Deployment, cache: CacheShape) -> list[KVPages]:
-    """Pages of all layers and devices, as they lie."""
+def _shape_cache(model: Step3, layout: Layout, deployment: Deployment, cache: CacheShape) -> KVPages:
+    """The pool of all layers and devices, as it lies."""
     text, sharding = model.config.text, layout.sharding("rows")
     count = cache.num_pages * layout.size("rows")
     storage = cast(Storage, deployment.kv_cache)
-    pages = jax.eval_shape(lambda: empty_pages(count, text.head_dim, storage, as_bits=True))
-    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), pages)
-    return [placed] * text.num_hidden_layers
+    pool = jax.eval_shape(lambda: empty_cache(text, count, storage, as_bits=True))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), pool)
 
 
 def _step_inputs(layout: Layout, cache: CacheShape, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -286,7 +294,7 @@ def _measure(
     step: Callable[..., object],
     layout: Layout,
     weights: _Weights,
-    pages: list[KVPages],
+    pool: KVPages | None,
     inputs: tuple[object, ...],
     *,
     vision: Sequence[Array] = (),
@@ -294,17 +302,17 @@ def _measure(
     """Compiles a step, the same on each device's own part, and reads the bytes of one device.
 
     Args:
-      step: Takes weights, pages and inputs.
+      step: Takes weights, pool and inputs.
       layout: The devices of the role.
       weights: Shapes of what the step multiplies with.
-      pages: Of the cache.
+      pool: The cache; None on a side that has none.
       inputs: What else the step takes.
       vision: What the step has no use for and is on the devices all the same, perhaps along axes of another mesh.
 
     Raises:
       RuntimeError: If the program takes other arguments than it is given, which would make its bytes worthless.
     """
-    arguments = (weights, pages, *inputs)
+    arguments = (weights, pool, *inputs)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
     mapped = jax.shard_map(step, mesh=layout.mesh, in_specs=specs, out_specs=layout.spec("rows"), check_vma=False)
 
@@ -318,13 +326,15 @@ def _measure(
         raise RuntimeError("this version of jax does not tell the memory of a program for CPUs")
     kv_cache = memory.alias_size_in_bytes
     found = memory.argument_size_in_bytes - kv_cache - _device_bytes(inputs)
-    given = _device_bytes((weights, vision)), _device_bytes(pages)
+    given = _device_bytes((weights, vision)), _device_bytes(pool)
     if (found, kv_cache) != given:
         raise RuntimeError(
             f"the compiled program has {found:,} bytes of weights and {kv_cache:,} of cache on a device, and was given "
             f"{given[0]:,} and {given[1]:,}"
         )
-    num_tokens = pages[0].keys.shape[0] // layout.size("rows") * pages[0].page_size if pages else 0
+    num_tokens = 0
+    if pool is not None:
+        num_tokens = count_pages(pool, len(weights.attention)) // layout.size("rows") * pool.page_size
     return CompiledBytes(found, kv_cache, num_tokens)
 
 

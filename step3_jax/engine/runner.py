@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.storage import Storage
-from step3_jax.cache.paged import Cache, copy_pages, empty_cache
+from step3_jax.cache.paged import Cache, copy_pages, count_pages, empty_cache
+from step3_jax.config import TextConfig
 from step3_jax.engine.decode_loop import decode_loop
 from step3_jax.engine.executor import Executor, Started, num_copies, widen_weights
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
@@ -44,7 +45,7 @@ class Runner(Executor):
             model = widen_weights(model)
             separate_experts(model)
         self._split = SplitModel(model)
-        self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text.vocab_size)
+        self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text)
         self._prefill = self._jit(self._traced.prefill, donate_argnames=("cache",))
         self._decode = self._jit(
             self._traced.decode, static_argnames=("max_steps", "speculation"), donate_argnames=("cache",)
@@ -96,7 +97,7 @@ class Runner(Executor):
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`."""
         missing = num_copies(sources) - len(sources)
-        num_pages = cache[0].keys.shape[0]
+        num_pages = count_pages(cache, self.config.text.num_hidden_layers)
         return self._timed(
             "copy_pages",
             self._copy,
@@ -148,7 +149,7 @@ class TracedCalls:
         self,
         build: Callable[[Weights], Step3],
         num_traces: collections.Counter[str],
-        vocab_size: int,
+        config: TextConfig,
         any_row: Callable[[Bool[Array, " B"]], Bool[Array, ""]] = jnp.any,
     ) -> None:
         """Takes what makes the module.
@@ -156,12 +157,12 @@ class TracedCalls:
         Args:
           build: See `SplitModel.build`.
           num_traces: Counts the traces by name.
-          vocab_size: V.
+          config: Of the decoder.
           any_row: See `decode_loop`.
         """
         self._build = build
         self._num_traces = num_traces
-        self._vocab_size = vocab_size
+        self._config = config
         self._any_row = any_row
 
     def encode(self, weights: Weights, pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:
@@ -172,7 +173,7 @@ class TracedCalls:
     def copy_pages(self, cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
         """The cache with copied pages."""
         self._num_traces["copy_pages"] += 1
-        return copy_pages(cache, sources, targets)
+        return copy_pages(cache, sources, targets, self._config.num_hidden_layers)
 
     def prefill(self, weights: Weights, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Int[Array, "1 layers E"]]:
         """The cache with a chunk, and how many of its tokens each expert got."""
@@ -182,13 +183,18 @@ class TracedCalls:
         if batch.features is not None and batch.feature_rows is not None:
             embeddings = merge_image_features(embeddings, batch.features, batch.feature_rows[None])
         step = CacheStep(batch.table, batch.lengths, batch.query_starts)
-        routings: list[Routing] = []
-        # The hidden states have no reader, so what only they need of the last layer is not computed: its routing neither.
-        _, filled = decoder(embeddings, cache=cache, step=step, watch=routings.append)
-        config = decoder.config
-        kept = routings[:-1] if config.is_moe_layer(config.num_hidden_layers - 1) else routings
-        counts = count_tokens(kept, batch.query_starts[-1], config.moe_num_experts)
-        return filled or cache, counts[None]
+        num_experts = self._config.moe_num_experts
+
+        def count(routing: Routing) -> Int[Array, " E"]:
+            return count_tokens(routing, batch.query_starts[-1], num_experts)
+
+        _, filled, counts = decoder.run(embeddings, cache=cache, step=step, observe=count)
+        if self._config.is_moe_layer(self._config.num_hidden_layers - 1):
+            # The hidden states have no reader, so what only they need of the last layer is not computed: neither is its
+            # routing.
+            counts[-1] = counts[-1][:-1]
+        joined = jnp.concatenate(counts) if counts else jnp.zeros((0, num_experts), jnp.int32)
+        return cache if filled is None else filled, joined[None]
 
     def decode(
         self,
@@ -208,7 +214,7 @@ class TracedCalls:
 
         def forward(ids: Int[Array, "B T"], cache: Cache, step: CacheStep) -> tuple[Float[Array, "B T V"], Cache]:
             hidden, filled = decoder(decoder.embed_tokens(ids), cache=cache, step=step)
-            return decoder.logits(hidden), filled or cache
+            return decoder.logits(hidden), cache if filled is None else filled
 
         return decode_loop(
             forward,
@@ -217,7 +223,7 @@ class TracedCalls:
             sampling,
             num_steps,
             leave_early,
-            vocab_size=self._vocab_size,
+            vocab_size=self._config.vocab_size,
             max_steps=max_steps,
             speculation=speculation,
             any_row=self._any_row,

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.storage import Storage
-from step3_jax.cache.paged import Cache, empty_cache
+from step3_jax.cache.paged import Cache, count_pages, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, own_devices, widen_weights
 from step3_jax.engine.runner import SplitModel, TracedCalls, Weights
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
@@ -56,9 +56,7 @@ class ShardedRunner(Executor):
         if self.is_cpu:
             model = widen_weights(model)
         self._split = SplitModel(parallelise(model, layout))
-        self._traced = TracedCalls(
-            self._split.build, self.num_traces, self.config.text.vocab_size, any_row=self._any_row
-        )
+        self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text, any_row=self._any_row)
         rows, copies = layout.sharding("rows"), layout.sharding()
         weights = [weight.sharding for weight in self._split.weights]
         self._copies = copies
@@ -128,7 +126,7 @@ class ShardedRunner(Executor):
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`."""
-        shard_pages, size = cache[0].keys.shape[0] // self.num_shards, num_copies(sources)
+        shard_pages, size = self._pages_of_shard(cache), num_copies(sources)
         own = (local_pages(pages, shard_pages, self.num_shards, size) for pages in (sources, targets))
         return self._timed("copy_pages", self._copy, cache, *own)
 
@@ -226,7 +224,11 @@ class ShardedRunner(Executor):
 
     def _with_local_pages(self, cache: Cache, batch: Batch) -> Batch:
         """Page numbers as each shard counts its own."""
-        return batch._replace(table=batch.table % (cache[0].keys.shape[0] // self.num_shards))
+        return batch._replace(table=batch.table % self._pages_of_shard(cache))
+
+    def _pages_of_shard(self, cache: Cache) -> int:
+        """Pages that each layer has in a shard."""
+        return count_pages(cache, self.config.text.num_hidden_layers) // self.num_shards
 
     def _gather_rows(self, own: Array) -> Array:
         return jax.lax.all_gather(own, self._rows_axes, axis=0, tiled=True) if self._rows_axes else own

@@ -58,6 +58,8 @@ class AttentionContext(NamedTuple):
       step: Where the tokens stand in the cache; None without one.
       page_ids: Page that each new token is written to, [N]; `NO_PAGE` for none. None without a cache.
       slots: Its place in the page, [N]; None without a cache.
+      first_page: Where the layer's pages start in the pool, from which the numbers above count; None for pages of one
+        layer alone. See `at_layer`.
     """
 
     cos: Float[Array, "B T half"]
@@ -66,6 +68,7 @@ class AttentionContext(NamedTuple):
     step: CacheStep | None = None
     page_ids: Int[Array, " N"] | None = None
     slots: Int[Array, " N"] | None = None
+    first_page: Int[Array, ""] | int | None = None
 
 
 class MFA(nnx.Module):
@@ -85,7 +88,10 @@ class MFA(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "B T D"], context: AttentionContext, pages: KVPages | None = None
     ) -> tuple[Float[Array, "B T D"], KVPages | None]:
-        """Attends to the cache (with the new rows written into it), or to `hidden` alone when `pages` is None."""
+        """Attends to the cache (with the new rows written into it), or to `hidden` alone when `pages` is None.
+
+        `pages` are the pool of all layers; the context says where this one's begin.
+        """
         batch, length, _ = hidden.shape
         queries = self.wq(self.inter_norm(self.q_proj(hidden)))
         queries = apply_rope(queries.reshape(batch, length, self.num_heads, -1), context.cos, context.sin)
@@ -95,7 +101,7 @@ class MFA(nnx.Module):
             heads = attend(queries, keys, values, context.mask)
         else:
             pages = write_tokens(pages, keys.reshape(-1, self.head_dim), values.reshape(-1, self.head_dim), context)
-            heads = attend_pages(queries, pages, context.step)
+            heads = attend_pages(queries, pages, context)
         return self.o_proj(heads.reshape(batch, length, -1)), pages
 
 
@@ -147,11 +153,16 @@ def attention_context(
     return AttentionContext(cos, sin, step=step, page_ids=page_ids, slots=places % page_size)
 
 
+def at_layer(context: AttentionContext, layer: Int[Array, ""] | int, layer_pages: int) -> AttentionContext:
+    """The context for one layer of a pool in which each has `layer_pages` pages, one layer's behind the other's."""
+    return context._replace(first_page=layer * layer_pages)
+
+
 def write_tokens(
     pages: KVPages, keys: Float[Array, "N K"], values: Float[Array, "N K"], context: AttentionContext
 ) -> KVPages:
     """Writes the step's new rows to their pages; the caller sees to it that the table has them."""
-    page_ids, slots = context.page_ids, context.slots
+    page_ids, slots = _shift(context.page_ids, context.first_page), context.slots
     if keys.shape[0] == 1 and jax.default_backend() == "cpu":
         # XLA:CPU merges a lone update into what reads the pages, and then copies all of them. Of two rows, the second
         # dropped, it makes a scatter in place.
@@ -160,13 +171,22 @@ def write_tokens(
     return write_rows(pages, keys, values, page_ids, slots)
 
 
-def attend_pages(queries: Float[Array, "B T H K"], pages: KVPages, step: CacheStep) -> Float[Array, "B T H K"]:
+def attend_pages(
+    queries: Float[Array, "B T H K"], pages: KVPages, context: AttentionContext
+) -> Float[Array, "B T H K"]:
     """Attention of a decode step or of a packed chunk over the cache, which has the step's own rows already."""
     implementation: Implementation = "reference" if pages.is_bits else "auto"
+    step = context.step
+    table = _shift(step.table, context.first_page)
     if step.query_starts is None:
-        return mfa_decode(queries, pages, step.table, step.lengths, implementation=implementation)
-    heads = mfa_prefill(queries[0], pages, step.table, step.query_starts, step.lengths, implementation=implementation)
+        return mfa_decode(queries, pages, table, step.lengths, implementation=implementation)
+    heads = mfa_prefill(queries[0], pages, table, step.query_starts, step.lengths, implementation=implementation)
     return heads[None]
+
+
+def _shift(page_ids: Int[Array, "..."], first_page: Int[Array, ""] | int | None) -> Int[Array, "..."]:
+    """Page numbers of a layer as those of the pool; `NO_PAGE` stays far outside."""
+    return page_ids if first_page is None else page_ids + first_page
 
 
 def attend(

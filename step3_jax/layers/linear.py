@@ -12,6 +12,7 @@ from pallas_kernels.fp8_matmul.api import fp8_matmul
 from pallas_kernels.quantise import quantise_rows
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.quant import BlockScaled, dequantise
+from step3_jax.stack import LayerOf, parts, pick
 
 # XLA:CPU has no bfloat16 product of a vector: it writes the whole matrix out in float32 first. From two rows on it calls
 # a library that reads bfloat16 as it is, best from four rows.
@@ -44,7 +45,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype
 
 
 def linear(
-    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | BlockScaled
+    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | BlockScaled | LayerOf
 ) -> Float[Array, "*batch features_out"]:
     """x W^T in the dtype of `hidden`, summed in float32.
 
@@ -54,8 +55,10 @@ def linear(
     A block-scaled weight is multiplied in FP8 where the GPU kernel serves: 16-bit activations are then quantised too.
     Elsewhere the weight is dequantised.
     """
-    if isinstance(weight, BlockScaled):
-        return dispatch("auto", fp8_unsupported(hidden.dtype, weight), _linear_dequantised, _linear_fp8, hidden, weight)
+    stack, _ = parts(weight)
+    if isinstance(stack, BlockScaled):
+        return dispatch("auto", fp8_unsupported(hidden.dtype, stack), _linear_dequantised, _linear_fp8, hidden, weight)
+    weight = pick(weight)
     flat = hidden.reshape(-1, hidden.shape[-1])
     num_rows = flat.shape[0]
     if num_rows < MIN_CPU_ROWS and flat.dtype == weight.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
@@ -74,20 +77,22 @@ def fp8_unsupported(dtype: jnp.dtype, weight: BlockScaled) -> str | None:
 
 
 def _linear_dequantised(
-    hidden: Float[Array, "*batch features_in"], weight: BlockScaled
+    hidden: Float[Array, "*batch features_in"], weight: BlockScaled | LayerOf
 ) -> Float[Array, "*batch features_out"]:
-    return linear(hidden, dequantise(weight, hidden.dtype))
+    return linear(hidden, dequantise(pick(weight), hidden.dtype))
 
 
 def _linear_fp8(
-    hidden: Float[Array, "*batch features_in"], weight: BlockScaled, *, interpret: bool
+    hidden: Float[Array, "*batch features_in"], weight: BlockScaled | LayerOf, *, interpret: bool
 ) -> Float[Array, "*batch features_out"]:
+    stack, layer = parts(weight)
     values, scales = quantise_rows(hidden.reshape(-1, hidden.shape[-1]), scales_layout="columns")
     out = fp8_matmul(
         values,
         scales,
-        weight.values,
-        weight.scales,
+        stack.values,
+        stack.scales,
+        layer=layer,
         scales_layout="columns",
         out_dtype=hidden.dtype,
         implementation="interpret" if interpret else "mosaic",

@@ -17,11 +17,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import Implementation, dispatch
+from pallas_kernels.common import dispatch
 from pallas_kernels.grouped_matmul.api import moe_ffn
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.layers.linear import fp8_unsupported, linear, normal
 from step3_jax.quant import BlockScaled, dequantise
+from step3_jax.stack import LayerOf, parts, pick
 
 # Up to this many (token, expert) pairs each pair is computed by itself: only chosen experts are read. Of separate stacks
 # more: XLA:CPU's product of eight rows costs about three times as much as that of one.
@@ -119,7 +120,8 @@ def separate_experts(model: nnx.Module) -> None:
     for _, module in nnx.iter_modules(model):
         for name in STACKS if isinstance(module, Experts) else ():
             stack = getattr(module, name).get_value()
-            if isinstance(stack, jax.Array) and stack.nbytes >= len(stack) * MIN_SEPARATE_BYTES:
+            # An axis more is one of layers.
+            if isinstance(stack, jax.Array) and stack.ndim == 3 and stack.nbytes >= len(stack) * MIN_SEPARATE_BYTES:
                 host = np.asarray(stack)
                 parts = tuple(jax.device_put(host[expert], may_alias=True) for expert in range(len(host)))
                 # A new parameter: another module may share the old one.
@@ -274,15 +276,16 @@ def _run_expert(
     return _swiglu(hidden, *(jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False) for stack in stacks))
 
 
-def _plain(stack: Stack | BlockScaled, dtype: jnp.dtype) -> Stack:
-    return dequantise(stack, dtype) if isinstance(stack, BlockScaled) else stack
+def _plain(stack: Stack | BlockScaled | LayerOf, dtype: jnp.dtype) -> Stack:
+    picked = pick(stack)
+    return dequantise(picked, dtype) if isinstance(picked, BlockScaled) else picked
 
 
 def _experts_plain(
     hidden: Float[Array, "N D"],
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
-    stacks: list[Stack | BlockScaled],
+    stacks: list[Stack | BlockScaled | LayerOf],
     *,
     all_experts: int | None,
 ) -> Float[Array, "N D"]:
@@ -298,19 +301,29 @@ def _experts_kernel(
     hidden: Float[Array, "N D"],
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
-    stacks: list[Stack | BlockScaled],
+    stacks: list[Stack | BlockScaled | LayerOf],
     *,
     all_experts: int | None,
     interpret: bool,
 ) -> Float[Array, "N D"]:
-    gate, up, down = ((stack.values, stack.scales) if isinstance(stack, BlockScaled) else stack for stack in stacks)
-    implementation: Implementation = "interpret" if interpret else "mosaic"
-    return moe_ffn(hidden, weights, experts, gate, up, down, all_experts=all_experts, implementation=implementation)
+    found = [parts(stack) for stack in stacks]
+    gate, up, down = ((stack.values, stack.scales) if isinstance(stack, BlockScaled) else stack for stack, _ in found)
+    return moe_ffn(
+        hidden,
+        weights,
+        experts,
+        gate,
+        up,
+        down,
+        all_experts=all_experts,
+        layer=found[0][1],
+        implementation="interpret" if interpret else "mosaic",
+    )
 
 
-def _kernel_unsupported(dtype: jnp.dtype, stacks: list[Stack | BlockScaled]) -> str | None:
+def _kernel_unsupported(dtype: jnp.dtype, stacks: list[Stack | BlockScaled | LayerOf]) -> str | None:
     """Why the GPU kernels cannot serve these experts; None if they can."""
-    gate = stacks[0]
+    gate, _ = parts(stacks[0])
     if isinstance(gate, SeparateStack):
         return "the kernels take the experts as stacks, and these are taken apart for a CPU"
     if dtype != jnp.bfloat16:
@@ -319,6 +332,6 @@ def _kernel_unsupported(dtype: jnp.dtype, stacks: list[Stack | BlockScaled]) -> 
         reason = fp8_unsupported(dtype, gate)
     else:
         reason = None if gate.dtype == dtype else f"the kernels take experts in bfloat16 or FP8, not {gate.dtype}"
-    if any(size % FP8_BLOCK for size in gate.shape[1:]):
-        reason = f"the kernels take sizes that are multiples of {FP8_BLOCK}, not {gate.shape[1:]}"
+    if any(size % FP8_BLOCK for size in gate.shape[-2:]):
+        reason = f"the kernels take sizes that are multiples of {FP8_BLOCK}, not {gate.shape[-2:]}"
     return reason

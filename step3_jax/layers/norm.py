@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from step3_jax.stack import pick
+
 
 class RMSNorm(nnx.Module):
     """w * cast(x / sqrt(mean(x^2) + eps)): statistics in float32, cast back before the multiplication (spec, section 4)."""
@@ -16,7 +18,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return rms_norm(hidden, self.weight[...], eps=self.eps)
+        return rms_norm(hidden, pick(self.weight[...]), eps=self.eps)
 
 
 class LayerNorm(nnx.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from step3_jax.layers.linear import normal
+from step3_jax.stack import pick
 
 
 class Routing(NamedTuple):
@@ -45,26 +45,20 @@ class Router(nnx.Module):
         self.renormalise = renormalise
 
     def __call__(self, hidden: Float[Array, "N D"]) -> Routing:
-        return route(hidden, self.weight[...], top_k=self.top_k, renormalise=self.renormalise)
+        return route(hidden, pick(self.weight[...]), top_k=self.top_k, renormalise=self.renormalise)
 
 
-def count_tokens(routings: Sequence[Routing], num_tokens: Int[Array, ""], num_experts: int) -> Int[Array, "layers E"]:
-    """Tokens that each expert gets in each layer.
+def count_tokens(routing: Routing, num_tokens: Int[Array, ""], num_experts: int) -> Int[Array, " E"]:
+    """Tokens that each expert gets in a layer.
 
     Args:
-      routings: Of the layers.
+      routing: Of the layer.
       num_tokens: Those at the front that count; the others are padding.
       num_experts: E.
     """
-
-    def count(experts: Int[Array, "N top_k"]) -> Int[Array, " E"]:
-        is_token = jnp.arange(experts.shape[0]) < num_tokens
-        places = jnp.where(is_token[:, None], experts, num_experts)
-        return jnp.zeros((num_experts,), jnp.int32).at[places].add(1, mode="drop")
-
-    if not routings:
-        return jnp.zeros((0, num_experts), jnp.int32)
-    return jnp.stack([count(routing.experts) for routing in routings])
+    is_token = jnp.arange(routing.experts.shape[0]) < num_tokens
+    places = jnp.where(is_token[:, None], routing.experts, num_experts)
+    return jnp.zeros((num_experts,), jnp.int32).at[places].add(1, mode="drop")
 
 
 def route(

@@ -17,6 +17,7 @@ from step3_jax.layers.router import Routing
 from step3_jax.layout.table import AXES, view_shape
 from step3_jax.layout.tensor import Path
 from step3_jax.mesh import Layout, padded_shape
+from step3_jax.model.layers import is_stacked, layer_modules, stack_sharding
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import FfnBlock
 from step3_jax.model.vision import Projector, VisionTower
@@ -77,7 +78,7 @@ def parallelise(model: Step3, layout: Layout) -> Step3:
     decoder = model.text
     decoder.embed_tokens = ShardedEmbedding(decoder.embed_tokens, tensor)  # type: ignore[assignment]
     decoder.lm_head = ShardedHead(decoder.lm_head, tensor, config.vocab_size)  # type: ignore[assignment]
-    for layer in decoder.layers:
+    for layer in layer_modules(decoder.layers):
         attention = layer.attention.self_attn
         attention.o_proj = ShardedOutput(attention.o_proj, tensor)  # type: ignore[assignment]
         attention.num_heads //= layout.size("heads")
@@ -158,6 +159,8 @@ def _map_parameters(model: Step3, places: Places, place: Callable[..., object]) 
     placed = []
     for path, variable in nnx.to_flat_state(state):
         sharding = places.parameter(path)
+        if is_stacked(path):
+            sharding = stack_sharding(sharding)
         leaves, treedef = jax.tree.flatten(variable.get_value())
         leaves = [place(path, leaf, sharding) for leaf in leaves]
         # New variables: those of `state` are the model's own.

@@ -11,9 +11,9 @@ from flax import nnx
 from pallas_kernels.common import ENVIRONMENT_VARIABLE
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import moe_ffn
-from pallas_kernels.pages import empty_pages
 from pallas_kernels.quantise import quantise_rows
 from pallas_kernels.storage import PAGE_SIZE
+from step3_jax.cache.paged import empty_cache
 from step3_jax.config import TextConfig
 from step3_jax.layers import linear, moe
 from step3_jax.layers.attention import CacheStep
@@ -92,7 +92,7 @@ def inputs(storage: str):
     order = np.random.default_rng(0).permutation(pages_each.sum())
     for row, (count, end) in enumerate(zip(pages_each, np.cumsum(pages_each), strict=True)):
         table[row, :count] = order[end - count : end]
-    cache = tuple(empty_pages(int(pages_each.sum()), CONFIG.head_dim, storage) for _ in range(CONFIG.num_hidden_layers))
+    cache = empty_cache(CONFIG, int(pages_each.sum()), storage)
     tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (1, 128))
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     chunk = CacheStep(jnp.asarray(table), jnp.asarray(lengths, jnp.int32), jnp.asarray(starts))

@@ -114,6 +114,15 @@ def test_interpreted_kernel_matches_float64(num_tokens: int, storage: str) -> No
     check(step, rope_cache_write(*step, implementation="interpret"), TOLERANCE[storage])
 
 
+@pytest.mark.parametrize(("num_tokens", "implementation"), [(70, "reference"), (3, "interpret")])
+def test_a_layer_of_a_pool_is_written_and_no_other(num_tokens: int, implementation: str) -> None:
+    whole = make_step(num_tokens, "fp8", num_pages=12)
+    # Ids counted from the second layer's first page: what is negative is still dropped, what is in the first layer now.
+    ids = jnp.where(whole[6] < 0, -1, whole[6] - 6)
+    got = rope_cache_write(*whole[:6], ids, whole[7], first_page=6, implementation=implementation)
+    check((*whole[:6], jnp.where(ids < 0, -1, ids + 6), whole[7]), got, TOLERANCE["fp8"])
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("storage", ["bfloat16", "fp8"])
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 63, 64, 65, 128, 130])

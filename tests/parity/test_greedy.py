@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels.pages import empty_pages
 from pallas_kernels.storage import PAGE_SIZE
+from step3_jax.cache.paged import empty_cache
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 
@@ -56,7 +56,7 @@ def test_greedy_with_the_cache(prompt):
 
     length = embeddings.shape[1]
     num_pages = -(-(length + STEPS) // PAGE_SIZE)
-    cache = tuple(empty_pages(num_pages, decoder.config.head_dim, "float32") for _ in decoder.layers)
+    cache = empty_cache(decoder.config, num_pages, "float32")
     # Backwards, as pages need not be in order.
     table = jnp.arange(num_pages)[None, ::-1]
     place = CacheStep(table, jnp.asarray([length]), jnp.asarray([0, length]))

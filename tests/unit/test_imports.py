@@ -22,6 +22,7 @@ ROWS = (
     ("layout",),
     ("sharding",),
     ("quant",),
+    ("stack",),
     ("distributed",),
     ("mesh",),
     ("layers",),

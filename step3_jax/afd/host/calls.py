@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.afd.host.exchange import Pieces
 from step3_jax.afd.microbatch import merge_reports, split_chunk, split_decode
@@ -34,7 +33,7 @@ from step3_jax.afd.roles import (
     take_apart,
 )
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.cache.paged import Cache, copy_pages
+from step3_jax.cache.paged import Cache, copy_pages, count_pages
 from step3_jax.engine.state import (
     FULL,
     RUNNING,
@@ -127,11 +126,12 @@ class RoleCalls:
         """Embeds the last tokens."""
         return self._timed("begin", self._begin, self._ends.leaves, own.batch, own.rows)
 
-    def attend(self, layer: int, flow: Flow, pages: KVPages) -> tuple[Float[Array, "B T D"], Pieces, KVPages]:
-        """A layer's attention half: what stays, what goes to the FFN side, and the layer's cache. `pages` are consumed."""
+    def attend(self, layer: int, flow: Flow, pages: Cache) -> tuple[Float[Array, "B T D"], Pieces, Cache]:
+        """A layer's attention half: what stays, what goes to the FFN side, and the cache. `pages` are consumed."""
         part = self._attention[layer]
         call = self._attention_jits[id(part.skeleton)]
-        return self._timed("attention", call, part.leaves, flow.hidden, flow.returned, flow.context, pages)
+        given = flow.hidden, flow.returned, flow.context, pages, np.int32(layer)
+        return self._timed("attention", call, part.leaves, *given)
 
     def feed(self, layer: int, pieces: Pieces) -> Pieces:
         """A layer's FFN half."""
@@ -161,11 +161,11 @@ class RoleCalls:
         """Copies pages, of each attention device as it counts its own."""
         return self._timed("copy_pages", self._copy, cache, sources, targets)
 
-    def attention_program(self, layer: int, flow: Flow, pages: KVPages) -> jax.stages.Compiled:
+    def attention_program(self, layer: int, flow: Flow, pages: Cache) -> jax.stages.Compiled:
         """The compiled attention step of a layer, for reading; flow and pages may be abstract, and are not consumed."""
         part = self._attention[layer]
         call = self._attention_jits[id(part.skeleton)]
-        return call.lower(part.leaves, flow.hidden, flow.returned, flow.context, pages).compile()
+        return call.lower(part.leaves, flow.hidden, flow.returned, flow.context, pages, np.int32(layer)).compile()
 
     def _timed(self, name: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         num_traces, start = self.num_traces[name], time.perf_counter()
@@ -180,7 +180,7 @@ class RoleCalls:
         run = jax.shard_map(
             functools.partial(self._run_attention, skeleton),
             mesh=layout.mesh,
-            in_specs=(PartitionSpec(), rows, rows, rows, rows),
+            in_specs=(PartitionSpec(), rows, rows, rows, rows, PartitionSpec()),
             out_specs=rows,
             check_vma=False,
         )
@@ -282,11 +282,13 @@ class RoleCalls:
         hidden: Float[Array, "B T D"],
         returned: Pieces,
         context: AttentionContext,
-        pages: KVPages,
-    ) -> tuple[Float[Array, "B T D"], Pieces, KVPages]:
+        pages: Cache,
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], Pieces, Cache]:
         self.num_traces["attention"] += 1
         tokens = self._join(hidden, returned, context)
-        residual, rows, pages = attention_step(skeleton.build(leaves), self._form, tokens, pages)
+        layer_pages = count_pages(pages, self.num_layers)
+        residual, rows, pages = attention_step(skeleton.build(leaves), self._form, tokens, pages, layer, layer_pages)
         return residual, self._pieces(rows), pages
 
     def _run_ffn(self, skeleton: Skeleton[FfnBlock], leaves: Leaves, pieces: Pieces) -> Pieces:
@@ -320,7 +322,7 @@ class RoleCalls:
 
     def _run_copy(self, cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
         self.num_traces["copy_pages"] += 1
-        return copy_pages(cache, sources, targets)
+        return copy_pages(cache, sources, targets, self.num_layers)
 
     def _cut(self, tokens: Tokens) -> Flow:
         return Flow(tokens.hidden, self._pieces(tokens.returned), tokens.context)

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import Storage
 from step3_jax.afd.host.calls import Flow, RoleCalls
 from step3_jax.afd.host.exchange import Exchange
@@ -24,7 +23,7 @@ from step3_jax.afd.host.flight import Flight
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.cache.paged import Cache, empty_cache
+from step3_jax.cache.paged import Cache, count_pages, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, widen_weights
 from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
@@ -128,13 +127,14 @@ class HostExecutor(Executor):
         """
         calls = self.calls
         flows = calls.begin_chunk(batch, self._pages_of_shard(cache))
-        pages, number = list(cache), self._count("prefill")
-        for layer in range(len(pages)):
+        number = self._count("prefill")
+        for layer in range(calls.num_layers):
             # Of the last layer only the cache has a reader.
-            flows = self._run_layer(flows, pages, layer, "prefill", number, needs_ffn=layer < len(pages) - 1)
+            needs_ffn = layer < calls.num_layers - 1
+            flows, cache = self._run_layer(flows, cache, layer, "prefill", number, needs_ffn=needs_ffn)
         self._flight.drain()
         self.compile_s = calls.compile_s
-        return tuple(pages), Started(None)
+        return cache, Started(None)
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`.
@@ -145,7 +145,7 @@ class HostExecutor(Executor):
         Raises:
           TimeoutError: If a stage does not end by its deadline; the message names it.
         """
-        calls, pages = self.calls, list(cache)
+        calls = self.calls
         parts = calls.split(
             self._place_wide(call.batch), call.sampling, self._pages_of_shard(cache), max_steps=call.max_steps
         )
@@ -155,18 +155,18 @@ class HostExecutor(Executor):
                 break
             number = self._count("decode")
             flows = [calls.begin(part) for part in parts]
-            for layer in range(len(pages)):
-                flows = self._run_layer(flows, pages, layer, "decode", number)
+            for layer in range(calls.num_layers):
+                flows, cache = self._run_layer(flows, cache, layer, "decode", number)
             counts.append([])
             for index, (part, flow) in enumerate(zip(parts, flows, strict=True)):
                 rows, count = calls.end(part, flow)
                 parts[index] = part._replace(rows=rows)
                 counts[-1].append(count)
-                self._note(Stage("attention", "decode", number, len(pages), index), count, len(parts))
+                self._note(Stage("attention", "decode", number, calls.num_layers, index), count, len(parts))
         report = calls.merge([part.rows.report for part in parts], call.batch.last.shape[0] // self.num_shards)
         self._flight.drain()
         self.compile_s = calls.compile_s
-        return tuple(pages), Started(call.cut_report(report))
+        return cache, Started(call.cut_report(report))
 
     def start_recording(self) -> None:
         """Records who does which stage when, from now on; see `timeline.trace`."""
@@ -179,21 +179,21 @@ class HostExecutor(Executor):
     def _run_layer(
         self,
         flows: Sequence[Flow],
-        pages: list[KVPages],
+        pages: Cache,
         layer: int,
         phase: str,
         number: int,
         *,
         needs_ffn: bool = True,
-    ) -> list[Flow]:
-        """Hands out one layer for all micro-batches; `pages` gets its cache."""
+    ) -> tuple[list[Flow], Cache]:
+        """Hands out one layer for all micro-batches; the cache with their new rows."""
         calls, count, after = self.calls, len(flows), []
         for index, flow in enumerate(flows):
 
             def note(lane: Lane, array: Array, index: int = index) -> None:
                 self._note(Stage(lane, phase, number, layer, index), array, count)
 
-            hidden, pieces, pages[layer] = calls.attend(layer, flow, pages[layer])
+            hidden, pieces, pages = calls.attend(layer, flow, pages)
             note("attention", pieces[0])
             if needs_ffn:
                 arrived = self._exchange.to_ffn(pieces)
@@ -203,7 +203,7 @@ class HostExecutor(Executor):
                 pieces = self._exchange.to_attention(output)
                 note("to_attention", pieces[0])
             after.append(Flow(hidden, pieces, flow.context))
-        return after
+        return after, pages
 
     def _place(self, array: np.ndarray) -> Array:
         return jax.device_put(array, self.topology.attention.sharding("rows"))
@@ -218,7 +218,7 @@ class HostExecutor(Executor):
         return not running or (leave_early and ended > 0)
 
     def _pages_of_shard(self, cache: Cache) -> int:
-        return cache[0].keys.shape[0] // self.num_shards
+        return count_pages(cache, self.config.text.num_hidden_layers) // self.num_shards
 
     def _count(self, phase: str) -> int:
         self._num_started[phase] += 1

@@ -26,7 +26,7 @@ from step3_jax.afd.roles import (
     last_logits,
 )
 from step3_jax.afd.topology import UNION, AfdTopology
-from step3_jax.cache.paged import Cache
+from step3_jax.cache.paged import Cache, count_pages
 from step3_jax.config import TextConfig
 from step3_jax.engine.state import (
     FULL,
@@ -127,7 +127,7 @@ class AttentionLoop:
         parts = split_chunk(own, self.num_microbatches)
         schedule = Schedule(len(blocks), len(parts))
         wire = Wire(self._topology, self._form, parts[0].token_ids.shape[0])
-        pages, arrived = list(cache), wire.empty()
+        pages, arrived = cache, wire.empty()
         tokens = [self._begin_chunk(ends, part) for part in parts]
         pending = jnp.zeros((parts[0].token_ids.shape[0], self._form.row_bytes), jnp.uint8)
         for tick in range(schedule.num_ticks):
@@ -139,13 +139,13 @@ class AttentionLoop:
                 # Of the last layer nothing but the cache is wanted: what the exchanges still carry nobody reads.
                 is_last = layer == len(blocks) - 1
                 before = None if is_last else pending
-                residual, rows, pages[layer] = self._attend(blocks, layer, tokens[index], pages[layer], before)
+                residual, rows, pages = self._attend(blocks, layer, tokens[index], pages, before)
                 if not is_last:
                     tokens[index], fresh = tokens[index]._replace(hidden=residual), rows
             if tick < schedule.num_chunk_exchanges:
                 arrived = wire.from_attention(pending if schedule.attention_lag else fresh, arrived)
                 pending = fresh
-        return tuple(pages)
+        return pages
 
     def decode(
         self,
@@ -186,7 +186,7 @@ class AttentionLoop:
             return choose_tokens(rows, logits, *parts[index])
 
         def rotate(loop: _Loop) -> _Loop:
-            pages, rows, hidden = list(loop.cache), list(loop.rows), list(loop.hidden)
+            pages, rows, hidden = loop.cache, list(loop.rows), list(loop.hidden)
             pending, arrived = loop.pending, loop.arrived
             tokens: list[Tokens] = []
             for tick in range(schedule.num_ticks):
@@ -206,7 +206,7 @@ class AttentionLoop:
                             arrived,
                         )
                         tokens.append(self._begin(ends, rows[index], parts[index][0]))
-                    residual, fresh, pages[layer] = self._attend(blocks, layer, tokens[index], pages[layer], pending)
+                    residual, fresh, pages = self._attend(blocks, layer, tokens[index], pages, pending)
                     tokens[index] = tokens[index]._replace(hidden=residual)
                 # Only by the last exchange is anything asked of the rows.
                 status = _status(rows) if tick == schedule.num_ticks - 1 else ()
@@ -215,7 +215,7 @@ class AttentionLoop:
             wire.tell(self._observe, numbers.first_step + loop.step, (loop.step + 1) * schedule.num_ticks, arrived)
             is_over = wire.is_over(arrived, numbers.leave_early)
             after = [one.hidden for one in tokens]
-            return _Loop(loop.step + 1, is_over, tuple(pages), rows, after, pending, arrived)
+            return _Loop(loop.step + 1, is_over, pages, rows, after, pending, arrived)
 
         hidden = jnp.zeros((num_rows, 1, self._config.hidden_size), self._dtype)
         loop = _Loop(
@@ -249,7 +249,9 @@ class AttentionLoop:
             return jax.lax.dynamic_slice_in_dim(leaf, index * size, size)
 
         own = jax.tree.map(cut, batch)
-        return own if cache is None else own._replace(table=own.table % cache[0].keys.shape[0])
+        if cache is None:
+            return own
+        return own._replace(table=own.table % count_pages(cache, self._config.num_hidden_layers))
 
     def _begin_chunk(self, ends: Ends, part: PrefillBatch) -> Tokens:
         step = CacheStep(part.table, part.lengths, part.query_starts)
@@ -276,7 +278,8 @@ class AttentionLoop:
             zero = before[0, 0].astype(jnp.int32) >> 8
             tokens = tokens._replace(context=context._replace(page_ids=context.page_ids + zero))
         with jax.named_scope(f"layers.{layer}"):
-            return attention_step(blocks[layer], self._form, tokens, pages)
+            layer_pages = count_pages(pages, len(blocks))
+            return attention_step(blocks[layer], self._form, tokens, pages, layer, layer_pages)
 
 
 def _status(rows: Sequence[RowState]) -> tuple[Bool[Array, ""], Bool[Array, ""]]:

@@ -204,7 +204,7 @@ def places(request: Answer) -> Answer:
         "weights": by_role,
         "num_weights": len(jax.tree.leaves(nnx.state(model))),
         "cache": sorted({device.id for array in jax.tree.leaves(cache) for device in array.devices()}),
-        "pages_each": cache[0].keys.addressable_shards[0].data.shape[0],
+        "pages_each": cache.keys.addressable_shards[0].data.shape[0],
         "gate_proj": list(gate.shape),
         "gate_proj_each": list(gate.addressable_shards[0].data.shape),
         "attention": [device.id for device in topology.attention.mesh.devices.flat],
@@ -226,12 +226,13 @@ def loaded(request: Answer) -> Answer:
 
 
 def hlo(request: Answer) -> Answer:
-    """What the compiled attention steps do to arrays that have as many rows as a device's cache has pages."""
+    """What the compiled attention steps do to arrays that have as many rows as a device's pool has pages."""
     executor = executor_of(request)
     storage = str(request["storage"])
     num_rows = request["rows"]
     cache = executor.allocate_cache(NUM_PAGES * executor.num_shards, storage)  # type: ignore[arg-type]
     shards = executor.num_shards
+    num_pages = cache.num_pages // shards
     batch = PrefillBatch(
         jnp.zeros((shards * 32,), jnp.int32),
         jnp.tile(jnp.array([0, 20, 30], jnp.int32), shards),
@@ -258,8 +259,8 @@ def hlo(request: Answer) -> Answer:
     done = []
     jax.config.update("jax_disable_most_optimizations", False)
     for layer in (0, 1):
-        text = executor.calls.attention_program(layer, flow, cache[layer]).as_text() or ""
-        done += re.findall(rf"= \w+\[{NUM_PAGES},\S+ ([\w-]+)\(", text)
+        text = executor.calls.attention_program(layer, flow, cache).as_text() or ""
+        done += re.findall(rf"= \w+\[{num_pages},\S+ ([\w-]+)\(", text)
     jax.config.update("jax_disable_most_optimizations", True)
     return {"done": sorted(set(done)), "writes": done.count("scatter") + done.count("dynamic-update-slice")}
 

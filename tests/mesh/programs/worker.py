@@ -187,7 +187,7 @@ def describe(request: Answer) -> Answer:
         for path, variable in nnx.to_flat_state(nnx.state(placed))
     }
     cache = runner.allocate_cache(16 * runner.num_shards, "float32")
-    keys = cache[0].keys
+    keys = cache.keys
     distinct = {str(shard.index) for shard in keys.addressable_shards}
     return {
         "weights": found,

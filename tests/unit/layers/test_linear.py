@@ -19,7 +19,7 @@ def test_weight_is_out_by_in_and_leading_axes_are_kept():
 def test_quantised_weight_gives_what_its_dequantised_form_gives():
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
-    weight = quantise(jnp.asarray(rng.normal(size=(5, 6)), jnp.float32), (4, 4))
+    weight = quantise(jnp.asarray(rng.normal(size=(5, 6)), jnp.float32), block=(4, 4))
     np.testing.assert_array_equal(linear(hidden, weight), linear(hidden, dequantise(weight)))
 
 

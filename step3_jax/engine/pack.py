@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +22,14 @@ from step3_jax.sampling.speculation import Speculation
 _IDLE = SamplingRow(SamplingParams(temperature=0.0), 0, (0, 0), ())
 
 
+class _History(NamedTuple):
+    """Tokens of the sequences in slots, and how many of each are there, since the slots were last changed."""
+
+    version: int | None
+    tokens: Int[np.ndarray, "B M"]
+    counts: Int[np.ndarray, " B"]
+
+
 class Packer:
     """Makes the arrays of an engine's calls; what depends on slots alone is kept until they change."""
 
@@ -32,6 +41,7 @@ class Packer:
         self._slots: tuple[int, SamplingBatch] | None = None
         self._table: tuple[int, Int[np.ndarray, "B max_pages"]] | None = None
         self._empty_history: Int[np.ndarray, "B M"] | None = None
+        self._history: _History | None = None
         self._all_allowed: Int[np.ndarray, "B words"] | None = None
 
     def chunk(self, chunks: Seq[Chunk], shards: Seq[int]) -> PrefillBatch:
@@ -71,7 +81,7 @@ class Packer:
         if self._table is None or self._table[0] != scheduler.table_version:
             self._table = scheduler.table_version, pack_table(scheduler.slots, self._buckets.max_pages)
         batch = pack_decode(scheduler.slots, self._table[1])._replace(
-            history=self._pack_history(scheduler.slots),
+            history=self._pack_history(scheduler.slots, scheduler.version),
             mask=self._no_masks(scheduler.slots) if masks is None else masks,
         )
         # What may come behind a pause is only known once the tokens before it have been looked at.
@@ -109,24 +119,34 @@ class Packer:
             self._all_allowed = np.full((len(slots), -(-self._vocab_size // 32)), -1, np.int32)
         return self._all_allowed
 
-    def _pack_history(self, slots: Seq[Sequence | None]) -> Int[np.ndarray, "B M"]:
+    def _pack_history(self, slots: Seq[Sequence | None], version: int | None = None) -> Int[np.ndarray, "B M"]:
         """Tokens of the sequences in slots that need them: those with penalties, or all where tokens are guessed.
 
-        The same array again while there are none.
+        The same array again while there are none. Of long sequences it would take milliseconds to pack all tokens anew.
+
+        Args:
+          slots: The sequences.
+          version: Of the slots: while it is the same, sequences have only grown.
         """
         if self._empty_history is None or len(self._empty_history) != len(slots):
             shape = len(slots), self._buckets.max_pages * PAGE_SIZE
             self._empty_history = np.full(shape, self._vocab_size, np.int32)
-        history = self._empty_history
-        for slot, sequence in enumerate(slots):
-            if sequence is None or not sequence.is_ready:
-                continue
-            if self._speculation is None and not sequence.sampling.params.has_penalties:
-                continue
-            if history is self._empty_history:
-                history = history.copy()
-            history[slot, : len(sequence.token_ids)] = sequence.token_ids
-        return history
+        needed = [
+            (slot, one)
+            for slot, one in enumerate(slots)
+            if one is not None and one.is_ready and (self._speculation is not None or one.sampling.params.has_penalties)
+        ]
+        if not needed:
+            return self._empty_history
+        if self._history is None or self._history.version != version:
+            self._history = _History(version, self._empty_history.copy(), np.zeros((len(slots),), np.int64))
+        history = self._history
+        for slot, sequence in needed:
+            count, ids = history.counts[slot], sequence.token_ids
+            history.tokens[slot, count : len(ids)] = ids[count:]
+            history.counts[slot] = len(ids)
+        # A call may still read its own when the next one is packed.
+        return history.tokens.copy()
 
 
 def pack_chunk(chunks: Seq[Chunk], buckets: BucketTable, shards: Seq[int] | None = None) -> PrefillBatch:

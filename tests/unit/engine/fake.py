@@ -93,6 +93,10 @@ class FakeExecutor(Executor):
         tokens = np.zeros((count, call.max_steps), np.int32)
         num_new, finish = np.zeros((count,), np.int32), np.where(batch.is_active, RUNNING, IDLE)
         last, steps = batch.last.copy(), np.zeros((count,), np.int32)
+        if call.speculation is not None:
+            for row in np.flatnonzero(batch.is_active):
+                ids = [*cache[batch.table[row]].reshape(-1)[: batch.cached[row]], batch.last[row]]
+                assert batch.history[row, : len(ids)].tolist() == ids, "guesses are looked up in other tokens"
         for _ in range(call.num_steps):
             steps += finish == RUNNING
             for row in np.flatnonzero(finish == RUNNING):

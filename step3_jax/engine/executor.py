@@ -149,6 +149,15 @@ class Executor(ModelPart, abc.ABC):
         """Whether `decode` takes calls with guesses."""
         return True
 
+    @property
+    def afd_wait_s(self) -> float | None:
+        """Seconds that attention devices had nothing to do but wait for FFN devices; None where that is not known.
+
+        It is known where a host hands out each step. Where a program of many steps runs by itself (AFD's executor
+        `program`), nothing but the whole call's time reaches the host.
+        """
+        return None
+
     def check(self) -> None:
         """Raises RunLostError if no call can be made any more, as one of several processes is lost."""
 

@@ -36,7 +36,7 @@ from step3_jax.afd.program.process import COPY, OWN
 from step3_jax.afd.roles import Part, take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import empty_cache
-from step3_jax.cli.plan_compile import abstract_model
+from step3_jax.checkpoint.shapes import abstract_model
 from step3_jax.config import ModelConfig
 from step3_jax.engine.state import DecodeBatch
 from step3_jax.layout.deployment import parse_topology

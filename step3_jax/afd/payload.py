@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, UInt8
 
-from pallas_kernels.quantise import FP8, quantise_rows
+from pallas_kernels.quantise import FP8, quantise_rows, scales_to_rows
 from pallas_kernels.storage import BLOCK
+from step3_jax.layers.rows import Rows, as_plain
 from step3_jax.layout.payload import PayloadSize
 
 _HIDDEN_DTYPES = {"fp8": FP8, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -25,7 +26,7 @@ class PayloadFormat(PayloadSize):
 
     def pack(
         self,
-        normed: Float[Array, "N D"],
+        normed: Float[Array, "N D"] | Rows,
         experts: Int[Array, "N top_k"] | None = None,
         weights: Float[Array, "N top_k"] | None = None,
     ) -> UInt8[Array, "N row_bytes"]:
@@ -38,10 +39,13 @@ class PayloadFormat(PayloadSize):
         """
         shape = (normed.shape[0], self.top_k)
         if self.payload == "fp8":
-            values, scales = quantise_rows(normed)
+            if isinstance(normed, Rows):
+                values, scales = normed.values, scales_to_rows(normed.scales, normed.shape[0])
+            else:
+                values, scales = quantise_rows(normed)
             parts = [_to_bytes(values), _to_bytes(scales)]
         else:
-            parts = [_to_bytes(normed.astype(_HIDDEN_DTYPES[self.payload]))]
+            parts = [_to_bytes(as_plain(normed).astype(_HIDDEN_DTYPES[self.payload]))]
         experts = jnp.zeros(shape, jnp.int32) if experts is None else experts
         weights = jnp.zeros(shape, jnp.float32) if weights is None else weights
         parts += [_to_bytes(experts.astype(jnp.uint16)), _to_bytes(weights.astype(jnp.float32))]

@@ -38,6 +38,7 @@ from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, is_orbax
 from step3_jax.checkpoint.reader import FP8_DTYPE, TensorReader
 from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
 from step3_jax.checkpoint.shards import Checkpoint, summarise
+from step3_jax.checkpoint.stack_filler import StackFiller
 from step3_jax.checkpoint.view import read_view
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig, VisionConfig
@@ -46,6 +47,7 @@ from step3_jax.layout.parallel import fit_parallel
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
+from step3_jax.model.arrangement import Arrangement, arrange
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import BlockScaled
 from step3_jax.stored_file import require_folder
@@ -70,6 +72,7 @@ def load_model(
     keep_fp8: bool | None = None,
     shardings: Mapping[Path, NamedSharding] | None = None,
     layout: Layout | None = None,
+    arrangement: Arrangement | None = None,
     text_only: bool = False,
     progress: bool = False,
 ) -> Step3:
@@ -85,6 +88,7 @@ def load_model(
         its devices hold. One with more axes than the tensor is for its heads, see `layout.table.view_shape`. If absent, all
         goes to the default device.
       layout: The same, from a parallel setting: head and vision tower are filled up with zeros where they do not divide.
+      arrangement: How the decoder's layers lie; by default as it is best where the weights go, see `Arrangement.of`.
       text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.
 
@@ -124,7 +128,7 @@ def load_model(
         if layout is not None:
             fit_parallel(layout.parallel, config.text, fp8_block=block if config.quantization is not None else None)
         reader = TensorReader(checkpoint, np.dtype(dtype_name), block, keep_fp8)
-        return _fill(config, reader, layout.parameter if layout is not None else shardings, progress)
+        return _fill(config, reader, layout.parameter if layout is not None else shardings, arrangement, progress)
 
 
 def has_vision(names: Iterable[str]) -> bool:
@@ -177,6 +181,7 @@ def _fill(
     config: ModelConfig,
     reader: TensorReader,
     shardings: Mapping[Path, NamedSharding] | Callable[[Path], NamedSharding] | None,
+    arrangement: Arrangement | None,
     progress: bool,
 ) -> Step3:
     """The module with every parameter read; no memory is ever taken for random weights."""
@@ -187,6 +192,8 @@ def _fill(
     if shardings is not None and flat.keys() - shardings.keys():
         lacking = sorted(released_name(path) for path in flat.keys() - shardings.keys())
         raise ValueError("shardings lacks " + summarise("parameters", lacking))
+    if arrangement is None:
+        arrangement = Arrangement.of(_platform(shardings), config.dtype)
     _check_memory(reader, flat, shardings, config.vision)
     bar = tqdm(
         total=sum(reader.checkpoint.tensors[released_name(path)].num_bytes for path in flat),
@@ -200,20 +207,25 @@ def _fill(
         with bar:
             if shardings is None and _is_host():
                 _fill_host(flat, reader, pool, bar)
-                return model
-            jobs = {
-                pool.submit(
-                    _load_parameter, reader, path, shardings[path] if shardings is not None else None, config.vision
-                ): path
-                for path in flat
-            }
+                return arrange(model, arrangement)
+            filler = StackFiller(model, lambda path: _is_quantised(reader, path)) if arrangement.stacks else None
+
+            def load(path: Path) -> Array | BlockScaled | None:
+                sharding = None if shardings is None else shardings[path]
+                value = _load_parameter(reader, path, sharding, config.vision)
+                return value if filler is None else filler.put(path, value)
+
+            jobs = {pool.submit(load, path): path for path in flat}
             for job in concurrent.futures.as_completed(jobs):
                 path = jobs[job]
-                flat[path].set_value(job.result())
+                if (value := job.result()) is not None:
+                    flat[path].set_value(value)
                 bar.update(reader.checkpoint.tensors[released_name(path)].num_bytes)
+            if filler is not None:
+                filler.finish()
     finally:
         pool.shutdown(cancel_futures=True)
-    return model
+    return arrange(model, arrangement)
 
 
 def _check_memory(
@@ -248,6 +260,18 @@ def _check_memory(
             f"{reader.checkpoint.folder}: its weights take {format_bytes(needed)} of memory in {reader.dtype}, and "
             f"{format_bytes(left)} are left here; {advice}take a machine or devices with more, or a smaller checkpoint"
         )
+
+
+def _is_quantised(reader: TensorReader, path: Path) -> bool:
+    """Whether a parameter is loaded as values and scales."""
+    return reader.keep_fp8 and reader.is_fp8(released_name(path))
+
+
+def _platform(shardings: Mapping[Path, NamedSharding] | None) -> str:
+    """Of the devices that weights go to."""
+    if shardings is None:
+        return jax.default_backend()
+    return next(iter(shardings.values())).mesh.devices.flat[0].platform
 
 
 def _is_host() -> bool:

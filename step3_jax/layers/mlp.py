@@ -7,16 +7,43 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.swiglu_quantise.api import swiglu_quantise
 from step3_jax.layers.linear import Linear
+from step3_jax.layers.rows import Rows
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate x) * up x)."""
+    """down(silu(gate x) * up x).
+
+    Attributes:
+      gate_up_proj: Gate and up as one product, in their place, if `model.fuse.fuse` has joined them.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.gate_proj = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
-        self.up_proj = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+        self.gate_proj: Linear | None = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+        self.up_proj: Linear | None = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+        self.gate_up_proj: Linear | None = None
         self.down_proj = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+    @property
+    def takes_rows(self) -> bool:
+        """Whether quantised rows are what its first products multiply."""
+        first = self.gate_up_proj or self.gate_proj
+        return first is not None and first.takes_rows
+
+    def __call__(self, hidden: Float[Array, "*batch D"] | Rows) -> Float[Array, "*batch D"]:
+        inner = self._project(hidden)
+        if not self.down_proj.takes_rows:
+            gate, up = inner if len(inner) == 2 else jnp.split(inner[0], 2, axis=-1)
+            return self.down_proj(jax.nn.silu(gate) * up)
+        dtype = inner[0].dtype
+        values, scales = swiglu_quantise(
+            *(array.reshape(-1, array.shape[-1]) for array in inner), scales_layout="columns"
+        )
+        return self.down_proj(Rows(values, scales, None, dtype)).reshape(*hidden.shape[:-1], -1)
+
+    def _project(self, hidden: Float[Array, "*batch D"] | Rows) -> tuple[Float[Array, "*batch F"], ...]:
+        """Gate and up, or both side by side."""
+        if self.gate_up_proj is not None:
+            return (self.gate_up_proj(hidden),)
+        return self.gate_proj(hidden), self.up_proj(hidden)

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common import dispatch
 from pallas_kernels.grouped_matmul.api import moe_ffn
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
-from step3_jax.layers.linear import fp8_unsupported, linear, normal
+from step3_jax.layers.linear import is_fp8, linear, normal
+from step3_jax.layers.rows import Rows, as_plain, as_rows
 from step3_jax.quant import BlockScaled, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
@@ -68,8 +69,10 @@ Stack = Float[Array, "E _ _"] | SeparateStack
 class Experts(nnx.Module):
     """The routed experts of one layer.
 
-    `capacity_factor` is for training: each expert takes at most that many times the even share of tokens, and what
-    overflows is dropped. None (the default) never drops a token.
+    Attributes:
+      capacity_factor: For training: each expert takes at most that many times the even share of tokens, and what overflows
+        is dropped. None (the default) never drops a token.
+      quantises: As of `Linear`.
     """
 
     def __init__(
@@ -82,10 +85,16 @@ class Experts(nnx.Module):
             normal(rngs, (num_experts, hidden_size, intermediate_size), intermediate_size, dtype)
         )
         self.capacity_factor: float | None = None
+        self.quantises = False
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether quantised rows are what it multiplies."""
+        return self.quantises and all(is_fp8(getattr(self, name)[...]) for name in STACKS)
 
     def __call__(
         self,
-        hidden: Float[Array, "N D"],
+        hidden: Float[Array, "N D"] | Rows,
         weights: Float[Array, "N top_k"],
         experts: Int[Array, "N top_k"],
         *,
@@ -97,13 +106,16 @@ class Experts(nnx.Module):
         here, whose weight must be 0.
         """
         stacks = [getattr(self, name)[...] for name in STACKS]
+        if self.takes_rows:
+            return _experts_fp8(as_rows(hidden), weights, experts, stacks, all_experts=all_experts)
+        hidden = as_plain(hidden)
         if self.capacity_factor is None:
             unsupported = _kernel_unsupported(hidden.dtype, stacks)
             plain, kernel = (
                 functools.partial(form, all_experts=all_experts) for form in (_experts_plain, _experts_kernel)
             )
             return dispatch("auto", unsupported, plain, kernel, hidden, weights, experts, stacks)
-        stacks = [_plain(stack, hidden.dtype) for stack in stacks]
+        stacks = [_plain(pick(stack), hidden.dtype) for stack in stacks]
         if any(isinstance(stack, SeparateStack) for stack in stacks):
             raise ValueError("capacity_factor is for training, separate_experts for inference: use one of them")
         num_pairs, num_experts = experts.size, stacks[0].shape[0]
@@ -289,7 +301,7 @@ def _experts_plain(
     *,
     all_experts: int | None,
 ) -> Float[Array, "N D"]:
-    plain = [_plain(stack, hidden.dtype) for stack in stacks]
+    plain = [_plain(pick(stack), hidden.dtype) for stack in stacks]
     # One by one, pairs whose expert is elsewhere would cost as much as the others.
     most = MAX_SINGLE_PAIRS_SEPARATE if isinstance(plain[0], SeparateStack) else MAX_SINGLE_PAIRS
     if experts.size <= most and all_experts is None:
@@ -306,32 +318,43 @@ def _experts_kernel(
     all_experts: int | None,
     interpret: bool,
 ) -> Float[Array, "N D"]:
-    found = [parts(stack) for stack in stacks]
-    gate, up, down = ((stack.values, stack.scales) if isinstance(stack, BlockScaled) else stack for stack, _ in found)
+    (gate, layer), (up, _), (down, _) = (parts(stack) for stack in stacks)
+    implementation: Implementation = "interpret" if interpret else "mosaic"
     return moe_ffn(
-        hidden,
-        weights,
-        experts,
-        gate,
-        up,
-        down,
-        all_experts=all_experts,
-        layer=found[0][1],
-        implementation="interpret" if interpret else "mosaic",
+        hidden, weights, experts, gate, up, down, all_experts=all_experts, layer=layer, implementation=implementation
     )
 
 
+def _experts_fp8(
+    rows: Rows,
+    weights: Float[Array, "N top_k"],
+    experts: Int[Array, "N top_k"],
+    stacks: list[BlockScaled | LayerOf],
+    *,
+    all_experts: int | None,
+) -> Float[Array, "N D"]:
+    """The sum with every product in FP8, on any device: what is quantised is the model's to say, not the platform's."""
+    found = [parts(stack) for stack in stacks]
+    out = moe_ffn(
+        (rows.values, rows.scales),
+        weights,
+        experts,
+        *((stack.values, stack.scales) for stack, _ in found),
+        all_experts=all_experts,
+        layer=found[0][1],
+    )
+    return out.astype(rows.dtype)
+
+
 def _kernel_unsupported(dtype: jnp.dtype, stacks: list[Stack | BlockScaled | LayerOf]) -> str | None:
-    """Why the GPU kernels cannot serve these experts; None if they can."""
+    """Why the GPU kernels cannot serve these experts, whose activations stay as they are; None if they can."""
     gate, _ = parts(stacks[0])
     if isinstance(gate, SeparateStack):
         return "the kernels take the experts as stacks, and these are taken apart for a CPU"
     if dtype != jnp.bfloat16:
         return f"the kernels take bfloat16 tokens, not {dtype}"
-    if isinstance(gate, BlockScaled):
-        reason = fp8_unsupported(dtype, gate)
-    else:
-        reason = None if gate.dtype == dtype else f"the kernels take experts in bfloat16 or FP8, not {gate.dtype}"
+    if not isinstance(gate, jax.Array) or gate.dtype != dtype:
+        return "the kernels take experts in bfloat16, or in FP8 with activations that are quantised too"
     if any(size % FP8_BLOCK for size in gate.shape[-2:]):
-        reason = f"the kernels take sizes that are multiples of {FP8_BLOCK}, not {gate.shape[-2:]}"
-    return reason
+        return f"the kernels take sizes that are multiples of {FP8_BLOCK}, not {gate.shape[-2:]}"
+    return None

@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from step3_jax.layers.linear import normal
-from step3_jax.stack import pick
+from step3_jax.layers.norm import pick_rows
+from step3_jax.stack import parts
 
 
 class Routing(NamedTuple):
@@ -45,7 +46,9 @@ class Router(nnx.Module):
         self.renormalise = renormalise
 
     def __call__(self, hidden: Float[Array, "N D"]) -> Routing:
-        return route(hidden, pick(self.weight[...]), top_k=self.top_k, renormalise=self.renormalise)
+        weight, layer = parts(self.weight[...])
+        weight = weight if layer is None else pick_rows(weight, layer)
+        return route(hidden, weight, top_k=self.top_k, renormalise=self.renormalise)
 
 
 def count_tokens(routing: Routing, num_tokens: Int[Array, ""], num_experts: int) -> Int[Array, " E"]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from step3_jax.layers.collective import Group, ShardedEmbedding, ShardedHead, ShardedOutput, SummedLinear
 from step3_jax.layers.expert_exchange import ShardedExperts, gather_tokens
 from step3_jax.layers.router import Routing
+from step3_jax.layers.rows import Rows
 from step3_jax.layout.table import AXES, view_shape
 from step3_jax.layout.tensor import Path
 from step3_jax.mesh import Layout, padded_shape
@@ -46,11 +47,11 @@ class ShardedFfn(nnx.Module):
         # Where routed and shared experts are shared out over the same devices, one exchange serves both.
         self.is_joint = self.tensor == everyone and not (self.moe is not None and self.moe.use_all_to_all)
 
-    def __call__(self, normed: Float[Array, "N D"], routing: Routing | None) -> Float[Array, "N D"]:
+    def __call__(self, normed: Float[Array, "N D"] | Rows, routing: Routing | None) -> Float[Array, "N D"]:
         """See `FfnBlock`; tokens are this device's own."""
         if self.mlp is not None:
             with jax.named_scope("mlp"):
-                return self.tensor.reduce(self.mlp(self.tensor.gather(normed)))
+                return self.tensor.reduce(self.mlp(self.tensor.gather_rows(normed)))
         if self.is_joint:
             tokens = gather_tokens(self.tensor, normed, routing.weights, routing.experts)
             with jax.named_scope("moe"):
@@ -60,7 +61,7 @@ class ShardedFfn(nnx.Module):
         with jax.named_scope("moe"):
             routed = self.moe(normed, routing)
         with jax.named_scope("share_expert"):
-            shared = self.tensor.reduce(self.share_expert(self.tensor.gather(normed)))
+            shared = self.tensor.reduce(self.share_expert(self.tensor.gather_rows(normed)))
         return routed + shared
 
 

@@ -13,14 +13,15 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
-from step3_jax.layers.attention import MFA, AttentionContext, CacheStep, attention_context
+from step3_jax.layers.attention import MFA, AttentionContext, CacheStep, attention_context, with_plan
 from step3_jax.layers.embed import Embedding
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.mlp import SwiGLU
 from step3_jax.layers.moe import Experts
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.router import Router, Routing
-from step3_jax.model.layers import LayerStack, over_layers
+from step3_jax.layers.rows import Rows, as_plain
+from step3_jax.model.layers import LayerStack, layer_modules, over_layers
 
 T = TypeVar("T")
 
@@ -30,13 +31,13 @@ class AttentionOutput(NamedTuple):
 
     Attributes:
       residual: The residual stream after attention; it stays on the attention side.
-      normed: Tokens for the FFN half, flattened over the batch.
+      normed: Tokens for the FFN half, flattened over the batch; quantised rows if its products take them.
       routing: Expert choice of each token; None in a dense layer.
       pages: The pool with the layer's new rows.
     """
 
     residual: Float[Array, "B T D"]
-    normed: Float[Array, "N D"]
+    normed: Float[Array, "N D"] | Rows
     routing: Routing | None
     pages: KVPages | None
 
@@ -67,11 +68,11 @@ class AttentionBlock(nnx.Module):
         with jax.named_scope("self_attn"):
             out, pages = self.self_attn(self.input_layernorm(hidden), context, pages)
         residual = hidden + out
-        normed = self.post_attention_layernorm(residual).reshape(-1, residual.shape[-1])
+        normed = self.post_attention_layernorm(residual.reshape(-1, residual.shape[-1]))
         if self.router is None:
             return AttentionOutput(residual, normed, None, pages)
         with jax.named_scope("router"):
-            return AttentionOutput(residual, normed, self.router(normed), pages)
+            return AttentionOutput(residual, normed, self.router(as_plain(normed)), pages)
 
 
 class FfnBlock(nnx.Module):
@@ -88,7 +89,7 @@ class FfnBlock(nnx.Module):
         )
         self.share_expert = SwiGLU(hidden, config.share_expert_dim, dtype=dtype, rngs=rngs) if is_moe else None
 
-    def __call__(self, normed: Float[Array, "N D"], routing: Routing | None) -> Float[Array, "N D"]:
+    def __call__(self, normed: Float[Array, "N D"] | Rows, routing: Routing | None) -> Float[Array, "N D"]:
         """The layer's FFN output; the caller adds it to the residual stream."""
         if self.mlp is not None:
             with jax.named_scope("mlp"):
@@ -180,6 +181,8 @@ class Decoder(nnx.Module):
         context = attention_context(
             self.config, embeddings.shape[:2], step=step, page_size=page_size, positions=positions
         )
+        num_heads = layer_modules(self.layers)[0].attention.self_attn.num_heads
+        context = with_plan(context, cache, embeddings.shape[1], num_heads)
         hidden, cache, observed = over_layers(self.layers, embeddings, context, cache, observe)
         return self.norm(hidden), cache, observed
 

@@ -40,8 +40,8 @@ from step3_jax.checkpoint.shapes import abstract_model
 from step3_jax.config import ModelConfig
 from step3_jax.engine.state import DecodeBatch
 from step3_jax.layout.deployment import parse_topology
+from step3_jax.model.arrangement import Arrangement, arrange
 from step3_jax.model.parallel import place_shapes
-from step3_jax.model.step3 import stack_model
 from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from tools.record_kernels import write
@@ -133,8 +133,8 @@ def compile_case(case: Case) -> tuple[jax.stages.Compiled, float, float]:
     text, instances = config.text, parse_topology(case.spec)
     devices = gpu_compile.h100_mesh((instances.num_devices,)).devices.reshape(-1).tolist()
     topology = AfdTopology.of(instances, devices=devices)
-    model = stack_model(abstract_model(config))
-    parts = take_apart(place_shapes(model, topology))
+    placed = place_shapes(abstract_model(config), topology)
+    parts = take_apart(arrange(placed, Arrangement.of("gpu", config.dtype)))
     form, dtype = PayloadFormat.of(text, "fp8"), jnp.dtype(jnp.bfloat16)
     given = parts, text, topology, form, case.num_microbatches, dtype, None
     size, num_rows = topology.union.size, case.num_microbatches * case.rows

@@ -235,7 +235,7 @@ def table(found: Iterable[Compiled]) -> str:
         "# AFD's decode loops as compiled for H100s",
         "",
         f"jax {jax.__version__}, without a GPU: `python -m tools.afd_schedule` writes this page and the JSON file beside",
-        f"it. Step3's layers in FP8, {EXPERTS_EACH} experts on each FFN device, {ROWS} sequences of {CONTEXT:,} tokens in each",
+        f"it. Step3 in FP8 with {EXPERTS_EACH} experts on each FFN device, {ROWS} sequences of {CONTEXT:,} tokens in each",
         "micro-batch of an attention device, FP8 payload. A row is a loop of the compiled program, whose body is one tick.",
         "Kernels are those of `pallas_kernels`, launches all that is launched, the exchange left out; beside is what lies",
         "between start and end of the exchange, in the order of the compiled program. Nothing here was run on a GPU.",

@@ -43,7 +43,7 @@ def load_placed_model(
         config = dataclasses.replace(config, quantization=None)
         dtype = jnp.float32 if dtype is None else dtype
     choose_payload(payload, config.dtype if dtype is None else jnp.dtype(dtype).name)
-    return load_model(path, dtype, shardings=topology.shardings(config), stack_layers=False)
+    return load_model(path, dtype, shardings=topology.shardings(config))
 
 
 def place_model(model: Step3, topology: AfdTopology) -> Step3:

@@ -42,12 +42,13 @@ from step3_jax.checkpoint.stack_filler import StackFiller
 from step3_jax.checkpoint.view import read_view
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig, VisionConfig
-from step3_jax.gpu import claim_memory, is_gpu
+from step3_jax.gpu import claim_memory
 from step3_jax.layout.parallel import fit_parallel
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
-from step3_jax.model.step3 import Step3, abstract_step3, stack_model
+from step3_jax.model.arrangement import Arrangement, arrange
+from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import BlockScaled
 from step3_jax.stored_file import require_folder
 
@@ -71,7 +72,7 @@ def load_model(
     keep_fp8: bool | None = None,
     shardings: Mapping[Path, NamedSharding] | None = None,
     layout: Layout | None = None,
-    stack_layers: bool | None = None,
+    arrangement: Arrangement | None = None,
     text_only: bool = False,
     progress: bool = False,
 ) -> Step3:
@@ -87,8 +88,7 @@ def load_model(
         its devices hold. One with more axes than the tensor is for its heads, see `layout.table.view_shape`. If absent, all
         goes to the default device.
       layout: The same, from a parallel setting: head and vision tower are filled up with zeros where they do not divide.
-      stack_layers: Whether neighbouring layers of the decoder that are of one form lie stacked, as programs for GPUs want
-        them (see `model.layers`). By default on GPUs.
+      arrangement: How the decoder's layers lie; by default as it is best where the weights go, see `Arrangement.of`.
       text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.
 
@@ -128,7 +128,7 @@ def load_model(
         if layout is not None:
             fit_parallel(layout.parallel, config.text, fp8_block=block if config.quantization is not None else None)
         reader = TensorReader(checkpoint, np.dtype(dtype_name), block, keep_fp8)
-        return _fill(config, reader, layout.parameter if layout is not None else shardings, stack_layers, progress)
+        return _fill(config, reader, layout.parameter if layout is not None else shardings, arrangement, progress)
 
 
 def has_vision(names: Iterable[str]) -> bool:
@@ -181,7 +181,7 @@ def _fill(
     config: ModelConfig,
     reader: TensorReader,
     shardings: Mapping[Path, NamedSharding] | Callable[[Path], NamedSharding] | None,
-    stack_layers: bool | None,
+    arrangement: Arrangement | None,
     progress: bool,
 ) -> Step3:
     """The module with every parameter read; no memory is ever taken for random weights."""
@@ -192,6 +192,8 @@ def _fill(
     if shardings is not None and flat.keys() - shardings.keys():
         lacking = sorted(released_name(path) for path in flat.keys() - shardings.keys())
         raise ValueError("shardings lacks " + summarise("parameters", lacking))
+    if arrangement is None:
+        arrangement = Arrangement.of(_platform(shardings), config.dtype)
     _check_memory(reader, flat, shardings, config.vision)
     bar = tqdm(
         total=sum(reader.checkpoint.tensors[released_name(path)].num_bytes for path in flat),
@@ -205,10 +207,8 @@ def _fill(
         with bar:
             if shardings is None and _is_host():
                 _fill_host(flat, reader, pool, bar)
-                return stack_model(model) if stack_layers else model
-            if stack_layers is None:
-                stack_layers = is_gpu(_platform(shardings))
-            filler = StackFiller(model, lambda path: _is_quantised(reader, path)) if stack_layers else None
+                return arrange(model, arrangement)
+            filler = StackFiller(model, lambda path: _is_quantised(reader, path)) if arrangement.stacks else None
 
             def load(path: Path) -> Array | BlockScaled | None:
                 sharding = None if shardings is None else shardings[path]
@@ -225,7 +225,7 @@ def _fill(
                 filler.finish()
     finally:
         pool.shutdown(cancel_futures=True)
-    return model
+    return arrange(model, arrangement)
 
 
 def _check_memory(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from step3_jax.checkpoint.names import (
@@ -30,6 +31,7 @@ from step3_jax.checkpoint.view import leave_view
 from step3_jax.config import DTYPES, ModelConfig, QuantConfig
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import scale_shape
+from step3_jax.model.fuse import separate
 from step3_jax.model.layers import is_stacked, layer_paths
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import BlockScaled, quantise
@@ -49,7 +51,8 @@ def save_model(
 ) -> None:
     """Writes `config.json` and the weights under a temporary name, then renames the folder.
 
-    Weights come to the host one slice at a time. Weights that are FP8 in the model are written as they are. Of a sharded
+    Weights come to the host one slice at a time; of products that are joined, the parts are copied first. Weights that are
+    FP8 in the model are written as they are. Of a sharded
     model, all of whose devices are of this process, what it is filled up with is left out.
 
     Args:
@@ -66,6 +69,8 @@ def save_model(
     """
     folder = pathlib.Path(folder)
     _check_target(folder, overwrite)
+    model = nnx.merge(*nnx.split(model))
+    separate(model)
     flat = dict(_list_values(model))
     kept = model.text.embed_tokens.weight[...].dtype
     dtype_name = jnp.dtype(kept if dtype is None else dtype).name

@@ -401,6 +401,7 @@ class EngineCore:
                 if sequence is not None and not sequence.is_finished:
                     self._take(sequence, report, slot)
         stats.count_compilations(self._executor.compile_s, self._executor.num_traces)
+        stats.afd_wait_s = self._executor.afd_wait_s
         stats.num_preemptions = self.scheduler.num_preemptions
         stats.prefix_cache_queries = self.scheduler.num_queries
         stats.prefix_cache_hits = self.scheduler.num_hits

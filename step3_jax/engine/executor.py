@@ -139,6 +139,15 @@ class Executor(ModelPart, abc.ABC):
         """Parts of a batch in flight between attention and FFN; 0 where every device does both."""
         return 0
 
+    @property
+    def afd_wait_s(self) -> float | None:
+        """Seconds that attention devices had nothing to do but wait for FFN devices; None where that is not known.
+
+        It is known where a host hands out each step. Where a program of many steps runs by itself (AFD's executor
+        `program`), nothing but the whole call's time reaches the host.
+        """
+        return None
+
     def check(self) -> None:
         """Raises RunLostError if no call can be made any more, as one of several processes is lost."""
 

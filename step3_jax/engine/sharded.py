@@ -52,7 +52,9 @@ class ShardedRunner(Executor):
             num_image_shards=layout.size("images"),
         )
         self.layout = layout
-        if self.is_cpu:
+        # Of shapes, that a program for GPUs has been asked for, the bytes are wanted as they are.
+        is_abstract = isinstance(model.text.embed_tokens.weight.get_value(), jax.ShapeDtypeStruct)
+        if self.is_cpu and not is_abstract:
             model = widen_weights(model)
         self._split = SplitModel(parallelise(model, layout))
         self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text, any_row=self._any_row)
@@ -135,8 +137,14 @@ class ShardedRunner(Executor):
         self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int
     ) -> jax.stages.Compiled:
         """See `Runner.decode_program`."""
+        return self.lower_decode(cache, batch, sampling, max_steps=max_steps).compile()
+
+    def lower_decode(
+        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int
+    ) -> jax.stages.Lowered:
+        """The decode loop of a bucket before it is compiled; the arguments may be abstract, and are not consumed."""
         given = batch, sampling, np.int32(1), np.bool_(False)
-        return self._decode_calls.lower(self._split.weights, cache, *given, max_steps).compile()
+        return self._decode_calls.lower(self._split.weights, cache, *given, max_steps)
 
     def encode_program(self, pixels: Float[Array, "images 3 S S"]) -> jax.stages.Compiled:
         """The compiled vision tower for as many images, for reading; the pixels may be abstract."""

@@ -30,6 +30,7 @@ class EngineStats:
       mask_s: Time of finding which tokens constrained sequences may get.
       compile_s: Time of tracing and compiling.
       num_compilations: Programs traced; each is then compiled, or found in the compile cache.
+      afd_wait_s: Time that attention devices waited for FFN devices, compiling included; None where that is not known.
       expert_tokens: Prompt tokens that each expert got, int64 [layers, E]: of the MoE layers, without the model's last
         layer. None before the first chunk, and where the executor does not count them.
     """
@@ -50,6 +51,7 @@ class EngineStats:
     mask_s: float = 0.0
     compile_s: float = 0.0
     num_compilations: int = 0
+    afd_wait_s: float | None = None
     expert_tokens: np.ndarray | None = None
 
     def count_compilations(self, compile_s: float, num_traces: Mapping[str, int]) -> None:

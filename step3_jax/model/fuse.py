@@ -31,8 +31,9 @@ JOINED = ((MFA, ("q_proj", "k_proj", "v_proj"), "qkv_down_proj"), (SwiGLU, ("gat
 def fuse(model: nnx.Module) -> None:
     """Joins products of one input in all layers of `model`, wherever their weights are of one kind.
 
-    Layers may be apart or stacked, weights on one device or on many (each then joins its own parts), or abstract. A weight
-    in FP8 is joined if each device's part of it is whole blocks.
+    Where they are to be on several devices they must lie there already: each device joins its own parts.
+    Layers may be apart or stacked, arrays may be shapes. A weight in FP8 is joined if each device's part of it is whole
+    blocks. While a weight is joined there are two of it.
     """
     for module, names, joined in _find(model):
         parts = [getattr(module, name) for name in names]
@@ -59,7 +60,7 @@ def separate(model: nnx.Module) -> None:
         setattr(module, joined, None)
 
 
-def set_quantised(model: nnx.Module, wanted: bool) -> None:
+def set_quantised(model: nnx.Module, *, wanted: bool) -> None:
     """Says whether activations are quantised before products with weights in FP8.
 
     They are quantised to e4m3 with a scale for each 128 columns of a row, and multiplied in FP8, on any device: by kernels

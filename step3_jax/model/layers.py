@@ -140,11 +140,14 @@ def stack_layers(layers: Sequence[M]) -> list[LayerStack[M]]:
     """Stacks neighbours of one form, whose modules and arrays have the same structure, shapes and dtypes.
 
     The stacks of arrays are copies; `checkpoint.load` fills stacks without any. Of shapes (`jax.ShapeDtypeStruct`) they are
-    shapes, with the sharding of one layer behind the axis of layers.
+    shapes, with the sharding of one layer behind the axis of layers. What is a stack already stays as it is.
     """
     stacks = []
     for _, group in itertools.groupby(layers, key=_form):
         own = list(group)
+        if isinstance(own[0], LayerStack):
+            stacks += own
+            continue
         graphdef, state = nnx.split(own[0])
         values = [[variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(layer))] for layer in own]
         flat = [

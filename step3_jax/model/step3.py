@@ -113,7 +113,7 @@ def stack_model(model: Step3) -> Step3:
 
 
 def unstack_model(model: Step3) -> Step3:
-    """A model like `model` with separate layers, for training; see `model.layers.unstack_layers`."""
+    """A model like `model` with its layers apart; see `model.layers.unstack_layers`."""
     return _with_layers(model, unstack_layers(model.text.layers))
 
 

@@ -226,6 +226,9 @@ class _EngineCollector(Collector):
         }
         for name, (text, value) in counters.items():
             yield self._family(CounterMetricFamily, name, text, value)
+        if stats.afd_wait_s is not None:
+            text = "Seconds that attention waited for the FFN side."
+            yield self._family(CounterMetricFamily, "afd_wait_seconds", text, stats.afd_wait_s)
         load = GaugeMetricFamily(
             f"{self._prefix}:expert_load",
             "Prompt tokens of the busiest expert over the mean of all, by MoE layer.",

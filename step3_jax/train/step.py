@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 from step3_jax.layers.attention import AttentionContext
 from step3_jax.layers.embed import merge_image_features
 from step3_jax.layers.rope import rope_table
-from step3_jax.model.layers import over_layers
+from step3_jax.model.layers import layer_modules, over_layers
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import Decoder
 from step3_jax.train.data import TokenRows
@@ -150,7 +150,7 @@ def prepare_for_training(model: Step3, *, capacity_factor: float, branch_gain: f
 
 def set_capacity(model: Step3, capacity_factor: float | None) -> None:
     """Sets the capacity factor of all mixture layers; None drops no token."""
-    for layer in model.text.layers:
+    for layer in layer_modules(model.text.layers):
         if layer.ffn.moe is not None:
             layer.ffn.moe.capacity_factor = capacity_factor
 

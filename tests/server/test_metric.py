@@ -81,3 +81,6 @@ def test_steps_of_decode_calls_and_loads_of_experts_are_shown(open_client: Open)
         llm.stats.count_experts(np.asarray([[6, 2, 0, 0], [1, 1, 1, 1]]))
         llm.stats.count_experts(np.asarray([[0, 4, 4, 0], [1, 1, 1, 1]]))
         assert (client.metric("expert_load", layer="0"), client.metric("expert_load", layer="1")) == (1.5, 1.0)
+        assert "afd_wait" not in client.call("/metrics").body.decode()
+        llm.stats.afd_wait_s = 2.5
+        assert client.metric("afd_wait_seconds_total") == 2.5

@@ -31,6 +31,7 @@ from step3_jax.layers.expert_exchange import ShardedExperts
 from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.layout.table import AXES
 from step3_jax.mesh import Layout
+from step3_jax.model.arrangement import Arrangement, arrange
 from step3_jax.model.layers import layer_modules
 from step3_jax.model.parallel import ShardedFfn, parallelise, place_shapes
 from step3_jax.model.step3 import Step3
@@ -150,7 +151,8 @@ def _make_model(sizes: RankSizes) -> Step3:
     )
     parallel = fit_parallel(Parallel(tp=sizes.num_ranks, exchange="gather"), sizes.text, fp8_block=(128, 128))
     layout = Layout(AbstractMesh(parallel.mesh_shape, AXES), parallel)  # type: ignore[arg-type]
-    graphdef, state = nnx.split(place_shapes(abstract_model(config, stack_layers=True), layout))
+    placed = arrange(place_shapes(abstract_model(config), layout), Arrangement.of("gpu", config.dtype))
+    graphdef, state = nnx.split(placed)
     model = parallelise(nnx.merge(graphdef, jax.tree.map(_own_part, state)), layout)
     for _, module in nnx.iter_modules(model):
         for name, value in list(vars(module).items()):

@@ -96,6 +96,11 @@ class HostExecutor(Executor):
         """See `Executor.num_microbatches`."""
         return self.calls.num_microbatches
 
+    @property
+    def afd_wait_s(self) -> float:
+        """See `Executor.afd_wait_s`."""
+        return self._flight.ffn_wait_s
+
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; the pages are on the attention devices alone."""
         make = functools.partial(empty_cache, self.config.text, num_pages, storage, as_bits=self.is_cpu)

@@ -121,7 +121,7 @@ def test_quantised_activations_are_the_models_to_say_and_no_platforms() -> None:
     decoder = make_decoder("fp8")
     plain = run(decoder)
     assert not is_quantised(decoder)
-    set_quantised(decoder, True)
+    set_quantised(decoder, wanted=True)
     assert is_quantised(decoder)
     layer = decoder.layers[1]
     assert layer.attention.input_layernorm.quantises
@@ -135,13 +135,13 @@ def test_quantised_activations_are_the_models_to_say_and_no_platforms() -> None:
     assert 0.005 < np.median(errors) < 0.25
     fuse(decoder)
     np.testing.assert_allclose(run(decoder), found, atol=1e-5)
-    set_quantised(decoder, False)
+    set_quantised(decoder, wanted=False)
     np.testing.assert_allclose(run(decoder), plain, atol=1e-5)
 
 
 def test_weights_that_are_not_in_fp8_meet_plain_activations(expected: np.ndarray) -> None:
     decoder = make_decoder()
-    set_quantised(decoder, True)
+    set_quantised(decoder, wanted=True)
     assert not is_quantised(decoder)
     assert not decoder.layers[0].attention.input_layernorm.quantises
     np.testing.assert_array_equal(run(decoder), expected)

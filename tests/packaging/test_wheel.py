@@ -1,77 +1,85 @@
-"""The wheel alone is enough: built, installed in an empty folder, used from an empty folder."""
+"""The sdist and the wheel alone are enough, installed in an empty environment and used in an empty folder."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from step3_jax import __version__
+from tests.process import ROOT, environment
 
-ASK = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import step3_jax, step3_jax.resources as resources
-from step3_jax.config import ModelConfig
-assert step3_jax.__file__.startswith(sys.argv[1]), step3_jax.__file__
-assert ModelConfig.preset("step3").text.num_hidden_layers == 61
-assert str(resources.find("models/step3-tiny")).startswith(sys.argv[1])
-from step3_jax.cli.main import main
-assert resources.find_folder("models/step3-tiny") == resources.find("models/step3-tiny")
-sys.exit(main(["generate", "models/step3-tiny", "-p", "What is the capital of France?", "--max-tokens", "8", "--json"]))
-"""
+# Building and installing take a minute or more.
+pytestmark = pytest.mark.slow
+PYTHONS = ("3.11", "3.12")
+ASK = ["generate", "-p", "What is the capital of France?", "--max-tokens", "8", "--json"]
+
+
+def run(*command: str, cwd: pathlib.Path, **more: str) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    if importlib.util.find_spec("hatchling") is None:
-        pytest.skip("hatchling is not installed: make test installs it")
-    folder = tmp_path_factory.mktemp("wheel")
-    command = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
-    _pip(*command)
-    return next(folder.glob("step3_jax-*.whl"))
+def dist(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with the sdist, and the wheel that is built from it."""
+    if importlib.util.find_spec("hatchling") is None or importlib.util.find_spec("build") is None:
+        pytest.skip("hatchling or build is not installed: make test installs them")
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT), cwd=folder)
+    return folder
 
 
-def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_the_wheel_carries_the_package_and_its_files_and_nothing_else(wheel: pathlib.Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
+def test_the_wheel_carries_the_package_and_its_files_and_nothing_else(dist: pathlib.Path) -> None:
+    names = zipfile.ZipFile(next(dist.glob("*.whl"))).namelist()
     assert "step3_jax/_shipped/configs/models/step3.json" in names
     assert "step3_jax/_shipped/models/step3-tiny/tokenizer.json" in names
     assert "step3_jax/py.typed" in names
+    assert "pallas_kernels/py.typed" in names
     assert "step3_jax/server/page/index.html" in names
     roots = {name.split("/")[0] for name in names}
-    assert {root for root in roots if not root.endswith(".dist-info")} <= {"step3_jax", "pallas_kernels"}
+    assert {root for root in roots if not root.endswith(".dist-info")} == {"step3_jax", "pallas_kernels"}
     assert not [name for name in names if "__pycache__" in name]
 
 
-@pytest.mark.slow
-def test_an_installed_wheel_answers_from_anywhere(
-    wheel: pathlib.Path, tiny_model_path: pathlib.Path, tmp_path: pathlib.Path
+def test_the_version_is_that_of_the_package(dist: pathlib.Path) -> None:
+    names = sorted(path.name for path in dist.iterdir())
+    assert names == [f"step3_jax-{__version__}-py3-none-any.whl", f"step3_jax-{__version__}.tar.gz"]
+
+
+def test_the_sdist_has_what_a_developer_needs(dist: pathlib.Path) -> None:
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"Makefile", "constraints.txt", "mkdocs.yml", "docs/index.md", "tests/conftest.py", "CHANGELOG.md"} <= names
+
+
+@pytest.mark.parametrize("version", PYTHONS)
+@pytest.mark.parametrize("form", ["*.whl", "*.tar.gz"])
+def test_what_is_installed_in_an_empty_environment_answers_from_an_empty_folder(
+    version: str, form: str, dist: pathlib.Path, tiny_model_path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    python = shutil.which(f"python{version}")
+    if python is None:
+        pytest.skip(f"python{version} is not installed")
+    bin_folder, elsewhere = tmp_path / "venv" / "bin", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    _pip("install", "--no-deps", "--target", str(site), str(wheel))
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, str(site)],
-        cwd=elsewhere,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    cache = {"PYTHONPATH": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
+    run(python, "-m", "venv", str(tmp_path / "venv"), cwd=elsewhere, **cache)
+    constraints = str(ROOT / "constraints.txt")
+    package = str(next(dist.glob(form)))
+    run(str(bin_folder / "pip"), "install", "--quiet", "-c", constraints, package, cwd=elsewhere, **cache)
+    answer = json.loads(run(str(bin_folder / "step3"), *ASK, cwd=elsewhere, **cache).splitlines()[-1])
     assert answer["completion_tokens"] > 0
-    assert answer["model"] == str(site / "step3_jax" / "_shipped" / "models" / "step3-tiny")
+    assert pathlib.Path(answer["model"]).is_relative_to(tmp_path / "venv")
+    same = json.loads(run(str(bin_folder / "python"), "-m", "step3_jax", *ASK, cwd=elsewhere, **cache).splitlines()[-1])
+    assert same["text"] == answer["text"]

@@ -1,9 +1,11 @@
-# make demo      ask the shipped model about its pictures (needs only Python >= 3.11 and a package index)
+# make demo      ask the shipped model about its images (needs only Python >= 3.11 and a package index)
 # make serve     OpenAI's API and a chat page on http://127.0.0.1:8000 (SERVE_ARGS="--port 9000 MODEL" and the like)
 # make test      fast tests          make test-all   all of them
+# make test-changed   the tests of what you changed (CHANGED_ARGS="--since REVISION"), after make check
 # make kernels   every kernel in every case, and compiled for an H100 (needs Python 3.12, and ptxas for the second)
 # make clients   the service with clients of other people, each in an environment of its own (npm for JavaScript's)
 # make check     format, lint, types
+# make docs      the documentation site in build/site, with warnings as errors
 # make bench     decode speed on this machine (BENCH_ARGS="--torch-python ..." compares with PyTorch)
 # make clean     remove what these made, the environment included
 #
@@ -19,6 +21,7 @@ PYTEST_ARGS ?=
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 KERNELS_VENV ?= .venv-kernels
 BENCH_ARGS ?=
+CHANGED_ARGS ?=
 SERVE_ARGS ?=
 CLIENTS_VENV ?= .venv-clients
 CLIENTS := $(basename $(notdir $(wildcard tests/clients/requirements/*.txt))) openai-js
@@ -30,10 +33,10 @@ PIP := env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX
 PIP_OPTIONS := --quiet --disable-pip-version-check
 PIP_INSTALL = $(PIP) $(BIN)/python -m pip install $(PIP_OPTIONS) --constraint constraints.txt
 
-.PHONY: help demo serve test test-all kernels kernels-here clients check bench clean
+.PHONY: help demo serve test test-all test-changed kernels kernels-here clients check docs bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 10
+	@sed -n "/^#$$/q; s/^# //p" Makefile
 
 demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py
@@ -46,6 +49,9 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not kernels" $(PYTEST_ARGS)
+
+test-changed: check
+	@$(BIN)/python -m tools.changed_tests $(CHANGED_ARGS) $(PYTEST_ARGS)
 
 # An environment of its own: the newest JAX, whose interpreter is the fastest, and the compiler for GPUs.
 kernels:
@@ -62,13 +68,18 @@ check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+# NO_MKDOCS_2_WARNING: the theme advertises its successor on every build.
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/python -m mkdocs build --strict
+	@echo "The site is in build/site: open build/site/index.html"
+
 bench: $(VENV)/.installed
 	@$(BIN)/step3 bench decode $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
-	@# An environment that somebody else made is theirs.
+	@# An environment that was there before is kept.
 	rm -rf "$(CLIENTS_VENV)"
 	for made in "$(VENV)" "$(KERNELS_VENV)"; do if [ -e "$$made/.made" ]; then rm -rf "$$made"; fi; done
 
@@ -87,6 +98,11 @@ $(VENV)/.installed-dev: $(PINS) | $(VENV)/.python
 	@echo "Installing step3-jax and the tools of its developers into $(VENV) ..."
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-serve
+
+$(VENV)/.installed-docs: $(PINS) | $(VENV)/.python
+	@echo "Installing step3-jax and what its documentation site needs into $(VENV) ..."
+	@$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-aot: $(VENV)/.installed-dev
 	@$(PIP_INSTALL) --editable '.[aot]'

@@ -1,4 +1,4 @@
-"""Asks the shipped model about the pictures that ship with it: `make demo`.
+"""Asks the shipped model about the images that ship with it: `make demo`.
 
 `models/step3-tiny/examples/examples.json` is a list of {"prompt": ..., "image": file in that folder (optional),
 "expected": what a right answer is (optional)}.
@@ -37,15 +37,13 @@ def read_examples(folder: pathlib.Path) -> list[Example]:
     """The questions of a folder.
 
     Raises:
-      ValueError: If the folder has none that can be read, or one of their pictures is missing.
+      ValueError: If the folder has none that can be read, or one of their images is missing.
     """
     path = folder / "examples.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): the demo needs the shipped model and its pictures"
-        ) from None
+        raise ValueError(f"{path} cannot be read ({error}): the demo needs the shipped model and its images") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "prompt" in entry for entry in entries):
         raise ValueError(f'{path} must hold a list of objects with a "prompt"')
     examples = []
@@ -57,12 +55,17 @@ def read_examples(folder: pathlib.Path) -> list[Example]:
     return examples
 
 
-def show(llm: LLM, folder: pathlib.Path, example: Example) -> None:
-    """Asks one question and prints it, the answer, and what was expected."""
+def ask(llm: LLM, folder: pathlib.Path, example: Example) -> str:
+    """The model's answer to a question."""
     images = [] if example.image is None else [str(example.image)]
     messages = [user_message(example.prompt, images)]
     output = llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))[0].outputs[0]
-    answer = parse_output(output.text, starts_thinking=starts_thinking(folder, messages)).content
+    return parse_output(output.text, starts_thinking=starts_thinking(folder, messages)).content or ""
+
+
+def show(llm: LLM, folder: pathlib.Path, example: Example) -> None:
+    """Asks one question and prints it, the answer, and what was expected."""
+    answer = ask(llm, folder, example)
     print(f"$ {command_of(example)}")
     print(f"  asked     {example.prompt}" + (f"  [{example.image.name}]" if example.image else ""))
     print(f"  answered  {answer or '(nothing)'}")

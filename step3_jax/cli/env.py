@@ -7,11 +7,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pathlib
 import platform
+import subprocess
 import sys
 
 import jax
 
+import step3_jax
 from step3_jax import __version__, resources
 from step3_jax.cli.choice import DEFAULT_MODEL
 from step3_jax.cli.variables import VARIABLES, read_variables
@@ -19,7 +22,9 @@ from step3_jax.cpu_kernels.library import describe_kernels
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.mesh import find_devices
 
-LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers")
+LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "ml-dtypes", "orbax-checkpoint", "tensorstore", "tokenizers", "pyzmq")
+# Of extras: named where they are installed.
+OPTIONAL = ("jax-cuda12-plugin", "jax-cuda13-plugin", "fastapi", "uvicorn", "pydantic", "llguidance", "matplotlib")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,9 +59,12 @@ def describe_environment() -> dict[str, object]:
         problem = str(error)
     versions = {"step3-jax": __version__, "python": platform.python_version()}
     found: dict[str, object] = {
-        "versions": versions | {name: _version(name) for name in LIBRARIES},
+        "versions": versions | _find_versions(),
+        "package": str(pathlib.Path(step3_jax.__file__).parent),
+        "commit": _find_commit(),
         "executable": sys.executable,
         "platform": platform.platform(),
+        "processor": _find_processor(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _host_memory(),
         "backend": backend,
@@ -70,11 +78,38 @@ def describe_environment() -> dict[str, object]:
     return found if problem is None else found | {"problem": problem}
 
 
-def _version(name: str) -> str:
+def _find_versions() -> dict[str, str]:
+    found = {name: _version(name) for name in (*LIBRARIES, *OPTIONAL)}
+    return {name: version or "not installed" for name, version in found.items() if version or name in LIBRARIES}
+
+
+def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
+
+
+def _find_commit() -> str | None:
+    """The commit of a checkout, and whether files were changed since; None outside of one."""
+    folder = pathlib.Path(step3_jax.__file__).parents[1]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _find_processor() -> str | None:
+    """The processor's name; None where /proc does not tell."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), None)
 
 
 def _host_memory() -> int | None:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import difflib
 import importlib
-import logging
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from typing import NoReturn
 
 from step3_jax import __version__
 from step3_jax.channel.failure import RunLostError
+from step3_jax.cli.log import add_log_options, read_level, start_log
 from step3_jax.cli.process import (
     INTERRUPTED,
     INTERRUPTED_CODE,
@@ -44,7 +44,8 @@ COMMANDS = {
     "afd": "look into attention and FFN on devices of their own: trace a run, draw it",
     "plan": "whether a deployment of a large model fits and what it costs, without its weights",
     "bench": "measure the speed of this machine, or of a service",
-    "env": "show versions, devices and folders",
+    "env": "show versions, devices and folders, for a report of a problem",
+    "completion": "print a script by which a shell completes commands and options",
 }
 
 
@@ -76,20 +77,20 @@ class _Parser(argparse.ArgumentParser):
         return found, left
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+def build_parser(*wanted: str | None) -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
     Args:
-      command: The sub-command whose options are wanted; the others are only named. None for none.
+      *wanted: The sub-commands whose options are wanted; the others are only named. None stands for none.
     """
     parser = _Parser(prog="step3", description="Run Step3, a vision-language mixture of experts, in JAX.")
     parser.add_argument("--version", action="version", version=f"step3-jax {__version__}")
-    _add_debug(parser)
+    add_log_options(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        _add_debug(sub)
-        if name == command:
+        add_log_options(sub)
+        if name in wanted:
             importlib.import_module(f"step3_jax.cli.arguments.{_module_name(name)}").add_arguments(sub)
     return parser
 
@@ -109,19 +110,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # First: what the handler opens must not land in the place of a closed stream.
     repair_streams()
     handler = handle_interrupts()
-    words = sys.argv[1:]
-    if "--debug" in words:
-        _show_log()
-    code = _run_guarded(words)
+    code = _run_guarded(sys.argv[1:], has_log=True)
     if handler is not None and handler.was_raised:
         leave_at_once(code)
     return code
 
 
-def _run_guarded(argv: list[str]) -> int:
-    """The exit code, whatever happens."""
+def _run_guarded(argv: list[str], *, has_log: bool = False) -> int:
+    """The exit code, whatever happens; `has_log` says that the log may be shown, as this process is the command."""
     try:
-        code = _run(argv)
+        code = _run(argv, has_log=has_log)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as interrupt:
@@ -144,13 +142,15 @@ def _run_guarded(argv: list[str]) -> int:
         return 2 if is_mistake else 1
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], *, has_log: bool) -> int:
     command = _find_command(argv)
     is_rank = command != "launch" and any(os.environ.get(name) for name in PROCESS_VARIABLES)
     try:
         arguments = build_parser(command).parse_args(argv)
     except SystemExit as leave:  # --help and --version have printed what was asked.
         return leave.code if isinstance(leave.code, int) else 0
+    if has_log:
+        start_log(read_level(arguments))
     # Where the work is done by a service elsewhere, nothing here is to load a model or touch a device.
     remote = getattr(arguments, "remote_module", None)
     if remote is not None:
@@ -169,20 +169,9 @@ def _run(argv: list[str]) -> int:
     return int(importlib.import_module(f"step3_jax.cli.{module}").run(arguments))
 
 
-def _show_log() -> None:
-    """Everything that the package logs goes to stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    logger = logging.getLogger("step3_jax")
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    # Orbax gives the root logger a handler of its own.
-    logger.propagate = False
-
-
 def _find_command(argv: Sequence[str]) -> str | None:
-    """The sub-command: no option before it takes a value, so it is the first other word."""
-    return next((word for word in argv if not word.startswith("-")), None)
+    """The sub-command: the first word that is the name of one, as no option before it takes such a word."""
+    return next((word for word in argv if word in COMMANDS), None)
 
 
 def _module_name(command: str) -> str:
@@ -202,13 +191,6 @@ def _describe_left_over(words: Sequence[str], prog: str, help_text: str) -> str:
     known = sorted(set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", help_text)))
     nearest = difflib.get_close_matches(given, known, n=1)
     return f"{prog} has no option {given}" + (f", did you mean {nearest[0]}?" if nearest else "")
-
-
-def _add_debug(parser: argparse.ArgumentParser) -> None:
-    # Before and after the sub-command, so neither may overwrite the other with its default.
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the log, and where an error comes from"
-    )
 
 
 def _is_wrong_kind(error: Exception) -> bool:

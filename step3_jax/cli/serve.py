@@ -14,6 +14,7 @@ import yaml
 
 from step3_jax.cli.choice import find_model
 from step3_jax.cli.engine import load_llm, print_config, read_engine
+from step3_jax.cli.log import read_level
 from step3_jax.cli.precheck import check_before_loading
 from step3_jax.cli.process import ERASE, leave_at_once, say
 from step3_jax.cli.remote_option import KEY_VARIABLE
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     # A log that cannot be written, as on a full disk, must not hold up answers.
     with contextlib.suppress(OSError):
         say(f"loading {folder}; listening on {process.describe_address(opened, config)}")
-    listener = log.start_log()
+    listener = log.start_log(read_level(arguments))
     ending = process.serve(load, config, opened, say)
     with contextlib.suppress(Exception):
         listener.stop()

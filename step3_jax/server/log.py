@@ -25,17 +25,23 @@ class _QueueHandler(logging.handlers.QueueHandler):
         """The writer is too slow."""
 
 
-def start_log() -> logging.handlers.QueueListener:
-    """Writes what the service logs to stderr from now on; `stop()` of what is returned writes the rest."""
+def start_log(level: str | None = None) -> logging.handlers.QueueListener:
+    """Writes what the service logs to stderr from now on; `stop()` of what is returned writes the rest.
+
+    Args:
+      level: The least that is written, such as "error". None writes a line for each request, and what uvicorn warns of.
+    """
     waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING)
     writer = _Handler()
     writer.setFormatter(logging.Formatter(_FORM))
     listener = logging.handlers.QueueListener(waiting, writer)
-    for name, level in (("step3_jax.server", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, default in (("step3_jax.server", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.addHandler(_QueueHandler(waiting))
         logger.propagate = False
-        if logger.getEffectiveLevel() > level or logger.level == logging.NOTSET:
-            logger.setLevel(level)
+        if level is not None:
+            logger.setLevel(level.upper())
+        elif logger.getEffectiveLevel() > default or logger.level == logging.NOTSET:
+            logger.setLevel(default)
     listener.start()
     return listener

@@ -12,6 +12,7 @@ import yaml
 from step3_jax import resources
 from step3_jax.channel.address import port_beside
 from step3_jax.cli.main import build_parser
+from step3_jax.cli.serve import read_server_config
 from step3_jax.launch.cluster import KUBERNETES_PORT, detect_task
 from step3_jax.launch.place import read_need
 
@@ -37,6 +38,40 @@ def test_pods_of_the_job_find_the_first_one(job: dict[str, dict]) -> None:
     assert task.port == KUBERNETES_PORT
     # Over a network rank 0 asks for it.
     assert "STEP3_SECRET" in [entry["name"] for entry in pod["containers"][0]["env"]]
+
+
+def leader_worker_set() -> dict[str, dict]:
+    """The documents of the service over several hosts, by kind."""
+    text = resources.find("configs/serve/leaderworkerset.yaml").read_text(encoding="utf-8")
+    return {document["kind"]: document for document in yaml.safe_load_all(text)}
+
+
+def test_pods_of_the_set_find_the_leader_and_its_command_fits() -> None:
+    documents = leader_worker_set()
+    group = documents["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
+    pods = [group[f"{name}Template"]["spec"] for name in ("leader", "worker")]
+    leader, worker = (pod["containers"][0] for pod in pods)
+    assert (leader["command"], leader["env"], leader["resources"]) == (
+        worker["command"],
+        worker["env"],
+        worker["resources"],
+    )
+    variables = {entry["name"]: entry["value"] for entry in worker["env"] if "value" in entry}
+    arguments = build_parser("launch").parse_args(worker["command"][1:])
+    assert arguments.coordinator == "$(LWS_LEADER_ADDRESS)"
+    task = detect_task(variables | {"JOB_COMPLETION_INDEX": "1"}, "step3-0-1", "step3-0.step3")
+    assert task is not None
+    assert (task.num_tasks, task.coordinator, task.port) == (group["size"], "step3-0.step3", KUBERNETES_PORT)
+    need = read_need(arguments.words)
+    assert need is not None
+    assert need.processes() == group["size"] * arguments.processes_per_host
+    serve = read_server_config(build_parser("serve").parse_args(arguments.words))
+    assert all(pod["terminationGracePeriodSeconds"] > serve.shutdown_timeout + arguments.grace for pod in pods)
+    ports = {port["name"]: port["containerPort"] for port in leader["ports"]}
+    assert ports == {"http": serve.port, "coordinator": KUBERNETES_PORT, "channel": port_beside(KUBERNETES_PORT)}
+    assert not any(name.endswith("Probe") for name in worker), "only rank 0 answers"
+    selector = documents["Service"]["spec"]["selector"]
+    assert selector["leaderworkerset.sigs.k8s.io/name"] == documents["LeaderWorkerSet"]["metadata"]["name"]
 
 
 def test_the_service_names_the_pods_of_the_job(job: dict[str, dict]) -> None:

@@ -111,7 +111,7 @@ def test_cost_and_report_do_not_import_jax() -> None:
     ("page", "words"),
     [
         (
-            "README.md",
+            "docs/start.md",
             ["--attention-hardware", "h20", "--ffn-hardware", "h800", "--hardware", "h800", "--context", "8k"],
         ),
         ("docs/planning.md", ["--attention-hardware", "h20", "--ffn-hardware", "h800", "--context", "8k"]),

@@ -149,7 +149,7 @@ def test_mistakes_are_exit_code_2(words: list[str], message: str, capsys: pytest
     ("page", "words"),
     [
         (
-            "README.md",
+            "docs/start.md",
             ["--hardware", "h800:32", "--hardware", "h20:64", "--context", "8k", "--text-only", "--top", "1"],
         ),
         ("docs/planning.md", ["--hardware", "h800:64", "--hardware", "h20:64", "--context", "8k", "--text-only"]),

@@ -86,7 +86,7 @@ class MFA(nnx.Module):
         self.wq = Linear(rank, config.query_size, dtype=dtype, rngs=rngs)
         self.k_proj: Linear | None = Linear(hidden, head_dim, dtype=dtype, rngs=rngs)
         self.v_proj: Linear | None = Linear(hidden, head_dim, dtype=dtype, rngs=rngs)
-        self.qkv_down_proj: Linear | None = None
+        self.qkv_down_proj: Linear | None = nnx.data(None)
         self.o_proj = Linear(config.query_size, hidden, dtype=dtype, rngs=rngs)
         self.num_heads = config.num_attention_heads
         self.head_dim = head_dim

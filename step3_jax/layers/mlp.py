@@ -25,7 +25,7 @@ class SwiGLU(nnx.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.gate_proj: Linear | None = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
         self.up_proj: Linear | None = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
-        self.gate_up_proj: Linear | None = None
+        self.gate_up_proj: Linear | None = nnx.data(None)
         self.down_proj = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
         self.cpu_kernels: Kernels | None = None
 

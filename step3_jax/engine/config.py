@@ -16,6 +16,7 @@ from step3_jax.engine.setting import Setting, check_name, check_values, define, 
 from step3_jax.gpu import MEMORY_SHARE
 from step3_jax.layout.page import KV_CACHE_CHOICES
 from step3_jax.layout.weight_form import LOAD_FORMATS, QUANTIZATIONS
+from step3_jax.sampling.speculation import Speculation
 
 # In the order in which help and docs show them.
 GROUPS = {
@@ -93,6 +94,14 @@ class EngineConfig:
         least=0.0,
         metavar="MS",
     )
+    speculative_config: Mapping[str, object] | None = define(
+        None,
+        'guess tokens and verify several in one step, with the same outputs: {"method": "ngram", "num_speculative_tokens": '
+        '4}, and "prompt_lookup_max", "prompt_lookup_min"',
+        "batch",
+        auto="one token a step",
+        metavar="JSON",
+    )
     kv_cache_dtype: str = define(
         "auto",
         "format of the KV cache; auto is that of the activations, fp8 and int4 keep scales beside the values",
@@ -159,6 +168,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.speculative_config is not None:
+            Speculation.of(self.speculative_config)
+            # A dictionary of its own, which YAML can write; the class is frozen.
+            object.__setattr__(self, "speculative_config", dict(self.speculative_config))
 
     @classmethod
     def of(cls, values: Mapping[str, object], *, source: str = "") -> Self:
@@ -187,6 +200,11 @@ class EngineConfig:
     def num_devices(self) -> int:
         """Devices that the model is spread over."""
         return self.data_parallel_size * self.tensor_parallel_size
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """How tokens are guessed; None if they are not."""
+        return None if self.speculative_config is None else Speculation.of(self.speculative_config)
 
     @property
     def is_parallel(self) -> bool:

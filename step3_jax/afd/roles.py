@@ -213,7 +213,7 @@ def begin_step(
       features: Image features; None without pictures.
       feature_rows: Row of `features` for each token, -1 for none; None without pictures.
     """
-    hidden = ends.embed_tokens(token_ids)
+    hidden = ends.embed_tokens(token_ids).astype(ends.norm.weight[...].dtype)
     if features is not None and feature_rows is not None:
         hidden = merge_image_features(hidden, features, feature_rows)
     context = attention_context(config, (token_ids.shape[0], token_ids.shape[1]), step=step, page_size=page_size)

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from step3_jax.checkpoint.buffer import ALIGNMENT
 from step3_jax.stored_file import START_BYTES, describe_stand_in
 
 # Fifty times the header of all 2,319 tensors of the FP8 release. As Python objects hostile JSON takes 25 times its bytes.
@@ -317,7 +318,8 @@ def write_safetensors(
         header[name] = {"dtype": _dtype_name(name, array), "shape": list(array.shape), "data_offsets": [position, stop]}
         position = stop
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    # Where the data begin at a multiple of it, most tensors do: they can then be used as they lie, see `mapped`.
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:

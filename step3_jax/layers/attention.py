@@ -21,7 +21,7 @@ from pallas_kernels.pages import KVPages
 from pallas_kernels.rope_cache_write import rope_cache_write
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
-from step3_jax.layers.linear import Linear
+from step3_jax.layers.linear import Linear, project
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.rope import apply_rope, rope_table
 from step3_jax.layers.rows import Rows
@@ -41,11 +41,14 @@ class CacheStep(NamedTuple):
       table: Page ids of each sequence in order; entries behind its last page may be any page.
       lengths: Tokens of each sequence in the cache once this step's are written; 0 for a row that is idle.
       query_starts: Of a chunk; None in a decode step.
+      num_new: Of a decode step: how many of the T tokens of each sequence are its own. Those behind them are padding, whose
+        keys and values are written nowhere. None: all of them are.
     """
 
     table: Int[Array, "B max_pages"]
     lengths: Int[Array, " B"]
     query_starts: Int[Array, " starts"] | None = None
+    num_new: Int[Array, " B"] | None = None
 
 
 class AttentionContext(NamedTuple):
@@ -138,7 +141,7 @@ class MFA(nnx.Module):
     def _project(self, hidden: Float[Array, "B T D"] | Rows) -> tuple[Float[Array, "*batch low"], Columns, Columns]:
         """The low-rank query, which may have other columns behind it, and where key and value are."""
         if self.qkv_down_proj is None:
-            low, keys, values = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+            low, keys, values = project(hidden, (self.q_proj, self.k_proj, self.v_proj))
             return low, *(Columns(rows.reshape(-1, self.head_dim), 0, self.head_dim) for rows in (keys, values))
         joined = self.qkv_down_proj(hidden)
         joined = joined.reshape(-1, joined.shape[-1])
@@ -190,7 +193,11 @@ def attention_context(
         cos, sin = rope_table(positions, head_dim=config.head_dim, theta=config.rope_theta)
         return AttentionContext(cos, sin, jnp.broadcast_to(order <= order[:, None], (batch, length, length)))
     if step.query_starts is None:
-        places = (step.lengths[:, None] - length + jnp.arange(length, dtype=jnp.int32)).reshape(-1)
+        order = jnp.arange(length, dtype=jnp.int32)
+        places = step.lengths[:, None] - length + order
+        if step.num_new is not None:
+            places = jnp.where(order < step.num_new[:, None], places, -1)
+        places = places.reshape(-1)
         rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length)
     else:
         tokens = jnp.arange(length, dtype=jnp.int32)

@@ -22,6 +22,7 @@ ROWS = (
     ("layout",),
     ("sharding",),
     ("quant",),
+    ("cpu_kernels",),
     ("stack",),
     ("distributed",),
     ("mesh",),

@@ -114,15 +114,15 @@ def _with_scales(dtype):
     return change
 
 
-@pytest.mark.parametrize("keep_fp8", [True, False])
+@pytest.mark.parametrize("quantization", ["stored", "none"])
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64, ml_dtypes.float8_e8m0fnu])
-def test_scales_of_any_dtype_become_float32(copy, keep_fp8, dtype):
+def test_scales_of_any_dtype_become_float32(copy, quantization, dtype):
     first, second = copy("tiny_fp8", _with_scales(np.float32)), copy("tiny_fp8", _with_scales(dtype), "other")
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
-    wanted = parameters_of(load_model(first, "float32", keep_fp8=keep_fp8))
+    wanted = parameters_of(load_model(first, "float32", quantization=quantization))
     shardings = {path: NamedSharding(mesh, PartitionSpec()) for path in wanted}
     for where in (None, shardings):
-        found = parameters_of(load_model(second, "float32", keep_fp8=keep_fp8, shardings=where))
+        found = parameters_of(load_model(second, "float32", quantization=quantization, shardings=where))
         for path, parameter in found.items():
             for one, other in zip(
                 jax.tree.leaves(parameter.get_value()), jax.tree.leaves(wanted[path].get_value()), strict=True
@@ -194,7 +194,7 @@ def test_dtype_goes_by_the_tensor_and_not_by_a_rule(copy):
         tensors[name] = tensors[name].astype(np.float32).astype(ml_dtypes.bfloat16)
         del tensors[f"{name}_scale_inv"]
 
-    model = load_model(copy("tiny_fp8", change), keep_fp8=True)
+    model = load_model(copy("tiny_fp8", change), quantization="stored")
     attention = model.text.layers[0].attention.self_attn
     assert isinstance(attention.q_proj.weight.get_value(), BlockScaled)
     assert attention.wq.weight.get_value().dtype == jnp.bfloat16
@@ -210,7 +210,7 @@ def test_fp8_needs_a_quantization_config(copy):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", jnp.bfloat16])
 def test_every_parameter_has_the_wanted_dtype(goldens, dtype):
-    model = load_model(goldens / "tiny_fp8", dtype)
+    model = load_model(goldens / "tiny_fp8", dtype, quantization="none")
     assert {parameter.get_value().dtype for parameter in parameters_of(model).values()} == {jnp.dtype(dtype)}
     assert model.config.dtype == jnp.dtype(dtype).name
     assert model.config.quantization is None
@@ -228,8 +228,8 @@ def test_other_dtypes_are_refused(goldens, dtype):
 
 
 def test_kept_fp8_is_stored_bits_and_dequantises_alike(goldens):
-    kept = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=True))
-    plain = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=False))
+    kept = parameters_of(load_model(goldens / "tiny_fp8", quantization="stored"))
+    plain = parameters_of(load_model(goldens / "tiny_fp8", quantization="none"))
     with SafetensorsFile(goldens / "tiny_fp8" / "model.safetensors") as file:
         num_fp8 = 0
         for path, parameter in kept.items():
@@ -254,12 +254,12 @@ def test_weights_do_not_change_with_the_file(copy):
     np.testing.assert_array_equal(model.text.embed_tokens.weight[...], before)
 
 
-@pytest.mark.parametrize("keep_fp8", [True, False])
-def test_shardings_place_the_same_values(goldens, keep_fp8):
-    whole = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=keep_fp8))
+@pytest.mark.parametrize("quantization", ["stored", "none"])
+def test_shardings_place_the_same_values(goldens, quantization):
+    whole = parameters_of(load_model(goldens / "tiny_fp8", quantization=quantization))
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
     shardings = {path: NamedSharding(mesh, PartitionSpec("model")) for path in whole}
-    placed = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=keep_fp8, shardings=shardings))
+    placed = parameters_of(load_model(goldens / "tiny_fp8", quantization=quantization, shardings=shardings))
     for path, parameter in placed.items():
         for found, wanted in zip(
             jax.tree.leaves(parameter.get_value()), jax.tree.leaves(whole[path].get_value()), strict=True

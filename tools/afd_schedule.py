@@ -134,7 +134,7 @@ def compile_case(case: Case) -> tuple[jax.stages.Compiled, float, float]:
     devices = gpu_compile.h100_mesh((instances.num_devices,)).devices.reshape(-1).tolist()
     topology = AfdTopology.of(instances, devices=devices)
     placed = place_shapes(abstract_model(config), topology)
-    parts = take_apart(arrange(placed, dataclasses.replace(Arrangement.of("gpu", config.dtype), fuses=False)))
+    parts = take_apart(arrange(placed, Arrangement.of("gpu", config.dtype)))
     form, dtype = PayloadFormat.of(text, "fp8"), jnp.dtype(jnp.bfloat16)
     given = parts, text, topology, form, case.num_microbatches, dtype, None
     size, num_rows = topology.union.size, case.num_microbatches * case.rows

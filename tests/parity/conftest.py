@@ -24,7 +24,9 @@ def models(goldens):
     found = {name: load_model(goldens / name, dtype="float32", quantization="none") for name in FOLDERS}
     kernels = find_kernels()
     if isinstance(kernels, Kernels):
-        found[STORED] = prepare_for_cpu(load_model(goldens / "tiny_fp8", dtype="float32", quantization="stored"), kernels)
+        found[STORED] = prepare_for_cpu(
+            load_model(goldens / "tiny_fp8", dtype="float32", quantization="stored"), kernels
+        )
     return found
 
 

@@ -223,7 +223,7 @@ def _list_shardings(
 
 def _place_of(sharding: NamedSharding | None) -> Place:
     if sharding is None:
-        return Place("cpu" if _is_host() else jax.default_backend(), 1)
+        return Place(next(iter(jnp.empty(0).devices())).platform, 1)
     return Place(sharding.mesh.devices.flat[0].platform, sharding.mesh.size)
 
 
@@ -343,11 +343,6 @@ def _shard_bytes(
     found = math.prod(sharding.shard_shape(padded)) * itemsize * len(sharding.addressable_devices)
     # Scales are few: they count whole.
     return found + (4 * math.prod(reader.checkpoint.tensors[scale_name(name)].shape) if is_kept else 0)
-
-
-def _is_host() -> bool:
-    """Whether arrays go to the CPU if nothing else is said."""
-    return next(iter(jnp.empty(0).devices())).platform == "cpu"
 
 
 def _load_parameter(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import cast
 
 import jax
@@ -42,9 +41,9 @@ class QuantisedParts:
         block = block_of(form, fp8_block) or fp8_block
         # What `quantise` makes of a weight of this shape.
         like = jax.eval_shape(
-            functools.partial(quantise, form=cast(Form, form)), jax.ShapeDtypeStruct(shape, np.float32)
+            lambda weight: quantise(weight, cast(Form, form)).values, jax.ShapeDtypeStruct(shape, np.float32)
         )
-        values = empty_aligned(like.values.shape, np.dtype(like.values.dtype))
+        values = empty_aligned(like.shape, np.dtype(like.dtype))
         scales = empty_aligned(scale_shape(shape, block), np.dtype(np.float32))
         return cls(form, block, shape[-1], values, scales)
 

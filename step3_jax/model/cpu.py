@@ -16,17 +16,16 @@ from step3_jax.layers.linear import Linear
 from step3_jax.layers.mlp import SwiGLU
 from step3_jax.layers.moe import STACKS, Experts, separate_experts
 from step3_jax.layers.router import Router
-from step3_jax.model.step3 import Step3
 from step3_jax.quant import BlockScaled, PackedInt4, dequantise
 
 M = TypeVar("M", bound=nnx.Module)
 
 
-def prepare_for_cpu(model: Step3, kernels: Kernels | None) -> Step3:
+def prepare_for_cpu(model: M, kernels: Kernels | None) -> M:
     """A module of its own that runs on a CPU in float32; `model` stays whole, and arrays that stay are shared.
 
     Args:
-      model: Of one device, its layers apart.
+      model: Of one device, its layers apart; or a part of one.
       kernels: Multiply with weights as they are stored; what they do not take, or everything without them, is widened to
         float32.
     """

@@ -15,11 +15,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from step3_jax.checkpoint import load
+from step3_jax.checkpoint.form_choice import Place
 from step3_jax.checkpoint.load import load_model
 from step3_jax.checkpoint.memory import anonymous_bytes
 from step3_jax.checkpoint.names import expected_tensors, parameters_of, released_name
 from step3_jax.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
 from step3_jax.config import ModelConfig
+from step3_jax.model.arrangement import Arrangement
 from step3_jax.model.step3 import abstract_step3
 from step3_jax.quant import BlockScaled, dequantise
 
@@ -151,9 +153,10 @@ def test_float16_weights_load_by_default_and_in_the_wanted_dtype(copy):
 def test_a_checkpoint_that_memory_cannot_hold_is_refused_with_the_sizes(goldens, monkeypatch):
     monkeypatch.setattr(load, "available_bytes", lambda: 1000)
     with pytest.raises(
-        ValueError, match=r"weights take .* [kM]B of memory in float32, and 1\.0 kB are left.*bfloat16 halves"
+        ValueError,
+        match=r"weights take .* [kM]B of memory \(widened, as asked for\), and 1\.0 kB are left.*quantization",
     ):
-        load_model(goldens / "tiny_text", "float32")
+        load_model(goldens / "tiny_text", "float32", quantization="none")
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
     shardings = {
         path: NamedSharding(mesh, PartitionSpec("model"))
@@ -283,12 +286,12 @@ def stacks(goldens, tmp_path):
     return tmp_path, max(sizes), sum(sizes)
 
 
-def peak_of_host_memory(folder, dtype=None):
+def peak_of_host_memory(folder, dtype=None, arrangement=None):
     """Bytes of numpy's arrays and Python's objects (what JAX takes for itself is not counted), and the model."""
-    load_model(folder, dtype)  # what is compiled and imported once is not counted
+    load_model(folder, dtype, arrangement=arrangement)  # what is compiled and imported once is not counted
     tracemalloc.start()
     try:
-        model = load_model(folder, dtype)
+        model = load_model(folder, dtype, arrangement=arrangement)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -313,8 +316,8 @@ def test_a_model_on_the_cpu_takes_the_memory_of_its_weights_once(stacks, dtype):
 def test_host_memory_never_holds_a_stack_that_goes_to_an_accelerator(stacks, monkeypatch):
     folder, stack, _ = stacks
     whole = parameters_of(load_model(folder))
-    monkeypatch.setattr(load, "_is_host", lambda: False)
-    peak, model = peak_of_host_memory(folder)
+    monkeypatch.setattr(load, "_place_of", lambda sharding: Place("gpu", 1))
+    peak, model = peak_of_host_memory(folder, arrangement=Arrangement())
     assert peak < stack / 2
     for path, parameter in parameters_of(model).items():
         np.testing.assert_array_equal(parameter.get_value(), whole[path].get_value())

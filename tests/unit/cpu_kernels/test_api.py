@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 
 from step3_jax.cpu_kernels import api
-from step3_jax.cpu_kernels.build import NEEDED, InstructionSet, read_cpu_flags
+from step3_jax.cpu_kernels.build import NEEDED, InstructionSet, choose_instruction_set, read_cpu_flags
 from step3_jax.cpu_kernels.library import Kernels, load_kernels
 from step3_jax.quant import BlockScaled, PackedInt4, dequantise, quantise
 
 FORMS = ("float32", "bfloat16", "fp8", "int8", "int4")
 
 
-@pytest.fixture(scope="module", params=get_args(InstructionSet))
+# Those that the processor would not take are compiled for the test: seconds each.
+BEST = choose_instruction_set(read_cpu_flags())
+SETS = [pytest.param(name, marks=[] if name == BEST else pytest.mark.slow) for name in get_args(InstructionSet)]
+
+
+@pytest.fixture(scope="module", params=SETS)
 def kernels(request):
     if not NEEDED[request.param] <= read_cpu_flags():
         pytest.skip(f"this processor has no {request.param}")

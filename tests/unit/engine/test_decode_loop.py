@@ -24,7 +24,6 @@ from step3_jax.sampling.speculation import Speculation
 
 ROWS, VOCAB_SIZE, WIDTH, MAX_STEPS = 3, 24, 96, 16
 FOUR = Speculation(num_speculative_tokens=4, prompt_lookup_max=3, prompt_lookup_min=1)
-PAIRS = Speculation(num_speculative_tokens=2, prompt_lookup_max=2, prompt_lookup_min=2)
 
 
 class Row(NamedTuple):
@@ -161,11 +160,11 @@ def draw_rows(seed: int) -> tuple[np.ndarray, list[Row]]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**31 - 1), st.sampled_from([FOUR, PAIRS]), st.booleans())
-def test_guesses_change_nothing_of_what_comes_out(seed: int, speculation: Speculation, leave_early: bool) -> None:
+@given(st.integers(0, 2**31 - 1), st.booleans())
+def test_guesses_change_nothing_of_what_comes_out(seed: int, leave_early: bool) -> None:
     weights, rows = draw_rows(seed)
     plain, plain_steps, _ = generate(weights, rows, None, seed=1)
-    found, num_steps, cache = generate(weights, rows, speculation, seed=2, leave_early=leave_early)
+    found, num_steps, cache = generate(weights, rows, FOUR, seed=2, leave_early=leave_early)
     for row, want, got, cached in zip(rows, plain, found, cache, strict=True):
         assert (got.tokens, got.finish) == (want.tokens, want.finish)
         for mine, theirs in zip(zip(*got.logprobs, strict=True), zip(*want.logprobs, strict=True), strict=True):

@@ -96,7 +96,7 @@ def load_llm(choice: EngineChoice, folder: pathlib.Path) -> LLM:
         return LLM(folder, config=choice.config)
     # They say how the FFN side is divided, which the executor does.
     config = choice.config.replace(tensor_parallel_size=1, expert_parallel_size=None)
-    load = functools.partial(load_afd_executor, choice.afd, folder, choice.config.dtype)
+    load = functools.partial(load_afd_executor, choice.afd, folder, choice.config)
     return LLM(folder, config=config, executor=load)
 
 

@@ -15,6 +15,7 @@ import yaml
 from step3_jax.engine.setting import Setting, check_name, check_values, define, format_table, settings_of
 from step3_jax.gpu import MEMORY_SHARE
 from step3_jax.layout.page import KV_CACHE_CHOICES
+from step3_jax.layout.weight_form import LOAD_FORMATS, QUANTIZATIONS
 from step3_jax.sampling.speculation import Speculation
 
 # In the order in which help and docs show them.
@@ -41,9 +42,22 @@ class EngineConfig:
 
     dtype: str = define(
         "auto",
-        "weights and activations; auto is the checkpoint's, but float32 on a CPU, which computes in it in any case",
+        "activations, and weights that are not held in a form of their own; auto is the checkpoint's, but float32 on a CPU",
         "model",
         choices=("auto", "float32", "bfloat16"),
+    )
+    quantization: str = define(
+        "auto",
+        "form of the linear weights: none is dtype, stored is the file's, others quantise at load; auto is stored where the "
+        "device's kernels multiply it, else none",
+        "model",
+        choices=QUANTIZATIONS,
+    )
+    load_format: str = define(
+        "auto",
+        "how weights come to a CPU: auto copies them, mmap leaves them in the file wherever they need no change",
+        "model",
+        choices=LOAD_FORMATS,
     )
     max_model_len: int | None = define(
         None, "most tokens of prompt and output together", "model", least=1, auto="the model's own limit"

@@ -297,9 +297,13 @@ def own_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
 
 
 def widen_weights(model: Step3) -> Step3:
-    """A module of its own with bfloat16 weights in float32, so that `model` stays whole; the others are shared."""
+    """A module of its own that computes in float32, so that `model` stays whole.
+
+    Of a bfloat16 model the weights become float32; bfloat16 weights beside float32 activations are meant to be so, and
+    all that need not change is shared.
+    """
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(_widen, state))
+    return nnx.merge(graphdef, jax.tree.map(_widen, state) if model.text.dtype == jnp.bfloat16 else state)
 
 
 def local_pages(pages: Iterable[int], shard_pages: int, num_shards: int, size: int) -> np.ndarray:

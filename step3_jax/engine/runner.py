@@ -14,13 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache, copy_pages, count_pages, empty_cache
 from step3_jax.config import TextConfig
+from step3_jax.cpu_kernels.library import Kernels, find_kernels
 from step3_jax.engine.decode_loop import decode_loop
-from step3_jax.engine.executor import Executor, Started, num_copies, widen_weights
+from step3_jax.engine.executor import Executor, Started, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
-from step3_jax.layers.moe import separate_experts
 from step3_jax.layers.router import Routing, count_tokens
+from step3_jax.model.cpu import prepare_for_cpu
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 from step3_jax.sampling.speculation import Speculation
@@ -37,13 +38,11 @@ class Runner(Executor):
     """
 
     def __init__(self, model: Step3) -> None:
-        """Takes a model. On a CPU a bfloat16 model is held in float32, see `Executor.dtype`."""
-        super().__init__(
-            model.config, jax.local_devices()[:1], model.text.embed_tokens.weight.get_value().dtype, num_shards=1
-        )
+        """Takes a model. On a CPU it runs in float32, see `model.cpu`."""
+        super().__init__(model.config, jax.local_devices()[:1], model.text.dtype, num_shards=1)
         if self.is_cpu:
-            model = widen_weights(model)
-            separate_experts(model)
+            kernels = find_kernels()
+            model = prepare_for_cpu(model, kernels if isinstance(kernels, Kernels) else None)
         self._split = SplitModel(model)
         self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text)
         self._prefill = self._jit(self._traced.prefill, donate_argnames=("cache",))
@@ -179,7 +178,7 @@ class TracedCalls:
         """The cache with a chunk, and how many of its tokens each expert got."""
         self._num_traces["prefill"] += 1
         decoder = self._build(weights).text
-        embeddings = decoder.embed_tokens(batch.token_ids[None])
+        embeddings = decoder.embed(batch.token_ids[None])
         if batch.features is not None and batch.feature_rows is not None:
             embeddings = merge_image_features(embeddings, batch.features, batch.feature_rows[None])
         step = CacheStep(batch.table, batch.lengths, batch.query_starts)
@@ -213,7 +212,7 @@ class TracedCalls:
         decoder = self._build(weights).text
 
         def forward(ids: Int[Array, "B T"], cache: Cache, step: CacheStep) -> tuple[Float[Array, "B T V"], Cache]:
-            hidden, filled = decoder(decoder.embed_tokens(ids), cache=cache, step=step)
+            hidden, filled = decoder(decoder.embed(ids), cache=cache, step=step)
             return decoder.logits(hidden), cache if filled is None else filled
 
         return decode_loop(

@@ -48,7 +48,7 @@ class ShardedRunner(Executor):
         super().__init__(
             model.config,
             own_devices(layout.mesh.devices.flat),
-            model.text.embed_tokens.weight.get_value().dtype,
+            model.text.dtype,
             num_shards=layout.size("rows"),
             num_image_shards=layout.size("images"),
         )

@@ -21,7 +21,7 @@ from pallas_kernels.pages import KVPages
 from pallas_kernels.rope_cache_write import rope_cache_write
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
-from step3_jax.layers.linear import Linear
+from step3_jax.layers.linear import Linear, project
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.rope import apply_rope, rope_table
 from step3_jax.layers.rows import Rows
@@ -89,7 +89,7 @@ class MFA(nnx.Module):
         self.wq = Linear(rank, config.query_size, dtype=dtype, rngs=rngs)
         self.k_proj: Linear | None = Linear(hidden, head_dim, dtype=dtype, rngs=rngs)
         self.v_proj: Linear | None = Linear(hidden, head_dim, dtype=dtype, rngs=rngs)
-        self.qkv_down_proj: Linear | None = None
+        self.qkv_down_proj: Linear | None = nnx.data(None)
         self.o_proj = Linear(config.query_size, hidden, dtype=dtype, rngs=rngs)
         self.num_heads = config.num_attention_heads
         self.head_dim = head_dim
@@ -141,7 +141,7 @@ class MFA(nnx.Module):
     def _project(self, hidden: Float[Array, "B T D"] | Rows) -> tuple[Float[Array, "*batch low"], Columns, Columns]:
         """The low-rank query, which may have other columns behind it, and where key and value are."""
         if self.qkv_down_proj is None:
-            low, keys, values = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+            low, keys, values = project(hidden, (self.q_proj, self.k_proj, self.v_proj))
             return low, *(Columns(rows.reshape(-1, self.head_dim), 0, self.head_dim) for rows in (keys, values))
         joined = self.qkv_down_proj(hidden)
         joined = joined.reshape(-1, joined.shape[-1])

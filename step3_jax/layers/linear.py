@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +12,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.fp8_matmul.api import fp8_matmul
 from pallas_kernels.quantise import FP8
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
-from step3_jax.layers.rows import Rows, as_rows
+from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.layers.rows import Rows, as_plain, as_rows
+from step3_jax.layers.stored import multiply
 from step3_jax.quant import BlockScaled, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
@@ -25,6 +29,7 @@ class Linear(nnx.Module):
     Attributes:
       quantises: Whether activations are quantised before they meet a weight in FP8, and both multiplied in FP8; see
         `model.fuse.set_quantised`. Else such a weight is dequantised.
+      cpu_kernels: Multiply with the weight as it is stored, if `model.cpu` has set them.
     """
 
     def __init__(
@@ -39,20 +44,33 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(normal(rngs, (out_features, in_features), in_features, dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if use_bias else None
         self.quantises = False
+        self.cpu_kernels: Kernels | None = None
 
     @property
     def takes_rows(self) -> bool:
         """Whether quantised rows are what it multiplies."""
-        return self.quantises and is_fp8(self.weight[...])
+        return self.quantises and is_fp8(self.weight.get_value())
 
     def __call__(self, hidden: Float[Array, "*batch features_in"] | Rows) -> Float[Array, "*batch features_out"]:
         """The product; of `Rows` it has one leading axis."""
         weight = self.weight[...]
-        if self.takes_rows:
+        if self.cpu_kernels is not None:
+            (out,) = multiply(self.cpu_kernels, as_plain(hidden), [weight])
+        elif self.takes_rows:
             out = linear_rows(as_rows(hidden), weight).reshape(*hidden.shape[:-1], -1)
         else:
             out = linear(hidden, weight)
         return out if self.bias is None else out + self.bias[...]
+
+
+def project(
+    hidden: Float[Array, "*batch features_in"] | Rows, linears: Sequence[Linear]
+) -> list[Float[Array, "*batch _"]]:
+    """The outputs of several layers without bias for the same input; the CPU kernels compute them in one call."""
+    kernels = linears[0].cpu_kernels
+    if kernels is None or any(one.cpu_kernels != kernels or one.bias is not None for one in linears):
+        return [one(hidden) for one in linears]
+    return multiply(kernels, as_plain(hidden), [one.weight[...] for one in linears])
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common import dispatch
 from pallas_kernels.grouped_matmul.api import moe_ffn
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
+from step3_jax.cpu_kernels.api import experts as run_experts
+from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.layers.linear import is_fp8, linear, normal
 from step3_jax.layers.rows import Rows, as_plain, as_rows
+from step3_jax.layers.stored import Stored
 from step3_jax.quant import BlockScaled, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
@@ -73,6 +77,7 @@ class Experts(nnx.Module):
       capacity_factor: For training: each expert takes at most that many times the even share of tokens, and what overflows
         is dropped. None (the default) never drops a token.
       quantises: As of `Linear`.
+      cpu_kernels: Compute the sum from weights as they are stored, if `model.cpu` has set them.
     """
 
     def __init__(
@@ -86,11 +91,12 @@ class Experts(nnx.Module):
         )
         self.capacity_factor: float | None = None
         self.quantises = False
+        self.cpu_kernels: Kernels | None = None
 
     @property
     def takes_rows(self) -> bool:
         """Whether quantised rows are what it multiplies."""
-        return self.quantises and all(is_fp8(getattr(self, name)[...]) for name in STACKS)
+        return self.quantises and all(is_fp8(getattr(self, name).get_value()) for name in STACKS)
 
     def __call__(
         self,
@@ -99,13 +105,17 @@ class Experts(nnx.Module):
         experts: Int[Array, "N top_k"],
         *,
         all_experts: int | None = None,
+        shared: Sequence[Stored] = (),
     ) -> Float[Array, "N D"]:
         """The sum for N tokens.
 
         `all_experts` says that the stacks are a part of so many experts: an id of E then stands for one that is not
-        here, whose weight must be 0.
+        here, whose weight must be 0. `shared` are the weights of an expert for all tokens, which the CPU kernels add in the
+        same call.
         """
         stacks = [getattr(self, name)[...] for name in STACKS]
+        if self.cpu_kernels is not None:
+            return run_experts(self.cpu_kernels, as_plain(hidden), weights, experts, stacks, shared)
         if self.takes_rows:
             return _experts_fp8(as_rows(hidden), weights, experts, stacks, all_experts=all_experts)
         hidden = as_plain(hidden)
@@ -126,11 +136,11 @@ class Experts(nnx.Module):
 def separate_experts(model: nnx.Module) -> None:
     """Takes the stacks of experts in `model` apart, for inference on CPUs; see `SeparateStack`.
 
-    The arrays of the parts are copied only where jax cannot share host memory. Quantised stacks and small ones stay as
-    they are.
+    The arrays of the parts are copied only where jax cannot share host memory. Quantised stacks, small ones, and those
+    that the CPU kernels read stay as they are.
     """
     for _, module in nnx.iter_modules(model):
-        for name in STACKS if isinstance(module, Experts) else ():
+        for name in STACKS if isinstance(module, Experts) and module.cpu_kernels is None else ():
             stack = getattr(module, name).get_value()
             # An axis more is one of layers.
             if isinstance(stack, jax.Array) and stack.ndim == 3 and stack.nbytes >= len(stack) * MIN_SEPARATE_BYTES:

@@ -94,6 +94,9 @@ class FfnBlock(nnx.Module):
         if self.mlp is not None:
             with jax.named_scope("mlp"):
                 return self.mlp(normed)
+        if self.moe.cpu_kernels is not None and self.share_expert.cpu_kernels == self.moe.cpu_kernels:
+            with jax.named_scope("moe"):
+                return self.moe(normed, routing.weights, routing.experts, shared=self.share_expert.stored)
         with jax.named_scope("moe"):
             routed = self.moe(normed, routing.weights, routing.experts)
         with jax.named_scope("share_expert"):
@@ -134,6 +137,15 @@ class Decoder(nnx.Module):
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of activations: norms have it, whatever form other weights are held in."""
+        return self.norm.weight.get_value().dtype
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token embeddings in the dtype of activations."""
+        return self.embed_tokens(ids).astype(self.dtype)
 
     def __call__(
         self,

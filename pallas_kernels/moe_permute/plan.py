@@ -43,7 +43,7 @@ def unsupported(num_pairs: int, num_experts: int, tile_rows: int) -> str | None:
 def plan_permutation(
     experts: Int[Array, "N top_k"],
     weights: Float[Array, "N top_k"],
-    first_matrix: Int[Array, ""],
+    layer: Int[Array, ""],
     *,
     num_experts: int,
     first_expert: int,
@@ -51,7 +51,7 @@ def plan_permutation(
     interpret: bool,
     detect_races: bool = False,
 ) -> tuple[Permutation, Float[Array, " R"]]:
-    """The permutation, its tiles pointing into a stack whose first matrix is `first_matrix`, and the weight of each row.
+    """The permutation, its tiles pointing at a layer of a stack of layers, and the weight of each row.
 
     As `reference.plan_permutation`, `point_at` and `permute_weights` together, but for what no pair has: pairs and weights
     of such rows, and tiles that are not in use, may be anything.
@@ -90,7 +90,7 @@ def plan_permutation(
         ],
         kernel_name="moe_plan",
         **target.kernel_options(),
-    )(flat.reshape(num_chunks, PAIRS), weights.reshape(-1).astype(jnp.float32), first_matrix.reshape(1))
+    )(flat.reshape(num_chunks, PAIRS), weights.reshape(-1).astype(jnp.float32), layer.reshape(1))
     rows = rows if missing == 0 else rows[:num_pairs]
     return Permutation(pairs, rows.reshape(experts.shape), Tiles(table, used)), row_weights
 
@@ -98,7 +98,7 @@ def plan_permutation(
 def _body(
     experts_ref: Ref,
     weights_ref: Ref,
-    first_matrix_ref: Ref,
+    layer_ref: Ref,
     pairs_ref: Ref,
     row_weights_ref: Ref,
     rows_ref: Ref,
@@ -192,7 +192,7 @@ def _body(
 
         def write(index: jax.Array, _: tuple[()]) -> tuple[()]:
             bundle = lax.div(index, jnp.int32(MAX_BUNDLE)) * MAX_BUNDLE
-            table_ref[start + index, 0] = expert + first_matrix_ref[0]
+            table_ref[start + index, 0] = expert + layer_ref[0] * num_experts
             table_ref[start + index, 1] = start + bundle
             table_ref[start + index, 2] = jnp.minimum(num_tiles - bundle, MAX_BUNDLE)
             table_ref[start + index, 3] = jnp.minimum(pairs - index * tile_rows, tile_rows)

@@ -136,11 +136,11 @@ class Experts(nnx.Module):
 def separate_experts(model: nnx.Module) -> None:
     """Takes the stacks of experts in `model` apart, for inference on CPUs; see `SeparateStack`.
 
-    The arrays of the parts are copied only where jax cannot share host memory. Quantised stacks and small ones stay as
-    they are.
+    The arrays of the parts are copied only where jax cannot share host memory. Quantised stacks, small ones and those that
+    the CPU kernels read stay as they are.
     """
     for _, module in nnx.iter_modules(model):
-        for name in STACKS if isinstance(module, Experts) else ():
+        for name in STACKS if isinstance(module, Experts) and module.cpu_kernels is None else ():
             stack = getattr(module, name).get_value()
             # An axis more is one of layers.
             if isinstance(stack, jax.Array) and stack.ndim == 3 and stack.nbytes >= len(stack) * MIN_SEPARATE_BYTES:

@@ -40,8 +40,8 @@ from step3_jax.checkpoint.shapes import abstract_model
 from step3_jax.config import ModelConfig
 from step3_jax.engine.state import DecodeBatch
 from step3_jax.layout.deployment import parse_topology
+from step3_jax.model.arrangement import Arrangement, arrange
 from step3_jax.model.parallel import place_shapes
-from step3_jax.model.step3 import stack_model
 from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from tools.record_kernels import write
@@ -133,8 +133,8 @@ def compile_case(case: Case) -> tuple[jax.stages.Compiled, float, float]:
     text, instances = config.text, parse_topology(case.spec)
     devices = gpu_compile.h100_mesh((instances.num_devices,)).devices.reshape(-1).tolist()
     topology = AfdTopology.of(instances, devices=devices)
-    model = stack_model(abstract_model(config))
-    parts = take_apart(place_shapes(model, topology))
+    placed = place_shapes(abstract_model(config), topology)
+    parts = take_apart(arrange(placed, Arrangement.of("gpu", config.dtype)))
     form, dtype = PayloadFormat.of(text, "fp8"), jnp.dtype(jnp.bfloat16)
     given = parts, text, topology, form, case.num_microbatches, dtype, None
     size, num_rows = topology.union.size, case.num_microbatches * case.rows
@@ -234,8 +234,8 @@ def table(found: Iterable[Compiled]) -> str:
     lines = [
         "# AFD's decode loops as compiled for H100s",
         "",
-        f"jax {jax.__version__}, without a GPU: `python -m tools.afd_schedule` writes this page and the JSON file beside it.",
-        f"Step3's layers in FP8, {EXPERTS_EACH} experts on each FFN device, {ROWS} sequences of {CONTEXT:,} tokens in each",
+        f"jax {jax.__version__}, without a GPU: `python -m tools.afd_schedule` writes this page and the JSON file beside",
+        f"it. Step3 in FP8 with {EXPERTS_EACH} experts on each FFN device, {ROWS} sequences of {CONTEXT:,} tokens in each",
         "micro-batch of an attention device, FP8 payload. A row is a loop of the compiled program, whose body is one tick.",
         "Kernels are those of `pallas_kernels`, launches all that is launched, the exchange left out; beside is what lies",
         "between start and end of the exchange, in the order of the compiled program. Nothing here was run on a GPU.",

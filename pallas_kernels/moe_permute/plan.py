@@ -138,7 +138,7 @@ def _body(
         # Rows are experts, columns pairs.
         return totals + select(down + first_expert == along_columns(experts.at[index]), jnp.ones((), jnp.int32))
 
-    none = target.full(shape, 0, WGMMA, jnp.int32)
+    none = target.full(shape, 0.0, WGMMA, jnp.int32)
     before = lax.fori_loop(0, chunk, count, none)
     earlier = jnp.sum(before, axis=1)
     total = jnp.sum(lax.fori_loop(chunk, num_chunks, count, before), axis=1)

@@ -45,8 +45,10 @@ def norm_quantise(
         jax.ShapeDtypeStruct((m, blocks, BLOCK), FP8),
         jax.ShapeDtypeStruct(scales_shape((m, size), scales_layout), jnp.float32),
     ]
+    # A copy into a swizzled buffer takes arrays of whole tiles of 8 rows; the columns of a joined product may be none.
+    transforms = () if x.shape[1] // BLOCK % 8 else swizzled(x.dtype)
     scratch_types = [
-        plgpu.SMEM((TILE, BLOCK), x.dtype, transforms=swizzled(x.dtype)),
+        plgpu.SMEM((TILE, BLOCK), x.dtype, transforms=transforms),
         plgpu.SMEM((TILE, BLOCK), weight.dtype, transforms=swizzled(weight.dtype)),
         plgpu.SMEM((TILE, BLOCK), FP8, transforms=swizzled(FP8)),
         plgpu.SMEM((TILE,), jnp.float32),

@@ -25,6 +25,7 @@ from step3_jax.layers.embed import Embedding, merge_image_features
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.router import Routing
+from step3_jax.layers.rows import Rows
 from step3_jax.mesh import Layout
 from step3_jax.model.layers import LayerStack, layer_at, layer_modules
 from step3_jax.model.parallel import ShardedFfn, parallelise_vision
@@ -212,7 +213,7 @@ def begin_step(
       features: Image features; None without pictures.
       feature_rows: Row of `features` for each token, -1 for none; None without pictures.
     """
-    hidden = ends.embed_tokens(token_ids)
+    hidden = ends.embed_tokens(token_ids).astype(ends.norm.weight[...].dtype)
     if features is not None and feature_rows is not None:
         hidden = merge_image_features(hidden, features, feature_rows)
     context = attention_context(config, (token_ids.shape[0], token_ids.shape[1]), step=step, page_size=page_size)
@@ -268,12 +269,22 @@ def ffn_step(
     Returns:
       The layer's output for these tokens.
     """
-    normed, experts, weights = form.unpack(rows, dtype)
+    normed, experts, weights = unpack_tokens(block, form, rows, dtype)
     routing = None
     if block.moe is not None:
         # The router's logits stay on the attention side; nothing here reads them.
         routing = Routing(weights, experts, jnp.zeros((rows.shape[0], num_experts), jnp.float32))
     return form.pack_output(ShardedFfn(block, layout, num_experts)(normed, routing))
+
+
+def unpack_tokens(
+    block: FfnBlock, form: PayloadFormat, rows: UInt8[Array, "N row_bytes"], dtype: jax.typing.DTypeLike
+) -> tuple[Float[Array, "N D"] | Rows, Int[Array, "N top_k"], Float[Array, "N top_k"]]:
+    """Tokens, expert ids and mixing weights that came to an FFN half: in FP8 if they came so and its products take them."""
+    products = [part for part in (block.mlp, block.moe, block.share_expert) if part is not None]
+    if form.payload == "fp8" and all(part.takes_rows for part in products):
+        return form.unpack_rows(rows, dtype)
+    return form.unpack(rows, dtype)
 
 
 def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B V"]:

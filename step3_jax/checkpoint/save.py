@@ -167,7 +167,7 @@ def _entries(
     ]
 
 
-_quantise = jax.jit(quantise, static_argnums=1)
+_quantise = jax.jit(quantise, static_argnames=("form", "block"))
 
 
 def _lazy(array: Shaped[Array, "..."] | LayerOf, dtype: np.dtype) -> LazyArray:
@@ -189,7 +189,7 @@ def _quantised(
     array: Float[Array, "*lead rows columns"] | LayerOf, block: tuple[int, int], field: str
 ) -> Iterator[Shaped[np.ndarray, "..."]]:
     for part in _slices(array):
-        yield np.asarray(getattr(_quantise(part, block), field))
+        yield np.asarray(getattr(_quantise(part, block=block), field))
 
 
 def _slices(array: Shaped[Array, "..."] | LayerOf) -> Iterator[Shaped[Array, "..."]]:

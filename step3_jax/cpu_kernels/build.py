@@ -36,7 +36,7 @@ NEEDED: dict[InstructionSet, frozenset[str]] = {
     "plain": frozenset(),
 }
 # No contraction: a product and a sum are one rounding only where the source says so.
-_COMMON = ("-std=c11", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+_COMMON = ("-std=c11", "-D_GNU_SOURCE", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 _MAX_COMPILE_S = 300
 
 

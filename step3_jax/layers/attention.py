@@ -41,11 +41,14 @@ class CacheStep(NamedTuple):
       table: Page ids of each sequence in order; entries behind its last page may be any page.
       lengths: Tokens of each sequence in the cache once this step's are written; 0 for a row that is idle.
       query_starts: Of a chunk; None in a decode step.
+      num_new: Of a decode step: how many of the T tokens of each sequence are its own. Those behind them are padding, whose
+        keys and values are written nowhere. None: all of them are.
     """
 
     table: Int[Array, "B max_pages"]
     lengths: Int[Array, " B"]
     query_starts: Int[Array, " starts"] | None = None
+    num_new: Int[Array, " B"] | None = None
 
 
 class AttentionContext(NamedTuple):
@@ -190,7 +193,11 @@ def attention_context(
         cos, sin = rope_table(positions, head_dim=config.head_dim, theta=config.rope_theta)
         return AttentionContext(cos, sin, jnp.broadcast_to(order <= order[:, None], (batch, length, length)))
     if step.query_starts is None:
-        places = (step.lengths[:, None] - length + jnp.arange(length, dtype=jnp.int32)).reshape(-1)
+        order = jnp.arange(length, dtype=jnp.int32)
+        places = step.lengths[:, None] - length + order
+        if step.num_new is not None:
+            places = jnp.where(order < step.num_new[:, None], places, -1)
+        places = places.reshape(-1)
         rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length)
     else:
         tokens = jnp.arange(length, dtype=jnp.int32)

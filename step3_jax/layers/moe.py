@@ -96,7 +96,7 @@ class Experts(nnx.Module):
     @property
     def takes_rows(self) -> bool:
         """Whether quantised rows are what it multiplies."""
-        return self.quantises and all(is_fp8(getattr(self, name)[...]) for name in STACKS)
+        return self.quantises and all(is_fp8(getattr(self, name).get_value()) for name in STACKS)
 
     def __call__(
         self,
@@ -136,8 +136,8 @@ class Experts(nnx.Module):
 def separate_experts(model: nnx.Module) -> None:
     """Takes the stacks of experts in `model` apart, for inference on CPUs; see `SeparateStack`.
 
-    The arrays of the parts are copied only where jax cannot share host memory. Quantised stacks, small ones and those that
-    the CPU kernels read stay as they are.
+    The arrays of the parts are copied only where jax cannot share host memory. Quantised stacks, small ones, and those
+    that the CPU kernels read stay as they are.
     """
     for _, module in nnx.iter_modules(model):
         for name in STACKS if isinstance(module, Experts) and module.cpu_kernels is None else ():

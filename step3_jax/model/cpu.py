@@ -29,21 +29,38 @@ def prepare_for_cpu(model: M, kernels: Kernels | None) -> M:
       kernels: Multiply with weights as they are stored; what they do not take, or everything without them, is widened to
         float32.
     """
-    graphdef, state = nnx.split(model)
-    # `merge` makes modules, but takes the parameters of `state` themselves.
-    flat = [(path, variable.replace(variable.get_value())) for path, variable in nnx.to_flat_state(state)]
-    own = nnx.merge(graphdef, nnx.from_flat_state(flat))
-    kept: set[int] = set()
-    if kernels is not None:
-        for module, weights in _find_users(own):
-            if all(unsupported(weight.get_value()) is None for weight in weights):
-                module.cpu_kernels = kernels
-                kept |= {id(weight) for weight in weights}
-    for _, weight in nnx.iter_graph(own):
-        if isinstance(weight, nnx.Param) and id(weight) not in kept:
-            weight.set_value(_widen(weight.get_value()))
+    own = copy_module(model)
+    use_kernels(own, kernels)
     separate_experts(own)
     return own
+
+
+def copy_module(module: M) -> M:
+    """A module of its own with the same arrays."""
+    graphdef, state = nnx.split(module)
+    # `merge` makes modules, but takes the parameters of `state` themselves.
+    flat = [(path, variable.replace(variable.get_value())) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def use_kernels(module: nnx.Module, kernels: Kernels | None) -> None:
+    """Makes a module run on a CPU in float32, as `prepare_for_cpu`; it is changed in place."""
+    kept: set[int] = set()
+    if kernels is not None:
+        for user, weights in _find_users(module):
+            if all(unsupported(weight.get_value()) is None for weight in weights):
+                user.cpu_kernels = kernels
+                kept |= {id(weight) for weight in weights}
+    for _, weight in nnx.iter_graph(module):
+        if isinstance(weight, nnx.Param) and id(weight) not in kept:
+            weight.set_value(_widen(weight.get_value()))
+
+
+def widen(module: nnx.Module) -> None:
+    """Makes the bfloat16 weights of a module float32; it is changed in place."""
+    for _, weight in nnx.iter_graph(module):
+        if isinstance(weight, nnx.Param) and isinstance(weight.get_value(), jax.Array):
+            weight.set_value(_widen(weight.get_value()))
 
 
 def _find_users(model: nnx.Module) -> Iterator[tuple[Linear | Embedding | Router | Experts | SwiGLU, list[nnx.Param]]]:

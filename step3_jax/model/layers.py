@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ T = TypeVar("T")
 STACKED = "stacked"
 
 
+@runtime_checkable
 class Layer(Protocol):
     """A layer as `over_layers` calls it; see `text.DecoderLayer`."""
 

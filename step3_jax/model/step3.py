@@ -59,7 +59,7 @@ class Step3(nnx.Module):
         input_ids = jnp.asarray(input_ids)
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids has shape {input_ids.shape}; [B, T] is needed")
-        embeddings = self.text.embed_tokens(input_ids)
+        embeddings = self.text.embed(input_ids)
         if pixel_values is not None:
             features = self.image_features(pixel_values, patch_pixel_values, num_patches)
             is_place = input_ids == self.config.image_token_id

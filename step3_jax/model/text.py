@@ -138,6 +138,15 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of activations: norms have it, whatever form other weights are held in."""
+        return self.norm.weight.get_value().dtype
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token embeddings in the dtype of activations."""
+        return self.embed_tokens(ids).astype(self.dtype)
+
     def __call__(
         self,
         embeddings: Float[Array, "B T D"],

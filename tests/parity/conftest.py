@@ -21,10 +21,12 @@ def models(goldens):
 
     `STORED` is the FP8 model as it is stored, on the CPU kernels; only where there are any.
     """
-    found = {name: load_model(goldens / name, dtype="float32", keep_fp8=False) for name in FOLDERS}
+    found = {name: load_model(goldens / name, dtype="float32", quantization="none") for name in FOLDERS}
     kernels = find_kernels()
     if isinstance(kernels, Kernels):
-        found[STORED] = prepare_for_cpu(load_model(goldens / "tiny_fp8", dtype="float32", keep_fp8=True), kernels)
+        found[STORED] = prepare_for_cpu(
+            load_model(goldens / "tiny_fp8", dtype="float32", quantization="stored"), kernels
+        )
     return found
 
 

@@ -102,7 +102,7 @@ def test_dequantised_weights_equal_the_probe(goldens, models):
 
 
 def test_fp8_weights_kept_on_the_device_give_the_same_logits(goldens, arrays, run_jitted):
-    model = load_model(goldens / "tiny_fp8", dtype="float32", keep_fp8=True)
+    model = load_model(goldens / "tiny_fp8", dtype="float32", quantization="stored")
     golden = arrays["tiny_fp8"]
     logits = run_jitted(Step3.__call__, model, jnp.asarray(golden["c0_input_ids"])[None])
     np.testing.assert_allclose(logits[0], golden["c0_logits"], rtol=0, atol=TOLERANCE)

@@ -108,7 +108,8 @@ class RoleCalls:
         self._topology = topology
         self._form = form
         self.num_microbatches = num_microbatches
-        self._dtype = model.text.embed_tokens.weight.get_value().dtype
+        # A CPU computes in float32, beside other devices too.
+        self._ffn_dtype = jnp.dtype(jnp.float32) if topology.ffn_platform == "cpu" else model.text.dtype
         # Pieces of a micro-batch on each device of a role.
         self._attention_pieces = topology.num_pieces // topology.num_attention
         self._ffn_pieces = topology.num_pieces // topology.num_ffn
@@ -116,7 +117,8 @@ class RoleCalls:
         self.num_layers = model.config.text.num_hidden_layers
         self._ends = parts.ends
         self._vision = Vision(model, topology.tower)
-        self._jit = functools.partial(jax.jit, compiler_options=compiler_options(topology.devices[0].platform))
+        self._jit = _jit_for(topology.devices[0].platform)
+        self._jit_on_ffn = _jit_for(topology.ffn_platform)
         self._attention = _list_halves(parts.attention, self._jit_attention, topology.attention)
         self._ffn = _list_halves(parts.ffn, self._jit_ffn, topology.ffn)
         self._make_jits()
@@ -211,7 +213,7 @@ class RoleCalls:
             out_specs=rows,
             check_vma=False,
         )
-        return self._jit(run)
+        return self._jit_on_ffn(run)
 
     def _make_jits(self) -> None:
         layout = self._topology.attention
@@ -311,7 +313,7 @@ class RoleCalls:
         self.num_traces["ffn"] += 1
         block, num_experts = part.build(leaves, numbers[1]), self._config.text.moe_num_experts
         rows = jnp.concatenate(pieces)
-        out = ffn_step(block, self._topology.ffn, num_experts, self._form, rows, self._dtype)
+        out = ffn_step(block, self._topology.ffn, num_experts, self._form, rows, self._ffn_dtype)
         return tuple(jnp.split(out, self._ffn_pieces))
 
     def _run_end(
@@ -351,6 +353,11 @@ class RoleCalls:
     def _join(self, hidden: Float[Array, "B T D"], returned: Pieces, context: AttentionContext) -> Tokens:
         num_tokens = hidden.shape[0] * hidden.shape[1]
         return Tokens(hidden, jnp.concatenate(returned)[:num_tokens], context)
+
+
+def _jit_for(platform: str) -> Callable[..., jax.stages.Wrapped]:
+    """`jax.jit` with the options of a side's platform."""
+    return functools.partial(jax.jit, compiler_options=compiler_options(platform))
 
 
 def _list_halves(

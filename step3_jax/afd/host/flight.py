@@ -14,6 +14,8 @@ from step3_jax.timeline.event import LANES, Event, Lane, Stage
 
 # From the first look to the longest pause between two.
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 2e-3
+# Where the next stage is handed out only then.
+_LONGEST_COPY_PAUSE_S = 2e-4
 
 
 class Flight:
@@ -85,8 +87,19 @@ class Flight:
         while self._waiting and not is_ready(array):
             self._wait_for_oldest()
 
+    def wait_alone(self, stage: Stage, array: Array) -> None:
+        """Waits for one stage, whatever others are under way.
+
+        Raises:
+          TimeoutError: As `drain`.
+        """
+        self._wait(stage, array, _LONGEST_COPY_PAUSE_S)
+
     def _wait_for_oldest(self) -> None:
-        stage, array = self._waiting[0]
+        self._wait(*self._waiting[0], _LONGEST_PAUSE_S)
+        self._waiting.popleft()
+
+    def _wait(self, stage: Stage, array: Array, longest_pause_s: float) -> None:
         begin = now = time.monotonic()
         pause = _SHORTEST_PAUSE_S
         while not is_ready(array):
@@ -99,11 +112,10 @@ class Flight:
                 )
             is_held_up = self._is_attention_held_up()
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            pause = min(2 * pause, longest_pause_s)
             before, now = now, time.monotonic()
             if is_held_up:
                 self.ffn_wait_s += now - before
-        self._waiting.popleft()
 
     def _is_attention_held_up(self) -> bool:
         """Whether the next attention step waits for what comes back from the FFN side: attention takes its steps in turn."""

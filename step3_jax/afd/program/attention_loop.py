@@ -40,7 +40,7 @@ from step3_jax.engine.state import (
     choose_tokens,
     step_lengths,
 )
-from step3_jax.layers.attention import AttentionContext, CacheStep
+from step3_jax.layers.attention import AttentionContext, CacheStep, with_plan
 from step3_jax.layout.schedule import Schedule
 from step3_jax.model.text import AttentionBlock
 from step3_jax.sampling.batch import SamplingBatch
@@ -220,7 +220,7 @@ class AttentionLoop:
                 finish = rows.report.finish
                 runs |= jnp.any(finish == RUNNING)
                 has_ended |= jnp.any((finish == STOPPED) | (finish == FULL))
-                tokens = self._begin(ends, rows, part.batch)
+                tokens = self._begin(ends, rows, part.batch, way.cache)
                 residual, fresh, pool = self._attend(first, 0, tokens, way.cache)
                 arrived = self._exchange(way, fresh, wire, schedule, (runs, has_ended))
                 return (_Way(pool, None, fresh, arrived), (runs, has_ended)), (rows, residual, tokens.context)
@@ -277,9 +277,12 @@ class AttentionLoop:
         rows = None if part.feature_rows is None else part.feature_rows[None]
         return begin_step(ends, self._config, self._form, part.token_ids[None], step, PAGE_SIZE, part.features, rows)
 
-    def _begin(self, ends: Ends, rows: RowState, batch: DecodeBatch) -> Tokens:
+    def _begin(self, ends: Ends, rows: RowState, batch: DecodeBatch, cache: Cache) -> Tokens:
         step = CacheStep(batch.table, step_lengths(rows, batch))
-        return begin_step(ends, self._config, self._form, rows.last[:, None], step, PAGE_SIZE)
+        tokens = begin_step(ends, self._config, self._form, rows.last[:, None], step, PAGE_SIZE)
+        # Made once for all layers; every attention device has all heads.
+        context = with_plan(tokens.context, cache, 1, self._config.num_attention_heads)
+        return tokens._replace(context=context)
 
     def _take_item(
         self,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from step3_jax.afd.microbatch import part_size
 from step3_jax.afd.payload import PayloadFormat
@@ -22,12 +22,13 @@ from step3_jax.afd.program.call import Numbers, Observe
 from step3_jax.afd.program.report import fill_report, gather_report
 from step3_jax.afd.program.tick import Layers, Number, Segment
 from step3_jax.afd.program.wire import Slots, Wire
-from step3_jax.afd.roles import Parts
+from step3_jax.afd.roles import Parts, unpack_tokens
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.config import TextConfig
 from step3_jax.engine.state import Report
 from step3_jax.layers.mlp import SwiGLU
 from step3_jax.layers.moe import Experts
+from step3_jax.layers.rows import Rows, map_tokens
 from step3_jax.layout.schedule import Schedule
 from step3_jax.layout.table import AXES
 from step3_jax.mesh import Layout
@@ -186,11 +187,11 @@ class FfnLoop:
 
     def _feed(self, block: FfnBlock, rows: UInt8[Array, "rows row_bytes"]) -> UInt8[Array, "rows output_bytes"]:
         """This device's part of a layer's FFN half."""
-        normed, experts, weights = self._form.unpack(rows, self._dtype)
+        normed, experts, weights = unpack_tokens(block, self._form, rows, self._dtype)
         if block.mlp is not None:
             with jax.named_scope("mlp"):
                 return self._form.pack_output(self._run_copy(block.mlp, normed))
-        total = jnp.zeros_like(normed)
+        total = jnp.zeros(normed.shape, self._dtype)
         if block.moe is not None:
             with jax.named_scope("moe"):
                 total += self._run_experts(block.moe, normed, weights, experts)
@@ -202,7 +203,7 @@ class FfnLoop:
     def _run_experts(
         self,
         inner: Experts,
-        normed: Float[Array, "N D"],
+        normed: Float[Array, "N D"] | Rows,
         weights: Float[Array, "N top_k"],
         experts: Int[Array, "N top_k"],
     ) -> Float[Array, "N D"]:
@@ -213,15 +214,21 @@ class FfnLoop:
         weights, local = jnp.where(is_here, weights, 0), jnp.where(is_here, local, count)
         return inner(normed, weights, local, all_experts=self._num_experts)
 
-    def _run_copy(self, module: SwiGLU, normed: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        """Weights of which several devices have a copy: each serves its share of the rows, and gives zeros for others."""
+    def _run_copy(self, module: SwiGLU, normed: Float[Array, "N D"] | Rows) -> Float[Array, "N D"]:
+        """Weights of which several devices have a copy: each serves its part of the rows, and gives zeros for others."""
         if self._num_copies == 1:
             return module(normed)
-        each = -(-normed.shape[0] // self._num_copies)
-        padded = jnp.pad(normed, ((0, each * self._num_copies - normed.shape[0]), (0, 0)))
+        num_rows = normed.shape[0]
+        each = -(-num_rows // self._num_copies)
+        missing = each * self._num_copies - num_rows
         first = self._place(self._copy) * each
-        out = module(jax.lax.dynamic_slice_in_dim(padded, first, each))
-        return jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(padded), out, first, 0)[: normed.shape[0]]
+
+        def cut(array: Num[Array, "N columns"]) -> Num[Array, "each columns"]:
+            return jax.lax.dynamic_slice_in_dim(jnp.pad(array, ((0, missing), (0, 0))), first, each)
+
+        out = module(map_tokens(normed, cut) if isinstance(normed, Rows) else cut(normed))
+        everyone = jnp.zeros((num_rows + missing, out.shape[1]), out.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(everyone, out, first, 0)[:num_rows]
 
     def _place(self, table: Int[np.ndarray, " devices"]) -> Int[Array, ""]:
         return jnp.asarray(table)[jax.lax.axis_index(UNION) - self._topology.num_attention]

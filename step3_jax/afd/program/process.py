@@ -45,7 +45,7 @@ class RoleProcess(ModelPart):
         super().__init__(
             model.config,
             topology.union.local_devices,
-            model.text.embed_tokens.weight.get_value().dtype,
+            model.text.dtype,
             num_shards=topology.num_attention,
             num_image_shards=topology.tower.size("images"),
         )

@@ -9,12 +9,14 @@
 #define STEP3_EXPERTS_H_
 
 #include "frame.h"
+#include "watch.h"
 #include "work.h"
 
 enum {
   MAX_GROUP_ROWS = 1024,
   MAX_UNIT_COLUMNS = 64,            // see choose_unit_rows
   MAX_INNER_FLOATS = 16 * 1024 * 1024,  // of one pass; more groups are computed in several passes
+  MAX_READ_AHEAD_BYTES = 512 * 1024 * 1024,  // of one pass; what few tokens choose, and no more than memory may hold
 };
 
 typedef struct {
@@ -111,6 +113,20 @@ static int64_t add_groups(Group* groups, int64_t num_groups, Swiglu weights, int
   return num_groups;
 }
 
+// Where weights lie in mapped files: the experts of a pass are read from the disk before the first of them is multiplied.
+static void read_groups_ahead(const Experts* all) {
+  size_t asked = 0;
+  for (int64_t index = all->first_group; index < all->stop_group; index++) {
+    const Swiglu* weights = &all->groups[index].weights;
+    const Matrix* matrices[] = {&weights->gate, &weights->up, &weights->down};
+    for (int i = 0; i < 3 && asked < MAX_READ_AHEAD_BYTES; i++) {
+      const size_t num_bytes = (size_t)(matrices[i]->num_rows * matrices[i]->row_bytes);
+      read_ahead(matrices[i]->values, num_bytes);
+      asked += num_bytes;
+    }
+  }
+}
+
 // All groups, in as many passes as the memory for inner activations asks for. Returns 0 without memory.
 static int run_groups(const XLA_FFI_CallFrame* frame, Experts* all, int64_t num_groups, int64_t operations) {
   const int64_t num_threads = operations < MIN_SHARED_OPERATIONS ? 1 : count_threads(frame);
@@ -128,6 +144,7 @@ static int run_groups(const XLA_FFI_CallFrame* frame, Experts* all, int64_t num_
       inner_rows += size;
       all->stop_group++;
     }
+    read_groups_ahead(all);
     all->inner = malloc(sizeof(float) * (size_t)floats);
     if (!all->inner) return 0;
     all->unit_inner = choose_unit_rows(inner_rows, num_threads);

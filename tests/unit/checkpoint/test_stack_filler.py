@@ -47,13 +47,13 @@ def check_equal(found: Step3, expected: Step3) -> None:
 
 
 def test_stacks_hold_what_the_layers_are(folder: pathlib.Path) -> None:
-    apart = load_model(folder, keep_fp8=True)
+    apart = load_model(folder, quantization="stored")
     for layout in (None, one_device()):
-        stacked = load_model(folder, keep_fp8=True, layout=layout, arrangement=ALL)
+        stacked = load_model(folder, quantization="stored", layout=layout, arrangement=ALL)
         assert [part.count for part in stacked.text.layers] == [1, 2, 1]
         check_equal(unstack(stacked), apart)
 
 
 def test_a_stacked_model_is_saved_as_its_layers(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    save_model(load_model(folder, keep_fp8=True, arrangement=ALL), tmp_path / "again")
-    check_equal(load_model(tmp_path / "again", keep_fp8=True), load_model(folder, keep_fp8=True))
+    save_model(load_model(folder, quantization="stored", arrangement=ALL), tmp_path / "again")
+    check_equal(load_model(tmp_path / "again", quantization="stored"), load_model(folder, quantization="stored"))

@@ -91,6 +91,8 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode != 0:
         pytest.skip(f"debootstrap could not fetch Debian: {done.stdout[-300:]}")
+    # The image's user is another one.
+    root.chmod(0o755)
     yield root
     shutil.rmtree(root, ignore_errors=True)
 

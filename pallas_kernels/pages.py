@@ -32,7 +32,7 @@ _FLOATS = {bits: dtype for dtype, bits in _BITS.items()}
 
 
 class KVPages(NamedTuple):
-    """One layer's pages. C = K, or K/4 in int4; G = scales of a row: 1 in fp8, K/64 in int4.
+    """Pages of one layer, or a pool of all layers'. C = K, or K/4 in int4; G = scales of a row: 1 in fp8, K/64 in int4.
 
     Attributes:
       keys, values: Stored rows, [P, page, C].
@@ -56,6 +56,10 @@ class KVPages(NamedTuple):
     def is_bits(self) -> bool:
         """Whether floats are held as integers, see `empty_pages`."""
         return self.keys.dtype in _FLOATS or (self.key_scales is not None and self.key_scales.dtype in _FLOATS)
+
+    @property
+    def num_pages(self) -> int:
+        return self.keys.shape[0]
 
     @property
     def page_size(self) -> int:
@@ -158,6 +162,11 @@ def write_rows(
     slots: Int[Array, " N"],
 ) -> KVPages:
     """Writes N tokens, each to a slot of a page; a page id outside [0, P) drops its token."""
+    if keys.shape[0] == 1 and jax.default_backend() == "cpu":
+        # XLA:CPU merges a lone update into what reads the pages, and then copies all of them. Of two rows, the second
+        # dropped, it makes a scatter in place.
+        keys, values, slots = (jnp.repeat(array, 2, axis=0) for array in (keys, values, slots))
+        page_ids = jnp.append(page_ids, pages.num_pages)
 
     def write(rows: Array, buffer: Array, scale_buffer: Array | None) -> tuple[Array, Array | None]:
         stored, scales = encode_rows(rows, pages.storage)

@@ -32,6 +32,7 @@ import jaxtyping
 CHECKED_MODULES = [
     "pallas_kernels",
     "step3_jax.cache",
+    "step3_jax.cpu_kernels.api",
     "step3_jax.engine.runner",
     "step3_jax.engine.state",
     "step3_jax.layers",
@@ -39,6 +40,7 @@ CHECKED_MODULES = [
     "step3_jax.quant",
     "step3_jax.sampling.penalties",
     "step3_jax.sampling.sampler",
+    "step3_jax.stack",
     "step3_jax.train",
 ]
 

@@ -18,7 +18,7 @@ from pallas_kernels.moe_permute.reference import (
     plan_permutation,
     point_at,
 )
-from pallas_kernels.quantise import quantise_rows, scales_to_columns
+from pallas_kernels.quantise import quantise_rows, scales_to_columns, scales_to_rows
 from pallas_kernels.storage import BLOCK
 
 # Rows of a tile on a CPU: enough to fill a matrix product, few enough to waste little on padding.
@@ -56,7 +56,7 @@ def grouped_down(
 
 
 def moe_ffn(
-    x: Float[Array, "N D"],
+    x: Float[Array, "N D"] | Pair,
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
     first_matrix: Int[Array, ""],
@@ -79,13 +79,13 @@ def moe_ffn(
     tiles = point_at(permutation.tiles, first_matrix)
     is_fp8 = isinstance(gate, tuple)
     if is_fp8:
-        values, scales = quantise_rows(x)
+        values, scales = quantise_rows(x) if isinstance(x, jax.Array) else (x[0], scales_to_rows(x[1], x[0].shape[0]))
         rows = permute_rows(values, permutation), permute_scales(scales, permutation)
     else:
         rows = permute_rows(x, permutation)
     inner = grouped_gate_up(rows, gate, up, tiles, quantise=is_fp8)
     out = grouped_down(inner, down, permute_weights(weights, permutation), tiles)
-    return combine_rows(out, permutation, x.dtype)
+    return combine_rows(out, permutation, x.dtype if isinstance(x, jax.Array) else out.dtype)
 
 
 def _map_tiles(

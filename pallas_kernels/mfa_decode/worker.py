@@ -20,6 +20,7 @@ def load(geometry: Geometry, refs: Refs) -> None:
     span = geometry.tiles_per_cta * TILE
     # Blocks that are fetched before a fragment's queries: never more tiles than a ring has slots.
     blocks_ahead = geometry.rings
+    first_page = refs["first_page"][0]
 
     def fetch_queries(fragment: Fragment) -> None:
         source = refs["rows"].at[fragment.sequence, pl.ds(pair * span, span)]
@@ -57,7 +58,7 @@ def load(geometry: Geometry, refs: Refs) -> None:
             block = fragment.first_block + index
             ring = lax.rem(index, jnp.int32(geometry.rings))
             turn = geometry.turn(turns, ring) + 2 * lax.div(index, jnp.int32(geometry.rings))
-            page = refs["table"][fragment.sequence, lax.div(block, jnp.int32(geometry.blocks_per_page))]
+            page = first_page + refs["table"][fragment.sequence, lax.div(block, jnp.int32(geometry.blocks_per_page))]
             place = lax.rem(block, jnp.int32(geometry.blocks_per_page))
             fetch("key", page, place, ring, turn)
             fetch("value", page, place, ring, turn + 1)

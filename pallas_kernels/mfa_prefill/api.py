@@ -19,6 +19,7 @@ def mfa_prefill(
     query_starts: Int[Array, " starts"],
     lengths: Int[Array, " B"],
     *,
+    first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "N H K"]:
@@ -36,11 +37,12 @@ def mfa_prefill(
 
     Args:
       queries: Packed tokens, one sequence behind the other, with the rotary embedding applied.
-      pages: One layer's cache; the rows of these tokens are written already.
+      pages: One layer's cache, or that of all layers in one pool; the rows of these tokens are written already.
       table: Pages of each sequence in order. Entries behind the last token's page are not used.
       query_starts: B + 1 row numbers that rise from 0; sequence b has the rows query_starts[b] to query_starts[b + 1].
         Rows behind the last of them are padding and come out as zeros.
       lengths: Cached tokens of each sequence, these included, in [n_b, max_pages * page].
+      first_page: Added to every page of the table: where a layer's pages start in the pool; may be traced.
       scale: K^-0.5 if None.
       implementation: See `pallas_kernels.common.dispatch`.
 
@@ -69,7 +71,7 @@ def mfa_prefill(
         functools.partial(mosaic.mfa_prefill, scale=scale),
         queries,
         pages,
-        table,
+        table + first_page,
         query_starts,
         lengths,
     )

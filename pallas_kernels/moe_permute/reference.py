@@ -102,6 +102,12 @@ def permute_scales(scales: Float[Array, "N blocks"], permutation: Permutation) -
     return scales.T.at[:, permutation.tokens].get(mode="fill", fill_value=1)
 
 
+def permute_columns(scales: Float[Array, "blocks padded_N"], permutation: Permutation) -> Float[Array, "blocks R"]:
+    """As `permute_scales`, of scales that are columns already: [blocks, N rounded up to 4]."""
+    num_tokens = permutation.rows.shape[0]
+    return scales[:, :num_tokens].at[:, permutation.tokens].get(mode="fill", fill_value=1)
+
+
 def permute_weights(weights: Float[Array, "N top_k"], permutation: Permutation) -> Float[Array, " R"]:
     """See `api.permute_weights`."""
     flat = weights.astype(jnp.float32).reshape(-1)

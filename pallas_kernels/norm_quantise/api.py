@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.norm_quantise import mosaic, reference
 from pallas_kernels.quantise import ScalesLayout, check_layout
+from pallas_kernels.storage import BLOCK
 
 
 def norm_quantise(
-    x: Float[Array, "M D"],
-    weight: Float[Array, " D"],
+    x: Float[Array, "M columns"],
+    weight: Float[Array, "*L D"],
     *,
     eps: float,
+    layer: Int[Array, ""] | int | None = None,
     scales_layout: ScalesLayout = "rows",
     with_normed: bool = False,
     implementation: Implementation = "auto",
@@ -29,9 +31,11 @@ def norm_quantise(
     `rms_norm` does it.
 
     Args:
-      x: bfloat16 or float32.
-      weight: Multiplies plainly (not 1 + w).
+      x: bfloat16 or float32, [M, D]; or with more columns, of which the first D are normed: other parts of a joined
+        product may stand behind them. The kernel reads them in place if all columns are a multiple of 128.
+      weight: Multiplies plainly (not 1 + w); [D], or a stack of layers [L, D].
       eps: Added to the mean square.
+      layer: Which layer of a stack, 0 to L - 1; may be traced. The kernel reads it in place, nothing is sliced out.
       scales_layout: "rows" [M, ceil(D/128)]; "columns" as `fp8_matmul` reads it, [ceil(D/128), M rounded up to 4], of
         which the kernel leaves what is past M undefined.
       with_normed: Also return `normed`, for what else reads it (the router, the residual of a shared expert).
@@ -41,26 +45,35 @@ def norm_quantise(
       e4m3 values [M, D], float32 scales, and with `with_normed` the norm [M, D].
 
     Raises:
-      ValueError: If shapes or dtypes do not fit.
+      ValueError: If shapes or dtypes do not fit, or a layer is given without a stack or the other way round.
       NotImplementedError: If the kernel is asked for by name and cannot serve.
     """
     check_layout(scales_layout)
-    if x.ndim != 2 or weight.shape != x.shape[1:] or 0 in x.shape:
-        raise ValueError(f"x is {x.shape} and weight {weight.shape}; wanted are [M, D] and [D], no size 0")
+    if x.ndim != 2 or weight.ndim not in (1, 2) or x.shape[1] < weight.shape[-1] or 0 in (*x.shape, *weight.shape):
+        raise ValueError(
+            f"x is {x.shape} and weight {weight.shape}; wanted are [M, D] (or more columns) and [D] or [L, D], no size 0"
+        )
+    if (weight.ndim == 2) != (layer is not None):
+        raise ValueError(
+            f"weight is {weight.shape} and layer is {layer}: give a layer with a stack [L, D], and none with [D]"
+        )
     for name, array in (("x", x), ("weight", weight)):
         if array.dtype not in (jnp.bfloat16, jnp.float32):
             raise ValueError(f"{name} is {array.dtype}; allowed: bfloat16, float32")
     return dispatch(
         implementation,
-        _unsupported(x.shape[1]),
+        _unsupported(weight.shape[-1], x.shape[1]),
         functools.partial(reference.norm_quantise, eps=eps, scales_layout=scales_layout, with_normed=with_normed),
         functools.partial(mosaic.norm_quantise, eps=eps, scales_layout=scales_layout, with_normed=with_normed),
         x,
-        weight,
+        weight if layer is not None else weight[None],
+        jnp.asarray(0 if layer is None else layer, jnp.int32),
     )
 
 
-def _unsupported(size: int) -> str | None:
+def _unsupported(size: int, columns: int) -> str | None:
+    if columns % BLOCK:
+        return f"the kernel needs rows of a multiple of {BLOCK} columns, they have {columns}"
     if size % 1024 or size > 8192:
         return f"the kernel needs D to be a multiple of 1024 and at most 8192, it is {size}"
     return None

@@ -32,8 +32,10 @@ CHUNK = 64
 ROWS = 16
 
 
-def unsupported(queries: Float[Array, "N H K"], pages: KVPages) -> str | None:
+def unsupported(queries: Float[Array, "N H K"], pages: KVPages, query_dtype: jnp.dtype) -> str | None:
     """Why the kernel cannot serve these; None if it can."""
+    if query_dtype not in (jnp.bfloat16, jnp.float16):
+        return f"rope_cache_write gives queries in bfloat16 or float16, not {query_dtype}"
     if queries.dtype != jnp.bfloat16:
         return f"rope_cache_write rotates bfloat16 queries, these are {queries.dtype}"
     # Not by `storage`: pages of bits, for CPUs, have the same.
@@ -47,25 +49,29 @@ def unsupported(queries: Float[Array, "N H K"], pages: KVPages) -> str | None:
 
 
 # References with a memory space exist only inside of a jit.
-@functools.partial(jax.jit, static_argnames=("interpret", "detect_races"))
+@functools.partial(jax.jit, static_argnames=("key_at", "value_at", "query_dtype", "interpret", "detect_races"))
 def rope_cache_write(
     queries: Float[Array, "N H K"],
-    keys: Float[Array, "N K"],
-    values: Float[Array, "N K"],
+    keys: Float[Array, "N key_columns"],
+    values: Float[Array, "N value_columns"],
     cos: Float[Array, "N half"],
     sin: Float[Array, "N half"],
     pages: KVPages,
     page_ids: Int[Array, " N"],
     slots: Int[Array, " N"],
+    first_page: Int[Array, ""] | int = 0,
     *,
     interpret: bool,
     detect_races: bool = False,
+    key_at: int = 0,
+    value_at: int = 0,
+    query_dtype: jnp.dtype | None = None,
 ) -> tuple[Float[Array, "N H K"], KVPages]:
     """See `api.rope_cache_write`."""
     target = Target(interpret, detect_races)
     num_tokens, num_heads, _ = queries.shape
     if num_tokens == 0:
-        return queries, pages
+        return queries.astype(query_dtype or queries.dtype), pages
     tokens = [keys, values, cos, sin]
     if num_tokens < TILE:
         # The tile is read whole.
@@ -82,6 +88,8 @@ def rope_cache_write(
             heads_tiles=num_heads // TILE,
             num_pages=pages.keys.shape[0],
             is_scaled=len(buffers) == 4,
+            columns=(key_at, value_at),
+            query_dtype=query_dtype or queries.dtype,
         ),
         out_type=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
         # The blocks with the longest chain first.
@@ -95,9 +103,16 @@ def rope_cache_write(
         ],
         name="rope_cache_write",
         **target.kernel_options(),
-    )(queries, *tokens, page_ids.astype(jnp.int32), slots.astype(jnp.int32), *refs)
+    )(
+        queries,
+        *tokens,
+        page_ids.astype(jnp.int32),
+        slots.astype(jnp.int32),
+        jnp.asarray(first_page, jnp.int32).reshape(1),
+        *refs,
+    )
     written = [jax.freeze(ref) for ref in refs]
-    return rotated, KVPages(*written)
+    return lax.bitcast_convert_type(rotated, query_dtype or queries.dtype), KVPages(*written)
 
 
 def _body(
@@ -108,6 +123,7 @@ def _body(
     sin_ref: Ref,
     ids_ref: Ref,
     slots_ref: Ref,
+    first_page_ref: Ref,
     *refs: Ref,
     target: Target,
     num_tokens: int,
@@ -115,18 +131,26 @@ def _body(
     heads_tiles: int,
     num_pages: int,
     is_scaled: bool,
+    columns: tuple[int, int],
+    query_dtype: jnp.dtype,
 ) -> None:
     *pages, out_ref, query_tile, row_tile, scale_tile, loaded = refs
     block = lax.axis_index("block")
 
+    def store_query(value: jax.Array) -> jax.Array:
+        """In the dtype that is wanted, under the name of the dtype that the tile has."""
+        value = value.astype(query_dtype)
+        return value if query_dtype == out_ref.dtype else lax.bitcast_convert_type(value, out_ref.dtype)
+
     def write_rows(part: jax.Array, source: Ref, buffer: Ref, scales: Ref | None, is_key: bool) -> None:
         first = part * ROWS
+        first_page = first_page_ref[0]
         # Of the last tile all rows exist: it starts earlier.
         tile = jnp.minimum(lax.div(first, jnp.int32(TILE)) * TILE, jnp.int32(max(num_tokens - TILE, 0)))
         rows = [jnp.minimum(first + offset, num_tokens - 1) for offset in range(ROWS)]
         # Read before all else, so that these loads run beside each other.
         places = [(ids_ref[row], slots_ref[row]) for row in rows]
-        source = source.at[pl.ds(tile, TILE)]
+        source = source.at[pl.ds(tile, TILE), pl.ds(columns[0 if is_key else 1], HEAD_DIM)]
         if is_key:
             read = functools.partial(
                 _rotated_key, target, source, cos_ref.at[pl.ds(tile, TILE)], sin_ref.at[pl.ds(tile, TILE)]
@@ -137,9 +161,10 @@ def _body(
         # The rows go out through the copy engine, and the scales are read by other threads than wrote them.
         plgpu.commit_smem()
         for offset, (page, slot) in enumerate(places):
-            is_kept = (page >= 0) & (page < num_pages) & (first + offset < num_tokens)
+            place = page + first_page
+            is_kept = (page >= 0) & (place < num_pages) & (first + offset < num_tokens)
 
-            def write(row: jax.Array = rows[offset] - tile, page: jax.Array = page, slot: jax.Array = slot) -> None:
+            def write(row: jax.Array = rows[offset] - tile, page: jax.Array = place, slot: jax.Array = slot) -> None:
                 plgpu.copy_smem_to_gmem(row_tile.at[pl.ds(row, 1)], buffer.at[page, pl.ds(slot, 1)])
                 if scales is not None:
                     scales[page, 0, slot] = scale_tile[row]
@@ -173,8 +198,8 @@ def _body(
             first = target.load(query_tile.at[:, left], WGMMA).astype(jnp.float32)
             second = target.load(query_tile.at[:, right], WGMMA).astype(jnp.float32)
             # Each thread writes the places that it alone has read.
-            query_tile[:, left] = (first * cos - second * sin).astype(out_ref.dtype)
-            query_tile[:, right] = (second * cos + first * sin).astype(out_ref.dtype)
+            query_tile[:, left] = store_query(first * cos - second * sin)
+            query_tile[:, right] = store_query(second * cos + first * sin)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(query_tile, out_ref.at[token, heads])
         plgpu.wait_smem_to_gmem(0)

@@ -1,7 +1,7 @@
-"""The KV cache of all layers: pages of 64 tokens, and one page table a sequence that all layers share.
+"""The KV cache of all layers: one pool of pages of 64 tokens, and one page table a sequence that all layers share.
 
-A page number means the same place in every layer. What is written to a page number outside the cache is dropped, which
-is where rows that idle write to.
+A page number p < P means the same place in every layer: page p + layer * P of the pool. What is written to a number outside
+the pool is dropped, which is where rows that idle write to.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pallas_kernels.storage import Storage, bytes_per_token
 from step3_jax.config import TextConfig
 from step3_jax.layout.page import KV_CACHE_CHOICES
 
-# One entry a layer.
-Cache = tuple[KVPages, ...]
+# The pool of all layers. Where it is in shards, each has P pages of every layer, one layer's behind the other's.
+Cache = KVPages
 
 
 def choose_storage(kv_cache_dtype: str, dtype: jnp.dtype, head_dim: int) -> Storage:
@@ -45,16 +45,28 @@ def choose_storage(kv_cache_dtype: str, dtype: jnp.dtype, head_dim: int) -> Stor
 
 
 def empty_cache(config: TextConfig, num_pages: int, storage: Storage, *, as_bits: bool = False) -> Cache:
-    """Pages of zeros for each layer; `as_bits` is for CPUs, see `pallas_kernels.pages.empty_pages`."""
-    return tuple(
-        empty_pages(num_pages, config.head_dim, storage, as_bits=as_bits) for _ in range(config.num_hidden_layers)
-    )
+    """A pool of zeros.
+
+    Args:
+      config: Layers and head size.
+      num_pages: P, of each layer.
+      storage: The format.
+      as_bits: For CPUs, see `pallas_kernels.pages.empty_pages`.
+    """
+    return empty_pages(num_pages * config.num_hidden_layers, config.head_dim, storage, as_bits=as_bits)
 
 
-def copy_pages(cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
-    """Copies pages in all layers; a target outside the cache drops its copy."""
+def count_pages(cache: Cache, num_layers: int) -> int:
+    """Pages that each layer has of the pool."""
+    return cache.num_pages // num_layers
 
-    def copy(pages: Array) -> Array:
-        return pages.at[targets].set(pages.at[sources].get(mode="clip"), mode="drop")
+
+def copy_pages(cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"], num_layers: int) -> Cache:
+    """Copies pages in all layers; a target that is no page drops its copy."""
+
+    def copy(pool: Array) -> Array:
+        pages = pool.reshape(num_layers, -1, *pool.shape[1:])
+        copied = pages.at[:, targets].set(pages.at[:, sources].get(mode="clip"), mode="drop")
+        return copied.reshape(pool.shape)
 
     return jax.tree.map(copy, cache)

@@ -53,12 +53,10 @@ def chunk() -> PrefillBatch:
 
 def filled_cache() -> Cache:
     rng = np.random.default_rng(3)
-    return tuple(
-        pages._replace(
-            keys=jnp.asarray(rng.standard_normal(pages.keys.shape), jnp.float32),
-            values=jnp.asarray(rng.standard_normal(pages.values.shape), jnp.float32),
-        )
-        for pages in empty_cache(TEXT, 4, "float32")
+    pages = empty_cache(TEXT, 4, "float32")
+    return pages._replace(
+        keys=jnp.asarray(rng.standard_normal(pages.keys.shape), jnp.float32),
+        values=jnp.asarray(rng.standard_normal(pages.values.shape), jnp.float32),
     )
 
 
@@ -75,7 +73,7 @@ def run_roles(
 
     @jax.jit
     def run(parts: list[PrefillBatch], cache: Cache) -> tuple[dict[int, jax.Array], Cache]:
-        pages = list(cache)
+        pages = cache
         ends = taken.ends.skeleton.build(taken.ends.leaves)
         steps = [CacheStep(part.table, part.lengths, part.query_starts) for part in parts]
         flows = [
@@ -85,7 +83,7 @@ def run_roles(
         for layer, (attention, ffn) in enumerate(zip(taken.attention, taken.ffn, strict=True)):
             for index, tokens in enumerate(flows):
                 block = attention.skeleton.build(attention.leaves)
-                hidden, rows, pages[layer] = attention_step(block, form, tokens, pages[layer])
+                hidden, rows, pages = attention_step(block, form, tokens, pages, layer, 4)
                 assert rows.shape[1] == form.row_bytes
                 returned = ffn_step(ffn.skeleton.build(ffn.leaves), layout, 4, form, rows, jnp.float32)
                 flows[index] = Tokens(hidden, returned, tokens.context)
@@ -93,7 +91,7 @@ def run_roles(
         for last in (8, 20) if len(parts) == 1 else ():
             hidden, returned, context = flows[0]
             logits[last] = end_step(ends, form, Tokens(hidden[:, : last + 1], returned[: last + 1], context))[0]
-        return logits, tuple(pages)
+        return logits, pages
 
     logits, pages = run(parts, cache)
     return {last: np.asarray(values) for last, values in logits.items()}, pages

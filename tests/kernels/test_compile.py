@@ -16,8 +16,8 @@ from pallas_kernels.swiglu_quantise import mosaic as swiglu
 from tests.process import ROOT, environment
 from tools import gpu_compile, ptx, record_kernels
 from tools.gpu_check import cases as case_list
-from tools.rank_step import decode_step
-from tools.rank_weights import RankSizes, make_state, make_weights
+from tools.gpu_check import rank
+from tools.gpu_check.rank_model import RankModel, RankSizes
 
 pytestmark = [
     pytest.mark.kernels,
@@ -87,12 +87,10 @@ def test_cache_write_changes_the_pages_in_place(storage: str, known: dict[str, c
 
 
 def test_a_ranks_step_of_all_layers_compiles_and_copies_neither_weights_nor_cache() -> None:
-    sizes = RankSizes()
-    weights, (state, table) = jax.eval_shape(lambda: (make_weights(sizes), make_state(sizes)))
-    step = functools.partial(decode_step, sizes=sizes, implementation="mosaic")
-    compiled = gpu_compile.compile_for(gpu_compile.h100_mesh(), step, weights, state, table, donate=(1,))
+    model = RankModel(RankSizes())
+    compiled = rank.compile_loop(model)
     memory = compiled.memory_analysis()
-    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.pages))
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(model.make_cache)))
     assert memory.alias_size_in_bytes >= cache
     # One expert's matrix alone is 37 MB and a layer's cache 277 MB: what is left is activations.
     assert memory.temp_size_in_bytes < 250e6

@@ -60,14 +60,38 @@ def test_the_reference_is_the_formula_in_float64() -> None:
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_the_reference_takes_a_layer_of_a_stack(layout: ScalesLayout) -> None:
+    x, weight = inputs(3, 256, jnp.bfloat16, jnp.bfloat16)
+    stack = jnp.stack([weight + 1, weight, weight - 1])
+    for actual, expected in zip(
+        norm_quantise(x, stack, eps=EPS, scales_layout=layout, layer=1),
+        norm_quantise(x, weight, eps=EPS, scales_layout=layout),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(actual.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+def test_columns_behind_the_norms_own_are_left_out() -> None:
+    x, weight = inputs(3, 1024, jnp.bfloat16, jnp.bfloat16)
+    wide = jnp.concatenate([x, jnp.full((3, 256), jnp.nan, jnp.bfloat16)], axis=1)
+    expected = norm_quantise(x, weight, eps=EPS, implementation="reference")
+    for implementation in ("reference", "interpret"):
+        assert_same(norm_quantise(wide, weight, eps=EPS, implementation=implementation), expected, 3, "rows")
+    with pytest.raises(NotImplementedError, match="multiple of 128 columns, they have 1026"):
+        norm_quantise(wide[:, :1026], weight, eps=EPS, implementation="interpret")
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_the_kernel_gives_what_the_reference_gives(layout: ScalesLayout) -> None:
     x, weight = inputs(3, 1024, jnp.bfloat16, jnp.bfloat16)
-    actual, expected = (
-        norm_quantise(
-            x, weight, eps=EPS, scales_layout=layout, with_normed=layout == "columns", implementation=implementation
-        )
-        for implementation in ("interpret", "reference")
-    )
+    options = {"eps": EPS, "scales_layout": layout, "with_normed": layout == "columns"}
+    expected = norm_quantise(x, weight, **options, implementation="reference")
+    if layout == "columns":
+        # The middle one of a stack: its neighbours hold what would show.
+        stack = jnp.stack([jnp.full_like(weight, jnp.nan), weight, jnp.full_like(weight, jnp.nan)])
+        actual = norm_quantise(x, stack, layer=jnp.int32(1), **options, implementation="interpret")
+    else:
+        actual = norm_quantise(x, weight, **options, implementation="interpret")
     assert_same(actual, expected, 3, layout)
     if layout == "columns":
         assert row_errors(actual[2], expected[2]).max() < 2e-3
@@ -77,7 +101,7 @@ def test_the_interpreter_finds_no_race() -> None:
     x, weight = inputs(2, 1024, jnp.float32, jnp.float32)
     options = {"eps": EPS, "scales_layout": "columns", "with_normed": True}
     with race_check():
-        actual = mosaic.norm_quantise(x, weight, **options, interpret=True, detect_races=True)
+        actual = mosaic.norm_quantise(x, weight[None], jnp.int32(0), **options, interpret=True, detect_races=True)
         jax.block_until_ready(actual)
     assert_same(actual, norm_quantise(x, weight, **options, implementation="reference"), 2, "columns")
 
@@ -96,6 +120,8 @@ def test_what_does_not_fit_is_refused() -> None:
     call = inspect.unwrap(norm_quantise)
     with pytest.raises(ValueError, match=r"x is \(2, 128\) and weight \(64,\)"):
         call(jnp.ones((2, 128)), jnp.ones(64), eps=EPS)
+    with pytest.raises(ValueError, match=r"weight is \(3, 128\) and layer is None: give a layer with a stack"):
+        call(jnp.ones((2, 128)), jnp.ones((3, 128)), eps=EPS)
     with pytest.raises(ValueError, match="x is float16; allowed: bfloat16, float32"):
         call(jnp.ones((2, 128), jnp.float16), jnp.ones(128), eps=EPS)
     with pytest.raises(NotImplementedError, match="D to be a multiple of 1024 and at most 8192, it is 128"):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels.pages import empty_pages
 from pallas_kernels.storage import PAGE_SIZE
+from step3_jax.cache.paged import empty_cache
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 
@@ -17,9 +17,11 @@ STEPS = 30
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=["tiny_text", "tiny_fp8", "tiny_vl"])
+@pytest.fixture(scope="module", params=["tiny_text", "tiny_fp8", "tiny_fp8 as stored", "tiny_vl"])
 def prompt(request, models, arrays, run_jitted):
     """A model, the embedded prompt, and the golden ids and logits of each step."""
+    if request.param not in models:
+        pytest.skip("no CPU kernels")
     model, golden = models[request.param], arrays[request.param]
     if request.param == "tiny_vl":
         ids = jnp.asarray(golden["input_ids"])[None]
@@ -56,7 +58,7 @@ def test_greedy_with_the_cache(prompt):
 
     length = embeddings.shape[1]
     num_pages = -(-(length + STEPS) // PAGE_SIZE)
-    cache = tuple(empty_pages(num_pages, decoder.config.head_dim, "float32") for _ in decoder.layers)
+    cache = empty_cache(decoder.config, num_pages, "float32")
     # Backwards, as pages need not be in order.
     table = jnp.arange(num_pages)[None, ::-1]
     place = CacheStep(table, jnp.asarray([length]), jnp.asarray([0, length]))

@@ -22,6 +22,8 @@ ROWS = (
     ("layout",),
     ("sharding",),
     ("quant",),
+    ("stack",),
+    ("cpu_kernels",),
     ("distributed",),
     ("mesh",),
     ("layers",),

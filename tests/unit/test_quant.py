@@ -1,4 +1,4 @@
-"""Block-scaled FP8 against a plain numpy loop over blocks."""
+"""Quantised arrays against plain numpy loops over blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from step3_jax.layout.tensor import scale_shape
-from step3_jax.quant import FP8_MAX, BlockScaled, dequantise, quantise
+from step3_jax.quant import FP8_MAX, BlockScaled, PackedInt4, dequantise, quantise
 
 
 def loop_over_blocks(array, block):
@@ -31,7 +31,7 @@ def array():
 
 
 def test_partial_blocks_and_stacks_equal_the_loop(array):
-    found = quantise(jnp.asarray(array), (4, 4))
+    found = quantise(jnp.asarray(array), block=(4, 4))
     assert found.values.shape == array.shape
     assert found.scales.shape == (3, 3, 2)
     for expert, matrix in enumerate(array):
@@ -43,19 +43,19 @@ def test_partial_blocks_and_stacks_equal_the_loop(array):
 
 
 def test_dequantise_is_the_inverse_up_to_rounding(array):
-    found = np.asarray(dequantise(quantise(jnp.asarray(array), (4, 4))))
+    found = np.asarray(dequantise(quantise(jnp.asarray(array), block=(4, 4))))
     # Three bits of mantissa: half a step is 1/16 of the value; below the normal range, of the block's largest / 448 / 64.
     assert np.all(np.abs(found - array) <= np.abs(array) / 16 + np.abs(array).max() / 448 / 64)
 
 
 def test_dequantised_weights_quantise_to_the_same_values(array):
-    first = quantise(jnp.asarray(array), (4, 4))
-    again = quantise(dequantise(first), (4, 4))
+    first = quantise(jnp.asarray(array), block=(4, 4))
+    again = quantise(dequantise(first), block=(4, 4))
     np.testing.assert_allclose(dequantise(again), dequantise(first), rtol=1e-6)
 
 
 def test_block_of_zeros_has_scale_one():
-    found = quantise(jnp.zeros((5, 5)), (4, 4))
+    found = quantise(jnp.zeros((5, 5)), block=(4, 4))
     np.testing.assert_array_equal(found.scales, np.ones((2, 2)))
     np.testing.assert_array_equal(dequantise(found), np.zeros((5, 5)))
 
@@ -80,7 +80,7 @@ def test_dequantise_multiplies_in_float32_and_casts_last():
 
 
 def test_a_pytree_whose_block_is_static():
-    scaled = quantise(jnp.ones((4, 4)), (2, 2))
+    scaled = quantise(jnp.ones((4, 4)), block=(2, 2))
     assert len(jax.tree.leaves(scaled)) == 2
     doubled = jax.jit(lambda tree: BlockScaled(tree.values, tree.scales * 2, tree.block))(scaled)
     assert doubled.block == (2, 2)
@@ -96,3 +96,42 @@ def test_indexing_gives_the_whole_and_nothing_else():
 def test_fewer_than_two_axes_are_refused():
     with pytest.raises(ValueError, match="fewer than two axes"):
         scale_shape((4,))
+
+
+@pytest.mark.parametrize(("form", "most"), [("int8", 127), ("int4", 7)])
+def test_integer_forms_round_each_group_of_a_row(form, most):
+    array = np.random.default_rng(1).normal(size=(2, 3, 300)).astype(np.float32)
+    expected = np.empty_like(array)
+    for start in (0, 128, 256):
+        group = array[..., start : start + 128]
+        scale = np.abs(group).max(axis=-1, keepdims=True) / np.float32(most)
+        expected[..., start : start + 128] = np.round(group / scale) * scale
+    found = quantise(jnp.asarray(array), form)
+    assert found.shape == array.shape
+    assert found.scales.shape == (2, 3, 3)
+    np.testing.assert_allclose(dequantise(found), expected, rtol=1e-6)
+
+
+def test_int4_packs_columns_16_apart_in_a_byte():
+    array = jnp.asarray([[7.0, *range(-7, 8), -7.0, 1.0]])
+    found = quantise(array, "int4")
+    assert isinstance(found, PackedInt4)
+    assert found.values.shape == (1, 16)
+    np.testing.assert_array_equal(found.values[0, :3] & 15, [15, 1, 2])
+    # Behind the last column are zeros, which are stored as 8.
+    np.testing.assert_array_equal(found.values[0, :3] >> 4, [1, 9, 8])
+    np.testing.assert_array_equal(dequantise(found), array)
+
+
+def test_a_packed_array_keeps_its_columns_through_jit():
+    packed = quantise(jnp.ones((2, 33)), "int4")
+    assert packed.values.shape == (2, 32)
+    np.testing.assert_array_equal(jax.jit(dequantise)(packed), np.ones((2, 33)))
+    assert packed[...] is packed
+
+
+def test_what_cannot_be_quantised_is_refused():
+    with pytest.raises(ValueError, match="allowed: fp8, int8, int4"):
+        quantise(jnp.ones((2, 2)), "int3")
+    with pytest.raises(ValueError, match="for each row and 128 columns"):
+        quantise(jnp.ones((2, 2)), "int4", block=(2, 2))

@@ -16,7 +16,7 @@ from step3_jax.afd.program.call import Numbers
 from step3_jax.afd.program.process import COPY, OWN, RoleProcess
 from step3_jax.afd.roles import Vision, take_apart
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.cache.paged import Cache, copy_pages, empty_cache
+from step3_jax.cache.paged import Cache, copy_pages, count_pages, empty_cache
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.role import Role
@@ -69,6 +69,11 @@ class AttentionProcess(RoleProcess, Executor):
         return self.topology.attention_role
 
     @property
+    def can_speculate(self) -> bool:
+        """See `Executor.can_speculate`: micro-batches in flight have one token of each sequence."""
+        return False
+
+    @property
     def num_microbatches(self) -> int:
         """See `Executor.num_microbatches`."""
         return self.loop.num_microbatches
@@ -105,9 +110,9 @@ class AttentionProcess(RoleProcess, Executor):
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`; each device copies its own."""
-        num_own, size = cache[0].keys.shape[0] // self.topology.union.size, num_copies(sources)
         # The FFN side's devices have pages of no shard; the attention side's come first.
-        num_parts = self.topology.union.size
+        num_parts, size = self.topology.union.size, num_copies(sources)
+        num_own = count_pages(cache, self.config.text.num_hidden_layers) // num_parts
         own = (local_pages(pages, num_own, num_parts, size) for pages in (sources, targets))
         return self._call(self._copy, cache, *own)
 
@@ -129,7 +134,7 @@ class AttentionProcess(RoleProcess, Executor):
 
     def _run_copy(self, cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
         self.num_traces["copy_pages"] += 1
-        return copy_pages(cache, sources, targets)
+        return copy_pages(cache, sources, targets, self.config.text.num_hidden_layers)
 
     def _run_prefill(self, weights: AttentionWeights, cache: Cache, batch: PrefillBatch) -> Cache:
         self.num_traces["prefill"] += 1

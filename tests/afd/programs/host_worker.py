@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,7 @@ def places(request: Answer) -> Answer:
         "weights": by_role,
         "num_weights": len(jax.tree.leaves(nnx.state(model))),
         "cache": sorted({device.id for array in jax.tree.leaves(cache) for device in array.devices()}),
-        "pages_each": cache[0].keys.addressable_shards[0].data.shape[0],
+        "pages_each": cache.keys.addressable_shards[0].data.shape[0],
         "gate_proj": list(gate.shape),
         "gate_proj_each": list(gate.addressable_shards[0].data.shape),
         "attention": [device.id for device in topology.attention.mesh.devices.flat],
@@ -226,12 +227,13 @@ def loaded(request: Answer) -> Answer:
 
 
 def hlo(request: Answer) -> Answer:
-    """What the compiled attention steps do to arrays that have as many rows as a device's cache has pages."""
+    """What the compiled attention steps do to arrays that have as many rows as a device's pool has pages."""
     executor = executor_of(request)
     storage = str(request["storage"])
     num_rows = request["rows"]
     cache = executor.allocate_cache(NUM_PAGES * executor.num_shards, storage)  # type: ignore[arg-type]
     shards = executor.num_shards
+    num_pages = cache.num_pages // shards
     batch = PrefillBatch(
         jnp.zeros((shards * 32,), jnp.int32),
         jnp.tile(jnp.array([0, 20, 30], jnp.int32), shards),
@@ -258,8 +260,8 @@ def hlo(request: Answer) -> Answer:
     done = []
     jax.config.update("jax_disable_most_optimizations", False)
     for layer in (0, 1):
-        text = executor.calls.attention_program(layer, flow, cache[layer]).as_text() or ""
-        done += re.findall(rf"= \w+\[{NUM_PAGES},\S+ ([\w-]+)\(", text)
+        text = executor.calls.attention_program(layer, flow, cache).as_text() or ""
+        done += re.findall(rf"= \w+\[{num_pages},\S+ ([\w-]+)\(", text)
     jax.config.update("jax_disable_most_optimizations", True)
     return {"done": sorted(set(done)), "writes": done.count("scatter") + done.count("dynamic-update-slice")}
 
@@ -290,6 +292,46 @@ def deadline(request: Answer) -> Answer:
         again = generate(llm, 4) == generate(make_llm(make_runner()), 4)
         return {"message": str(error), "elapsed_s": elapsed, "works_again": again}
     return {"message": None}
+
+
+def mixed(request: Answer) -> Answer:
+    """A run whose sides pass for different platforms, in a process whose default backend passes for a GPU.
+
+    Copies between devices that nobody asked for are refused; those of the exchange are listed.
+    """
+    topology, payload = make_topology(request), str(request["payload"])
+    copies: list[Answer] = []
+    put = jax.device_put
+
+    def watch(arrays: object, devices: object, **more: object) -> object:
+        # Only the exchange gives a list of devices.
+        if isinstance(arrays, list) and isinstance(devices, list):
+            for array, device in zip(arrays, devices, strict=True):
+                (source,) = array.devices()
+                copies.append(
+                    {"from": source.id, "to": device.id, "dtype": str(array.dtype), "columns": array.shape[1]}
+                )
+        return put(arrays, devices, **more)  # type: ignore[arg-type]
+
+    with (
+        mock.patch.object(AfdTopology, "is_mixed", property(lambda self: True)),
+        mock.patch("jax.device_put", watch),
+        mock.patch("jax.default_backend", return_value="gpu"),
+    ):
+        executor = HostExecutor(place_model(make_model(), topology), topology, num_microbatches=2, payload=payload)
+        llm = make_llm(executor)
+        # The first call moves what stays where it is.
+        generate(llm, 1)
+        copies.clear()
+        with jax.transfer_guard_device_to_device("disallow"):
+            found = generate(llm, 5)
+    return {
+        "afd": found,
+        "fused": generate(make_llm(make_runner()), 5),
+        "copies": [dict(pairs) for pairs in sorted({tuple(sorted(copy.items())) for copy in copies})],
+        "row_bytes": executor.form.row_bytes,
+        "output_bytes": executor.form.output_bytes,
+    }
 
 
 def trace(request: Answer) -> Answer:
@@ -337,7 +379,21 @@ def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     answers: dict[str, Callable[[Answer], Answer]] = {
         function.__name__: function
-        for function in (tokens, masks, features, images, prefix, repeat, places, loaded, hlo, deadline, trace, quality)
+        for function in (
+            tokens,
+            masks,
+            features,
+            images,
+            prefix,
+            repeat,
+            places,
+            loaded,
+            hlo,
+            deadline,
+            mixed,
+            trace,
+            quality,
+        )
     }
     for line in sys.stdin:
         request = json.loads(line)

@@ -105,7 +105,7 @@ def test_module_gives_the_same_whichever_form_it_takes(stacks, num_tokens):
 
 def test_module_takes_quantised_stacks(stacks):
     layer = Experts(NUM_EXPERTS, WIDTH, INNER, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-    scaled = [quantise(jnp.asarray(stack), (4, 4)) for stack in stacks]
+    scaled = [quantise(jnp.asarray(stack), block=(4, 4)) for stack in stacks]
     for parameter, stack in zip((layer.gate_proj, layer.up_proj, layer.down_proj), scaled, strict=True):
         parameter.set_value(stack)
     args = inputs("spread", 3)

@@ -31,7 +31,12 @@ class Device(Protocol):
 
 def compiler_options(platform: str) -> dict[str, str] | None:
     """Options for `jax.jit` of a program for a platform, as `jax.default_backend()` or `Device.platform` name it."""
-    return dict(COMPILER_OPTIONS) if platform in _GPU_PLATFORMS else None
+    return dict(COMPILER_OPTIONS) if is_gpu(platform) else None
+
+
+def is_gpu(platform: str) -> bool:
+    """Whether a platform, by the same names, is one of GPUs."""
+    return platform in _GPU_PLATFORMS
 
 
 def claim_memory(environment: MutableMapping[str, str] | None = None, *, share: float = MEMORY_SHARE) -> None:

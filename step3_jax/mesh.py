@@ -135,6 +135,25 @@ def find_devices(count: int = 1) -> list[jax.Device]:
         raise
 
 
+def find_cpu_devices(count: int) -> list[jax.Device]:
+    """The first CPU devices of this process, whatever the default platform is.
+
+    Raises:
+      ValueError: If JAX_PLATFORMS leaves CPUs out, or there are fewer.
+    """
+    try:
+        devices = jax.local_devices(backend="cpu")
+    except RuntimeError:
+        wanted = jax.config.values["jax_platforms"]
+        raise ValueError(
+            f"JAX_PLATFORMS is {wanted!r}, which leaves out the CPU devices that were asked for: set it to {wanted},cpu, or "
+            "unset it"
+        ) from None
+    if len(devices) < count:
+        raise ValueError(f"{count} CPU devices are needed, and there are {len(devices)}: {too_few_cpu_devices(count)}")
+    return devices[:count]
+
+
 def force_cpu_devices(count: int) -> None:
     """Makes one CPU look like `count` devices, if no computation has begun; GPUs are not touched.
 

@@ -1,4 +1,4 @@
-"""Files that ship with the package: the tiny model and the configurations."""
+"""Files that ship with the package (the tiny model, the configurations), and the folder of those that it makes."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def find(name: str) -> pathlib.Path:
         if (root / name).exists():
             return root / name
     raise ValueError(f"{name} is not among the files shipped with step3_jax")
+
+
+def find_cache(name: str) -> pathlib.Path | None:
+    """Folder `name` for files that are made once and found again: in `step3-jax` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    It need not exist. None for a user without a home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        cache = pathlib.Path(base) if base else pathlib.Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return cache / "step3-jax" / name

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from typing import TypeVar
 
 import jax
 from jaxtyping import Array, Int, Shaped
 
-from step3_jax.quant import BlockScaled
+from step3_jax.quant import Quantised
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +28,7 @@ class LayerOf:
       index: Which of them, 0 to L - 1; may be traced.
     """
 
-    stack: Shaped[Array, "L *shape"] | BlockScaled
+    stack: Shaped[Array, "L *shape"] | Quantised
     index: Int[Array, ""]
 
     @property
@@ -41,20 +42,20 @@ class LayerOf:
             raise ValueError(f"a layer of a stack takes no index but [...]; {index!r} was given")
         return self
 
-    def pick(self) -> Shaped[Array, "*shape"] | BlockScaled:
+    def pick(self) -> Shaped[Array, "*shape"] | Quantised:
         """The layer's weight sliced out of the stack: what the references do, and what no kernel needs."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.index, keepdims=False), self.stack)
 
 
-# What a parameter of one layer may be.
-Weight = Shaped[Array, "..."] | BlockScaled | LayerOf
+# A weight by itself, in whatever form.
+W = TypeVar("W")
 
 
-def parts(weight: Weight) -> tuple[Shaped[Array, "..."] | BlockScaled, Int[Array, ""] | None]:
+def parts(weight: W | LayerOf) -> tuple[W | Shaped[Array, "L *shape"] | Quantised, Int[Array, ""] | None]:
     """What a kernel takes: the weight and None, or a stack and the number of the layer in it."""
     return (weight.stack, weight.index) if isinstance(weight, LayerOf) else (weight, None)
 
 
-def pick(weight: Weight) -> Shaped[Array, "..."] | BlockScaled:
+def pick(weight: W | LayerOf) -> W | Shaped[Array, "*shape"] | Quantised:
     """The weight by itself, sliced out of its stack if it lies in one."""
     return weight.pick() if isinstance(weight, LayerOf) else weight

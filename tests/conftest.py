@@ -32,6 +32,7 @@ import jaxtyping
 CHECKED_MODULES = [
     "pallas_kernels",
     "step3_jax.cache",
+    "step3_jax.cpu_kernels.api",
     "step3_jax.engine.runner",
     "step3_jax.engine.state",
     "step3_jax.layers",

@@ -19,9 +19,9 @@ import gguf
 import numpy as np
 import xllamacpp
 
-HIDDEN, LAYERS, HEADS, HEAD_DIM = 1024, 7, 16, 128
-EXPERTS, CHOSEN, EXPERT_WIDTH = 16, 4, 768
-VOCABULARY, CONTEXT = 16 * HIDDEN, 4096
+# Beside this script: it runs where the project is not installed.
+from llama_cpp_sizes import CHOSEN, CONTEXT, EXPERT_WIDTH, EXPERTS, HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCABULARY
+
 TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
     "bf16": gguf.GGMLQuantizationType.BF16,

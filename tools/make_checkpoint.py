@@ -3,6 +3,7 @@
     python -m tools.make_checkpoint DST --sparse                       # 61 layers, 642 GB that take no disk
     python -m tools.make_checkpoint DST --preset step3-fp8 --sparse    # 328 GB
     python -m tools.make_checkpoint DST --layers 5 --text-only         # random values, 4 dense layers and a mixture
+    python -m tools.make_checkpoint DST --preset step3-fp8 --text-only --layers 3 --dense 1    # 15 GB, two of them mixtures
 
 Names, shapes, dtypes, shards and index are those of the release. With `--sparse` the headers are real and the data are
 holes, which read as zeros. Otherwise values are drawn piece by piece, and memory stays below a few hundred MB. A
@@ -111,17 +112,23 @@ def list_tensors(config: ModelConfig, *, seed: int | None) -> list[tuple[str, La
     return tensors
 
 
-def cut_layers(config: ModelConfig, num_layers: int) -> ModelConfig:
+def cut_layers(config: ModelConfig, num_layers: int, num_dense: int | None = None) -> ModelConfig:
     """The model with its first `num_layers` layers; layers beyond those of the release are mixtures.
 
+    Args:
+      config: The whole model.
+      num_layers: Layers to keep, or to have.
+      num_dense: Of them the first are dense and all others mixtures; None leaves each what it is.
+
     Raises:
-      ValueError: If `num_layers` is not positive, or above what a configuration may have.
+      ValueError: If `num_layers` is not positive, or above what a configuration may have, or `num_dense` is above it.
     """
+    if num_dense is not None and not 0 <= num_dense <= num_layers:
+        raise ValueError(f"{num_dense} dense layers are asked for, of {num_layers}")
     old = config.text.num_hidden_layers
     kept = tuple(layer for layer in config.text.moe_layers if layer < num_layers)
-    text = dataclasses.replace(
-        config.text, num_hidden_layers=num_layers, moe_layers=kept + tuple(range(old, num_layers))
-    )
+    mixtures = kept + tuple(range(old, num_layers)) if num_dense is None else tuple(range(num_dense, num_layers))
+    text = dataclasses.replace(config.text, num_hidden_layers=num_layers, moe_layers=mixtures)
     return dataclasses.replace(config, text=text)
 
 
@@ -195,6 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("dst", metavar="DST", help="folder to write")
     parser.add_argument("--preset", choices=PRESETS, default="step3", help="sizes and dtypes (default: %(default)s)")
     parser.add_argument("--layers", type=int, metavar="N", help="the first N layers of the decoder (default: all)")
+    parser.add_argument(
+        "--dense", type=int, metavar="N", help="with --layers: the first N are dense, the others mixtures"
+    )
     parser.add_argument("--text-only", action="store_true", help="without vision tower and projector")
     parser.add_argument("--sparse", action="store_true", help="headers only, the data are holes")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the values (default: 0)")
@@ -207,7 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.text_only:
             config = dataclasses.replace(config, vision=None)
         if arguments.layers is not None:
-            config = cut_layers(config, arguments.layers)
+            config = cut_layers(config, arguments.layers, arguments.dense)
+        elif arguments.dense is not None:
+            raise ValueError("--dense says which of a number of layers are dense: give --layers too")
         total = make_checkpoint(
             arguments.dst,
             config,

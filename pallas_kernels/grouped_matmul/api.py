@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.grouped_matmul import mosaic, reference
 from pallas_kernels.moe_permute.reference import Tiles, point_at
-from pallas_kernels.quantise import FP8
+from pallas_kernels.quantise import FP8, scales_shape
 from pallas_kernels.storage import BLOCK
 
 # FP8 values and their float32 scales, or an array. Of rows: [R, K] and [K/128, R]. Of weights: [..., rows, columns]
@@ -21,7 +21,7 @@ Weights = Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
 def moe_ffn(
-    x: Float[Array, "N D"],
+    x: Float[Array, "N D"] | tuple[Float[Array, "N D"], Float[Array, "blocks padded_N"]],
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
     gate: Weights,
@@ -42,7 +42,8 @@ def moe_ffn(
     reference too, and each expert's result is bfloat16.
 
     Args:
-      x: Tokens after the post-attention norm.
+      x: Tokens after the post-attention norm; for FP8 weights also as e4m3 values and their scales as columns,
+        [ceil(D/128), N rounded up to 4], as `norm_quantise` gives them. The result is then bfloat16.
       weights: Of the router.
       experts: Chosen experts, counted over all shards.
       gate, up: [E, F, D], or [L, E, F, D] with `layer`; an array of x's dtype, or a pair of e4m3 values and float32
@@ -66,12 +67,19 @@ def moe_ffn(
             f"gate is {_values(gate).shape}, up {_values(up).shape} and down {_values(down).shape}; "
             "gate and up must be [E, F, D] and down [E, D, F]"
         )
-    if x.shape[1] != depth:
-        raise ValueError(f"x has {x.shape[1]} columns and gate is for {depth}: they must be equal")
+    num_tokens, columns = _values(x).shape
+    if columns != depth:
+        raise ValueError(f"x has {columns} columns and gate is for {depth}: they must be equal")
+    if isinstance(x, tuple) and not isinstance(gate, tuple):
+        raise ValueError("x is quantised and the weights are not: give x in their dtype")
+    if isinstance(x, tuple) and x[1].shape != scales_shape(x[0].shape, "columns"):
+        raise ValueError(
+            f"the scales of x are {x[1].shape}; for values {x[0].shape} they must be {scales_shape(x[0].shape, 'columns')}"
+        )
     if first_expert < 0:
         raise ValueError(f"first_expert is {first_expert}; it must be at least 0")
     if experts.size == 0:
-        return jnp.zeros_like(x)
+        return jnp.zeros((num_tokens, columns), jnp.bfloat16 if isinstance(x, tuple) else x.dtype)
     options = {
         "num_experts": num_experts,
         "first_expert": first_expert,
@@ -80,13 +88,13 @@ def moe_ffn(
     stacks = [_flatten(stack) for stack in (gate, up, down)]
     return dispatch(
         implementation,
-        _unsupported(x.dtype, depth, width, gate),
+        _unsupported(_values(x).dtype, depth, width, gate),
         functools.partial(reference.moe_ffn, **options),
         functools.partial(mosaic.moe_ffn, **options),
         x,
         weights,
         experts,
-        _first_matrix(layer, num_experts),
+        jnp.asarray(0 if layer is None else layer, jnp.int32),
         *stacks,
     )
 

@@ -28,11 +28,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import tuning
 from pallas_kernels.compat import Ref, Target, swizzled
 from pallas_kernels.grouped_matmul.body import GROUP_ROWS, STORE_COLUMNS, Plan, run
+from pallas_kernels.moe_permute import plan
 from pallas_kernels.moe_permute.mosaic import permute_rows
 from pallas_kernels.moe_permute.reference import (
+    Permutation,
     Tiles,
     combine_rows,
-    permute_scales,
+    permute_columns,
     permute_weights,
     plan_permutation,
     point_at,
@@ -81,10 +83,10 @@ def grouped_down(
 
 
 def moe_ffn(
-    x: Float[Array, "N D"],
+    x: Float[Array, "N D"] | Pair,
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
-    first_matrix: Int[Array, ""],
+    layer: Int[Array, ""],
     gate: Array | Pair,
     up: Array | Pair,
     down: Array | Pair,
@@ -94,23 +96,44 @@ def moe_ffn(
     all_experts: int,
     interpret: bool,
 ) -> Float[Array, "N D"]:
-    """See `api.moe_ffn`; the shard's matrices are `num_experts` of each stack, from `first_matrix` on."""
-    permutation = plan_permutation(
+    """See `api.moe_ffn`; the shard's matrices are `num_experts` of each stack, those of `layer`."""
+    permutation, row_weights = _plan(
         experts,
+        weights,
+        layer,
         num_experts=num_experts,
         first_expert=first_expert,
         tile_rows=tile_rows_for(experts.size, all_experts),
+        interpret=interpret,
     )
-    tiles = point_at(permutation.tiles, first_matrix)
-    is_fp8 = isinstance(gate, tuple)
+    tiles, is_fp8 = permutation.tiles, isinstance(gate, tuple)
     if is_fp8:
-        values, scales = quantise_rows(x)
-        rows = permute_rows(values, permutation, interpret=interpret), permute_scales(scales, permutation)
+        values, scales = quantise_rows(x, scales_layout="columns") if isinstance(x, jax.Array) else x
+        rows = permute_rows(values, permutation, interpret=interpret), permute_columns(scales, permutation)
     else:
         rows = permute_rows(x, permutation, interpret=interpret)
     inner = grouped_gate_up(rows, gate, up, tiles, quantise=is_fp8, interpret=interpret)
-    out = grouped_down(inner, down, permute_weights(weights, permutation), tiles, interpret=interpret)
-    return combine_rows(out, permutation, x.dtype)
+    out = grouped_down(inner, down, row_weights, tiles, interpret=interpret)
+    return combine_rows(out, permutation, x.dtype if isinstance(x, jax.Array) else out.dtype)
+
+
+def _plan(
+    experts: Int[Array, "N top_k"],
+    weights: Float[Array, "N top_k"],
+    layer: Int[Array, ""],
+    *,
+    num_experts: int,
+    first_expert: int,
+    tile_rows: int,
+    interpret: bool,
+) -> tuple[Permutation, Float[Array, " R"]]:
+    """The permutation, its tiles pointing into the stack, and the weights of its rows: by a kernel if that can serve."""
+    options = {"num_experts": num_experts, "first_expert": first_expert, "tile_rows": tile_rows}
+    if plan.unsupported(experts.size, num_experts, tile_rows) is None:
+        return plan.plan_permutation(experts, weights, layer, **options, interpret=interpret)
+    permutation = plan_permutation(experts, **options)
+    row_weights = permute_weights(weights, permutation)
+    return permutation._replace(tiles=point_at(permutation.tiles, layer * num_experts)), row_weights
 
 
 def tile_rows_for(num_pairs: int, num_experts: int) -> int:

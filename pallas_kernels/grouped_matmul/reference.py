@@ -18,7 +18,7 @@ from pallas_kernels.moe_permute.reference import (
     plan_permutation,
     point_at,
 )
-from pallas_kernels.quantise import quantise_rows, scales_to_columns
+from pallas_kernels.quantise import quantise_rows, scales_to_columns, scales_to_rows
 from pallas_kernels.storage import BLOCK
 
 # Rows of a tile on a CPU: enough to fill a matrix product, few enough to waste little on padding.
@@ -56,10 +56,10 @@ def grouped_down(
 
 
 def moe_ffn(
-    x: Float[Array, "N D"],
+    x: Float[Array, "N D"] | Pair,
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
-    first_matrix: Int[Array, ""],
+    layer: Int[Array, ""],
     gate: Array | Pair,
     up: Array | Pair,
     down: Array | Pair,
@@ -68,7 +68,7 @@ def moe_ffn(
     first_expert: int,
     all_experts: int,
 ) -> Float[Array, "N D"]:
-    """See `api.moe_ffn`; the shard's matrices are `num_experts` of each stack, from `first_matrix` on."""
+    """See `api.moe_ffn`; the shard's matrices are `num_experts` of each stack, those of `layer`."""
     mean = max(experts.size // all_experts - 1, 0)
     permutation = plan_permutation(
         experts,
@@ -76,16 +76,16 @@ def moe_ffn(
         first_expert=first_expert,
         tile_rows=min(max(MIN_TILE_ROWS, 1 << mean.bit_length()), MAX_TILE_ROWS),
     )
-    tiles = point_at(permutation.tiles, first_matrix)
+    tiles = point_at(permutation.tiles, layer * num_experts)
     is_fp8 = isinstance(gate, tuple)
     if is_fp8:
-        values, scales = quantise_rows(x)
+        values, scales = quantise_rows(x) if isinstance(x, jax.Array) else (x[0], scales_to_rows(x[1], x[0].shape[0]))
         rows = permute_rows(values, permutation), permute_scales(scales, permutation)
     else:
         rows = permute_rows(x, permutation)
     inner = grouped_gate_up(rows, gate, up, tiles, quantise=is_fp8)
     out = grouped_down(inner, down, permute_weights(weights, permutation), tiles)
-    return combine_rows(out, permutation, x.dtype)
+    return combine_rows(out, permutation, x.dtype if isinstance(x, jax.Array) else out.dtype)
 
 
 def _map_tiles(

@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Literal, overload
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,7 +14,11 @@ from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.mfa_decode import mosaic, reference
 from pallas_kernels.mfa_decode.plan import Plan, plan_work
 from pallas_kernels.pages import KVPages
+from pallas_kernels.quantise import quantise_rows
 from pallas_kernels.storage import Storage
+
+# Formats of pages that the kernel reads; there are plans for these.
+KERNEL_STORAGES = tuple(mosaic.COMPUTE_DTYPES)
 
 
 @overload
@@ -26,6 +31,7 @@ def mfa_decode(
     first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     plan: Plan | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
     return_lse: Literal[False] = False,
     implementation: Implementation = "auto",
 ) -> Float[Array, "B T H K"]: ...
@@ -39,6 +45,7 @@ def mfa_decode(
     first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     plan: Plan | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
     return_lse: Literal[True],
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]: ...
@@ -51,6 +58,7 @@ def mfa_decode(
     first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     plan: Plan | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
     return_lse: bool = False,
     implementation: Implementation = "auto",
 ) -> Float[Array, "B T H K"] | tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
@@ -73,17 +81,92 @@ def mfa_decode(
         adds it, so that the layers share one table.
       scale: Of the scores; 1 / sqrt(K) if None.
       plan: What `plan_decode` made of these lengths, if several layers share it: eight small kernels are saved in each.
+      out_dtype: Of the output; that of the queries if None.
       return_lse: Also return the logarithm of each softmax's denominator, to merge with attention over other keys.
       implementation: See `common.Implementation`.
 
     Returns:
-      The output in the queries' dtype, zero where a token sees nothing; with `return_lse` also the log-sum-exp (natural
+      The output in `out_dtype`, zero where a token sees nothing; with `return_lse` also the log-sum-exp (natural
       logarithm, float32, -inf where a token sees nothing).
 
     Raises:
       ValueError: If shapes do not fit together.
       NotImplementedError: If the kernel is asked for by name and cannot serve these arguments.
     """
+    dtype = jnp.dtype(queries.dtype if out_dtype is None else out_dtype)
+    _check(queries, pages, table, lengths, plan)
+    if queries.shape[0] == 0 or table.shape[1] == 0:
+        out, lse = jnp.zeros(queries.shape, dtype), jnp.full(queries.shape[:3], -jnp.inf, jnp.float32)
+        return (out, lse) if return_lse else out
+    options = {"scale": 1.0 / math.sqrt(queries.shape[3]) if scale is None else scale, "out_dtype": dtype}
+    out, lse = dispatch(
+        implementation,
+        mosaic.unsupported(queries, pages),
+        functools.partial(reference.decode_attention, **options),
+        functools.partial(mosaic.decode_attention, **options),
+        queries,
+        pages,
+        table,
+        lengths,
+        plan,
+        jnp.asarray(first_page, jnp.int32),
+    )
+    return (out, lse) if return_lse else out
+
+
+def mfa_decode_quantised(
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    *,
+    first_page: Int[Array, ""] | int = 0,
+    scale: float | None = None,
+    plan: Plan | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "N columns"], Float[Array, "blocks padded_N"]]:
+    """`mfa_decode` with the heads of each token quantised, as `fp8_matmul` reads them: quantise_rows(out), in float32.
+
+    Args:
+      queries, pages, table, lengths: As in `mfa_decode`.
+      first_page, scale, plan: As in `mfa_decode`.
+      implementation: See `common.Implementation`. The kernel needs H to be a multiple of 64 besides.
+
+    Returns:
+      e4m3 values [B T, H K], and float32 scales of 128 columns in the layout "columns", [H K / 128, B T rounded up to 4], of
+      which the kernel leaves what is past B T undefined.
+
+    Raises:
+      ValueError: If shapes do not fit together.
+      NotImplementedError: If the kernel is asked for by name and cannot serve these arguments.
+    """
+    batch, tokens, heads, head_dim = queries.shape
+    _check(queries, pages, table, lengths, plan)
+    if batch == 0 or table.shape[1] == 0:
+        return quantise_rows(jnp.zeros((batch * tokens, heads * head_dim)), scales_layout="columns")
+    options = {"scale": 1.0 / math.sqrt(head_dim) if scale is None else scale}
+    return dispatch(
+        implementation,
+        mosaic.unsupported(queries, pages) or mosaic.unsupported_quantised(queries),
+        functools.partial(reference.decode_quantised, **options),
+        functools.partial(mosaic.decode_quantised, **options),
+        queries,
+        pages,
+        table,
+        lengths,
+        plan,
+        jnp.asarray(first_page, jnp.int32),
+    )
+
+
+def _check(
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    table: Int[Array, "rows max_pages"],
+    lengths: Int[Array, "..."],
+    plan: Plan | None,
+) -> None:
+    """Raises ValueError where shapes do not fit together."""
     batch, _, _, head_dim = queries.shape
     if table.shape[0] != batch or lengths.shape != (batch,):
         raise ValueError(
@@ -94,23 +177,6 @@ def mfa_decode(
         raise ValueError(f"queries have heads of {head_dim}, the pages rows of {pages.head_dim}: they must be equal")
     if plan is not None and plan.lengths.shape != (batch,):
         raise ValueError(f"the plan is for {plan.lengths.shape[0]} sequences, the queries are of {batch}")
-    if batch == 0 or table.shape[1] == 0:
-        out, lse = jnp.zeros_like(queries), jnp.full(queries.shape[:3], -jnp.inf, jnp.float32)
-        return (out, lse) if return_lse else out
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
-    out, lse = dispatch(
-        implementation,
-        mosaic.unsupported(queries, pages),
-        functools.partial(reference.decode_attention, scale=scale),
-        functools.partial(mosaic.decode_attention, scale=scale),
-        queries,
-        pages,
-        table,
-        lengths,
-        plan,
-        jnp.asarray(first_page, jnp.int32),
-    )
-    return (out, lse) if return_lse else out
 
 
 def plan_decode(

@@ -18,10 +18,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compat import WGMMA, WGMMA_ROW, Ref, Target
+from pallas_kernels.quantise import FP8, FP8_MAX
+from pallas_kernels.storage import BLOCK
 
 TILE = 64
 # Below any maximum that a fragment has.
 FLOOR = -5e29
+# Fragments of 64 x 128 that are loaded together: the sum and two of them are 192 of a thread's registers.
+QUANTISED_UNROLL = 2
 
 
 def combine(
@@ -65,6 +69,70 @@ def combine(
     return out, lse
 
 
+def combine_quantised(
+    parts: Float[Array, "F R K"],
+    tops: Float[Array, "F R"],
+    norms: Float[Array, "F R"],
+    fragments: Int[Array, "B 2"],
+    *,
+    heads: int,
+    tokens: int,
+    target: Target,
+) -> tuple[Float[Array, "N columns"], Float[Array, "blocks padded_N"]]:
+    """As `combine`, with each token's heads side by side and quantised: e4m3 values, and scales as columns.
+
+    A CTA has 64 heads of one token and 128 of their columns: one scale a row. It reads what `combine` does.
+
+    Args:
+      parts, tops, norms, fragments, target: As in `combine`.
+      heads: H, a multiple of 64.
+      tokens: T; the rows behind T H are filling.
+    """
+    batch, head_dim = fragments.shape[0], parts.shape[2]
+    num_rows, columns = batch * tokens, head_dim // BLOCK
+
+    def mfa_combine_quantised(*refs: Ref) -> None:
+        _body_quantised(*refs, tokens=tokens, tiles=heads // TILE, target=target)
+
+    values, scales = plgpu.kernel(
+        mfa_combine_quantised,
+        out_type=[
+            jax.ShapeDtypeStruct((num_rows, heads, head_dim), FP8),
+            jax.ShapeDtypeStruct((heads, columns, num_rows + -num_rows % 4), jnp.float32),
+        ],
+        grid=(batch, tokens * heads // TILE, columns),
+        grid_names=("sequence", "tile", "column"),
+        **target.kernel_options(),
+    )(fragments, parts, tops, norms)
+    return values.reshape(num_rows, heads * head_dim), scales.reshape(heads * columns, -1)
+
+
+def _body_quantised(
+    fragments_ref: Ref,
+    parts_ref: Ref,
+    tops_ref: Ref,
+    norms_ref: Ref,
+    values_ref: Ref,
+    scales_ref: Ref,
+    *,
+    tokens: int,
+    tiles: int,
+    target: Target,
+) -> None:
+    """`tiles` of 64 heads are a token."""
+    b, tile, column = lax.axis_index("sequence"), lax.axis_index("tile"), lax.axis_index("column")
+    span = pl.ds(column * BLOCK, BLOCK)
+    total, _, norm = _add_up(fragments_ref, parts_ref, tops_ref, norms_ref, span, BLOCK, QUANTISED_UNROLL, target)
+    out = total / _across(jnp.where(norm > 0, norm, 1.0), BLOCK)
+    largest = jnp.max(jnp.abs(out), axis=1)
+    scale = jnp.where(largest > 0.0, largest / FP8_MAX, 1.0)
+    row = b * tokens + lax.div(tile, jnp.int32(tiles))
+    heads = pl.ds(lax.rem(tile, jnp.int32(tiles)) * TILE, TILE)
+    # A quotient may round to just above the largest value, which e4m3 would turn into NaN.
+    values_ref[row, heads, span] = jnp.clip(out / _across(scale, BLOCK), -FP8_MAX, FP8_MAX).astype(FP8)
+    scales_ref[heads, column, row] = scale
+
+
 def _body(
     fragments_ref: Ref,
     parts_ref: Ref,
@@ -79,6 +147,28 @@ def _body(
 ) -> None:
     b, tile, column = lax.axis_index("sequence"), lax.axis_index("tile"), lax.axis_index("column")
     rows, span = pl.ds(tile * TILE, TILE), pl.ds(column * columns, columns)
+    total, top, norm = _add_up(fragments_ref, parts_ref, tops_ref, norms_ref, span, columns, unroll, target)
+    is_any = norm > 0
+    divisor = jnp.where(is_any, norm, 1.0)
+    out_ref[b, rows, span] = (total / _across(divisor, columns)).astype(out_ref.dtype)
+
+    @pl.when(column == 0)
+    def write_lse() -> None:
+        lse_ref[b, rows] = jnp.where(is_any, top * math.log(2) + jnp.log(divisor), -jnp.inf)
+
+
+def _add_up(
+    fragments_ref: Ref,
+    parts_ref: Ref,
+    tops_ref: Ref,
+    norms_ref: Ref,
+    span: pl.Slice,
+    columns: int,
+    unroll: int,
+    target: Target,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sum of the weighted values in the columns of `span`, its factor's logarithm, and sum of the weights, of each row."""
+    b, rows = lax.axis_index("sequence"), pl.ds(lax.axis_index("tile") * TILE, TILE)
     first, count = fragments_ref[b, 0], fragments_ref[b, 1]
 
     def step(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -105,14 +195,7 @@ def _body(
         target.full((TILE,), FLOOR, WGMMA_ROW),
         target.full((TILE,), 0.0, WGMMA_ROW),
     )
-    total, top, norm = lax.fori_loop(0, lax.div(count + (unroll - 1), jnp.int32(unroll)), step, empty)
-    is_any = norm > 0
-    divisor = jnp.where(is_any, norm, 1.0)
-    out_ref[b, rows, span] = (total / _across(divisor, columns)).astype(out_ref.dtype)
-
-    @pl.when(column == 0)
-    def write_lse() -> None:
-        lse_ref[b, rows] = jnp.where(is_any, top * math.log(2) + jnp.log(divisor), -jnp.inf)
+    return lax.fori_loop(0, lax.div(count + (unroll - 1), jnp.int32(unroll)), step, empty)
 
 
 def _across(rows: jax.Array, columns: int) -> jax.Array:

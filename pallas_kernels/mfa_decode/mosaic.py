@@ -101,6 +101,7 @@ def decode_attention(
     first_page: Int[Array, ""] | int = 0,
     *,
     scale: float,
+    out_dtype: jax.typing.DTypeLike | None = None,
     interpret: bool,
     detect_races: bool = False,
     blocks: dict[str, int] | None = None,
@@ -110,18 +111,81 @@ def decode_attention(
     Args:
       queries, pages, table, lengths, scale: As there.
       work: Of `api.plan_decode`; made here if None.
-      first_page: As there.
+      first_page, out_dtype: As there.
       interpret: Run on a CPU.
       detect_races: The interpreter looks for unordered accesses.
       blocks: Overrides of `default_blocks`.
     """
-    batch, tokens, heads, head_dim = queries.shape
-    target = Target(interpret, detect_races)
-    capacity = table.shape[1] * pages.page_size
-    sizes = default_blocks(batch, tokens * heads, pages.storage, capacity)
+    _, tokens, heads, _ = queries.shape
+    target, sizes = Target(interpret, detect_races), _choose_sizes(queries, pages, table, interpret, blocks)
+    *fragments, work = _attend_fragments(queries, pages, table, lengths, work, first_page, scale, target, sizes)
+    out, lse = combine.combine(
+        *fragments,
+        work.fragments,
+        dtype=queries.dtype if out_dtype is None else out_dtype,
+        target=target,
+        columns=sizes["columns"],
+        unroll=sizes["unroll"],
+    )
+    used = slice(0, tokens * heads)
+    return out[:, used].reshape(queries.shape), lse[:, used].reshape(queries.shape[:3])
+
+
+def decode_quantised(
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    work: plan.Plan | None = None,
+    first_page: Int[Array, ""] | int = 0,
+    *,
+    scale: float,
+    interpret: bool,
+    detect_races: bool = False,
+    blocks: dict[str, int] | None = None,
+) -> tuple[Float[Array, "N columns"], Float[Array, "blocks padded_N"]]:
+    """See `api.mfa_decode_quantised`; arguments as of `decode_attention`."""
+    target, sizes = Target(interpret, detect_races), _choose_sizes(queries, pages, table, interpret, blocks)
+    *fragments, work = _attend_fragments(queries, pages, table, lengths, work, first_page, scale, target, sizes)
+    return combine.combine_quantised(
+        *fragments, work.fragments, heads=queries.shape[2], tokens=queries.shape[1], target=target
+    )
+
+
+def unsupported_quantised(queries: Float[Array, "B T H K"]) -> str | None:
+    """Why the kernel cannot quantise these heads; None if it can."""
+    if queries.shape[2] % TILE:
+        return f"mfa_decode's kernel quantises a multiple of {TILE} heads, not {queries.shape[2]}"
+    return None
+
+
+def _choose_sizes(
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    table: Int[Array, "B max_pages"],
+    interpret: bool,
+    blocks: dict[str, int] | None,
+) -> dict[str, int]:
+    batch, tokens, heads, _ = queries.shape
+    sizes = default_blocks(batch, tokens * heads, pages.storage, table.shape[1] * pages.page_size)
     sizes.update(INTERPRETED if interpret else {})
     sizes.update(blocks or {})
+    return sizes
 
+
+def _attend_fragments(
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    work: plan.Plan | None,
+    first_page: Int[Array, ""] | int,
+    scale: float,
+    target: Target,
+    sizes: dict[str, int],
+) -> tuple[Float[Array, "F R K"], Float[Array, "F R"], Float[Array, "F R"], plan.Plan]:
+    """What `_attend` gives, and the plan."""
+    batch, tokens, heads, head_dim = queries.shape
     geometry = Geometry(
         storage=pages.storage,
         tokens=tokens,
@@ -133,25 +197,14 @@ def decode_attention(
         dtype=COMPUTE_DTYPES[pages.storage],
     )
     if work is None:
+        capacity = table.shape[1] * pages.page_size
         work = plan.plan_work(lengths, capacity=capacity, workers=sizes["workers"], min_blocks=sizes["min_blocks"])
     rows = queries.reshape(batch, tokens * heads, head_dim)
     if not geometry.is_narrow:
         rows = rows.astype(geometry.dtype)
     rows = jnp.pad(rows, ((0, 0), (0, geometry.rows - tokens * heads), (0, 0)))
     first = jnp.asarray(first_page, jnp.int32).reshape(1)
-    parts, tops, norms = _attend(geometry, target, rows, pages, table.astype(jnp.int32), first, work)
-    out, lse = combine.combine(
-        parts,
-        tops,
-        norms,
-        work.fragments,
-        dtype=queries.dtype,
-        target=target,
-        columns=sizes["columns"],
-        unroll=sizes["unroll"],
-    )
-    used = slice(0, tokens * heads)
-    return out[:, used].reshape(queries.shape), lse[:, used].reshape(queries.shape[:3])
+    return *_attend(geometry, target, rows, pages, table.astype(jnp.int32), first, work), work
 
 
 def _attend(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mfa_decode.plan import Plan
 from pallas_kernels.pages import KVPages, gather_rows
+from pallas_kernels.quantise import quantise_rows
 
 # Tokens of each sequence that are decoded and multiplied at a time, as long as any sequence of the batch has more: so a
 # table's width costs nothing. Of 32 sequences they stay in a CPU's cache: 2,048 at a time took 3 to 7 times as long.
@@ -24,6 +25,7 @@ def decode_attention(
     first_page: Int[Array, ""] | int = 0,
     *,
     scale: float,
+    out_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
     """Output and log-sum-exp; see `api.mfa_decode`. Scores, weights and sums are float32. `work` is for the kernel only."""
     del work
@@ -63,4 +65,24 @@ def decode_attention(
     is_any = norm > 0
     out = total / jnp.where(is_any, norm, 1.0)[:, :, None]
     lse = jnp.where(is_any, top + jnp.log(jnp.where(is_any, norm, 1.0)), -jnp.inf)
-    return out.astype(queries.dtype).reshape(queries.shape), lse.reshape(queries.shape[:3])
+    return out.astype(queries.dtype if out_dtype is None else out_dtype).reshape(queries.shape), lse.reshape(
+        queries.shape[:3]
+    )
+
+
+def decode_quantised(
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+    work: Plan | None = None,
+    first_page: Int[Array, ""] | int = 0,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "N columns"], Float[Array, "blocks padded_N"]]:
+    """See `api.mfa_decode_quantised`."""
+    out, _ = decode_attention(
+        queries, pages, table, lengths, work, first_page, scale=scale, out_dtype=jnp.dtype(jnp.float32)
+    )
+    batch, tokens, heads, head_dim = out.shape
+    return quantise_rows(out.reshape(batch * tokens, heads * head_dim), scales_layout="columns")

@@ -48,10 +48,15 @@ def permute_rows(
     while chunk_rows > 1 and chunk_rows * width * array.dtype.itemsize > SMEM_BYTES:
         chunk_rows //= 2
     num_ctas = min(blocks["ctas"], num_rows // chunk_rows)
-    # A row without a pair gets the last token's: a copy that always has a source needs no mask.
-    tokens = jnp.minimum(permutation.tokens, num_tokens - 1)
     out = plgpu.kernel(
-        functools.partial(_gather, tile_rows=tile_rows, chunk_rows=chunk_rows, num_ctas=num_ctas),
+        functools.partial(
+            _gather,
+            num_tokens=num_tokens,
+            top_k=permutation.rows.shape[1],
+            tile_rows=tile_rows,
+            chunk_rows=chunk_rows,
+            num_ctas=num_ctas,
+        ),
         out_type=jax.ShapeDtypeStruct((num_rows, lines, LINE), array.dtype),
         grid=(num_ctas,),
         grid_names=("cta",),
@@ -60,19 +65,21 @@ def permute_rows(
             plgpu.Barrier(num_arrivals=chunk_rows),
         ],
         **target.kernel_options(),
-    )(array.reshape(num_tokens, lines, LINE), tokens, permutation.tiles.table, permutation.tiles.used)
+    )(array.reshape(num_tokens, lines, LINE), permutation.pairs, permutation.tiles.table, permutation.tiles.used)
     return out.reshape(num_rows, width)
 
 
 def _gather(
     array: Ref,
-    tokens: Ref,
+    pairs: Ref,
     table: Ref,
     used: Ref,
     out: Ref,
     buffer: Ref,
     arrived: Ref,
     *,
+    num_tokens: int,
+    top_k: int,
     tile_rows: int,
     chunk_rows: int,
     num_ctas: int,
@@ -92,7 +99,10 @@ def _gather(
             # The rows before must have left the buffer.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for slot in range(chunk_rows):
-                plgpu.copy_gmem_to_smem(array.at[tokens[row + slot]], buffer.at[slot], arrived)
+                # A row without a pair, where anything may stand, gets some token's: a copy that always has a source needs
+                # no mask.
+                token = jnp.clip(lax.div(pairs[row + slot], jnp.int32(top_k)), 0, num_tokens - 1)
+                plgpu.copy_gmem_to_smem(array.at[token], buffer.at[slot], arrived)
             plgpu.barrier_wait(arrived)
             # From the copy engine to the copy engine: no thread has written, so nothing has to be committed.
             plgpu.copy_smem_to_gmem(buffer, out.at[pl.ds(row, chunk_rows)])

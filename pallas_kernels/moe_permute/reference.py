@@ -102,6 +102,12 @@ def permute_scales(scales: Float[Array, "N blocks"], permutation: Permutation) -
     return scales.T.at[:, permutation.tokens].get(mode="fill", fill_value=1)
 
 
+def permute_columns(scales: Float[Array, "blocks padded_N"], permutation: Permutation) -> Float[Array, "blocks R"]:
+    """As `permute_scales`, of scales that are columns already: [blocks, N rounded up to 4]."""
+    num_tokens = permutation.rows.shape[0]
+    return scales[:, :num_tokens].at[:, permutation.tokens].get(mode="fill", fill_value=1)
+
+
 def permute_weights(weights: Float[Array, "N top_k"], permutation: Permutation) -> Float[Array, " R"]:
     """See `api.permute_weights`."""
     flat = weights.astype(jnp.float32).reshape(-1)
@@ -116,8 +122,10 @@ def point_at(tiles: Tiles, first_matrix: Int[Array, ""] | int) -> Tiles:
 
 def combine_rows(array: Float[Array, "R D"], permutation: Permutation, dtype: jnp.dtype) -> Float[Array, "N D"]:
     """See `api.combine_rows`."""
-    picked = array.at[permutation.rows].get(mode="fill", fill_value=0)
-    return jnp.sum(picked.astype(jnp.float32), axis=1).astype(dtype)
+    # Not by a gather that fills: whether a row is there would be a kernel of its own.
+    picked = array.at[permutation.rows].get(mode="clip").astype(jnp.float32)
+    is_there = permutation.rows < array.shape[0]
+    return jnp.sum(jnp.where(is_there[..., None], picked, 0), axis=1).astype(dtype)
 
 
 def _rank(local: Int[Array, " pairs"], num_experts: int) -> tuple[Int[Array, " pairs"], Int[Array, " E"]]:

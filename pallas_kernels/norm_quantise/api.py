@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.norm_quantise import mosaic, reference
 from pallas_kernels.quantise import ScalesLayout, check_layout
+from pallas_kernels.storage import BLOCK
 
 
 def norm_quantise(
-    x: Float[Array, "M D"],
+    x: Float[Array, "M columns"],
     weight: Float[Array, "*L D"],
     *,
     eps: float,
@@ -30,7 +31,8 @@ def norm_quantise(
     `rms_norm` does it.
 
     Args:
-      x: bfloat16 or float32.
+      x: bfloat16 or float32, [M, D]; or with more columns, of which the first D are normed: other parts of a joined
+        product may stand behind them. The kernel reads them in place if all columns are a multiple of 512.
       weight: Multiplies plainly (not 1 + w); [D], or a stack of layers [L, D].
       eps: Added to the mean square.
       layer: Which layer of a stack, 0 to L - 1; may be traced. The kernel reads it in place, nothing is sliced out.
@@ -47,8 +49,10 @@ def norm_quantise(
       NotImplementedError: If the kernel is asked for by name and cannot serve.
     """
     check_layout(scales_layout)
-    if x.ndim != 2 or weight.shape[-1:] != x.shape[1:] or weight.ndim > 2 or 0 in x.shape:
-        raise ValueError(f"x is {x.shape} and weight {weight.shape}; wanted are [M, D] and [D] or [L, D], no size 0")
+    if x.ndim != 2 or weight.ndim not in (1, 2) or x.shape[1] < weight.shape[-1] or 0 in (*x.shape, *weight.shape):
+        raise ValueError(
+            f"x is {x.shape} and weight {weight.shape}; wanted are [M, D] (or more columns) and [D] or [L, D], no size 0"
+        )
     if (weight.ndim == 2) != (layer is not None):
         raise ValueError(
             f"weight is {weight.shape} and layer is {layer}: give a layer with a stack [L, D], and none with [D]"
@@ -58,7 +62,7 @@ def norm_quantise(
             raise ValueError(f"{name} is {array.dtype}; allowed: bfloat16, float32")
     return dispatch(
         implementation,
-        _unsupported(x.shape[1]),
+        _unsupported(weight.shape[-1], x.shape[1]),
         functools.partial(reference.norm_quantise, eps=eps, scales_layout=scales_layout, with_normed=with_normed),
         functools.partial(mosaic.norm_quantise, eps=eps, scales_layout=scales_layout, with_normed=with_normed),
         x,
@@ -67,7 +71,9 @@ def norm_quantise(
     )
 
 
-def _unsupported(size: int) -> str | None:
+def _unsupported(size: int, columns: int) -> str | None:
+    if columns % (4 * BLOCK):
+        return f"the kernel needs rows of a multiple of {4 * BLOCK} columns, they have {columns}"
     if size % 1024 or size > 8192:
         return f"the kernel needs D to be a multiple of 1024 and at most 8192, it is {size}"
     return None

@@ -38,15 +38,17 @@ def norm_quantise(
 ) -> tuple[jax.Array, ...]:
     """See `api`; weight is [L, D]."""
     target = Target(interpret=interpret, detect_races=detect_races)
-    m, size = x.shape
+    m, size = x.shape[0], weight.shape[1]
     blocks = size // BLOCK
     normed_dtype = jnp.promote_types(x.dtype, weight.dtype)
     out_type = [
         jax.ShapeDtypeStruct((m, blocks, BLOCK), FP8),
-        jax.ShapeDtypeStruct(scales_shape(x.shape, scales_layout), jnp.float32),
+        jax.ShapeDtypeStruct(scales_shape((m, size), scales_layout), jnp.float32),
     ]
+    # A copy into a swizzled buffer takes arrays of whole tiles of 8 rows; the columns of a joined product may be 20.
+    transforms = swizzled(x.dtype) if x.shape[1] // BLOCK % 8 == 0 else (plgpu.TilingTransform((4, 64)),)
     scratch_types = [
-        plgpu.SMEM((TILE, BLOCK), x.dtype, transforms=swizzled(x.dtype)),
+        plgpu.SMEM((TILE, BLOCK), x.dtype, transforms=transforms),
         plgpu.SMEM((TILE, BLOCK), weight.dtype, transforms=swizzled(weight.dtype)),
         plgpu.SMEM((TILE, BLOCK), FP8, transforms=swizzled(FP8)),
         plgpu.SMEM((TILE,), jnp.float32),
@@ -66,7 +68,7 @@ def norm_quantise(
         grid_names=("row",),
         scratch_types=scratch_types,
         **target.kernel_options(),
-    )(layer.reshape(1), x.reshape(m, blocks, BLOCK), weight.reshape(-1, blocks, BLOCK))
+    )(layer.reshape(1), x.reshape(m, -1, BLOCK), weight.reshape(-1, blocks, BLOCK))
     return (values.reshape(m, size), scales, *(array.reshape(m, size) for array in normed))
 
 
@@ -85,10 +87,10 @@ def _body(
     normed_ref, rest = (rest[0], rest[1:]) if with_normed else (None, rest)
     x_smem, weight_smem, values_smem, sums_smem, scales_smem, copied, *normed_smem = rest
     row = lax.axis_index("row")
-    blocks = x_ref.shape[1]
+    blocks = weight_ref.shape[1]
     used = pl.ds(0, blocks)
 
-    plgpu.copy_gmem_to_smem(x_ref.at[row], x_smem.at[used], copied)
+    plgpu.copy_gmem_to_smem(x_ref.at[row, used], x_smem.at[used], copied)
     plgpu.copy_gmem_to_smem(weight_ref.at[layer_ref[0]], weight_smem.at[used], copied)
     plgpu.barrier_wait(copied)
 

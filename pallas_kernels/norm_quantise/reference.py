@@ -10,7 +10,7 @@ from pallas_kernels.quantise import ScalesLayout, quantise_rows
 
 
 def norm_quantise(
-    x: Float[Array, "M D"],
+    x: Float[Array, "M columns"],
     weight: Float[Array, "L D"],
     layer: Int[Array, ""],
     *,
@@ -20,6 +20,7 @@ def norm_quantise(
 ) -> tuple[jax.Array, ...]:
     """Values, scales, and the norm itself if wanted."""
     weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+    x = x[:, : weight.shape[0]]
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     normed = (wide * scale).astype(x.dtype) * weight

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -12,8 +15,8 @@ from pallas_kernels.rope_cache_write import mosaic, reference
 
 def rope_cache_write(
     queries: Float[Array, "N H K"],
-    keys: Float[Array, "N K"],
-    values: Float[Array, "N K"],
+    keys: Float[Array, "N key_columns"],
+    values: Float[Array, "N value_columns"],
     cos: Float[Array, "N half"],
     sin: Float[Array, "N half"],
     pages: KVPages,
@@ -21,6 +24,9 @@ def rope_cache_write(
     slots: Int[Array, " N"],
     *,
     first_page: Int[Array, ""] | int = 0,
+    key_at: int = 0,
+    value_at: int = 0,
+    query_dtype: jax.typing.DTypeLike | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "N H K"], KVPages]:
     """Rotates queries and keys, and writes keys and values to their places in the paged cache.
@@ -32,8 +38,9 @@ def rope_cache_write(
 
     Args:
       queries: Before rotation.
-      keys: One key a token, before rotation.
-      values: One value a token.
+      keys: One key a token, before rotation, in the K columns from `key_at` on: there may be more, such as other parts of
+        a joined product. The kernel reads them in place.
+      values: One value a token likewise, from `value_at` on.
       cos: Cosine of position * theta^(-2i/K), i < K/2.
       sin: Sine of the same.
       pages: One layer's cache, or that of all layers in one pool.
@@ -41,20 +48,30 @@ def rope_cache_write(
         page the pool does not have.
       slots: Row in that page, in [0, page). Two tokens of one call must not share a place.
       first_page: Added to every page id: where a layer's pages start in the pool; may be traced. The kernel adds it.
+      key_at, value_at: First column of the keys and of the values in their arrays.
+      query_dtype: Of the rotated queries; their own if None. float16 is what `mfa_decode` multiplies with fp8 pages: it
+        then converts nothing.
       implementation: See `Implementation`.
 
     Returns:
-      Rotated queries in their dtype, and the pages.
+      Rotated queries, and the pages.
 
     Raises:
       ValueError: If the head sizes of rows, tables and pages do not fit together.
       NotImplementedError: If the kernel is asked for by name and cannot serve; the message says why.
     """
     head_dim = queries.shape[-1]
-    if keys.shape[-1] != head_dim or values.shape[-1] != head_dim or 2 * cos.shape[-1] != head_dim:
+    ends = (key_at + head_dim, value_at + head_dim)
+    if (
+        2 * cos.shape[-1] != head_dim
+        or min(key_at, value_at) < 0
+        or keys.shape[-1] < ends[0]
+        or values.shape[-1] < ends[1]
+    ):
         raise ValueError(
-            f"queries have head size {head_dim}, keys {keys.shape[-1]}, values {values.shape[-1]} and cos {cos.shape[-1]}: "
-            "the first three must be equal, and cos and sin have half of it"
+            f"queries have head size {head_dim}, keys {keys.shape[-1]} columns from {key_at} on, values "
+            f"{values.shape[-1]} from {value_at} on and cos {cos.shape[-1]}: keys and values need a head's columns, and cos "
+            "and sin half of them"
         )
     if pages.head_dim != head_dim:
         raise ValueError(
@@ -62,11 +79,13 @@ def rope_cache_write(
         )
     if not jnp.issubdtype(page_ids.dtype, jnp.integer) or not jnp.issubdtype(slots.dtype, jnp.integer):
         raise ValueError(f"page_ids ({page_ids.dtype}) and slots ({slots.dtype}) must be integers")
+    wanted = jnp.dtype(queries.dtype if query_dtype is None else query_dtype)
+    options = {"key_at": key_at, "value_at": value_at, "query_dtype": wanted}
     return dispatch(
         implementation,
-        mosaic.unsupported(queries, pages),
-        reference.rope_cache_write,
-        mosaic.rope_cache_write,
+        mosaic.unsupported(queries, pages, wanted),
+        functools.partial(reference.rope_cache_write, **options),
+        functools.partial(mosaic.rope_cache_write, **options),
         queries,
         keys,
         values,

@@ -32,8 +32,10 @@ CHUNK = 64
 ROWS = 16
 
 
-def unsupported(queries: Float[Array, "N H K"], pages: KVPages) -> str | None:
+def unsupported(queries: Float[Array, "N H K"], pages: KVPages, query_dtype: jnp.dtype) -> str | None:
     """Why the kernel cannot serve these; None if it can."""
+    if query_dtype not in (jnp.bfloat16, jnp.float16):
+        return f"rope_cache_write gives queries in bfloat16 or float16, not {query_dtype}"
     if queries.dtype != jnp.bfloat16:
         return f"rope_cache_write rotates bfloat16 queries, these are {queries.dtype}"
     # Not by `storage`: pages of bits, for CPUs, have the same.
@@ -47,11 +49,11 @@ def unsupported(queries: Float[Array, "N H K"], pages: KVPages) -> str | None:
 
 
 # References with a memory space exist only inside of a jit.
-@functools.partial(jax.jit, static_argnames=("interpret", "detect_races"))
+@functools.partial(jax.jit, static_argnames=("key_at", "value_at", "query_dtype", "interpret", "detect_races"))
 def rope_cache_write(
     queries: Float[Array, "N H K"],
-    keys: Float[Array, "N K"],
-    values: Float[Array, "N K"],
+    keys: Float[Array, "N key_columns"],
+    values: Float[Array, "N value_columns"],
     cos: Float[Array, "N half"],
     sin: Float[Array, "N half"],
     pages: KVPages,
@@ -61,12 +63,15 @@ def rope_cache_write(
     *,
     interpret: bool,
     detect_races: bool = False,
+    key_at: int = 0,
+    value_at: int = 0,
+    query_dtype: jnp.dtype | None = None,
 ) -> tuple[Float[Array, "N H K"], KVPages]:
     """See `api.rope_cache_write`."""
     target = Target(interpret, detect_races)
     num_tokens, num_heads, _ = queries.shape
     if num_tokens == 0:
-        return queries, pages
+        return queries.astype(query_dtype or queries.dtype), pages
     tokens = [keys, values, cos, sin]
     if num_tokens < TILE:
         # The tile is read whole.
@@ -83,6 +88,8 @@ def rope_cache_write(
             heads_tiles=num_heads // TILE,
             num_pages=pages.keys.shape[0],
             is_scaled=len(buffers) == 4,
+            columns=(key_at, value_at),
+            query_dtype=query_dtype or queries.dtype,
         ),
         out_type=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
         # The blocks with the longest chain first.
@@ -105,7 +112,7 @@ def rope_cache_write(
         *refs,
     )
     written = [jax.freeze(ref) for ref in refs]
-    return rotated, KVPages(*written)
+    return lax.bitcast_convert_type(rotated, query_dtype or queries.dtype), KVPages(*written)
 
 
 def _body(
@@ -124,9 +131,16 @@ def _body(
     heads_tiles: int,
     num_pages: int,
     is_scaled: bool,
+    columns: tuple[int, int],
+    query_dtype: jnp.dtype,
 ) -> None:
     *pages, out_ref, query_tile, row_tile, scale_tile, loaded = refs
     block = lax.axis_index("block")
+
+    def store_query(value: jax.Array) -> jax.Array:
+        """In the dtype that is wanted, under the name of the dtype that the tile has."""
+        value = value.astype(query_dtype)
+        return value if query_dtype == out_ref.dtype else lax.bitcast_convert_type(value, out_ref.dtype)
 
     def write_rows(part: jax.Array, source: Ref, buffer: Ref, scales: Ref | None, is_key: bool) -> None:
         first = part * ROWS
@@ -136,7 +150,7 @@ def _body(
         rows = [jnp.minimum(first + offset, num_tokens - 1) for offset in range(ROWS)]
         # Read before all else, so that these loads run beside each other.
         places = [(ids_ref[row], slots_ref[row]) for row in rows]
-        source = source.at[pl.ds(tile, TILE)]
+        source = source.at[pl.ds(tile, TILE), pl.ds(columns[0 if is_key else 1], HEAD_DIM)]
         if is_key:
             read = functools.partial(
                 _rotated_key, target, source, cos_ref.at[pl.ds(tile, TILE)], sin_ref.at[pl.ds(tile, TILE)]
@@ -184,8 +198,8 @@ def _body(
             first = target.load(query_tile.at[:, left], WGMMA).astype(jnp.float32)
             second = target.load(query_tile.at[:, right], WGMMA).astype(jnp.float32)
             # Each thread writes the places that it alone has read.
-            query_tile[:, left] = (first * cos - second * sin).astype(out_ref.dtype)
-            query_tile[:, right] = (second * cos + first * sin).astype(out_ref.dtype)
+            query_tile[:, left] = store_query(first * cos - second * sin)
+            query_tile[:, right] = store_query(second * cos + first * sin)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(query_tile, out_ref.at[token, heads])
         plgpu.wait_smem_to_gmem(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 
 from step3_jax.afd.host.executor import HostExecutor, load_host_executor
@@ -11,6 +12,7 @@ from step3_jax.afd.program.attention_process import AttentionProcess
 from step3_jax.afd.program.executor import load_program_executor, make_program_executor
 from step3_jax.afd.program.ffn_process import FfnProcess
 from step3_jax.afd.topology import AfdTopology
+from step3_jax.engine.config import EngineConfig
 from step3_jax.model.step3 import Step3
 
 
@@ -34,31 +36,29 @@ class AfdChoice:
 
 
 def load_afd_executor(
-    choice: AfdChoice, folder: pathlib.Path, dtype: str
+    choice: AfdChoice, folder: pathlib.Path, config: EngineConfig
 ) -> HostExecutor | AttentionProcess | FfnProcess:
     """Loads a model on the devices that were chosen.
 
     Args:
       choice: From `read_afd_choice`.
       folder: The model's.
-      dtype: "auto", or the dtype of weights and activations.
+      config: Says what weights and activations are held in.
 
     Raises:
       ValueError: If the model cannot be sharded over the devices, or it cannot be loaded.
     """
-    own_dtype = None if dtype == "auto" else dtype
-    topology, num_microbatches, payload = choice.topology, choice.num_microbatches, choice.payload
-    if choice.executor == "program":
-        return load_program_executor(
-            folder, topology, dtype=own_dtype, num_microbatches=num_microbatches, payload=payload
-        )
-    return load_host_executor(
+    load = load_program_executor
+    if choice.executor == "host":
+        load = functools.partial(load_host_executor, deadline_s=choice.deadline_s)
+    return load(
         folder,
-        topology,
-        dtype=own_dtype,
-        num_microbatches=num_microbatches,
-        payload=payload,
-        deadline_s=choice.deadline_s,
+        choice.topology,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        quantization=config.quantization,
+        load_format=config.load_format,
+        num_microbatches=choice.num_microbatches,
+        payload=choice.payload,
     )
 
 

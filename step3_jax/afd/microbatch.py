@@ -33,15 +33,20 @@ def split_decode(
 
 def split_rows(tree: T, num_rows: int, num_parts: int) -> list[T]:
     """Parts of arrays that have one entry a row; the last part is filled up with zeros."""
+    _, count = part_size(num_rows, num_parts)
+    stacked = stack_rows(tree, num_rows, num_parts)
+    return [jax.tree.map(lambda leaf, part=part: leaf[part], stacked) for part in range(count)]
+
+
+def stack_rows(tree: T, num_rows: int, num_parts: int) -> T:
+    """The same parts in one array each, [parts, rows of a part, ...]."""
     each, count = part_size(num_rows, num_parts)
 
-    def fill(leaf: Array) -> Array:
-        return jnp.pad(leaf, ((0, each * count - num_rows), *((0, 0),) * (leaf.ndim - 1)))
+    def stack(leaf: Array) -> Array:
+        filled = jnp.pad(leaf, ((0, each * count - num_rows), *((0, 0),) * (leaf.ndim - 1)))
+        return filled.reshape(count, each, *leaf.shape[1:])
 
-    filled = jax.tree.map(fill, tree)
-    return [
-        jax.tree.map(lambda leaf, part=part: leaf[part * each : (part + 1) * each], filled) for part in range(count)
-    ]
+    return jax.tree.map(stack, tree)
 
 
 def split_chunk(batch: PrefillBatch, num_parts: int) -> list[PrefillBatch]:
@@ -73,6 +78,11 @@ def split_chunk(batch: PrefillBatch, num_parts: int) -> list[PrefillBatch]:
             )
         )
     return parts
+
+
+def merge_stacked(report: Report, num_rows: int) -> Report:
+    """The report of `num_rows` rows, of that of their parts in one array each, [parts, rows of a part, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_rows], report)
 
 
 def merge_reports(reports: list[Report], num_rows: int) -> Report:

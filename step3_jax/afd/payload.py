@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, UInt8
 
-from pallas_kernels.quantise import FP8, quantise_rows
+from pallas_kernels.quantise import FP8, quantise_rows, scales_to_columns, scales_to_rows
 from pallas_kernels.storage import BLOCK
+from step3_jax.layers.rows import Rows, as_plain
 from step3_jax.layout.payload import PayloadSize
 
 _HIDDEN_DTYPES = {"fp8": FP8, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -25,7 +26,7 @@ class PayloadFormat(PayloadSize):
 
     def pack(
         self,
-        normed: Float[Array, "N D"],
+        normed: Float[Array, "N D"] | Rows,
         experts: Int[Array, "N top_k"] | None = None,
         weights: Float[Array, "N top_k"] | None = None,
     ) -> UInt8[Array, "N row_bytes"]:
@@ -38,10 +39,13 @@ class PayloadFormat(PayloadSize):
         """
         shape = (normed.shape[0], self.top_k)
         if self.payload == "fp8":
-            values, scales = quantise_rows(normed)
+            if isinstance(normed, Rows):
+                values, scales = normed.values, scales_to_rows(normed.scales, normed.shape[0])
+            else:
+                values, scales = quantise_rows(normed)
             parts = [_to_bytes(values), _to_bytes(scales)]
         else:
-            parts = [_to_bytes(normed.astype(_HIDDEN_DTYPES[self.payload]))]
+            parts = [_to_bytes(as_plain(normed).astype(_HIDDEN_DTYPES[self.payload]))]
         experts = jnp.zeros(shape, jnp.int32) if experts is None else experts
         weights = jnp.zeros(shape, jnp.float32) if weights is None else weights
         parts += [_to_bytes(experts.astype(jnp.uint16)), _to_bytes(weights.astype(jnp.float32))]
@@ -51,9 +55,24 @@ class PayloadFormat(PayloadSize):
         self, rows: UInt8[Array, "N row_bytes"], dtype: jax.typing.DTypeLike
     ) -> tuple[Float[Array, "N D"], Int[Array, "N top_k"], Float[Array, "N top_k"]]:
         """The inverse of `pack`, up to what FP8 rounds: tokens in `dtype`, expert ids, mixing weights."""
-        hidden_dtype = jnp.dtype(_HIDDEN_DTYPES[self.payload])
+        values, scales, experts, weights = self._split(rows)
+        if self.payload == "fp8":
+            wide = jnp.repeat(scales, BLOCK, axis=1)[:, : self.hidden_size]
+            values = values.astype(jnp.float32) * wide
+        return values.astype(dtype), experts.astype(jnp.int32), weights
+
+    def unpack_rows(
+        self, rows: UInt8[Array, "N row_bytes"], dtype: jax.typing.DTypeLike
+    ) -> tuple[Rows, Int[Array, "N top_k"], Float[Array, "N top_k"]]:
+        """The same with the tokens as they crossed, in FP8, for products that take them so; of payload fp8 alone."""
+        plain, experts, weights = self.unpack(rows, dtype)
+        values, scales = self._split(rows)[:2]
+        return Rows(values, scales_to_columns(scales), plain, jnp.dtype(dtype)), experts, weights
+
+    def _split(self, rows: UInt8[Array, "N row_bytes"]) -> list[Num[Array, "N columns"]]:
+        """Hidden values, their scales, expert ids and weights, as they crossed."""
         fields = (
-            (self.hidden_size, hidden_dtype),
+            (self.hidden_size, jnp.dtype(_HIDDEN_DTYPES[self.payload])),
             (self.num_scales, jnp.dtype(jnp.float32)),
             (self.top_k, jnp.dtype(jnp.uint16)),
             (self.top_k, jnp.dtype(jnp.float32)),
@@ -63,11 +82,7 @@ class PayloadFormat(PayloadSize):
             end = start + count * field_dtype.itemsize
             found.append(_from_bytes(rows[:, start:end], field_dtype))
             start = end
-        values, scales, experts, weights = found
-        if self.payload == "fp8":
-            wide = jnp.repeat(scales, BLOCK, axis=1)[:, : self.hidden_size]
-            values = values.astype(jnp.float32) * wide
-        return values.astype(dtype), experts.astype(jnp.int32), weights
+        return found
 
     def pack_output(self, output: Float[Array, "N D"]) -> UInt8[Array, "N output_bytes"]:
         """FFN to attention."""

@@ -22,6 +22,8 @@ def load_placed_model(
     topology: AfdTopology,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    quantization: str = "auto",
+    load_format: str = "auto",
     payload: str = "auto",
 ) -> Step3:
     """Loads a model's folder, each weight straight to the devices of its role.
@@ -32,18 +34,22 @@ def load_placed_model(
       path: Folder with `config.json` and the weights.
       topology: The devices.
       dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
+      quantization: See `load_model`; each side's weights are held as its own devices take them.
+      load_format: See there.
       payload: What is to cross; checked before anything is loaded.
 
     Raises:
       ValueError: As `load_model` does, for a payload that does not exist, and if the model cannot be sharded so.
     """
     config = ModelConfig.load(pathlib.Path(path))
-    if topology.devices[0].platform == "cpu":
-        # FP8 weights are dequantised there.
+    if topology.devices[0].platform == "cpu" and dtype is None:
+        dtype = jnp.float32
+    if topology.ffn_platform == "cpu" and quantization == "auto":
+        # FP8 weights are dequantised there, unless they are in one piece.
         config = dataclasses.replace(config, quantization=None)
-        dtype = jnp.float32 if dtype is None else dtype
     choose_payload(payload, config.dtype if dtype is None else jnp.dtype(dtype).name)
-    return load_model(path, dtype, shardings=topology.shardings(config))
+    shardings = topology.shardings(config)
+    return load_model(path, dtype, quantization=quantization, load_format=load_format, shardings=shardings)
 
 
 def place_model(model: Step3, topology: AfdTopology) -> Step3:

@@ -25,7 +25,9 @@ from step3_jax.layers.embed import Embedding, merge_image_features
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.router import Routing
+from step3_jax.layers.rows import Rows
 from step3_jax.mesh import Layout
+from step3_jax.model.layers import LayerStack, layer_at, layer_modules
 from step3_jax.model.parallel import ShardedFfn, parallelise_vision
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
@@ -72,10 +74,32 @@ class Ends(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Part(Generic[M]):
-    """A module taken apart: skeleton and arrays."""
+    """A module taken apart: skeleton and arrays.
+
+    Attributes:
+      skeleton: Without arrays.
+      leaves: The arrays.
+      stacked_layers: How many layers of one form are stacked in the arrays; None if they are of one by itself.
+    """
 
     skeleton: Skeleton[M]
     leaves: list[Array]
+    stacked_layers: int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that this stands for."""
+        return 1 if self.stacked_layers is None else self.stacked_layers
+
+    def build(self, leaves: Sequence[Array], index: Int[Array, ""] | int = 0) -> M:
+        """The module of one layer.
+
+        Args:
+          leaves: Arrays like the part's own.
+          index: Which layer of the stack; may be traced.
+        """
+        module = self.skeleton.build(leaves)
+        return module if self.stacked_layers is None else layer_at(module, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +108,8 @@ class Parts:
 
     Attributes:
       ends: Embedding, last norm and head.
-      attention: Attention half of each layer.
-      ffn: FFN half of each layer.
+      attention: Attention half of each layer, or stack of layers.
+      ffn: FFN half of each.
     """
 
     ends: Part[Ends]
@@ -96,18 +120,20 @@ class Parts:
 def take_apart(model: Step3) -> Parts:
     """Takes a model's decoder apart; the arrays stay where they are."""
     decoder = model.text
+    counts = [layer.count if isinstance(layer, LayerStack) else None for layer in decoder.layers]
+    layers = list(zip(layer_modules(decoder.layers), counts, strict=True))
     return Parts(
         ends=split_module(Ends(decoder.embed_tokens, decoder.norm, decoder.lm_head)),
-        attention=_share_skeletons([split_module(layer.attention) for layer in decoder.layers]),
-        ffn=_share_skeletons([split_module(layer.ffn) for layer in decoder.layers]),
+        attention=_share_skeletons([split_module(layer.attention, count) for layer, count in layers]),
+        ffn=_share_skeletons([split_module(layer.ffn, count) for layer, count in layers]),
     )
 
 
-def split_module(module: M) -> Part[M]:
-    """Skeleton and arrays of a module."""
+def split_module(module: M, stacked_layers: int | None = None) -> Part[M]:
+    """Skeleton and arrays of a module, or of one that holds stacks of layers."""
     graphdef, state = nnx.split(module)
     leaves, treedef = jax.tree.flatten(state)
-    return Part(Skeleton(graphdef, treedef), leaves)
+    return Part(Skeleton(graphdef, treedef), leaves, stacked_layers)
 
 
 class Vision:
@@ -187,7 +213,7 @@ def begin_step(
       features: Image features; None without pictures.
       feature_rows: Row of `features` for each token, -1 for none; None without pictures.
     """
-    hidden = ends.embed_tokens(token_ids)
+    hidden = ends.embed_tokens(token_ids).astype(ends.norm.weight[...].dtype)
     if features is not None and feature_rows is not None:
         hidden = merge_image_features(hidden, features, feature_rows)
     context = attention_context(config, (token_ids.shape[0], token_ids.shape[1]), step=step, page_size=page_size)
@@ -243,12 +269,22 @@ def ffn_step(
     Returns:
       The layer's output for these tokens.
     """
-    normed, experts, weights = form.unpack(rows, dtype)
+    normed, experts, weights = unpack_tokens(block, form, rows, dtype)
     routing = None
     if block.moe is not None:
         # The router's logits stay on the attention side; nothing here reads them.
         routing = Routing(weights, experts, jnp.zeros((rows.shape[0], num_experts), jnp.float32))
     return form.pack_output(ShardedFfn(block, layout, num_experts)(normed, routing))
+
+
+def unpack_tokens(
+    block: FfnBlock, form: PayloadFormat, rows: UInt8[Array, "N row_bytes"], dtype: jax.typing.DTypeLike
+) -> tuple[Float[Array, "N D"] | Rows, Int[Array, "N top_k"], Float[Array, "N top_k"]]:
+    """Tokens, expert ids and mixing weights that came to an FFN half: in FP8 if they came so and its products take them."""
+    products = [part for part in (block.mlp, block.moe, block.share_expert) if part is not None]
+    if form.payload == "fp8" and all(part.takes_rows for part in products):
+        return form.unpack_rows(rows, dtype)
+    return form.unpack(rows, dtype)
 
 
 def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B V"]:
@@ -279,5 +315,5 @@ def _share_skeletons(parts: list[Part[M]]) -> list[Part[M]]:
         kind = next((kind for kind in kinds if kind == part.skeleton), part.skeleton)
         if kind is part.skeleton:
             kinds.append(kind)
-        shared.append(Part(kind, part.leaves))
+        shared.append(dataclasses.replace(part, skeleton=kind))
     return shared

@@ -24,7 +24,7 @@ from step3_jax.layout.deployment import Topology, default_ffn_parallel
 from step3_jax.layout.parallel import FFN, Parallel, find_problems, list_parallels
 from step3_jax.layout.role import Role, attention_role, fp8_block, is_ffn, is_tower
 from step3_jax.layout.tensor import Path
-from step3_jax.mesh import Layout, find_devices, make_layout
+from step3_jax.mesh import Layout, find_cpu_devices, find_devices, make_layout
 from step3_jax.model.step3 import abstract_step3
 
 # The axis of the mesh of all devices.
@@ -51,6 +51,7 @@ class AfdTopology:
         instances: Topology,
         parallel: Parallel | None = None,
         devices: Sequence[jax.Device] | None = None,
+        ffn_device: str = "same",
     ) -> AfdTopology:
         """Takes the first devices there are.
 
@@ -58,12 +59,15 @@ class AfdTopology:
           instances: xAyF.
           parallel: Of the FFN side; if absent, experts are sharded across instances and widths inside one.
           devices: To choose from; all devices of the default platform if absent (see `mesh.find_devices`).
+          ffn_device: "cpu" for an FFN side on the CPU devices of this process, whatever the attention side is on.
 
         Raises:
           ValueError: If there are too few devices (the message says what would fit), or `parallel` is of another number
             of FFN devices.
         """
         devices = find_devices(instances.num_devices) if devices is None else devices
+        if ffn_device == "cpu" and devices[0].platform != "cpu":
+            devices = [*devices[: instances.num_attention_devices], *find_cpu_devices(instances.num_ffn_devices)]
         if len(devices) < instances.num_devices:
             raise ValueError(
                 f"--afd {instances.spec} with {instances.devices_per_instance} device(s) an instance needs "
@@ -88,6 +92,16 @@ class AfdTopology:
     def num_ffn(self) -> int:
         """FFN devices."""
         return self.instances.num_ffn_devices
+
+    @property
+    def ffn_platform(self) -> str:
+        """Of the FFN side's devices; that of the attention side's may be another."""
+        return self.devices[self.num_attention].platform
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the two sides' devices are of different platforms."""
+        return self.devices[0].platform != self.ffn_platform
 
     @property
     def num_pieces(self) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Int
@@ -16,7 +15,7 @@ from jaxtyping import Int
 from step3_jax.afd.executor import AfdChoice
 from step3_jax.bench.loop import Ours
 from step3_jax.bench.machine import conditions, cpu_pressure, num_threads
-from step3_jax.bench.model import random_model
+from step3_jax.bench.model import PLAIN_FORMS, hold_as, random_model, weight_sizes
 from step3_jax.bench.peer import TorchPeer, check_agreement
 from step3_jax.bench.yardstick import prefill_products, product_rate, read_meter
 from step3_jax.config import ModelConfig
@@ -25,14 +24,17 @@ from step3_jax.layout.parallel import Parallel
 from step3_jax.model.step3 import Step3
 
 Row = dict[str, str | int | float]
-# Seconds of each round: ours, and the peer's (empty without one).
-Times = tuple[list[float], list[float]]
+# Dtype and form of the weights.
+Side = tuple[str, str]
+# Seconds of each round: ours by side, and the peer's by dtype (empty without one).
+Times = tuple[dict[Side, list[float]], dict[str, list[float]]]
 
 
 def measure_decode(
     config: ModelConfig,
     *,
     dtypes: Sequence[str],
+    quantizations: Sequence[str] = ("stored",),
     batches: Sequence[int],
     steps: int,
     rounds: int,
@@ -50,6 +52,7 @@ def measure_decode(
     Args:
       config: The model.
       dtypes: Of weights and activations; the same values, rounded.
+      quantizations: Of each dtype, forms that weights are held in, see `model.hold_as`.
       batches: Sequences at once.
       steps: Tokens of a round.
       rounds: Rounds; figures are medians over them.
@@ -73,7 +76,11 @@ def measure_decode(
     tell("making a model with random weights ...")
     model = random_model(config)
     rng = np.random.default_rng(0)
-    sides = {name: Ours(_cast(model, name), parallel, afd) for name in dtypes}
+    sides = {
+        (name, form): Ours(hold_as(_cast(model, name), form), parallel, afd)
+        for name in dtypes
+        for form in quantizations
+    }
     read = read_meter(num_threads())
     rates: list[float] = []
     decode_rows: list[Row] = []
@@ -87,18 +94,23 @@ def measure_decode(
             peer = stack.enter_context(TorchPeer(torch_python, model, dtypes, num_threads()))
             ids = rng.integers(2, config.text.vocab_size, (2, 24))
             versions = peer.versions
-            agreement = {name: check_agreement(side, peer, name, ids) for name, side in sides.items()}
+            # Quantised weights are other weights.
+            agreement = {
+                name: check_agreement(side, peer, name, ids)
+                for (name, form), side in sides.items()
+                if form in PLAIN_FORMS
+            }
         for batch in batches:
-            tell(f"decode, batch {batch}: {rounds} rounds of {steps} tokens in {', '.join(dtypes)} ...")
+            tell(f"decode, batch {batch}: {rounds} rounds of {steps} tokens in {_name_sides(sides)} ...")
             ids = rng.integers(2, config.text.vocab_size, (batch, prompt_length))
             times = _decode_times(sides, peer, ids, steps, rounds, lambda: rates.append(read()))
-            decode_rows += [_decode_row(config, name, batch, steps, *times[name]) for name in dtypes]
+            decode_rows += [_decode_row(config, side, batch, steps, *times) for side in sides]
         ids = rng.integers(2, config.text.vocab_size, (1, prefill_length))
-        for name, side in sides.items():
-            tell(f"prefill, {prefill_length} tokens in {name}: {rounds} rounds ...")
+        for names, side in sides.items():
+            tell(f"prefill, {prefill_length} tokens in {' '.join(names)}: {rounds} rounds ...")
             products = prefill_products(config.text, prefill_length)
-            gemm, *seconds = _prefill_times(side, peer, name, ids, rounds, products)
-            prefill_rows.append(_prefill_row(config, name, prefill_length, gemm, *seconds))
+            gemm, *seconds = _prefill_times(side, peer, names[0], ids, rounds, products)
+            prefill_rows.append(_prefill_row(config, names, prefill_length, gemm, *seconds))
     read_rate = statistics.median(rates) if rates else None
     if read_rate is not None:
         for row in decode_rows:
@@ -144,6 +156,10 @@ class _Interruptible:
         return self.was_interrupted
 
 
+def _name_sides(sides: Mapping[Side, Ours]) -> str:
+    return ", ".join(" ".join(names) for names in sides)
+
+
 def _describe_devices(parallel: Parallel | None, afd: AfdChoice | None) -> str:
     """Number and kind of the devices that were measured, and how they share the work."""
     if afd is not None:
@@ -155,29 +171,32 @@ def _describe_devices(parallel: Parallel | None, afd: AfdChoice | None) -> str:
 
 
 def _decode_times(
-    sides: Mapping[str, Ours],
+    sides: Mapping[Side, Ours],
     peer: TorchPeer | None,
     ids: Int[np.ndarray, "B T"],
     steps: int,
     rounds: int,
     measure_read: Callable[[], None],
-) -> dict[str, Times]:
+) -> Times:
     """Every side once a round, after a round that is not counted."""
-    times: dict[str, Times] = {name: ([], []) for name in sides}
+    ours: dict[Side, list[float]] = {names: [] for names in sides}
+    theirs: dict[str, list[float]] = {dtype: [] for dtype, _ in sides} if peer is not None else {}
     room = steps * (rounds + 1)
-    for name, side in sides.items():
+    for side in sides.values():
         side.prefill(ids, room)
         side.decode(steps)
-        if peer is not None:
-            peer.prefill(name, ids, room)
-            peer.decode(name, steps)
+    if peer is not None:
+        for dtype in theirs:
+            peer.prefill(dtype, ids, room)
+            peer.decode(dtype, steps)
     for _ in range(rounds):
         measure_read()
-        for name, side in sides.items():
-            times[name][0].append(side.decode(steps))
-            if peer is not None:
-                times[name][1].append(peer.decode(name, steps))
-    return times
+        for names, side in sides.items():
+            ours[names].append(side.decode(steps))
+        if peer is not None:
+            for dtype, seconds in theirs.items():
+                seconds.append(peer.decode(dtype, steps))
+    return ours, theirs
 
 
 def _prefill_times(
@@ -201,14 +220,21 @@ def _prefill_times(
 
 
 def _decode_row(
-    config: ModelConfig, dtype: str, batch: int, steps: int, ours: Sequence[float], theirs: Sequence[float]
+    config: ModelConfig,
+    side: Side,
+    batch: int,
+    steps: int,
+    all_ours: Mapping[Side, Sequence[float]],
+    all_theirs: Mapping[str, Sequence[float]],
 ) -> Row:
+    dtype, form = side
+    ours, theirs = all_ours[side], all_theirs.get(dtype, ())
     step = statistics.median(ours) / steps
-    # On a CPU the engine holds every model in float32.
-    held = "float32" if jax.default_backend() == "cpu" else dtype
-    num_bytes = sum(active_parameters(config.text, batch)) * jnp.dtype(held).itemsize
+    layers, head = active_parameters(config.text, batch)
+    num_bytes = sum(size * count for size, count in zip(weight_sizes(dtype, form), (layers, head), strict=True))
     row: Row = {
         "dtype": dtype,
+        "quantization": form,
         "batch": batch,
         "tokens_per_s": batch / step,
         "step_ms": step * 1e3,
@@ -218,16 +244,19 @@ def _decode_row(
     if theirs:
         row["torch_tokens_per_s"] = batch * steps / statistics.median(theirs)
         row["times_torch"] = statistics.median([peer / own for own, peer in zip(ours, theirs, strict=True)])
+        best = min(all_theirs.values(), key=statistics.median)
+        row["times_best_torch"] = statistics.median([peer / own for own, peer in zip(ours, best, strict=True)])
     return row
 
 
 def _prefill_row(
-    config: ModelConfig, dtype: str, length: int, gemm: float, ours: Sequence[float], theirs: Sequence[float]
+    config: ModelConfig, side: Side, length: int, gemm: float, ours: Sequence[float], theirs: Sequence[float]
 ) -> Row:
     seconds = statistics.median(ours)
     flops = prefill_flops(config.text, length) / seconds
     row: Row = {
-        "dtype": dtype,
+        "dtype": side[0],
+        "quantization": side[1],
         "tokens": length,
         "tokens_per_s": length / seconds,
         "gflop_per_s": flops / 1e9,

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
 from step3_jax.config import ModelConfig, TextConfig
+from step3_jax.cpu_kernels.library import Kernels, find_kernels
 from step3_jax.model.step3 import Step3, abstract_step3
+from step3_jax.quant import GROUP, Form, quantise
+
+# Weights widened to float32, and as they are.
+PLAIN_FORMS = ("none", "stored")
 
 
 def bench_config(hidden_size: int, num_layers: int) -> ModelConfig:
@@ -53,3 +61,34 @@ def random_model(config: ModelConfig) -> Step3:
         return jnp.asarray(values)
 
     return nnx.merge(graphdef, jax.tree.map(fill, state))
+
+
+def hold_as(model: Step3, form: str) -> Step3:
+    """A model of its own with its weights as one of `PLAIN_FORMS` or quantised; arrays that stay are shared.
+
+    Quantised is what the release has in FP8; embedding and head are then in bfloat16, as there.
+    """
+    graphdef, state = nnx.split(model)
+    change = {"none": jnp.float32, "stored": None}.get(form, jnp.bfloat16)
+    own = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf if change is None else leaf.astype(change), state))
+    if form not in PLAIN_FORMS:
+        for (path, target), source in zip(parameters_of(own).items(), parameters_of(model).values(), strict=True):
+            if is_fp8_tensor(released_name(path)):
+                target.set_value(_QUANTISE(source.get_value(), cast(Form, form)))
+    return own
+
+
+def weight_sizes(dtype: str, form: str) -> tuple[float, float]:
+    """Bytes that a weight takes, scales counted: of the layers, and of the head.
+
+    On a CPU without kernels all are widened to float32.
+    """
+    if jax.default_backend() == "cpu" and (form == "none" or not isinstance(find_kernels(), Kernels)):
+        dtype, form = "float32", "none"
+    if form in PLAIN_FORMS:
+        return (jnp.dtype(dtype).itemsize,) * 2
+    scale = 4 / GROUP
+    return {"fp8": 1 + scale / GROUP, "int8": 1 + scale, "int4": 0.5 + scale}[form], 2
+
+
+_QUANTISE = jax.jit(quantise, static_argnums=1)

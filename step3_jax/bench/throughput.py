@@ -251,5 +251,6 @@ def _rates(side: str, lengths: Sequence[Lengths], seconds: float) -> Row:
 
 
 def _difference(after: EngineStats, before: EngineStats) -> EngineStats:
-    names = [field.name for field in dataclasses.fields(EngineStats) if field.name != "expert_tokens"]
+    lists = ("expert_tokens", "num_accepted_tokens_per_pos")
+    names = [field.name for field in dataclasses.fields(EngineStats) if field.name not in lists]
     return EngineStats(**{name: getattr(after, name) - getattr(before, name) for name in names})

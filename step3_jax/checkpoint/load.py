@@ -1,8 +1,7 @@
 """Loading a checkpoint: everything is checked first, then tensors go band by band from the disk to their devices.
 
-On the CPU, threads read each band to its place in memory that JAX then takes as it is: a model takes no more memory than
-its weights. For accelerators host memory never holds the model. What it holds at a time is, for each of the threads, one
-slice (one expert of a stack, one matrix, or a device's part of it) and its copy in the wanted dtype.
+To a CPU weights go as `host` says. For accelerators host memory never holds the model. What it holds at a time is, for each
+of the threads, one slice (one expert of a stack, one matrix, or a device's part of it) and its copy in the wanted dtype.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ from jaxtyping import Array, Int, Shaped
 from tqdm import tqdm
 
 from step3_jax import resources
-from step3_jax.checkpoint.buffer import BufferPool, empty_aligned
+from step3_jax.checkpoint.form_choice import Place, choose_form
+from step3_jax.checkpoint.host import HostLoader
+from step3_jax.checkpoint.mapped import MappedFiles, find_obstacle
 from step3_jax.checkpoint.memory import available_bytes, format_bytes
 from step3_jax.checkpoint.names import (
     SCALE_SUFFIX,
@@ -38,17 +40,22 @@ from step3_jax.checkpoint.orbax_io import OrbaxCheckpoint, is_orbax
 from step3_jax.checkpoint.reader import FP8_DTYPE, TensorReader
 from step3_jax.checkpoint.safetensors_io import DTYPES, TensorInfo
 from step3_jax.checkpoint.shards import Checkpoint, summarise
+from step3_jax.checkpoint.stack_filler import StackFiller
 from step3_jax.checkpoint.view import read_view
 from step3_jax.config import DTYPES as MODEL_DTYPES
-from step3_jax.config import ModelConfig, VisionConfig
+from step3_jax.config import ModelConfig, QuantConfig, VisionConfig
+from step3_jax.cpu_kernels.library import Unavailable, find_kernels
 from step3_jax.gpu import claim_memory
 from step3_jax.layout.parallel import fit_parallel
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
+from step3_jax.model.arrangement import Arrangement, arrange
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import BlockScaled
 from step3_jax.stored_file import require_folder
+
+_LOGGER = logging.getLogger(__name__)
 
 NUM_READERS = 4
 PLAIN_DTYPES = ("BF16", "F32", "F16", "F64")
@@ -67,9 +74,11 @@ def load_model(
     path: str | os.PathLike[str],
     dtype: jax.typing.DTypeLike | None = None,
     *,
-    keep_fp8: bool | None = None,
+    quantization: str = "auto",
+    load_format: str = "auto",
     shardings: Mapping[Path, NamedSharding] | None = None,
     layout: Layout | None = None,
+    arrangement: Arrangement | None = None,
     text_only: bool = False,
     progress: bool = False,
 ) -> Step3:
@@ -78,13 +87,17 @@ def load_model(
     Args:
       path: Folder with `config.json` and `model.safetensors`, or shards and their index, or `weights/`. A checkpoint
         without any vision tensor gives a text-only model.
-      dtype: "float32" or "bfloat16", of weights and activations; the configuration's if absent.
-      keep_fp8: Whether FP8 weights stay FP8 on the device (values and scales as stored), or are dequantised to `dtype`,
-        once, here. By default they stay, except on CPU, where nothing is gained.
+      dtype: "float32" or "bfloat16", of activations, and of weights that are held in no form of their own; the
+        configuration's if absent.
+      quantization: How linear weights are held. "none": in `dtype`, dequantised here. "stored": FP8 and, on a CPU whose
+        kernels take it, bfloat16 as in the file. "fp8", "int8", "int4": quantised here, tensor by tensor, if they are not;
+        on CPUs alone. "auto": "stored" where the device's kernels multiply it, else "none".
+      load_format: "auto" copies. "mmap" leaves on a CPU what needs no change in its file, which must then stay as it is.
       shardings: Where each parameter goes, by its path in the model (see `names`); each host then reads only the parts
         its devices hold. One with more axes than the tensor is for its heads, see `layout.table.view_shape`. If absent, all
         goes to the default device.
       layout: The same, from a parallel setting: head and vision tower are filled up with zeros where they do not divide.
+      arrangement: How the decoder's layers lie; by default as it is best where the weights go, see `Arrangement.of`.
       text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.
 
@@ -105,8 +118,6 @@ def load_model(
         raise ValueError(f"{folder} is no model folder: it holds no config.json")
     config = ModelConfig.load(folder)
     dtype_name = _dtype_name(config.dtype if dtype is None else dtype)
-    if keep_fp8 is None:
-        keep_fp8 = jax.default_backend() != "cpu"
     with OrbaxCheckpoint(folder) if is_orbax(folder) else Checkpoint(folder) as checkpoint:
         tensors = {
             name: info for name, info in checkpoint.tensors.items() if not (text_only and is_vision_tensor(name))
@@ -118,13 +129,38 @@ def load_model(
             raise ValueError(f"{folder} does not hold the model of its config.json: " + "; ".join(problems))
         has_fp8 = any(info.dtype == FP8_DTYPE for info in tensors.values())
         block = config.quantization.weight_block_size if config.quantization is not None else (128, 128)
-        config = dataclasses.replace(
-            config, dtype=dtype_name, quantization=config.quantization if has_fp8 and keep_fp8 else None
+        config = dataclasses.replace(config, dtype=dtype_name)
+        model = abstract_step3(config)
+        flat = parameters_of(model)
+        shardings = _list_shardings(flat, layout, shardings)
+        places = {path: _place_of(None if shardings is None else shardings[path]) for path in flat}
+        kernels = find_kernels()
+        obstacle = kernels.reason if isinstance(kernels, Unavailable) else None
+        choices = {
+            place: choose_form(quantization, place, cpu_obstacle=obstacle, has_fp8=has_fp8)
+            for place in sorted(set(places.values()))
+        }
+        readers = {
+            place: TensorReader(
+                checkpoint, _held_dtype(place, choices, dtype_name), block, one.quantization, one.keeps_bfloat16
+            )
+            for place, one in choices.items()
+        }
+        keeps_fp8 = any(
+            one.quantization == "fp8" or (has_fp8 and one.quantization == "stored") for one in choices.values()
+        )
+        model.config = dataclasses.replace(
+            config, quantization=(config.quantization or QuantConfig()) if keeps_fp8 else None
         )
         if layout is not None:
-            fit_parallel(layout.parallel, config.text, fp8_block=block if config.quantization is not None else None)
-        reader = TensorReader(checkpoint, np.dtype(dtype_name), block, keep_fp8)
-        return _fill(config, reader, layout.parameter if layout is not None else shardings, progress)
+            fit_parallel(layout.parallel, config.text, fp8_block=block if keeps_fp8 else None)
+        reason = "; ".join(dict.fromkeys(one.reason for one in choices.values()))
+        _check_memory(flat, places, readers, shardings, load_format=load_format, reason=reason, vision=config.vision)
+        _LOGGER.info("%s: weights %s", folder, reason)
+        if arrangement is None:
+            arrangement = _choose_arrangement(places.values(), dtype_name)
+        _fill(model, places, readers, shardings, load_format=load_format, stacks=arrangement.stacks, progress=progress)
+        return arrange(model, arrangement)
 
 
 def has_vision(names: Iterable[str]) -> bool:
@@ -173,23 +209,53 @@ def find_differences(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> 
     return {title: sorted(items) for title, items in groups.items() if items}
 
 
-def _fill(
-    config: ModelConfig,
-    reader: TensorReader,
-    shardings: Mapping[Path, NamedSharding] | Callable[[Path], NamedSharding] | None,
-    progress: bool,
-) -> Step3:
-    """The module with every parameter read; no memory is ever taken for random weights."""
-    model = abstract_step3(config)
-    flat = parameters_of(model)
-    if callable(shardings):
-        shardings = {path: shardings(path) for path in flat}
+def _list_shardings(
+    flat: Mapping[Path, nnx.Param], layout: Layout | None, shardings: Mapping[Path, NamedSharding] | None
+) -> Mapping[Path, NamedSharding] | None:
+    """Where each parameter goes; None for the default device."""
+    if layout is not None:
+        return {path: layout.parameter(path) for path in flat}
     if shardings is not None and flat.keys() - shardings.keys():
         lacking = sorted(released_name(path) for path in flat.keys() - shardings.keys())
         raise ValueError("shardings lacks " + summarise("parameters", lacking))
-    _check_memory(reader, flat, shardings, config.vision)
+    return shardings
+
+
+def _place_of(sharding: NamedSharding | None) -> Place:
+    if sharding is None:
+        return Place(next(iter(jnp.empty(0).devices())).platform, 1)
+    return Place(sharding.mesh.devices.flat[0].platform, sharding.mesh.size)
+
+
+def _held_dtype(place: Place, places: Iterable[Place], dtype: str) -> np.dtype:
+    """What weights without a form of their own are in; beside a GPU a CPU computes in float32."""
+    is_beside = place.platform == "cpu" and any(other.platform != "cpu" for other in places)
+    return np.dtype("float32" if is_beside else dtype)
+
+
+def _choose_arrangement(places: Collection[Place], dtype: str) -> Arrangement:
+    """How layers lie by default; beside weights on a CPU, whose kernels read them one by one, those of a GPU are apart."""
+    fastest = next((place.platform for place in places if place.platform != "cpu"), "cpu")
+    arrangement = Arrangement.of(fastest, dtype)
+    is_mixed = len({place.platform for place in places}) > 1
+    return dataclasses.replace(arrangement, stacks=False, fuses=False) if is_mixed else arrangement
+
+
+def _fill(
+    model: Step3,
+    places: Mapping[Path, Place],
+    readers: Mapping[Place, TensorReader],
+    shardings: Mapping[Path, NamedSharding] | None,
+    *,
+    load_format: str,
+    stacks: bool,
+    progress: bool,
+) -> None:
+    """Reads every parameter; no memory is ever taken for random weights. Layers for accelerators go straight to stacks."""
+    flat, vision = parameters_of(model), model.config.vision
+    tensors = next(iter(readers.values())).checkpoint.tensors
     bar = tqdm(
-        total=sum(reader.checkpoint.tensors[released_name(path)].num_bytes for path in flat),
+        total=sum(tensors[released_name(path)].num_bytes for path in flat),
         desc="loading",
         unit="B",
         unit_scale=True,
@@ -198,93 +264,92 @@ def _fill(
     pool = concurrent.futures.ThreadPoolExecutor(NUM_READERS)
     try:
         with bar:
-            if shardings is None and _is_host():
-                _fill_host(flat, reader, pool, bar)
-                return model
-            jobs = {
-                pool.submit(
-                    _load_parameter, reader, path, shardings[path] if shardings is not None else None, config.vision
-                ): path
-                for path in flat
-            }
+            filler = None
+            if stacks and not any(place.is_host for place in readers):
+                filler = StackFiller(model, lambda path: readers[places[path]].is_kept(released_name(path)))
+
+            def load(path: Path) -> Array | BlockScaled | None:
+                sharding = None if shardings is None else shardings[path]
+                value = _load_parameter(readers[places[path]], path, sharding, vision)
+                return value if filler is None else filler.put(path, value)
+
+            jobs = {pool.submit(load, path): path for path, place in places.items() if not place.is_host}
+            for place, reader in readers.items():
+                if place.is_host:
+                    loader = HostLoader(reader, MappedFiles() if load_format == "mmap" else None, vision)
+                    loader.fill({path: flat[path] for path in flat if places[path] == place}, shardings, pool, bar)
+                    _LOGGER.info("%s", loader.report)
             for job in concurrent.futures.as_completed(jobs):
                 path = jobs[job]
-                flat[path].set_value(job.result())
-                bar.update(reader.checkpoint.tensors[released_name(path)].num_bytes)
+                if (value := job.result()) is not None:
+                    flat[path].set_value(value)
+                bar.update(tensors[released_name(path)].num_bytes)
+            if filler is not None:
+                filler.finish()
     finally:
         pool.shutdown(cancel_futures=True)
-    return model
 
 
 def _check_memory(
-    reader: TensorReader,
-    paths: Iterable[Path],
+    flat: Iterable[Path],
+    places: Mapping[Path, Place],
+    readers: Mapping[Place, TensorReader],
     shardings: Mapping[Path, NamedSharding] | None,
+    *,
+    load_format: str,
+    reason: str,
     vision: VisionConfig | None,
 ) -> None:
     """Refuses weights that this machine's memory cannot hold, where they go there: it would end the process."""
-    if shardings is None and not _is_host():
-        return
     needed = 0
-    for path in paths:
-        name = released_name(path)
-        is_kept = reader.keep_fp8 and reader.is_fp8(name)
-        for part in (name, scale_name(name)) if is_kept else (name,):
-            shape = reader.checkpoint.tensors[part].shape
-            itemsize = (reader.kept_dtype(part) if is_kept else reader.dtype).itemsize
-            if shardings is None or part != name:
-                # Scales are few: they count whole.
-                needed += math.prod(shape) * itemsize
-                continue
-            sharding = shardings[path]
-            is_host = sharding.mesh.devices.flat[0].platform == "cpu"
-            num_copies = len(sharding.addressable_devices) if is_host else 0
-            padded = padded_shape(view_shape(shape, path, len(sharding.spec), vision), sharding)
-            needed += math.prod(sharding.shard_shape(padded)) * itemsize * num_copies
+    for path in flat:
+        place, name = places[path], released_name(path)
+        if place.platform != "cpu":
+            continue
+        reader = readers[place]
+        if place.is_host:
+            needed += _host_bytes(reader, name, load_format)
+        elif shardings is not None:
+            needed += _shard_bytes(reader, name, path, shardings[path], vision)
     left = available_bytes()
     if left is not None and needed > left:
-        advice = "dtype bfloat16 halves it; else " if reader.dtype == np.float32 else ""
+        folder = next(iter(readers.values())).checkpoint.folder
         raise ValueError(
-            f"{reader.checkpoint.folder}: its weights take {format_bytes(needed)} of memory in {reader.dtype}, and "
-            f"{format_bytes(left)} are left here; {advice}take a machine or devices with more, or a smaller checkpoint"
+            f"{folder}: its weights take {format_bytes(needed)} of memory ({reason}), and {format_bytes(left)} are left "
+            "here: a smaller quantization or load_format mmap needs less; else take a machine or devices with more, or a "
+            "smaller checkpoint"
         )
 
 
-def _is_host() -> bool:
-    """Whether arrays go to the CPU if nothing else is said."""
-    return next(iter(jnp.empty(0).devices())).platform == "cpu"
+def _host_bytes(reader: TensorReader, name: str, load_format: str) -> int:
+    """Memory of this machine that a parameter takes, in one piece; none where it stays in its file."""
+    if load_format != "mmap" or not reader.is_unchanged(name):
+        return reader.held_bytes(name)
+    is_kept, places = reader.is_kept(name), reader.checkpoint.places
+    return sum(
+        places[part].num_bytes
+        for part in ((name, scale_name(name)) if is_kept else (name,))
+        if find_obstacle(places[part], reader.kept_dtype(part) if is_kept else reader.plain_dtype(part))
+    )
 
 
-def _fill_host(
-    flat: Mapping[Path, nnx.Param], reader: TensorReader, pool: concurrent.futures.ThreadPoolExecutor, bar: tqdm
-) -> None:
-    """Reads every parameter to memory that is JAX's own afterwards, several bands at a time."""
-    buffers = BufferPool()
-    arrays: dict[str, Shaped[np.ndarray, "..."]] = {}
-    jobs: dict[Path, list[concurrent.futures.Future[int]]] = {}
-    for path in flat:
-        name = released_name(path)
-        is_kept = reader.keep_fp8 and reader.is_fp8(name)
-        jobs[path] = []
-        for part in (name, scale_name(name)) if is_kept else (name,):
-            info = reader.checkpoint.tensors[part]
-            # The system gives no memory before it is written to.
-            array = arrays[part] = empty_aligned(info.shape, reader.kept_dtype(part) if is_kept else reader.dtype)
-            jobs[path] += [pool.submit(reader.read_band, part, band, array, buffers) for band in reader.cut(part)]
-    for path, parts in jobs.items():
-        for job in parts:
-            bar.update(job.result())
-        name = released_name(path)
-        values = jax.device_put(arrays.pop(name))
-        scales = arrays.pop(scale_name(name), None)
-        flat[path].set_value(values if scales is None else BlockScaled(values, jax.device_put(scales), reader.block))
+def _shard_bytes(
+    reader: TensorReader, name: str, path: Path, sharding: NamedSharding, vision: VisionConfig | None
+) -> int:
+    """Memory of this machine that a parameter takes on emulated devices."""
+    is_kept, shape = reader.is_kept(name), reader.checkpoint.tensors[name].shape
+    itemsize = (reader.kept_dtype(name) if is_kept else reader.dtype).itemsize
+    padded = padded_shape(view_shape(shape, path, len(sharding.spec), vision), sharding)
+    found = math.prod(sharding.shard_shape(padded)) * itemsize * len(sharding.addressable_devices)
+    # Scales are few: they count whole.
+    return found + (4 * math.prod(reader.checkpoint.tensors[scale_name(name)].shape) if is_kept else 0)
 
 
 def _load_parameter(
     reader: TensorReader, path: Path, sharding: NamedSharding | None, vision: VisionConfig | None
 ) -> Array | BlockScaled:
     name = released_name(path)
-    if not (reader.keep_fp8 and reader.is_fp8(name)):
+    if not reader.is_kept(name):
         num_axes = len(sharding.spec) if sharding is not None else 0
         view = view_shape(reader.checkpoint.tensors[name].shape, path, num_axes, vision)
         return _place(reader, name, reader.dtype, sharding, view)

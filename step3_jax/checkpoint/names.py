@@ -13,6 +13,16 @@ from step3_jax.layout.tensor import TABLE, Path, Row, list_tensors, scale_shape,
 
 SCALE_SUFFIX = "_scale_inv"
 VISION_PREFIXES = ("vision_model.", "vit_")
+# Of the paths of what is linear and never quantised.
+_LINEAR_ENDINGS = (
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "qkv_proj.weight",
+    "out_proj.weight",
+    "fc1.weight",
+    "fc2.weight",
+    "vit_large_projector.weight",
+)
 
 _BY_RELEASED = {row.released: row for row in TABLE}
 _BY_OURS = {row.ours: row for row in TABLE}
@@ -42,6 +52,12 @@ def our_path(name: str) -> Path:
 def is_fp8_tensor(name: str) -> bool:
     """Whether the FP8 release quantises the tensor `name`: every linear weight of the decoder, save router and head."""
     return _look_up(_BY_RELEASED, name)[0].is_fp8
+
+
+def is_linear_tensor(name: str) -> bool:
+    """Whether the tensor `name` is multiplied by a linear layer, or looked up by the embedding, and by nothing else."""
+    row = _look_up(_BY_RELEASED, name)[0]
+    return row.is_fp8 or row.ours.endswith(_LINEAR_ENDINGS)
 
 
 def axis_symbols(name: str) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from step3_jax.checkpoint.buffer import ALIGNMENT
 from step3_jax.stored_file import START_BYTES, describe_stand_in
 
 # Fifty times the header of all 2,319 tensors of the FP8 release. As Python objects hostile JSON takes 25 times its bytes.
@@ -307,7 +308,8 @@ def write_safetensors(
       ValueError: For a dtype the format does not have, a name given twice, or a `LazyArray` of another size than said.
     """
     path = pathlib.Path(path)
-    tensors = list(tensors)
+    # Those that would move what follows from its alignment come last, see below; at full size there are none.
+    tensors = sorted(tensors, key=lambda item: num_bytes(item[1]) % ALIGNMENT != 0)
     header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
     position = 0
     for name, array in tensors:
@@ -317,7 +319,8 @@ def write_safetensors(
         header[name] = {"dtype": _dtype_name(name, array), "shape": list(array.shape), "data_offsets": [position, stop]}
         position = stop
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    # Where the data begin at a multiple of it, tensors do: they can then be used as they lie, see `mapped`.
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:

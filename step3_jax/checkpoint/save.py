@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from step3_jax.checkpoint.names import (
@@ -30,8 +31,13 @@ from step3_jax.checkpoint.view import leave_view
 from step3_jax.config import DTYPES, ModelConfig, QuantConfig
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import scale_shape
+from step3_jax.model.fuse import separate
+from step3_jax.model.layers import is_stacked, layer_paths
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import BlockScaled, quantise
+from step3_jax.stack import LayerOf, parts, pick
+
+Value = Shaped[Array, "..."] | BlockScaled | LayerOf
 
 
 def save_model(
@@ -45,7 +51,8 @@ def save_model(
 ) -> None:
     """Writes `config.json` and the weights under a temporary name, then renames the folder.
 
-    Weights come to the host one slice at a time. Weights that are FP8 in the model are written as they are. Of a sharded
+    Weights come to the host one slice at a time; of products that are joined, the parts are copied first. Weights that are
+    FP8 in the model are written as they are. Of a sharded
     model, all of whose devices are of this process, what it is filled up with is left out.
 
     Args:
@@ -62,7 +69,9 @@ def save_model(
     """
     folder = pathlib.Path(folder)
     _check_target(folder, overwrite)
-    flat = {released_name(path): parameter.get_value() for path, parameter in parameters_of(model).items()}
+    model = nnx.merge(*nnx.split(model))
+    separate(model)
+    flat = dict(_list_values(model))
     kept = model.text.embed_tokens.weight[...].dtype
     dtype_name = jnp.dtype(kept if dtype is None else dtype).name
     if dtype_name not in DTYPES:
@@ -92,10 +101,16 @@ def save_model(
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _saved_config(
-    config: ModelConfig, flat: dict[str, Array | BlockScaled], dtype: str, quantise_fp8: bool
-) -> ModelConfig:
-    blocks = {value.block for value in flat.values() if isinstance(value, BlockScaled)}
+def _list_values(model: Step3) -> Iterator[tuple[str, Value]]:
+    """Every parameter by its released name; what lies in a stack as a place in it."""
+    for path, parameter in parameters_of(model).items():
+        value = parameter.get_value()
+        for index, own in enumerate(layer_paths(model.text.layers, path)):
+            yield released_name(own), LayerOf(value, jnp.int32(index)) if is_stacked(path) else value
+
+
+def _saved_config(config: ModelConfig, flat: dict[str, Value], dtype: str, quantise_fp8: bool) -> ModelConfig:
+    blocks = {stack.block for stack, _ in map(parts, flat.values()) if isinstance(stack, BlockScaled)}
     if len(blocks) > 1:
         raise ValueError(f"the model mixes FP8 blocks of {sorted(blocks)}; config.json can tell of one size")
     quantization = None
@@ -109,7 +124,7 @@ def _saved_config(
 
 def _entries(
     name: str,
-    value: Array | BlockScaled,
+    value: Value,
     dtype: np.dtype,
     block: tuple[int, int] | None,
     shape: tuple[int, ...],
@@ -125,10 +140,12 @@ def _entries(
       shape: Of the tensor.
       view: The same with the axes of `value`.
     """
-    if isinstance(value, BlockScaled):
+    stack, layer = parts(value)
+    if isinstance(stack, BlockScaled):
+        fields = [field if layer is None else LayerOf(field, layer) for field in (stack.values, stack.scales)]
         return [
-            (name, _lazy(value.values, np.dtype(ml_dtypes.float8_e4m3fn))),
-            (scale_name(name), _lazy(value.scales, np.dtype(np.float32))),
+            (name, _lazy(fields[0], np.dtype(ml_dtypes.float8_e4m3fn))),
+            (scale_name(name), _lazy(fields[1], np.dtype(np.float32))),
         ]
     if block is None and value.shape == shape:
         return [(name, _lazy(value, dtype))]
@@ -150,14 +167,14 @@ def _entries(
     ]
 
 
-_quantise = jax.jit(quantise, static_argnums=1)
+_quantise = jax.jit(quantise, static_argnames=("form", "block"))
 
 
-def _lazy(array: Shaped[Array, "..."], dtype: np.dtype) -> LazyArray:
+def _lazy(array: Shaped[Array, "..."] | LayerOf, dtype: np.dtype) -> LazyArray:
     return LazyArray(array.shape, dtype, functools.partial(_cast, array, dtype))
 
 
-def _cast(array: Shaped[Array, "..."], dtype: np.dtype) -> Iterator[Shaped[np.ndarray, "..."]]:
+def _cast(array: Shaped[Array, "..."] | LayerOf, dtype: np.dtype) -> Iterator[Shaped[np.ndarray, "..."]]:
     for part in _slices(array):
         yield np.asarray(part).astype(dtype, copy=False)
 
@@ -169,14 +186,15 @@ def _trim(
 
 
 def _quantised(
-    array: Float[Array, "*lead rows columns"], block: tuple[int, int], field: str
+    array: Float[Array, "*lead rows columns"] | LayerOf, block: tuple[int, int], field: str
 ) -> Iterator[Shaped[np.ndarray, "..."]]:
     for part in _slices(array):
-        yield np.asarray(getattr(_quantise(part, block), field))
+        yield np.asarray(getattr(_quantise(part, block=block), field))
 
 
-def _slices(array: Shaped[Array, "..."]) -> Iterator[Shaped[Array, "..."]]:
-    """The experts of a stack one by one; anything else whole."""
+def _slices(array: Shaped[Array, "..."] | LayerOf) -> Iterator[Shaped[Array, "..."]]:
+    """The experts of a layer one by one; anything else whole."""
+    array = pick(array)
     if array.ndim == 3:
         yield from (array[expert] for expert in range(array.shape[0]))
     else:

@@ -65,7 +65,7 @@ def _load(arguments: argparse.Namespace) -> tuple[HostExecutor, LLM]:
         raise ValueError("--afd off leaves nothing to trace: give xAyF")
     if arguments.preset is None:
         folder = find_model(arguments)
-        executor = load_afd_executor(choice, folder, config.dtype)
+        executor = load_afd_executor(choice, folder, config)
         llm = LLM(folder, executor=executor, config=config)
     else:
         executor = place_executor(choice, random_model(bench_config(*PRESETS[arguments.preset])))

@@ -16,6 +16,7 @@ from step3_jax.mesh import force_cpu_devices
 # Options that mean nothing without --afd, with the value that stands for "not given".
 _NEEDS_AFD: dict[str, object] = {
     "afd_devices": None,
+    "afd_ffn_device": None,
     "afd_microbatches": None,
     "afd_payload": None,
     "afd_executor": "auto",
@@ -66,22 +67,28 @@ def read_afd_choice(
     num_microbatches = deployment.num_microbatches if given is None else given
     check_microbatches(num_microbatches)
     force_cpu_devices(instances.num_devices)
+    ffn_device = arguments.afd_ffn_device or deployment.ffn_device
     return AfdChoice(
-        AfdTopology.of(instances, parallel),
+        AfdTopology.of(instances, parallel, ffn_device=ffn_device),
         num_microbatches,
         arguments.afd_payload or deployment.payload,
         arguments.afd_deadline,
-        _choose_executor(arguments.afd_executor, instances),
+        _choose_executor(arguments.afd_executor, instances, ffn_device),
     )
 
 
-def _choose_executor(asked: str, instances: Topology) -> str:
+def _choose_executor(asked: str, instances: Topology, ffn_device: str) -> str:
     """The executor that the number of processes calls for.
 
     Raises:
-      ValueError: If another one was asked for.
+      ValueError: If another one was asked for, or the FFN side is on the CPUs of several processes.
     """
     count = jax.process_count()
+    if count > 1 and ffn_device == "cpu":
+        raise ValueError(
+            f"--afd-ffn-device cpu is for one process, whose memory has the experts, and there are {count}: leave out "
+            "step3 launch"
+        )
     fitting = "host" if count == 1 else "program"
     if asked in ("auto", fitting):
         return fitting

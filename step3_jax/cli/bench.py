@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         found = measure_decode(
             config,
             dtypes=arguments.dtype,
+            quantizations=arguments.quantization,
             batches=arguments.batch,
             steps=arguments.steps,
             rounds=arguments.rounds,

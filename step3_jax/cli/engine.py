@@ -16,6 +16,7 @@ import jax
 from step3_jax.afd.executor import AfdChoice, load_afd_executor
 from step3_jax.cli.afd_option import read_afd_choice
 from step3_jax.engine.config import EngineConfig, format_config, read_config_file
+from step3_jax.engine.executor import NO_SPECULATION
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.loading import read_parallel
 from step3_jax.layout.deployment import Deployment, load_deployment, parse_deployment
@@ -61,6 +62,8 @@ def read_engine(arguments: argparse.Namespace) -> EngineChoice:
     config, deployment, _ = _read_settings(arguments)
     # With it the tensor and expert parallel sizes are the FFN side's.
     afd = read_afd_choice(arguments, config, deployment)
+    if afd is not None and config.speculative_config is not None:
+        raise ValueError(NO_SPECULATION)
     parallel = read_parallel(config) if afd is None else None
     if parallel is not None:
         force_cpu_devices(parallel.num_devices)
@@ -96,7 +99,7 @@ def load_llm(choice: EngineChoice, folder: pathlib.Path) -> LLM:
         return LLM(folder, config=choice.config)
     # They say how the FFN side is divided, which the executor does.
     config = choice.config.replace(tensor_parallel_size=1, expert_parallel_size=None)
-    load = functools.partial(load_afd_executor, choice.afd, folder, choice.config.dtype)
+    load = functools.partial(load_afd_executor, choice.afd, folder, choice.config)
     return LLM(folder, config=config, executor=load)
 
 

@@ -15,6 +15,7 @@ import jax
 from step3_jax import __version__, resources
 from step3_jax.cli.choice import DEFAULT_MODEL
 from step3_jax.cli.variables import VARIABLES, read_variables
+from step3_jax.cpu_kernels.library import describe_kernels
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.mesh import find_devices
 
@@ -61,6 +62,7 @@ def describe_environment() -> dict[str, object]:
         "backend": backend,
         "devices": devices,
         "kernels": _kernels(),
+        "cpu_kernels": describe_kernels(),
         "compile_cache": enable_compile_cache(),
         "model": _find_shipped_model(),
         "variables": read_variables(os.environ),

@@ -1,25 +1,25 @@
 """The decode programs of a deployment, compiled from shapes alone: no weights, no accelerator.
 
-Each role's whole decode step of all layers is compiled for as many CPU devices as it has, its arguments placed by the
-rules that the running system uses (`model/parallel.py`, `afd/topology.py`). With AFD, what the other role sends in one
-step is an argument and what goes to it a result, so that each role stands for itself. Equal neighbouring layers are one
-loop, which is what makes 61 layers compile in a minute. The bytes of arguments and of aliases are those of the real
-parameter tree and cache; those of temporaries would mislead, since XLA:CPU widens FP8 and stacks the loop's weights.
+A deployment whose devices do everything has the decode loop of the engine's own executor. With AFD each role's whole decode
+step of one micro-batch is compiled for as many devices as it has; what the other role sends in it is an argument and what
+goes to it a result, so that each role stands for itself. Weights and cache lie as in the running system: on GPUs, layers of
+one form stacked. The bytes of arguments and of aliases are those of the real parameter tree and cache; those of temporaries
+would mislead, since it is CPU devices that is compiled for, where layers are copied out of their stacks and FP8 is widened.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, UInt8
@@ -28,40 +28,33 @@ from pallas_kernels.common import ENVIRONMENT_VARIABLE as KERNELS
 from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import PAGE_SIZE, Storage
 from step3_jax.afd.payload import PayloadFormat
-from step3_jax.afd.roles import Parts, Skeleton, Tokens, attention_step, begin_step, end_step, ffn_step, take_apart
+from step3_jax.afd.roles import Part, Tokens, attention_step, begin_step, end_step, ffn_step, take_apart
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import count_pages, empty_cache
-from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
+from step3_jax.checkpoint.shapes import abstract_model
 from step3_jax.cli.plan_process import Compilation
 from step3_jax.config import ModelConfig
-from step3_jax.layers.attention import CacheStep, at_layer, attention_context
+from step3_jax.engine.sharded import ShardedRunner
+from step3_jax.engine.state import DecodeBatch
+from step3_jax.layers.attention import CacheStep
 from step3_jax.layout.deployment import Deployment
 from step3_jax.layout.parallel import ATTENTION, BOTH, FFN
 from step3_jax.layout.payload import choose_payload
 from step3_jax.layout.role import check_deployment
-from step3_jax.layout.tensor import scale_shape
 from step3_jax.mesh import Layout, make_layout
-from step3_jax.model.parallel import parallelise, place_shapes
-from step3_jax.model.step3 import Step3, abstract_step3
+from step3_jax.model.arrangement import Arrangement, arrange
+from step3_jax.model.parallel import Places, place_shapes
+from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
 from step3_jax.planner.memory import CacheShape, CompiledBytes, rows_at_once
-from step3_jax.quant import FP8, BlockScaled
+from step3_jax.sampling.batch import SamplingRow, sampling_batch
+from step3_jax.sampling.params import SamplingParams
 
 # Only the bytes are wanted, not a fast program.
 COMPILER_OPTIONS: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
 }
-
-Kind = TypeVar("Kind")
-Carry = TypeVar("Carry")
-Layer = TypeVar("Layer")
-Out = TypeVar("Out")
-
-# What stands for a layer in each program: its form, and its arrays.
-_Pair = tuple[Skeleton[AttentionBlock], Skeleton[FfnBlock]]
-_BothLayer = tuple[list[Array], list[Array], Array]
-_AttentionLayer = tuple[list[Array], Array, Array]
 
 
 def compile_alone(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
@@ -86,13 +79,14 @@ def compile_alone(config: ModelConfig, deployment: Deployment, cache: CacheShape
 
 def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> dict[str, CompiledBytes]:
     """The bytes by the name of the role; this process needs as many devices as the deployment has."""
-    model = abstract_model(config)
-    rows = rows_at_once(deployment)
     if deployment.topology is None:
-        return {BOTH: _compile_both(model, make_layout(check_deployment(config, deployment)), deployment, cache)}
+        layout = make_layout(check_deployment(config, deployment))
+        return {BOTH: _compile_both(_place(config, layout), layout, deployment, cache)}
     topology = AfdTopology.of(deployment.topology, deployment.parallel)
     topology.check(config)
     form = PayloadFormat.of(config.text, choose_payload(deployment.payload, config.dtype))
+    model = _place(config, topology)
+    rows = rows_at_once(deployment)
     received = -(-rows * topology.num_attention // topology.num_ffn)
     return {
         ATTENTION: _compile_attention(model, topology, deployment, cache, form, rows),
@@ -100,58 +94,30 @@ def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape)
     }
 
 
-def abstract_model(config: ModelConfig) -> Step3:
-    """The module with shapes for arrays, linear weights of the decoder in FP8 if the configuration says so."""
-    model = abstract_step3(config)
-    if config.quantization is None:
-        return model
-    block = config.quantization.weight_block_size
-    for path, variable in parameters_of(model).items():
-        if is_fp8_tensor(released_name(path)):
-            shape = variable.get_value().shape
-            quantised = jax.eval_shape(
-                lambda shape=shape: BlockScaled(jnp.zeros(shape, FP8), jnp.zeros(scale_shape(shape, block)), block)
-            )
-            variable.set_value(quantised)
-    return model
+def _place(config: ModelConfig, places: Places) -> Step3:
+    """Shapes of the model as GPUs at these places have it."""
+    return arrange(place_shapes(abstract_model(config), places), Arrangement.of("gpu", config.dtype))
 
 
 def _compile_both(model: Step3, layout: Layout, deployment: Deployment, cache: CacheShape) -> CompiledBytes:
-    """A decode step of the whole model on every device."""
-    text = model.config.text
-    placed = parallelise(place_shapes(model, layout), layout)
-    parts = take_apart(placed)
-    kinds = [(a.skeleton, f.skeleton) for a, f in zip(parts.attention, parts.ffn, strict=True)]
+    """The decode loop of the whole model on every device."""
+    runner = ShardedRunner(model, layout)
+    num_rows = cache.rows * layout.size("rows")
 
-    def step(
-        weights: _Weights,
-        pool: KVPages,
-        last: Int[Array, " B"],
-        table: Int[Array, "B max_pages"],
-        lengths: Int[Array, " B"],
-    ) -> tuple[KVPages, Int[Array, " B"]]:
-        ends = parts.ends.skeleton.build(weights.ends)
-        hidden = ends.embed_tokens(last[:, None])
-        context = attention_context(text, (last.shape[0], 1), step=CacheStep(table, lengths))
+    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((num_rows, *shape), jnp.int32)
 
-        layer_pages = count_pages(pool, len(kinds))
-
-        def run_layer(
-            kind: _Pair, carry: tuple[Array, KVPages], given: _BothLayer
-        ) -> tuple[tuple[Array, KVPages], None]:
-            (hidden, pool), (attention, ffn), (attention_leaves, ffn_leaves, layer) = carry, kind, given
-            out = attention.build(attention_leaves)(hidden, at_layer(context, layer, layer_pages), pool)
-            added = ffn.build(ffn_leaves)(out.normed, out.routing).reshape(hidden.shape)
-            return (out.residual + added, cast(KVPages, out.pages)), None
-
-        numbers = jnp.arange(len(kinds), dtype=jnp.int32)
-        layers = list(zip(weights.attention, weights.ffn, numbers, strict=True))
-        (hidden, pool), _ = run_layers(run_layer, kinds, (hidden, pool), layers)
-        logits = ends.lm_head(ends.norm(hidden)[:, 0]).astype(jnp.float32)
-        return pool, jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    pool, inputs = _shape_cache(model, layout, deployment, cache), _step_inputs(layout, cache, cache.rows)
-    return _measure(step, layout, _Weights.of(parts), pool, inputs, vision=_vision_leaves(placed))
+    is_active = jax.ShapeDtypeStruct((num_rows,), jnp.bool_)
+    batch = DecodeBatch(numbers(), numbers(), numbers(), is_active, numbers(cache.pages_per_row))
+    row = SamplingRow(SamplingParams(temperature=0.0), 1, (0, 0), ())
+    sampling = sampling_batch([row], model.config.text.vocab_size, num_rows)
+    pool = _shape_cache(model, layout, deployment, cache)
+    program = runner.lower_decode(pool, batch, sampling, max_steps=1).compile(COMPILER_OPTIONS)
+    vision = _vision_leaves(model)
+    weights = jax.tree.leaves(nnx.state(model.text))
+    num_tokens = _count_tokens(pool, layout, model.config.text.num_hidden_layers)
+    # The tower has no part in a decode step and is on the devices all the same.
+    return _read_bytes(program, weights, vision, pool, (batch, sampling, np.int32(1), np.bool_(False)), num_tokens)
 
 
 def _compile_attention(
@@ -159,9 +125,7 @@ def _compile_attention(
 ) -> CompiledBytes:
     """A decode step of one micro-batch on the attention side."""
     text, layout = model.config.text, topology.attention
-    placed = place_shapes(model, topology)
-    parts = take_apart(placed)
-    kinds = [part.skeleton for part in parts.attention]
+    parts = take_apart(model)
 
     def step(
         weights: _Weights,
@@ -170,105 +134,94 @@ def _compile_attention(
         table: Int[Array, "B max_pages"],
         lengths: Int[Array, " B"],
         returned: list[UInt8[Array, "B output_bytes"]],
-    ) -> tuple[KVPages, list[UInt8[Array, "B row_bytes"]], Int[Array, " B"]]:
+    ) -> tuple[KVPages, list[UInt8[Array, "layers B row_bytes"]], Int[Array, " B"]]:
         ends = parts.ends.skeleton.build(weights.ends)
         tokens = begin_step(ends, text, form, last[:, None], CacheStep(table, lengths), PAGE_SIZE)
+        layer_pages = count_pages(pool, text.num_hidden_layers)
+        first, sent = 0, []
+        for part, leaves in zip(parts.attention, weights.layers, strict=True):
+            own = jnp.stack(returned[first : first + part.num_layers])
 
-        layer_pages = count_pages(pool, len(kinds))
+            def run_layer(
+                carry: tuple[Tokens, KVPages],
+                given: tuple[Int[Array, ""], Array],
+                part: Part[AttentionBlock] = part,
+                leaves: list[Array] = leaves,
+                first: int = first,
+            ) -> tuple[tuple[Tokens, KVPages], Array]:
+                (tokens, pool), (index, back) = carry, given
+                block = part.build(leaves, index)
+                residual, rows, pool = attention_step(block, form, tokens, pool, first + index, layer_pages)
+                return (tokens._replace(hidden=residual, returned=back), pool), rows
 
-        def run_layer(
-            kind: Skeleton[AttentionBlock], carry: tuple[Tokens, KVPages], given: _AttentionLayer
-        ) -> tuple[tuple[Tokens, KVPages], Array]:
-            (tokens, pool), (leaves, back, layer) = carry, given
-            residual, sent, pool = attention_step(kind.build(leaves), form, tokens, pool, layer, layer_pages)
-            return (tokens._replace(hidden=residual, returned=back), pool), sent
+            (tokens, pool), rows = jax.lax.scan(run_layer, (tokens, pool), (jnp.arange(part.num_layers), own))
+            sent.append(rows)
+            first += part.num_layers
+        return pool, sent, jnp.argmax(end_step(ends, form, tokens), axis=-1).astype(jnp.int32)
 
-        numbers = jnp.arange(len(kinds), dtype=jnp.int32)
-        layers = list(zip(weights.attention, returned, numbers, strict=True))
-        (tokens, pool), sent = run_layers(run_layer, kinds, (tokens, pool), layers)
-        chosen = jnp.argmax(end_step(ends, form, tokens), axis=-1).astype(jnp.int32)
-        return pool, sent, chosen
-
-    weights = _Weights.of(dataclasses.replace(parts, ffn=[]))
-    inputs = (
-        *_step_inputs(layout, cache, rows),
-        [_rows(layout, rows, form.output_bytes, dtype=jnp.uint8) for _ in parts.attention],
-    )
+    shapes = [_rows(layout, rows, form.output_bytes, dtype=jnp.uint8)] * text.num_hidden_layers
+    inputs = (*_step_inputs(layout, cache, rows), shapes)
+    weights = _Weights(parts.ends.leaves, [part.leaves for part in parts.attention])
     pool = _shape_cache(model, layout, deployment, cache)
-    return _measure(step, layout, weights, pool, inputs, vision=_vision_leaves(placed))
+    outputs = layout.spec("rows"), layout.spec(None, "rows"), layout.spec("rows")
+    program = _compile(step, layout, (weights, pool, *inputs), outputs)
+    num_tokens = _count_tokens(pool, layout, text.num_hidden_layers)
+    return _read_bytes(program, jax.tree.leaves(weights), _vision_leaves(model), pool, inputs, num_tokens)
 
 
 def _compile_ffn(model: Step3, layout: Layout, form: PayloadFormat, rows: int) -> CompiledBytes:
     """The FFN side's part of a decode step of one micro-batch."""
     text, dtype = model.config.text, jnp.dtype(model.config.dtype)
-    parts = take_apart(place_shapes(model, layout))
-    kinds = [part.skeleton for part in parts.ffn]
+    parts = take_apart(model)
 
     def step(
         weights: _Weights, pool: None, sent: list[UInt8[Array, "N row_bytes"]]
-    ) -> list[UInt8[Array, "N output_bytes"]]:
+    ) -> list[UInt8[Array, "layers N output_bytes"]]:
         del pool  # There is none on this side.
+        first, out = 0, []
+        for part, leaves in zip(parts.ffn, weights.layers, strict=True):
+            own = jnp.stack(sent[first : first + part.num_layers])
 
-        def run_layer(kind: Skeleton[FfnBlock], carry: None, given: tuple[list[Array], Array]) -> tuple[None, Array]:
-            leaves, own = given
-            return carry, ffn_step(kind.build(leaves), layout, text.moe_num_experts, form, own, dtype)
+            def run_layer(
+                given: tuple[Int[Array, ""], Array],
+                part: Part[FfnBlock] = part,
+                leaves: list[Array] = leaves,
+            ) -> Array:
+                index, rows = given
+                return ffn_step(part.build(leaves, index), layout, text.moe_num_experts, form, rows, dtype)
 
-        return run_layers(run_layer, kinds, None, list(zip(weights.ffn, sent, strict=True)))[1]
+            out.append(jax.lax.map(run_layer, (jnp.arange(part.num_layers), own)))
+            first += part.num_layers
+        return out
 
-    inputs = ([_rows(layout, rows, form.row_bytes, dtype=jnp.uint8) for _ in parts.ffn],)
-    weights = _Weights([], [], [part.leaves for part in parts.ffn])
-    return _measure(step, layout, weights, None, inputs)
+    inputs = ([_rows(layout, rows, form.row_bytes, dtype=jnp.uint8)] * text.num_hidden_layers,)
+    weights = _Weights([], [part.leaves for part in parts.ffn])
+    program = _compile(step, layout, (weights, None, *inputs), layout.spec(None, "rows"))
+    return _read_bytes(program, jax.tree.leaves(weights), [], None, inputs, 0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """Arrays of a role: outside the layers, and of each layer's halves."""
+    """Arrays of a role: outside the layers, and of its halves of the layers, stack by stack."""
 
     ends: list[Array]
-    attention: list[list[Array]]
-    ffn: list[list[Array]]
+    layers: list[list[Array]]
 
-    @classmethod
-    def of(cls, parts: Parts) -> _Weights:
-        return cls(parts.ends.leaves, [part.leaves for part in parts.attention], [part.leaves for part in parts.ffn])
+
+def _compile(
+    step: Callable[..., object], layout: Layout, arguments: tuple[object, ...], outputs: object
+) -> jax.stages.Compiled:
+    """A step of weights, pool and inputs, the same on each device's own part."""
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
+    mapped = jax.shard_map(step, mesh=layout.mesh, in_specs=specs, out_specs=outputs, check_vma=False)
+    return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile(COMPILER_OPTIONS)
 
 
 def _vision_leaves(model: Step3) -> list[Array]:
     """Arrays of vision tower and projector."""
     modules = [model.vision, model.projector] if model.vision is not None else []
     return [leaf for module in modules for leaf in jax.tree.leaves(nnx.state(module))]
-
-
-def run_layers(
-    run_layer: Callable[[Kind, Carry, Layer], tuple[Carry, Out]],
-    kinds: Sequence[Kind],
-    carry: Carry,
-    layers: Sequence[Layer],
-) -> tuple[Carry, list[Out]]:
-    """Runs layers one after the other, equal neighbours as one loop.
-
-    Args:
-      run_layer: (kind, carry, the layer's arrays) -> (carry, the layer's results).
-      kinds: Of each layer; those of equal neighbours are equal.
-      carry: What goes from layer to layer.
-      layers: Arrays of each layer, a pytree.
-
-    Returns:
-      The carry behind the last layer, and the results of each.
-    """
-    results: list[Out] = []
-    for kind, group in itertools.groupby(kinds):
-        count = len(list(group))
-        own = layers[len(results) : len(results) + count]
-        if count == 1:
-            carry, out = run_layer(kind, carry, own[0])
-            results.append(out)
-            continue
-        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *own)
-        carry, outs = jax.lax.scan(functools.partial(run_layer, kind), carry, stacked)
-        results += [jax.tree.map(lambda array, layer=layer: array[layer], outs) for layer in range(count)]
-    return carry, results
 
 
 def _shape_cache(model: Step3, layout: Layout, deployment: Deployment, cache: CacheShape) -> KVPages:
@@ -278,6 +231,11 @@ def _shape_cache(model: Step3, layout: Layout, deployment: Deployment, cache: Ca
     storage = cast(Storage, deployment.kv_cache)
     pool = jax.eval_shape(lambda: empty_cache(text, count, storage, as_bits=True))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), pool)
+
+
+def _count_tokens(pool: KVPages, layout: Layout, num_layers: int) -> int:
+    """Tokens that a device's part of the pool holds."""
+    return count_pages(pool, num_layers) // layout.size("rows") * pool.page_size
 
 
 def _step_inputs(layout: Layout, cache: CacheShape, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -290,59 +248,46 @@ def _rows(layout: Layout, rows: int, *rest: int, dtype: jax.typing.DTypeLike = j
     return jax.ShapeDtypeStruct((rows * layout.size("rows"), *rest), dtype, sharding=layout.sharding("rows"))
 
 
-def _measure(
-    step: Callable[..., object],
-    layout: Layout,
-    weights: _Weights,
+def _read_bytes(
+    program: jax.stages.Compiled,
+    weights: Sequence[Array],
+    others: Sequence[Array],
     pool: KVPages | None,
-    inputs: tuple[object, ...],
-    *,
-    vision: Sequence[Array] = (),
+    inputs: object,
+    num_tokens: int,
 ) -> CompiledBytes:
-    """Compiles a step, the same on each device's own part, and reads the bytes of one device.
+    """What a compiled program says of the bytes of one device.
 
     Args:
-      step: Takes weights, pool and inputs.
-      layout: The devices of the role.
-      weights: Shapes of what the step multiplies with.
+      program: Of weights, pool and inputs.
+      weights: Shapes of what it multiplies with.
+      others: Shapes of weights that are on the devices besides.
       pool: The cache; None on a side that has none.
-      inputs: What else the step takes.
-      vision: What the step has no use for and is on the devices all the same, perhaps along axes of another mesh.
+      inputs: What else it takes; what it has no use for it may have left out.
+      num_tokens: That the pool has room for.
 
     Raises:
       RuntimeError: If the program takes other arguments than it is given, which would make its bytes worthless.
     """
-    arguments = (weights, pool, *inputs)
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
-    mapped = jax.shard_map(step, mesh=layout.mesh, in_specs=specs, out_specs=layout.spec("rows"), check_vma=False)
-
-    def call(vision: Sequence[Array], *arguments: object) -> object:
-        del vision
-        return mapped(*arguments)
-
-    program = jax.jit(call, donate_argnums=2, keep_unused=True).lower(vision, *arguments).compile(COMPILER_OPTIONS)
     memory = program.memory_analysis()
     if memory is None:
         raise RuntimeError("this version of jax does not tell the memory of a program for CPUs")
     kv_cache = memory.alias_size_in_bytes
-    found = memory.argument_size_in_bytes - kv_cache - _device_bytes(inputs)
-    given = _device_bytes((weights, vision)), _device_bytes(pool)
-    if (found, kv_cache) != given:
+    found = memory.argument_size_in_bytes - kv_cache
+    given, given_cache, most = _device_bytes(weights), _device_bytes(pool), _device_bytes(inputs)
+    if kv_cache != given_cache or not given <= found <= given + most:
         raise RuntimeError(
-            f"the compiled program has {found:,} bytes of weights and {kv_cache:,} of cache on a device, and was given "
-            f"{given[0]:,} and {given[1]:,}"
+            f"the compiled program has {found:,} bytes of weights and inputs and {kv_cache:,} of cache on a device, and was "
+            f"given {given:,} of weights, {most:,} of inputs and {given_cache:,} of cache"
         )
-    num_tokens = 0
-    if pool is not None:
-        num_tokens = count_pages(pool, len(weights.attention)) // layout.size("rows") * pool.page_size
-    return CompiledBytes(found, kv_cache, num_tokens)
+    return CompiledBytes(given + _device_bytes(others), kv_cache, num_tokens)
 
 
 def _device_bytes(tree: object) -> int:
-    """Bytes of the arrays of a tree on one device."""
+    """Bytes of the arrays of a tree on one device; what has no sharding is there whole."""
 
-    def size(leaf: jax.ShapeDtypeStruct) -> int:
-        sharding = leaf.sharding
+    def size(leaf: jax.ShapeDtypeStruct | np.ndarray) -> int:
+        sharding = getattr(leaf, "sharding", None)
         shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, NamedSharding) else leaf.shape
         return int(functools.reduce(lambda a, b: a * b, shape, 1)) * leaf.dtype.itemsize
 

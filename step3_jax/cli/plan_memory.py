@@ -17,6 +17,7 @@ from step3_jax.config import ModelConfig
 from step3_jax.layout.deployment import Deployment, Workload, load_deployment
 from step3_jax.layout.hardware import load_hardware
 from step3_jax.layout.role import check_deployment, deployed_config, roles_of
+from step3_jax.layout.weight_form import CPU_FORMS
 from step3_jax.planner.memory import CacheShape, MemoryPlan, plan_memory, shape_cache
 from step3_jax.planner.memory_table import to_dict, to_lines
 
@@ -49,7 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     # First without, so that wrong numbers are refused at once.
     found, compilation = plan(None), None
-    if not arguments.no_compile:
+    if deployment.weights in CPU_FORMS:
+        write_note(f"weights {deployment.weights} are for CPUs: arithmetic alone, nothing is compiled")
+    elif not arguments.no_compile:
         write_note(f"compiling the decode step for {deployment.num_devices} devices from shapes (about a minute) ...")
         with interruptible():
             compilation = _compile(deployed, deployment)

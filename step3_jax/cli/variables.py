@@ -7,6 +7,7 @@ from collections.abc import Mapping
 VARIABLES = {
     "STEP3_CPU_DEVICES": "devices that one CPU is to look like",
     "STEP3_KERNELS": "implementation of the kernels: auto, mosaic, interpret or reference",
+    "STEP3_CPU_KERNELS": "the CPU kernels' instruction set: auto, avx512, avx2 or plain; off widens weights at load",
     "STEP3_KERNELS_TUNING": "file of block sizes that python -m tools.gpu_check wrote",
     "STEP3_COORDINATOR": "host:port of process 0, of several processes",
     "STEP3_NUM_PROCESSES": "how many processes there are",

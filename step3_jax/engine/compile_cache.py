@@ -13,6 +13,8 @@ import zlib
 
 import jax
 
+from step3_jax import resources
+
 _LOG = logging.getLogger(__name__)
 
 # JAX's own variables; both are read by JAX when it is imported.
@@ -42,7 +44,7 @@ def enable_compile_cache(folder: str | pathlib.Path | None = None) -> str | None
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
     current, named = jax.config.values["jax_compilation_cache_dir"], os.environ.get(FOLDER_VARIABLE) or None
-    default = _default_folder()
+    default = resources.find_cache("xla")
     if folder is None and current is not None and current not in (named, str(default)):
         return str(current)
     wanted = folder or named or default
@@ -91,15 +93,6 @@ def remove_damaged(folder: pathlib.Path) -> list[str]:
     if found != checked:
         _write_checked(folder, found)
     return removed
-
-
-def _default_folder() -> pathlib.Path | None:
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        cache = pathlib.Path(base) if base else pathlib.Path.home() / ".cache"
-    except RuntimeError:  # A user without a home.
-        return None
-    return cache / "step3-jax" / "xla"
 
 
 def _is_writable(folder: pathlib.Path) -> bool:

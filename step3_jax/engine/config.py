@@ -15,6 +15,8 @@ import yaml
 from step3_jax.engine.setting import Setting, check_name, check_values, define, format_table, settings_of
 from step3_jax.gpu import MEMORY_SHARE
 from step3_jax.layout.page import KV_CACHE_CHOICES
+from step3_jax.layout.weight_form import LOAD_FORMATS, QUANTIZATIONS
+from step3_jax.sampling.speculation import Speculation
 
 # In the order in which help and docs show them.
 GROUPS = {
@@ -40,9 +42,22 @@ class EngineConfig:
 
     dtype: str = define(
         "auto",
-        "weights and activations; auto is the checkpoint's, but float32 on a CPU, which computes in it in any case",
+        "activations, and weights that are not held in a form of their own; auto is the checkpoint's, but float32 on a CPU",
         "model",
         choices=("auto", "float32", "bfloat16"),
+    )
+    quantization: str = define(
+        "auto",
+        "form of the linear weights: none is dtype, stored is the file's, others quantise at load; auto is stored where the "
+        "device's kernels multiply it, else none",
+        "model",
+        choices=QUANTIZATIONS,
+    )
+    load_format: str = define(
+        "auto",
+        "how weights come to a CPU: auto copies them, mmap leaves them in the file wherever they need no change",
+        "model",
+        choices=LOAD_FORMATS,
     )
     max_model_len: int | None = define(
         None, "most tokens of prompt and output together", "model", least=1, auto="the model's own limit"
@@ -78,6 +93,14 @@ class EngineConfig:
         "batch",
         least=0.0,
         metavar="MS",
+    )
+    speculative_config: Mapping[str, object] | None = define(
+        None,
+        'guess tokens and verify several in one step, with the same outputs: {"method": "ngram", "num_speculative_tokens": '
+        '4}, and "prompt_lookup_max", "prompt_lookup_min"',
+        "batch",
+        auto="one token a step",
+        metavar="JSON",
     )
     kv_cache_dtype: str = define(
         "auto",
@@ -145,6 +168,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.speculative_config is not None:
+            Speculation.of(self.speculative_config)
+            # A dictionary of its own, which YAML can write; the class is frozen.
+            object.__setattr__(self, "speculative_config", dict(self.speculative_config))
 
     @classmethod
     def of(cls, values: Mapping[str, object], *, source: str = "") -> Self:
@@ -173,6 +200,11 @@ class EngineConfig:
     def num_devices(self) -> int:
         """Devices that the model is spread over."""
         return self.data_parallel_size * self.tensor_parallel_size
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """How tokens are guessed; None if they are not."""
+        return None if self.speculative_config is None else Speculation.of(self.speculative_config)
 
     @property
     def is_parallel(self) -> bool:

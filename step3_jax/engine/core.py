@@ -22,10 +22,11 @@ from step3_jax.engine.bucket_table import PAGE_COPIES, BucketTable
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.constrainer import Constrainer
 from step3_jax.engine.constraint import SequenceConstraint
-from step3_jax.engine.executor import Executor
+from step3_jax.engine.executor import NO_SPECULATION, Executor
 from step3_jax.engine.failure import CallError, blame
 from step3_jax.engine.flight import Abort, Flight
 from step3_jax.engine.media import FeatureCache
+from step3_jax.engine.pace import Pace
 from step3_jax.engine.pack import Packer
 from step3_jax.engine.request import ABORTED, FAILED, OutputSink, Request, SequenceOutput, check_request
 from step3_jax.engine.scheduler import Chunk, Scheduler
@@ -41,8 +42,6 @@ from step3_jax.sampling.sampler import StepLogprobs
 DEFAULT_CACHE_BYTES = 2**28
 
 _FINISH = {STOPPED: "stop", FULL: "length"}
-# A call whose result comes faster had ended before it was asked for.
-_READY_S = 1e-3
 
 
 class EngineCore:
@@ -78,24 +77,34 @@ class EngineCore:
           image_sizes: Sides of views and windows in pixels; none for a text-only model.
 
         Raises:
-          ValueError: If the cache format does not serve the model's head size, or the memory does not hold one sequence
-            of `max_model_len`.
+          ValueError: If the cache format does not serve the model's head size, the memory does not hold one sequence of
+            `max_model_len`, or tokens are to be guessed and the executor cannot verify them.
         """
+        speculation = config.speculation
+        if speculation is not None and not executor.can_speculate:
+            raise ValueError(NO_SPECULATION)
         self.config = config
         self.max_model_len = max_model_len
         self.stats = EngineStats()
         self._executor = executor
         self._eos_ids = eos_ids
         shards, images, pages = executor.num_shards, executor.num_image_shards, pages_for(max_model_len)
+        width = 1 if speculation is None else speculation.width
+        # Behind the last token a step may have padding, which stands in no page but in the table.
         self.buckets = BucketTable.of(
-            config, max_pages=pages, num_shards=shards, num_image_shards=images, image_sizes=image_sizes
+            config,
+            max_pages=pages_for(max_model_len + width - 1),
+            num_shards=shards,
+            num_image_shards=images,
+            image_sizes=image_sizes,
         )
         text = executor.config.text
         self._vocab_size = text.vocab_size
         self._storage = choose_storage(config.kv_cache_dtype, executor.dtype, text.head_dim)
         memory = config.kv_cache_memory_bytes
         if memory is None:
-            memory = executor.cache_memory_bytes(self.buckets.max_num_seqs, self.buckets.max_num_batched_tokens)
+            rows = width * self.buckets.max_num_seqs
+            memory = executor.cache_memory_bytes(rows, self.buckets.max_num_batched_tokens)
         if memory is None:
             memory = max(DEFAULT_CACHE_BYTES, pages * page_bytes(text, self._storage))
         max_num_seqs = self.buckets.max_num_seqs
@@ -110,12 +119,12 @@ class EngineCore:
             long_prefill_tokens=None if long_tokens is None else max(1, long_tokens // shards),
             has_prefix_cache=config.enable_prefix_caching,
         )
-        self._packer = Packer(self.buckets, self._vocab_size)
+        self._packer = Packer(self.buckets, self._vocab_size, speculation)
         self._features = FeatureCache(executor, self.buckets.images, self.stats)
         self._constrainer = Constrainer()
         self._cache: Cache | None = None
         self._flight: Flight | None = None
-        self._step_s = 0.0
+        self._pace = Pace(max_steps=self.buckets.max_steps, max_call_ms=config.max_call_ms, step_width=width)
         # What other threads hand over, and what they may read meanwhile.
         self._lock = threading.Lock()
         self._inbox: collections.deque[Group | Abort] = collections.deque()
@@ -340,7 +349,9 @@ class EngineCore:
             if sequence.is_ready:
                 # Those that share its prompt may join; they do with the next round.
                 scheduler.fork(sequence)
-        num_steps, stuck = scheduler.make_room(self._choose_steps())
+        size = self._pace.choose((one for one in scheduler.running if one.is_ready), has_prefill=scheduler.has_prefill)
+        num_tokens, stuck = scheduler.make_room(size.num_tokens)
+        num_steps = min(size.num_steps, num_tokens)
         for sequence in stuck:
             self._finish(sequence, "length")
         begin = time.perf_counter()
@@ -353,19 +364,9 @@ class EngineCore:
         if not ready:
             return
         with blame(ready):
-            call = self._packer.decode(scheduler, num_steps, masks)
+            call = self._packer.decode(scheduler, num_steps, masks, max_new=num_tokens)
             self._cache, flight.decode = self._executor.decode(self._take_cache(), call)
         flight.slots, flight.num_steps = slots, num_steps
-
-    def _choose_steps(self) -> int:
-        """Steps of the next decode call: one while a prompt or a first token is waited for, else what fits its time."""
-        ready = [one for one in self.scheduler.running if one.is_ready]
-        if self.scheduler.has_prefill or any(one.is_masked or not one.num_output for one in ready):
-            return 1
-        num_steps = min(self.buckets.max_steps, *(one.steps_per_call for one in ready))
-        if self._step_s > 0:
-            num_steps = min(num_steps, max(1, int(self.config.max_call_ms / 1000 / self._step_s)))
-        return num_steps
 
     def _may_lead(self) -> bool:
         """Whether the next calls may be dispatched before what was generated is looked at.
@@ -388,19 +389,13 @@ class EngineCore:
             start = begin if flight.prefill is not None else flight.start_s
             with blame([one for one in flight.slots if one is not None]):
                 report = flight.decode.result()
-            end, taken = self._now(), max(1, int(report.num_new.max(initial=0)))
-            elapsed = end - start
-            if end - begin < _READY_S and self._step_s:
-                # It had ended before it was waited for, so this is no measure of it.
-                elapsed = min(elapsed, self._step_s * taken)
-            self._step_s = elapsed / taken
-            stats.decode_s += elapsed
-            stats.num_decode_calls, stats.num_decode_steps = stats.num_decode_calls + 1, stats.num_decode_steps + taken
-            stats.num_generated_tokens += int(report.num_new.sum())
+            end = self._now()
+            stats.count_decode(report, self._pace.measure(report, end - start, end - begin))
             for slot, sequence in enumerate(flight.slots):
                 if sequence is not None and not sequence.is_finished:
                     self._take(sequence, report, slot)
         stats.count_compilations(self._executor.compile_s, self._executor.num_traces)
+        stats.afd_wait_s = self._executor.afd_wait_s
         stats.num_preemptions = self.scheduler.num_preemptions
         stats.prefix_cache_queries = self.scheduler.num_queries
         stats.prefix_cache_hits = self.scheduler.num_hits

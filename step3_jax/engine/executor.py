@@ -27,6 +27,11 @@ from step3_jax.layout.workspace import estimate_workspace
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 
+# What is said where `Executor.can_speculate` does not hold.
+NO_SPECULATION = (
+    "speculative_config does not go with attention and FFN on devices of their own (AFD): leave out one of them"
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 T_co = TypeVar("T_co", covariant=True)
@@ -138,6 +143,20 @@ class Executor(ModelPart, abc.ABC):
     def num_microbatches(self) -> int:
         """Parts of a batch in flight between attention and FFN; 0 where every device does both."""
         return 0
+
+    @property
+    def can_speculate(self) -> bool:
+        """Whether `decode` takes calls with guesses."""
+        return True
+
+    @property
+    def afd_wait_s(self) -> float | None:
+        """Seconds that attention devices had nothing to do but wait for FFN devices; None where that is not known.
+
+        It is known where a host hands out each step. Where a program of many steps runs by itself (AFD's executor
+        `program`), nothing but the whole call's time reaches the host.
+        """
+        return None
 
     def check(self) -> None:
         """Raises RunLostError if no call can be made any more, as one of several processes is lost."""
@@ -278,9 +297,13 @@ def own_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
 
 
 def widen_weights(model: Step3) -> Step3:
-    """A module of its own with bfloat16 weights in float32, so that `model` stays whole; the others are shared."""
+    """A module of its own that computes in float32, so that `model` stays whole.
+
+    Of a bfloat16 model the weights become float32; bfloat16 weights beside float32 activations are meant to be so, and
+    all that need not change is shared.
+    """
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(_widen, state))
+    return nnx.merge(graphdef, jax.tree.map(_widen, state) if model.text.dtype == jnp.bfloat16 else state)
 
 
 def local_pages(pages: Iterable[int], shard_pages: int, num_shards: int, size: int) -> np.ndarray:

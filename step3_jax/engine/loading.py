@@ -57,16 +57,14 @@ def load_executor(
     wanted = None if config.dtype == "auto" else jnp.dtype(config.dtype)
     if wanted is None and jax.default_backend() == "cpu":
         wanted = jnp.dtype("float32")
-    return Runner(load_model(folder, wanted)) if parallel is None else _load_sharded(folder, wanted, parallel)
-
-
-def _load_sharded(folder: pathlib.Path, dtype: jnp.dtype | None, parallel: Parallel) -> ShardedRunner:
-    """A model's folder, each part read to its device."""
-    config = ModelConfig.load(folder)
-    # As `load_model` decides it: on a CPU FP8 weights are dequantised.
-    block = None if jax.default_backend() == "cpu" else fp8_block(config)
-    layout = make_layout(fit_parallel(parallel, config.text, fp8_block=block))
-    return ShardedRunner(load_model(folder, dtype, layout=layout), layout)
+    form, load_format = config.quantization, config.load_format
+    if parallel is None:
+        return Runner(load_model(folder, wanted, quantization=form, load_format=load_format))
+    sizes = ModelConfig.load(folder)
+    # As `load_model` decides it: sharded over emulated devices of a CPU FP8 weights are dequantised unless asked for.
+    is_widened = form == "none" or (form == "auto" and jax.default_backend() == "cpu")
+    layout = make_layout(fit_parallel(parallel, sizes.text, fp8_block=None if is_widened else fp8_block(sizes)))
+    return ShardedRunner(load_model(folder, wanted, quantization=form, load_format=load_format, layout=layout), layout)
 
 
 def end_tokens(stored: object, configured: tuple[int, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:

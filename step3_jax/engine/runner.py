@@ -14,14 +14,17 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache, copy_pages, count_pages, empty_cache
 from step3_jax.config import TextConfig
-from step3_jax.engine.executor import Executor, Started, num_copies, widen_weights
-from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report, decode_loop
+from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.engine.decode_loop import decode_loop
+from step3_jax.engine.executor import Executor, Started, num_copies
+from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
-from step3_jax.layers.moe import separate_experts
 from step3_jax.layers.router import Routing, count_tokens
+from step3_jax.model.cpu import prepare_for_cpu
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
+from step3_jax.sampling.speculation import Speculation
 
 Weights = list[Array]
 
@@ -35,17 +38,17 @@ class Runner(Executor):
     """
 
     def __init__(self, model: Step3) -> None:
-        """Takes a model. On a CPU a bfloat16 model is held in float32, see `Executor.dtype`."""
-        super().__init__(
-            model.config, jax.local_devices()[:1], model.text.embed_tokens.weight.get_value().dtype, num_shards=1
-        )
+        """Takes a model. On a CPU it runs in float32, see `model.cpu`."""
+        super().__init__(model.config, jax.local_devices()[:1], model.text.dtype, num_shards=1)
         if self.is_cpu:
-            model = widen_weights(model)
-            separate_experts(model)
+            kernels = find_kernels()
+            model = prepare_for_cpu(model, kernels if isinstance(kernels, Kernels) else None)
         self._split = SplitModel(model)
         self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text)
         self._prefill = self._jit(self._traced.prefill, donate_argnames=("cache",))
-        self._decode = self._jit(self._traced.decode, static_argnames=("max_steps",), donate_argnames=("cache",))
+        self._decode = self._jit(
+            self._traced.decode, static_argnames=("max_steps", "speculation"), donate_argnames=("cache",)
+        )
         self._encode = self._jit(self._traced.encode)
         self._copy = self._jit(self._traced.copy_pages, donate_argnames=("cache",))
 
@@ -65,7 +68,13 @@ class Runner(Executor):
         """See `Executor.decode`."""
         given = self._place_call(call)
         cache, report = self._timed(
-            "decode", self._decode, self._split.weights, cache, *given, max_steps=call.max_steps
+            "decode",
+            self._decode,
+            self._split.weights,
+            cache,
+            *given,
+            max_steps=call.max_steps,
+            speculation=call.speculation,
         )
         return cache, Started(call.cut_report(report))
 
@@ -74,7 +83,15 @@ class Runner(Executor):
         if isinstance(call, PrefillBatch):
             return self._timed("prefill", self._prefill.lower, self._split.weights, cache, call)
         given = self._place_call(call)
-        return self._timed("decode", self._decode.lower, self._split.weights, cache, *given, max_steps=call.max_steps)
+        return self._timed(
+            "decode",
+            self._decode.lower,
+            self._split.weights,
+            cache,
+            *given,
+            max_steps=call.max_steps,
+            speculation=call.speculation,
+        )
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`."""
@@ -93,11 +110,18 @@ class Runner(Executor):
         return self._prefill.lower(self._split.weights, cache, batch).compile()
 
     def decode_program(
-        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int
+        self,
+        cache: Cache,
+        batch: DecodeBatch,
+        sampling: SamplingBatch,
+        *,
+        max_steps: int,
+        speculation: Speculation | None = None,
     ) -> jax.stages.Compiled:
         """The compiled decode loop of a bucket, for reading; the arguments may be abstract, and are not consumed."""
-        given = np.int32(1), np.bool_(False)
-        return self._decode.lower(self._split.weights, cache, batch, sampling, *given, max_steps=max_steps).compile()
+        given = batch, sampling, np.int32(1), np.bool_(False)
+        lowered = self._decode.lower(self._split.weights, cache, *given, max_steps=max_steps, speculation=speculation)
+        return lowered.compile()
 
 
 class SplitModel:
@@ -154,17 +178,22 @@ class TracedCalls:
         """The cache with a chunk, and how many of its tokens each expert got."""
         self._num_traces["prefill"] += 1
         decoder = self._build(weights).text
-        embeddings = decoder.embed_tokens(batch.token_ids[None])
+        embeddings = decoder.embed(batch.token_ids[None])
         if batch.features is not None and batch.feature_rows is not None:
             embeddings = merge_image_features(embeddings, batch.features, batch.feature_rows[None])
         step = CacheStep(batch.table, batch.lengths, batch.query_starts)
-        routings: list[Routing] = []
-        # The hidden states have no reader, so what only they need of the last layer is not computed: its routing neither.
-        _, filled = decoder(embeddings, cache=cache, step=step, watch=routings.append)
-        config = self._config
-        kept = routings[:-1] if config.is_moe_layer(config.num_hidden_layers - 1) else routings
-        counts = count_tokens(kept, batch.query_starts[-1], config.moe_num_experts)
-        return cache if filled is None else filled, counts[None]
+        num_experts = self._config.moe_num_experts
+
+        def count(routing: Routing) -> Int[Array, " E"]:
+            return count_tokens(routing, batch.query_starts[-1], num_experts)
+
+        _, filled, counts = decoder.run(embeddings, cache=cache, step=step, observe=count)
+        if self._config.is_moe_layer(self._config.num_hidden_layers - 1):
+            # The hidden states have no reader, so what only they need of the last layer is not computed: neither is its
+            # routing.
+            counts[-1] = counts[-1][:-1]
+        joined = jnp.concatenate(counts) if counts else jnp.zeros((0, num_experts), jnp.int32)
+        return cache if filled is None else filled, joined[None]
 
     def decode(
         self,
@@ -176,14 +205,15 @@ class TracedCalls:
         leave_early: Bool[Array, ""],
         *,
         max_steps: int,
+        speculation: Speculation | None = None,
     ) -> tuple[Cache, Report]:
         """The decode loop."""
         self._num_traces["decode"] += 1
         decoder = self._build(weights).text
 
-        def forward(last: Int[Array, " B"], cache: Cache, step: CacheStep) -> tuple[Float[Array, "B V"], Cache]:
-            hidden, filled = decoder(decoder.embed_tokens(last[:, None]), cache=cache, step=step)
-            return decoder.logits(hidden[:, 0]), cache if filled is None else filled
+        def forward(ids: Int[Array, "B T"], cache: Cache, step: CacheStep) -> tuple[Float[Array, "B T V"], Cache]:
+            hidden, filled = decoder(decoder.embed(ids), cache=cache, step=step)
+            return decoder.logits(hidden), cache if filled is None else filled
 
         return decode_loop(
             forward,
@@ -194,5 +224,6 @@ class TracedCalls:
             leave_early,
             vocab_size=self._config.vocab_size,
             max_steps=max_steps,
+            speculation=speculation,
             any_row=self._any_row,
         )

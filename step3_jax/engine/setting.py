@@ -10,7 +10,14 @@ import difflib
 import typing
 from collections.abc import Iterable, Mapping
 
-_KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "tuple[str, ...]": tuple}
+_KINDS: dict[str, type] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "tuple[str, ...]": tuple,
+    "Mapping[str, object]": dict,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +59,7 @@ def settings_of(config: type) -> dict[str, tuple[dataclasses.Field[object], Sett
 
 
 def kind_of(field: dataclasses.Field[object]) -> type:
-    """The type of a field's values: bool, int, float, str, or tuple for texts; None is apart."""
+    """The type of a field's values: bool, int, float, str, tuple for texts, or dict for names with values; None is apart."""
     return _KINDS[str(field.type).removesuffix(" | None")]
 
 
@@ -108,6 +115,12 @@ def _check(field: dataclasses.Field[object], value: object) -> None:
         return
     if kind in (str, tuple):
         _check_text(field.name, value, setting, is_list=kind is tuple)
+        return
+    if kind is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"{field.name} is {value!r}; names with values are needed{', or None' if may_be_none else ''}"
+            )
         return
     is_kind = isinstance(value, (int, float) if kind is float else kind) and (
         kind is bool or not isinstance(value, bool)

@@ -23,6 +23,7 @@ from step3_jax.mesh import Layout
 from step3_jax.model.parallel import parallelise
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
+from step3_jax.sampling.speculation import Speculation
 
 Batch = TypeVar("Batch", PrefillBatch, DecodeBatch)
 
@@ -47,12 +48,14 @@ class ShardedRunner(Executor):
         super().__init__(
             model.config,
             own_devices(layout.mesh.devices.flat),
-            model.text.embed_tokens.weight.get_value().dtype,
+            model.text.dtype,
             num_shards=layout.size("rows"),
             num_image_shards=layout.size("images"),
         )
         self.layout = layout
-        if self.is_cpu:
+        # Of shapes, that a program for GPUs has been asked for, the bytes are wanted as they are.
+        is_abstract = isinstance(model.text.embed_tokens.weight.get_value(), jax.ShapeDtypeStruct)
+        if self.is_cpu and not is_abstract:
             model = widen_weights(model)
         self._split = SplitModel(parallelise(model, layout))
         self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text, any_row=self._any_row)
@@ -65,7 +68,7 @@ class ShardedRunner(Executor):
         )
         self._decode_calls = self._jit(
             self._decode_shards,
-            static_argnums=6,
+            static_argnums=(6, 7),
             in_shardings=(weights, rows, copies, copies, copies, copies),
             out_shardings=(rows, copies),
             donate_argnums=1,
@@ -109,7 +112,8 @@ class ShardedRunner(Executor):
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
         given = self._place_call(call)
-        cache, report = self._timed("decode", self._decode_calls, self._split.weights, cache, *given, call.max_steps)
+        static = call.max_steps, call.speculation
+        cache, report = self._timed("decode", self._decode_calls, self._split.weights, cache, *given, *static)
         return cache, Started(call.cut_report(report))
 
     def lower(self, cache: Cache, call: PrefillBatch | DecodeCall) -> jax.stages.Lowered | None:
@@ -119,7 +123,8 @@ class ShardedRunner(Executor):
         if isinstance(call, PrefillBatch):
             return self._timed("prefill", self._prefill.lower, self._split.weights, cache, call)
         given = self._place_call(call)
-        return self._timed("decode", self._decode_calls.lower, self._split.weights, cache, *given, call.max_steps)
+        static = call.max_steps, call.speculation
+        return self._timed("decode", self._decode_calls.lower, self._split.weights, cache, *given, *static)
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`."""
@@ -132,11 +137,29 @@ class ShardedRunner(Executor):
         return self._prefill.lower(self._split.weights, cache, batch).compile()
 
     def decode_program(
-        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int
+        self,
+        cache: Cache,
+        batch: DecodeBatch,
+        sampling: SamplingBatch,
+        *,
+        max_steps: int,
+        speculation: Speculation | None = None,
     ) -> jax.stages.Compiled:
         """See `Runner.decode_program`."""
+        return self.lower_decode(cache, batch, sampling, max_steps=max_steps, speculation=speculation).compile()
+
+    def lower_decode(
+        self,
+        cache: Cache,
+        batch: DecodeBatch,
+        sampling: SamplingBatch,
+        *,
+        max_steps: int,
+        speculation: Speculation | None = None,
+    ) -> jax.stages.Lowered:
+        """The decode loop of a bucket before it is compiled; the arguments may be abstract, and are not consumed."""
         given = batch, sampling, np.int32(1), np.bool_(False)
-        return self._decode_calls.lower(self._split.weights, cache, *given, max_steps).compile()
+        return self._decode_calls.lower(self._split.weights, cache, *given, max_steps, speculation)
 
     def encode_program(self, pixels: Float[Array, "images 3 S S"]) -> jax.stages.Compiled:
         """The compiled vision tower for as many images, for reading; the pixels may be abstract."""
@@ -171,11 +194,12 @@ class ShardedRunner(Executor):
         num_steps: Int[Array, ""],
         leave_early: Bool[Array, ""],
         max_steps: int,
+        speculation: Speculation | None,
     ) -> tuple[Cache, Report]:
         rows, copy = self.layout.spec("rows"), PartitionSpec()
 
         return jax.shard_map(
-            functools.partial(self._decode_own, max_steps=max_steps),
+            functools.partial(self._decode_own, max_steps=max_steps, speculation=speculation),
             mesh=self.layout.mesh,
             in_specs=(self._specs(), rows, rows, rows, copy, copy),
             out_specs=(rows, copy),
@@ -192,10 +216,10 @@ class ShardedRunner(Executor):
         leave_early: Bool[Array, ""],
         *,
         max_steps: int,
+        speculation: Speculation | None,
     ) -> tuple[Cache, Report]:
-        cache, report = self._traced.decode(
-            weights, cache, batch, sampling, num_steps, leave_early, max_steps=max_steps
-        )
+        given = batch, sampling, num_steps, leave_early
+        cache, report = self._traced.decode(weights, cache, *given, max_steps=max_steps, speculation=speculation)
         # Every process reads all of it.
         return cache, jax.tree.map(self._gather_rows, report)
 

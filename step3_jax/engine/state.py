@@ -1,4 +1,4 @@
-"""What goes to the device and comes back, and the decode loop's pure functions: what any executor shares.
+"""What goes to the device and comes back, and the pure functions of a decode step: what any executor shares.
 
 Between two calls the device keeps the KV cache and nothing else. All that is known of a sequence stands on the host, and
 each call brings it along: a few numbers a row. Batches are numpy on the host; the same classes hold arrays and tracers on
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,17 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from step3_jax.cache.paged import Cache
 from step3_jax.layers.attention import CacheStep
 from step3_jax.sampling.batch import SamplingBatch, logprob_width
+from step3_jax.sampling.ngram import find_drafts
 from step3_jax.sampling.penalties import count_tokens
 from step3_jax.sampling.sampler import StepLogprobs, sample, step_logprobs
+from step3_jax.sampling.speculation import Speculation
 
 # Values of `Report.finish`. IDLE: the row had nothing to do.
 RUNNING, STOPPED, FULL, IDLE = range(4)
-
-# One decoder step: (last tokens [B], cache, where they stand) -> (float32 logits [B, V], new cache).
-Forward = Callable[[Int[Array, " B"], Cache, CacheStep], tuple[Float[Array, "B V"], Cache]]
 
 # Tokens of a chunk that each expert got, by shard and MoE layer: int32 [shards, layers, E]. The model's last layer is left
 # out, as its FFN is not needed for a cache. None where the executor does not count them.
@@ -63,10 +60,12 @@ class DecodeBatch(NamedTuple):
       num_generated: Output tokens so far; 0 where `last` ends the prompt.
       is_active: Rows that have something to do. The others write to no page.
       table: Pages of each sequence, with room for all tokens it may get.
-      history: Prompt and output so far, `last` included, filled up with V; not read unless some row has penalties. None if
-        none ever has.
+      history: Prompt and output so far, `last` included, filled up with V; not read unless some row has penalties or the
+        call speculates. None if none ever does.
       mask: Which tokens a row may get, a bit for each, the lowest of the first word that of token 0; all bits for any. None
         if no row ever has a mask. It is that of the next token alone, so a call with one takes one step.
+      max_new: Most tokens of each row in this call, for which it has pages; 1 for a row with a mask. The call ends with the
+        step in which a row gets there. None in a call that does not speculate, where they are its steps.
     """
 
     last: Int[Array, " B"]
@@ -76,6 +75,7 @@ class DecodeBatch(NamedTuple):
     table: Int[Array, "B max_pages"]
     history: Int[Array, "B M"] | None = None
     mask: Int[Array, "B words"] | None = None
+    max_new: Int[Array, " B"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,7 @@ class DecodeCall:
       num_steps: Steps to take at most.
       max_steps: Tokens of a row that the report has room for; a part of the compiled program's key.
       leave_early: Whether to return as soon as a row has ended.
+      speculation: How tokens are guessed; a part of the compiled program's key. None: each step makes one token.
     """
 
     batch: DecodeBatch
@@ -95,14 +96,29 @@ class DecodeCall:
     num_steps: int
     max_steps: int
     leave_early: bool = False
+    speculation: Speculation | None = None
 
     def cut_report(self, report: Report) -> Report:
         """A report without log-probabilities that no row asked for, so that they are not copied to the host."""
         return report if np.any(self.sampling.has_logprobs) else report._replace(logprobs=None)
 
 
+class DraftCounts(NamedTuple):
+    """What became of guessed tokens in a decode call.
+
+    Attributes:
+      steps: Steps of each row.
+      drafted: How often a row's step had a guess at each place behind its last token.
+      accepted: How often that was the token that was chosen.
+    """
+
+    steps: Int[Array, " B"]
+    drafted: Int[Array, "B guesses"]
+    accepted: Int[Array, "B guesses"]
+
+
 class Report(NamedTuple):
-    """What the host reads after a decode call. M is the most steps that a call takes.
+    """What the host reads after a decode call. M is the most tokens that a row gets of it.
 
     Attributes:
       tokens: New tokens; the one that ended a row is the last of it.
@@ -110,12 +126,19 @@ class Report(NamedTuple):
       finish: RUNNING, STOPPED (an end token, or the row's `pause_ids`), FULL (max_tokens) or IDLE.
       logprobs: Log-probabilities of each new token, zeros in a step in which no row asks for them; None once
         `DecodeCall.cut_report` has found that none does.
+      drafts: Of guessed tokens; None in a call that does not speculate.
     """
 
     tokens: Int[Array, "B M"]
     num_new: Int[Array, " B"]
     finish: Int[Array, " B"]
     logprobs: StepLogprobs | None
+    drafts: DraftCounts | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that the call took, of a report on the host."""
+        return int((self.num_new if self.drafts is None else self.drafts.steps).max(initial=0))  # type: ignore[attr-defined]
 
 
 class RowState(NamedTuple):
@@ -124,63 +147,37 @@ class RowState(NamedTuple):
     Attributes:
       last: Last token of each, not in the cache yet.
       report: What was made so far.
+      history: Prompt and output so far, where guesses are looked up; None without speculation.
     """
 
     last: Int[Array, " B"]
     report: Report
+    history: Int[Array, "B M"] | None = None
 
 
-class _Loop(NamedTuple):
-    """What the decode loop carries, all of it updated in place."""
+class StepTokens(NamedTuple):
+    """What one step computes of each sequence.
 
-    step: Int[Array, ""]
-    cache: Cache
+    Attributes:
+      ids: Its last token and the guesses behind it; then padding, any token.
+      count: How many they are; 1 without guesses.
+    """
+
+    ids: Int[Array, "B T"]
+    count: Int[Array, " B"]
+
+
+class _Verified(NamedTuple):
+    """What the verification of a step's guesses carries: the place of the logits, rows that get one more token, all rows."""
+
+    place: Int[Array, ""]
+    is_open: Bool[Array, " B"]
     rows: RowState
 
 
-def decode_loop(
-    forward: Forward,
-    cache: Cache,
-    batch: DecodeBatch,
-    sampling: SamplingBatch,
-    num_steps: Int[Array, ""],
-    leave_early: Bool[Array, ""],
-    *,
-    vocab_size: int,
-    max_steps: int,
-    any_row: Callable[[Bool[Array, " B"]], Bool[Array, ""]] = jnp.any,
-) -> tuple[Cache, Report]:
-    """Makes up to `num_steps` tokens of each active row; returns early once no row is running.
-
-    Args:
-      forward: One decoder step.
-      cache: Pages of all layers.
-      batch: The sequences.
-      sampling: Parameters of the rows.
-      num_steps: A traced number, at most `max_steps`, so that one program serves streaming and whole outputs.
-      leave_early: Whether to return as soon as any row has ended, as others wait for its place.
-      vocab_size: V.
-      max_steps: Tokens of a row that the report has room for.
-      any_row: Whether something holds for any row, also of those on other devices, so that all of them go on as long.
-    """
-    rows = begin_rows(batch, vocab_size=vocab_size, max_steps=max_steps)
-    start = _Loop(jnp.zeros((), jnp.int32), cache, rows)
-
-    def is_unfinished(loop: _Loop) -> Bool[Array, ""]:
-        finish = loop.rows.report.finish
-        has_ended = any_row((finish == STOPPED) | (finish == FULL))
-        return (loop.step < num_steps) & any_row(finish == RUNNING) & ~(leave_early & has_ended)
-
-    def take_step(loop: _Loop) -> _Loop:
-        place = CacheStep(batch.table, step_lengths(loop.rows, batch))
-        logits, cache = forward(loop.rows.last, loop.cache, place)
-        return _Loop(loop.step + 1, cache, choose_tokens(loop.rows, logits, batch, sampling))
-
-    end = jax.lax.while_loop(is_unfinished, take_step, start)
-    return end.cache, end.rows.report
-
-
-def begin_rows(batch: DecodeBatch, *, vocab_size: int, max_steps: int) -> RowState:
+def begin_rows(
+    batch: DecodeBatch, *, vocab_size: int, max_steps: int, speculation: Speculation | None = None
+) -> RowState:
     """The state before a call's first step; arguments as for `decode_loop`."""
     batch_size = batch.last.shape[0]
     one, wide = (batch_size, max_steps), (batch_size, max_steps, logprob_width(vocab_size))
@@ -195,19 +192,86 @@ def begin_rows(batch: DecodeBatch, *, vocab_size: int, max_steps: int) -> RowSta
             jnp.zeros(wide, jnp.float32),
         ),
     )
-    return RowState(batch.last, report)
+    if speculation is None:
+        return RowState(batch.last, report)
+    none = jnp.zeros((batch_size, speculation.num_speculative_tokens), jnp.int32)
+    counts = DraftCounts(jnp.zeros((batch_size,), jnp.int32), none, none)
+    return RowState(batch.last, report._replace(drafts=counts), batch.history)
 
 
-def step_lengths(rows: RowState, batch: DecodeBatch) -> Int[Array, " B"]:
-    """Tokens of each sequence in the cache once the next step has written its own; 0 for a row that does not run."""
-    # Of a running row all new tokens but the last are cached, and now the last one too.
-    return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + 1, 0)
+def last_tokens(rows: RowState) -> StepTokens:
+    """The tokens of a step without guesses."""
+    return StepTokens(rows.last[:, None], jnp.ones_like(rows.last))
 
 
-def choose_tokens(rows: RowState, logits: Float[Array, "B V"], batch: DecodeBatch, sampling: SamplingBatch) -> RowState:
-    """Chooses a token for each running row, writes it down, and ends rows."""
+def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, speculation: Speculation) -> StepTokens:
+    """The tokens of a step with guesses, no more of them than the row may get.
+
+    Args:
+      rows: As `begin_rows` made them for this speculation.
+      batch: The sequences, with `max_new`.
+      sampling: Parameters of the rows.
+      speculation: How tokens are guessed.
+    """
+    num_new = rows.report.num_new
+    drafts, is_found = find_drafts(rows.history, batch.cached + 1 + num_new, speculation)
+    room = jnp.minimum(batch.max_new, sampling.max_tokens - batch.num_generated) - num_new
+    count = jnp.where(is_found & (rows.report.finish == RUNNING), jnp.clip(room, 1, speculation.width), 1)
+    return StepTokens(jnp.concatenate([rows.last[:, None], drafts], axis=1), count.astype(jnp.int32))
+
+
+def place_tokens(rows: RowState, batch: DecodeBatch, tokens: StepTokens) -> CacheStep:
+    """Where a step's tokens stand in the cache."""
+    width = tokens.ids.shape[1]
+    lengths = step_lengths(rows, batch, width)
+    return CacheStep(batch.table, lengths, num_new=tokens.count if width > 1 else None)
+
+
+def step_lengths(rows: RowState, batch: DecodeBatch, width: int = 1) -> Int[Array, " B"]:
+    """Tokens of each sequence in the cache once the next step has written its `width` own; 0 for a row that does not run."""
+    # Of a running row all new tokens but the last are cached, and now the last one and the guesses too.
+    return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + width, 0)
+
+
+def verify_tokens(
+    rows: RowState, logits: Float[Array, "B T V"], tokens: StepTokens, batch: DecodeBatch, sampling: SamplingBatch
+) -> RowState:
+    """Takes a step's logits: a token for each running row, and more while its guesses are what is chosen.
+
+    Each token is chosen as it is without guesses, from the logits behind the tokens before it. So guesses change how many
+    tokens a step makes, and never which.
+    """
+    width = tokens.ids.shape[1]
+    if width == 1:
+        return _count_step(rows, choose_tokens(rows, logits[:, 0], batch, sampling), tokens)
+
+    def choose(now: _Verified) -> _Verified:
+        own = jax.lax.dynamic_index_in_dim(logits, now.place, axis=1, keepdims=False)
+        chosen = choose_tokens(now.rows, own, batch, sampling, is_open=now.is_open)
+        place = now.place + 1
+        guessed = jax.lax.dynamic_index_in_dim(tokens.ids, jnp.minimum(place, width - 1), axis=1, keepdims=False)
+        is_right = (place < tokens.count) & (guessed == chosen.last)
+        return _Verified(place, now.is_open & is_right & (chosen.report.finish == RUNNING), chosen)
+
+    start = _Verified(jnp.zeros((), jnp.int32), rows.report.finish == RUNNING, rows)
+    # As many turns as the luckiest row has tokens; nothing in it communicates.
+    end = jax.lax.while_loop(lambda now: (now.place < width) & jnp.any(now.is_open), choose, start)
+    return _count_step(rows, end.rows, tokens)
+
+
+def choose_tokens(
+    rows: RowState,
+    logits: Float[Array, "B V"],
+    batch: DecodeBatch,
+    sampling: SamplingBatch,
+    *,
+    is_open: Bool[Array, " B"] | None = None,
+) -> RowState:
+    """Chooses a token for each running row, or of these for each that is open; writes it down, and ends rows."""
     report, history = rows.report, batch.history
     is_running = report.finish == RUNNING
+    if is_open is not None:
+        is_running &= is_open
 
     count = None
     if history is not None:
@@ -221,12 +285,13 @@ def choose_tokens(rows: RowState, logits: Float[Array, "B V"], batch: DecodeBatc
             vocab_size=logits.shape[1],
         )
 
+    # As many tokens stand before the new one.
+    positions = batch.cached + 1 + report.num_new
     with jax.named_scope("sample"):
         tokens = sample(
             logits,
             sampling,
-            # As many tokens stand before the new one.
-            positions=batch.cached + 1 + report.num_new,
+            positions=positions,
             num_tokens=batch.num_generated + report.num_new,
             count_tokens=count,
             mask=batch.mask,
@@ -252,10 +317,28 @@ def choose_tokens(rows: RowState, logits: Float[Array, "B V"], batch: DecodeBatc
     is_full = batch.num_generated + num_new >= sampling.max_tokens
     is_pause = tokens == sampling.pause_ids
     finish = jnp.where(is_end, STOPPED, jnp.where(is_full, FULL, jnp.where(is_pause, STOPPED, RUNNING)))
-    report = Report(
+    report = report._replace(
         tokens=report.tokens.at[places, columns].set(tokens, mode="drop"),
         num_new=num_new,
         finish=jnp.where(is_running, finish, report.finish).astype(jnp.int32),
         logprobs=logprobs,
     )
-    return RowState(tokens, report)
+    written = rows.history
+    if written is not None:
+        written = written.at[places, jnp.where(is_running, positions, written.shape[1])].set(tokens, mode="drop")
+    return RowState(tokens, report, written)
+
+
+def _count_step(before: RowState, after: RowState, tokens: StepTokens) -> RowState:
+    """Counts what became of a step's guesses, where they are counted."""
+    counts = before.report.drafts
+    if counts is None:
+        return after
+    places = jnp.arange(counts.drafted.shape[1])
+    num_accepted = after.report.num_new - before.report.num_new - 1
+    counts = DraftCounts(
+        counts.steps + (before.report.finish == RUNNING),
+        counts.drafted + (places < tokens.count[:, None] - 1),
+        counts.accepted + (places < num_accepted[:, None]),
+    )
+    return after._replace(report=after.report._replace(drafts=counts))

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int
 
+from step3_jax.engine.state import Report
+
 
 @dataclasses.dataclass
 class EngineStats:
@@ -27,9 +29,14 @@ class EngineStats:
       decode_s: Time of the decode loop.
       num_decode_calls: Decode calls.
       num_decode_steps: Their steps.
+      num_drafts: Steps of sequences for which tokens were guessed.
+      num_draft_tokens: Tokens that were guessed, and verified by the model.
+      num_accepted_tokens: Those that were right.
+      num_accepted_tokens_per_pos: The same by their place behind the last token: how often the first was, the second, ...
       mask_s: Time of finding which tokens constrained sequences may get.
       compile_s: Time of tracing and compiling.
       num_compilations: Programs traced; each is then compiled, or found in the compile cache.
+      afd_wait_s: Time that attention devices waited for FFN devices, compiling included; None where that is not known.
       expert_tokens: Prompt tokens that each expert got, int64 [layers, E]: of the MoE layers, without the model's last
         layer. None before the first chunk, and where the executor does not count them.
     """
@@ -47,9 +54,14 @@ class EngineStats:
     decode_s: float = 0.0
     num_decode_calls: int = 0
     num_decode_steps: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()
     mask_s: float = 0.0
     compile_s: float = 0.0
     num_compilations: int = 0
+    afd_wait_s: float | None = None
     expert_tokens: np.ndarray | None = None
 
     def count_compilations(self, compile_s: float, num_traces: Mapping[str, int]) -> None:
@@ -59,6 +71,26 @@ class EngineStats:
     def count_experts(self, counts: Int[np.ndarray, "layers E"]) -> None:
         """Takes the tokens that each expert got of a chunk."""
         self.expert_tokens = counts.astype(np.int64) + (0 if self.expert_tokens is None else self.expert_tokens)
+
+    def count_decode(self, report: Report, elapsed_s: float) -> None:
+        """Takes what a decode call generated, and how long it took."""
+        self.decode_s += elapsed_s
+        self.num_decode_calls += 1
+        self.num_decode_steps += report.num_steps
+        self.num_generated_tokens += int(report.num_new.sum())
+        if report.drafts is None:
+            return
+        drafted, accepted = report.drafts.drafted.sum(axis=0), report.drafts.accepted.sum(axis=0)
+        self.num_drafts += int(drafted[0])
+        self.num_draft_tokens += int(drafted.sum())
+        self.num_accepted_tokens += int(accepted.sum())
+        before = self.num_accepted_tokens_per_pos or (0,) * len(accepted)
+        self.num_accepted_tokens_per_pos = tuple(int(one) + int(new) for one, new in zip(before, accepted, strict=True))
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Guessed tokens that were right; 0 before the first."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
     @property
     def expert_load(self) -> list[float]:

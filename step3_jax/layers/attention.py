@@ -15,14 +15,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.common import Implementation
-from pallas_kernels.mfa_decode import mfa_decode
+from pallas_kernels.mfa_decode import KERNEL_STORAGES, Plan, mfa_decode, mfa_decode_quantised, plan_decode
 from pallas_kernels.mfa_prefill import mfa_prefill
-from pallas_kernels.pages import KVPages, write_rows
+from pallas_kernels.pages import KVPages
+from pallas_kernels.rope_cache_write import rope_cache_write
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
-from step3_jax.layers.linear import Linear
+from step3_jax.layers.linear import Linear, project
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.rope import apply_rope, rope_table
+from step3_jax.layers.rows import Rows
 
 # A page that no cache has: what is written to it is dropped.
 NO_PAGE = 2**30
@@ -39,11 +41,14 @@ class CacheStep(NamedTuple):
       table: Page ids of each sequence in order; entries behind its last page may be any page.
       lengths: Tokens of each sequence in the cache once this step's are written; 0 for a row that is idle.
       query_starts: Of a chunk; None in a decode step.
+      num_new: Of a decode step: how many of the T tokens of each sequence are its own. Those behind them are padding, whose
+        keys and values are written nowhere. None: all of them are.
     """
 
     table: Int[Array, "B max_pages"]
     lengths: Int[Array, " B"]
     query_starts: Int[Array, " starts"] | None = None
+    num_new: Int[Array, " B"] | None = None
 
 
 class AttentionContext(NamedTuple):
@@ -57,6 +62,7 @@ class AttentionContext(NamedTuple):
       slots: Its place in the page, [N]; None without a cache.
       first_page: Where the layer's pages start in the pool, from which the numbers above count; None for pages of one
         layer alone. See `at_layer`.
+      plan: Of a decode step, who reads what: the same in all layers. None where each makes its own. See `with_plan`.
     """
 
     cos: Float[Array, "B T half"]
@@ -66,40 +72,99 @@ class AttentionContext(NamedTuple):
     page_ids: Int[Array, " N"] | None = None
     slots: Int[Array, " N"] | None = None
     first_page: Int[Array, ""] | int | None = None
+    plan: Plan | None = None
 
 
 class MFA(nnx.Module):
-    """q = wq RMS(q_proj x), H heads; k, v = k_proj x, v_proj x, one head; o_proj(attention) (spec, section 4)."""
+    """q = wq RMS(q_proj x), H heads; k, v = k_proj x, v_proj x, one head; o_proj(attention) (spec, section 4).
+
+    Attributes:
+      qkv_down_proj: The three products of x as one, in their place, if `model.fuse.fuse` has joined them.
+    """
 
     def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         hidden, head_dim, rank = config.hidden_size, config.head_dim, config.share_q_dim
-        self.q_proj = Linear(hidden, rank, dtype=dtype, rngs=rngs)
+        self.q_proj: Linear | None = Linear(hidden, rank, dtype=dtype, rngs=rngs)
         self.inter_norm = RMSNorm(rank, eps=config.rms_norm_eps, dtype=dtype)
         self.wq = Linear(rank, config.query_size, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(hidden, head_dim, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(hidden, head_dim, dtype=dtype, rngs=rngs)
+        self.k_proj: Linear | None = Linear(hidden, head_dim, dtype=dtype, rngs=rngs)
+        self.v_proj: Linear | None = Linear(hidden, head_dim, dtype=dtype, rngs=rngs)
+        self.qkv_down_proj: Linear | None = nnx.data(None)
         self.o_proj = Linear(config.query_size, hidden, dtype=dtype, rngs=rngs)
         self.num_heads = config.num_attention_heads
         self.head_dim = head_dim
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether quantised rows are what its first products multiply."""
+        first = (self.qkv_down_proj,) if self.qkv_down_proj is not None else (self.q_proj, self.k_proj, self.v_proj)
+        return all(projection is not None and projection.takes_rows for projection in first)
+
     def __call__(
-        self, hidden: Float[Array, "B T D"], context: AttentionContext, pages: KVPages | None = None
+        self, hidden: Float[Array, "B T D"] | Rows, context: AttentionContext, pages: KVPages | None = None
     ) -> tuple[Float[Array, "B T D"], KVPages | None]:
         """Attends to the cache (with the new rows written into it), or to `hidden` alone when `pages` is None.
 
         `pages` are the pool of all layers; the context says where this one's begin.
         """
-        batch, length, _ = hidden.shape
-        queries = self.wq(self.inter_norm(self.q_proj(hidden)))
-        queries = apply_rope(queries.reshape(batch, length, self.num_heads, -1), context.cos, context.sin)
-        keys = apply_rope(self.k_proj(hidden), context.cos, context.sin)
-        values = self.v_proj(hidden)
+        batch, length, half = context.cos.shape
+        low, keys, values = self._project(hidden)
+        queries = self.wq(self.inter_norm(low.reshape(batch * length, -1)))
+        queries = queries.reshape(batch, length, self.num_heads, self.head_dim)
         if pages is None:
-            heads = attend(queries, keys, values, context.mask)
+            keys, values = (rows.take().reshape(batch, length, -1) for rows in (keys, values))
+            queries, keys = (apply_rope(heads, context.cos, context.sin) for heads in (queries, keys))
+            heads: Float[Array, "B T H K"] | Rows = attend(queries, keys, values, context.mask)
         else:
-            pages = write_tokens(pages, keys.reshape(-1, self.head_dim), values.reshape(-1, self.head_dim), context)
-            heads = attend_pages(queries, pages, context)
-        return self.o_proj(heads.reshape(batch, length, -1)), pages
+            is_decode = context.step.query_starts is None
+            rotated, pages = rope_cache_write(
+                queries.reshape(batch * length, self.num_heads, -1),
+                keys.array,
+                values.array,
+                context.cos.reshape(-1, half),
+                context.sin.reshape(-1, half),
+                pages,
+                context.page_ids,
+                context.slots,
+                first_page=_first_page(context),
+                key_at=keys.start,
+                value_at=values.start,
+                query_dtype=query_dtype(queries.dtype, pages) if is_decode else None,
+                implementation=_implementation(pages),
+            )
+            heads = attend_pages(
+                rotated.reshape(queries.shape), pages, context, dtype=queries.dtype, quantise=self.o_proj.takes_rows
+            )
+        heads = heads if isinstance(heads, Rows) else heads.reshape(batch, length, -1)
+        return self.o_proj(heads).reshape(batch, length, -1), pages
+
+    def _project(self, hidden: Float[Array, "B T D"] | Rows) -> tuple[Float[Array, "*batch low"], Columns, Columns]:
+        """The low-rank query, which may have other columns behind it, and where key and value are."""
+        if self.qkv_down_proj is None:
+            low, keys, values = project(hidden, (self.q_proj, self.k_proj, self.v_proj))
+            return low, *(Columns(rows.reshape(-1, self.head_dim), 0, self.head_dim) for rows in (keys, values))
+        joined = self.qkv_down_proj(hidden)
+        joined = joined.reshape(-1, joined.shape[-1])
+        starts = joined.shape[1] - 2 * self.head_dim, joined.shape[1] - self.head_dim
+        return joined, *(Columns(joined, start, self.head_dim) for start in starts)
+
+
+class Columns(NamedTuple):
+    """Some columns of an array, left where they are: a kernel reads them in place.
+
+    Attributes:
+      array: [N, columns].
+      start: The first of them.
+      size: How many.
+    """
+
+    array: Float[Array, "N columns"]
+    start: int
+    size: int
+
+    def take(self) -> Float[Array, "N size"]:
+        """The columns by themselves."""
+        return self.array[:, self.start : self.start + self.size]
 
 
 def attention_context(
@@ -128,7 +193,11 @@ def attention_context(
         cos, sin = rope_table(positions, head_dim=config.head_dim, theta=config.rope_theta)
         return AttentionContext(cos, sin, jnp.broadcast_to(order <= order[:, None], (batch, length, length)))
     if step.query_starts is None:
-        places = (step.lengths[:, None] - length + jnp.arange(length, dtype=jnp.int32)).reshape(-1)
+        order = jnp.arange(length, dtype=jnp.int32)
+        places = step.lengths[:, None] - length + order
+        if step.num_new is not None:
+            places = jnp.where(order < step.num_new[:, None], places, -1)
+        places = places.reshape(-1)
         rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length)
     else:
         tokens = jnp.arange(length, dtype=jnp.int32)
@@ -151,35 +220,73 @@ def at_layer(context: AttentionContext, layer: Int[Array, ""] | int, layer_pages
     return context._replace(first_page=layer * layer_pages)
 
 
-def write_tokens(
-    pages: KVPages, keys: Float[Array, "N K"], values: Float[Array, "N K"], context: AttentionContext
-) -> KVPages:
-    """Writes the step's new rows to their pages; the caller sees to it that the table has them."""
-    page_ids, slots = _shift(context.page_ids, context.first_page), context.slots
-    if keys.shape[0] == 1 and jax.default_backend() == "cpu":
-        # XLA:CPU merges a lone update into what reads the pages, and then copies all of them. Of two rows, the second
-        # dropped, it makes a scatter in place.
-        keys, values, slots = (jnp.repeat(array, 2, axis=0) for array in (keys, values, slots))
-        page_ids = jnp.append(page_ids, NO_PAGE)
-    return write_rows(pages, keys, values, page_ids, slots)
+def with_plan(context: AttentionContext, pages: KVPages | None, tokens: int, heads: int) -> AttentionContext:
+    """The context of a decode step with the division of its work among the attention kernel's workers, if there is a kernel.
+
+    Args:
+      context: Of the step.
+      pages: The cache; None without one.
+      tokens: Of each sequence.
+      heads: That a device has of each token.
+    """
+    step = context.step
+    if (
+        pages is None
+        or step is None
+        or step.query_starts is not None
+        or pages.is_bits
+        or pages.storage not in KERNEL_STORAGES
+    ):
+        return context
+    max_tokens = step.table.shape[1] * pages.page_size
+    plan = plan_decode(step.lengths, tokens=tokens, heads=heads, storage=pages.storage, max_tokens=max_tokens)
+    return context._replace(plan=plan)
+
+
+def query_dtype(dtype: jnp.dtype, pages: KVPages) -> jnp.dtype:
+    """What rotated queries of a decode step are best rounded to: what is multiplied with these pages, if it is as wide."""
+    is_half = dtype == jnp.bfloat16 and pages.storage == "fp8"
+    return jnp.dtype(jnp.float16) if is_half else dtype
 
 
 def attend_pages(
-    queries: Float[Array, "B T H K"], pages: KVPages, context: AttentionContext
-) -> Float[Array, "B T H K"]:
-    """Attention of a decode step or of a packed chunk over the cache, which has the step's own rows already."""
-    implementation: Implementation = "reference" if pages.is_bits else "auto"
-    step = context.step
-    table = _shift(step.table, context.first_page)
-    if step.query_starts is None:
-        return mfa_decode(queries, pages, table, step.lengths, implementation=implementation)
-    heads = mfa_prefill(queries[0], pages, table, step.query_starts, step.lengths, implementation=implementation)
-    return heads[None]
+    queries: Float[Array, "B T H K"],
+    pages: KVPages,
+    context: AttentionContext,
+    *,
+    dtype: jnp.dtype | None = None,
+    quantise: bool = False,
+) -> Float[Array, "B T H K"] | Rows:
+    """Attention of a decode step or of a packed chunk over the cache, which has the step's own rows already.
+
+    Args:
+      queries: Rotated.
+      pages: The pool of all layers.
+      context: Of the step and the layer.
+      dtype: Of the heads; that of the queries if None.
+      quantise: Whether the heads of a decode step come out as quantised rows, one for each token.
+    """
+    step, wanted = context.step, queries.dtype if dtype is None else dtype
+    first_page, implementation = _first_page(context), _implementation(pages)
+    if step.query_starts is not None:
+        starts = step.query_starts
+        return mfa_prefill(
+            queries[0], pages, step.table, starts, step.lengths, first_page=first_page, implementation=implementation
+        )[None]
+    given = queries, pages, step.table, step.lengths
+    shared = {"first_page": first_page, "plan": context.plan, "implementation": implementation}
+    if quantise:
+        return Rows(*mfa_decode_quantised(*given, **shared), None, wanted)
+    return mfa_decode(*given, **shared, out_dtype=wanted)
 
 
-def _shift(page_ids: Int[Array, "..."], first_page: Int[Array, ""] | int | None) -> Int[Array, "..."]:
-    """Page numbers of a layer as those of the pool; `NO_PAGE` stays far outside."""
-    return page_ids if first_page is None else page_ids + first_page
+def _first_page(context: AttentionContext) -> Int[Array, ""] | int:
+    return 0 if context.first_page is None else context.first_page
+
+
+def _implementation(pages: KVPages) -> Implementation:
+    """No kernel takes pages of bits, which are for CPUs."""
+    return "reference" if pages.is_bits else "auto"
 
 
 def attend(

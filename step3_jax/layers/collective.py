@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from step3_jax.layers.embed import Embedding
 from step3_jax.layers.linear import Linear, linear
+from step3_jax.layers.rows import Rows, map_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Group:
     def axes(self) -> tuple[str, ...]:
         """All of its axes."""
         return self.split + self.copies
+
+    def gather_rows(self, hidden: Float[Array, "N D"] | Rows) -> Float[Array, "M D"] | Rows:
+        """The tokens of all devices of the group, quantised rows in the bytes that they are."""
+        if not self.split or not isinstance(hidden, Rows):
+            return hidden if isinstance(hidden, Rows) else self.gather(hidden)
+        return map_tokens(hidden, self.gather)
 
     def gather(self, rows: Num[Array, "N *rest"]) -> Num[Array, "M *rest"]:
         """The tokens of all devices of the group."""
@@ -93,7 +100,14 @@ class ShardedOutput(nnx.Module):
         self.inner = inner
         self.group = group
 
-    def __call__(self, heads: Float[Array, "B T Q"]) -> Float[Array, "B T D"]:
+    @property
+    def takes_rows(self) -> bool:
+        """Whether quantised rows may come in; to exchange columns they must be plain."""
+        return self.inner.takes_rows and not self.group.split
+
+    def __call__(self, heads: Float[Array, "B T Q"] | Rows) -> Float[Array, "*batch D"]:
+        if isinstance(heads, Rows):
+            return self.group.reduce(self.inner(heads))
         part = self.group.split_columns(heads.reshape(-1, heads.shape[-1]))
         return self.group.reduce(self.inner(part)).reshape(*heads.shape[:2], -1)
 

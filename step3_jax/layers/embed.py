@@ -7,16 +7,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.layers.stored import take_rows
+
 
 class Embedding(nnx.Module):
-    """A table with one row for each id of the vocabulary; no scaling."""
+    """A table with one row for each id of the vocabulary; no scaling.
+
+    Attributes:
+      cpu_kernels: What the layers behind it use, if `model.cpu` has set them: rows are then widened to float32.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         table = jax.random.normal(rngs.params(), (vocab_size, hidden_size), jnp.float32) * 0.02
         self.weight = nnx.Param(table.astype(dtype))
+        self.cpu_kernels: Kernels | None = None
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         table = self.weight[...]
+        if self.cpu_kernels is not None:
+            return take_rows(table, ids)
         if table.dtype != jnp.bfloat16:
             return jnp.take(table, ids, axis=0, mode="clip")
         bits = jax.lax.bitcast_convert_type(table, jnp.uint16)

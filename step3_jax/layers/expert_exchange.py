@@ -18,12 +18,13 @@ from jaxtyping import Array, Bool, Float, Int
 from step3_jax.layers.collective import Group
 from step3_jax.layers.moe import Experts
 from step3_jax.layers.router import Routing
+from step3_jax.layers.rows import Rows, as_plain
 
 # Room for tokens of one sender for one group, over the number to expect if all experts are equally likely.
 CAPACITY_FACTOR = 2.0
 CAPACITY_MULTIPLE = 8
 
-Tokens = tuple[Float[Array, "N D"], Float[Array, "N top_k"], Int[Array, "N top_k"]]
+Tokens = tuple[Float[Array, "N D"] | Rows, Float[Array, "N top_k"], Int[Array, "N top_k"]]
 
 
 class ShardedExperts(nnx.Module):
@@ -56,11 +57,13 @@ class ShardedExperts(nnx.Module):
         self.num_experts = num_experts
         self.use_all_to_all = use_all_to_all
 
-    def __call__(self, hidden: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
+    def __call__(self, hidden: Float[Array, "N D"] | Rows, routing: Routing) -> Float[Array, "N D"]:
         """The layer's sum for this device's own tokens."""
         tokens = (hidden, routing.weights, routing.experts)
         if not self.use_all_to_all or not self.expert_axes:
             return self._gathered(*tokens)
+        # What an all-to-all leaves empty is zeros, so rows go plain, and are quantised where they arrive.
+        tokens = (as_plain(hidden), routing.weights, routing.experts)
         hidden, weights, experts = gather_tokens(self.width, *tokens)
         num_groups = jax.lax.axis_size(self.expert_axes)
         room = capacity(hidden.shape[0], weights.shape[1], num_groups)
@@ -79,7 +82,7 @@ class ShardedExperts(nnx.Module):
         )
 
     def sum_part(
-        self, hidden: Float[Array, "N D"], weights: Float[Array, "N top_k"], experts: Int[Array, "N top_k"]
+        self, hidden: Float[Array, "N D"] | Rows, weights: Float[Array, "N top_k"], experts: Int[Array, "N top_k"]
     ) -> Float[Array, "N D"]:
         """What this device's part adds for any tokens; expert ids are counted over all devices."""
         count = self.inner.gate_proj[...].shape[0]
@@ -92,7 +95,7 @@ class ShardedExperts(nnx.Module):
         )
 
     def _gathered(
-        self, hidden: Float[Array, "N D"], weights: Float[Array, "N top_k"], experts: Int[Array, "N top_k"]
+        self, hidden: Float[Array, "N D"] | Rows, weights: Float[Array, "N top_k"], experts: Int[Array, "N top_k"]
     ) -> Float[Array, "N D"]:
         return self.everyone.reduce(self.sum_part(*gather_tokens(self.everyone, hidden, weights, experts)))
 
@@ -131,12 +134,12 @@ def capacity(num_tokens: int, top_k: int, num_groups: int) -> int:
 
 
 def gather_tokens(
-    group: Group, hidden: Float[Array, "N D"], weights: Float[Array, "N top_k"], experts: Int[Array, "N top_k"]
+    group: Group, hidden: Float[Array, "N D"] | Rows, weights: Float[Array, "N top_k"], experts: Int[Array, "N top_k"]
 ) -> Tokens:
     """The tokens of all devices of a group, with their choices."""
     if not group.split:
         return hidden, weights, experts
-    return group.gather(hidden), *unpack_choices(group.gather(pack_choices(weights, experts)))
+    return group.gather_rows(hidden), *unpack_choices(group.gather(pack_choices(weights, experts)))
 
 
 def pack_choices(weights: Float[Array, "N top_k"], experts: Int[Array, "N top_k"]) -> Int[Array, "N both"]:

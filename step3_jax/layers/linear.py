@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.common import dispatch
 from pallas_kernels.fp8_matmul.api import fp8_matmul
-from pallas_kernels.quantise import quantise_rows
+from pallas_kernels.quantise import FP8
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
+from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.layers.rows import Rows, as_plain, as_rows
+from step3_jax.layers.stored import multiply
 from step3_jax.quant import BlockScaled, dequantise
+from step3_jax.stack import LayerOf, parts, pick
 
 # XLA:CPU has no bfloat16 product of a vector: it writes the whole matrix out in float32 first. From two rows on it calls
 # a library that reads bfloat16 as it is, best from four rows.
@@ -19,7 +24,13 @@ MIN_CPU_ROWS = 4
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b). The weight is [out, in], as the checkpoint stores it."""
+    """y = x W^T (+ b). The weight is [out, in], as the checkpoint stores it.
+
+    Attributes:
+      quantises: Whether activations are quantised before they meet a weight in FP8, and both multiplied in FP8; see
+        `model.fuse.set_quantised`. Else such a weight is dequantised.
+      cpu_kernels: Multiply with the weight as it is stored, if `model.cpu` has set them.
+    """
 
     def __init__(
         self,
@@ -32,10 +43,34 @@ class Linear(nnx.Module):
     ) -> None:
         self.weight = nnx.Param(normal(rngs, (out_features, in_features), in_features, dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if use_bias else None
+        self.quantises = False
+        self.cpu_kernels: Kernels | None = None
 
-    def __call__(self, hidden: Float[Array, "*batch features_in"]) -> Float[Array, "*batch features_out"]:
-        out = linear(hidden, self.weight[...])
+    @property
+    def takes_rows(self) -> bool:
+        """Whether quantised rows are what it multiplies."""
+        return self.quantises and is_fp8(self.weight.get_value())
+
+    def __call__(self, hidden: Float[Array, "*batch features_in"] | Rows) -> Float[Array, "*batch features_out"]:
+        """The product; of `Rows` it has one leading axis."""
+        weight = self.weight[...]
+        if self.cpu_kernels is not None:
+            (out,) = multiply(self.cpu_kernels, as_plain(hidden), [weight])
+        elif self.takes_rows:
+            out = linear_rows(as_rows(hidden), weight).reshape(*hidden.shape[:-1], -1)
+        else:
+            out = linear(hidden, weight)
         return out if self.bias is None else out + self.bias[...]
+
+
+def project(
+    hidden: Float[Array, "*batch features_in"] | Rows, linears: Sequence[Linear]
+) -> list[Float[Array, "*batch _"]]:
+    """The outputs of several layers without bias for the same input; the CPU kernels compute them in one call."""
+    kernels = linears[0].cpu_kernels
+    if kernels is None or any(one.cpu_kernels != kernels or one.bias is not None for one in linears):
+        return [one(hidden) for one in linears]
+    return multiply(kernels, as_plain(hidden), [one.weight[...] for one in linears])
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> Array:
@@ -44,18 +79,18 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype
 
 
 def linear(
-    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | BlockScaled
+    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | BlockScaled | LayerOf
 ) -> Float[Array, "*batch features_out"]:
     """x W^T in the dtype of `hidden`, summed in float32.
 
     Leading axes are flattened first: on XLA:CPU the gradient of a weight contracted over two axes misses the fast
     matrix product (3x slower). On CPUs a few rows in bfloat16 are filled up with zeros (see `MIN_CPU_ROWS`).
 
-    A block-scaled weight is multiplied in FP8 where the GPU kernel serves: 16-bit activations are then quantised too.
-    Elsewhere the weight is dequantised.
+    A quantised weight is dequantised first.
     """
+    weight = pick(weight)
     if isinstance(weight, BlockScaled):
-        return dispatch("auto", fp8_unsupported(hidden.dtype, weight), _linear_dequantised, _linear_fp8, hidden, weight)
+        return linear(hidden, dequantise(weight, hidden.dtype))
     flat = hidden.reshape(-1, hidden.shape[-1])
     num_rows = flat.shape[0]
     if num_rows < MIN_CPU_ROWS and flat.dtype == weight.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
@@ -64,32 +99,21 @@ def linear(
     return out[:num_rows].astype(hidden.dtype).reshape(*hidden.shape[:-1], weight.shape[0])
 
 
-def fp8_unsupported(dtype: jnp.dtype, weight: BlockScaled) -> str | None:
-    """Why activations of `dtype` are not multiplied with `weight` in FP8; None if they can be."""
-    if dtype.itemsize > 2:
-        return f"FP8 products are for 16-bit activations, not {dtype}: who asks for more does not want them quantised"
-    if weight.block != (FP8_BLOCK, FP8_BLOCK):
-        return f"FP8 products are for blocks of {FP8_BLOCK} x {FP8_BLOCK}, not {weight.block}"
-    return None
-
-
-def _linear_dequantised(
-    hidden: Float[Array, "*batch features_in"], weight: BlockScaled
-) -> Float[Array, "*batch features_out"]:
-    return linear(hidden, dequantise(weight, hidden.dtype))
-
-
-def _linear_fp8(
-    hidden: Float[Array, "*batch features_in"], weight: BlockScaled, *, interpret: bool
-) -> Float[Array, "*batch features_out"]:
-    values, scales = quantise_rows(hidden.reshape(-1, hidden.shape[-1]), scales_layout="columns")
-    out = fp8_matmul(
-        values,
-        scales,
-        weight.values,
-        weight.scales,
+def linear_rows(rows: Rows, weight: Float[Array, "..."] | BlockScaled | LayerOf) -> Float[Array, "N features_out"]:
+    """The product of quantised rows with a weight in FP8, one layer or a place in a stack; summed in float32."""
+    stored, layer = parts(weight)
+    return fp8_matmul(
+        rows.values,
+        rows.scales,
+        stored.values,
+        stored.scales,
+        layer=layer,
         scales_layout="columns",
-        out_dtype=hidden.dtype,
-        implementation="interpret" if interpret else "mosaic",
+        out_dtype=rows.dtype,
     )
-    return out.reshape(*hidden.shape[:-1], weight.shape[0])
+
+
+def is_fp8(weight: Float[Array, "..."] | BlockScaled | LayerOf) -> bool:
+    """Whether a weight is in FP8 with scales of the blocks that the FP8 products take."""
+    stored, _ = parts(weight)
+    return isinstance(stored, BlockScaled) and stored.values.dtype == FP8 and stored.block == (FP8_BLOCK, FP8_BLOCK)

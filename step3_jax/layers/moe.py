@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import Implementation, dispatch
+from pallas_kernels.common import dispatch
 from pallas_kernels.grouped_matmul.api import moe_ffn
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
-from step3_jax.layers.linear import fp8_unsupported, linear, normal
+from step3_jax.cpu_kernels.api import experts as run_experts
+from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.layers.linear import is_fp8, linear, normal
+from step3_jax.layers.rows import Rows, as_plain, as_rows
+from step3_jax.layers.stored import Stored
 from step3_jax.quant import BlockScaled, dequantise
+from step3_jax.stack import LayerOf, parts, pick
 
 # Up to this many (token, expert) pairs each pair is computed by itself: only chosen experts are read. Of separate stacks
 # more: XLA:CPU's product of eight rows costs about three times as much as that of one.
@@ -67,8 +73,11 @@ Stack = Float[Array, "E _ _"] | SeparateStack
 class Experts(nnx.Module):
     """The routed experts of one layer.
 
-    `capacity_factor` is for training: each expert takes at most that many times the even share of tokens, and what
-    overflows is dropped. None (the default) never drops a token.
+    Attributes:
+      capacity_factor: For training: each expert takes at most that many times the even share of tokens, and what overflows
+        is dropped. None (the default) never drops a token.
+      quantises: As of `Linear`.
+      cpu_kernels: Compute the sum from weights as they are stored, if `model.cpu` has set them.
     """
 
     def __init__(
@@ -81,28 +90,42 @@ class Experts(nnx.Module):
             normal(rngs, (num_experts, hidden_size, intermediate_size), intermediate_size, dtype)
         )
         self.capacity_factor: float | None = None
+        self.quantises = False
+        self.cpu_kernels: Kernels | None = None
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether quantised rows are what it multiplies."""
+        return self.quantises and all(is_fp8(getattr(self, name).get_value()) for name in STACKS)
 
     def __call__(
         self,
-        hidden: Float[Array, "N D"],
+        hidden: Float[Array, "N D"] | Rows,
         weights: Float[Array, "N top_k"],
         experts: Int[Array, "N top_k"],
         *,
         all_experts: int | None = None,
+        shared: Sequence[Stored] = (),
     ) -> Float[Array, "N D"]:
         """The sum for N tokens.
 
         `all_experts` says that the stacks are a part of so many experts: an id of E then stands for one that is not
-        here, whose weight must be 0.
+        here, whose weight must be 0. `shared` are the weights of an expert for all tokens, which the CPU kernels add in the
+        same call.
         """
         stacks = [getattr(self, name)[...] for name in STACKS]
+        if self.cpu_kernels is not None:
+            return run_experts(self.cpu_kernels, as_plain(hidden), weights, experts, stacks, shared)
+        if self.takes_rows:
+            return _experts_fp8(as_rows(hidden), weights, experts, stacks, all_experts=all_experts)
+        hidden = as_plain(hidden)
         if self.capacity_factor is None:
             unsupported = _kernel_unsupported(hidden.dtype, stacks)
             plain, kernel = (
                 functools.partial(form, all_experts=all_experts) for form in (_experts_plain, _experts_kernel)
             )
             return dispatch("auto", unsupported, plain, kernel, hidden, weights, experts, stacks)
-        stacks = [_plain(stack, hidden.dtype) for stack in stacks]
+        stacks = [_plain(pick(stack), hidden.dtype) for stack in stacks]
         if any(isinstance(stack, SeparateStack) for stack in stacks):
             raise ValueError("capacity_factor is for training, separate_experts for inference: use one of them")
         num_pairs, num_experts = experts.size, stacks[0].shape[0]
@@ -113,13 +136,14 @@ class Experts(nnx.Module):
 def separate_experts(model: nnx.Module) -> None:
     """Takes the stacks of experts in `model` apart, for inference on CPUs; see `SeparateStack`.
 
-    The arrays of the parts are copied only where jax cannot share host memory. Quantised stacks and small ones stay as
-    they are.
+    The arrays of the parts are copied only where jax cannot share host memory. Quantised stacks, small ones, and those
+    that the CPU kernels read stay as they are.
     """
     for _, module in nnx.iter_modules(model):
-        for name in STACKS if isinstance(module, Experts) else ():
+        for name in STACKS if isinstance(module, Experts) and module.cpu_kernels is None else ():
             stack = getattr(module, name).get_value()
-            if isinstance(stack, jax.Array) and stack.nbytes >= len(stack) * MIN_SEPARATE_BYTES:
+            # An axis more is one of layers.
+            if isinstance(stack, jax.Array) and stack.ndim == 3 and stack.nbytes >= len(stack) * MIN_SEPARATE_BYTES:
                 host = np.asarray(stack)
                 parts = tuple(jax.device_put(host[expert], may_alias=True) for expert in range(len(host)))
                 # A new parameter: another module may share the old one.
@@ -274,19 +298,20 @@ def _run_expert(
     return _swiglu(hidden, *(jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False) for stack in stacks))
 
 
-def _plain(stack: Stack | BlockScaled, dtype: jnp.dtype) -> Stack:
-    return dequantise(stack, dtype) if isinstance(stack, BlockScaled) else stack
+def _plain(stack: Stack | BlockScaled | LayerOf, dtype: jnp.dtype) -> Stack:
+    picked = pick(stack)
+    return dequantise(picked, dtype) if isinstance(picked, BlockScaled) else picked
 
 
 def _experts_plain(
     hidden: Float[Array, "N D"],
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
-    stacks: list[Stack | BlockScaled],
+    stacks: list[Stack | BlockScaled | LayerOf],
     *,
     all_experts: int | None,
 ) -> Float[Array, "N D"]:
-    plain = [_plain(stack, hidden.dtype) for stack in stacks]
+    plain = [_plain(pick(stack), hidden.dtype) for stack in stacks]
     # One by one, pairs whose expert is elsewhere would cost as much as the others.
     most = MAX_SINGLE_PAIRS_SEPARATE if isinstance(plain[0], SeparateStack) else MAX_SINGLE_PAIRS
     if experts.size <= most and all_experts is None:
@@ -298,27 +323,48 @@ def _experts_kernel(
     hidden: Float[Array, "N D"],
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
-    stacks: list[Stack | BlockScaled],
+    stacks: list[Stack | BlockScaled | LayerOf],
     *,
     all_experts: int | None,
     interpret: bool,
 ) -> Float[Array, "N D"]:
-    gate, up, down = ((stack.values, stack.scales) if isinstance(stack, BlockScaled) else stack for stack in stacks)
+    (gate, layer), (up, _), (down, _) = (parts(stack) for stack in stacks)
     implementation: Implementation = "interpret" if interpret else "mosaic"
-    return moe_ffn(hidden, weights, experts, gate, up, down, all_experts=all_experts, implementation=implementation)
+    return moe_ffn(
+        hidden, weights, experts, gate, up, down, all_experts=all_experts, layer=layer, implementation=implementation
+    )
 
 
-def _kernel_unsupported(dtype: jnp.dtype, stacks: list[Stack | BlockScaled]) -> str | None:
-    """Why the GPU kernels cannot serve these experts; None if they can."""
-    gate = stacks[0]
+def _experts_fp8(
+    rows: Rows,
+    weights: Float[Array, "N top_k"],
+    experts: Int[Array, "N top_k"],
+    stacks: list[BlockScaled | LayerOf],
+    *,
+    all_experts: int | None,
+) -> Float[Array, "N D"]:
+    """The sum with every product in FP8, on any device: what is quantised is the model's to say, not the platform's."""
+    found = [parts(stack) for stack in stacks]
+    out = moe_ffn(
+        (rows.values, rows.scales),
+        weights,
+        experts,
+        *((stack.values, stack.scales) for stack, _ in found),
+        all_experts=all_experts,
+        layer=found[0][1],
+    )
+    return out.astype(rows.dtype)
+
+
+def _kernel_unsupported(dtype: jnp.dtype, stacks: list[Stack | BlockScaled | LayerOf]) -> str | None:
+    """Why the GPU kernels cannot serve these experts, whose activations stay as they are; None if they can."""
+    gate, _ = parts(stacks[0])
     if isinstance(gate, SeparateStack):
         return "the kernels take the experts as stacks, and these are taken apart for a CPU"
     if dtype != jnp.bfloat16:
         return f"the kernels take bfloat16 tokens, not {dtype}"
-    if isinstance(gate, BlockScaled):
-        reason = fp8_unsupported(dtype, gate)
-    else:
-        reason = None if gate.dtype == dtype else f"the kernels take experts in bfloat16 or FP8, not {gate.dtype}"
-    if any(size % FP8_BLOCK for size in gate.shape[1:]):
-        reason = f"the kernels take sizes that are multiples of {FP8_BLOCK}, not {gate.shape[1:]}"
-    return reason
+    if not isinstance(gate, jax.Array) or gate.dtype != dtype:
+        return "the kernels take experts in bfloat16, or in FP8 with activations that are quantised too"
+    if any(size % FP8_BLOCK for size in gate.shape[-2:]):
+        return f"the kernels take sizes that are multiples of {FP8_BLOCK}, not {gate.shape[-2:]}"
+    return None

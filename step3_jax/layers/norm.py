@@ -5,18 +5,38 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.norm_quantise.api import norm_quantise
+from step3_jax.layers.rows import Rows
+from step3_jax.stack import LayerOf, parts
 
 
 class RMSNorm(nnx.Module):
-    """w * cast(x / sqrt(mean(x^2) + eps)): statistics in float32, cast back before the multiplication (spec, section 4)."""
+    """w * cast(x / sqrt(mean(x^2) + eps)): statistics in float32, cast back before the multiplication (spec, section 4).
+
+    Attributes:
+      quantises: Whether it gives quantised rows, for products that take them; see `model.fuse.set_quantised`.
+      keeps_plain: Whether quantised rows come with the plain ones.
+    """
 
     def __init__(self, size: int, *, eps: float, dtype: jnp.dtype = jnp.float32) -> None:
         self.weight = nnx.Param(jnp.ones((size,), dtype))
         self.eps = eps
+        self.quantises = False
+        self.keeps_plain = False
 
-    def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return rms_norm(hidden, self.weight[...], eps=self.eps)
+    def __call__(self, hidden: Float[Array, "*batch columns"]) -> Float[Array, "*batch D"] | Rows:
+        """The norm of the first D columns of `hidden`, which may have more: other parts of a joined product."""
+        weight, layer = parts(self.weight[...])
+        size = weight.shape[-1]
+        if not self.quantises:
+            return rms_norm(hidden[..., :size], pick_row(self.weight[...]), eps=self.eps)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        values, scales, *plain = norm_quantise(
+            flat, weight, layer=layer, eps=self.eps, scales_layout="columns", with_normed=self.keeps_plain
+        )
+        return Rows(values, scales, plain[0] if plain else None, hidden.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -40,3 +60,24 @@ def rms_norm(hidden: Float[Array, "*batch D"], weight: Float[Array, " D"], *, ep
     wide = hidden.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(hidden.dtype) * weight
+
+
+def pick_row(weight: Float[Array, " D"] | LayerOf) -> Float[Array, " D"]:
+    """One layer's weight of a norm.
+
+    Out of a stack it is gathered in pieces: a plain slice would be a launch whose address the host computes anew in each
+    layer.
+    """
+    stored, layer = parts(weight)
+    if layer is None:
+        return stored
+    size = stored.shape[1]
+    piece = next(width for width in (128, 64, 32, 16, 8, 4, 2, 1) if size % width == 0)
+    return pick_rows(stored.reshape(-1, size // piece, piece), layer).reshape(size)
+
+
+def pick_rows(stack: Float[Array, "L R D"], layer: Int[Array, ""]) -> Float[Array, "R D"]:
+    """One layer of a stack, gathered row by row; see `pick_row`."""
+    num_rows = stack.shape[1]
+    places = layer * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
+    return jnp.take(stack.reshape(-1, stack.shape[2]), places, axis=0, mode="clip")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,7 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.layers.linear import normal
+from step3_jax.layers.norm import pick_rows
+from step3_jax.layers.stored import multiply
+from step3_jax.stack import parts
 
 
 class Routing(NamedTuple):
@@ -28,7 +31,11 @@ class Routing(NamedTuple):
 
 
 class Router(nnx.Module):
-    """Softmax over all experts in float32, then the largest `top_k`."""
+    """Softmax over all experts in float32, then the largest `top_k`.
+
+    Attributes:
+      cpu_kernels: Multiply with the weight as it is stored, if `model.cpu` has set them.
+    """
 
     def __init__(
         self,
@@ -43,28 +50,28 @@ class Router(nnx.Module):
         self.weight = nnx.Param(normal(rngs, (num_experts, hidden_size), hidden_size, dtype))
         self.top_k = top_k
         self.renormalise = renormalise
+        self.cpu_kernels: Kernels | None = None
 
     def __call__(self, hidden: Float[Array, "N D"]) -> Routing:
-        return route(hidden, self.weight[...], top_k=self.top_k, renormalise=self.renormalise)
+        weight, layer = parts(self.weight[...])
+        weight = weight if layer is None else pick_rows(weight, layer)
+        if self.cpu_kernels is None:
+            return route(hidden, weight, top_k=self.top_k, renormalise=self.renormalise)
+        (logits,) = multiply(self.cpu_kernels, hidden.astype(jnp.float32), [weight])
+        return choose(logits, top_k=self.top_k, renormalise=self.renormalise)
 
 
-def count_tokens(routings: Sequence[Routing], num_tokens: Int[Array, ""], num_experts: int) -> Int[Array, "layers E"]:
-    """Tokens that each expert gets in each layer.
+def count_tokens(routing: Routing, num_tokens: Int[Array, ""], num_experts: int) -> Int[Array, " E"]:
+    """Tokens that each expert gets in a layer.
 
     Args:
-      routings: Of the layers.
+      routing: Of the layer.
       num_tokens: Those at the front that count; the others are padding.
       num_experts: E.
     """
-
-    def count(experts: Int[Array, "N top_k"]) -> Int[Array, " E"]:
-        is_token = jnp.arange(experts.shape[0]) < num_tokens
-        places = jnp.where(is_token[:, None], experts, num_experts)
-        return jnp.zeros((num_experts,), jnp.int32).at[places].add(1, mode="drop")
-
-    if not routings:
-        return jnp.zeros((0, num_experts), jnp.int32)
-    return jnp.stack([count(routing.experts) for routing in routings])
+    is_token = jnp.arange(routing.experts.shape[0]) < num_tokens
+    places = jnp.where(is_token[:, None], routing.experts, num_experts)
+    return jnp.zeros((num_experts,), jnp.int32).at[places].add(1, mode="drop")
 
 
 def route(
@@ -83,14 +90,23 @@ def route(
     Raises:
       ValueError: If `top_k` is not in [1, E].
     """
-    if not 1 <= top_k <= weight.shape[0]:
-        raise ValueError(f"top_k is {top_k}; allowed: 1 to the {weight.shape[0]} experts there are")
     logits = jax.lax.dot_general(
         hidden.astype(jnp.float32),
         weight.astype(jnp.float32),
         (((1,), (1,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
     )
+    return choose(logits, top_k=top_k, renormalise=renormalise)
+
+
+def choose(logits: Float[Array, "N E"], *, top_k: int, renormalise: bool = False) -> Routing:
+    """The experts of each token from the router's float32 logits; see `route`.
+
+    Raises:
+      ValueError: If `top_k` is not in [1, E].
+    """
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"top_k is {top_k}; allowed: 1 to the {logits.shape[1]} experts there are")
     weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
     if renormalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from step3_jax.config import ModelConfig, TextConfig
+from step3_jax.config import ModelConfig, QuantConfig, TextConfig
 from step3_jax.layout.role import Role
 from step3_jax.layout.table import shard_shape
-from step3_jax.layout.tensor import Row, list_rows, scale_shape, symbol_sizes
+from step3_jax.layout.tensor import Row, list_rows, symbol_sizes
+from step3_jax.layout.weight_form import form_bytes
 
 # Parts of the weights.
 ATTENTION_WEIGHTS = "attention"
@@ -44,7 +45,6 @@ _LINES = {
     SHARED_EXPERTS: "shared experts",
     ROUTED_EXPERTS: "routed experts",
 }
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 2}
 
 
 class ParameterCount(NamedTuple):
@@ -79,7 +79,7 @@ def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int
 
     Args:
       config: As `role.deployed_config` gives it.
-      weights: "float32", "bfloat16" or "fp8".
+      weights: One of `weight_form.WEIGHTS`.
       role: One of `role.roles_of`.
     """
     symbols = symbol_sizes(config)
@@ -135,7 +135,8 @@ def _part(row: Row) -> str:
 
 
 def _tensor_bytes(config: ModelConfig, weights: str, row: Row, shape: tuple[int, ...]) -> int:
-    """Of what a device has of a tensor: in FP8 a byte a value and a float32 scale for each block."""
-    if config.quantization is None or not row.is_fp8:
-        return math.prod(shape) * _VALUE_BYTES[weights]
-    return math.prod(shape) + 4 * math.prod(scale_shape(shape, config.quantization.weight_block_size))
+    """Of what a device has of a tensor; what the FP8 release leaves in bfloat16 stays so in all quantised forms."""
+    if weights == "float32" or not row.is_fp8:
+        return form_bytes(shape, weights if weights == "float32" else "bfloat16")
+    quantization = config.quantization or QuantConfig()
+    return form_bytes(shape, weights, quantization.weight_block_size)

@@ -17,15 +17,17 @@ from step3_jax import resources
 from step3_jax.layout.page import KV_CACHE_DTYPES
 from step3_jax.layout.parallel import Parallel, VisionForm
 from step3_jax.layout.payload import PAYLOADS
+from step3_jax.layout.weight_form import CPU_FORMS, WEIGHTS
 from step3_jax.nearest import describe_known
 
 _SPEC = re.compile(r"([1-9][0-9]*)a([1-9][0-9]*)f", re.IGNORECASE)
 WITHOUT = "off"
+# Where the FFN side may be: on devices as the attention side's, or on the CPU devices of the same process.
+FFN_DEVICES = ("same", "cpu")
 MIN_MICROBATCHES, MAX_MICROBATCHES = 1, 4
 DEFAULT_MICROBATCHES = 3
 # Longest wait for the other role, in seconds.
 DEFAULT_DEADLINE_S = 120.0
-WEIGHTS = ("float32", "bfloat16", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Deployment:
       parallel: Of the FFN side with a topology, of all devices without; its ep is known. Attention is data parallel: every
         attention device (every device, without a topology) has sequences and KV cache of its own. Its `vision` (the file's
         `mm_encoder_tp_mode`) is the attention side's with a topology: the devices of an instance are a group.
-      weights: "float32", "bfloat16" or "fp8" (with bfloat16 for what the FP8 release leaves so).
+      weights: One of `weight_form.WEIGHTS`; a quantised one with bfloat16 for what the FP8 release leaves so.
       kv_cache: Format of the KV pages.
       num_microbatches: In flight, 1 to 4.
       payload: What crosses from attention to FFN, one of `PAYLOADS`.
@@ -99,6 +101,8 @@ class Deployment:
       device_memory_gib: Memory of a device; None for unlimited.
       workload: What it is to hold; None if the file does not say.
       ffn_hardware: As `hardware`, where the devices of the FFN side are of another kind; None for the same.
+      ffn_device: "cpu" for an FFN side in the memory of the host, on its CPU devices; "same" for devices of the same kind as
+        the attention side's.
     """
 
     name: str
@@ -114,6 +118,7 @@ class Deployment:
     device_memory_gib: float | None
     workload: Workload | None
     ffn_hardware: str | None = None
+    ffn_device: str = "same"
 
 
 def parse_topology(spec: str, devices_per_instance: int = 1) -> Topology:
@@ -238,6 +243,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
             "payload",
             "hardware",
             "ffn_hardware",
+            "ffn_device",
             "device_memory_gib",
             "workload",
         ),
@@ -250,7 +256,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
     if is_fused:
         _check_absent(
             values,
-            ("devices_per_instance", "ffn", "ffn_hardware", "microbatches", "payload"),
+            ("devices_per_instance", "ffn", "ffn_hardware", "ffn_device", "microbatches", "payload"),
             "with afd: off it means nothing",
         )
         topology, num_devices = None, _whole(values, "devices", 1)
@@ -262,6 +268,10 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         num_devices = topology.num_devices
         default = default_ffn_parallel(topology)
         parallel = _parallel(values, "ffn", topology.num_ffn_devices, default)
+    weights = _choice(values, "weights", WEIGHTS, "bfloat16")
+    if topology is not None and weights in CPU_FORMS:
+        allowed = ", ".join(one for one in WEIGHTS if one not in CPU_FORMS)
+        raise ValueError(f"weights is {weights!r}; allowed: {allowed} with afd, as {weights} is for CPUs alone")
     vision = _choice(values, "mm_encoder_tp_mode", get_args(VisionForm), parallel.vision)
     parallel = dataclasses.replace(parallel, vision=vision)  # type: ignore[arg-type]
     num_microbatches = _whole(values, "microbatches", DEFAULT_MICROBATCHES)
@@ -272,7 +282,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         topology=topology,
         num_devices=num_devices,
         parallel=parallel,
-        weights=_choice(values, "weights", WEIGHTS, "bfloat16"),
+        weights=weights,
         kv_cache=_choice(values, "kv_cache", KV_CACHE_DTYPES, "bfloat16"),
         num_microbatches=num_microbatches,
         payload=_choice(values, "payload", PAYLOADS, "auto"),
@@ -280,6 +290,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         device_memory_gib=_positive(values, "device_memory_gib"),
         workload=_workload(values),
         ffn_hardware=_text(values, "ffn_hardware"),
+        ffn_device=_choice(values, "ffn_device", FFN_DEVICES, "same"),
     )
 
 
@@ -300,6 +311,7 @@ def format_deployment(deployment: Deployment) -> str:
     values |= {
         "hardware": deployment.hardware,
         "ffn_hardware": deployment.ffn_hardware,
+        "ffn_device": None if deployment.ffn_device == "same" else deployment.ffn_device,
         "device_memory_gib": deployment.device_memory_gib,
         "workload": None if deployment.workload is None else dataclasses.asdict(deployment.workload),
     }

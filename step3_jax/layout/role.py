@@ -84,7 +84,7 @@ def deployed_config(config: ModelConfig, weights: str, *, text_only: bool = Fals
 
     Args:
       config: Of the model; whether its release is quantised does not matter.
-      weights: "float32", "bfloat16" or "fp8".
+      weights: One of `weight_form.WEIGHTS`.
       text_only: Whether vision tower and projector are left out.
     """
     quantization = (config.quantization or QuantConfig()) if weights == "fp8" else None

@@ -59,6 +59,16 @@ class Schedule:
         return max(self.num_microbatches, self.depth)
 
     @property
+    def num_idle_ticks(self) -> int:
+        """Ticks beside each item in which nothing is computed: only a lone micro-batch has any."""
+        return self.period - self.num_microbatches
+
+    @property
+    def num_late_items(self) -> int:
+        """Items of the last layer that the FFN side computes in the next rotation, before that one's own."""
+        return sum(self.is_from_before(tick) and self.ffn_item(tick) is not None for tick in range(self.period))
+
+    @property
     def num_ticks(self) -> int:
         """Ticks of a rotation."""
         return self.num_layers * self.period
@@ -67,13 +77,6 @@ class Schedule:
     def num_last_exchanges(self) -> int:
         """Exchanges after the last rotation until all that is on its way has come back."""
         return self.num_microbatches - 1 + self.depth - self.period
-
-    @property
-    def num_chunk_exchanges(self) -> int:
-        """Exchanges of a chunk of prompts, whose last layer only fills the cache."""
-        if self.num_layers == 1:
-            return 0
-        return (self.num_layers - 2) * self.period + self.num_microbatches - 1 + self.depth
 
     def attention_item(self, tick: int) -> Item | None:
         """What attention computes in a tick of the rotation; None for nothing."""

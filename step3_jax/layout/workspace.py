@@ -59,7 +59,7 @@ def estimate_workspace(
 
     Args:
       config: As `role.deployed_config` gives it.
-      weights: "float32", "bfloat16" or "fp8".
+      weights: One of `weight_form.WEIGHTS`.
       role: What the device holds.
       rows: Sequences that each device with a cache decodes at once; of a micro-batch where there are several.
       chunk_tokens: Prompt tokens that each such device reads at once.

@@ -14,9 +14,11 @@ from jaxtyping import Array, Float
 from step3_jax.layers.collective import Group, ShardedEmbedding, ShardedHead, ShardedOutput, SummedLinear
 from step3_jax.layers.expert_exchange import ShardedExperts, gather_tokens
 from step3_jax.layers.router import Routing
+from step3_jax.layers.rows import Rows
 from step3_jax.layout.table import AXES, view_shape
 from step3_jax.layout.tensor import Path
 from step3_jax.mesh import Layout, padded_shape
+from step3_jax.model.layers import is_stacked, layer_modules, stack_sharding
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import FfnBlock
 from step3_jax.model.vision import Projector, VisionTower
@@ -45,11 +47,11 @@ class ShardedFfn(nnx.Module):
         # Where routed and shared experts are shared out over the same devices, one exchange serves both.
         self.is_joint = self.tensor == everyone and not (self.moe is not None and self.moe.use_all_to_all)
 
-    def __call__(self, normed: Float[Array, "N D"], routing: Routing | None) -> Float[Array, "N D"]:
+    def __call__(self, normed: Float[Array, "N D"] | Rows, routing: Routing | None) -> Float[Array, "N D"]:
         """See `FfnBlock`; tokens are this device's own."""
         if self.mlp is not None:
             with jax.named_scope("mlp"):
-                return self.tensor.reduce(self.mlp(self.tensor.gather(normed)))
+                return self.tensor.reduce(self.mlp(self.tensor.gather_rows(normed)))
         if self.is_joint:
             tokens = gather_tokens(self.tensor, normed, routing.weights, routing.experts)
             with jax.named_scope("moe"):
@@ -59,7 +61,7 @@ class ShardedFfn(nnx.Module):
         with jax.named_scope("moe"):
             routed = self.moe(normed, routing)
         with jax.named_scope("share_expert"):
-            shared = self.tensor.reduce(self.share_expert(self.tensor.gather(normed)))
+            shared = self.tensor.reduce(self.share_expert(self.tensor.gather_rows(normed)))
         return routed + shared
 
 
@@ -77,7 +79,7 @@ def parallelise(model: Step3, layout: Layout) -> Step3:
     decoder = model.text
     decoder.embed_tokens = ShardedEmbedding(decoder.embed_tokens, tensor)  # type: ignore[assignment]
     decoder.lm_head = ShardedHead(decoder.lm_head, tensor, config.vocab_size)  # type: ignore[assignment]
-    for layer in decoder.layers:
+    for layer in layer_modules(decoder.layers):
         attention = layer.attention.self_attn
         attention.o_proj = ShardedOutput(attention.o_proj, tensor)  # type: ignore[assignment]
         attention.num_heads //= layout.size("heads")
@@ -158,6 +160,8 @@ def _map_parameters(model: Step3, places: Places, place: Callable[..., object]) 
     placed = []
     for path, variable in nnx.to_flat_state(state):
         sharding = places.parameter(path)
+        if is_stacked(path):
+            sharding = stack_sharding(sharding)
         leaves, treedef = jax.tree.flatten(variable.get_value())
         leaves = [place(path, leaf, sharding) for leaf in leaves]
         # New variables: those of `state` are the model's own.

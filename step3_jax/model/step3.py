@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from step3_jax.config import ModelConfig
 from step3_jax.layers.embed import merge_image_features
+from step3_jax.model.layers import stack_layers, unstack_layers
 from step3_jax.model.text import Decoder
 from step3_jax.model.vision import Projector, VisionTower
 
@@ -58,7 +59,7 @@ class Step3(nnx.Module):
         input_ids = jnp.asarray(input_ids)
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids has shape {input_ids.shape}; [B, T] is needed")
-        embeddings = self.text.embed_tokens(input_ids)
+        embeddings = self.text.embed(input_ids)
         if pixel_values is not None:
             features = self.image_features(pixel_values, patch_pixel_values, num_patches)
             is_place = input_ids == self.config.image_token_id
@@ -104,6 +105,22 @@ class Step3(nnx.Module):
             parts.append(views[image])
             start += count
         return jnp.concatenate(parts)
+
+
+def stack_model(model: Step3) -> Step3:
+    """A model like `model`, neighbouring layers of one form stacked; see `model.layers.stack_layers`."""
+    return _with_layers(model, stack_layers(model.text.layers))
+
+
+def unstack_model(model: Step3) -> Step3:
+    """A model like `model` with its layers apart; see `model.layers.unstack_layers`."""
+    return _with_layers(model, unstack_layers(model.text.layers))
+
+
+def _with_layers(model: Step3, layers: Sequence[nnx.Module]) -> Step3:
+    copy = nnx.merge(*nnx.split(model))
+    copy.text.layers = nnx.List(layers)
+    return copy
 
 
 def check_places(num_places: int, num_features: int) -> None:

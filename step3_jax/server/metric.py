@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.engine.llm import LLM
+from step3_jax.engine.stats import EngineStats
 from step3_jax.server.driver import StepRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -226,6 +227,11 @@ class _EngineCollector(Collector):
         }
         for name, (text, value) in counters.items():
             yield self._family(CounterMetricFamily, name, text, value)
+        if self._llm.engine_config.speculation is not None:
+            yield from self._speculation(stats)
+        if stats.afd_wait_s is not None:
+            text = "Seconds that attention waited for the FFN side."
+            yield self._family(CounterMetricFamily, "afd_wait_seconds", text, stats.afd_wait_s)
         load = GaugeMetricFamily(
             f"{self._prefix}:expert_load",
             "Prompt tokens of the busiest expert over the mean of all, by MoE layer.",
@@ -241,6 +247,24 @@ class _EngineCollector(Collector):
         )
         info.add_metric((_ENGINE, *labels.values()), 1)
         yield info
+
+    def _speculation(self, stats: EngineStats) -> Iterable[Metric]:
+        """What became of guessed tokens, by vLLM's names; there only where tokens are guessed."""
+        counters = {
+            "spec_decode_num_drafts": ("Steps of sequences with guessed tokens.", stats.num_drafts),
+            "spec_decode_num_draft_tokens": ("Tokens guessed.", stats.num_draft_tokens),
+            "spec_decode_num_accepted_tokens": ("Those that were right.", stats.num_accepted_tokens),
+        }
+        for name, (text, value) in counters.items():
+            yield self._family(CounterMetricFamily, name, text, value)
+        by_place = CounterMetricFamily(
+            f"{self._prefix}:spec_decode_num_accepted_tokens_per_pos",
+            "Guessed tokens that were right, by their place.",
+            labels=(*_LABELS, "position"),
+        )
+        for place, value in enumerate(stats.num_accepted_tokens_per_pos):
+            by_place.add_metric((*self._values, str(place)), value)
+        yield by_place
 
     def _family(
         self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str, value: float

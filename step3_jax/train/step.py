@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 from step3_jax.layers.attention import AttentionContext
 from step3_jax.layers.embed import merge_image_features
 from step3_jax.layers.rope import rope_table
+from step3_jax.model.layers import layer_modules, over_layers
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import Decoder
 from step3_jax.train.data import TokenRows
@@ -81,13 +82,7 @@ def row_loss(
     hidden = decoder.embed_tokens(rows.ids)
     if features is not None:
         hidden = merge_image_features(hidden, features, rows.image_rows)
-    context = packed_context(decoder, rows)
-    loads = []
-    for layer in decoder.layers:
-        out = layer.attention(hidden, context)
-        hidden = out.residual + layer.ffn(out.normed, out.routing).reshape(out.residual.shape)
-        if out.routing is not None:
-            loads.append(router_load(out.routing))
+    hidden, _, loads = over_layers(decoder.layers, hidden, packed_context(decoder, rows), observe=router_load)
     hidden, targets, weights = decoder.norm(hidden), rows.targets, rows.weights
     if num_scored is not None:
         _, picked = jax.lax.top_k(weights, num_scored)
@@ -100,8 +95,8 @@ def row_loss(
         total=jnp.sum(token_loss(logits, targets) * weights),
         weight=jnp.sum(weights),
         correct=jnp.sum((jnp.argmax(logits, axis=1) == targets) * weights),
-        balance=jnp.mean(jnp.stack([load.loss for load in loads])) if loads else jnp.zeros(()),
-        shares=jnp.stack([load.shares for load in loads]) if loads else jnp.zeros((0, 1)),
+        balance=jnp.mean(jnp.concatenate([load.loss for load in loads])) if loads else jnp.zeros(()),
+        shares=jnp.concatenate([load.shares for load in loads]) if loads else jnp.zeros((0, 1)),
     )
 
 
@@ -155,7 +150,7 @@ def prepare_for_training(model: Step3, *, capacity_factor: float, branch_gain: f
 
 def set_capacity(model: Step3, capacity_factor: float | None) -> None:
     """Sets the capacity factor of all mixture layers; None drops no token."""
-    for layer in model.text.layers:
+    for layer in layer_modules(model.text.layers):
         if layer.ffn.moe is not None:
             layer.ffn.moe.capacity_factor = capacity_factor
 

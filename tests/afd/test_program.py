@@ -113,8 +113,8 @@ def test_a_process_reads_what_its_role_needs(pair: list[list[Answer]]) -> None:
 
 def test_no_copy_of_the_cache_is_in_the_decode_loop(pair: list[list[Answer]]) -> None:
     done = answers_to(pair, PAIR, "hlo")[0]["done"]
-    # Keys and values of two layers, for three micro-batches.
-    assert done["scatter"] == 12
+    # Keys and values of two layers, whatever the number of micro-batches.
+    assert done["scatter"] == 4
     assert set(done) <= {"parameter", "get-tuple-element", "scatter", "dynamic-update-slice", "fusion"}
 
 

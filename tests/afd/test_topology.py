@@ -9,6 +9,7 @@ from typing import cast
 import jax
 import pytest
 
+from step3_jax.afd import topology
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.checkpoint.names import our_path
 from step3_jax.config import ModelConfig, QuantConfig, TextConfig
@@ -48,6 +49,17 @@ def test_attention_comes_first_and_roles_share_no_device(
 def test_too_few_devices_are_refused_with_what_would_fit(spec: str, each: int, there: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AfdTopology.of(parse_topology(spec, each), devices=devices(there))
+
+
+def test_an_ffn_side_on_cpus_beside_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [types.SimpleNamespace(platform="gpu", id=number) for number in range(2)]
+    cpus = devices(4)
+    monkeypatch.setattr(topology, "find_cpu_devices", lambda count: cpus[:count])
+    found = AfdTopology.of(parse_topology("2a1f"), devices=cast(list[jax.Device], cards), ffn_device="cpu")
+    assert [device.platform for device in found.devices] == ["gpu", "gpu", "cpu"]
+    assert (found.ffn_platform, found.is_mixed) == ("cpu", True)
+    same = AfdTopology.of(parse_topology("1a1f"), devices=cpus, ffn_device="cpu")
+    assert ([device.id for device in same.devices], same.is_mixed) == ([0, 1], False)
 
 
 def test_a_parallel_of_another_number_of_devices_is_refused() -> None:

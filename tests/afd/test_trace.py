@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from step3_jax.afd.host.flight import Flight, reconstruct
-from step3_jax.timeline.event import Event, Stage
+from step3_jax.timeline.event import Event, Lane, Stage
 from step3_jax.timeline.picture import COLOURS, draw, pick_window, write_picture
 from step3_jax.timeline.trace import measure, read_trace, write_trace
 
@@ -123,3 +123,25 @@ def test_waits_have_a_deadline_that_names_the_stage() -> None:
         flight.push(Stage("ffn", "prefill", 0, 1, 0), Never(), 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="deadline is 0 s"):
         Flight(0)
+
+
+def test_time_counts_as_waited_for_the_ffn_side_while_attention_has_nothing_to_compute() -> None:
+    class Later:
+        def __init__(self, looks: int) -> None:
+            self.looks = looks
+
+        def is_ready(self) -> bool:
+            self.looks -= 1
+            return self.looks < 0
+
+    def run(*stages: tuple[Lane, int, int, int]) -> float:
+        flight = Flight(10)
+        for lane, layer, microbatch, looks in stages:
+            flight.push(Stage(lane, "decode", 0, layer, microbatch), Later(looks), 8)  # type: ignore[arg-type]
+        flight.drain()
+        return flight.ffn_wait_s
+
+    assert run(("attention", 0, 0, 9), ("to_attention", 0, 0, 0), ("attention", 1, 0, 0)) == 0
+    # The other micro-batch keeps attention busy.
+    assert run(("to_attention", 0, 0, 9), ("attention", 0, 1, 40), ("attention", 1, 0, 40)) == 0
+    assert run(("to_attention", 0, 0, 9), ("attention", 0, 1, 0), ("attention", 1, 0, 20)) > 0

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from pallas_kernels.common import ENVIRONMENT_VARIABLE
 from step3_jax.gpu import MEMORY_SHARE, POOL_VARIABLES
 from tests.process import environment
 from tools.gpu_check import __main__ as gpu_check
 from tools.gpu_check import cases, order, parent, rank, report
 from tools.gpu_check.case import Case
 from tools.gpu_check.order import FIRST, STEP, Stage
+from tools.gpu_check.rank_model import RankModel, small_sizes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -262,21 +264,21 @@ def test_exceptions_from_the_goals_are_named() -> None:
 
 
 @pytest.mark.kernels
-def test_the_step_tells_its_time_before_it_compiles_another_program() -> None:
+def test_the_step_tells_its_time_before_it_measures_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
     said: list[str] = []
     told: list[dict[str, object]] = []
     found = rank.measure_step(
-        rank.SMALL,
+        RankModel(small_sizes()),
         lambda doing, allowed_s=None: said.append(doing),
         lambda **known: told.append({**known, "said": len(said)}),
         copy_rate=1e9,
         deadline=math.inf,
-        implementation="reference",
     )
     assert found["status"] == "PASS"
     (known,) = told
     assert known["us"] == found["us"] > 0
-    assert said[known["said"] :] == ["compiling one step", "running steps one by one"]
+    assert said[known["said"] :] == ["running steps one by one"]
     assert found["one_by_one_us"] > 0
 
 

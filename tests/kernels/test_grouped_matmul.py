@@ -120,6 +120,21 @@ def test_a_traced_layer_of_a_stack_is_that_layer(dtype: jnp.dtype) -> None:
         )
 
 
+def test_rows_that_are_quantised_already_give_the_same() -> None:
+    layer = random_layer(4, 256, 128, jnp.dtype(FP8))
+    x, weights, experts = random_tokens(7, 4, 256, jnp.bfloat16)
+    run = functools.partial(jax.jit(api.moe_ffn), weights=jnp.asarray(weights), experts=jnp.asarray(experts))
+    gate, up, down = layer
+    expected = run(x, gate=gate, up=up, down=down)
+    found = run(quantise_rows(x, scales_layout="columns"), gate=gate, up=up, down=down)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
+    with pytest.raises(ValueError, match="x is quantised and the weights are not"):
+        api.moe_ffn(quantise_rows(x), jnp.asarray(weights), jnp.asarray(experts), gate[0], up[0], down[0])
+    with pytest.raises(ValueError, match=r"the scales of x are \(7, 2\); for values \(7, 256\) they must be \(2, 8\)"):
+        api.moe_ffn(quantise_rows(x), jnp.asarray(weights), jnp.asarray(experts), *layer)
+
+
 class Batch(NamedTuple):
     """Rows of given lengths for each expert; rows without a pair, and experts without a row, are poisoned with NaN."""
 

@@ -17,7 +17,7 @@ import pytest
 
 from pallas_kernels.compat import race_check
 from pallas_kernels.mfa_decode import mosaic, plan, reference
-from pallas_kernels.mfa_decode.api import mfa_decode, plan_decode
+from pallas_kernels.mfa_decode.api import mfa_decode, mfa_decode_quantised, plan_decode
 from pallas_kernels.pages import KVPages, contiguous_pages, decode_rows, empty_pages, encode_rows
 from pallas_kernels.storage import Storage
 from tests.kernels.support import lower_for_cuda, row_errors
@@ -198,6 +198,46 @@ def test_the_public_function_runs_the_interpreted_kernel_on_a_contiguous_cache()
     expected = jax.jit(mfa_decode)(*args, plan=work)
     assert out.dtype == jnp.bfloat16
     assert np.max(_errors_by_token(out, expected)) < 5e-3
+
+
+def _check_quantised(case: Case) -> None:
+    queries, pages, table, lengths = case.make()
+    assert mosaic.unsupported_quantised(queries) is None
+    run = functools.partial(mosaic.decode_quantised, scale=SCALE, interpret=True, detect_races=True)
+    num_rows = queries.shape[0] * queries.shape[1]
+    with race_check():
+        values, scales = jax.block_until_ready(jax.jit(run)(queries, pages, table, lengths))
+    expected = reference.decode_quantised(queries, pages, table, lengths, scale=SCALE)
+    assert values.shape == expected[0].shape
+    assert scales.shape == expected[1].shape
+    # Heads that see nothing are zeros, and their scale is 1.
+    np.testing.assert_allclose(scales[:, :num_rows], expected[1][:, :num_rows], rtol=2e-2)
+    got, want = (
+        np.asarray(pair[0]).astype(np.float64)
+        * np.repeat(np.asarray(pair[1])[:, :num_rows].T.astype(np.float64), 128, axis=1)
+        for pair in ((values, scales), expected)
+    )
+    # A number in the middle between two of e4m3 may go either way.
+    assert row_errors(got, want).max() < 0.02
+
+
+def test_heads_come_out_quantised_as_the_reference_has_them() -> None:
+    _check_quantised(Case("bfloat16", (0, 70, 64)))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("case", [Case("fp8", (*EDGES, 2)), Case("fp8", (5, 70, 1), tokens=3)], ids=_name)
+def test_heads_come_out_quantised_in_every_form(case: Case) -> None:
+    _check_quantised(case)
+
+
+def test_heads_that_make_no_whole_tile_are_quantised_by_the_reference() -> None:
+    queries, pages, table, lengths = Case("bfloat16", (70, 5), heads=16).make()
+    values, scales = mfa_decode_quantised(queries, pages, table, lengths)
+    assert values.shape == (2, 16 * 256)
+    assert scales.shape == (32, 4)
+    with pytest.raises(NotImplementedError, match="quantises a multiple of 64 heads, not 16"):
+        mfa_decode_quantised(queries, pages, table, lengths, implementation="interpret")
 
 
 MISSING_WAIT = """

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.compat import race_check
-from pallas_kernels.moe_permute import api, mosaic
+from pallas_kernels.moe_permute import api, mosaic, plan, reference
 from pallas_kernels.moe_permute.reference import MAX_BUNDLE, Permutation, max_tiles
 from pallas_kernels.quantise import FP8, quantise_rows, scales_to_columns
 from tests.kernels.support import lower_for_cuda
@@ -37,8 +37,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_pair_gets_a_row_of_its_expert_in_the_order_of_tokens(name: str) -> None:
     experts, num_experts, first, tile_rows = CASES[name]
-    plan = functools.partial(api.plan_permutation, num_experts=num_experts, first_expert=first, tile_rows=tile_rows)
-    permutation = jax.jit(plan)(jnp.asarray(experts, jnp.int32))
+    make = functools.partial(api.plan_permutation, num_experts=num_experts, first_expert=first, tile_rows=tile_rows)
+    permutation = jax.jit(make)(jnp.asarray(experts, jnp.int32))
     assert permutation.tile_rows == tile_rows
     pairs, rows = np.asarray(permutation.pairs), np.asarray(permutation.rows).reshape(-1)
     table, used = np.asarray(permutation.tiles.table), int(permutation.tiles.used[0])
@@ -62,6 +62,60 @@ def test_every_pair_gets_a_row_of_its_expert_in_the_order_of_tokens(name: str) -
     np.testing.assert_array_equal(pairs, expected)
     np.testing.assert_array_equal(pairs[rows[is_here]], np.flatnonzero(is_here))
     assert (table[used:, 3] == 0).all()
+
+
+def check_plan(name: str) -> None:
+    """The kernel against the reference wherever that says anything of a row or a tile."""
+    experts, num_experts, first, tile_rows = CASES[name]
+    weights = jnp.asarray(np.random.default_rng(0).random(experts.shape), jnp.float32)
+    options = {"num_experts": num_experts, "first_expert": first, "tile_rows": tile_rows}
+    given = jnp.asarray(experts, jnp.int32)
+    assert plan.unsupported(experts.size, num_experts, tile_rows) is None
+    with race_check():
+        run = functools.partial(plan.plan_permutation, **options, interpret=True, detect_races=True)
+        permutation, row_weights = jax.block_until_ready(jax.jit(run)(given, weights, jnp.int32(10)))
+    expected = reference.plan_permutation(given, **options)
+    np.testing.assert_array_equal(permutation.rows, expected.rows)
+    np.testing.assert_array_equal(permutation.tiles.used, expected.tiles.used)
+    used = int(expected.tiles.used[0])
+    tiles = reference.point_at(expected.tiles, 10 * num_experts)
+    np.testing.assert_array_equal(permutation.tiles.table[:used], tiles.table[:used])
+    is_used = np.asarray(expected.pairs) < experts.size
+    np.testing.assert_array_equal(np.asarray(permutation.pairs)[is_used], np.asarray(expected.pairs)[is_used])
+    wanted = np.asarray(reference.permute_weights(weights, expected))
+    np.testing.assert_array_equal(np.asarray(row_weights)[is_used], wanted[is_used])
+    assert permutation.pairs.shape == row_weights.shape == expected.pairs.shape
+    assert permutation.tiles.table.shape == expected.tiles.table.shape
+
+
+@pytest.mark.parametrize("name", ["a shard", "one token"])
+def test_the_planning_kernel_gives_the_references_rows(name: str) -> None:
+    check_plan(name)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", CASES)
+def test_the_planning_kernel_in_every_case(name: str) -> None:
+    check_plan(name)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "tile_rows"), [(1024, 6, 64), (128, 48, 64), (4096, 48, 128)])
+def test_the_planning_kernel_lowers_for_steps_and_chunks(num_tokens: int, num_experts: int, tile_rows: int) -> None:
+    run = functools.partial(
+        plan.plan_permutation, num_experts=num_experts, first_expert=0, tile_rows=tile_rows, interpret=False
+    )
+    pairs = (num_tokens, 3)
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in ((pairs, jnp.int32), (pairs, jnp.float32), ((), jnp.int32))
+    ]
+    assert "moe_plan" in lower_for_cuda(run, *shapes)
+
+
+def test_more_than_the_planning_kernel_holds_is_left_to_the_reference() -> None:
+    assert "16384 pairs of 64 experts" in str(plan.unsupported(16_385, 8, 64))
+    assert "16384 pairs of 64 experts" in str(plan.unsupported(10, 65, 64))
+    assert "power of two" in str(plan.unsupported(10, 8, 96))
 
 
 def test_rows_go_out_and_come_back_weighted() -> None:
@@ -90,6 +144,14 @@ def test_scales_follow_their_rows() -> None:
     rows = api.permute_rows(array, permutation, implementation="reference")
     # Rows without a pair are zeros, whose scale is 1.
     np.testing.assert_array_equal(scales, scales_to_columns(quantise_rows(rows)[1]))
+
+
+def test_scales_that_are_columns_follow_their_rows_too() -> None:
+    permutation = api.plan_permutation(jnp.asarray(skewed_experts(19, 3, 8)), num_experts=8, tile_rows=16)
+    array = jnp.asarray(np.random.default_rng(2).standard_normal((19, 256)), jnp.float32)
+    by_column = quantise_rows(array, scales_layout="columns")[1]
+    expected = api.permute_scales(quantise_rows(array)[1], permutation)
+    np.testing.assert_array_equal(reference.permute_columns(by_column, permutation), expected)
 
 
 def check_gather(experts: np.ndarray, num_experts: int, tile_rows: int, dtype: jnp.dtype, blocks: dict) -> None:
@@ -121,8 +183,8 @@ def test_the_gather_kernel_lowers_at_the_width_of_step3(dtype: jnp.dtype) -> Non
     def run(array: jax.Array, permutation: Permutation) -> jax.Array:
         return mosaic.permute_rows(array, permutation, interpret=False)
 
-    plan = functools.partial(api.plan_permutation, num_experts=48, tile_rows=128)
-    permutation = jax.eval_shape(plan, jax.ShapeDtypeStruct((1024, 3), jnp.int32))
+    make = functools.partial(api.plan_permutation, num_experts=48, tile_rows=128)
+    permutation = jax.eval_shape(make, jax.ShapeDtypeStruct((1024, 3), jnp.int32))
     assert "mosaic_gpu" in lower_for_cuda(run, jax.ShapeDtypeStruct((1024, 7168), dtype), permutation)
 
 

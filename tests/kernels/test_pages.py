@@ -93,3 +93,17 @@ def test_bad_pages_are_refused_with_what_is_allowed() -> None:
         contiguous_pages(jnp.zeros((1, 20, 64)), jnp.zeros((1, 20, 64)), page_size=8)
     with pytest.raises(ValueError, match="float16; allowed without scales"):
         contiguous_pages(jnp.zeros((1, 8, 64), jnp.float16), jnp.zeros((1, 8, 64), jnp.float16), page_size=8)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_tokens_go_to_their_places_and_those_without_a_page_nowhere(num_tokens):
+    pages = empty_pages(3, 8, "float32")
+    rows = jnp.arange(1.0, num_tokens + 1)[:, None] * jnp.ones((num_tokens, 8))
+    ids, slots = jnp.asarray([2, 2**30, 0][:num_tokens]), jnp.asarray([5, 6, 63][:num_tokens])
+    found = jax.jit(write_rows)(pages, rows, -rows, ids, slots)
+    want = np.zeros((3, 64, 8), np.float32)
+    want[2, 5] = 1
+    if num_tokens == 3:
+        want[0, 63] = 3
+    np.testing.assert_array_equal(found.keys, want)
+    np.testing.assert_array_equal(found.values, -want)

@@ -114,6 +114,25 @@ def test_interpreted_kernel_matches_float64(num_tokens: int, storage: str) -> No
     check(step, rope_cache_write(*step, implementation="interpret"), TOLERANCE[storage])
 
 
+@pytest.mark.parametrize(("num_tokens", "implementation"), [(9, "reference"), (66, "interpret")])
+def test_keys_and_values_are_columns_of_joined_rows_and_queries_come_as_float16(
+    num_tokens: int, implementation: str
+) -> None:
+    queries, keys, values, *rest = step = make_step(num_tokens, "fp8")
+    joined = jnp.concatenate([jnp.full((num_tokens, 128), jnp.nan, jnp.bfloat16), keys, values], axis=1)
+    columns = {"key_at": 128, "value_at": 128 + HEAD_DIM}
+    got = rope_cache_write(
+        queries, joined, joined, *rest, **columns, query_dtype=jnp.float16, implementation=implementation
+    )
+    assert got[0].dtype == jnp.float16
+    check(step, got, TOLERANCE["fp8"])
+    # Rounded once, to three bits more than bfloat16 has.
+    exact = rotate_exactly(*(np.asarray(array).astype(np.float64) for array in (queries, *(rest[0], rest[1]))))
+    exact_tables = [np.asarray(table.astype(jnp.bfloat16)).astype(np.float64) for table in rest[:2]]
+    assert row_errors(got[0], rotate_exactly(np.asarray(queries).astype(np.float64), *exact_tables)).max() < 5e-4
+    assert row_errors(got[0], exact).max() < 5e-3
+
+
 @pytest.mark.parametrize(("num_tokens", "implementation"), [(70, "reference"), (3, "interpret")])
 def test_a_layer_of_a_pool_is_written_and_no_other(num_tokens: int, implementation: str) -> None:
     whole = make_step(num_tokens, "fp8", num_pages=12)

@@ -8,20 +8,33 @@ import pytest
 from flax import nnx
 
 from step3_jax.checkpoint.load import load_model
+from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.model.cpu import prepare_for_cpu
 
 FOLDERS = ("tiny_text", "tiny_vl", "tiny_fp8")
+STORED = "tiny_fp8 as stored"
 
 
 @pytest.fixture(scope="session")
 def models(goldens):
-    """Folder name -> model; the FP8 one is dequantised, as its golden numbers were made."""
-    return {name: load_model(goldens / name, dtype="float32", keep_fp8=False) for name in FOLDERS}
+    """Folder name -> model; the FP8 one is dequantised, as its golden numbers were made.
+
+    `STORED` is the FP8 model as it is stored, on the CPU kernels; only where there are any.
+    """
+    found = {name: load_model(goldens / name, dtype="float32", quantization="none") for name in FOLDERS}
+    kernels = find_kernels()
+    if isinstance(kernels, Kernels):
+        found[STORED] = prepare_for_cpu(
+            load_model(goldens / "tiny_fp8", dtype="float32", quantization="stored"), kernels
+        )
+    return found
 
 
 @pytest.fixture(scope="session")
 def arrays(goldens):
     """Folder name -> golden arrays."""
-    return {name: dict(np.load(goldens / name / "golden.npz")) for name in FOLDERS}
+    found = {name: dict(np.load(goldens / name / "golden.npz")) for name in FOLDERS}
+    return found | {STORED: found["tiny_fp8"]}
 
 
 @pytest.fixture(scope="session")

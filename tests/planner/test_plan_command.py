@@ -7,13 +7,10 @@ import json
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.cli.main import main
-from step3_jax.cli.plan_compile import run_layers
 from step3_jax.cli.plan_process import compile_deployment
 from step3_jax.config import ModelConfig, TextConfig, VisionConfig
 from step3_jax.layout.count import weight_bytes
@@ -144,23 +141,6 @@ def test_the_sizes_of_the_test_model_are_all_different_enough() -> None:
     config = dataclasses.replace(deployed_config(SMALL, "bfloat16"))
     sizes = weight_bytes(config, "bfloat16", roles_of(one)[0]).values()
     assert len(set(sizes)) == len(sizes)
-
-
-def test_equal_neighbouring_layers_as_a_loop_give_what_they_give_one_by_one() -> None:
-    """What makes 61 layers compile in a minute must not lose, double or reorder one."""
-
-    def run_layer(kind: str, total: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-        total = total * 2 + own if kind == "wide" else total + 3 * own
-        return total, total - own
-
-    kinds, layers = ["narrow", "wide", "wide", "wide", "narrow"], list(jnp.arange(1.0, 6.0))
-    expected, results = jnp.zeros(()), []
-    for kind, own in zip(kinds, layers, strict=True):
-        expected, result = run_layer(kind, expected, own)
-        results.append(float(result))
-    total, outs = run_layers(run_layer, kinds, jnp.zeros(()), layers)
-    assert float(total) == float(expected)
-    assert [float(out) for out in outs] == results
 
 
 @pytest.mark.parametrize("sequences", ["1", "100"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from step3_jax.engine.state import DraftCounts, Report
 from tests.server.conftest import Open
 
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
@@ -63,6 +64,24 @@ def test_counts_are_those_of_the_answers(open_client: Open) -> None:
         assert client.metric("iteration_tokens_total_sum") == client.metric("generation_tokens_total")
 
 
+def test_what_became_of_guesses_is_there_where_tokens_are_guessed(open_client: Open) -> None:
+    names = "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"
+    with open_client() as client:
+        assert "spec_decode" not in client.call("/metrics").body.decode()
+    speculation = {"method": "ngram", "num_speculative_tokens": 2}
+    with open_client(engine={"speculative_config": speculation}) as client:
+        stats = client.service.llm.stats
+        counts = DraftCounts(np.array([3, 2]), np.array([[3, 2], [1, 0]]), np.array([[2, 1], [1, 0]]))
+        for _ in range(2):
+            stats.count_decode(Report(np.zeros((2, 4)), np.array([6, 3]), np.zeros((2,)), None, counts), 0.1)
+        assert [client.metric(f"{name}_total") for name in names] == [8, 12, 8]
+        for place, count in enumerate((6, 2)):
+            name = "spec_decode_num_accepted_tokens_per_pos_total"
+            assert client.metric(name, position=str(place)) == count
+        assert stats.num_decode_steps == 6
+        assert stats.acceptance_rate == 8 / 12
+
+
 def test_the_cache_is_used_by_running_sequences_alone(open_client: Open) -> None:
     with open_client() as client:
         client.chat("page " * 200)
@@ -81,3 +100,6 @@ def test_steps_of_decode_calls_and_loads_of_experts_are_shown(open_client: Open)
         llm.stats.count_experts(np.asarray([[6, 2, 0, 0], [1, 1, 1, 1]]))
         llm.stats.count_experts(np.asarray([[0, 4, 4, 0], [1, 1, 1, 1]]))
         assert (client.metric("expert_load", layer="0"), client.metric("expert_load", layer="1")) == (1.5, 1.0)
+        assert "afd_wait" not in client.call("/metrics").body.decode()
+        llm.stats.afd_wait_s = 2.5
+        assert client.metric("afd_wait_seconds_total") == 2.5

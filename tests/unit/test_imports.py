@@ -23,6 +23,7 @@ ROWS = (
     ("sharding",),
     ("quant",),
     ("stack",),
+    ("cpu_kernels",),
     ("distributed",),
     ("mesh",),
     ("layers",),

@@ -25,7 +25,9 @@ from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
+from step3_jax.engine.runner import Runner
 from step3_jax.layout.count import count_parameters
+from step3_jax.model.arrangement import Arrangement
 from step3_jax.text.tokenizer import Tokenizer
 from tools.tiny.evaluate_answers import Reply, ask_all, share_right, share_right_digits, share_right_functions
 from tools.tiny.evaluate_cases import load_sets
@@ -156,7 +158,7 @@ def show_samples(replies: Mapping[str, Sequence[Reply]], console: Console) -> No
 
 
 def evaluate(
-    model: Path, data: Path, quick: int | None, kv_cache_dtype: str = "auto"
+    model: Path, data: Path, quick: int | None, kv_cache_dtype: str = "auto", *, quantise_activations: bool = False
 ) -> tuple[dict[str, list[Reply]], dict[str, str], TextScore]:
     """Asks everything.
 
@@ -165,6 +167,8 @@ def evaluate(
       data: Data folder.
       quick: Cases of each set and sentences / 8; None for all.
       kv_cache_dtype: Of the answers' cache; the sentences are read without one.
+      quantise_activations: Whether weights in FP8 stay so and meet quantised activations, as on GPUs. Else they are
+        dequantised.
 
     Returns:
       Replies and titles of each set, and the score of the sentences.
@@ -172,7 +176,11 @@ def evaluate(
     Raises:
       ValueError: If a file is missing.
     """
-    llm = LLM(model, dtype="float32", kv_cache_dtype=kv_cache_dtype, max_num_seqs=64)
+    arrangement = Arrangement(quantises=quantise_activations)
+    loaded = load_model(
+        model, "float32", quantization="stored" if quantise_activations else "none", arrangement=arrangement
+    )
+    llm = LLM(model, executor=Runner(loaded), dtype="float32", kv_cache_dtype=kv_cache_dtype, max_num_seqs=64)
     replies, titles = {}, {}
     for cases in load_sets(data):
         start = time.perf_counter()
@@ -182,7 +190,7 @@ def evaluate(
         say(f"{part.title}: {share_right(replies[part.name]):.1%} of {len(part.cases)}, {seconds:.0f} s")
     lines = (data / "text-sentences-heldout.txt").read_text(encoding="utf-8").splitlines()
     lines = lines[: 8 * quick] if quick else lines
-    return replies, titles, score_text(load_model(model, "float32"), Tokenizer.load(model), lines)
+    return replies, titles, score_text(loaded, Tokenizer.load(model), lines)
 
 
 def main() -> None:
@@ -191,6 +199,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", help="model folder (default: the shipped tiny model)")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"data folder (default {DEFAULT_DATA})")
     parser.add_argument("--kv-cache-dtype", default="auto", metavar="DTYPE", help="as of step3 generate (default auto)")
+    parser.add_argument(
+        "--quantise-activations", action="store_true", help="of a model in FP8: as GPUs do before FP8 products"
+    )
     parser.add_argument("--quick", type=int, metavar="N", help="only N questions of each set")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--samples", action="store_true", help="also print some answers of each set")
@@ -200,7 +211,13 @@ def main() -> None:
     enable_compile_cache()
     model = options.model or resources.find("models/step3-tiny")
     wall, cpu = time.perf_counter(), time.process_time()
-    replies, titles, text = evaluate(model, options.data, options.quick, options.kv_cache_dtype)
+    replies, titles, text = evaluate(
+        model,
+        options.data,
+        options.quick,
+        options.kv_cache_dtype,
+        quantise_activations=options.quantise_activations,
+    )
     results = collect_results(replies, titles, text, load_baselines(options.data))
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     show(results, text.shares, console)
@@ -214,6 +231,7 @@ def main() -> None:
             "parameters": count._asdict(),
             "quick": options.quick,
             "kv_cache_dtype": options.kv_cache_dtype,
+            "quantise_activations": options.quantise_activations,
             "results": [asdict(result) for result in results],
             "router_shares": text.shares.round(5).tolist(),
             "wrong": {

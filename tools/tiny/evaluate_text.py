@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
-from step3_jax.layers.attention import attention_context
+from step3_jax.layers.router import Routing
 from step3_jax.model.step3 import Step3
 from step3_jax.text.tokenizer import Tokenizer
 from step3_jax.train.loss import token_loss
@@ -76,14 +76,12 @@ def _score_rows(
 ) -> tuple[Float[Array, ""], Float[Array, "layers E"]]:
     """Nats of all tokens but the first of each row, and pairs of each expert; padding counts nowhere."""
     decoder = nnx.merge(graphdef, state).text
-    context = attention_context(decoder.config, ids.shape)
-    hidden, counts = decoder.embed_tokens(ids), []
-    for layer in decoder.layers:
-        out = layer.attention(hidden, context)
-        hidden = out.residual + layer.ffn(out.normed, out.routing).reshape(out.residual.shape)
-        if out.routing is not None:
-            chosen = jax.nn.one_hot(out.routing.experts, out.routing.logits.shape[1]).sum(axis=1)
-            counts.append(jnp.sum(chosen * is_token.reshape(-1, 1), axis=0))
-    logits = decoder.logits(decoder.norm(hidden))[:, :-1]
+
+    def count(routing: Routing) -> Float[Array, " E"]:
+        chosen = jax.nn.one_hot(routing.experts, routing.logits.shape[1]).sum(axis=1)
+        return jnp.sum(chosen * is_token.reshape(-1, 1), axis=0)
+
+    hidden, _, counts = decoder.run(decoder.embed_tokens(ids), observe=count)
+    logits = decoder.logits(hidden)[:, :-1]
     nats = token_loss(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
-    return jnp.sum(nats * is_token[:, 1:].reshape(-1)), jnp.stack(counts)
+    return jnp.sum(nats * is_token[:, 1:].reshape(-1)), jnp.concatenate(counts)

@@ -240,7 +240,7 @@ def main() -> None:
     run = options.run or options.data / "run"
     common = {"data": options.data, "rate": options.rate, "seed": options.seed}
     if options.start:
-        model = load_model(options.start, "float32")
+        model = load_model(options.start, "float32", quantization="none")
         params = {"model": split_model(model)[1], "heads": make_heads(model.config.text.hidden_size)}
     else:
         params = run_stage("tower", minutes=options.tower_minutes, start=None, folder=run, **common)

@@ -14,6 +14,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -23,7 +24,6 @@ from step3_jax.afd.microbatch import merge_reports, split_chunk, split_decode
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.roles import (
     Part,
-    Skeleton,
     Tokens,
     Vision,
     attention_step,
@@ -48,12 +48,14 @@ from step3_jax.engine.state import (
 )
 from step3_jax.gpu import compiler_options
 from step3_jax.layers.attention import AttentionContext, CacheStep
+from step3_jax.mesh import Layout
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
 from step3_jax.sampling.batch import SamplingBatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+M = TypeVar("M", bound=nnx.Module)
 
 Leaves = list[Array]
 
@@ -74,6 +76,20 @@ class MicroBatch(NamedTuple):
     rows: RowState
 
 
+class LayerHalf(NamedTuple):
+    """One role's half of a layer.
+
+    Attributes:
+      leaves: Its arrays, or those of the stack that it is in.
+      call: What runs it, the same for all layers of one form.
+      numbers: The layer's, and its number in its stack; where the role's devices are.
+    """
+
+    leaves: Leaves
+    call: jax.stages.Wrapped
+    numbers: Int[Array, " 2"]
+
+
 class RoleCalls:
     """The calls for one model on one topology.
 
@@ -92,17 +108,19 @@ class RoleCalls:
         self._topology = topology
         self._form = form
         self.num_microbatches = num_microbatches
-        self._dtype = model.text.embed_tokens.weight.get_value().dtype
+        # A CPU computes in float32, beside other devices too.
+        self._ffn_dtype = jnp.dtype(jnp.float32) if topology.ffn_platform == "cpu" else model.text.dtype
         # Pieces of a micro-batch on each device of a role.
         self._attention_pieces = topology.num_pieces // topology.num_attention
         self._ffn_pieces = topology.num_pieces // topology.num_ffn
         parts = take_apart(model)
-        self.num_layers = len(parts.ffn)
-        self._ends, self._attention, self._ffn = parts.ends, parts.attention, parts.ffn
+        self.num_layers = model.config.text.num_hidden_layers
+        self._ends = parts.ends
         self._vision = Vision(model, topology.tower)
-        self._jit = functools.partial(jax.jit, compiler_options=compiler_options(topology.devices[0].platform))
-        self._attention_jits = {id(part.skeleton): self._jit_attention(part.skeleton) for part in parts.attention}
-        self._ffn_jits = {id(part.skeleton): self._jit_ffn(part) for part in parts.ffn}
+        self._jit = _jit_for(topology.devices[0].platform)
+        self._jit_on_ffn = _jit_for(topology.ffn_platform)
+        self._attention = _list_halves(parts.attention, self._jit_attention, topology.attention)
+        self._ffn = _list_halves(parts.ffn, self._jit_ffn, topology.ffn)
         self._make_jits()
 
     def begin_chunk(self, batch: PrefillBatch, pages_of_shard: int) -> list[Flow]:
@@ -128,15 +146,14 @@ class RoleCalls:
 
     def attend(self, layer: int, flow: Flow, pages: Cache) -> tuple[Float[Array, "B T D"], Pieces, Cache]:
         """A layer's attention half: what stays, what goes to the FFN side, and the cache. `pages` are consumed."""
-        part = self._attention[layer]
-        call = self._attention_jits[id(part.skeleton)]
-        given = flow.hidden, flow.returned, flow.context, pages, np.int32(layer)
-        return self._timed("attention", call, part.leaves, *given)
+        half = self._attention[layer]
+        given = flow.hidden, flow.returned, flow.context, pages, half.numbers
+        return self._timed("attention", half.call, half.leaves, *given)
 
     def feed(self, layer: int, pieces: Pieces) -> Pieces:
         """A layer's FFN half."""
-        part = self._ffn[layer]
-        return self._timed("ffn", self._ffn_jits[id(part.skeleton)], part.leaves, pieces)
+        half = self._ffn[layer]
+        return self._timed("ffn", half.call, half.leaves, pieces, half.numbers)
 
     def end(self, own: MicroBatch, flow: Flow) -> tuple[RowState, Int[Array, "S 2"]]:
         """Head and sampling: the new state, and of each attention device how many rows run and how many have ended."""
@@ -163,9 +180,9 @@ class RoleCalls:
 
     def attention_program(self, layer: int, flow: Flow, pages: Cache) -> jax.stages.Compiled:
         """The compiled attention step of a layer, for reading; flow and pages may be abstract, and are not consumed."""
-        part = self._attention[layer]
-        call = self._attention_jits[id(part.skeleton)]
-        return call.lower(part.leaves, flow.hidden, flow.returned, flow.context, pages, np.int32(layer)).compile()
+        half = self._attention[layer]
+        given = flow.hidden, flow.returned, flow.context, pages, half.numbers
+        return half.call.lower(half.leaves, *given).compile()
 
     def _timed(self, name: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         num_traces, start = self.num_traces[name], time.perf_counter()
@@ -174,11 +191,11 @@ class RoleCalls:
             self.compile_s += time.perf_counter() - start
         return result
 
-    def _jit_attention(self, skeleton: Skeleton[AttentionBlock]) -> jax.stages.Wrapped:
+    def _jit_attention(self, part: Part[AttentionBlock]) -> jax.stages.Wrapped:
         layout = self._topology.attention
         rows = layout.spec("rows")
         run = jax.shard_map(
-            functools.partial(self._run_attention, skeleton),
+            functools.partial(self._run_attention, part),
             mesh=layout.mesh,
             in_specs=(PartitionSpec(), rows, rows, rows, rows, PartitionSpec()),
             out_specs=rows,
@@ -190,13 +207,13 @@ class RoleCalls:
         layout = self._topology.ffn
         rows = layout.spec("rows")
         run = jax.shard_map(
-            functools.partial(self._run_ffn, part.skeleton),
+            functools.partial(self._run_ffn, part),
             mesh=layout.mesh,
-            in_specs=([_spec(leaf) for leaf in part.leaves], rows),
+            in_specs=([_spec(leaf) for leaf in part.leaves], rows, PartitionSpec()),
             out_specs=rows,
             check_vma=False,
         )
-        return self._jit(run)
+        return self._jit_on_ffn(run)
 
     def _make_jits(self) -> None:
         layout = self._topology.attention
@@ -277,25 +294,26 @@ class RoleCalls:
 
     def _run_attention(
         self,
-        skeleton: Skeleton[AttentionBlock],
+        part: Part[AttentionBlock],
         leaves: Leaves,
         hidden: Float[Array, "B T D"],
         returned: Pieces,
         context: AttentionContext,
         pages: Cache,
-        layer: Int[Array, ""],
+        numbers: Int[Array, " 2"],
     ) -> tuple[Float[Array, "B T D"], Pieces, Cache]:
         self.num_traces["attention"] += 1
         tokens = self._join(hidden, returned, context)
         layer_pages = count_pages(pages, self.num_layers)
-        residual, rows, pages = attention_step(skeleton.build(leaves), self._form, tokens, pages, layer, layer_pages)
+        block = part.build(leaves, numbers[1])
+        residual, rows, pages = attention_step(block, self._form, tokens, pages, numbers[0], layer_pages)
         return residual, self._pieces(rows), pages
 
-    def _run_ffn(self, skeleton: Skeleton[FfnBlock], leaves: Leaves, pieces: Pieces) -> Pieces:
+    def _run_ffn(self, part: Part[FfnBlock], leaves: Leaves, pieces: Pieces, numbers: Int[Array, " 2"]) -> Pieces:
         self.num_traces["ffn"] += 1
-        block, num_experts = skeleton.build(leaves), self._config.text.moe_num_experts
+        block, num_experts = part.build(leaves, numbers[1]), self._config.text.moe_num_experts
         rows = jnp.concatenate(pieces)
-        out = ffn_step(block, self._topology.ffn, num_experts, self._form, rows, self._dtype)
+        out = ffn_step(block, self._topology.ffn, num_experts, self._form, rows, self._ffn_dtype)
         return tuple(jnp.split(out, self._ffn_pieces))
 
     def _run_end(
@@ -335,6 +353,27 @@ class RoleCalls:
     def _join(self, hidden: Float[Array, "B T D"], returned: Pieces, context: AttentionContext) -> Tokens:
         num_tokens = hidden.shape[0] * hidden.shape[1]
         return Tokens(hidden, jnp.concatenate(returned)[:num_tokens], context)
+
+
+def _jit_for(platform: str) -> Callable[..., jax.stages.Wrapped]:
+    """`jax.jit` with the options of a side's platform."""
+    return functools.partial(jax.jit, compiler_options=compiler_options(platform))
+
+
+def _list_halves(
+    parts: Sequence[Part[M]], jit: Callable[[Part[M]], jax.stages.Wrapped], layout: Layout
+) -> list[LayerHalf]:
+    """The halves of all layers."""
+    jits: dict[tuple[int, bool], jax.stages.Wrapped] = {}
+    halves: list[LayerHalf] = []
+    for part in parts:
+        kind = id(part.skeleton), part.stacked_layers is None
+        call = jits[kind] = jits.get(kind) or jit(part)
+        for index in range(part.num_layers):
+            # Placed here once: a number of the host's would be copied to the devices in each call.
+            numbers = jax.device_put(np.array([len(halves), index], np.int32), layout.sharding())
+            halves.append(LayerHalf(part.leaves, call, numbers))
+    return halves
 
 
 def _spec(leaf: Array) -> PartitionSpec:

@@ -1,4 +1,4 @@
-"""Moving rows between the roles' devices within one process: copies from device to device, nothing through the host.
+"""Moving rows between the roles' devices within one process: copies from device to device, all of them explicit.
 
 A micro-batch's rows are cut in as many equal pieces as both numbers of devices divide. A piece lies on one attention
 device and goes to one FFN device, and back. On either side array i holds the i-th piece of each device.

@@ -24,11 +24,14 @@ from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, count_pages, empty_cache
-from step3_jax.engine.executor import Executor, Started, local_pages, num_copies, widen_weights
+from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.engine.executor import Executor, Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.layout.payload import choose_payload
 from step3_jax.layout.role import Role
+from step3_jax.model.cpu import copy_module, use_kernels, widen
+from step3_jax.model.layers import LayerStack
 from step3_jax.model.step3 import Step3
 from step3_jax.timeline.event import Event, Lane, Stage
 
@@ -72,12 +75,11 @@ class HostExecutor(Executor):
         super().__init__(
             model.config,
             list(topology.attention.mesh.devices.flat),
-            model.text.embed_tokens.weight.get_value().dtype,
+            model.text.dtype,
             num_shards=topology.num_attention,
             num_image_shards=topology.tower.size("images"),
         )
-        if self.is_cpu:
-            model = widen_weights(model)
+        model = _prepare_sides(model, topology)
         self.topology = topology
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
         self.calls = RoleCalls(model, topology, self.form, num_microbatches)
@@ -92,9 +94,19 @@ class HostExecutor(Executor):
         return self.topology.attention_role
 
     @property
+    def can_speculate(self) -> bool:
+        """See `Executor.can_speculate`: micro-batches in flight have one token of each sequence."""
+        return False
+
+    @property
     def num_microbatches(self) -> int:
         """See `Executor.num_microbatches`."""
         return self.calls.num_microbatches
+
+    @property
+    def afd_wait_s(self) -> float:
+        """See `Executor.afd_wait_s`."""
+        return self._flight.ffn_wait_s
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; the pages are on the attention devices alone."""
@@ -154,7 +166,8 @@ class HostExecutor(Executor):
                 flows, cache = self._run_layer(flows, cache, layer, "decode", number)
             counts.append([])
             for index, (part, flow) in enumerate(zip(parts, flows, strict=True)):
-                rows, count = calls.end(part, flow)
+                last = Stage("to_attention", "decode", number, calls.num_layers - 1, index)
+                rows, count = calls.end(part, self._bring_back(flow, last, len(parts)))
                 parts[index] = part._replace(rows=rows)
                 counts[-1].append(count)
                 self._note(Stage("attention", "decode", number, calls.num_layers, index), count, len(parts))
@@ -181,24 +194,44 @@ class HostExecutor(Executor):
         *,
         needs_ffn: bool = True,
     ) -> tuple[list[Flow], Cache]:
-        """Hands out one layer for all micro-batches; the cache with their new rows."""
+        """Hands out one layer for all micro-batches; the cache with their new rows.
+
+        What the FFN side gives stays there until the micro-batch's next attention half, so that where copies are waited for
+        (see `_wait_to_copy`) each side has a micro-batch to work on.
+        """
         calls, count, after = self.calls, len(flows), []
-        for index, flow in enumerate(flows):
+        for index, before in enumerate(flows):
 
-            def note(lane: Lane, array: Array, index: int = index) -> None:
-                self._note(Stage(lane, phase, number, layer, index), array, count)
+            def note(lane: Lane, array: Array, index: int = index) -> Stage:
+                stage = Stage(lane, phase, number, layer, index)
+                self._note(stage, array, count)
+                return stage
 
+            flow = before
+            if layer:
+                flow = self._bring_back(before, Stage("to_attention", phase, number, layer - 1, index), count)
             hidden, pieces, pages = calls.attend(layer, flow, pages)
-            note("attention", pieces[0])
+            stage = note("attention", pieces[0])
             if needs_ffn:
+                self._wait_to_copy(stage, pieces[0])
                 arrived = self._exchange.to_ffn(pieces)
                 note("to_ffn", arrived[0])
-                output = calls.feed(layer, arrived)
-                note("ffn", output[0])
-                pieces = self._exchange.to_attention(output)
-                note("to_attention", pieces[0])
+                pieces = calls.feed(layer, arrived)
+                note("ffn", pieces[0])
             after.append(Flow(hidden, pieces, flow.context))
         return after, pages
+
+    def _bring_back(self, flow: Flow, stage: Stage, count: int) -> Flow:
+        """A micro-batch whose FFN half was handed out, with what that gives on the attention side."""
+        self._wait_to_copy(stage._replace(lane="ffn"), flow.returned[0])
+        pieces = self._exchange.to_attention(flow.returned)
+        self._note(stage, pieces[0], count)
+        return flow._replace(returned=pieces)
+
+    def _wait_to_copy(self, stage: Stage, array: Array) -> None:
+        """Between platforms JAX copies through the host, which waits: here, where there is a deadline."""
+        if self.topology.is_mixed:
+            self._flight.wait_alone(stage, array)
 
     def _place(self, array: np.ndarray) -> Array:
         return jax.device_put(array, self.topology.attention.sharding("rows"))
@@ -220,11 +253,38 @@ class HostExecutor(Executor):
         return self._num_started[phase] - 1
 
 
+def _prepare_sides(model: Step3, topology: AfdTopology) -> Step3:
+    """A module of its own, each side of which computes as its own devices do, whatever the default backend is.
+
+    Where a side is one CPU device, its weights are multiplied as they are stored if there are kernels for it.
+    """
+    own = copy_module(model)
+    text, found = own.text, find_kernels()
+    kernels = found if isinstance(found, Kernels) else None
+    layers = [layer.stacked if isinstance(layer, LayerStack) else layer for layer in text.layers]
+    has_stacks = any(isinstance(layer, LayerStack) for layer in text.layers)
+    attention = [text.embed_tokens, text.norm, text.lm_head, *(layer.attention for layer in layers)]
+    attention += [part for part in (own.vision, own.projector) if part is not None]
+    sides = (
+        (attention, topology.devices[0].platform, topology.num_attention),
+        ([layer.ffn for layer in layers], topology.ffn_platform, topology.num_ffn),
+    )
+    for modules, platform, num_devices in sides:
+        for module in modules if platform == "cpu" else ():
+            if kernels is not None and num_devices == 1 and not has_stacks:
+                use_kernels(module, kernels)
+            else:
+                widen(module)
+    return own
+
+
 def load_host_executor(
     path: str | os.PathLike[str],
     topology: AfdTopology,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    quantization: str = "auto",
+    load_format: str = "auto",
     num_microbatches: int = DEFAULT_MICROBATCHES,
     payload: str = "auto",
     deadline_s: float = DEFAULT_DEADLINE_S,
@@ -235,6 +295,8 @@ def load_host_executor(
       path: Folder with `config.json` and the weights.
       topology: The devices.
       dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
+      quantization: As for `load_placed_model`, and so is the next.
+      load_format: See there.
       num_microbatches: As for `HostExecutor`, and so are the others.
       payload: See there.
       deadline_s: See there.
@@ -244,5 +306,7 @@ def load_host_executor(
         before anything is loaded.
     """
     check_microbatches(num_microbatches)
-    model = load_placed_model(path, topology, dtype=dtype, payload=payload)
+    model = load_placed_model(
+        path, topology, dtype=dtype, quantization=quantization, load_format=load_format, payload=payload
+    )
     return HostExecutor(model, topology, num_microbatches=num_microbatches, payload=payload, deadline_s=deadline_s)

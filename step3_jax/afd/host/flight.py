@@ -14,10 +14,17 @@ from step3_jax.timeline.event import LANES, Event, Lane, Stage
 
 # From the first look to the longest pause between two.
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 2e-3
+# Where the next stage is handed out only then.
+_LONGEST_COPY_PAUSE_S = 2e-4
 
 
 class Flight:
-    """Stages that were started and may not have ended."""
+    """Stages that were started and may not have ended.
+
+    Attributes:
+      ffn_wait_s: Seconds in which attention had nothing to compute, as what it needed had not come back from the FFN side.
+        As seen while stages were waited for, which is nearly all the time, and to the length of a pause between two looks.
+    """
 
     def __init__(self, deadline_s: float) -> None:
         """Nothing is under way.
@@ -30,6 +37,7 @@ class Flight:
         """
         if not deadline_s > 0:
             raise ValueError(f"the deadline is {deadline_s:g} s; more than 0 is needed")
+        self.ffn_wait_s = 0.0
         self._deadline_s = deadline_s
         self._waiting: collections.deque[tuple[Stage, Array]] = collections.deque()
         self._recorder: Recorder | None = None
@@ -79,19 +87,45 @@ class Flight:
         while self._waiting and not is_ready(array):
             self._wait_for_oldest()
 
+    def wait_alone(self, stage: Stage, array: Array) -> None:
+        """Waits for one stage, whatever others are under way.
+
+        Raises:
+          TimeoutError: As `drain`.
+        """
+        self._wait(stage, array, _LONGEST_COPY_PAUSE_S)
+
     def _wait_for_oldest(self) -> None:
-        stage, array = self._waiting.popleft()
-        begin, pause = time.monotonic(), _SHORTEST_PAUSE_S
+        self._wait(*self._waiting[0], _LONGEST_PAUSE_S)
+        self._waiting.popleft()
+
+    def _wait(self, stage: Stage, array: Array, longest_pause_s: float) -> None:
+        begin = now = time.monotonic()
+        pause = _SHORTEST_PAUSE_S
         while not is_ready(array):
-            if time.monotonic() - begin > self._deadline_s:
-                num_left = len(self._waiting)
+            if now - begin > self._deadline_s:
+                num_left = len(self._waiting) - 1
                 self._waiting.clear()
                 raise TimeoutError(
                     f"{stage} has not ended within {self._deadline_s:g} s; {num_left} more stages wait behind it. If the "
                     "devices are only slow, raise the deadline (--afd-deadline)"
                 )
+            is_held_up = self._is_attention_held_up()
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            pause = min(2 * pause, longest_pause_s)
+            before, now = now, time.monotonic()
+            if is_held_up:
+                self.ffn_wait_s += now - before
+
+    def _is_attention_held_up(self) -> bool:
+        """Whether the next attention step waits for what comes back from the FFN side: attention takes its steps in turn."""
+        coming: set[Stage] = set()
+        for stage, array in self._waiting:
+            if stage.lane == "to_attention" and not is_ready(array):
+                coming.add(stage)
+            elif stage.lane == "attention" and not is_ready(array):
+                return stage._replace(lane="to_attention", layer=stage.layer - 1) in coming
+        return False
 
 
 def is_ready(array: Array) -> bool:

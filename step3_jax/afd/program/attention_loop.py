@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from pallas_kernels.pages import KVPages
 from pallas_kernels.storage import PAGE_SIZE
-from step3_jax.afd.microbatch import merge_reports, split_chunk, split_decode
+from step3_jax.afd.microbatch import merge_stacked, split_chunk, stack_rows
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.program.call import Numbers, Observe
 from step3_jax.afd.program.report import gather_report
+from step3_jax.afd.program.tick import Layers, Number, Segment, pick, stack
 from step3_jax.afd.program.wire import Slots, Wire
 from step3_jax.afd.roles import (
     Ends,
@@ -40,7 +40,7 @@ from step3_jax.engine.state import (
     choose_tokens,
     step_lengths,
 )
-from step3_jax.layers.attention import CacheStep
+from step3_jax.layers.attention import AttentionContext, CacheStep, with_plan
 from step3_jax.layout.schedule import Schedule
 from step3_jax.model.text import AttentionBlock
 from step3_jax.sampling.batch import SamplingBatch
@@ -49,10 +49,30 @@ Batch = TypeVar("Batch", PrefillBatch, DecodeBatch, SamplingBatch)
 
 
 class AttentionWeights(NamedTuple):
-    """Arrays of the attention side, as `roles.take_apart` leaves them: of the ends, and of each layer."""
+    """Arrays of the attention side, as `roles.take_apart` leaves them: of the ends, and of each layer or stack."""
 
     ends: list[Array]
     layers: list[list[Array]]
+
+
+Status = tuple[Bool[Array, ""], Bool[Array, ""]]
+
+
+class _Way(NamedTuple):
+    """What a loop over ticks carries.
+
+    Attributes:
+      cache: The pool.
+      hidden: The residual stream of each micro-batch, without what the last FFN half gave; None in ticks that have it
+        elsewhere.
+      pending: Rows that wait for their exchange.
+      arrived: By the last exchange.
+    """
+
+    cache: Cache
+    hidden: Float[Array, "n B T D"] | None
+    pending: UInt8[Array, "rows row_bytes"]
+    arrived: Slots
 
 
 class _Loop(NamedTuple):
@@ -61,20 +81,21 @@ class _Loop(NamedTuple):
     Attributes:
       step: Rotations so far.
       is_over: Whether to leave.
-      cache: Pages of all layers.
-      rows: Of each micro-batch.
-      hidden: The residual stream of each micro-batch, on its way through the last layer.
-      pending: Rows that wait for their exchange.
-      arrived: By the last exchange.
+      rows: Of all micro-batches, stacked.
+      way: Micro-batches on their way through the last layer.
     """
 
     step: Int[Array, ""]
     is_over: Bool[Array, ""]
-    cache: Cache
-    rows: list[RowState]
-    hidden: list[Float[Array, "B 1 D"]]
-    pending: UInt8[Array, "rows row_bytes"]
-    arrived: Slots
+    rows: RowState
+    way: _Way
+
+
+class _Part(NamedTuple):
+    """Micro-batches of a decode call, stacked, or one of them."""
+
+    batch: DecodeBatch
+    sampling: SamplingBatch
 
 
 class AttentionLoop:
@@ -106,7 +127,7 @@ class AttentionLoop:
           observe: Hears of each decode step; None for nobody.
         """
         self._ends = parts.ends.skeleton
-        self._layers = [part.skeleton for part in parts.attention]
+        self._parts = parts.attention
         self._config = config
         self._topology = topology
         self._form = form
@@ -122,30 +143,30 @@ class AttentionLoop:
           cache: Of this device.
           batch: The chunk of all devices; all have the same.
         """
-        ends, blocks = self._build(weights)
+        ends, layers = self._ends.build(weights.ends), Layers(self._parts, weights.layers)
         own = self._own_rows(batch._replace(features=None), cache)._replace(features=batch.features)
         parts = split_chunk(own, self.num_microbatches)
-        schedule = Schedule(len(blocks), len(parts))
-        wire = Wire(self._topology, self._form, parts[0].token_ids.shape[0])
-        pages, arrived = cache, wire.empty()
-        tokens = [self._begin_chunk(ends, part) for part in parts]
-        pending = jnp.zeros((parts[0].token_ids.shape[0], self._form.row_bytes), jnp.uint8)
-        for tick in range(schedule.num_ticks):
-            fresh = pending
-            if (item := schedule.attention_item(tick)) is not None:
-                layer, index = item
-                if layer:
-                    tokens[index] = tokens[index]._replace(returned=wire.outputs(arrived))
-                # Of the last layer nothing but the cache is wanted: what the exchanges still carry nobody reads.
-                is_last = layer == len(blocks) - 1
-                before = None if is_last else pending
-                residual, rows, pages = self._attend(blocks, layer, tokens[index], pages, before)
-                if not is_last:
-                    tokens[index], fresh = tokens[index]._replace(hidden=residual), rows
-            if tick < schedule.num_chunk_exchanges:
-                arrived = wire.from_attention(pending if schedule.attention_lag else fresh, arrived)
-                pending = fresh
-        return pages
+        schedule, num_tokens = Schedule(layers.count, len(parts)), parts[0].token_ids.shape[0]
+        wire = Wire(self._topology, self._form, num_tokens)
+        tokens = stack([self._begin_chunk(ends, part) for part in parts])
+        last = layers.count - 1
+
+        def take(segment: Segment[AttentionBlock], layer: Number, index: Int[Array, ""], way: _Way) -> _Way:
+            context = pick(tokens.context, index)
+            return self._take_item(segment, layer, index, context, way, wire, schedule)
+
+        way = _Way(cache, tokens.hidden, self._no_rows(num_tokens), wire.empty())
+        way = layers.over_items(range(last * len(parts)), len(parts), take, way)
+
+        def fill(pool: Cache, given: tuple[Float[Array, "1 T D"], AttentionContext, Slots]) -> tuple[Cache, None]:
+            # Of the last layer nothing but the cache is wanted; the rest is left out by the compiler.
+            hidden, context, arrived = given
+            (segment,) = layers.cut(last, last + 1)
+            return self._attend(segment, last, Tokens(hidden, wire.outputs(arrived), context), pool)[2], None
+
+        # With one layer nothing was sent, and nothing comes back.
+        arrived = self._drain(way, wire, schedule) if last else stack([wire.empty()] * len(parts))
+        return jax.lax.scan(fill, way.cache, (way.hidden, tokens.context, arrived))[0]
 
     def decode(
         self,
@@ -172,73 +193,68 @@ class AttentionLoop:
         Returns:
           The cache, the report of all devices' rows, and the steps taken.
         """
-        ends, blocks = self._build(weights)
+        ends, layers = self._ends.build(weights.ends), Layers(self._parts, weights.layers)
         own, own_sampling = self._own_rows(batch, cache), self._own_rows(sampling, None)
-        parts = split_decode(own, own_sampling, self.num_microbatches)
-        schedule = Schedule(len(blocks), len(parts))
-        num_rows = parts[0][0].last.shape[0]
-        wire = Wire(self._topology, self._form, num_rows)
-        vocab_size = self._config.vocab_size
+        num_rows = own.last.shape[0]
+        parts = _Part(*stack_rows((own, own_sampling), num_rows, self.num_microbatches))
+        count, size = parts.batch.last.shape
+        schedule, wire = Schedule(layers.count, count), Wire(self._topology, self._form, size)
 
-        def end(index: int, rows: RowState, hidden: Float[Array, "B 1 D"], arrived: Slots) -> RowState:
+        def end(part: _Part, rows: RowState, hidden: Float[Array, "B 1 D"], arrived: Slots) -> RowState:
             """Tokens of a micro-batch, once its last layer has come back."""
             logits = last_logits(ends, add_returned(self._form, hidden, wire.outputs(arrived)))
-            return choose_tokens(rows, logits, *parts[index])
+            return choose_tokens(rows, logits, part.batch, part.sampling)
 
         def rotate(loop: _Loop) -> _Loop:
-            pages, rows, hidden = loop.cache, list(loop.rows), list(loop.hidden)
-            pending, arrived = loop.pending, loop.arrived
-            tokens: list[Tokens] = []
-            for tick in range(schedule.num_ticks):
-                fresh = pending
-                if (item := schedule.attention_item(tick)) is not None:
-                    layer, index = item
-                    if layer:
-                        tokens[index] = tokens[index]._replace(returned=wire.outputs(arrived))
-                    else:
-                        # What came back is the step before's, of which the first rotation has none.
-                        rows[index] = jax.lax.cond(
-                            loop.step > 0,
-                            lambda *given, index=index: end(index, *given),
-                            lambda rows, hidden, arrived: rows,
-                            rows[index],
-                            hidden[index],
-                            arrived,
-                        )
-                        tokens.append(self._begin(ends, rows[index], parts[index][0]))
-                    residual, fresh, pages = self._attend(blocks, layer, tokens[index], pages, pending)
-                    tokens[index] = tokens[index]._replace(hidden=residual)
-                # Only by the last exchange is anything asked of the rows.
-                status = _status(rows) if tick == schedule.num_ticks - 1 else ()
-                arrived = wire.from_attention(pending if schedule.attention_lag else fresh, arrived, *status)
-                pending = fresh
-            wire.tell(self._observe, numbers.first_step + loop.step, (loop.step + 1) * schedule.num_ticks, arrived)
-            is_over = wire.is_over(arrived, numbers.leave_early)
-            after = [one.hidden for one in tokens]
-            return _Loop(loop.step + 1, is_over, pages, rows, after, pending, arrived)
+            (first,) = layers.cut(0, 1)
 
-        hidden = jnp.zeros((num_rows, 1, self._config.hidden_size), self._dtype)
+            def begin(
+                carry: tuple[_Way, Status], given: tuple[_Part, RowState, Float[Array, "B 1 D"]]
+            ) -> tuple[tuple[_Way, Status], tuple[RowState, Float[Array, "B 1 D"], AttentionContext]]:
+                """A micro-batch's first layer, behind head and sampling of the step before."""
+                (way, (runs, has_ended)), (part, rows, hidden) = carry, given
+                # What came back is the step before's, of which the first rotation has none.
+                rows = jax.lax.cond(
+                    loop.step > 0, end, lambda part, rows, hidden, arrived: rows, part, rows, hidden, way.arrived
+                )
+                finish = rows.report.finish
+                runs |= jnp.any(finish == RUNNING)
+                has_ended |= jnp.any((finish == STOPPED) | (finish == FULL))
+                tokens = self._begin(ends, rows, part.batch, way.cache)
+                residual, fresh, pool = self._attend(first, 0, tokens, way.cache)
+                arrived = self._exchange(way, fresh, wire, schedule, (runs, has_ended))
+                return (_Way(pool, None, fresh, arrived), (runs, has_ended)), (rows, residual, tokens.context)
+
+            no = jnp.zeros((), bool)
+            (way, status), (rows, hidden, contexts) = jax.lax.scan(
+                begin, (loop.way._replace(hidden=None), (no, no)), (parts, loop.rows, loop.way.hidden)
+            )
+
+            def take(segment: Segment[AttentionBlock], layer: Number, index: Int[Array, ""], way: _Way) -> _Way:
+                return self._take_item(segment, layer, index, pick(contexts, index), way, wire, schedule, status)
+
+            items = range(count, layers.count * count)
+            way = layers.over_items(items, count, take, way._replace(hidden=hidden))
+            num_exchanges = (loop.step + 1) * schedule.num_ticks
+            wire.tell(self._observe, numbers.first_step + loop.step, num_exchanges, way.arrived)
+            return _Loop(loop.step + 1, wire.is_over(way.arrived, numbers.leave_early), rows, way)
+
+        def finish(_: None, given: tuple[_Part, RowState, Float[Array, "B 1 D"], Slots]) -> tuple[None, RowState]:
+            return None, end(*given)
+
+        begin_all = functools.partial(begin_rows, vocab_size=self._config.vocab_size, max_steps=max_steps)
+        hidden = jnp.zeros((count, size, 1, self._config.hidden_size), self._dtype)
         loop = _Loop(
             jnp.zeros((), jnp.int32),
             jnp.zeros((), bool),
-            cache,
-            [begin_rows(part, vocab_size=vocab_size, max_steps=max_steps) for part, _ in parts],
-            [hidden] * len(parts),
-            jnp.zeros((num_rows, self._form.row_bytes), jnp.uint8),
-            wire.empty(),
+            jax.vmap(begin_all)(parts.batch),
+            _Way(cache, hidden, self._no_rows(size), wire.empty()),
         )
         loop = jax.lax.while_loop(lambda loop: (loop.step < numbers.num_steps) & ~loop.is_over, rotate, loop)
-        rows, arrived = list(loop.rows), loop.arrived
-        for index in range(len(parts)):
-            rows[index] = end(index, rows[index], loop.hidden[index], arrived)
-            if index < schedule.num_last_exchanges:
-                arrived = wire.from_attention(loop.pending, arrived)
-        report = merge_reports([row.report for row in rows], own.last.shape[0])
-        return loop.cache, gather_report(report, self._topology), loop.step
-
-    def _build(self, weights: AttentionWeights) -> tuple[Ends, list[AttentionBlock]]:
-        blocks = [skeleton.build(leaves) for skeleton, leaves in zip(self._layers, weights.layers, strict=True)]
-        return self._ends.build(weights.ends), blocks
+        given = parts, loop.rows, loop.way.hidden, self._drain(loop.way, wire, schedule)
+        _, rows = jax.lax.scan(finish, None, given)
+        report = merge_stacked(rows.report, num_rows)
+        return loop.way.cache, gather_report(report, self._topology), loop.step
 
     def _own_rows(self, batch: Batch, cache: Cache | None) -> Batch:
         """This device's part of a batch, its page numbers as the device counts them."""
@@ -253,36 +269,63 @@ class AttentionLoop:
             return own
         return own._replace(table=own.table % count_pages(cache, self._config.num_hidden_layers))
 
+    def _no_rows(self, count: int) -> UInt8[Array, "rows row_bytes"]:
+        return jnp.zeros((count, self._form.row_bytes), jnp.uint8)
+
     def _begin_chunk(self, ends: Ends, part: PrefillBatch) -> Tokens:
         step = CacheStep(part.table, part.lengths, part.query_starts)
         rows = None if part.feature_rows is None else part.feature_rows[None]
         return begin_step(ends, self._config, self._form, part.token_ids[None], step, PAGE_SIZE, part.features, rows)
 
-    def _begin(self, ends: Ends, rows: RowState, batch: DecodeBatch) -> Tokens:
+    def _begin(self, ends: Ends, rows: RowState, batch: DecodeBatch, cache: Cache) -> Tokens:
         step = CacheStep(batch.table, step_lengths(rows, batch))
-        return begin_step(ends, self._config, self._form, rows.last[:, None], step, PAGE_SIZE)
+        tokens = begin_step(ends, self._config, self._form, rows.last[:, None], step, PAGE_SIZE)
+        # Made once for all layers; every attention device has all heads.
+        context = with_plan(tokens.context, cache, 1, self._config.num_attention_heads)
+        return tokens._replace(context=context)
+
+    def _take_item(
+        self,
+        segment: Segment[AttentionBlock],
+        layer: Number,
+        index: Int[Array, ""],
+        context: AttentionContext,
+        way: _Way,
+        wire: Wire,
+        schedule: Schedule,
+        status: Status | tuple[()] = (),
+    ) -> _Way:
+        """A tick: a layer of a micro-batch, and beside it the exchange."""
+        tokens = Tokens(pick(way.hidden, index), wire.outputs(way.arrived), context)
+        residual, fresh, cache = self._attend(segment, layer, tokens, way.cache)
+        hidden = jax.lax.dynamic_update_index_in_dim(way.hidden, residual, index, 0)
+        return _Way(cache, hidden, fresh, self._exchange(way, fresh, wire, schedule, status))
 
     def _attend(
+        self, segment: Segment[AttentionBlock], layer: Number, tokens: Tokens, cache: Cache
+    ) -> tuple[Float[Array, "B T D"], UInt8[Array, "rows row_bytes"], Cache]:
+        """A layer's attention half."""
+        layer_pages = count_pages(cache, self._config.num_hidden_layers)
+        with jax.named_scope(segment.scope):
+            return attention_step(segment.build(layer), self._form, tokens, cache, layer, layer_pages)
+
+    def _exchange(
         self,
-        blocks: Sequence[AttentionBlock],
-        layer: int,
-        tokens: Tokens,
-        pages: KVPages,
-        before: UInt8[Array, "rows row_bytes"] | None,
-    ) -> tuple[Float[Array, "B T D"], UInt8[Array, "rows row_bytes"], KVPages]:
-        """A layer's attention half; it writes to the cache once `before`, the rows of the tick before, are known."""
-        context = tokens.context
-        if before is not None and context.page_ids is not None:
-            # Else nothing orders this write behind the reading of the same pages for the micro-batch before, and XLA
-            # copies them for the latter. What is added is 0, which XLA does not find out.
-            zero = before[0, 0].astype(jnp.int32) >> 8
-            tokens = tokens._replace(context=context._replace(page_ids=context.page_ids + zero))
-        with jax.named_scope(f"layers.{layer}"):
-            layer_pages = count_pages(pages, len(blocks))
-            return attention_step(blocks[layer], self._form, tokens, pages, layer, layer_pages)
+        way: _Way,
+        fresh: UInt8[Array, "rows row_bytes"],
+        wire: Wire,
+        schedule: Schedule,
+        status: Status | tuple[()],
+    ) -> Slots:
+        """What has come when the next item can be computed."""
+        arrived = wire.from_attention(way.pending if schedule.attention_lag else fresh, way.arrived, *status)
+        for _ in range(schedule.num_idle_ticks):
+            arrived = wire.from_attention(fresh, arrived, *status)
+        return arrived
 
-
-def _status(rows: Sequence[RowState]) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Whether some row runs, and whether one has ended."""
-    finish = jnp.concatenate([row.report.finish for row in rows])
-    return jnp.any(finish == RUNNING), jnp.any((finish == STOPPED) | (finish == FULL))
+    def _drain(self, way: _Way, wire: Wire, schedule: Schedule) -> UInt8[Array, "n N slot"]:
+        """What comes back of the last layer for each micro-batch; that of the first is there already."""
+        arrived = [way.arrived]
+        for _ in range(schedule.num_last_exchanges):
+            arrived.append(wire.from_attention(way.pending, arrived[-1]))
+        return jnp.stack(arrived)

@@ -69,6 +69,11 @@ class AttentionProcess(RoleProcess, Executor):
         return self.topology.attention_role
 
     @property
+    def can_speculate(self) -> bool:
+        """See `Executor.can_speculate`: micro-batches in flight have one token of each sequence."""
+        return False
+
+    @property
     def num_microbatches(self) -> int:
         """See `Executor.num_microbatches`."""
         return self.loop.num_microbatches

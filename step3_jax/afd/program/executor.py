@@ -52,6 +52,8 @@ def load_program_executor(
     topology: AfdTopology,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    quantization: str = "auto",
+    load_format: str = "auto",
     num_microbatches: int = DEFAULT_MICROBATCHES,
     payload: str = "auto",
 ) -> AttentionProcess | FfnProcess:
@@ -61,6 +63,8 @@ def load_program_executor(
       path: Folder with `config.json` and the weights.
       topology: The devices of all processes.
       dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
+      quantization: As for `load_placed_model`, and so is the next.
+      load_format: See there.
       num_microbatches: As for `make_program_executor`.
       payload: See there.
 
@@ -70,7 +74,9 @@ def load_program_executor(
     """
     check_microbatches(num_microbatches)
     find_role(topology)
-    model = load_placed_model(path, topology, dtype=dtype, payload=payload)
+    model = load_placed_model(
+        path, topology, dtype=dtype, quantization=quantization, load_format=load_format, payload=payload
+    )
     return make_program_executor(model, topology, num_microbatches=num_microbatches, payload=payload)
 
 

@@ -6,6 +6,7 @@ the parts, so that the FFN side needs no collective of its own.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,19 +14,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from step3_jax.afd.microbatch import part_size
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.program.call import Numbers, Observe
 from step3_jax.afd.program.report import fill_report, gather_report
+from step3_jax.afd.program.tick import Layers, Number, Segment
 from step3_jax.afd.program.wire import Slots, Wire
-from step3_jax.afd.roles import Parts
+from step3_jax.afd.roles import Parts, unpack_tokens
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.config import TextConfig
 from step3_jax.engine.state import Report
 from step3_jax.layers.mlp import SwiGLU
 from step3_jax.layers.moe import Experts
+from step3_jax.layers.rows import Rows, map_tokens
 from step3_jax.layout.schedule import Schedule
 from step3_jax.layout.table import AXES
 from step3_jax.mesh import Layout
@@ -34,20 +37,30 @@ from step3_jax.model.text import FfnBlock
 FfnWeights = list[list[Array]]
 
 
+class _Way(NamedTuple):
+    """What a loop over ticks carries.
+
+    Attributes:
+      pending: Outputs that wait for their exchange.
+      arrived: By the last exchange.
+    """
+
+    pending: UInt8[Array, "rows output_bytes"]
+    arrived: Slots
+
+
 class _Loop(NamedTuple):
     """What the decode loop carries from one rotation to the next.
 
     Attributes:
       step: Rotations so far.
       is_over: Whether to leave.
-      pending: Outputs that wait for their exchange.
-      arrived: By the last exchange.
+      way: What is between the two sides.
     """
 
     step: Int[Array, ""]
     is_over: Bool[Array, ""]
-    pending: UInt8[Array, "rows output_bytes"]
-    arrived: Slots
+    way: _Way
 
 
 class FfnLoop:
@@ -64,7 +77,7 @@ class FfnLoop:
         observe: Observe | None,
     ) -> None:
         """As for `AttentionLoop`."""
-        self._layers = [part.skeleton for part in parts.ffn]
+        self._parts = parts.ffn
         self._num_experts = config.moe_num_experts
         self._vocab_size = config.vocab_size
         self._topology = topology
@@ -80,7 +93,7 @@ class FfnLoop:
         self._num_copies = int(self._copy.max()) + 1
 
     def prefill(self, weights: FfnWeights, *, num_tokens: int) -> Slots:
-        """The FFN side of a chunk of prompts.
+        """The FFN side of a chunk of prompts, whose last layer it has no part of.
 
         Args:
           weights: Of this device.
@@ -90,17 +103,16 @@ class FfnLoop:
           What came by the last exchange, to wait for.
         """
         each, count = part_size(num_tokens, self._num_microbatches)
-        schedule = Schedule(len(weights), count)
-        wire = Wire(self._topology, self._form, each)
-        blocks, arrived = self._build(weights), wire.empty()
-        pending = self._no_outputs(each)
-        for tick in range(schedule.num_chunk_exchanges):
-            fresh = pending
-            if not schedule.is_from_before(tick) and (item := schedule.ffn_item(tick)) is not None:
-                fresh = self._feed(blocks, item.layer, wire.rows(arrived))
-            arrived = wire.from_ffn(pending if schedule.ffn_lag else fresh, arrived)
-            pending = fresh
-        return arrived
+        layers = Layers(self._parts, weights)
+        schedule, wire = Schedule(layers.count, count), Wire(self._topology, self._form, each)
+        way = _Way(self._no_outputs(each), wire.empty())
+        if layers.count == 1:
+            return way.arrived
+        for _ in range(schedule.num_late_items):
+            way = way._replace(arrived=wire.from_ffn(way.pending, way.arrived))
+        take = functools.partial(self._take_item, wire, schedule)
+        way = layers.over_items(range((layers.count - 1) * count), count, take, way)
+        return self._drain(way, wire, schedule)
 
     def decode(
         self,
@@ -122,65 +134,76 @@ class FfnLoop:
           The report of all attention devices' rows, and the steps taken.
         """
         each, count = part_size(num_rows, self._num_microbatches)
-        schedule = Schedule(len(weights), count)
-        wire = Wire(self._topology, self._form, each)
-        blocks = self._build(weights)
-
-        def take_tick(tick: int, pending: Array, arrived: Slots) -> tuple[Array, Slots]:
-            fresh = pending
-            if (item := schedule.ffn_item(tick)) is not None:
-                fresh = self._feed(blocks, item.layer, wire.rows(arrived))
-            return fresh, wire.from_ffn(pending if schedule.ffn_lag else fresh, arrived)
+        layers = Layers(self._parts, weights)
+        schedule, wire = Schedule(layers.count, count), Wire(self._topology, self._form, each)
+        take = functools.partial(self._take_item, wire, schedule)
+        num_items = layers.count * count
+        num_own = num_items - schedule.num_late_items
 
         def rotate(loop: _Loop) -> _Loop:
-            pending, arrived = loop.pending, loop.arrived
-            for tick in range(schedule.num_ticks):
-                pending, arrived = take_tick(tick, pending, arrived)
-            wire.tell(self._observe, numbers.first_step + loop.step, (loop.step + 1) * schedule.num_ticks, arrived)
-            return _Loop(loop.step + 1, wire.is_over(arrived, numbers.leave_early), pending, arrived)
+            # In the first ticks there comes what the rotation before has sent.
+            way = layers.over_items(range(num_own, num_items), count, take, loop.way)
+            way = layers.over_items(range(num_own), count, take, way)
+            num_exchanges = (loop.step + 1) * schedule.num_ticks
+            wire.tell(self._observe, numbers.first_step + loop.step, num_exchanges, way.arrived)
+            return _Loop(loop.step + 1, wire.is_over(way.arrived, numbers.leave_early), way)
 
-        loop = _Loop(jnp.zeros((), jnp.int32), jnp.zeros((), bool), self._no_outputs(each), wire.empty())
+        way = _Way(self._no_outputs(each), wire.empty())
+        loop = _Loop(jnp.zeros((), jnp.int32), jnp.zeros((), bool), way)
         loop = jax.lax.while_loop(lambda loop: (loop.step < numbers.num_steps) & ~loop.is_over, rotate, loop)
-        pending, arrived = loop.pending, loop.arrived
-        for tick in range(schedule.num_last_exchanges):
-            if schedule.is_from_before(tick):
-                pending, arrived = take_tick(tick, pending, arrived)
-            else:
-                arrived = wire.from_ffn(pending, arrived)
+        way = layers.over_items(range(num_own, num_items), count, take, loop.way)
         # Nobody reads it; that it is known only now keeps the gathering behind the last exchange.
-        last = arrived[0, -1].astype(jnp.int32)
+        last = self._drain(way, wire, schedule)[0, -1].astype(jnp.int32)
         report = gather_report(fill_report(last, num_rows, max_steps, self._vocab_size), self._topology)
         return report, loop.step
 
-    def _build(self, weights: FfnWeights) -> list[FfnBlock]:
-        return [skeleton.build(leaves) for skeleton, leaves in zip(self._layers, weights, strict=True)]
+    def _take_item(
+        self,
+        wire: Wire,
+        schedule: Schedule,
+        segment: Segment[FfnBlock],
+        layer: Number,
+        index: Int[Array, ""],
+        way: _Way,
+    ) -> _Way:
+        """A tick: a layer of a micro-batch, and beside it the exchange."""
+        del index  # Whose rows they are makes no difference on this side.
+        pending, arrived = way
+        for _ in range(schedule.num_idle_ticks):
+            arrived = wire.from_ffn(pending, arrived)
+        with jax.named_scope(segment.scope):
+            fresh = self._feed(segment.build(layer), wire.rows(arrived))
+        return _Way(fresh, wire.from_ffn(pending if schedule.ffn_lag else fresh, arrived))
+
+    def _drain(self, way: _Way, wire: Wire, schedule: Schedule) -> Slots:
+        """The last exchanges, in which nothing is computed any more."""
+        arrived = way.arrived
+        for _ in range(schedule.num_last_exchanges - schedule.num_late_items):
+            arrived = wire.from_ffn(way.pending, arrived)
+        return arrived
 
     def _no_outputs(self, num_rows: int) -> UInt8[Array, "rows output_bytes"]:
         return jnp.zeros((self._topology.num_attention * num_rows, self._form.output_bytes), jnp.uint8)
 
-    def _feed(
-        self, blocks: Sequence[FfnBlock], layer: int, rows: UInt8[Array, "rows row_bytes"]
-    ) -> UInt8[Array, "rows output_bytes"]:
+    def _feed(self, block: FfnBlock, rows: UInt8[Array, "rows row_bytes"]) -> UInt8[Array, "rows output_bytes"]:
         """This device's part of a layer's FFN half."""
-        block = blocks[layer]
-        normed, experts, weights = self._form.unpack(rows, self._dtype)
-        with jax.named_scope(f"layers.{layer}"):
-            if block.mlp is not None:
-                with jax.named_scope("mlp"):
-                    return self._form.pack_output(self._run_copy(block.mlp, normed))
-            total = jnp.zeros_like(normed)
-            if block.moe is not None:
-                with jax.named_scope("moe"):
-                    total += self._run_experts(block.moe, normed, weights, experts)
-            if block.share_expert is not None:
-                with jax.named_scope("share_expert"):
-                    total += self._run_copy(block.share_expert, normed)
-            return self._form.pack_output(total)
+        normed, experts, weights = unpack_tokens(block, self._form, rows, self._dtype)
+        if block.mlp is not None:
+            with jax.named_scope("mlp"):
+                return self._form.pack_output(self._run_copy(block.mlp, normed))
+        total = jnp.zeros(normed.shape, self._dtype)
+        if block.moe is not None:
+            with jax.named_scope("moe"):
+                total += self._run_experts(block.moe, normed, weights, experts)
+        if block.share_expert is not None:
+            with jax.named_scope("share_expert"):
+                total += self._run_copy(block.share_expert, normed)
+        return self._form.pack_output(total)
 
     def _run_experts(
         self,
         inner: Experts,
-        normed: Float[Array, "N D"],
+        normed: Float[Array, "N D"] | Rows,
         weights: Float[Array, "N top_k"],
         experts: Int[Array, "N top_k"],
     ) -> Float[Array, "N D"]:
@@ -191,15 +214,21 @@ class FfnLoop:
         weights, local = jnp.where(is_here, weights, 0), jnp.where(is_here, local, count)
         return inner(normed, weights, local, all_experts=self._num_experts)
 
-    def _run_copy(self, module: SwiGLU, normed: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        """Weights of which several devices have a copy: each serves its share of the rows, and gives zeros for others."""
+    def _run_copy(self, module: SwiGLU, normed: Float[Array, "N D"] | Rows) -> Float[Array, "N D"]:
+        """Weights of which several devices have a copy: each serves its part of the rows, and gives zeros for others."""
         if self._num_copies == 1:
             return module(normed)
-        each = -(-normed.shape[0] // self._num_copies)
-        padded = jnp.pad(normed, ((0, each * self._num_copies - normed.shape[0]), (0, 0)))
+        num_rows = normed.shape[0]
+        each = -(-num_rows // self._num_copies)
+        missing = each * self._num_copies - num_rows
         first = self._place(self._copy) * each
-        out = module(jax.lax.dynamic_slice_in_dim(padded, first, each))
-        return jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(padded), out, first, 0)[: normed.shape[0]]
+
+        def cut(array: Num[Array, "N columns"]) -> Num[Array, "each columns"]:
+            return jax.lax.dynamic_slice_in_dim(jnp.pad(array, ((0, missing), (0, 0))), first, each)
+
+        out = module(map_tokens(normed, cut) if isinstance(normed, Rows) else cut(normed))
+        everyone = jnp.zeros((num_rows + missing, out.shape[1]), out.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(everyone, out, first, 0)[:num_rows]
 
     def _place(self, table: Int[np.ndarray, " devices"]) -> Int[Array, ""]:
         return jnp.asarray(table)[jax.lax.axis_index(UNION) - self._topology.num_attention]

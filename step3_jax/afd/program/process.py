@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from jaxtyping import Array
 
 from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.program.call import Numbers
+from step3_jax.afd.program.exchange_hint import exchange_options
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.beacon import Beacon
 from step3_jax.engine.executor import ModelPart
@@ -43,10 +45,11 @@ class RoleProcess(ModelPart):
         super().__init__(
             model.config,
             topology.union.local_devices,
-            model.text.embed_tokens.weight.get_value().dtype,
+            model.text.dtype,
             num_shards=topology.num_attention,
             num_image_shards=topology.tower.size("images"),
         )
+        self._jit = functools.partial(jax.jit, compiler_options=exchange_options(self.devices[0].platform))
         self.topology = topology
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
         self._own = NamedSharding(topology.union, OWN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES
+from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, FFN_DEVICES
 from step3_jax.layout.payload import PAYLOADS
 
 EXECUTORS = ("auto", "host", "program")
@@ -26,6 +26,12 @@ def add_afd(parser: argparse.ArgumentParser, *, default: str | None = None) -> N
         + (f" (default: {default})" if default else "; CPUs emulate as many devices"),
     )
     group.add_argument("--afd-devices", type=int, metavar="N", help="devices of an instance (default: 1)")
+    group.add_argument(
+        "--afd-ffn-device",
+        choices=FFN_DEVICES,
+        help="cpu: dense layers and experts are in this machine's memory and computed there, in one process (default: same, "
+        "the kind of device that attention is on)",
+    )
     group.add_argument(
         "--afd-microbatches",
         type=int,

@@ -12,6 +12,8 @@ from step3_jax.config import DTYPES
 
 _DTYPE = dtype_name(DTYPES)
 # Hidden size and layers. "100m" has 109M active parameters of 309M in all: more bytes than any cache holds.
+# Of weights, see `bench.model`, which imports jax.
+FORMS = ("none", "stored", "fp8", "int8", "int4")
 PRESETS = {"100m": (1024, 7), "tiny": (128, 2)}
 
 
@@ -23,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--hidden", type=int, metavar="N", help="hidden size, instead of the preset's")
     decode.add_argument("--layers", type=int, metavar="N", help="layers, instead of the preset's")
     decode.add_argument("--dtype", type=_names, default=list(DTYPES), metavar="A,B", help="default: float32,bfloat16")
+    decode.add_argument(
+        "--quantization",
+        type=_forms,
+        default=["stored"],
+        metavar="A,B",
+        help=f"how weights are held, each measured in turn: {', '.join(FORMS)} (default: stored, in --dtype)",
+    )
     decode.add_argument("--batch", type=_numbers, default=[1, 4, 16], metavar="N,N", help="default: 1,4,16")
     decode.add_argument("--steps", type=int, default=16, metavar="N", help="tokens of a round (default: %(default)s)")
     decode.add_argument("--rounds", type=int, default=7, metavar="N", help="medians are over so many (default: 7)")
@@ -42,6 +51,13 @@ def _names(text: str) -> list[str]:
     names = [_DTYPE(word) for word in text.split(",")]
     if not set(names) <= set(DTYPES):
         raise argparse.ArgumentTypeError(f"{text!r}; allowed: {', '.join(DTYPES)}, separated by commas")
+    return names
+
+
+def _forms(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= set(FORMS):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {', '.join(FORMS)}, separated by commas")
     return names
 
 

@@ -8,9 +8,9 @@ from typing import get_args
 from step3_jax.cli.dtype import dtype_name
 from step3_jax.config import PRESETS
 from step3_jax.gpu import MEMORY_SHARE
-from step3_jax.layout.deployment import WEIGHTS
 from step3_jax.layout.page import KV_CACHE_DTYPES
 from step3_jax.layout.parallel import VisionForm
+from step3_jax.layout.weight_form import WEIGHTS
 from step3_jax.layout.workspace import DEFAULT_CHUNK_TOKENS
 
 

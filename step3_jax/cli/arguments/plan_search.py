@@ -7,10 +7,12 @@ import argparse
 from step3_jax.cli.dtype import dtype_name
 from step3_jax.config import PRESETS
 from step3_jax.gpu import MEMORY_SHARE
-from step3_jax.layout.deployment import WEIGHTS
 from step3_jax.layout.page import KV_CACHE_DTYPES
 from step3_jax.layout.workspace import DEFAULT_CHUNK_TOKENS
 from step3_jax.planner.estimate import JUDGES
+
+# A search is over GPUs, which multiply no other forms.
+_WEIGHTS = ("float32", "bfloat16", "fp8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="step3", metavar="NAME", help=f"{', '.join(PRESETS)}, or a folder with config.json (step3)"
     )
-    parser.add_argument("--weights", type=dtype_name(WEIGHTS), choices=WEIGHTS, default="fp8", help="(default: fp8)")
+    parser.add_argument("--weights", type=dtype_name(_WEIGHTS), choices=_WEIGHTS, default="fp8", help="(default: fp8)")
     parser.add_argument(
         "--kv-cache-dtype",
         type=dtype_name(KV_CACHE_DTYPES),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 
 from step3_jax.cli.dtype import dtype_name
 from step3_jax.engine.setting import Setting, format_default, kind_of
@@ -22,6 +23,8 @@ def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field[object]
     kind = kind_of(field)
     if kind is bool:
         group.add_argument(*flags, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
+    elif kind is dict:
+        group.add_argument(*flags, dest=field.name, type=_read_object, metavar=setting.metavar, help=text)
     elif kind is tuple and setting.takes_several:
         group.add_argument(*flags, dest=field.name, action="extend", nargs="+", metavar=setting.metavar, help=text)
     elif kind is tuple:
@@ -31,3 +34,13 @@ def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field[object]
         group.add_argument(*flags, dest=field.name, type=read, choices=setting.choices, help=text)
     else:
         group.add_argument(*flags, dest=field.name, type=kind, metavar=setting.metavar, help=text)
+
+
+def _read_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object, such as {{"name": "value"}}')
+    return value

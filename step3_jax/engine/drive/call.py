@@ -13,6 +13,7 @@ from pallas_kernels.storage import STORAGES, Storage
 from step3_jax.channel.message import Message, MessageError, Value
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
 from step3_jax.sampling.batch import SamplingBatch
+from step3_jax.sampling.speculation import Speculation
 
 _BATCH, _SAMPLING = "batch.", "sampling."
 
@@ -112,6 +113,7 @@ def to_message(call: Call) -> Message:
     if isinstance(call, Decode):
         inner = call.call
         fields = {"num_steps": inner.num_steps, "max_steps": inner.max_steps, "leave_early": bool(inner.leave_early)}
+        fields["speculation"] = None if inner.speculation is None else list(dataclasses.astuple(inner.speculation))
         fields |= _named(_BATCH, inner.batch._asdict()) | _named(_SAMPLING, inner.sampling._asdict())
         # Page tables, sampling parameters and masks are mostly those of the last call.
         return Message(kind, fields, keeps=True)
@@ -136,7 +138,9 @@ def from_message(message: Message) -> Call:
             batch = DecodeBatch(**_part(_BATCH, fields))
             sampling = SamplingBatch(**_part(_SAMPLING, fields))
             numbers = {name: int(fields[name]) for name in ("num_steps", "max_steps")}
-            return Decode(DecodeCall(batch, sampling, **numbers, leave_early=bool(fields["leave_early"])))
+            speculation = _read_speculation(fields["speculation"])
+            leave_early = bool(fields["leave_early"])
+            return Decode(DecodeCall(batch, sampling, **numbers, leave_early=leave_early, speculation=speculation))
         if kind == "EncodeImages":
             return EncodeImages(_array(fields["pixels"]))
         if kind == "AllocateCache" and fields["storage"] not in STORAGES:
@@ -166,6 +170,13 @@ def _read_chunk(fields: dict[str, Value]) -> PrefillBatch:
         whole[: len(used)] = used
         fields["features"] = whole
     return PrefillBatch(**fields)
+
+
+def _read_speculation(value: Value) -> Speculation | None:
+    if value is None:
+        return None
+    names = [field.name for field in dataclasses.fields(Speculation)]
+    return Speculation(**dict(zip(names, value, strict=True)))  # type: ignore[arg-type]
 
 
 def _array(value: Value) -> np.ndarray:

@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -293,6 +294,46 @@ def deadline(request: Answer) -> Answer:
     return {"message": None}
 
 
+def mixed(request: Answer) -> Answer:
+    """A run whose sides pass for different platforms, in a process whose default backend passes for a GPU.
+
+    Copies between devices that nobody asked for are refused; those of the exchange are listed.
+    """
+    topology, payload = make_topology(request), str(request["payload"])
+    copies: list[Answer] = []
+    put = jax.device_put
+
+    def watch(arrays: object, devices: object, **more: object) -> object:
+        # Only the exchange gives a list of devices.
+        if isinstance(arrays, list) and isinstance(devices, list):
+            for array, device in zip(arrays, devices, strict=True):
+                (source,) = array.devices()
+                copies.append(
+                    {"from": source.id, "to": device.id, "dtype": str(array.dtype), "columns": array.shape[1]}
+                )
+        return put(arrays, devices, **more)  # type: ignore[arg-type]
+
+    with (
+        mock.patch.object(AfdTopology, "is_mixed", property(lambda self: True)),
+        mock.patch("jax.device_put", watch),
+        mock.patch("jax.default_backend", return_value="gpu"),
+    ):
+        executor = HostExecutor(place_model(make_model(), topology), topology, num_microbatches=2, payload=payload)
+        llm = make_llm(executor)
+        # The first call moves what stays where it is.
+        generate(llm, 1)
+        copies.clear()
+        with jax.transfer_guard_device_to_device("disallow"):
+            found = generate(llm, 5)
+    return {
+        "afd": found,
+        "fused": generate(make_llm(make_runner()), 5),
+        "copies": [dict(pairs) for pairs in sorted({tuple(sorted(copy.items())) for copy in copies})],
+        "row_bytes": executor.form.row_bytes,
+        "output_bytes": executor.form.output_bytes,
+    }
+
+
 def trace(request: Answer) -> Answer:
     """A recorded run."""
     executor = executor_of(request)
@@ -338,7 +379,21 @@ def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     answers: dict[str, Callable[[Answer], Answer]] = {
         function.__name__: function
-        for function in (tokens, masks, features, images, prefix, repeat, places, loaded, hlo, deadline, trace, quality)
+        for function in (
+            tokens,
+            masks,
+            features,
+            images,
+            prefix,
+            repeat,
+            places,
+            loaded,
+            hlo,
+            deadline,
+            mixed,
+            trace,
+            quality,
+        )
     }
     for line in sys.stdin:
         request = json.loads(line)

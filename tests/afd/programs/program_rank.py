@@ -171,7 +171,7 @@ def places(case: Answer) -> Answer:
 
 
 def hlo(case: Answer) -> Answer:
-    """What a compiled call does to arrays that have as many rows as a device's cache has pages.
+    """What a compiled call does to arrays that have as many rows as a device's pool has pages.
 
     Without rows the call is that of a chunk of prompts.
     """
@@ -193,7 +193,8 @@ def hlo(case: Answer) -> Answer:
         chunk = PrefillBatch(jnp.zeros((shards * 32,), jnp.int32), starts, lengths, table)
         program = executor.prefill_program(cache, chunk)
     jax.config.update("jax_disable_most_optimizations", True)
-    done = re.findall(rf"= \w+\[{NUM_PAGES},\S+ ([\w-]+)\(", program.as_text() or "")
+    num_pages = cache.keys.addressable_data(0).shape[0]
+    done = re.findall(rf"= \w+\[{num_pages},\S+ ([\w-]+)\(", program.as_text() or "")
     return {"done": dict(collections.Counter(done))}
 
 

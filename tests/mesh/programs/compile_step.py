@@ -21,15 +21,15 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from step3_jax.cache.paged import Cache, empty_cache
-from step3_jax.checkpoint.names import is_fp8_tensor, released_name
+from step3_jax.checkpoint import shapes
 from step3_jax.config import ModelConfig, VisionConfig
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.engine.state import DecodeBatch, PrefillBatch
 from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import Layout, make_layout
+from step3_jax.model.arrangement import Arrangement, arrange
 from step3_jax.model.parallel import place_shapes
-from step3_jax.model.step3 import Step3, abstract_step3
-from step3_jax.quant import quantise
+from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 
@@ -51,11 +51,8 @@ def abstract_model(num_layers: int, layout: Layout) -> Step3:
         text = dataclasses.replace(text, num_hidden_layers=num_layers, moe_layers=tuple(range(1, num_layers)))
         vision = dataclasses.replace(VisionConfig(), num_hidden_layers=TOWER_LAYERS)
     config = dataclasses.replace(CONFIG, text=text, vision=vision)
-    model = abstract_step3(config, "bfloat16")
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if is_fp8_tensor(released_name(path)):
-            variable.set_value(jax.eval_shape(quantise, variable.get_value()))
-    return place_shapes(model, layout)
+    config = dataclasses.replace(config, dtype="bfloat16")
+    return arrange(place_shapes(shapes.abstract_model(config), layout), Arrangement.of("gpu", config.dtype))
 
 
 def cache_shapes(model: Step3, layout: Layout) -> Cache:

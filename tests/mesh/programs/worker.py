@@ -119,7 +119,7 @@ def read_parallel(request: Answer) -> Parallel:
 
 
 def generate(request: Answer) -> Answer:
-    """Greedy tokens and log-probabilities of some prompts, on one device or on several."""
+    """Tokens and log-probabilities of some prompts, on one device or on several."""
     kind = str(request.get("kind", "plain"))
     executor: Executor = make_runner(kind, read_parallel(request)) if request["parallel"] else Runner(make_model(kind))
     vocab_size = executor.config.text.vocab_size
@@ -138,6 +138,7 @@ def generate(request: Answer) -> Answer:
             max_model_len=256,
             max_num_batched_tokens=int(request.get("chunk", 512)),
             max_num_seqs=int(request.get("batch", 8)),
+            speculative_config=request.get("speculation"),
         )
     outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
     engine = llm._engine.core
@@ -147,6 +148,7 @@ def generate(request: Answer) -> Answer:
             [step[token].logprob for step, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs
         ],
         "warnings": [str(one.message) for one in said],
+        "accepted": llm.stats.num_accepted_tokens,
         "free_pages": engine.allocator.num_free,
         "pages": engine.allocator.num_pages,
         "shards": engine.allocator.num_shards,

@@ -87,7 +87,7 @@ def test_shards_are_no_larger_than_asked_and_the_index_fits(goldens, tmp_path):
 def test_fp8_dequantises_as_the_loader_does(goldens, tmp_path, form, dtype):
     run(goldens / "tiny_fp8", tmp_path / "out", form=form, dtype=dtype, unit_bytes=9000)
     wanted = {"bf16": "bfloat16", "float32": "float32"}[dtype]
-    right = parameters_of(load_model(goldens / "tiny_fp8", wanted, keep_fp8=False))
+    right = parameters_of(load_model(goldens / "tiny_fp8", wanted, quantization="none"))
     model = load_model(tmp_path / "out")
     assert model.config.dtype == wanted
     assert model.config.quantization is None
@@ -116,7 +116,8 @@ def test_fp8_is_the_released_layout(bf16_folder, tmp_path, form):
     assert {f"{name}_scale_inv" for name in report.errors} == scales
     assert all(0.01 < error.relative_rms < 0.04 for error in report.errors.values())
     logits = [
-        load_model(folder, "float32", keep_fp8=False)(jnp.arange(8)[None]) for folder in (bf16_folder, tmp_path / "out")
+        load_model(folder, "float32", quantization="none")(jnp.arange(8)[None])
+        for folder in (bf16_folder, tmp_path / "out")
     ]
     assert 0 < float(jnp.abs(logits[0] - logits[1]).max()) < 0.5 * float(jnp.abs(logits[0]).max())
 

@@ -15,11 +15,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from step3_jax.checkpoint import load
+from step3_jax.checkpoint.form_choice import Place
 from step3_jax.checkpoint.load import load_model
 from step3_jax.checkpoint.memory import anonymous_bytes
 from step3_jax.checkpoint.names import expected_tensors, parameters_of, released_name
 from step3_jax.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
 from step3_jax.config import ModelConfig
+from step3_jax.model.arrangement import Arrangement
 from step3_jax.model.step3 import abstract_step3
 from step3_jax.quant import BlockScaled, dequantise
 
@@ -114,15 +116,15 @@ def _with_scales(dtype):
     return change
 
 
-@pytest.mark.parametrize("keep_fp8", [True, False])
+@pytest.mark.parametrize("quantization", ["stored", "none"])
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64, ml_dtypes.float8_e8m0fnu])
-def test_scales_of_any_dtype_become_float32(copy, keep_fp8, dtype):
+def test_scales_of_any_dtype_become_float32(copy, quantization, dtype):
     first, second = copy("tiny_fp8", _with_scales(np.float32)), copy("tiny_fp8", _with_scales(dtype), "other")
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
-    wanted = parameters_of(load_model(first, "float32", keep_fp8=keep_fp8))
+    wanted = parameters_of(load_model(first, "float32", quantization=quantization))
     shardings = {path: NamedSharding(mesh, PartitionSpec()) for path in wanted}
     for where in (None, shardings):
-        found = parameters_of(load_model(second, "float32", keep_fp8=keep_fp8, shardings=where))
+        found = parameters_of(load_model(second, "float32", quantization=quantization, shardings=where))
         for path, parameter in found.items():
             for one, other in zip(
                 jax.tree.leaves(parameter.get_value()), jax.tree.leaves(wanted[path].get_value()), strict=True
@@ -151,9 +153,10 @@ def test_float16_weights_load_by_default_and_in_the_wanted_dtype(copy):
 def test_a_checkpoint_that_memory_cannot_hold_is_refused_with_the_sizes(goldens, monkeypatch):
     monkeypatch.setattr(load, "available_bytes", lambda: 1000)
     with pytest.raises(
-        ValueError, match=r"weights take .* [kM]B of memory in float32, and 1\.0 kB are left.*bfloat16 halves"
+        ValueError,
+        match=r"weights take .* [kM]B of memory \(widened, as asked for\), and 1\.0 kB are left.*quantization",
     ):
-        load_model(goldens / "tiny_text", "float32")
+        load_model(goldens / "tiny_text", "float32", quantization="none")
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
     shardings = {
         path: NamedSharding(mesh, PartitionSpec("model"))
@@ -194,7 +197,7 @@ def test_dtype_goes_by_the_tensor_and_not_by_a_rule(copy):
         tensors[name] = tensors[name].astype(np.float32).astype(ml_dtypes.bfloat16)
         del tensors[f"{name}_scale_inv"]
 
-    model = load_model(copy("tiny_fp8", change), keep_fp8=True)
+    model = load_model(copy("tiny_fp8", change), quantization="stored")
     attention = model.text.layers[0].attention.self_attn
     assert isinstance(attention.q_proj.weight.get_value(), BlockScaled)
     assert attention.wq.weight.get_value().dtype == jnp.bfloat16
@@ -210,7 +213,7 @@ def test_fp8_needs_a_quantization_config(copy):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", jnp.bfloat16])
 def test_every_parameter_has_the_wanted_dtype(goldens, dtype):
-    model = load_model(goldens / "tiny_fp8", dtype)
+    model = load_model(goldens / "tiny_fp8", dtype, quantization="none")
     assert {parameter.get_value().dtype for parameter in parameters_of(model).values()} == {jnp.dtype(dtype)}
     assert model.config.dtype == jnp.dtype(dtype).name
     assert model.config.quantization is None
@@ -228,8 +231,8 @@ def test_other_dtypes_are_refused(goldens, dtype):
 
 
 def test_kept_fp8_is_stored_bits_and_dequantises_alike(goldens):
-    kept = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=True))
-    plain = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=False))
+    kept = parameters_of(load_model(goldens / "tiny_fp8", quantization="stored"))
+    plain = parameters_of(load_model(goldens / "tiny_fp8", quantization="none"))
     with SafetensorsFile(goldens / "tiny_fp8" / "model.safetensors") as file:
         num_fp8 = 0
         for path, parameter in kept.items():
@@ -254,12 +257,12 @@ def test_weights_do_not_change_with_the_file(copy):
     np.testing.assert_array_equal(model.text.embed_tokens.weight[...], before)
 
 
-@pytest.mark.parametrize("keep_fp8", [True, False])
-def test_shardings_place_the_same_values(goldens, keep_fp8):
-    whole = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=keep_fp8))
+@pytest.mark.parametrize("quantization", ["stored", "none"])
+def test_shardings_place_the_same_values(goldens, quantization):
+    whole = parameters_of(load_model(goldens / "tiny_fp8", quantization=quantization))
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
     shardings = {path: NamedSharding(mesh, PartitionSpec("model")) for path in whole}
-    placed = parameters_of(load_model(goldens / "tiny_fp8", keep_fp8=keep_fp8, shardings=shardings))
+    placed = parameters_of(load_model(goldens / "tiny_fp8", quantization=quantization, shardings=shardings))
     for path, parameter in placed.items():
         for found, wanted in zip(
             jax.tree.leaves(parameter.get_value()), jax.tree.leaves(whole[path].get_value()), strict=True
@@ -283,12 +286,12 @@ def stacks(goldens, tmp_path):
     return tmp_path, max(sizes), sum(sizes)
 
 
-def peak_of_host_memory(folder, dtype=None):
+def peak_of_host_memory(folder, dtype=None, arrangement=None):
     """Bytes of numpy's arrays and Python's objects (what JAX takes for itself is not counted), and the model."""
-    load_model(folder, dtype)  # what is compiled and imported once is not counted
+    load_model(folder, dtype, arrangement=arrangement)  # what is compiled and imported once is not counted
     tracemalloc.start()
     try:
-        model = load_model(folder, dtype)
+        model = load_model(folder, dtype, arrangement=arrangement)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -313,8 +316,8 @@ def test_a_model_on_the_cpu_takes_the_memory_of_its_weights_once(stacks, dtype):
 def test_host_memory_never_holds_a_stack_that_goes_to_an_accelerator(stacks, monkeypatch):
     folder, stack, _ = stacks
     whole = parameters_of(load_model(folder))
-    monkeypatch.setattr(load, "_is_host", lambda: False)
-    peak, model = peak_of_host_memory(folder)
+    monkeypatch.setattr(load, "_place_of", lambda sharding: Place("gpu", 1))
+    peak, model = peak_of_host_memory(folder, arrangement=Arrangement())
     assert peak < stack / 2
     for path, parameter in parameters_of(model).items():
         np.testing.assert_array_equal(parameter.get_value(), whole[path].get_value())

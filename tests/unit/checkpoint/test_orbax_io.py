@@ -102,10 +102,10 @@ def test_orbax_restores_it_into_the_models_own_tree(goldens, orbax_folders):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("keep_fp8", [True, False])
-def test_load_model_takes_it(goldens, orbax_folders, name, keep_fp8):
-    right = parameters_of(load_model(goldens / name, keep_fp8=keep_fp8))
-    found = parameters_of(load_model(orbax_folders / name, keep_fp8=keep_fp8))
+@pytest.mark.parametrize("quantization", ["stored", "none"])
+def test_load_model_takes_it(goldens, orbax_folders, name, quantization):
+    right = parameters_of(load_model(goldens / name, quantization=quantization))
+    found = parameters_of(load_model(orbax_folders / name, quantization=quantization))
     assert found.keys() == right.keys()
     for path, parameter in found.items():
         values = zip(jax.tree.leaves(parameter.get_value()), jax.tree.leaves(right[path].get_value()), strict=True)

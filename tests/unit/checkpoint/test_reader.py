@@ -34,17 +34,17 @@ def open_folder(folder):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("keep_fp8", [True, False])
-def test_bands_make_the_whole_tensor(folder, dtype, keep_fp8, monkeypatch):
+@pytest.mark.parametrize("quantization", ["stored", "none"])
+def test_bands_make_the_whole_tensor(folder, dtype, quantization, monkeypatch):
     monkeypatch.setattr(reader, "BAND_BYTES", 5000)
     monkeypatch.setattr(reader, "PART_BYTES", 700)
     block = ModelConfig.load(folder).quantization.weight_block_size
     with open_folder(folder) as checkpoint:
-        tensors = TensorReader(checkpoint, np.dtype(dtype), block, keep_fp8)
+        tensors = TensorReader(checkpoint, np.dtype(dtype), block, quantization)
         num_cut = 0
         for name, info in checkpoint.tensors.items():
             everything = tuple(slice(0, length) for length in info.shape)
-            if keep_fp8 and tensors.is_fp8(name):
+            if quantization == "stored" and tensors.is_fp8(name):
                 expected = tensors.stored(name, everything)
             else:
                 expected = tensors.converted(name, everything)
@@ -59,7 +59,7 @@ def test_bands_make_the_whole_tensor(folder, dtype, keep_fp8, monkeypatch):
 
 def test_a_file_that_goes_away_is_named(folder):
     with open_folder(folder) as checkpoint:
-        tensors = TensorReader(checkpoint, np.dtype(np.float32), (128, 128), False)
+        tensors = TensorReader(checkpoint, np.dtype(np.float32), (128, 128), "none")
         name = "model.embed_tokens.weight"
         shape = checkpoint.tensors[name].shape
         shutil.rmtree(folder)

@@ -29,15 +29,15 @@ def text_model(goldens):
 
 @pytest.mark.parametrize("name", ["tiny_text", "tiny_vl", "tiny_fp8"])
 def test_round_trip_keeps_every_byte(goldens, tmp_path, name):
-    save_model(load_model(goldens / name, keep_fp8=True), tmp_path / "out")
+    save_model(load_model(goldens / name, quantization="stored"), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(goldens / name)
 
 
 @pytest.mark.parametrize("name", ["tiny_vl", "tiny_fp8"])
 def test_config_makes_the_round_trip(goldens, tmp_path, name):
-    model = load_model(goldens / name, keep_fp8=True)
+    model = load_model(goldens / name, quantization="stored")
     save_model(model, tmp_path / "out")
-    assert load_model(tmp_path / "out", keep_fp8=True).config == model.config
+    assert load_model(tmp_path / "out", quantization="stored").config == model.config
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert ("quantization_config" in values) == (name == "tiny_fp8")
 
@@ -58,10 +58,10 @@ def test_quantised_save_has_the_fp8_layout_and_is_stable(text_model, tmp_path):
     assert {name: shape for name, (_, shape, _) in first.items()} == expected_tensors(config) | expected_scales(config)
     assert first["model.layers.1.moe.up_proj.weight"][0] == "F8_E4M3"
     assert first["model.layers.1.moe.gate.weight"][0] == "F32"
-    kept = load_model(tmp_path / "first", keep_fp8=True)
+    kept = load_model(tmp_path / "first", quantization="stored")
     save_model(kept, tmp_path / "second")
     assert contents(tmp_path / "second") == first
-    up, was = load_model(tmp_path / "first", keep_fp8=False), text_model
+    up, was = load_model(tmp_path / "first", quantization="none"), text_model
     found = np.asarray(up.text.layers[1].ffn.moe.up_proj[...])
     wanted = np.asarray(was.text.layers[1].ffn.moe.up_proj[...])
     assert np.abs(found - wanted).max() <= np.abs(wanted).max() / 16

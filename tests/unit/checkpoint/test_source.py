@@ -44,9 +44,9 @@ def test_scales_of_any_dtype_are_converted(goldens, tmp_path, dtype):
     run(tmp_path / "fp8", tmp_path / "bf16", form="hf", dtype="bf16")
     run(source, tmp_path / "direct", form="hf", dtype="bf16")
     assert tensors_of(tmp_path / "bf16") == tensors_of(tmp_path / "direct")
-    right = parameters_of(load_model(source, "float32", keep_fp8=False))
+    right = parameters_of(load_model(source, "float32", quantization="none"))
     for name in ("fp8", "kept"):
-        for path, parameter in parameters_of(load_model(tmp_path / name, "float32", keep_fp8=False)).items():
+        for path, parameter in parameters_of(load_model(tmp_path / name, "float32", quantization="none")).items():
             np.testing.assert_array_equal(np.asarray(parameter[...]), np.asarray(right[path][...]))
     comparisons = verify(open_source(source), open_source(tmp_path / "fp8"))
     assert not [comparison for comparison in comparisons if comparison.num_wrong_bytes]

@@ -76,6 +76,7 @@ def test_prefill_counts_the_head_once_and_attention_by_the_square():
         (["--steps", "0"], "--steps is 0"),
         (["--batch", "1,x"], "whole numbers"),
         (["--dtype", "int8"], "float32, bfloat16"),
+        (["--quantization", "int3"], "none, stored, fp8, int8, int4"),
         (["--steps", "4000"], "tokens are needed"),
     ],
 )
@@ -103,6 +104,7 @@ def found():
         return measure_decode(
             bench_config(128, 2),
             dtypes=["float32"],
+            quantizations=["none", "int8"],
             batches=[1],
             steps=2,
             rounds=2,
@@ -112,9 +114,10 @@ def found():
 
 
 def test_every_figure_is_there_and_positive(found):
-    (decode,), (prefill,) = found["decode"], found["prefill"]
-    for row in (decode, prefill):
-        assert all(value > 0 for name, value in row.items() if name != "dtype")
+    assert [row["quantization"] for row in found["decode"]] == ["none", "int8"]
+    for row in (*found["decode"], *found["prefill"]):
+        assert all(value > 0 for name, value in row.items() if name not in ("dtype", "quantization"))
+    decode = found["decode"][0]
     assert decode["gb_per_s"] == pytest.approx(decode["step_mb"] / decode["step_ms"])
     assert decode["share_of_read"] == pytest.approx(decode["gb_per_s"] / found["read_gb_per_s"])
     assert found["model"]["parameters"] == sum(leaf.size for leaf in count(bench_config(128, 2)).values())
@@ -143,14 +146,14 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: pathlib.Path, monkeypatc
     assert main(["bench", "decode", *options.split(), str(file)]) == 130
     printed = capsys.readouterr()
     assert printed.err.splitlines()[1:] == [
-        "decode, batch 1: 2 rounds of 2 tokens in float32 ...",
-        "decode, batch 2: 2 rounds of 2 tokens in float32 ...",
+        "decode, batch 1: 2 rounds of 2 tokens in float32 stored ...",
+        "decode, batch 2: 2 rounds of 2 tokens in float32 stored ...",
         "step3: interrupted; what had been measured until then is above",
     ]
     found = json.loads(file.read_text())
     assert found["is_partial"] is True
     assert [row["batch"] for row in found["decode"]] == [1]
-    assert "| float32 | 1 |" in printed.out
+    assert "| float32 | stored | 1 |" in printed.out
 
 
 def test_report_is_a_table_of_every_column(found, tmp_path: pathlib.Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 
 import pytest
@@ -86,3 +87,15 @@ def test_a_files_deployment_says_where_it_runs(tmp_path: pathlib.Path) -> None:
     file.write_text("deployment:\n  afdd: 1a1f\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"engine.yaml: deployment: unknown key afdd; did you mean afd"):
         choose("--config", str(file))
+
+
+def test_speculation_is_given_as_json() -> None:
+    values = {"method": "ngram", "num_speculative_tokens": 4}
+    assert choose("--speculative-config", json.dumps(values)).config.speculative_config == values
+    for text, message in (("ngram", "'ngram' is not JSON"), ("[4]", "is not a JSON object")):
+        with pytest.raises(argparse.ArgumentError, match=message):
+            parse("--speculative-config", text)
+    with pytest.raises(ValueError, match="num_speculative_tokens is 0; a whole number from 1 to 16"):
+        choose("--speculative-config", json.dumps(values | {"num_speculative_tokens": 0}))
+    with pytest.raises(ValueError, match="does not go with attention and FFN on devices of their own"):
+        choose("--speculative-config", json.dumps(values), "--afd", "1a1f")

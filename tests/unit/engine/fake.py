@@ -15,7 +15,7 @@ import numpy as np
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import ModelConfig
 from step3_jax.engine.executor import Executor, Started
-from step3_jax.engine.state import FULL, IDLE, RUNNING, STOPPED, DecodeCall, PrefillBatch, Report
+from step3_jax.engine.state import FULL, IDLE, RUNNING, STOPPED, DecodeCall, DraftCounts, PrefillBatch, Report
 from tests.small import small_text
 
 VOCAB_SIZE = 61
@@ -92,27 +92,52 @@ class FakeExecutor(Executor):
         count = len(batch.last)
         tokens = np.zeros((count, call.max_steps), np.int32)
         num_new, finish = np.zeros((count,), np.int32), np.where(batch.is_active, RUNNING, IDLE)
-        last = batch.last.copy()
+        last, steps = batch.last.copy(), np.zeros((count,), np.int32)
+        if call.speculation is not None:
+            for row in np.flatnonzero(batch.is_active):
+                ids = [*cache[batch.table[row]].reshape(-1)[: batch.cached[row]], batch.last[row]]
+                assert batch.history[row, : len(ids)].tolist() == ids, "guesses are looked up in other tokens"
         for _ in range(call.num_steps):
+            steps += finish == RUNNING
             for row in np.flatnonzero(finish == RUNNING):
-                position = batch.cached[row] + num_new[row]
-                cache[batch.table[row, position // PAGE_SIZE], position % PAGE_SIZE] = last[row]
-                found = cache[batch.table[row]].reshape(-1)[: position + 1]
-                token = next_token(found)
-                if batch.mask is not None and (batch.mask[row] != -1).any():
-                    assert call.num_steps == 1, "a mask is that of one token"
-                    token = next_allowed(batch.mask[row], token)
-                last[row] = tokens[row, num_new[row]] = token
-                num_new[row] += 1
-                if last[row] in call.sampling.stop_ids[row]:
-                    finish[row] = STOPPED
-                elif batch.num_generated[row] + num_new[row] >= call.sampling.max_tokens[row]:
-                    finish[row] = FULL
-                elif last[row] == call.sampling.pause_ids[row]:
-                    finish[row] = STOPPED
+                for _ in range(self._num_verified(cache, call, row, num_new[row])):
+                    position = batch.cached[row] + num_new[row]
+                    cache[batch.table[row, position // PAGE_SIZE], position % PAGE_SIZE] = last[row]
+                    found = cache[batch.table[row]].reshape(-1)[: position + 1]
+                    token = next_token(found)
+                    if batch.mask is not None and (batch.mask[row] != -1).any():
+                        assert call.num_steps == 1, "a mask is that of one token"
+                        token = next_allowed(batch.mask[row], token)
+                    last[row] = tokens[row, num_new[row]] = token
+                    num_new[row] += 1
+                    if last[row] in call.sampling.stop_ids[row]:
+                        finish[row] = STOPPED
+                    elif batch.num_generated[row] + num_new[row] >= call.sampling.max_tokens[row]:
+                        finish[row] = FULL
+                    elif last[row] == call.sampling.pause_ids[row]:
+                        finish[row] = STOPPED
+                    if finish[row] != RUNNING:
+                        break
             if not (finish == RUNNING).any() or (call.leave_early and np.isin(finish, (STOPPED, FULL)).any()):
                 break
-        return cache, self._started("late_decode", Report(tokens, num_new, finish, None))
+            if batch.max_new is not None and ((finish == RUNNING) & (num_new >= batch.max_new)).any():
+                break
+        none = np.zeros((count, 0 if call.speculation is None else call.speculation.num_speculative_tokens), np.int32)
+        drafts = None if call.speculation is None else DraftCounts(steps, none, none)
+        return cache, self._started("late_decode", Report(tokens, num_new, finish, None, drafts))
+
+    @staticmethod
+    def _num_verified(cache: np.ndarray, call: DecodeCall, row: int, num_new: int) -> int:
+        """Tokens of a row's next step. Where tokens are guessed some are, and what is wrong is left behind them."""
+        batch = call.batch
+        if call.speculation is None or batch.max_new is None:
+            return 1
+        room = min(batch.max_new[row], call.sampling.max_tokens[row] - batch.num_generated[row]) - num_new
+        width = max(1, min(call.speculation.width, room))
+        first = batch.cached[row] + num_new
+        for position in range(first, first + width):
+            cache[batch.table[row, position // PAGE_SIZE], position % PAGE_SIZE] = -2
+        return 1 + int(first) % width
 
     def copy_pages(self, cache: np.ndarray, sources: Sequence[int], targets: Sequence[int]) -> np.ndarray:
         self._enter("copy")

@@ -35,7 +35,7 @@ def test_vllms_names_are_there_with_a_meaning_each() -> None:
         assert setting.help
         assert setting.group in GROUPS
         assert field.default is not None or setting.auto
-        assert kind_of(field) in (bool, int, float, str)
+        assert kind_of(field) in (bool, int, float, str, dict)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,8 @@ def test_vllms_names_are_there_with_a_meaning_each() -> None:
         ({"gpu_memory_utilization": 1.5}, r"gpu_memory_utilization is 1.5; a number from 0.01 to 1.0 is needed"),
         ({"max_call_ms": float("nan")}, "max_call_ms is nan"),
         ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4'; allowed: auto, float32, bfloat16, fp8, int4"),
+        ({"speculative_config": "ngram"}, "speculative_config is 'ngram'; names with values are needed, or None"),
+        ({"speculative_config": {"method": "eagle"}}, "speculative_config has method 'eagle'; allowed: ngram"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching is 1; True or False is needed"),
         ({"enable_prefix_cache": True}, "no setting 'enable_prefix_cache'; did you mean enable_prefix_caching"),
         ({"tensor_parallel": 2}, "no setting 'tensor_parallel'; did you mean tensor_parallel_size"),
@@ -60,7 +62,13 @@ def test_what_is_not_allowed_is_refused_with_its_name(values: dict[str, object],
 
 
 def test_a_printed_configuration_is_read_as_the_same(tmp_path: pathlib.Path) -> None:
-    config = EngineConfig(max_num_seqs=3, kv_cache_dtype="int4", seed=None, enable_prefix_caching=False)
+    config = EngineConfig(
+        max_num_seqs=3,
+        kv_cache_dtype="int4",
+        seed=None,
+        enable_prefix_caching=False,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 4},
+    )
     file = tmp_path / "engine.yaml"
     file.write_text(format_config(config, {"afd": "1a1f"}), encoding="utf-8")
     fields, deployment = read_config_file(file)

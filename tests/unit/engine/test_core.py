@@ -164,6 +164,31 @@ def test_preempted_sequences_get_the_same_tokens(monkeypatch: pytest.MonkeyPatch
     assert [sink.ids() for sink in sinks] == [expected(prompt_of(60, index), 300) for index in range(4)]
 
 
+def test_sequences_that_make_several_tokens_a_step_are_preempted_and_streamed_like_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("step3_jax.layout.admission.RESERVED_OUTPUT", 8)
+    monkeypatch.setattr("step3_jax.layout.admission.GROWTH_PAGES", 1)
+    core = make_core(FakeExecutor(), num_pages=10, speculative_config={"method": "ngram", "num_speculative_tokens": 4})
+    sinks = [add(core, request(str(index), prompt_of(60, index), 300, steps=4)) for index in range(4)]
+    while core.has_work:
+        core.step()
+        check_pages(core)
+    stats = core.stats
+    assert stats.num_preemptions > 0
+    assert [sink.ids() for sink in sinks] == [expected(prompt_of(60, index), 300) for index in range(4)]
+    assert max(len(output.token_ids) for sink in sinks for output in sink) == 4
+    assert stats.num_decode_steps < 300 < stats.num_generated_tokens
+
+
+def test_an_executor_that_cannot_verify_guesses_is_refused() -> None:
+    class Plain(FakeExecutor):
+        can_speculate = False
+
+    with pytest.raises(ValueError, match=r"speculative_config does not go with .* \(AFD\): leave out one of them"):
+        make_core(Plain(), speculative_config={"method": "ngram", "num_speculative_tokens": 4})
+
+
 def test_a_failed_call_ends_its_requests_and_the_others_get_what_they_would_have() -> None:
     executor = FakeExecutor()
     core = make_core(executor, num_pages=40, max_num_batched_tokens=64, enable_prefix_caching=False)
@@ -281,17 +306,18 @@ ACTIONS = st.tuples(
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.lists(ACTIONS, max_size=80), st.sampled_from([1, 2]), st.booleans())
+@given(st.lists(ACTIONS, max_size=80), st.sampled_from([1, 2]), st.booleans(), st.booleans())
 # Two groups hold their prompts' pages for sequences that wait, and nothing runs.
-@example([("step", 0), ("add", 0), ("add", 33974), ("add", 33974), ("add", 0)], 1, True)
+@example([("step", 0), ("add", 0), ("add", 33974), ("add", 33974), ("add", 0)], 1, True, False)
 def test_whatever_comes_no_page_leaks_and_every_sequence_gets_its_tokens(
-    actions: list[tuple[str, int]], num_shards: int, has_prefix_cache: bool
+    actions: list[tuple[str, int]], num_shards: int, has_prefix_cache: bool, has_speculation: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("step3_jax.layout.admission.RESERVED_OUTPUT", 16)
         patch.setattr("step3_jax.layout.admission.GROWTH_PAGES", 1)
         executor = FakeExecutor(num_shards)
-        core = make_core(executor, num_pages=10, enable_prefix_caching=has_prefix_cache)
+        speculation = {"method": "ngram", "num_speculative_tokens": 4} if has_speculation else None
+        core = make_core(executor, num_pages=10, enable_prefix_caching=has_prefix_cache, speculative_config=speculation)
         sinks: dict[str, tuple[Sink, Request]] = {}
         for action, number in actions:
             drawn = random.Random(number)

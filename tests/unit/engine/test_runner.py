@@ -103,10 +103,10 @@ def test_nothing_is_traced_twice_for_a_bucket(model: Step3) -> None:
 def test_a_chunk_counts_its_tokens_of_each_expert_and_no_padding(model: Step3, runner: Runner) -> None:
     _, started = runner.prefill(runner.allocate_cache(NUM_PAGES, "float32"), chunk(3, padding=5))
     (counts,) = started.result()
-    config, routings = model.config.text, []
+    config = model.config.text
     hidden = model.text.embed_tokens(jnp.asarray(prompts(3)[:, :-1]))
-    model.text(hidden, watch=routings.append)
-    expected = [np.bincount(np.ravel(one.experts), minlength=config.moe_num_experts) for one in routings]
+    _, _, chosen = model.text.run(hidden, observe=lambda routing: routing.experts)
+    expected = [np.bincount(np.ravel(one), minlength=config.moe_num_experts) for one in chosen]
     # The last layer's experts have nothing to do for a cache.
     num_counted = len([layer for layer in config.moe_layers if layer < config.num_hidden_layers - 1])
     assert counts.tolist() == np.asarray(expected)[:num_counted].tolist()

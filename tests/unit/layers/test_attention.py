@@ -13,11 +13,9 @@ from step3_jax.config import TextConfig
 from step3_jax.layers.attention import (
     MFA,
     NO_PAGE,
-    AttentionContext,
     CacheStep,
     attend,
     attention_context,
-    write_tokens,
 )
 from step3_jax.layers.rope import apply_rope, rope_table
 
@@ -89,21 +87,6 @@ def test_given_positions_change_the_rotation_and_not_the_mask():
     moved = attention_context(config, (1, 3), positions=jnp.asarray([[7, 7, 9]]))
     np.testing.assert_array_equal(plain.mask, moved.mask)
     assert np.abs(np.asarray(plain.cos - moved.cos)).max() > 0.1
-
-
-@pytest.mark.parametrize("num_tokens", [1, 3])
-def test_tokens_go_to_their_places_and_those_without_a_page_nowhere(num_tokens):
-    pages = empty_pages(3, 8, "float32")
-    rows = jnp.arange(1.0, num_tokens + 1)[:, None] * jnp.ones((num_tokens, 8))
-    ids, slots = jnp.asarray([2, NO_PAGE, 0][:num_tokens]), jnp.asarray([5, 6, 63][:num_tokens])
-    context = AttentionContext(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1, 4)), page_ids=ids, slots=slots)
-    found = jax.jit(write_tokens)(pages, rows, -rows, context)
-    want = np.zeros((3, 64, 8), np.float32)
-    want[2, 5] = 1
-    if num_tokens == 3:
-        want[0, 63] = 3
-    np.testing.assert_array_equal(found.keys, want)
-    np.testing.assert_array_equal(found.values, -want)
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "fp8"])

@@ -5,8 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from step3_jax.layers.linear import linear
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.quantise import quantise_rows
+from step3_jax.layers.linear import Linear, linear
+from step3_jax.layers.rows import as_rows
 from step3_jax.quant import dequantise, quantise
 
 
@@ -21,6 +25,28 @@ def test_quantised_weight_gives_what_its_dequantised_form_gives():
     hidden = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
     weight = quantise(jnp.asarray(rng.normal(size=(5, 6)), jnp.float32), block=(4, 4))
     np.testing.assert_array_equal(linear(hidden, weight), linear(hidden, dequantise(weight)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_activations_are_quantised_if_the_layer_is_told_so(dtype):
+    rng = np.random.default_rng(0)
+    layer = Linear(256, 128, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    hidden = jnp.asarray(rng.normal(size=(2, 3, 256)), dtype)
+    layer.quantises = True
+    assert not layer.takes_rows
+    layer.weight.set_value(quantise(layer.weight.get_value()))
+    assert layer.takes_rows
+    found = layer(hidden)
+    assert found.dtype == dtype
+    assert found.shape == (2, 3, 128)
+    weight = layer.weight.get_value()
+    values, scales = quantise_rows(hidden.reshape(6, 256))
+    expected = fp8_matmul(values, scales, weight.values, weight.scales, out_dtype=dtype)
+    np.testing.assert_array_equal(found.reshape(6, 128).astype(jnp.float32), expected.astype(jnp.float32))
+    np.testing.assert_array_equal(layer(as_rows(hidden)).astype(jnp.float32), expected.astype(jnp.float32))
+    layer.quantises = False
+    expected = linear(hidden, dequantise(weight, dtype))
+    np.testing.assert_array_equal(layer(hidden).astype(jnp.float32), expected.astype(jnp.float32))
 
 
 def test_sums_are_taken_in_float32():

@@ -57,18 +57,16 @@ def test_all_has_come_back_after_the_last_exchanges(layers: int, count: int) -> 
 
 
 @pytest.mark.parametrize(("layers", "count"), CASES)
-def test_a_chunk_has_the_exchanges_that_its_last_layer_needs(layers: int, count: int) -> None:
+def test_items_that_come_late_are_the_last_ones_of_the_rotation_before(layers: int, count: int) -> None:
     schedule = Schedule(layers, count)
-    needed = [
-        tick
-        for tick, back, _ in run_rotations(schedule, 1)
-        if back is not None and schedule.attention_item(tick) is not None and tick >= schedule.period
-    ]
-    # The exchange before the last tick that needs one.
-    assert schedule.num_chunk_exchanges == (max(needed) if needed else 0)
+    items = [item for tick in range(schedule.num_ticks) if (item := schedule.ffn_item(tick)) is not None]
+    every = [Item(layer, index) for layer in range(layers) for index in range(count)]
+    late = schedule.num_late_items
+    assert items == every[len(every) - late :] + every[: len(every) - late]
 
 
 @pytest.mark.parametrize(("count", "idle"), [(1, 1), (2, 0), (3, 0), (4, 0)])
 def test_only_a_lone_micro_batch_leaves_ticks_idle(count: int, idle: int) -> None:
     schedule = Schedule(3, count)
     assert [schedule.attention_item(tick) for tick in range(schedule.num_ticks)].count(None) == 3 * idle
+    assert schedule.num_idle_ticks == idle

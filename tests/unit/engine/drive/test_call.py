@@ -23,6 +23,9 @@ from step3_jax.engine.drive.call import (
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
 from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.sampling.speculation import Speculation
+
+SPECULATION = Speculation(num_speculative_tokens=3, prompt_lookup_max=5, prompt_lookup_min=1)
 
 
 def carry(call: Call, encoder: Encoder | None = None, decoder: Decoder | None = None) -> tuple[Call, int]:
@@ -36,7 +39,7 @@ def decode_call(history: np.ndarray | None = None) -> DecodeCall:
     numbers = np.array([4, 5], np.int32)
     table = np.arange(8, dtype=np.int32).reshape(2, 4)
     batch = DecodeBatch(numbers, numbers + 1, numbers, np.array([True, False]), table, history)
-    return DecodeCall(batch, sampling_batch(rows, 61, 2), 3, 32, leave_early=True)
+    return DecodeCall(batch, sampling_batch(rows, 61, 2), 3, 32, leave_early=True, speculation=SPECULATION)
 
 
 def test_a_decode_call_arrives_as_it_was() -> None:
@@ -44,7 +47,7 @@ def test_a_decode_call_arrives_as_it_was() -> None:
     found, _ = carry(Decode(given))
     assert isinstance(found, Decode)
     call = found.call
-    assert (call.num_steps, call.max_steps, call.leave_early) == (3, 32, True)
+    assert (call.num_steps, call.max_steps, call.leave_early, call.speculation) == (3, 32, True, SPECULATION)
     for name, array in (*given.batch._asdict().items(), *given.sampling._asdict().items()):
         got = getattr(call.batch if name in given.batch._fields else call.sampling, name)
         if array is None:

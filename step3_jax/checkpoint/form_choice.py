@@ -1,0 +1,97 @@
+"""Which form weights are held in on a device: what was asked for, and what the device's kernels multiply."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from step3_jax.layout.weight_form import CPU_FORMS, QUANTIZATIONS
+
+
+class Place(NamedTuple):
+    """Devices that a parameter lies on.
+
+    Attributes:
+      platform: As `Device.platform` names it.
+      num_devices: Of the mesh; 1 without one.
+    """
+
+    platform: str
+    num_devices: int
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it is this machine's memory, in one piece."""
+        return self == ("cpu", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FormChoice:
+    """How weights are held in one place.
+
+    Attributes:
+      quantization: One of `QUANTIZATIONS` but "auto".
+      keeps_bfloat16: Whether bfloat16 weights of linear layers stay so beside float32 activations.
+      reason: Why, for the message of loading.
+    """
+
+    quantization: str
+    keeps_bfloat16: bool
+    reason: str
+
+
+def choose_form(asked: str, place: Place, *, cpu_obstacle: str | None, has_fp8: bool) -> FormChoice:
+    """How weights are held.
+
+    Args:
+      asked: One of `QUANTIZATIONS`.
+      place: Where they lie.
+      cpu_obstacle: Why the CPU kernels cannot run here; None if they can.
+      has_fp8: Whether the checkpoint's linear weights are FP8.
+
+    Raises:
+      ValueError: For a form that does not exist, or that nothing multiplies or makes there.
+    """
+    if asked not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {asked!r}; allowed: {', '.join(QUANTIZATIONS)}")
+    if place.platform != "cpu":
+        return _choose_accelerator(asked, place.platform, has_fp8)
+    if place.num_devices > 1:
+        return _choose_shards(asked, has_fp8)
+    has_kernels = cpu_obstacle is None
+    kernels = "CPU kernels multiply them" if has_kernels else f"without CPU kernels ({cpu_obstacle})"
+    if asked == "auto":
+        if not has_kernels:
+            return FormChoice("none", False, f"widened, {kernels}")
+        return FormChoice("stored", True, f"as stored, {kernels}")
+    if asked == "none":
+        return FormChoice("none", False, "widened, as asked for")
+    how = "as stored" if asked == "stored" else f"in {asked}"
+    suffix = "" if has_kernels else ", so each product widens its matrix first"
+    return FormChoice(asked, has_kernels, f"{how}, {kernels}{suffix}")
+
+
+def _choose_accelerator(asked: str, platform: str, has_fp8: bool) -> FormChoice:
+    if asked in CPU_FORMS:
+        raise ValueError(
+            f"quantization {asked} is for CPUs: the GPU kernels multiply FP8 and bfloat16 weights, and no others; on "
+            f"{platform} take auto, stored or none"
+        )
+    if asked == "fp8" and not has_fp8:
+        raise ValueError(
+            "quantization fp8 quantises at load on CPUs alone: for GPUs step3 convert SRC DST --to hf --dtype fp8 does it "
+            "once, and DST loads as it is"
+        )
+    return FormChoice("none" if asked == "none" else "stored", False, "widened" if asked == "none" else "as stored")
+
+
+def _choose_shards(asked: str, has_fp8: bool) -> FormChoice:
+    """On several emulated devices of one CPU, which are for trying things out."""
+    if asked in CPU_FORMS or (asked == "fp8" and not has_fp8):
+        raise ValueError(
+            f"quantization {asked} is for one CPU device: weights that are sharded over emulated devices are read part by "
+            "part; take none or auto"
+        )
+    if asked in ("stored", "fp8"):
+        return FormChoice("stored", False, "as stored, in shards; each product widens its matrix first")
+    return FormChoice("none", False, "widened, as they are sharded over emulated devices of one CPU")

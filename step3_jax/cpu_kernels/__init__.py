@@ -1,0 +1,1 @@
+"""Products from weights as they are stored, for CPUs: C, called by compiled programs."""

@@ -1,0 +1,82 @@
+"""Products of float32 activations with weights as they are stored, on CPUs.
+
+Stored forms: float32 and bfloat16 arrays, FP8 (`BlockScaled`, 128 x 128), int8 (`BlockScaled`, 1 x 128), int4
+(`PackedInt4`). A weight counts as value * scale rounded to float32; products are summed in float32, in an order that
+neither the number of rows nor that of threads changes: a row's output does not depend on what is computed beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.quant import FP8, GROUP, BlockScaled, PackedInt4
+
+# The axes of gate and up are those of down the other way round, so they have no names that would bind.
+Stored = Float[Array, "*lead _ _"] | BlockScaled | PackedInt4
+MAX_PRODUCTS = 8
+
+
+def unsupported(weight: Stored) -> str | None:
+    """Why the kernels do not take a weight; None if they do."""
+    if isinstance(weight, PackedInt4):
+        return None
+    if not isinstance(weight, BlockScaled):
+        known = (jnp.float32, jnp.bfloat16)
+        return None if weight.dtype in known else f"the CPU kernels take float32 and bfloat16, not {weight.dtype}"
+    blocks = {jnp.dtype(FP8): ((GROUP, GROUP), (1, GROUP)), jnp.dtype(jnp.int8): ((1, GROUP),)}
+    allowed = blocks.get(weight.values.dtype)
+    if allowed is None:
+        return f"the CPU kernels take FP8 (e4m3) and int8 values, not {weight.values.dtype}"
+    if weight.block not in allowed:
+        return f"the CPU kernels take blocks of {' or '.join(map(str, allowed))}, not {weight.block}"
+    return None
+
+
+def products(kernels: Kernels, hidden: Float[Array, "N K"], weights: Sequence[Stored]) -> list[Float[Array, "N _"]]:
+    """x W^T for several weights [O, K] in one call, which costs less than one call each.
+
+    Args:
+      kernels: See `library.find_kernels`.
+      hidden: Worked on in float32; the outputs have its dtype.
+      weights: At most `MAX_PRODUCTS`, of any forms.
+    """
+    shapes = [jax.ShapeDtypeStruct((hidden.shape[0], weight.shape[0]), jnp.float32) for weight in weights]
+    call = jax.ffi.ffi_call(kernels.target("products"), shapes)
+    outputs = call(hidden.astype(jnp.float32), *jax.tree.leaves(list(weights)))
+    return [out.astype(hidden.dtype) for out in outputs]
+
+
+def swiglu(
+    kernels: Kernels, hidden: Float[Array, "N D"], gate: Stored, up: Stored, down: Stored
+) -> Float[Array, "N D"]:
+    """down(silu(gate x) * up x) in one call."""
+    call = jax.ffi.ffi_call(kernels.target("swiglu"), jax.ShapeDtypeStruct(hidden.shape, jnp.float32))
+    return call(hidden.astype(jnp.float32), *jax.tree.leaves([gate, up, down])).astype(hidden.dtype)
+
+
+def experts(
+    kernels: Kernels,
+    hidden: Float[Array, "N D"],
+    factors: Float[Array, "N top_k"],
+    chosen: Int[Array, "N top_k"],
+    stacks: Sequence[Stored],
+    shared: Sequence[Stored] = (),
+) -> Float[Array, "N D"]:
+    """The sum over each token's experts, in the order of their numbers, of factor * SwiGLU, in one call.
+
+    Args:
+      kernels: See `library.find_kernels`.
+      hidden: Tokens; worked on in float32.
+      factors: Of each token's experts.
+      chosen: Their numbers; a pair whose number no stack has takes no part.
+      stacks: Gate and up [E, F, D], and down [E, D, F]; only the chosen experts are read.
+      shared: The same three of an expert that all tokens go to with factor 1, without E; none if empty.
+    """
+    call = jax.ffi.ffi_call(kernels.target("experts"), jax.ShapeDtypeStruct(hidden.shape, jnp.float32))
+    given = (hidden.astype(jnp.float32), factors.astype(jnp.float32), chosen.astype(jnp.int32))
+    return call(*given, *jax.tree.leaves([list(stacks), list(shared)])).astype(hidden.dtype)

@@ -1,0 +1,105 @@
+"""The compiled kernels as targets of XLA's foreign function interface, and whether they can be had here."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+import platform
+import sys
+from typing import get_args
+
+import jax
+
+from step3_jax import resources
+from step3_jax.cpu_kernels.build import (
+    BuildError,
+    InstructionSet,
+    choose_instruction_set,
+    find_library,
+    read_cpu_flags,
+)
+
+_LOG = logging.getLogger(__name__)
+VARIABLE = "STEP3_CPU_KERNELS"
+OPERATIONS = ("products", "swiglu", "experts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Kernels that compiled programs may call.
+
+    Attributes:
+      instruction_set: What they were compiled for.
+      path: The library.
+    """
+
+    instruction_set: InstructionSet
+    path: pathlib.Path
+
+    def target(self, operation: str) -> str:
+        """The name under which programs call one of `OPERATIONS`."""
+        return f"step3_{operation}_{self.instruction_set}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unavailable:
+    """No kernels.
+
+    Attributes:
+      reason: Why, and what to do, in one line.
+    """
+
+    reason: str
+
+
+def find_kernels() -> Kernels | Unavailable:
+    """The kernels of this processor, compiled if they are not yet.
+
+    `$STEP3_CPU_KERNELS` names another instruction set, or is "off".
+
+    Raises:
+      ValueError: If the variable names nothing that there is, or what the processor lacks.
+    """
+    wanted = os.environ.get(VARIABLE) or "auto"
+    if wanted == "off":
+        return Unavailable(f"{VARIABLE} is off")
+    if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return Unavailable(f"they are for Linux on x86-64, and this is {sys.platform} on {platform.machine()}")
+    best = choose_instruction_set(read_cpu_flags())
+    sets = get_args(InstructionSet)
+    if wanted == "auto":
+        return load_kernels(best)
+    if wanted not in sets:
+        raise ValueError(f"{VARIABLE} is {wanted!r}; allowed: auto, off, {', '.join(sets)}")
+    # From the most demanding on, each set includes those behind it.
+    if sets.index(wanted) < sets.index(best):
+        raise ValueError(f"{VARIABLE} is {wanted}, which this processor does not have: its best is {best}")
+    return load_kernels(next(name for name in sets if name == wanted))
+
+
+@functools.cache
+def load_kernels(instruction_set: InstructionSet) -> Kernels | Unavailable:
+    """Loads and registers the kernels for one instruction set, which the processor must have; once in a process."""
+    try:
+        path = find_library(instruction_set, jax.ffi.include_dir(), resources.find_cache("cpu-kernels"))
+        library = ctypes.CDLL(str(path))
+    except (BuildError, OSError) as error:
+        return Unavailable(str(error))
+    kernels = Kernels(instruction_set, path)
+    for operation in OPERATIONS:
+        handler = jax.ffi.pycapsule(getattr(library, f"step3_{operation}"))
+        jax.ffi.register_ffi_target(kernels.target(operation), handler, platform="cpu", api_version=1)
+    _LOG.info("CPU kernels: %s, %s", instruction_set, path)
+    return kernels
+
+
+def describe_kernels() -> str:
+    """One line: which way products go on this machine's CPU, and why."""
+    found = find_kernels()
+    if isinstance(found, Kernels):
+        return f"weights are multiplied as they are stored ({found.instruction_set})"
+    return f"weights are widened at load; no CPU kernels: {found.reason}"

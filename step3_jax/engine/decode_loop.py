@@ -1,0 +1,118 @@
+"""The decode loop: steps of all sequences of a call, in one program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from step3_jax.cache.paged import Cache
+from step3_jax.engine.state import (
+    FULL,
+    RUNNING,
+    STOPPED,
+    DecodeBatch,
+    Report,
+    RowState,
+    StepTokens,
+    begin_rows,
+    draft_tokens,
+    last_tokens,
+    place_tokens,
+    verify_tokens,
+)
+from step3_jax.layers.attention import CacheStep
+from step3_jax.sampling.batch import SamplingBatch
+from step3_jax.sampling.speculation import Speculation
+
+# One decoder step: (tokens [B, T], cache, where they stand) -> (float32 logits [B, T, V], new cache).
+Forward = Callable[[Int[Array, "B T"], Cache, CacheStep], tuple[Float[Array, "B T V"], Cache]]
+
+
+class _Loop(NamedTuple):
+    """What the decode loop carries, all of it updated in place.
+
+    Attributes:
+      step: Steps so far.
+      cache: Of all layers.
+      rows: The sequences.
+      tokens: Of the next step, where the call speculates.
+      has_draft: Whether any of them are guesses.
+    """
+
+    step: Int[Array, ""]
+    cache: Cache
+    rows: RowState
+    tokens: StepTokens | None = None
+    has_draft: Bool[Array, ""] | None = None
+
+
+def decode_loop(
+    forward: Forward,
+    cache: Cache,
+    batch: DecodeBatch,
+    sampling: SamplingBatch,
+    num_steps: Int[Array, ""],
+    leave_early: Bool[Array, ""],
+    *,
+    vocab_size: int,
+    max_steps: int,
+    speculation: Speculation | None = None,
+    any_row: Callable[[Bool[Array, " B"]], Bool[Array, ""]] = jnp.any,
+) -> tuple[Cache, Report]:
+    """Takes up to `num_steps` steps of each active row; returns early once no row is running.
+
+    With speculation a step without any guess is the same as without speculation, and costs as much.
+
+    Args:
+      forward: One decoder step.
+      cache: Pages of all layers.
+      batch: The sequences.
+      sampling: Parameters of the rows.
+      num_steps: A traced number, at most `max_steps`, so that one program serves streaming and whole outputs.
+      leave_early: Whether to return as soon as any row has ended, as others wait for its place.
+      vocab_size: V.
+      max_steps: Tokens of a row that the report has room for.
+      speculation: How tokens are guessed; None makes one token a step.
+      any_row: Whether something holds for any row, also of those on other devices, so that all of them go on as long.
+    """
+    rows = begin_rows(batch, vocab_size=vocab_size, max_steps=max_steps, speculation=speculation)
+    start = _Loop(jnp.zeros((), jnp.int32), cache, rows)
+
+    def is_unfinished(loop: _Loop) -> Bool[Array, ""]:
+        report = loop.rows.report
+        has_ended = any_row((report.finish == STOPPED) | (report.finish == FULL))
+        goes_on = (loop.step < num_steps) & any_row(report.finish == RUNNING) & ~(leave_early & has_ended)
+        if batch.max_new is None:
+            return goes_on
+        return goes_on & ~any_row((report.finish == RUNNING) & (report.num_new >= batch.max_new))
+
+    def take_step(loop: _Loop, tokens: StepTokens) -> _Loop:
+        logits, cache = forward(tokens.ids, loop.cache, place_tokens(loop.rows, batch, tokens))
+        return _Loop(loop.step + 1, cache, verify_tokens(loop.rows, logits, tokens, batch, sampling))
+
+    if speculation is None:
+        end = jax.lax.while_loop(is_unfinished, lambda loop: take_step(loop, last_tokens(loop.rows)), start)
+        return end.cache, end.rows.report
+
+    def guess(loop: _Loop) -> _Loop:
+        with jax.named_scope("speculate"):
+            tokens = draft_tokens(loop.rows, batch, sampling, speculation)
+            return loop._replace(tokens=tokens, has_draft=any_row(tokens.count > 1))
+
+    def take_steps(loop: _Loop) -> _Loop:
+        # Loops and no choice between two programs: a loop's buffers are its own, and nothing of the cache is copied.
+        loop = jax.lax.while_loop(
+            lambda loop: is_unfinished(loop) & ~loop.has_draft,
+            lambda loop: guess(take_step(loop, last_tokens(loop.rows))),
+            loop,
+        )
+        return jax.lax.while_loop(
+            lambda loop: is_unfinished(loop) & loop.has_draft, lambda loop: guess(take_step(loop, loop.tokens)), loop
+        )
+
+    end = jax.lax.while_loop(is_unfinished, take_steps, guess(start))
+    return end.cache, end.rows.report

@@ -1,0 +1,33 @@
+"""Which CPU kernels are found, and what is said where there are none."""
+
+from __future__ import annotations
+
+import pytest
+
+from step3_jax.cpu_kernels import library
+from step3_jax.cpu_kernels.library import Unavailable, describe_kernels, find_kernels
+
+
+def test_they_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("STEP3_CPU_KERNELS", "off")
+    assert find_kernels() == Unavailable("STEP3_CPU_KERNELS is off")
+    assert describe_kernels() == "weights are widened at load; no CPU kernels: STEP3_CPU_KERNELS is off"
+
+
+def test_other_machines_are_told_so(monkeypatch):
+    monkeypatch.delenv("STEP3_CPU_KERNELS", raising=False)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    found = find_kernels()
+    assert isinstance(found, Unavailable)
+    assert "Linux on x86-64" in found.reason
+
+
+def test_what_the_processor_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(library, "read_cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
+    monkeypatch.setenv("STEP3_CPU_KERNELS", "avx512")
+    with pytest.raises(ValueError, match="avx512, which this processor does not have: its best is avx2"):
+        find_kernels()
+    monkeypatch.setenv("STEP3_CPU_KERNELS", "mmx")
+    with pytest.raises(ValueError, match="allowed: auto, off, avx512, avx2, plain"):
+        find_kernels()

@@ -1,0 +1,96 @@
+"""Models as CPUs run them: stored weights with the CPU kernels, widened ones without."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
+from step3_jax.config import ModelConfig
+from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.model.cpu import prepare_for_cpu
+from step3_jax.model.step3 import Step3
+from step3_jax.quant import BlockScaled, PackedInt4, dequantise, quantise
+from tests.small import small_text
+
+# A model is compiled twice for each form.
+SLOW = pytest.mark.slow
+IDS = jnp.asarray([[3, 5, 7, 11, 13, 17, 19, 23, 29]])
+
+
+def kernels():
+    found = find_kernels()
+    if not isinstance(found, Kernels):
+        pytest.skip(found.reason)
+    return found
+
+
+def held_in(form):
+    """A small model in bfloat16 whose matrices of the layers are quantised."""
+    config = ModelConfig(text=small_text(), vision=None, dtype="bfloat16", image_token_id=1, eos_token_id=0)
+    model = Step3(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    for path, weight in parameters_of(model).items():
+        if form != "bfloat16" and is_fp8_tensor(released_name(path)):
+            weight.set_value(quantise(weight.get_value(), form))
+    return model
+
+
+def run(model):
+    graphdef, state = nnx.split(model)
+    return np.asarray(jax.jit(lambda state, ids: nnx.merge(graphdef, state)(ids))(state, IDS))
+
+
+@pytest.mark.parametrize(
+    "form", ["bfloat16", "fp8", pytest.param("int8", marks=SLOW), pytest.param("int4", marks=SLOW)]
+)
+def test_stored_weights_give_what_widened_ones_give(form):
+    model = held_in(form)
+    stored = prepare_for_cpu(model, kernels())
+    expected = run(prepare_for_cpu(model, None))
+    np.testing.assert_allclose(run(stored), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_matrices_stay_as_stored_and_the_rest_is_widened():
+    model = held_in("fp8")
+    prepared = prepare_for_cpu(model, kernels())
+    layer = prepared.text.layers[1]
+    kept, given = (part.text.layers[1].ffn.moe.down_proj.get_value() for part in (prepared, model))
+    assert kept.values is given.values
+    assert isinstance(layer.attention.self_attn.wq.weight.get_value(), BlockScaled)
+    assert prepared.text.embed_tokens.weight.get_value().dtype == jnp.bfloat16
+    assert layer.attention.input_layernorm.weight.get_value().dtype == jnp.float32
+    # The model that was given is as before.
+    assert model.text.layers[1].attention.input_layernorm.weight.get_value().dtype == jnp.bfloat16
+    assert model.text.lm_head.cpu_kernels is None
+
+
+def test_what_the_kernels_do_not_take_is_widened():
+    model = held_in("bfloat16")
+    head = model.text.lm_head.weight
+    head.set_value(quantise(head.get_value(), block=(16, 16)))
+    prepared = prepare_for_cpu(model, kernels())
+    np.testing.assert_array_equal(prepared.text.lm_head.weight.get_value(), dequantise(head.get_value()))
+    assert prepared.text.lm_head.cpu_kernels is None
+    assert prepared.text.layers[0].ffn.mlp.cpu_kernels is not None
+
+
+def test_without_kernels_all_is_float32():
+    prepared = prepare_for_cpu(held_in("int4"), None)
+    leaves = jax.tree.leaves(nnx.state(prepared, nnx.Param))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
+    assert not any(isinstance(leaf, PackedInt4) for leaf in leaves)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "fp8", "int8", "int4"])
+def test_rows_of_a_stored_embedding_are_looked_up_and_widened(form):
+    model = held_in("bfloat16")
+    table = model.text.embed_tokens.weight
+    if form != "bfloat16":
+        table.set_value(quantise(table.get_value(), form))
+    plain = table.get_value().astype(jnp.float32) if form == "bfloat16" else dequantise(table.get_value())
+    found = prepare_for_cpu(model, kernels()).text.embed_tokens(IDS)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, plain[IDS])

@@ -1,0 +1,158 @@
+"""The CPU kernels by themselves: bytes of weights a second beside the rate at which this process reads memory.
+
+    python -m tools.bench_cpu_kernels --json benchmarks/cpu-kernels.json
+
+Each round measures every product once, between two readings of memory, so that ratios share their conditions. The weights
+are as wide as Step3's and larger than any cache: an [18432, 7168] matrix in each form, and a MoE layer with all but eight of
+its 48 experts left out, of which three and the shared one are read for each token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from step3_jax.bench.machine import conditions, cpu_pressure, num_threads
+from step3_jax.bench.report import format_report, write_section
+from step3_jax.bench.yardstick import read_meter
+from step3_jax.cpu_kernels import api
+from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.quant import Form, quantise
+
+FORMS = ("float32", "bfloat16", "fp8", "int8", "int4")
+OUTPUTS, HIDDEN, WIDTH, EXPERTS, TOP_K = 18432, 7168, 5120, 8, 3
+Row = dict[str, str | int | float]
+# A case: what its row says of it, bytes of weights that it reads, operations, and the call.
+Case = tuple[Row, int, int, Callable[[], object]]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1,4,16,64", help="rows of activations (default: %(default)s)")
+    parser.add_argument("--forms", default=",".join(FORMS), help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--outputs", type=int, default=OUTPUTS, help="rows of the matrix (default: %(default)s)")
+    parser.add_argument("--no-layer", action="store_true", help="leave out the MoE layer")
+    parser.add_argument("--json", type=pathlib.Path, help="also write all figures to this file")
+    arguments = parser.parse_args()
+    kernels = find_kernels()
+    if not isinstance(kernels, Kernels):
+        raise SystemExit(f"no CPU kernels: {kernels.reason}")
+    rows = [int(word) for word in arguments.rows.split(",")]
+    forms = arguments.forms.split(",")
+    cases = list_products(kernels, forms, rows, arguments.outputs)
+    if not arguments.no_layer:
+        cases += list_layers(kernels, [form for form in forms if form != "float32"])
+    before = cpu_pressure()
+    read_rate, found = measure(cases, arguments.rounds)
+    result = {
+        "conditions": conditions()
+        | {
+            "instruction_set": kernels.instruction_set,
+            "rounds": arguments.rounds,
+            "cpu_pressure_before": before,
+            "cpu_pressure_after": cpu_pressure(),
+        },
+        "read_gb_per_s": read_rate / 1e9,
+        "kernels": found,
+    }
+    print(format_report(result))
+    if arguments.json:
+        for name, value in result.items():
+            write_section(arguments.json, name, value)
+
+
+def list_products(kernels: Kernels, forms: Sequence[str], rows: Sequence[int], outputs: int) -> list[Case]:
+    """One matrix in each form with some rows of activations, and XLA's float32 product for comparison."""
+    product = jax.jit(lambda x, weight: api.products(kernels, x, [weight])[0])
+    cases: list[Case] = []
+    weight = _normal(0, outputs, HIDDEN)
+    for form in forms:
+        held = weight.astype(form) if form in ("float32", "bfloat16") else quantise(weight, cast(Form, form))
+        for count in rows:
+            call = functools.partial(product, _normal(1, count, HIDDEN), held)
+            row: Row = {"what": "product", "form": form, "rows": count}
+            cases.append((row, _num_bytes(held), 2 * count * weight.size, call))
+    if "float32" in forms:
+        plain = jax.jit(lambda x, weight: x @ weight.T)
+        for count in rows:
+            call = functools.partial(plain, _normal(1, count, HIDDEN), weight)
+            cases.append(
+                (
+                    {"what": "product", "form": "float32, XLA", "rows": count},
+                    weight.nbytes,
+                    2 * count * weight.size,
+                    call,
+                )
+            )
+    return cases
+
+
+def list_layers(kernels: Kernels, forms: Sequence[str]) -> list[Case]:
+    """A MoE layer for one token: three experts and the shared one, in one call."""
+    layer = jax.jit(functools.partial(api.experts, kernels))
+    shapes = (WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)
+    cases: list[Case] = []
+    for form in forms:
+        one = [_normal(seed, *shape) for seed, shape in enumerate(shapes)]
+        held = [array.astype(form) if form == "bfloat16" else quantise(array, cast(Form, form)) for array in one]
+        stacks = jax.tree.map(lambda leaf: jnp.stack([leaf] * EXPERTS), held)
+        chosen = jnp.asarray([[1, 4, 6]], jnp.int32)
+        call = functools.partial(layer, _normal(9, 1, HIDDEN), jnp.ones((1, TOP_K)) / TOP_K, chosen, stacks, held)
+        num_bytes = (TOP_K + 1) * sum(map(_num_bytes, held))
+        cases.append(
+            ({"what": "MoE layer", "form": form, "rows": 1}, num_bytes, 8 * sum(array.size for array in one), call)
+        )
+    return cases
+
+
+def measure(cases: Sequence[Case], rounds: int) -> tuple[float, list[Row]]:
+    """The rate at which memory is read, and a row for each case; medians over rounds."""
+    read = read_meter(num_threads())
+    rates: list[float] = []
+    seconds: list[list[float]] = [[] for _ in cases]
+    for _, _, _, call in cases:
+        jax.block_until_ready(call())
+    for _ in range(rounds):
+        for (_, _, _, call), times in zip(cases, seconds, strict=True):
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            times.append(time.perf_counter() - begin)
+        rates.append(read())
+    rate = statistics.median(rates)
+    found = []
+    for (row, num_bytes, operations, _), times in zip(cases, seconds, strict=True):
+        median = statistics.median(times)
+        found.append(
+            row
+            | {
+                "ms": median * 1e3,
+                "gb_per_s": num_bytes / median / 1e9,
+                "share_of_read": num_bytes / median / rate,
+                "gflop_per_s": operations / median / 1e9,
+            }
+        )
+    return rate, found
+
+
+def _normal(seed: int, *shape: int) -> Float[Array, "rows columns"]:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def _num_bytes(weight: object) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+
+
+if __name__ == "__main__":
+    main()

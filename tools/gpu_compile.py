@@ -63,6 +63,8 @@ gpu_device_info {
 }
 """
 
+NO_LOOP = ptx.Loop()
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelReport:
@@ -76,6 +78,7 @@ class KernelReport:
       num_wgmma, num_mma_sync, num_tma: Instructions of warpgroup products, of older products, and of bulk copies.
       num_plain_stores: Bulk stores without a tensor map, see `ptx.store_fault`.
       smem_bytes: Shared memory of a block, without its barriers.
+      loop: Of the product loop, see `ptx.Loop`.
     """
 
     name: str
@@ -87,6 +90,7 @@ class KernelReport:
     num_tma: int
     num_plain_stores: int = 0
     smem_bytes: int = 0
+    loop: ptx.Loop = NO_LOOP
 
 
 def missing() -> str | None:
@@ -193,6 +197,7 @@ def read_kernels(folder: pathlib.Path) -> list[KernelReport]:
                 num_tma=text.count("cp.async.bulk.tensor"),
                 num_plain_stores=ptx.count_plain_stores(text),
                 smem_bytes=int(smem.group(1)) if smem else 0,
+                loop=ptx.read_loop(text),
             )
         )
     return reports

@@ -1,8 +1,11 @@
-"""Two faults of a Hopper kernel that its PTX shows and that no interpreter can: both look right until a GPU runs them."""
+"""What the PTX of a Hopper kernel shows: what its product loop is made of, and two faults that no interpreter can see, since
+both look right until a GPU runs them.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 THREADS_PER_WARPGROUP = 128
 # Bulk stores without a tensor map in one kernel, by how a case's name begins, and why they stay inside. A store with a
@@ -63,3 +66,53 @@ def store_fault(case: str, num_plain_stores: int) -> str | None:
         f"{num_plain_stores} bulk stores of {case} have no tensor map, {expected} are known: nothing cuts them off at the "
         "end of a row. Show that they stay inside, then count them in PLAIN_STORES (tools/ptx.py)"
     )
+
+
+class Loop(NamedTuple):
+    """What one turn of a kernel's longest product loop has, by a thread; what only some turns do is counted, too.
+
+    Attributes:
+      instructions: Of PTX; the assembler merges some and splits others.
+      barriers: Of a warpgroup or the block.
+      shared_bytes: That loads and stores move between registers and shared memory.
+    """
+
+    instructions: int = 0
+    barriers: int = 0
+    shared_bytes: int = 0
+
+
+def read_loop(text: str) -> Loop:
+    """The longest of the innermost loops that contain a tensor-core product; zeros if there is none.
+
+    A loop is what lies between a label and a branch back to it, as the compiler lays them out.
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    labels = {line[:-1]: index for index, line in enumerate(lines) if re.fullmatch(r"\$\w+:", line)}
+    loops = []
+    for index, line in enumerate(lines):
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
+        start = labels.get(branch.group(1), index) if branch else index
+        if start < index and any("wgmma.mma_async" in inner for inner in lines[start:index]):
+            loops.append((start, index))
+    innermost = [
+        (start, end)
+        for start, end in loops
+        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in loops)
+    ]
+    return max((_count(lines[start : end + 1]) for start, end in innermost), default=Loop())
+
+
+def _count(lines: list[str]) -> Loop:
+    code = [line for line in lines if line.endswith(";") and not line.startswith((".", "//"))]
+    barriers = sum(bool(re.search(r"\b(?:bar|barrier)\.", line)) for line in code)
+    return Loop(len(code), barriers, sum(map(_shared_bytes, code)))
+
+
+def _shared_bytes(line: str) -> int:
+    """Bytes that a load or store moves for a thread."""
+    matrix = re.search(r"\b(?:ld|st)matrix\.\S*?\.x(\d)", line)
+    if matrix:
+        return 4 * int(matrix.group(1))
+    plain = re.search(r"\b(?:ld|st)(?:\.\w+)*\.shared(?:::\w+)?(?:\.v(\d))?\.[a-z](\d+)", line)
+    return int(plain.group(1) or 1) * int(plain.group(2)) // 8 if plain else 0

@@ -15,7 +15,7 @@ import pathlib
 import jax
 
 from pallas_kernels.compat import IS_0_11
-from tools import gpu_compile
+from tools import gpu_compile, ptx
 from tools.gpu_check import cases as case_list
 from tools.gpu_check.case import Case
 
@@ -100,16 +100,19 @@ def table(rows: list[dict[str, object]]) -> str:
         f"sm_90a, jax {jax.__version__}, without a GPU: `python -m tools.record_kernels` writes this page and the",
         "JSON file beside it; `make kernels` compiles the same and checks it. Registers are a thread's when a kernel",
         "starts; warpgroups then trade them (`setmaxnreg`). Shared memory is a block's, of 227 KB. Code that two cases",
-        "have in common is listed once. Nothing here was run: no time is given because none was measured.",
+        "have in common is listed once. A turn is one of the product loop: PTX instructions, barriers, and bytes that a",
+        "thread moves to and from shared memory; what only some turns do is counted, too. Nothing here was run: no time",
+        "is given because none was measured.",
         "",
-        "| case | kernel | registers | spilled bytes | shared memory, KB | wgmma | bulk copies |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| case | kernel | registers | spilled bytes | shared memory, KB | wgmma | bulk copies | a turn |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         kinds = ", ".join(str(kind) for kind in row["wgmma"]) or "-"  # type: ignore[attr-defined]
         lines.append(
             f"| {row['case']} | {row['name']} | {row['registers']} | {row['spill_bytes']} | "
-            f"{int(str(row['smem_bytes'])) / 1024:.0f} | {kinds} ({row['num_wgmma']}) | {row['num_tma']} |"
+            f"{int(str(row['smem_bytes'])) / 1024:.0f} | {kinds} ({row['num_wgmma']}) | {row['num_tma']} | "
+            f"{', '.join(map(str, ptx.Loop(*row['loop']))) if row['num_wgmma'] else '-'} |"  # type: ignore[misc]
         )
     lines += ["", "Allowed to spill, in bytes a thread:", ""]
     lines += [f"- `{start}`: {limit}; {why}." for start, (limit, why) in ALLOWED_SPILLS.items()]

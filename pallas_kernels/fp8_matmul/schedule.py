@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.storage import BLOCK
@@ -15,35 +14,40 @@ from pallas_kernels.storage import BLOCK
 # An index as loops hand it out: traced, or plain where nothing is traced.
 Index = jax.Array | int
 NUM_SMS = 132
-# What there is to choose from: rows of a tile, 64 for each warpgroup that multiplies; shares (see `make`); and CTAs that
-# share what they copy of x, which pays where there is much of it.
-CHOICES = ((64, 1, 1), (64, 2, 1), (128, 1, 1), (128, 2, 1), (128, 1, 2), (128, 2, 2), (192, 1, 2), (192, 2, 2))
+# What there is to choose from: rows of a tile, 64 for each warpgroup that multiplies; CTAs that share a tile's K; and CTAs
+# that share what they copy of x, which pays where there is much of it.
+CHOICES = (
+    *((rows, split, 1) for rows in (64, 128) for split in (1, 2, 4, 8)),
+    *((rows, split, 2) for rows in (64, 128) for split in (1, 2, 4)),
+    (192, 1, 2),
+)
+# CTAs of a cluster at the most.
+MAX_CLUSTER = 8
 # Row tiles that run side by side in a large product: 10 x 192 rows and 13 x 128 columns use what they load most often.
 GROUP = 10
 # What the choice between tiles reckons with, for one multiprocessor of an H100: FLOP/us that promotion leaves of the
-# peak, bytes/us from L2; for the GPU: bytes/us from HBM and, for partial sums, from L2; and us for one more launch.
-# Read off the data sheet and published kernels, not measured here; `tools/gpu_check` measures the choice itself.
-SM_FLOPS, SM_BYTES, HBM_BYTES, L2_BYTES, LAUNCH_US = 10.5e6, 40e3, 3.0e6, 4.0e6, 2.0
+# peak, bytes/us from L2; bytes/us from HBM for the GPU; and us until a cluster has added up a tile. Read off the data sheet
+# and published kernels, not measured here; `tools/gpu_check` measures the choice itself.
+SM_FLOPS, SM_BYTES, HBM_BYTES, EXCHANGE_US = 10.5e6, 40e3, 3.0e6, 1.0
+# Multiprocessors come in groups of 16 or 18, which a cluster must fit into.
+GROUP_SMS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Output tiles of block_m x (128 cluster), `depth` blocks of 128 columns of K each, dealt out to `num_workers`.
+    """Output tiles of block_m x (128 cluster), each of `depth` blocks of 128 columns of K, dealt out to `num_workers`.
 
-    A worker is a CTA, or a cluster of two with 128 columns each.
-
-    All blocks of all tiles stand in one line, tile after tile; a unit is `span` of them. With span = depth a unit is a
-    tile. Otherwise ("split") each unit is one worker's equal share of the line, and a tile is the sum of up to `num_parts`
-    units: nothing waits for anything, the parts are added afterwards.
+    A worker is a CTA, or a cluster of split x cluster of them: `cluster` with 128 columns each, which share rows of x, and
+    `split` of each that share its K, see `exchange`.
     """
 
     m: int
     n: int
     depth: int
     block_m: int
-    span: int
     num_workers: int
     cluster: int
+    split: int
 
     @property
     def row_tiles(self) -> int:
@@ -54,17 +58,13 @@ class Schedule:
         return -(-self.n // (BLOCK * self.cluster))
 
     @property
-    def num_blocks(self) -> int:
-        return self.row_tiles * self.column_tiles * self.depth
+    def num_tiles(self) -> int:
+        return self.row_tiles * self.column_tiles
 
     @property
-    def num_units(self) -> int:
-        return -(-self.num_blocks // self.span)
-
-    @property
-    def num_parts(self) -> int:
-        """The most units that any tile is spread over."""
-        return int(self.parts().max())
+    def share(self) -> int:
+        """The most blocks of a tile that one CTA has."""
+        return -(-self.depth // self.split)
 
     def place(self, tile: Index) -> tuple[jax.Array, jax.Array]:
         """Row tile and column tile; GROUP row tiles go together, in them columns are slowest."""
@@ -74,48 +74,38 @@ class Schedule:
         rows = jnp.minimum(self.row_tiles - first_row, group_rows)
         return first_row + lax.rem(rest, rows), lax.div(rest, rows)
 
-    def for_each_segment(self, worker: Index, visit: Callable[[Index, Index, Index, Index, Index], None]) -> jax.Array:
-        """Calls visit(tile, part, start, stop, done) for what `worker` has to do, in order: blocks start..stop of a tile.
+    def for_each_tile(
+        self, worker: Index, rank: Index, visit: Callable[[Index, Index, Index, Index], None]
+    ) -> jax.Array:
+        """Calls visit(tile, start, stop, done) for what CTA `rank` of `worker` has to do, in order: blocks start..stop.
 
-        `part` numbers the unit among those of the tile, `done` counts the blocks before. Returns the count of all.
+        `done` counts the blocks before. Returns the count of all.
         """
+        start = lax.div(rank * self.depth, jnp.int32(self.split))
+        stop = lax.div((rank + 1) * self.depth, jnp.int32(self.split))
 
-        def run_unit(turn: Index, done: Index) -> jax.Array:
-            unit = worker + turn * self.num_workers
-            low = unit * self.span
-            high = jnp.minimum(low + self.span, self.num_blocks)
-            first_tile = lax.div(low, jnp.int32(self.depth))
+        def run_tile(turn: Index, done: Index) -> jax.Array:
+            visit(worker + turn * self.num_workers, start, stop, done)
+            return done + stop - start
 
-            def run_segment(index: Index, done: Index) -> jax.Array:
-                tile = first_tile + index
-                tile_low = tile * self.depth
-                start, stop = jnp.maximum(low - tile_low, 0), jnp.minimum(high - tile_low, self.depth)
-                visit(tile, unit - lax.div(tile_low, jnp.int32(self.span)), start, stop, done)
-                return done + stop - start
-
-            num_segments = lax.div(high - 1, jnp.int32(self.depth)) - first_tile + 1
-            return lax.fori_loop(jnp.int32(0), num_segments, run_segment, done)
-
-        turns = lax.div(self.num_units - worker + self.num_workers - 1, jnp.int32(self.num_workers))
-        return lax.fori_loop(jnp.int32(0), turns, run_unit, jnp.int32(0))
-
-    def parts(self) -> np.ndarray:
-        """How many units made each tile: [row_tiles, column_tiles]."""
-        group_rows = min(GROUP, self.row_tiles)
-        row, column = np.indices((self.row_tiles, self.column_tiles))
-        first_row = row // group_rows * group_rows
-        rows = np.minimum(self.row_tiles - first_row, group_rows)
-        start = (first_row * self.column_tiles + column * rows + row - first_row) * self.depth
-        return (start + self.depth - 1) // self.span - start // self.span + 1
+        turns = lax.div(self.num_tiles - worker + self.num_workers - 1, jnp.int32(self.num_workers))
+        return lax.fori_loop(jnp.int32(0), turns, run_tile, jnp.int32(0))
 
 
 def make(m: int, n: int, k: int, *, block_m: int, split_k: int, cluster: int, num_ctas: int = NUM_SMS) -> Schedule:
-    """A schedule with tiles of `block_m` rows; split_k = 1 keeps tiles whole, 2 gives every worker an equal share."""
-    depth = -(-k // BLOCK)
-    whole = Schedule(m, n, depth, block_m, depth, max(num_ctas // cluster, 1), cluster)
-    if split_k > 1:
-        return dataclasses.replace(whole, span=-(-whole.num_blocks // whole.num_workers))
-    return whole
+    """A schedule with tiles of `block_m` rows, `cluster` of them side by side, each shared by `split_k` CTAs along K.
+
+    Raises:
+      ValueError: For a cluster that cannot be.
+    """
+    size = split_k * cluster
+    if BLOCK % split_k or size > MAX_CLUSTER:
+        raise ValueError(
+            f"fp8_matmul shares a tile's K among 1, 2, 4 or 8 CTAs, {MAX_CLUSTER} in a cluster at the most; "
+            f"not among {split_k} with {cluster} tiles in a cluster"
+        )
+    usable = num_ctas if size <= 2 else num_ctas // GROUP_SMS * GROUP_SMS
+    return Schedule(m, n, -(-k // BLOCK), block_m, max(usable // size, 1), cluster, split_k)
 
 
 def default_blocks(m: int, n: int, k: int) -> dict[str, int]:
@@ -129,16 +119,13 @@ def estimate_us(schedule: Schedule) -> float:
     # One warpgroup of products does not hide its own promotion; two do.
     flops = 2 * schedule.block_m * BLOCK * BLOCK * (1.6 if schedule.block_m == 64 else 1.0)
     loaded = (min(schedule.block_m, schedule.m) / schedule.cluster + BLOCK) * BLOCK
-    unit_us = schedule.span * max(flops / SM_FLOPS, loaded / SM_BYTES)
+    tile_us = schedule.share * max(flops / SM_FLOPS, loaded / SM_BYTES) + (EXCHANGE_US if schedule.split > 1 else 0)
     hbm_us = (schedule.m + schedule.n) * schedule.depth * BLOCK / HBM_BYTES
-    turns, rest = divmod(schedule.num_units, schedule.num_workers)
-    us = sum(
-        max(unit_us, hbm_us * busy / schedule.num_units)
+    turns, rest = divmod(schedule.num_tiles, schedule.num_workers)
+    return sum(
+        max(tile_us, hbm_us * busy / schedule.num_tiles)
         for busy in [schedule.num_workers] * turns + [rest] * (rest > 0)
     )
-    if schedule.num_parts > 1:
-        us += 2 * 4 * schedule.num_parts * schedule.m * schedule.n / L2_BYTES + LAUNCH_US
-    return us
 
 
 def _divide(value: Index, by: int) -> tuple[jax.Array, jax.Array]:

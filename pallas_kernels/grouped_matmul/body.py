@@ -20,6 +20,8 @@ from pallas_kernels.storage import BLOCK
 GROUP_ROWS = 64
 # Columns of one copy out of the registers.
 STORE_COLUMNS = 64
+# Sums of products, and the weights' scales of the next step.
+Scaled = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 # A row whose largest value is below this is stored as zeros: the inverse of its scale would overflow.
 TINY = 1e-30
 
@@ -129,10 +131,14 @@ def run(
         def multiply_scaled(start: jax.Array, expert: jax.Array, block: jax.Array) -> tuple[jax.Array, ...]:
             first_factor = (expert * plan.blocks + block) * plan.steps
 
-            def add(step: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def factors_of(step: jax.Array | int) -> tuple[jax.Array, ...]:
+                return tuple(scales[first_factor + step] for scales in weight_scales)
+
+            def add(step: jax.Array, carry: Scaled) -> Scaled:
+                sums, factors = carry
                 slot = lax.rem(start + step, stages)
-                # Before the wait, so that they arrive meanwhile.
-                factors = [scales[first_factor + step] for scales in weight_scales]
+                # A step ahead: one that misses the cache must not be waited for between two products.
+                next_factors = factors_of(jnp.minimum(step + 1, plan.steps - 1))
                 plgpu.barrier_wait(full.at[slot])
                 scale = target.load(row_scales_smem.at[slot, part], WGMMA_ROW)
                 new = []
@@ -141,10 +147,10 @@ def run(
                     if index == plan.num_weights - 1:
                         release(slot)
                     new.append(sums[index] + product * lax.broadcast_in_dim(scale * factors[index], shape, [0]))
-                return tuple(new)
+                return tuple(new), next_factors
 
             zeros = tuple(target.full(shape, 0.0, WGMMA) for _ in range(plan.num_weights))
-            return lax.fori_loop(0, plan.steps, add, zeros)
+            return lax.fori_loop(0, plan.steps, add, (zeros, factors_of(0)))[0]
 
         def row_scale(largest: jax.Array, item: jax.Array) -> jax.Array:
             """Scale of each row from the largest value in this warpgroup's columns."""
@@ -170,6 +176,28 @@ def run(
 
         def visit(item: jax.Array, _: tuple[()]) -> tuple[()]:
             tile, block, expert = locate(item)
+            work = functools.partial(produce, item, tile, block, expert)
+            if plan.row_groups == 1:
+                work()
+                return ()
+            # The first rows of a tile hold the pairs: where they all are in the first half, the second has none.
+            is_empty = table[tile, 3] <= row_group * GROUP_ROWS
+            lax.cond(is_empty, functools.partial(pass_by, item * plan.steps), work)
+            return ()
+
+        def pass_by(start: jax.Array) -> None:
+            """Takes part in the ring and leaves the tensor cores to the other warpgroup."""
+
+            def step(index: jax.Array, _: tuple[()]) -> tuple[()]:
+                slot = lax.rem(start + index, stages)
+                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
+                return ()
+
+            lax.fori_loop(0, plan.steps, step, ())
+
+        def produce(item: jax.Array, tile: jax.Array, block: jax.Array, expert: jax.Array) -> None:
+            """The products of a work item, and what is made of them."""
             start = item * plan.steps
             sums = multiply_scaled(start, expert, block) if weight_scales else multiply(start)
             row = tile * plan.tile_rows + row_group * GROUP_ROWS
@@ -197,7 +225,6 @@ def run(
                     # A quotient may round to just above the largest value, which e4m3 would turn into NaN.
                     result = jnp.clip(result, -FP8_MAX, FP8_MAX)
                 store(result, row, block * BLOCK + column_group * plan.columns + offset)
-            return ()
 
         lax.fori_loop(0, num_items, visit, ())
         plgpu.wait_smem_to_gmem(0)

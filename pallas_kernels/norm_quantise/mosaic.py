@@ -45,8 +45,8 @@ def norm_quantise(
         jax.ShapeDtypeStruct((m, blocks, BLOCK), FP8),
         jax.ShapeDtypeStruct(scales_shape((m, size), scales_layout), jnp.float32),
     ]
-    # A copy into a swizzled buffer takes arrays of whole tiles of 8 rows; the columns of a joined product may be none.
-    transforms = () if x.shape[1] // BLOCK % 8 else swizzled(x.dtype)
+    # A copy into a swizzled buffer takes arrays of whole tiles of 8 rows; the columns of a joined product may be 20.
+    transforms = swizzled(x.dtype) if x.shape[1] // BLOCK % 8 == 0 else (plgpu.TilingTransform((4, 64)),)
     scratch_types = [
         plgpu.SMEM((TILE, BLOCK), x.dtype, transforms=transforms),
         plgpu.SMEM((TILE, BLOCK), weight.dtype, transforms=swizzled(weight.dtype)),

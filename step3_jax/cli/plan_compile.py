@@ -117,7 +117,7 @@ def _compile_both(model: Step3, layout: Layout, deployment: Deployment, cache: C
     weights = jax.tree.leaves(nnx.state(model.text))
     num_tokens = _count_tokens(pool, layout, model.config.text.num_hidden_layers)
     # The tower has no part in a decode step and is on the devices all the same.
-    return _read_bytes(program, weights, vision, pool, (batch, sampling, np.int32(1)), num_tokens)
+    return _read_bytes(program, weights, vision, pool, (batch, sampling, np.int32(1), np.bool_(False)), num_tokens)
 
 
 def _compile_attention(

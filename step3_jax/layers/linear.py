@@ -49,7 +49,7 @@ class Linear(nnx.Module):
     @property
     def takes_rows(self) -> bool:
         """Whether quantised rows are what it multiplies."""
-        return self.quantises and is_fp8(self.weight[...])
+        return self.quantises and is_fp8(self.weight.get_value())
 
     def __call__(self, hidden: Float[Array, "*batch features_in"] | Rows) -> Float[Array, "*batch features_out"]:
         """The product; of `Rows` it has one leading axis."""

@@ -96,7 +96,7 @@ class Experts(nnx.Module):
     @property
     def takes_rows(self) -> bool:
         """Whether quantised rows are what it multiplies."""
-        return self.quantises and all(is_fp8(getattr(self, name)[...]) for name in STACKS)
+        return self.quantises and all(is_fp8(getattr(self, name).get_value()) for name in STACKS)
 
     def __call__(
         self,

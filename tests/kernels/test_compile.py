@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -92,13 +94,26 @@ def test_a_ranks_step_of_all_layers_compiles_and_copies_neither_weights_nor_cach
     memory = compiled.memory_analysis()
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(model.make_cache)))
     assert memory.alias_size_in_bytes >= cache
-    # One expert's matrix alone is 37 MB and a layer's cache 277 MB: what is left is activations.
-    assert memory.temp_size_in_bytes < 250e6
+    # One layer of experts is 660 MB and a layer of the cache 277 MB: what is left are activations, and what the sampler
+    # makes of [128, 128,815] logits, 66 MB each.
+    assert memory.temp_size_in_bytes < 500e6
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 78 * 2**30
     text = compiled.as_text()
     assert text.count('custom_call_target="mosaic_gpu_v2"') >= 12
     # Short of memory, as it believes, XLA computes things several times over instead of keeping them.
     assert "remat" not in text
+    # A slice of a stack has XLA change the recorded launches in every layer. The sampler copies logits.
+    lines = [line.strip() for line in text.splitlines() if re.search(r" (copy|dynamic-slice)\(", line)]
+    assert [line for line in lines if result_bytes(line) > 1e6 and f",{model.sizes.text.vocab_size}]" not in line] == []
+
+
+def result_bytes(line: str) -> float:
+    """Bytes of what an instruction of HLO gives."""
+    found = re.search(r"= (\w+?)(\d+)?\w*\[([\d,]*)\]", line)
+    if found is None:
+        return 0.0
+    sizes = [int(size) for size in found.group(3).split(",") if size]
+    return math.prod(sizes) * int(found.group(2) or 8) / 8
 
 
 @pytest.mark.parametrize("options", ["yes", "no"])

@@ -36,3 +36,25 @@ def test_a_store_that_nothing_cuts_off_must_be_known() -> None:
     # Rows that are no whole number of tiles need a store of their own.
     assert ptx.store_fault("swiglu_quantise/77x5120", 2) is None
     assert ptx.store_fault("swiglu_quantise/77x5120", 1) is not None
+
+
+def test_the_longest_product_loop_is_read() -> None:
+    text = """
+$L__BB0_1:
+    add.s32 %r1, %r1, 1;
+    @%p1 bra $L__BB0_1;
+$L__BB0_2:
+    mov.b32 %r2, 0;
+$L__BB0_3:
+    // a comment
+    ld.shared.v4.b32 {%r3, %r4, %r5, %r6}, [%rd1];
+    st.shared.b16 [%rd2], %rs1;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r7, %r8, %r9, %r10}, [%r11];
+    bar.sync 1, 128;
+    mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r12], %r13;
+    wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {%f1}, %rd3, %rd4, p, 1, 1;
+    @%p3 bra $L__BB0_3;
+    @%p4 bra $L__BB0_2;
+"""
+    assert ptx.read_loop(text) == ptx.Loop(instructions=7, barriers=1, shared_bytes=16 + 2 + 16)
+    assert ptx.read_loop("wgmma.mma_async;") == ptx.Loop()

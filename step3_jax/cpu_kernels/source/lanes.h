@@ -63,10 +63,6 @@ INLINE void widen_int4(const uint8_t* unit, int column, Lanes out[2]) {
   out[1] = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(wide, 4), zero));
 }
 
-INLINE __m256 add_halves(Lanes value) {
-  return _mm256_add_ps(_mm512_castps512_ps256(value), _mm512_extractf32x8_ps(value, 1));
-}
-
 #elif defined(__AVX2__)
 
 enum { LANES = 8, TILE_ROWS = 3 };
@@ -105,8 +101,6 @@ INLINE void widen_int4(const uint8_t* unit, int column, Lanes out[2]) {
     out[half] = _mm256_cvtepi32_ps(_mm256_sub_epi32(value, _mm256_set1_epi32(8)));
   }
 }
-
-INLINE __m256 add_halves(Lanes value) { return value; }
 
 #else
 
@@ -167,11 +161,17 @@ INLINE void widen_int4(const uint8_t* unit, int column, Lanes out[2]) {
 
 // The sums over the lanes of four vectors, each in the same order.
 INLINE void sum_lanes(const Lanes values[TILE_COLUMNS], float sums[TILE_COLUMNS]) {
-#if defined(__AVX2__)
-  const __m256 a = _mm256_hadd_ps(add_halves(values[0]), add_halves(values[1]));
-  const __m256 b = _mm256_hadd_ps(add_halves(values[2]), add_halves(values[3]));
-  const __m256 both = _mm256_hadd_ps(a, b);
-  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#if defined(__AVX512BW__)
+  const __m512 a = _mm512_unpacklo_ps(values[0], values[1]) + _mm512_unpackhi_ps(values[0], values[1]);
+  const __m512 b = _mm512_unpacklo_ps(values[2], values[3]) + _mm512_unpackhi_ps(values[2], values[3]);
+  const __m512 both = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xEE);
+  const __m256 half = _mm512_castps512_ps256(both) + _mm512_extractf32x8_ps(both, 1);
+  _mm_storeu_ps(sums, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  const __m256 a = _mm256_unpacklo_ps(values[0], values[1]) + _mm256_unpackhi_ps(values[0], values[1]);
+  const __m256 b = _mm256_unpacklo_ps(values[2], values[3]) + _mm256_unpackhi_ps(values[2], values[3]);
+  const __m256 both = _mm256_shuffle_ps(a, b, 0x44) + _mm256_shuffle_ps(a, b, 0xEE);
+  _mm_storeu_ps(sums, _mm256_castps256_ps128(both) + _mm256_extractf128_ps(both, 1));
 #else
   for (int i = 0; i < TILE_COLUMNS; i++) {
     const Lanes v = values[i];

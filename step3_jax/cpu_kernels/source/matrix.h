@@ -10,6 +10,7 @@
 
 #include "lanes.h"
 
+// FORM_PANEL is what other forms are widened to: TILE_COLUMNS rows of float32, interleaved vector by vector.
 typedef enum { FORM_F32, FORM_BF16, FORM_FP8, FORM_INT8, FORM_INT4, FORM_PANEL } Form;
 
 enum {
@@ -17,6 +18,7 @@ enum {
   GROUP = 128,          // columns that share a scale
   INT4_UNIT = 32,       // columns of 16 packed bytes
   COLUMN_BLOCK = 1024,  // widened weights of a tile stay in the first cache
+  MAX_DIRECT_ROWS = 2 * TILE_ROWS,
   ROW_BLOCK = 96,       // activations of so many rows and COLUMN_BLOCK columns stay in the second cache
 };
 
@@ -47,10 +49,7 @@ INLINE void widen(Form form, const uint8_t* row, int64_t column, Lanes out[2]) {
       out[0] = load((const float*)row + column);
       out[1] = load((const float*)row + column + LANES);
       break;
-    case FORM_PANEL:  // TILE_COLUMNS rows, interleaved vector by vector
-      out[0] = load((const float*)row + column * TILE_COLUMNS);
-      out[1] = load((const float*)row + (column + LANES) * TILE_COLUMNS);
-      break;
+    case FORM_PANEL: break;  // see add_step
     case FORM_BF16: widen_bf16(row + 2 * column, out); break;
     case FORM_FP8: widen_fp8(row + column, out); break;
     case FORM_INT8: widen_int8(row + column, out); break;
@@ -95,6 +94,18 @@ INLINE void copy_rest(Form form, const uint8_t* row, int64_t column, int64_t num
 INLINE void add_step(
     Form form, int rows, const TileWeights* weights, int64_t column, const float* const* x, int64_t x_column,
     const Lanes scales[TILE_COLUMNS], Lanes sums[][TILE_COLUMNS]) {
+  if (form == FORM_PANEL) {
+    // Vector by vector, so that what all columns are multiplied with stays in registers.
+    UNROLL for (int half = 0; half < 2; half++) {
+      Lanes values[TILE_ROWS];
+      UNROLL for (int r = 0; r < rows; r++) values[r] = load(x[r] + x_column + half * LANES);
+      UNROLL for (int i = 0; i < TILE_COLUMNS; i++) {
+        const Lanes weight = load((const float*)weights->rows[i] + (column + half * LANES) * TILE_COLUMNS);
+        UNROLL for (int r = 0; r < rows; r++) sums[r][i] = multiply_add(values[r], weight, sums[r][i]);
+      }
+    }
+    return;
+  }
   UNROLL for (int i = 0; i < TILE_COLUMNS; i++) {
     Lanes wide[2];
     widen(form, weights->rows[i], column, wide);
@@ -106,6 +117,13 @@ INLINE void add_step(
       sums[r][i] = multiply_add(load(x[r] + x_column), wide[0], sums[r][i]);
       sums[r][i] = multiply_add(load(x[r] + x_column + LANES), wide[1], sums[r][i]);
     }
+  }
+}
+
+// Fetches the next tile's columns ahead: a tile touches each of its rows for a short while only.
+INLINE void prefetch(Form form, const uint8_t* row, int64_t column, int64_t stop, int64_t distance) {
+  for (int64_t byte = stored_bytes(form, column); byte < stored_bytes(form, stop); byte += 64) {
+    __builtin_prefetch(row + byte + distance, 0, 2);
   }
 }
 
@@ -125,13 +143,8 @@ INLINE void sum_tile(
       UNROLL for (int i = 0; i < TILE_COLUMNS; i++) scales[i] = find_scale(form, weights->scales[i], group);
     }
     const int64_t end = group + GROUP < whole ? group + GROUP : whole;
-    if (form != FORM_PANEL) {
-      const int64_t from = stored_bytes(form, group), to = stored_bytes(form, end);
-      UNROLL for (int i = 0; i < TILE_COLUMNS; i++) {
-        for (int64_t byte = from; byte < to; byte += 64) {
-          __builtin_prefetch(weights->rows[i] + byte + prefetch_bytes, 0, 2);
-        }
-      }
+    if (form != FORM_PANEL && prefetch_bytes) {
+      UNROLL for (int i = 0; i < TILE_COLUMNS; i++) prefetch(form, weights->rows[i], group, end, prefetch_bytes);
     }
     for (int64_t column = group; column < end; column += STEP) {
       add_step(form, rows, weights, column - origin, x, column, scales, sums);
@@ -198,39 +211,52 @@ static void sum_rows(
   }
 }
 
+INLINE void store_panel(Form form, const uint8_t* row, int64_t column, Lanes scale, float* to) {
+  Lanes wide[2];
+  widen(form, row, column, wide);
+  if (has_scales(form)) {
+    wide[0] = wide[0] * scale;
+    wide[1] = wide[1] * scale;
+  }
+  store(to, wide[0]);
+  store(to + LANES * TILE_COLUMNS, wide[1]);
+}
+
 // Widens the columns [start, stop) of a tile's rows, zeros behind them up to a multiple of STEP.
 INLINE void fill_panel_of(
-    Form form, const TileWeights* weights, int64_t start, int64_t stop, int64_t num_columns, float* panel) {
+    Form form, const TileWeights* weights, int64_t start, int64_t stop, int64_t num_columns, int64_t distance,
+    float* panel) {
   for (int i = 0; i < TILE_COLUMNS; i++) {
-    for (int64_t column = start; column < stop; column += STEP) {
-      uint8_t bytes[STEP * 4];
-      Lanes wide[2];
-      if (column + STEP <= stop || form == FORM_INT4) {
-        widen(form, weights->rows[i], column, wide);
-      } else {
-        copy_rest(form, weights->rows[i], column, num_columns, bytes);
-        widen(form, bytes, 0, wide);
+    const uint8_t* row = weights->rows[i];
+    float* to = panel + i * LANES;
+    for (int64_t group = start; group < stop; group += GROUP) {
+      const int64_t end = group + GROUP < stop ? group + GROUP : stop;
+      const Lanes scale = has_scales(form) ? find_scale(form, weights->scales[i], group) : fill(1.0f);
+      prefetch(form, row, group, end, distance);
+      int64_t column = group;
+      for (; column + STEP <= end; column += STEP) {
+        store_panel(form, row, column, scale, to + (column - start) * TILE_COLUMNS);
       }
-      if (has_scales(form)) {
-        const Lanes scale = find_scale(form, weights->scales[i], column);
-        wide[0] = wide[0] * scale;
-        wide[1] = wide[1] * scale;
+      if (column < end) {
+        uint8_t bytes[STEP * 4];
+        if (form != FORM_INT4) copy_rest(form, row, column, num_columns, bytes);
+        store_panel(
+            form, form == FORM_INT4 ? row : bytes, form == FORM_INT4 ? column : 0, scale,
+            to + (column - start) * TILE_COLUMNS);
       }
-      float* to = panel + (column - start) * TILE_COLUMNS + i * LANES;
-      store(to, wide[0]);
-      store(to + LANES * TILE_COLUMNS, wide[1]);
     }
   }
 }
 
 static void fill_panel(
-    Form form, const TileWeights* weights, int64_t start, int64_t stop, int64_t num_columns, float* panel) {
+    Form form, const TileWeights* weights, int64_t start, int64_t stop, int64_t num_columns, int64_t distance,
+    float* panel) {
   switch (form) {
-    case FORM_F32: fill_panel_of(FORM_F32, weights, start, stop, num_columns, panel); break;
-    case FORM_BF16: fill_panel_of(FORM_BF16, weights, start, stop, num_columns, panel); break;
-    case FORM_FP8: fill_panel_of(FORM_FP8, weights, start, stop, num_columns, panel); break;
-    case FORM_INT8: fill_panel_of(FORM_INT8, weights, start, stop, num_columns, panel); break;
-    case FORM_INT4: fill_panel_of(FORM_INT4, weights, start, stop, num_columns, panel); break;
+    case FORM_F32: fill_panel_of(FORM_F32, weights, start, stop, num_columns, distance, panel); break;
+    case FORM_BF16: fill_panel_of(FORM_BF16, weights, start, stop, num_columns, distance, panel); break;
+    case FORM_FP8: fill_panel_of(FORM_FP8, weights, start, stop, num_columns, distance, panel); break;
+    case FORM_INT8: fill_panel_of(FORM_INT8, weights, start, stop, num_columns, distance, panel); break;
+    case FORM_INT4: fill_panel_of(FORM_INT4, weights, start, stop, num_columns, distance, panel); break;
     case FORM_PANEL: break;
   }
 }
@@ -238,31 +264,40 @@ static void fill_panel(
 // Adds the sums of one tile over the columns [start, end) to the outputs; the first block overwrites them.
 INLINE void add_tile(
     Form form, const Matrix* matrix, const TileWeights* weights, const float* const* x, int rows, int64_t start,
-    int64_t end, int valid, float* out, int64_t out_stride) {
+    int64_t end, int64_t prefetch_bytes, int valid, float* out, int64_t out_stride) {
   float sums[TILE_ROWS][TILE_COLUMNS];
-  sum_rows(form, rows, weights, x, start, end, matrix->num_columns, TILE_COLUMNS * matrix->row_bytes, sums);
+  sum_rows(form, rows, weights, x, start, end, matrix->num_columns, prefetch_bytes, sums);
   for (int r = 0; r < rows; r++) {
     float* to = out + r * out_stride;
-    for (int i = 0; i < valid; i++) to[i] = start == 0 ? sums[r][i] : to[i] + sums[r][i];
+    if (valid == TILE_COLUMNS) {
+      for (int i = 0; i < TILE_COLUMNS; i++) to[i] = start == 0 ? sums[r][i] : to[i] + sums[r][i];
+    } else {
+      for (int i = 0; i < valid; i++) to[i] = start == 0 ? sums[r][i] : to[i] + sums[r][i];
+    }
   }
 }
 
 // out[n][row - first] = the product of x[n] with the matrix's rows [first, stop).
 //
-// Up to TILE_ROWS rows are multiplied while the weights are widened: each weight is read once. For more, the weights of a
-// tile are widened once for ROW_BLOCK rows, to a panel that stays in the first cache.
+// Up to MAX_DIRECT_ROWS rows are multiplied while the weights are widened, TILE_ROWS at a time: a tile's weights come from
+// memory once, then from the first cache. For more, the weights of a tile are widened once for ROW_BLOCK rows, to a panel
+// that stays in the first cache.
 static void multiply_rows(
     const Matrix* matrix, int64_t first, int64_t stop, const float* const* x, int64_t num_x, float* out,
     int64_t out_stride) {
-  const int64_t columns = matrix->num_columns;
-  if (num_x <= TILE_ROWS) {
+  const int64_t columns = matrix->num_columns, distance = TILE_COLUMNS * matrix->row_bytes;
+  if (num_x <= MAX_DIRECT_ROWS) {
     for (int64_t row = first; row < stop; row += TILE_COLUMNS) {
       const TileWeights weights = pick_weights(matrix, row, stop);
       const int valid = stop - row < TILE_COLUMNS ? (int)(stop - row) : TILE_COLUMNS;
       for (int64_t start = 0; start < columns; start += COLUMN_BLOCK) {
         const int64_t end = start + COLUMN_BLOCK < columns ? start + COLUMN_BLOCK : columns;
-        add_tile(
-            matrix->form, matrix, &weights, x, (int)num_x, start, end, valid, out + (row - first), out_stride);
+        for (int64_t n = 0; n < num_x; n += TILE_ROWS) {
+          const int rows = num_x - n < TILE_ROWS ? (int)(num_x - n) : TILE_ROWS;
+          add_tile(
+              matrix->form, matrix, &weights, x + n, rows, start, end, n == 0 ? distance : 0, valid,
+              out + n * out_stride + (row - first), out_stride);
+        }
       }
     }
     return;
@@ -275,12 +310,12 @@ static void multiply_rows(
       for (int64_t row = first; row < stop; row += TILE_COLUMNS) {
         TileWeights weights = pick_weights(matrix, row, stop);
         const int valid = stop - row < TILE_COLUMNS ? (int)(stop - row) : TILE_COLUMNS;
-        fill_panel(matrix->form, &weights, start, end, columns, panel);
+        fill_panel(matrix->form, &weights, start, end, columns, distance, panel);
         for (int i = 0; i < TILE_COLUMNS; i++) weights.rows[i] = (const uint8_t*)(panel + i * LANES);
         for (int64_t n = block; n < block_end; n += TILE_ROWS) {
           const int rows = block_end - n < TILE_ROWS ? (int)(block_end - n) : TILE_ROWS;
           add_tile(
-              FORM_PANEL, matrix, &weights, x + n, rows, start, end, valid, out + n * out_stride + (row - first),
+              FORM_PANEL, matrix, &weights, x + n, rows, start, end, 0, valid, out + n * out_stride + (row - first),
               out_stride);
         }
       }

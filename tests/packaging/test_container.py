@@ -17,7 +17,7 @@ import yaml
 from step3_jax.cli.main import build_parser
 from step3_jax.cli.serve import read_server_config
 from step3_jax.server.config import ServerConfig
-from tests.packaging.containerfile import CHROOT, Containerfile, run_in
+from tests.packaging.containerfile import CHROOT, Containerfile
 from tests.process import ROOT
 
 FOLDER = ROOT / "configs" / "container"
@@ -116,8 +116,6 @@ def started(root: pathlib.Path, file: Containerfile) -> Iterator[subprocess.Pope
 def test_the_steps_of_the_image_for_cpus_make_a_service_that_answers(debian: pathlib.Path) -> None:
     file = Containerfile.read(FOLDER / "cpu.Containerfile")
     file.build(debian, ROOT)
-    versions = json.loads(run_in(debian, ["step3", "env", "--json"], file.environment | {"JAX_PLATFORMS": "cpu"}))
-    assert versions["package"].startswith("/opt/step3/")
     (debian / "dev" / "shm").mkdir(exist_ok=True)
     with started(debian, file) as process:
         user = file.last("USER")
@@ -134,3 +132,7 @@ def test_the_steps_of_the_image_for_cpus_make_a_service_that_answers(debian: pat
             assert time.monotonic() < end, f"the service did not become healthy: {asked.stderr[-500:]}"
             time.sleep(2)
         assert "Paris" in call(["python3", "-c", ASK]).stdout
+        found = json.loads(call(["step3", "env", "--json"]).stdout)
+    assert found["package"].startswith("/opt/step3/")
+    assert found["compile_cache"] == file.environment["JAX_COMPILATION_CACHE_DIR"]
+    assert any((debian / found["compile_cache"].lstrip("/")).iterdir()), "the user could keep no compiled programs"

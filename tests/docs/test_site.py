@@ -1,4 +1,4 @@
-"""The documentation site: built as `make docs` builds it, and looked at in a browser at the widths of a desktop and of a phone."""
+"""The documentation site, built as `make docs` does, in a browser at the widths of a desktop and of a phone."""
 
 from __future__ import annotations
 

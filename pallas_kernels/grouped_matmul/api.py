@@ -94,7 +94,7 @@ def moe_ffn(
         x,
         weights,
         experts,
-        _first_matrix(layer, num_experts),
+        jnp.asarray(0 if layer is None else layer, jnp.int32),
         *stacks,
     )
 

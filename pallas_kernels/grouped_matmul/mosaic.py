@@ -86,7 +86,7 @@ def moe_ffn(
     x: Float[Array, "N D"] | Pair,
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
-    first_matrix: Int[Array, ""],
+    layer: Int[Array, ""],
     gate: Array | Pair,
     up: Array | Pair,
     down: Array | Pair,
@@ -96,11 +96,11 @@ def moe_ffn(
     all_experts: int,
     interpret: bool,
 ) -> Float[Array, "N D"]:
-    """See `api.moe_ffn`; the shard's matrices are `num_experts` of each stack, from `first_matrix` on."""
+    """See `api.moe_ffn`; the shard's matrices are `num_experts` of each stack, those of `layer`."""
     permutation, row_weights = _plan(
         experts,
         weights,
-        first_matrix,
+        layer,
         num_experts=num_experts,
         first_expert=first_expert,
         tile_rows=tile_rows_for(experts.size, all_experts),
@@ -120,7 +120,7 @@ def moe_ffn(
 def _plan(
     experts: Int[Array, "N top_k"],
     weights: Float[Array, "N top_k"],
-    first_matrix: Int[Array, ""],
+    layer: Int[Array, ""],
     *,
     num_experts: int,
     first_expert: int,
@@ -130,10 +130,10 @@ def _plan(
     """The permutation, its tiles pointing into the stack, and the weights of its rows: by a kernel if that can serve."""
     options = {"num_experts": num_experts, "first_expert": first_expert, "tile_rows": tile_rows}
     if plan.unsupported(experts.size, num_experts, tile_rows) is None:
-        return plan.plan_permutation(experts, weights, first_matrix, **options, interpret=interpret)
+        return plan.plan_permutation(experts, weights, layer, **options, interpret=interpret)
     permutation = plan_permutation(experts, **options)
     row_weights = permute_weights(weights, permutation)
-    return permutation._replace(tiles=point_at(permutation.tiles, first_matrix)), row_weights
+    return permutation._replace(tiles=point_at(permutation.tiles, layer * num_experts)), row_weights
 
 
 def tile_rows_for(num_pairs: int, num_experts: int) -> int:
@@ -231,6 +231,7 @@ def _product(
         grid_names=("cta",),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="grouped_gate_up" if plan.gated else "grouped_down",
         scratch_types=scratch,
         **target.kernel_options(),
     )(tiles.table, tiles.used, *operands)

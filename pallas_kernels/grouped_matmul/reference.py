@@ -59,7 +59,7 @@ def moe_ffn(
     x: Float[Array, "N D"] | Pair,
     weights: Float[Array, "N top_k"],
     experts: Int[Array, "N top_k"],
-    first_matrix: Int[Array, ""],
+    layer: Int[Array, ""],
     gate: Array | Pair,
     up: Array | Pair,
     down: Array | Pair,
@@ -68,7 +68,7 @@ def moe_ffn(
     first_expert: int,
     all_experts: int,
 ) -> Float[Array, "N D"]:
-    """See `api.moe_ffn`; the shard's matrices are `num_experts` of each stack, from `first_matrix` on."""
+    """See `api.moe_ffn`; the shard's matrices are `num_experts` of each stack, those of `layer`."""
     mean = max(experts.size // all_experts - 1, 0)
     permutation = plan_permutation(
         experts,
@@ -76,7 +76,7 @@ def moe_ffn(
         first_expert=first_expert,
         tile_rows=min(max(MIN_TILE_ROWS, 1 << mean.bit_length()), MAX_TILE_ROWS),
     )
-    tiles = point_at(permutation.tiles, first_matrix)
+    tiles = point_at(permutation.tiles, layer * num_experts)
     is_fp8 = isinstance(gate, tuple)
     if is_fp8:
         values, scales = quantise_rows(x) if isinstance(x, jax.Array) else (x[0], scales_to_rows(x[1], x[0].shape[0]))

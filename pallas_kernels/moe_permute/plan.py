@@ -43,7 +43,7 @@ def unsupported(num_pairs: int, num_experts: int, tile_rows: int) -> str | None:
 def plan_permutation(
     experts: Int[Array, "N top_k"],
     weights: Float[Array, "N top_k"],
-    first_matrix: Int[Array, ""],
+    layer: Int[Array, ""],
     *,
     num_experts: int,
     first_expert: int,
@@ -51,7 +51,7 @@ def plan_permutation(
     interpret: bool,
     detect_races: bool = False,
 ) -> tuple[Permutation, Float[Array, " R"]]:
-    """The permutation, its tiles pointing into a stack whose first matrix is `first_matrix`, and the weight of each row.
+    """The permutation, its tiles pointing at a layer of a stack of layers, and the weight of each row.
 
     As `reference.plan_permutation`, `point_at` and `permute_weights` together, but for what no pair has: pairs and weights
     of such rows, and tiles that are not in use, may be anything.
@@ -85,12 +85,12 @@ def plan_permutation(
         grid_names=("chunk",),
         scratch_types=[
             plgpu.SMEM((num_chunks, PAIRS), jnp.int32),
-            *(plgpu.SMEM((PAIRS,), jnp.int32) for _ in range(4)),
+            *(plgpu.SMEM((PAIRS,), jnp.int32) for _ in range(5)),
             plgpu.Barrier(num_arrivals=1),
         ],
         kernel_name="moe_plan",
         **target.kernel_options(),
-    )(flat.reshape(num_chunks, PAIRS), weights.reshape(-1).astype(jnp.float32), first_matrix.reshape(1))
+    )(flat.reshape(num_chunks, PAIRS), weights.reshape(-1).astype(jnp.float32), layer.reshape(1))
     rows = rows if missing == 0 else rows[:num_pairs]
     return Permutation(pairs, rows.reshape(experts.shape), Tiles(table, used)), row_weights
 
@@ -98,7 +98,7 @@ def plan_permutation(
 def _body(
     experts_ref: Ref,
     weights_ref: Ref,
-    first_matrix_ref: Ref,
+    layer_ref: Ref,
     pairs_ref: Ref,
     row_weights_ref: Ref,
     rows_ref: Ref,
@@ -109,6 +109,7 @@ def _body(
     starts: Ref,
     bases: Ref,
     rows: Ref,
+    own_experts: Ref,
     copied: Ref,
     *,
     num_pairs: int,
@@ -119,7 +120,7 @@ def _body(
     target: Target,
 ) -> None:
     """Shared memory has `counts` of pairs, `starts` (first tile) and `bases` (row of the first pair here) of each expert,
-    and `rows` of this CTA's pairs.
+    and `rows` and `own_experts` of this CTA's pairs.
     """
     chunk = lax.axis_index("chunk")
     num_chunks = experts_ref.shape[0]
@@ -128,11 +129,15 @@ def _body(
     plgpu.barrier_wait(copied)
     down, across = target.iota(shape, 0, WGMMA), target.iota(shape, 1, WGMMA)
 
+    # Layouts are said wherever they could be found out: the search for them would take minutes here.
     def select(mask: jax.Array, value: jax.Array | int) -> jax.Array:
-        return jnp.where(mask, value, jnp.zeros((), jnp.int32))
+        return target.cast_layout(jnp.where(mask, value, jnp.zeros((), jnp.int32)), WGMMA)
+
+    def add_up(value: jax.Array) -> jax.Array:
+        return target.cast_layout(jnp.sum(value, axis=1), WGMMA_ROW)
 
     def along_columns(ref: Ref) -> jax.Array:
-        return lax.broadcast_in_dim(target.load(ref, WGMMA_COLUMN), shape, [1])
+        return target.cast_layout(lax.broadcast_in_dim(target.load(ref, WGMMA_COLUMN), shape, [1]), WGMMA)
 
     def count(index: jax.Array, totals: jax.Array) -> jax.Array:
         # Rows are experts, columns pairs.
@@ -140,25 +145,28 @@ def _body(
 
     none = target.full(shape, 0.0, WGMMA, jnp.int32)
     before = lax.fori_loop(0, chunk, count, none)
-    earlier = jnp.sum(before, axis=1)
-    total = jnp.sum(lax.fori_loop(chunk, num_chunks, count, before), axis=1)
+    earlier = add_up(before)
+    total = add_up(lax.fori_loop(chunk, num_chunks, count, before))
     counts[...] = total
     # Read by other threads than wrote it.
     plgpu.commit_smem()
     tiles = lax.shift_right_logical(along_columns(counts) + (tile_rows - 1), jnp.int32(tile_rows.bit_length() - 1))
-    first = jnp.sum(select((across < down) & (across < num_experts), tiles), axis=1)
+    first = add_up(select((across < down) & (across < num_experts), tiles))
     starts[...] = first
     bases[...] = first * tile_rows + earlier
     plgpu.commit_smem()
 
     # Rows are this CTA's pairs now.
     mine = target.load(experts.at[chunk], WGMMA_ROW)
-    own = lax.broadcast_in_dim(mine, shape, [0])
+    # A second place for them: the search finds no way to read one in two layouts.
+    own_experts[...] = mine
+    plgpu.commit_smem()
+    own = target.cast_layout(lax.broadcast_in_dim(mine, shape, [0]), WGMMA)
     is_mine = (own == across + first_expert) & (across < num_experts)
-    base = jnp.sum(select(is_mine, along_columns(bases)), axis=1)
-    is_here = jnp.sum(select(is_mine, jnp.ones((), jnp.int32)), axis=1)
-    is_before = (own == along_columns(experts.at[chunk])) & (across < down)
-    rank = jnp.sum(select(is_before, jnp.ones((), jnp.int32)), axis=1)
+    base = add_up(select(is_mine, along_columns(bases)))
+    is_here = add_up(select(is_mine, jnp.ones((), jnp.int32)))
+    is_before = (own == along_columns(own_experts)) & (across < down)
+    rank = add_up(select(is_before, jnp.ones((), jnp.int32)))
     row = jnp.where(is_here > 0, base + rank, jnp.full((), num_rows, jnp.int32))
     rows_ref[pl.ds(chunk * PAIRS, PAIRS)] = row
     rows[...] = row
@@ -184,7 +192,7 @@ def _body(
 
         def write(index: jax.Array, _: tuple[()]) -> tuple[()]:
             bundle = lax.div(index, jnp.int32(MAX_BUNDLE)) * MAX_BUNDLE
-            table_ref[start + index, 0] = expert + first_matrix_ref[0]
+            table_ref[start + index, 0] = expert + layer_ref[0] * num_experts
             table_ref[start + index, 1] = start + bundle
             table_ref[start + index, 2] = jnp.minimum(num_tiles - bundle, MAX_BUNDLE)
             table_ref[start + index, 3] = jnp.minimum(pairs - index * tile_rows, tile_rows)

@@ -122,8 +122,10 @@ def point_at(tiles: Tiles, first_matrix: Int[Array, ""] | int) -> Tiles:
 
 def combine_rows(array: Float[Array, "R D"], permutation: Permutation, dtype: jnp.dtype) -> Float[Array, "N D"]:
     """See `api.combine_rows`."""
-    picked = array.at[permutation.rows].get(mode="fill", fill_value=0)
-    return jnp.sum(picked.astype(jnp.float32), axis=1).astype(dtype)
+    # Not by a gather that fills: whether a row is there would be a kernel of its own.
+    picked = array.at[permutation.rows].get(mode="clip").astype(jnp.float32)
+    is_there = permutation.rows < array.shape[0]
+    return jnp.sum(jnp.where(is_there[..., None], picked, 0), axis=1).astype(dtype)
 
 
 def _rank(local: Int[Array, " pairs"], num_experts: int) -> tuple[Int[Array, " pairs"], Int[Array, " E"]]:

@@ -32,7 +32,7 @@ def norm_quantise(
 
     Args:
       x: bfloat16 or float32, [M, D]; or with more columns, of which the first D are normed: other parts of a joined
-        product may stand behind them. The kernel reads them in place if all columns are a multiple of 128.
+        product may stand behind them. The kernel reads them in place if all columns are a multiple of 512.
       weight: Multiplies plainly (not 1 + w); [D], or a stack of layers [L, D].
       eps: Added to the mean square.
       layer: Which layer of a stack, 0 to L - 1; may be traced. The kernel reads it in place, nothing is sliced out.
@@ -72,8 +72,8 @@ def norm_quantise(
 
 
 def _unsupported(size: int, columns: int) -> str | None:
-    if columns % BLOCK:
-        return f"the kernel needs rows of a multiple of {BLOCK} columns, they have {columns}"
     if size % 1024 or size > 8192:
         return f"the kernel needs D to be a multiple of 1024 and at most 8192, it is {size}"
+    if columns % (4 * BLOCK):
+        return f"the kernel needs rows of a multiple of {4 * BLOCK} columns, they have {columns}"
     return None

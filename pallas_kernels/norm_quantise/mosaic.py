@@ -45,8 +45,8 @@ def norm_quantise(
         jax.ShapeDtypeStruct((m, blocks, BLOCK), FP8),
         jax.ShapeDtypeStruct(scales_shape((m, size), scales_layout), jnp.float32),
     ]
-    # A copy into a swizzled buffer takes arrays of whole tiles of 8 rows; the columns of a joined product may be none.
-    transforms = () if x.shape[1] // BLOCK % 8 else swizzled(x.dtype)
+    # A copy into a swizzled buffer takes arrays of whole tiles of 8 rows; the columns of a joined product may be 20.
+    transforms = swizzled(x.dtype) if x.shape[1] // BLOCK % 8 == 0 else (plgpu.TilingTransform((4, 64)),)
     scratch_types = [
         plgpu.SMEM((TILE, BLOCK), x.dtype, transforms=transforms),
         plgpu.SMEM((TILE, BLOCK), weight.dtype, transforms=swizzled(weight.dtype)),
@@ -67,6 +67,7 @@ def norm_quantise(
         grid=(m,),
         grid_names=("row",),
         scratch_types=scratch_types,
+        kernel_name="norm_quantise",
         **target.kernel_options(),
     )(layer.reshape(1), x.reshape(m, -1, BLOCK), weight.reshape(-1, blocks, BLOCK))
     return (values.reshape(m, size), scales, *(array.reshape(m, size) for array in normed))

@@ -138,7 +138,7 @@ class Report(NamedTuple):
     @property
     def num_steps(self) -> int:
         """Steps that the call took, of a report on the host."""
-        return int((self.num_new if self.drafts is None else self.drafts.steps).max(initial=0))  # type: ignore[attr-defined]
+        return int((self.num_new if self.drafts is None else self.drafts.steps).max(initial=0))
 
 
 class RowState(NamedTuple):
@@ -160,11 +160,11 @@ class StepTokens(NamedTuple):
 
     Attributes:
       ids: Its last token and the guesses behind it; then padding, any token.
-      count: How many they are; 1 without guesses.
+      num_ids: How many they are; 1 without guesses.
     """
 
     ids: Int[Array, "B T"]
-    count: Int[Array, " B"]
+    num_ids: Int[Array, " B"]
 
 
 class _Verified(NamedTuple):
@@ -212,19 +212,24 @@ def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, sp
       batch: The sequences, with `max_new`.
       sampling: Parameters of the rows.
       speculation: How tokens are guessed.
+
+    Raises:
+      ValueError: If the batch has no `history` or no `max_new`.
     """
+    if rows.history is None or batch.max_new is None:
+        raise ValueError("a call that speculates needs the tokens of its sequences and how many they may get")
     num_new = rows.report.num_new
     drafts, is_found = find_drafts(rows.history, batch.cached + 1 + num_new, speculation)
     room = jnp.minimum(batch.max_new, sampling.max_tokens - batch.num_generated) - num_new
-    count = jnp.where(is_found & (rows.report.finish == RUNNING), jnp.clip(room, 1, speculation.width), 1)
-    return StepTokens(jnp.concatenate([rows.last[:, None], drafts], axis=1), count.astype(jnp.int32))
+    num_ids = jnp.where(is_found & (rows.report.finish == RUNNING), jnp.clip(room, 1, speculation.width), 1)
+    return StepTokens(jnp.concatenate([rows.last[:, None], drafts], axis=1), num_ids.astype(jnp.int32))
 
 
 def place_tokens(rows: RowState, batch: DecodeBatch, tokens: StepTokens) -> CacheStep:
     """Where a step's tokens stand in the cache."""
     width = tokens.ids.shape[1]
     lengths = step_lengths(rows, batch, width)
-    return CacheStep(batch.table, lengths, num_new=tokens.count if width > 1 else None)
+    return CacheStep(batch.table, lengths, num_new=tokens.num_ids if width > 1 else None)
 
 
 def step_lengths(rows: RowState, batch: DecodeBatch, width: int = 1) -> Int[Array, " B"]:
@@ -250,7 +255,7 @@ def verify_tokens(
         chosen = choose_tokens(now.rows, own, batch, sampling, is_open=now.is_open)
         place = now.place + 1
         guessed = jax.lax.dynamic_index_in_dim(tokens.ids, jnp.minimum(place, width - 1), axis=1, keepdims=False)
-        is_right = (place < tokens.count) & (guessed == chosen.last)
+        is_right = (place < tokens.num_ids) & (guessed == chosen.last)
         return _Verified(place, now.is_open & is_right & (chosen.report.finish == RUNNING), chosen)
 
     start = _Verified(jnp.zeros((), jnp.int32), rows.report.finish == RUNNING, rows)
@@ -338,7 +343,7 @@ def _count_step(before: RowState, after: RowState, tokens: StepTokens) -> RowSta
     num_accepted = after.report.num_new - before.report.num_new - 1
     counts = DraftCounts(
         counts.steps + (before.report.finish == RUNNING),
-        counts.drafted + (places < tokens.count[:, None] - 1),
+        counts.drafted + (places < tokens.num_ids[:, None] - 1),
         counts.accepted + (places < num_accepted[:, None]),
     )
     return after._replace(report=after.report._replace(drafts=counts))

@@ -73,12 +73,12 @@ def test_the_reference_takes_a_layer_of_a_stack(layout: ScalesLayout) -> None:
 
 def test_columns_behind_the_norms_own_are_left_out() -> None:
     x, weight = inputs(3, 1024, jnp.bfloat16, jnp.bfloat16)
-    wide = jnp.concatenate([x, jnp.full((3, 256), jnp.nan, jnp.bfloat16)], axis=1)
+    wide = jnp.concatenate([x, jnp.full((3, 512), jnp.nan, jnp.bfloat16)], axis=1)
     expected = norm_quantise(x, weight, eps=EPS, implementation="reference")
     for implementation in ("reference", "interpret"):
         assert_same(norm_quantise(wide, weight, eps=EPS, implementation=implementation), expected, 3, "rows")
-    with pytest.raises(NotImplementedError, match="multiple of 128 columns, they have 1026"):
-        norm_quantise(wide[:, :1026], weight, eps=EPS, implementation="interpret")
+    with pytest.raises(NotImplementedError, match="multiple of 512 columns, they have 1152"):
+        norm_quantise(wide[:, :1152], weight, eps=EPS, implementation="interpret")
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -118,8 +118,8 @@ def test_the_kernel_lowers_for_a_gpu_at_the_sizes_of_step3(size: int, layout: Sc
 
 def test_what_does_not_fit_is_refused() -> None:
     call = inspect.unwrap(norm_quantise)
-    with pytest.raises(ValueError, match=r"x is \(2, 128\) and weight \(64,\)"):
-        call(jnp.ones((2, 128)), jnp.ones(64), eps=EPS)
+    with pytest.raises(ValueError, match=r"x is \(2, 128\) and weight \(256,\)"):
+        call(jnp.ones((2, 128)), jnp.ones(256), eps=EPS)
     with pytest.raises(ValueError, match=r"weight is \(3, 128\) and layer is None: give a layer with a stack"):
         call(jnp.ones((2, 128)), jnp.ones((3, 128)), eps=EPS)
     with pytest.raises(ValueError, match="x is float16; allowed: bfloat16, float32"):

@@ -177,7 +177,9 @@ def evaluate(
       ValueError: If a file is missing.
     """
     arrangement = Arrangement(quantises=quantise_activations)
-    loaded = load_model(model, "float32", quantization="stored" if quantise_activations else "none", arrangement=arrangement)
+    loaded = load_model(
+        model, "float32", quantization="stored" if quantise_activations else "none", arrangement=arrangement
+    )
     llm = LLM(model, executor=Runner(loaded), dtype="float32", kv_cache_dtype=kv_cache_dtype, max_num_seqs=64)
     replies, titles = {}, {}
     for cases in load_sets(data):

@@ -61,8 +61,9 @@ def test_rows_that_come_and_go_wait_for_a_place_and_read_in_chunks(eight: Ask) -
     assert_same(found, eight("generate", parallel=None, batch=4, **request))
 
 
+@pytest.mark.slow
 def test_guesses_are_verified_by_all_devices_in_the_same_steps(eight: Ask) -> None:
-    """Their rows guess differently many tokens, or none; a step is as wide everywhere."""
+    """Their rows guess differently many tokens, or none; a step is as wide everywhere. It compiles two more programs."""
     request = {"lengths": [3, 40, 20, 30, 5], "counts": [40, 9, 30, 24, 40], "batch": 4}
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     found = eight("generate", parallel={"dp": 2, "tp": 2, "ep": 4}, speculation=speculation, **request)

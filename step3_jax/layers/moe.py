@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import Implementation, dispatch
+from pallas_kernels.common import dispatch
 from pallas_kernels.grouped_matmul.api import moe_ffn
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.cpu_kernels.api import experts as run_experts

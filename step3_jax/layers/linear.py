@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,8 @@ def linear(
     A quantised weight is dequantised first.
     """
     picked = pick(weight)
-    plain: Array = dequantise(picked, hidden.dtype) if isinstance(picked, BlockScaled | PackedInt4) else picked
+    is_quantised = isinstance(picked, BlockScaled | PackedInt4)
+    plain = cast(Array, dequantise(picked, hidden.dtype) if is_quantised else picked)
     flat = hidden.reshape(-1, hidden.shape[-1])
     num_rows = flat.shape[0]
     if num_rows < MIN_CPU_ROWS and flat.dtype == plain.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":

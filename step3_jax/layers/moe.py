@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -300,8 +301,7 @@ def _run_expert(
 
 def _plain(stack: Stack | Quantised | LayerOf, dtype: jnp.dtype) -> Stack:
     picked = pick(stack)
-    plain: Stack = dequantise(picked, dtype) if isinstance(picked, BlockScaled | PackedInt4) else picked
-    return plain
+    return dequantise(picked, dtype) if isinstance(picked, BlockScaled | PackedInt4) else cast(Stack, picked)
 
 
 def _experts_plain(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,8 @@ def linear(
 
     A quantised weight is dequantised first.
     """
-    plain: Array = dequantise(picked, hidden.dtype) if isinstance(picked := pick(weight), BlockScaled) else picked
+    picked = pick(weight)
+    plain = dequantise(picked, hidden.dtype) if isinstance(picked, BlockScaled) else cast(Array, picked)
     flat = hidden.reshape(-1, hidden.shape[-1])
     num_rows = flat.shape[0]
     if num_rows < MIN_CPU_ROWS and flat.dtype == plain.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -299,8 +300,8 @@ def _run_expert(
 
 
 def _plain(stack: Stack | BlockScaled | LayerOf, dtype: jnp.dtype) -> Stack:
-    plain: Stack = dequantise(picked, dtype) if isinstance(picked := pick(stack), BlockScaled) else picked
-    return plain
+    picked = pick(stack)
+    return dequantise(picked, dtype) if isinstance(picked, BlockScaled) else cast(Stack, picked)
 
 
 def _experts_plain(

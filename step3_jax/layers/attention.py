@@ -41,8 +41,8 @@ class CacheStep(NamedTuple):
       table: Page ids of each sequence in order; entries behind its last page may be any page.
       lengths: Tokens of each sequence in the cache once this step's are written; 0 for a row that is idle.
       query_starts: Of a chunk; None in a decode step.
-      num_new: Of a decode step: how many of the T tokens of each sequence are its own. Those behind them are padding, whose
-        keys and values are written nowhere. None: all of them are.
+      num_new: Of a decode step: how many of the T tokens of each sequence are new, the last ones. Those before them are
+        padding, whose keys and values are written nowhere. None: all of them are new.
     """
 
     table: Int[Array, "B max_pages"]
@@ -198,7 +198,7 @@ def attention_context(
         order = jnp.arange(length, dtype=jnp.int32)
         places = step.lengths[:, None] - length + order
         if step.num_new is not None:
-            places = jnp.where(order < step.num_new[:, None], places, -1)
+            places = jnp.where(order >= length - step.num_new[:, None], places, -1)
         places = places.reshape(-1)
         rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length)
     else:

@@ -16,7 +16,7 @@ from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.layers.rows import Rows, as_plain, as_rows
 from step3_jax.layers.stored import multiply
-from step3_jax.quant import BlockScaled, dequantise
+from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
 # XLA:CPU has no bfloat16 product of a vector: it writes the whole matrix out in float32 first. From two rows on it calls
@@ -80,7 +80,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype
 
 
 def linear(
-    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | BlockScaled | LayerOf
+    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | Quantised | LayerOf
 ) -> Float[Array, "*batch features_out"]:
     """x W^T in the dtype of `hidden`, summed in float32.
 
@@ -90,7 +90,8 @@ def linear(
     A quantised weight is dequantised first.
     """
     picked = pick(weight)
-    plain = dequantise(picked, hidden.dtype) if isinstance(picked, BlockScaled) else cast(Array, picked)
+    is_quantised = isinstance(picked, BlockScaled | PackedInt4)
+    plain = cast(Array, dequantise(picked, hidden.dtype) if is_quantised else picked)
     flat = hidden.reshape(-1, hidden.shape[-1])
     num_rows = flat.shape[0]
     if num_rows < MIN_CPU_ROWS and flat.dtype == plain.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":

@@ -27,7 +27,7 @@ from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.layers.linear import fp8_parts, is_fp8, linear, normal
 from step3_jax.layers.rows import Rows, as_plain, as_rows
 from step3_jax.layers.stored import Stored
-from step3_jax.quant import BlockScaled, dequantise
+from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
 # Up to this many (token, expert) pairs each pair is computed by itself: only chosen experts are read. Of separate stacks
@@ -299,9 +299,9 @@ def _run_expert(
     return _swiglu(hidden, *(jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False) for stack in stacks))
 
 
-def _plain(stack: Stack | BlockScaled | LayerOf, dtype: jnp.dtype) -> Stack:
+def _plain(stack: Stack | Quantised | LayerOf, dtype: jnp.dtype) -> Stack:
     picked = pick(stack)
-    return dequantise(picked, dtype) if isinstance(picked, BlockScaled) else cast(Stack, picked)
+    return dequantise(picked, dtype) if isinstance(picked, BlockScaled | PackedInt4) else cast(Stack, picked)
 
 
 def _experts_plain(

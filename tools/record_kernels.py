@@ -52,17 +52,17 @@ CASES: dict[str, str | tuple[str, ...] | None] = {
 # Cases, by how their names begin, that may spill registers: bytes of stores a thread, and why. All others may not.
 ALLOWED_SPILLS = {
     "mfa_decode/": (
-        194,
+        # JAX 0.10 orders it otherwise.
+        194 if IS_0_11 else 208,
         "sums of 64 x 256, scores and weights are held at once; most of it in the merge of two warpgroups",
     ),
-    # JAX 0.10 orders it otherwise.
     "mfa_prefill/fp8/": (28 if IS_0_11 else 56, "the warpgroup that turns 8-bit rows to float16 has few registers"),
     "moe_ffn/fp8/": (44, "gate + up at tiles of 128 rows: two sums and a product are 192 registers; once a work item"),
 }
 # What changes of the kernels did to their counts; a turn as in the table, by the same tool. Clocks of shared memory are
 # counted at 128 bytes each, as in the kernels' docstrings.
 CHANGES = (
-    ("`mfa_decode` fp8, 64 x 8192", "keys multiplied as stored", "instructions a turn", "1,341", "1,081"),
+    ("`mfa_decode` fp8, 64 x 8192", "keys multiplied as stored", "instructions a turn", "1,341", "1,067"),
     ("", "", "bytes that a thread moves a turn", "896", "520"),
     ("", "", "clocks of shared memory a block", "1,796", "1,412"),
     ("", "", "launches, with the conversion of the queries", "3", "2"),

@@ -15,7 +15,7 @@ from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.layers.rows import Rows, as_plain, as_rows
 from step3_jax.layers.stored import multiply
-from step3_jax.quant import BlockScaled, dequantise
+from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
 # XLA:CPU has no bfloat16 product of a vector: it writes the whole matrix out in float32 first. From two rows on it calls
@@ -79,7 +79,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype
 
 
 def linear(
-    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | BlockScaled | LayerOf
+    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | Quantised | LayerOf
 ) -> Float[Array, "*batch features_out"]:
     """x W^T in the dtype of `hidden`, summed in float32.
 
@@ -88,14 +88,14 @@ def linear(
 
     A quantised weight is dequantised first.
     """
-    weight = pick(weight)
-    if isinstance(weight, BlockScaled):
-        return linear(hidden, dequantise(weight, hidden.dtype))
+    plain = pick(weight)
+    if isinstance(plain, BlockScaled | PackedInt4):
+        return linear(hidden, dequantise(plain, hidden.dtype))
     flat = hidden.reshape(-1, hidden.shape[-1])
     num_rows = flat.shape[0]
-    if num_rows < MIN_CPU_ROWS and flat.dtype == weight.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if num_rows < MIN_CPU_ROWS and flat.dtype == plain.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         flat = jnp.pad(flat, ((0, MIN_CPU_ROWS - num_rows), (0, 0)))
-    out = jax.lax.dot_general(flat, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    out = jax.lax.dot_general(flat, plain, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return out[:num_rows].astype(hidden.dtype).reshape(*hidden.shape[:-1], weight.shape[0])
 
 

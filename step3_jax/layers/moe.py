@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import dispatch
+from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.grouped_matmul.api import moe_ffn
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.cpu_kernels.api import experts as run_experts
@@ -26,7 +26,7 @@ from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.layers.linear import is_fp8, linear, normal
 from step3_jax.layers.rows import Rows, as_plain, as_rows
 from step3_jax.layers.stored import Stored
-from step3_jax.quant import BlockScaled, dequantise
+from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
 # Up to this many (token, expert) pairs each pair is computed by itself: only chosen experts are read. Of separate stacks
@@ -298,9 +298,8 @@ def _run_expert(
     return _swiglu(hidden, *(jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False) for stack in stacks))
 
 
-def _plain(stack: Stack | BlockScaled | LayerOf, dtype: jnp.dtype) -> Stack:
-    picked = pick(stack)
-    return dequantise(picked, dtype) if isinstance(picked, BlockScaled) else picked
+def _plain(stack: Stack | Quantised, dtype: jnp.dtype) -> Stack:
+    return dequantise(stack, dtype) if isinstance(stack, BlockScaled | PackedInt4) else stack
 
 
 def _experts_plain(

@@ -34,11 +34,12 @@ WGMMA_ROW = plgpu.Layout.WGMMA.reduce(1)
 WGMMA_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 # Of an 8-bit operand: a thread has four neighbours of a row, so that it reads 4 bytes at a time.
 WGMMA_8BIT = plgpu.Layout.WGMMA_8BIT
+WGMMA_8BIT_ROW = plgpu.Layout.WGMMA_8BIT.reduce(1)
 
 
-def swizzled(dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """Transforms of a shared-memory buffer that a tensor-core product reads: rows of 128 bytes, swizzled."""
-    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
+def swizzled(dtype: jax.typing.DTypeLike, row_bytes: int = 128) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Transforms of a shared-memory buffer that a tensor-core product reads: rows of 128 bytes or less, swizzled."""
+    return plgpu.TilingTransform((8, row_bytes // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(row_bytes)
 
 
 def transpose(ref: Ref) -> Ref:
@@ -71,9 +72,21 @@ class Target:
         """Whether CTAs may work in clusters: the interpreter of 0.10.2 has no barriers for them."""
         return IS_0_11 or not self.interpret
 
-    def kernel_options(self, reduction_scratch_bytes: int = 2048) -> dict[str, object]:
-        """Keyword arguments of `plgpu.kernel`; the scratch is shared memory for reductions across a warpgroup's warps."""
-        params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_scratch_bytes)
+    def kernel_options(self, reduction_scratch_bytes: int = 2048, *, auto_barriers: bool = True) -> dict[str, object]:
+        """Keyword arguments of `plgpu.kernel`.
+
+        Args:
+          reduction_scratch_bytes: Shared memory for reductions across a warpgroup's warps.
+          auto_barriers: Whether the compiler puts a barrier of the warpgroup before and after each store. Without,
+            `plgpu.commit_smem` must stand wherever a thread reads what another of its warpgroup wrote, or writes what
+            another, or a product of another's warp, may still read. The interpreter runs a warpgroup as one thread and
+            does not see what is missing.
+        """
+        params = plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=reduction_scratch_bytes,
+            unsafe_no_auto_barriers=not auto_barriers,
+        )
         options: dict[str, object] = {"compiler_params": params}
         if self.interpret:
             options["interpret"] = InterpretGPUParams(detect_races=self.detect_races)
@@ -107,15 +120,22 @@ class Target:
 
         `meanwhile` is called when the product is under way and nothing has waited for it yet.
         """
+        return self.dot_pairs([(left, right)], meanwhile)
+
+    def dot_pairs(self, pairs: Sequence[tuple[Ref, Ref]], meanwhile: Callable[[], None] | None = None) -> jax.Array:
+        """The sum of the products of pairs as `dot` takes them, all of one shape, in one accumulator."""
         if self.interpret:
-            product = jnp.dot(left[...].astype(jnp.float32), right[...].astype(jnp.float32).T)
+            products = [
+                jnp.dot(left[...].astype(jnp.float32), right[...].astype(jnp.float32).T) for left, right in pairs
+            ]
             if meanwhile is not None:
                 meanwhile()
-            return product
-        shape = (left.shape[0], right.shape[0])
+            return functools.reduce(jnp.add, products)
+        shape = (pairs[0][0].shape[0], pairs[0][1].shape[0])
 
         def run(accumulator: Ref) -> jax.Array:
-            plgpu.wgmma(accumulator, left, transpose(right))
+            for left, right in pairs:
+                plgpu.wgmma(accumulator, left, transpose(right))
             if meanwhile is not None:
                 meanwhile()
             return accumulator[...]

@@ -5,10 +5,11 @@
 | float32 | float32 | - | 2,048 |
 | bfloat16 | bfloat16 | - | 1,024 |
 | fp8 | float8_e4m3fn | one float32 a token: max|row| / 448 | 520 |
-| int4 | four of -7..7 in a 16-bit word | one bfloat16 for 64 columns of a token: max|group| / 7 | 272 |
+| int4 | two of -7..7 in a byte | one bfloat16 for 64 columns of a token: max|group| / 7 | 272 |
 
-In int4 word j of a row holds columns j, j + K/4, j + K/2 and j + 3K/4, lowest bits first, each plus 8: with K = 256 one
-shift of a row's words gives one scale's columns. A row of zeros has scale 1.
+In int4 byte j of a row holds columns j and j + K/2, each as a sign and a magnitude m: of the first the sign is bit 7 and m
+bits 0 to 2, of the second bit 3 and bits 4 to 6. So the first, all other bits cleared, is the e4m3 number m * 2^-9 (which
+has no leading one, but is exact), and the second is, with the halves of the byte exchanged. A row of zeros has scale 1.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from pallas_kernels.storage import PAGE_SIZE, STORAGES, Storage, row_layout
 FP8_MAX = 448.0
 INT4_MAX = 7.0
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int4": jnp.uint16}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int4": jnp.uint8}
 _SCALE_DTYPES = {"fp8": jnp.dtype(jnp.float32), "int4": jnp.dtype(jnp.bfloat16)}
-# Floats as integers of their width, see `empty_pages`; signed, since an unsigned word is int4.
+# Floats as integers of their width, see `empty_pages`; signed, since an unsigned byte is int4.
 _BITS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.int16), jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.int8)}
 _FLOATS = {bits: dtype for dtype, bits in _BITS.items()}
 
 
 class KVPages(NamedTuple):
-    """Pages of one layer, or a pool of all layers'. C = K, or K/4 in int4; G = scales of a row: 1 in fp8, K/64 in int4.
+    """Pages of one layer, or a pool of all layers'. C = K, or K/2 in int4; G = scales of a row: 1 in fp8, K/64 in int4.
 
     Attributes:
       keys, values: Stored rows, [P, page, C].
@@ -67,7 +68,7 @@ class KVPages(NamedTuple):
 
     @property
     def head_dim(self) -> int:
-        return self.keys.shape[2] * (4 if self.storage == "int4" else 1)
+        return self.keys.shape[2] * (2 if self.storage == "int4" else 1)
 
 
 def empty_pages(
@@ -131,9 +132,10 @@ def encode_rows(rows: Float[Array, "*lead K"], storage: Storage) -> tuple[Array,
     if storage == "fp8":
         stored = jnp.clip(scaled, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
     else:
-        codes = (jnp.clip(jnp.round(scaled), -INT4_MAX, INT4_MAX) + 8).astype(jnp.uint16)
-        quarters = jnp.split(codes, 4, axis=-1)
-        stored = quarters[0] | (quarters[1] << 4) | (quarters[2] << 8) | (quarters[3] << 12)
+        numbers = jnp.clip(jnp.round(scaled), -INT4_MAX, INT4_MAX)
+        magnitudes = jnp.split(jnp.abs(numbers).astype(jnp.uint8), 2, axis=-1)
+        signs = jnp.split((numbers < 0).astype(jnp.uint8), 2, axis=-1)
+        stored = magnitudes[0] | (signs[0] << 7) | (magnitudes[1] << 4) | (signs[1] << 3)
     return stored, scales[..., 0]
 
 
@@ -145,9 +147,9 @@ def decode_rows(
     if scales is None:
         return stored.astype(dtype)
     scales = _cast_bits(scales, _FLOATS.get(scales.dtype, scales.dtype))
-    if stored.dtype == jnp.uint16:
-        codes = jnp.concatenate([(stored >> shift) & 15 for shift in (0, 4, 8, 12)], axis=-1)
-        values = codes.astype(jnp.float32) - 8
+    if stored.dtype == jnp.uint8:
+        magnitudes = jnp.concatenate([stored & 7, (stored >> 4) & 7], axis=-1).astype(jnp.float32)
+        values = jnp.where(jnp.concatenate([stored >> 7, (stored >> 3) & 1], axis=-1) > 0, -magnitudes, magnitudes)
     else:
         values = stored.astype(jnp.float32)
     grouped = values.reshape(*values.shape[:-1], scales.shape[-1], -1) * scales.astype(jnp.float32)[..., None]

@@ -14,8 +14,8 @@ BLOCK = 128
 
 Storage = Literal["float32", "bfloat16", "fp8", "int4"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
-# Bytes of a stored column, and of a scale. An int4 column is a word of four values.
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1, "int4": 2}
+# Bytes of a stored column, and of a scale. An int4 column is a byte of two values.
+_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1, "int4": 1}
 _SCALE_BYTES = {"float32": 0, "bfloat16": 0, "fp8": 4, "int4": 2}
 
 
@@ -47,7 +47,7 @@ def row_layout(head_dim: int, storage: Storage) -> RowLayout:
         raise ValueError(f"storage is {storage!r}; allowed: {', '.join(STORAGES)}")
     if storage == "int4" and head_dim % INT4_GROUP:
         raise ValueError(f"int4 needs a head size that is a multiple of {INT4_GROUP}; it is {head_dim}")
-    columns = head_dim // 4 if storage == "int4" else head_dim
+    columns = head_dim // 2 if storage == "int4" else head_dim
     num_scales = {"fp8": 1, "int4": head_dim // INT4_GROUP}.get(storage, 0)
     return RowLayout(columns, num_scales, columns * _VALUE_BYTES[storage] + num_scales * _SCALE_BYTES[storage])
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
+import itertools
 import pathlib
 import re
 import tempfile
@@ -32,7 +34,51 @@ from tools import gpu_compile
 
 NUM_EXPERTS = 6
 BATCH, CONTEXT, MAX_STEPS = 128, 4096, 8
-DUMPED = "*thunk_sequence_after_thunk_passes.txt"
+SEQUENCE, METADATA = "*.thunk_sequence_after_thunk_passes.txt", "*.thunk_metadata.txt"
+# What holds launches and is none.
+GROUPS = ("kCommandBuffer", "kSequential", "kConditional", "kWhile")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+      instruction: Its name in the compiled program.
+      kind: What XLA calls it.
+      path: The functions that it comes from.
+      is_ours: Whether it is a kernel of `pallas_kernels`.
+    """
+
+    instruction: str
+    kind: str
+    path: str
+    is_ours: bool
+
+    @property
+    def part(self) -> str:
+        """The part of a layer; "-" for what stands between them: norms, sums, the counter."""
+        found = re.search(r"/(self_attn|router|moe|share_expert|mlp)/", self.path)
+        return found[1] if found else "-"
+
+    @property
+    def name(self) -> str:
+        """Of a kernel of ours its own name, of XLA's the operation."""
+        steps = self.path.split("/")
+        return steps[-2] if self.is_ours and len(steps) > 1 else self.instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop over layers.
+
+    Attributes:
+      layers: Which, such as "layers.2-3".
+      launches: Of one turn, in order.
+    """
+
+    layers: str
+    launches: tuple[Launch, ...]
 
 
 def compile_step(num_layers: int, folder: pathlib.Path, *, batch: int = BATCH) -> jax.stages.Compiled:
@@ -69,12 +115,78 @@ def compile_step(num_layers: int, folder: pathlib.Path, *, batch: int = BATCH) -
     )
 
 
-if __name__ == "__main__":
-    import sys, time
+def read_loops(folder: pathlib.Path, program: str) -> list[Loop]:
+    """The loops over layers that XLA has written down in `folder`, in order.
 
-    t = time.time()
-    out = pathlib.Path(sys.argv[1])
-    out.mkdir(exist_ok=True)
-    c = compile_step(int(sys.argv[2]), out)
-    print(time.time() - t, c.memory_analysis().temp_size_in_bytes / 1e6, c.as_text().count("mosaic_gpu_v2"))
-    open(out / "hlo.txt", "w").write(c.as_text())
+    Args:
+      folder: What `compile_step` was given.
+      program: The compiled program as text, which has the names of the functions that instructions come from.
+    """
+    lines = next(folder.glob(SEQUENCE)).read_text(encoding="utf-8").splitlines()
+    names = _read_names(next(folder.glob(METADATA)).read_text(encoding="utf-8"))
+    loops: list[Loop] = []
+    for start, line in enumerate(lines):
+        if " kWhile " not in line:
+            continue
+        depth = len(line) - len(line.lstrip())
+        body = list(itertools.takewhile(functools.partial(_is_inside, depth), lines[start + 1 :]))
+        body = body[next(index for index, inner in enumerate(body) if inner.strip() == "body:") + 1 :]
+        if any(" kWhile " in inner for inner in body):
+            continue
+        found = [(int(match[1]), match[2]) for inner in body if (match := re.match(r" *(\d+): (k\w+)", inner))]
+        launches = [_describe(names.get(number, kind), kind, program) for number, kind in found if kind not in GROUPS]
+        layers = re.search(r"layers\.[\d-]+", " ".join(launch.path for launch in launches))
+        if layers is not None:
+            loops.append(Loop(layers[0], tuple(launches)))
+    return loops
+
+
+def table(loop: Loop) -> list[str]:
+    """Lines of a table in Markdown: launches by the part of the layer that they come from, ours and XLA's apart."""
+    parts: dict[str, list[Launch]] = {}
+    for launch in loop.launches:
+        parts.setdefault(launch.part, []).append(launch)
+    lines = ["| part of the layer | our kernels | XLA's |", "| --- | --- | --- |"]
+    for part, launches in parts.items():
+        ours, theirs = ([launch.name for launch in launches if launch.is_ours is wanted] for wanted in (True, False))
+        lines.append(f"| {part} | {_list(ours)} | {_list(theirs)} |")
+    num_ours = sum(launch.is_ours for launch in loop.launches)
+    lines.append(f"| together {len(loop.launches)} | {num_ours} | {len(loop.launches) - num_ours} |")
+    return lines
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4, help="of the model, two of them dense (default 4)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        program = compile_step(options.layers, pathlib.Path(folder)).as_text() or ""
+        for loop in read_loops(pathlib.Path(folder), program):
+            print("\n".join([loop.layers, "", *table(loop), ""]))
+
+
+def _is_inside(depth: int, line: str) -> bool:
+    """Whether a line belongs to what begins at `depth`; XLA does not indent these two words."""
+    return line.strip() in ("condition:", "body:") or len(line) - len(line.lstrip()) > depth
+
+
+def _read_names(metadata: str) -> dict[int, str]:
+    """The instruction that each launch is of."""
+    found = re.finditer(r'profile_annotation: "([^"]*)"\s+thunk_id: (\d+)', metadata)
+    return {int(match[2]): match[1] for match in found}
+
+
+def _describe(instruction: str, kind: str, program: str) -> Launch:
+    line = re.search(rf"^ *(?:ROOT )?%{re.escape(instruction)} = .*?$", program, re.MULTILINE)
+    path = re.search(r'op_name="([^"]*)"', line[0]) if line else None
+    is_ours = line is not None and 'custom_call_target="mosaic_gpu_v2"' in line[0]
+    return Launch(instruction, kind, path[1] if path else "", is_ours)
+
+
+def _list(names: list[str]) -> str:
+    return f"{len(names)}: {', '.join(names)}" if names else "-"
+
+
+if __name__ == "__main__":
+    main()

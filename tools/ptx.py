@@ -83,17 +83,19 @@ class Loop(NamedTuple):
 
 
 def read_loop(text: str) -> Loop:
-    """The longest of the innermost loops that contain a tensor-core product; zeros if there is none.
+    """The longest of the innermost loops with every kind of tensor-core product that the kernel has; zeros without products.
 
-    A loop is what lies between a label and a branch back to it, as the compiler lays them out.
+    A loop is what lies between a label and a branch back to it, as the compiler lays them out; one within is counted once.
     """
     lines = [line.strip() for line in text.splitlines()]
+    kinds = {match.group() for line in lines if (match := re.search(r"wgmma\.mma_async\S*", line))}
     labels = {line[:-1]: index for index, line in enumerate(lines) if re.fullmatch(r"\$\w+:", line)}
     loops = []
     for index, line in enumerate(lines):
         branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
         start = labels.get(branch.group(1), index) if branch else index
-        if start < index and any("wgmma.mma_async" in inner for inner in lines[start:index]):
+        code = "\n".join(lines[start:index])
+        if kinds and start < index and all(kind in code for kind in kinds):
             loops.append((start, index))
     innermost = [
         (start, end)

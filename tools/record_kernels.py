@@ -22,12 +22,12 @@ from tools.gpu_check.case import Case
 # What a kernel's tensor-core products must be.
 E4M3, F16, BF16 = "f32.e4m3.e4m3", "f32.f16.f16", "f32.bf16.bf16"
 # Every kernel in every form that the blocks' defaults give it at the model's sizes, and its products.
-CASES: dict[str, str | None] = {
+CASES: dict[str, str | tuple[str, ...] | None] = {
     "mfa_decode/bfloat16/64x8192": BF16,
-    "mfa_decode/fp8/64x8192": F16,
-    "mfa_decode/fp8/1x32768": F16,
-    "mfa_decode/fp8/edges-4x16": F16,
-    "mfa_decode/int4/64x8192": BF16,
+    "mfa_decode/fp8/64x8192": (E4M3, F16),
+    "mfa_decode/fp8/1x32768": (E4M3, F16),
+    "mfa_decode/fp8/edges-4x16": (E4M3, F16),
+    "mfa_decode/int4/64x8192": (E4M3, BF16),
     "fp8_matmul/1x7168x16384": E4M3,
     "fp8_matmul/64x7168x16384": E4M3,
     "fp8_matmul/64x2048x7168": E4M3,
@@ -52,7 +52,7 @@ CASES: dict[str, str | None] = {
 # Cases, by how their names begin, that may spill registers: bytes of stores a thread, and why. All others may not.
 ALLOWED_SPILLS = {
     "mfa_decode/": (
-        176,
+        194,
         "sums of 64 x 256, scores and weights are held at once; most of it in the merge of two warpgroups",
     ),
     # JAX 0.10 orders it otherwise.

@@ -140,6 +140,7 @@ def _run(
         cluster_names=tuple(axes),
         num_threads=num_warpgroups + 1,
         thread_name="warpgroup",
+        kernel_name="fp8_matmul",
         scratch_types=[
             plgpu.SMEM((stages, block_m, BLOCK), x.dtype, transforms=swizzled(x.dtype)),
             plgpu.SMEM((stages, block_m), jnp.float32),

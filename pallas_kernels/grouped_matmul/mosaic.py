@@ -231,6 +231,7 @@ def _product(
         grid_names=("cta",),
         num_threads=3,
         thread_name="warpgroup",
+        kernel_name="grouped_gate_up" if plan.gated else "grouped_down",
         scratch_types=scratch,
         **target.kernel_options(),
     )(tiles.table, tiles.used, *operands)

@@ -67,8 +67,8 @@ def mfa_decode(
     out[b, t, h] = sum_s softmax_s(scale * q[b, t, h] . k[b, s]) v[b, s] over s < lengths[b] - T + t + 1: the T tokens
     are the last of the cached ones (their keys and values are in the cache already), and none sees a later one.
 
-    The kernel serves heads of 256 in bfloat16, fp8 and int4 pages on Hopper. fp8 is computed in float16, in which every
-    e4m3 number is exact, with the scales applied to scores and weights; int4 and bfloat16 in bfloat16. Results are the
+    The kernel serves heads of 256 in bfloat16, fp8 and int4 pages on Hopper. Keys in fp8 and int4 are multiplied in e4m3,
+    with queries in two terms that hold bfloat16 numbers exactly; fp8 values in float16, all else in bfloat16. Results are the
     same bits at each repetition, but not across batches, which are cut differently.
 
     Args:

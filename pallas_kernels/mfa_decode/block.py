@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.compat import WGMMA, WGMMA_8BIT, WGMMA_COLUMN, WGMMA_ROW, Ref, Target
-from pallas_kernels.mfa_decode.geometry import TILE, Geometry, Refs
+from pallas_kernels.mfa_decode.geometry import EXPONENT, MANTISSA, ONE, TILE, Geometry, Refs
 from pallas_kernels.mfa_decode.plan import BLOCK
-from pallas_kernels.storage import INT4_GROUP
+from pallas_kernels.mfa_decode.queries import operands
+from pallas_kernels.mfa_decode.unpack import E4M3_UNIT, unpack_keys, unpack_values
 
 # A hidden score, and where the running maximum starts. The gap keeps 2^(HIDDEN - maximum) at zero in a row that has seen
 # nothing yet.
 HIDDEN, FLOOR = -1e30, -5e29
 # Columns decoded or cleared at a time: a whole block at once takes more registers than there are.
 FP8_CHUNK, CLEAR_CHUNK = 128, 64
-# float32: the exponent's bits, the mantissa's, and 1.0. bfloat16: 128.0, whose lowest bits count ones.
-EXPONENT, MANTISSA, ONE, BFLOAT16_128 = 0x7F800000, 0x007FFFFF, 0x3F800000, 0x4300
 # Weighted values [64, K], running maximum [64], sum of weights [64].
 Sums = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -46,46 +46,114 @@ class Place:
     value_slot: jax.Array
 
 
-def attend_block(geometry: Geometry, target: Target, refs: Refs, queries: Ref, place: Place, sums: Sums) -> Sums:
-    """Adds a block to the sums: waits for its tiles, and frees their slots as soon as they are read."""
-    total, top, norm = sums
-    is_fp8 = geometry.storage == "fp8"
-    tile_shape = (TILE, BLOCK)
+def attend_block(geometry: Geometry, target: Target, refs: Refs, queries: Ref | None, place: Place, sums: Sums) -> Sums:
+    """Adds a block to the sums: waits for its tiles, and frees their slots as soon as they are read.
 
+    `queries` are this warpgroup's tile in 16 bits; None with e4m3 terms.
+    """
+    total, top, norm = sums
     plgpu.barrier_wait(refs["full"].at[place.key_slot])
-    key_scales = _token_scales(target, refs, place.key_slot) if is_fp8 else None
-    keys = _as_operand(geometry, target, refs, place, place.key_slot)
-    scores = target.dot(queries, keys)
-    if "decoded" not in refs:
+    mantissa = unshift = None
+    if queries is not None:
+        scores = target.dot(queries, refs["ring"].at[place.key_slot]) * geometry.scale
         _release(target, refs, place.key_slot)
-    if key_scales is None:
-        scores = scores * geometry.scale
+    elif geometry.storage == "fp8":
+        scores, mantissa, unshift = _fp8_scores(geometry, target, refs, place)
     else:
-        scores = scores * lax.broadcast_in_dim(key_scales * geometry.scale, tile_shape, [1])
-        plgpu.barrier_wait(refs["full"].at[place.value_slot])
-        shift, mantissa, unshift = _split_scales(target, refs, place)
-        scores = scores + lax.broadcast_in_dim(shift, tile_shape, [1])
+        scores = _int4_scores(geometry, target, refs, place)
     scores = jnp.where(_is_visible(geometry, target, place), scores, HIDDEN)
 
     new_top = jnp.maximum(top, jnp.max(scores, axis=1))
     shrink = jnp.exp2(top - new_top)
-    weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, tile_shape, [0]))
-    if is_fp8:
-        added = jnp.sum(weights * lax.broadcast_in_dim(unshift, tile_shape, [1]), axis=1)
-        weights = weights * lax.broadcast_in_dim(mantissa, tile_shape, [1])
+    weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+    if mantissa is not None and unshift is not None:
+        added = jnp.sum(weights * lax.broadcast_in_dim(unshift, scores.shape, [1]), axis=1)
+        weights = weights * lax.broadcast_in_dim(mantissa, scores.shape, [1])
     else:
         added = jnp.sum(weights, axis=1)
     weights = weights.astype(geometry.dtype)
     total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
 
-    if not is_fp8:
+    if queries is None:
+        values = _decoded(refs, place)
+    else:
         plgpu.barrier_wait(refs["full"].at[place.value_slot])
-    values = _as_operand(geometry, target, refs, place, place.value_slot)
+        values = refs["ring"].at[place.value_slot]
     _clear_tail(geometry, target, refs, values, place)
     total = target.add_dot(total, weights, values)
-    if "decoded" not in refs:
+    if queries is not None:
         _release(target, refs, place.value_slot)
     return total, new_top, norm * shrink + added
+
+
+def _fp8_scores(geometry: Geometry, target: Target, refs: Refs, place: Place) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scores from keys as they are stored, while the values are converted; and what `_split_scales` leaves to do."""
+    shape, columns = (TILE, BLOCK), geometry.part_columns
+    keys, values = (refs["ring"].at[slot] for slot in (place.key_slot, place.value_slot))
+    factors = _token_scales(target, refs, place.key_slot)
+
+    def convert() -> None:
+        decoded = _decoded(refs, place)
+        for start in range(0, geometry.head_dim, FP8_CHUNK):
+            chunk = pl.ds(start, FP8_CHUNK)
+            decoded[:, chunk] = target.load(values.at[:, chunk], WGMMA_8BIT).astype(geometry.dtype)
+
+    pairs = [
+        pair
+        for part in range(geometry.num_parts)
+        for pair in operands(geometry, refs, place.warpgroup, part, keys.at[:, pl.ds(part * columns, columns)])
+    ]
+    scores = target.dot_pairs(pairs, lambda: _make_values(refs, place, convert))
+    _release(target, refs, place.key_slot)
+    shift, mantissa, unshift = _split_scales(target, refs, place)
+    _release(target, refs, place.value_slot)
+    scores = scores * _row_factors(target, refs, place, geometry.scale) * lax.broadcast_in_dim(factors, shape, [1])
+    return scores + lax.broadcast_in_dim(shift, shape, [1]), mantissa, unshift
+
+
+def _int4_scores(geometry: Geometry, target: Target, refs: Refs, place: Place) -> jax.Array:
+    """Scores from keys in e4m3, group by group of the columns that have a scale, while the values are decoded."""
+    keys = refs["unpacked"].at[place.warpgroup]
+    # The products before may still be read by another warp of this warpgroup.
+    plgpu.commit_smem()
+    unpack_keys(target, refs["ring"].at[place.key_slot], keys)
+    # The tensor cores read through another proxy than these stores went.
+    plgpu.commit_smem()
+
+    def convert() -> None:
+        slot = place.value_slot
+        unpack_values(target, refs["ring"].at[slot], refs["scales"].at[slot], _decoded(refs, place))
+        _release(target, refs, slot)
+
+    def multiply(part: jax.Array | int, meanwhile: Callable[[], None] | None) -> jax.Array:
+        product = target.dot_pairs(operands(geometry, refs, place.warpgroup, part, keys.at[part]), meanwhile)
+        scale = target.load(refs["scales"].at[place.key_slot, part], WGMMA_COLUMN).astype(jnp.float32)
+        return product * lax.broadcast_in_dim(scale, product.shape, [1])
+
+    # A loop of its own: unrolled, the compiler gives each product registers of its own, which it has not got.
+    scores = lax.fori_loop(
+        1,
+        geometry.num_parts,
+        lambda part, scores: scores + multiply(part, None),
+        multiply(0, lambda: _make_values(refs, place, convert)),
+    )
+    _release(target, refs, place.key_slot)
+    return scores * _row_factors(target, refs, place, geometry.scale * E4M3_UNIT)
+
+
+def _make_values(refs: Refs, place: Place, convert: Callable[[], None]) -> None:
+    """Waits for a block's values and calls `convert`, which writes them in 16 bits."""
+    plgpu.barrier_wait(refs["full"].at[place.value_slot])
+    # The product before may still be read by another warp of this warpgroup.
+    plgpu.commit_smem()
+    convert()
+    plgpu.commit_smem()
+
+
+def _row_factors(target: Target, refs: Refs, place: Place, scale: float) -> jax.Array:
+    """What the queries' rows were divided by, times `scale`, [64, 64]."""
+    rows = target.load(refs["factors"].at[place.warpgroup], WGMMA_ROW) * scale
+    return lax.broadcast_in_dim(rows, (TILE, BLOCK), [0])
 
 
 def _release(target: Target, refs: Refs, slot: jax.Array) -> None:
@@ -93,33 +161,11 @@ def _release(target: Target, refs: Refs, slot: jax.Array) -> None:
     plgpu.barrier_arrive(refs["free"].at[slot])
 
 
-def _as_operand(geometry: Geometry, target: Target, refs: Refs, place: Place, slot: jax.Array) -> Ref:
-    """The slot itself, or this warpgroup's buffer with the slot decoded to 16 bits; the slot is then free.
-
-    The product that read the buffer before is over, and each store begins with a barrier of the warpgroup.
-    """
-    source = refs["ring"].at[slot]
-    if "decoded" not in refs:
-        return source
+def _decoded(refs: Refs, place: Place) -> Ref:
+    """This warpgroup's buffer of 16-bit rows."""
     # A slot is never negative, but the compiler does not know: else it keeps this buffer's addresses, the same for every
     # block, in registers that it has not got.
-    decoded = refs["decoded"].at[place.warpgroup + jnp.minimum(slot, 0)]
-    if geometry.storage == "fp8":
-        for start in range(0, geometry.head_dim, FP8_CHUNK):
-            columns = pl.ds(start, FP8_CHUNK)
-            decoded[:, columns] = target.load(source.at[:, columns], WGMMA_8BIT).astype(geometry.dtype)
-    else:
-        words = target.load(source, WGMMA)
-        for group in range(geometry.head_dim // INT4_GROUP):
-            codes = lax.shift_right_logical(words, jnp.uint16(4 * group)) & jnp.uint16(15)
-            numbers = lax.bitcast_convert_type(codes | jnp.uint16(BFLOAT16_128), jnp.bfloat16)
-            scales = target.load(refs["scales"].at[slot, group], WGMMA_ROW)
-            numbers = (numbers - jnp.bfloat16(128 + 8)) * lax.broadcast_in_dim(scales, numbers.shape, [0])
-            decoded[:, pl.ds(group * INT4_GROUP, INT4_GROUP)] = numbers
-    _release(target, refs, slot)
-    # The tensor cores read through another proxy than these stores went.
-    plgpu.commit_smem()
-    return decoded
+    return refs["decoded"].at[place.warpgroup + jnp.minimum(place.value_slot, 0)]
 
 
 def _token_scales(target: Target, refs: Refs, slot: jax.Array) -> jax.Array:

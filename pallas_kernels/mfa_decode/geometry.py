@@ -12,9 +12,12 @@ from jax import lax
 
 from pallas_kernels.compat import Ref
 from pallas_kernels.mfa_decode.plan import BLOCK
+from pallas_kernels.storage import INT4_GROUP
 
 # Rows of one tensor-core tile.
 TILE = 64
+# float32: the exponent's bits, the mantissa's, and 1.0.
+EXPONENT, MANTISSA, ONE = 0x7F800000, 0x007FFFFF, 0x3F800000
 
 # Operands and scratch of the kernel by name.
 Refs = Mapping[str, Ref]
@@ -31,7 +34,7 @@ class Geometry:
       page_size: Tokens of a page, a multiple of `plan.BLOCK`.
       slots: Of one ring.
       scale: Of the scores, times log2(e): exponentials are powers of 2.
-      dtype: What the tensor cores multiply.
+      dtype: Of weights and values when the tensor cores multiply them; of queries and keys too, unless `is_narrow`.
     """
 
     storage: str
@@ -47,6 +50,21 @@ class Geometry:
     def is_shared(self) -> bool:
         """Whether both warpgroups read every block, each for its own tile."""
         return self.tokens * self.heads > TILE
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether queries and keys are multiplied in e4m3, see `queries`."""
+        return self.storage != "bfloat16"
+
+    @property
+    def part_columns(self) -> int:
+        """Columns of a head that one product in e4m3 takes: a row of swizzled shared memory, or those with one scale."""
+        return INT4_GROUP if self.storage == "int4" else 128
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a head."""
+        return self.head_dim // self.part_columns
 
     @property
     def tiles_per_cta(self) -> int:

@@ -12,18 +12,28 @@ A ring's slots hold keys and values by turns. Slots and bytes under way for one 
 | storage | slot | one tile: slots, under way | two tiles |
 | --- | --- | --- | --- |
 | bfloat16 | 32 KB | 3 + 3, 128 KB | 5 |
-| fp8 | 16 KB + 256 B | 3 + 3, 65 KB, and 32 KB of float16 for each warpgroup | 5 |
-| int4 | 8 KB + 512 B | 4 + 4, 51 KB, and 32 KB of bfloat16 for each warpgroup | 8 |
+| fp8 | 16 KB + 256 B | 3 + 3, 65 KB, and 32 KB of float16 values for each warpgroup | 5 |
+| int4 | 8 KB + 512 B | 4 + 4, 51 KB, and 32 KB of bfloat16 values and 16 KB of e4m3 keys for each warpgroup | 6 |
 
 Bytes: lengths.sum() * bytes_per_token once, queries and fragments (64 K * 4 bytes each, written and read). Operations:
 4 * rows * K for each token; at 64 rows 64 a byte in bfloat16, so memory is the limit (25 GB/s * 132 SMs: 2.6 us a block
 in bfloat16, 1.3 in fp8, 0.7 in int4, against 0.6 us of tensor core).
 
-Registers: the sums take 128 of a thread's 240. Compiled for sm_90a nothing is spilled in bfloat16 with two tiles; else
-30 to 55 are, mostly addresses that the compiler keeps across blocks and what the merge needs once a fragment.
+What else a block costs is shared memory's traffic, 128 bytes a clock. fp8: 32 KB from the copies, 16 read and 32 written
+by the conversion of values, 64 read by the products of keys (queries and keys, for each term), 32 by those of values:
+1,412 clocks, where converted keys took 1,796 of the 1,793 to 2,023 that an H200's memory gives. int4: 17, 17 and 48, 64 and
+32: 1,424 of 938 to 1,058, where keys in bfloat16 took 1,552; so int4 is not bound by memory there.
 
-fp8: a token's key scale multiplies its column of scores. Of its value scale 2^e * r the exponent joins the score and r,
-in [1, 2), the weight, which so stays in float16's range whatever the scale; the sum of weights gets 2^-e back.
+Registers: the sums take 128 of a thread's 240. Compiled for sm_90a 130 to 200 bytes are spilled with one tile, mostly
+addresses that the compiler keeps across blocks and what the merge needs once a fragment.
+
+fp8: queries are two e4m3 terms (see `queries`), keys are multiplied as stored, values are converted to float16 while the
+product of the keys runs. A token's key scale multiplies its column of scores. Of its value scale 2^e * r the exponent joins
+the score and r, in [1, 2), the weight, which so stays in float16's range whatever the scale; the sum of weights gets 2^-e
+back. int4: keys are unpacked to e4m3, and the product of each 64 columns gets their scales; values become bfloat16, scaled.
+
+The compiler's own barriers around stores are off: `plgpu.commit_smem`, a barrier of the warpgroup, stands where a buffer
+is written that another warp's product may still read, and after the stores.
 """
 
 from __future__ import annotations
@@ -47,7 +57,7 @@ from pallas_kernels.pages import KVPages
 HEAD_DIM = 256
 COMPUTE_DTYPES = {"bfloat16": jnp.bfloat16, "fp8": jnp.float16, "int4": jnp.bfloat16}
 # Slots of a ring: with one tile two rings share the memory, with more there is one.
-SLOTS = {("bfloat16", 1): 3, ("bfloat16", 2): 5, ("fp8", 1): 3, ("fp8", 2): 5, ("int4", 1): 4, ("int4", 2): 8}
+SLOTS = {("bfloat16", 1): 3, ("bfloat16", 2): 5, ("fp8", 1): 3, ("fp8", 2): 5, ("int4", 1): 4, ("int4", 2): 6}
 # The interpreter compiles the body anew for each CTA.
 INTERPRETED = {"workers": 2, "columns": HEAD_DIM, "unroll": 2}
 
@@ -189,7 +199,9 @@ def _attend_fragments(
     if work is None:
         capacity = table.shape[1] * pages.page_size
         work = plan.plan_work(lengths, capacity=capacity, workers=sizes["workers"], min_blocks=sizes["min_blocks"])
-    rows = queries.reshape(batch, tokens * heads, head_dim).astype(geometry.dtype)
+    rows = queries.reshape(batch, tokens * heads, head_dim)
+    if not geometry.is_narrow:
+        rows = rows.astype(geometry.dtype)
     rows = jnp.pad(rows, ((0, 0), (0, geometry.rows - tokens * heads), (0, 0)))
     first = jnp.asarray(first_page, jnp.int32).reshape(1)
     return *_attend(geometry, target, rows, pages, table.astype(jnp.int32), first, work), work
@@ -208,29 +220,38 @@ def _attend(
     workers = work.spans.shape[0]
     count = plan.num_fragments(table.shape[0], workers)
     total_slots = geometry.rings * geometry.slots
+    num_rows = geometry.tiles_per_cta * TILE
     scratch = {
-        "queries": plgpu.SMEM(
-            (geometry.tiles_per_cta * TILE, geometry.head_dim), geometry.dtype, transforms=swizzled(geometry.dtype)
-        ),
         "ring": plgpu.SMEM(
             (total_slots, plan.BLOCK, pages.keys.shape[2]), pages.keys.dtype, transforms=swizzled(pages.keys.dtype)
         ),
-        "queries_full": plgpu.Barrier(),
-        # With one tile the first warpgroup is the last to read, in the merge; else each frees its own half.
-        "queries_free": plgpu.Barrier(num_arrivals=geometry.tiles_per_cta),
         "full": plgpu.Barrier(num_arrivals=1 if pages.key_scales is None else 2, num_barriers=total_slots),
         "free": plgpu.Barrier(num_arrivals=geometry.tiles_per_cta, num_barriers=total_slots),
     }
+    if geometry.is_narrow:
+        scratch["queries"] = _e4m3(geometry, 2, geometry.num_parts, num_rows, geometry.part_columns)
+        scratch["factors"] = plgpu.SMEM((2, TILE), jnp.float32)
+    else:
+        scratch["queries"] = plgpu.SMEM(
+            (num_rows, geometry.head_dim), geometry.dtype, transforms=swizzled(geometry.dtype)
+        )
+        scratch["queries_full"] = plgpu.Barrier()
+        # With one tile the first warpgroup is the last to read, in the merge; else each frees its own half.
+        scratch["queries_free"] = plgpu.Barrier(num_arrivals=geometry.tiles_per_cta)
     if pages.key_scales is not None:
         scratch["scales"] = plgpu.SMEM((total_slots, pages.key_scales.shape[1], plan.BLOCK), pages.key_scales.dtype)
         scratch["decoded"] = plgpu.SMEM(
             (2, plan.BLOCK, geometry.head_dim), geometry.dtype, transforms=swizzled(geometry.dtype)
         )
+    if geometry.storage == "int4":
+        scratch["unpacked"] = _e4m3(geometry, 2, geometry.num_parts, plan.BLOCK, geometry.part_columns)
     if geometry.is_shared:
         scratch["cleared"] = plgpu.Barrier(num_arrivals=2)
     else:
         scratch["sums"] = plgpu.SMEM((2, TILE), jnp.float32)
         scratch.update(read=plgpu.Barrier(), given=plgpu.Barrier(), taken=plgpu.Barrier())
+        if geometry.is_narrow:
+            scratch["split"] = plgpu.Barrier(num_arrivals=2)
 
     names = ["starts", "spans", "lengths", "table", "first_page", "rows", "keys", "values"]
     arrays = [work.starts, work.spans, work.lengths, table, first_page, rows, pages.keys, pages.values]
@@ -267,6 +288,11 @@ def _attend(
         thread_name="warpgroup",
         scratch_types=list(scratch.values()),
         # Rows are reduced within warps, and every byte is needed.
-        **target.kernel_options(reduction_scratch_bytes=0),
+        **target.kernel_options(reduction_scratch_bytes=0, auto_barriers=False),
     )(*arrays)
     return parts, tops, norms
+
+
+def _e4m3(geometry: Geometry, *shape: int) -> object:
+    """A buffer of e4m3 operands."""
+    return plgpu.SMEM(shape, jnp.float8_e4m3fn, transforms=swizzled(jnp.float8_e4m3fn, geometry.part_columns))

@@ -12,6 +12,7 @@ from pallas_kernels.compat import WGMMA, WGMMA_ROW, Target
 from pallas_kernels.mfa_decode.block import FLOOR, Place, Sums, attend_block
 from pallas_kernels.mfa_decode.geometry import TILE, Fragment, Geometry, Refs, for_each_fragment
 from pallas_kernels.mfa_decode.plan import BLOCK
+from pallas_kernels.mfa_decode.queries import split_queries
 
 
 def load(geometry: Geometry, refs: Refs) -> None:
@@ -50,9 +51,11 @@ def load(geometry: Geometry, refs: Refs) -> None:
         done, turns = carry[0], (carry[1], carry[2])
         count = fragment.num_blocks
 
-        @pl.when((done == 0) & (count > 0))
-        def fetch_first_queries() -> None:
-            fetch_queries(fragment)
+        if not geometry.is_narrow:
+
+            @pl.when((done == 0) & (count > 0))
+            def fetch_first_queries() -> None:
+                fetch_queries(fragment)
 
         def fetch_block(index: jax.Array, _: tuple[()]) -> tuple[()]:
             block = fragment.first_block + index
@@ -63,12 +66,13 @@ def load(geometry: Geometry, refs: Refs) -> None:
             fetch("key", page, place, ring, turn)
             fetch("value", page, place, ring, turn + 1)
 
-            # The buffer of the queries is free only when the fragment before is done. By now this fragment's first
-            # blocks are on their way, in slots that do not wait for its queries.
-            @pl.when((done > 0) & (index == jnp.minimum(count, blocks_ahead) - 1))
-            def fetch_next_queries() -> None:
-                plgpu.barrier_wait(refs["queries_free"])
-                fetch_queries(fragment)
+            if not geometry.is_narrow:
+                # The buffer of the queries is free only when the fragment before is done. By now this fragment's first
+                # blocks are on their way, in slots that do not wait for its queries.
+                @pl.when((done > 0) & (index == jnp.minimum(count, blocks_ahead) - 1))
+                def fetch_next_queries() -> None:
+                    plgpu.barrier_wait(refs["queries_free"])
+                    fetch_queries(fragment)
 
             return ()
 
@@ -79,9 +83,11 @@ def load(geometry: Geometry, refs: Refs) -> None:
     done, *turns = for_each_fragment(refs, fetch_fragment, (zero, zero, zero))
 
     # Every arrival is waited for: no barrier is left in the middle of a phase.
-    @pl.when(done > 0)
-    def drain_queries() -> None:
-        plgpu.barrier_wait(refs["queries_free"])
+    if not geometry.is_narrow:
+
+        @pl.when(done > 0)
+        def drain_queries() -> None:
+            plgpu.barrier_wait(refs["queries_free"])
 
     for ring in range(geometry.rings):
 
@@ -94,9 +100,9 @@ def load(geometry: Geometry, refs: Refs) -> None:
 
 def compute(geometry: Geometry, target: Target, warpgroup: jax.Array, refs: Refs) -> None:
     """Attention of one tile's rows over this warpgroup's blocks of each fragment."""
-    queries = refs["queries"]
+    queries = None if geometry.is_narrow else refs["queries"]
     if geometry.is_shared:
-        queries = queries.at[pl.ds(warpgroup * TILE, TILE)]
+        queries = None if queries is None else queries.at[pl.ds(warpgroup * TILE, TILE)]
         tile, ring, first, stride = lax.axis_index("pair") * 2 + warpgroup, jnp.int32(0), jnp.int32(0), 1
     else:
         tile, ring, first, stride = jnp.int32(0), warpgroup, warpgroup, 2
@@ -107,8 +113,11 @@ def compute(geometry: Geometry, target: Target, warpgroup: jax.Array, refs: Refs
         first_turn = geometry.turn(turns, ring)
 
         @pl.when(count > 0)
-        def wait_for_queries() -> None:
-            plgpu.barrier_wait(refs["queries_full"])
+        def get_queries() -> None:
+            if geometry.is_narrow:
+                split_queries(geometry, target, refs, warpgroup, tile, fragment.sequence)
+            else:
+                plgpu.barrier_wait(refs["queries_full"])
 
         def step(index: jax.Array, sums: Sums) -> Sums:
             turn = first_turn + 2 * index
@@ -138,7 +147,8 @@ def compute(geometry: Geometry, target: Target, warpgroup: jax.Array, refs: Refs
             refs["norms"][fragment.number, rows] = norm
 
         def store_own() -> None:
-            plgpu.barrier_arrive(refs["queries_free"])
+            if not geometry.is_narrow:
+                plgpu.barrier_arrive(refs["queries_free"])
             store(*sums)
 
         def merge() -> None:
@@ -147,7 +157,7 @@ def compute(geometry: Geometry, target: Target, warpgroup: jax.Array, refs: Refs
             tokens = (count * BLOCK).astype(jnp.float32)
             lax.cond(
                 warpgroup == 0,
-                lambda: store(*_take(target, refs, sums, tokens)),
+                lambda: store(*_take(geometry, target, refs, sums, tokens)),
                 lambda: _give(geometry, refs, sums, tokens),
             )
 
@@ -157,31 +167,41 @@ def compute(geometry: Geometry, target: Target, warpgroup: jax.Array, refs: Refs
     for_each_fragment(refs, attend_fragment, (jnp.int32(0), jnp.int32(0)))
 
 
-# The queries' buffer carries the second warpgroup's sums to the first, in two 16-bit parts (together 16 bits of a number
-# in bfloat16, 22 in float16), since nothing else is free: the rings are filling for the next fragment. Divided by the
-# fragment's number of tokens they are within float16's range.
+# The second warpgroup's sums go to the first in two 16-bit parts (together 16 bits of a number in bfloat16, 22 in float16),
+# divided by the fragment's number of tokens, so that they are within float16's range. Both parts fit into the two buffers
+# of decoded rows; without those only the queries' buffer is free, for one part after the other: the rings are filling for
+# the next fragment.
 
 
 def _give(geometry: Geometry, refs: Refs, sums: Sums, tokens: jax.Array) -> None:
     total, top, norm = sums
     total = total * (1.0 / tokens)
     high = total.astype(geometry.dtype)
-    rest = total - high.astype(jnp.float32)
-    # The other warpgroup has read the queries for the last time in this fragment, and so has this one.
+    rest = (total - high.astype(jnp.float32)).astype(geometry.dtype)
+    # The other warpgroup has read the queries and its decoded rows for the last time in this fragment; all warps of this
+    # one have, too.
     plgpu.barrier_wait(refs["read"])
-    refs["queries"][...] = high
+    plgpu.commit_smem()
     refs["sums"][0] = top
     refs["sums"][1] = norm
+    if "decoded" in refs:
+        refs["decoded"].at[0][...] = high
+        refs["decoded"].at[1][...] = rest
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs["given"])
+        plgpu.barrier_wait(refs["taken"])
+        return
+    refs["queries"][...] = high
     plgpu.commit_smem()
     plgpu.barrier_arrive(refs["given"])
     plgpu.barrier_wait(refs["taken"])
-    refs["queries"][...] = rest.astype(geometry.dtype)
+    refs["queries"][...] = rest
     # Also orders these stores before the next queries, which come through another proxy.
     plgpu.commit_smem()
     plgpu.barrier_arrive(refs["given"])
 
 
-def _take(target: Target, refs: Refs, sums: Sums, tokens: jax.Array) -> Sums:
+def _take(geometry: Geometry, target: Target, refs: Refs, sums: Sums, tokens: jax.Array) -> Sums:
     total, top, norm = sums
     plgpu.barrier_arrive(refs["read"])
     plgpu.barrier_wait(refs["given"])
@@ -191,11 +211,20 @@ def _take(target: Target, refs: Refs, sums: Sums, tokens: jax.Array) -> Sums:
     shrink, weight = jnp.exp2(top - new_top), jnp.exp2(other_top - new_top)
     factor = lax.broadcast_in_dim(weight * tokens, total.shape, [0])
     total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
-    total = total + target.load(refs["queries"], WGMMA).astype(jnp.float32) * factor
+    is_decoded = "decoded" in refs
+    buffers = [refs["decoded"].at[part] for part in range(2)] if is_decoded else [refs["queries"]] * 2
+    total = total + target.load(buffers[0], WGMMA).astype(jnp.float32) * factor
+    if is_decoded:
+        # Else the compiler loads both parts first, and has not the registers.
+        plgpu.commit_smem()
+    else:
+        target.finish_reads()
+        plgpu.barrier_arrive(refs["taken"])
+        plgpu.barrier_wait(refs["given"])
+    total = total + target.load(buffers[1], WGMMA).astype(jnp.float32) * factor
     target.finish_reads()
-    plgpu.barrier_arrive(refs["taken"])
-    plgpu.barrier_wait(refs["given"])
-    total = total + target.load(refs["queries"], WGMMA).astype(jnp.float32) * factor
-    target.finish_reads()
-    plgpu.barrier_arrive(refs["queries_free"])
+    if is_decoded:
+        plgpu.barrier_arrive(refs["taken"])
+    if not geometry.is_narrow:
+        plgpu.barrier_arrive(refs["queries_free"])
     return total, new_top, norm * shrink + other_norm * weight

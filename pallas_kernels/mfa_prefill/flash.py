@@ -108,15 +108,21 @@ def attend(
         new_largest = jnp.maximum(largest, scores.max(axis=1))
         kept = jnp.exp2(largest - new_largest)
         weights = jnp.exp2(scores - spread(new_largest, block))
-        total = total * kept + weights.sum(axis=1)
-        if ring.scales is not None:
+        if ring.scales is None:
+            operand = weights.astype(queries.dtype)
+        else:
+            added = weights.sum(axis=1)
             value_scales = target.load(ring.scales.at[pair, 1], WGMMA_COLUMN) * value_factor
-            weights = jnp.minimum(weights * spread_columns(value_scales), FLOAT16_MAX)
-        operand = weights.astype(queries.dtype)
+            operand = jnp.minimum(weights * spread_columns(value_scales), FLOAT16_MAX).astype(queries.dtype)
         output = output * spread(kept, head_dim)
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(ring.full.at[value_slot])
         plgpu.barrier_wait(turn)
+        if ring.scales is None:
+            # Behind the barriers, so that the other warpgroup need not wait for it: jax's own kernel does so for heads
+            # above 128. With scales the weights would be held twice.
+            added = weights.sum(axis=1)
+        total = total * kept + added
         output = target.add_dot(output, operand, ring.items.at[value_slot])
         target.finish_reads()
         plgpu.barrier_arrive(ring.free.at[value_slot])

@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tuning
-from pallas_kernels.compat import WGMMA, Ref, Target, swizzled
+from pallas_kernels.compat import WGMMA, WGMMA_8BIT, Ref, Target, swizzled
 from pallas_kernels.mfa_prefill.flash import COMPUTE_WARPGROUPS, ROWS, Ring, attend, feed
 from pallas_kernels.mfa_prefill.tile import make_tiles
 from pallas_kernels.pages import KVPages, gather_rows
@@ -180,7 +180,8 @@ def mfa_prefill(
         thread_name="warpgroup",
         kernel_name="mfa_prefill",
         scratch_types=_scratch(dtype, slots, raw_slots, is_fp8),
-        **target.kernel_options(),
+        # All other stores are in `_convert`: no thread writes what another reads before its barrier.
+        **target.kernel_options(auto_barriers=False),
     )(numbers, table, rows, *cache)
     return lax.bitcast_convert_type(out, queries.dtype).reshape(-1, num_heads, head_dim)[:num_tokens]
 
@@ -247,7 +248,8 @@ def _body(
 
         factor = None if cache.value_factors is None else cache.value_factors[sequence]
         output = attend(target, own, ring, scratch.turn, warpgroup, num_blocks, num_plain, hide, scale, factor)
-        # The last product has been waited for, so nobody reads the queries any more.
+        # This warp has waited for its last product; when all of the warpgroup have, nothing reads the queries any more.
+        plgpu.commit_smem()
         output = output.astype(jnp.bfloat16)
         own[...] = output if scratch.raw is None else lax.bitcast_convert_type(output, own.dtype)
         plgpu.commit_smem()
@@ -337,7 +339,8 @@ def _convert(target: Target, source: Ref, destination: Ref, stored_as: jnp.dtype
     """Writes float16 for tensor cores to read; `stored_as`: the dtype that the bits of `source` are."""
     for column in range(0, HEAD_DIM, CONVERTED_COLUMNS):
         columns = pl.ds(column, CONVERTED_COLUMNS)
-        values = target.load(source.at[:, columns])
+        # A thread writes where it has read, should both be the same buffer.
+        values = target.load(source.at[:, columns], WGMMA_8BIT if stored_as is None else WGMMA)
         if stored_as is not None:
             values = lax.bitcast_convert_type(values, stored_as).astype(jnp.float32)
         destination[:, columns] = values.astype(jnp.float16)

@@ -64,6 +64,7 @@ def permute_rows(
             plgpu.SMEM((chunk_rows, lines, LINE), array.dtype),
             plgpu.Barrier(num_arrivals=chunk_rows),
         ],
+        kernel_name="permute_rows",
         **target.kernel_options(),
     )(array.reshape(num_tokens, lines, LINE), permutation.pairs, permutation.tiles.table, permutation.tiles.used)
     return out.reshape(num_rows, width)

@@ -72,8 +72,8 @@ def norm_quantise(
 
 
 def _unsupported(size: int, columns: int) -> str | None:
-    if columns % (4 * BLOCK):
-        return f"the kernel needs rows of a multiple of {4 * BLOCK} columns, they have {columns}"
     if size % 1024 or size > 8192:
         return f"the kernel needs D to be a multiple of 1024 and at most 8192, it is {size}"
+    if columns % (4 * BLOCK):
+        return f"the kernel needs rows of a multiple of {4 * BLOCK} columns, they have {columns}"
     return None

@@ -67,6 +67,7 @@ def norm_quantise(
         grid=(m,),
         grid_names=("row",),
         scratch_types=scratch_types,
+        kernel_name="norm_quantise",
         **target.kernel_options(),
     )(layer.reshape(1), x.reshape(m, -1, BLOCK), weight.reshape(-1, blocks, BLOCK))
     return (values.reshape(m, size), scales, *(array.reshape(m, size) for array in normed))

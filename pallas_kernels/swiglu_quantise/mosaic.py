@@ -64,6 +64,7 @@ def swiglu_quantise(
             # Two copies arrive.
             plgpu.Barrier(num_arrivals=2),
         ],
+        kernel_name="swiglu_quantise",
         **target.kernel_options(),
     )(operands[0], operands[-1])
     if rows != m:

@@ -23,7 +23,9 @@ from step3_jax.layers.moe import Experts
 from step3_jax.model.text import DecoderLayer
 from step3_jax.quant import BlockScaled
 
-Weight = Shaped[Array, "..."] | BlockScaled
+# An array, or the shape of one.
+Leaf = Shaped[Array, "..."] | jax.ShapeDtypeStruct
+Weight = Leaf | BlockScaled
 # Of each kind of module: the products that are joined, in this order, and what they become.
 JOINED = ((MFA, ("q_proj", "k_proj", "v_proj"), "qkv_down_proj"), (SwiGLU, ("gate_proj", "up_proj"), "gate_up_proj"))
 
@@ -144,14 +146,14 @@ def _sizes(module: nnx.Module, weight: Weight) -> list[int]:
     return [rows // 2, rows // 2]
 
 
-def _stack_rows(arrays: Sequence[jax.Array]) -> jax.Array:
+def _stack_rows(arrays: Sequence[Leaf]) -> Leaf:
     """Arrays under one another (next to last axis), on each device the parts that it has."""
     first = arrays[0]
     shape = (*first.shape[:-2], sum(array.shape[-2] for array in arrays), first.shape[-1])
     return _on_each_device(arrays, shape, lambda *parts: jnp.concatenate(parts, axis=-2))
 
 
-def _split_rows(array: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+def _split_rows(array: Leaf, sizes: Sequence[int]) -> list[Leaf]:
     """The inverse of `_stack_rows`."""
     num_parts, start, out = array.shape[-2] // _local_rows(array), 0, []
     for size in sizes:
@@ -162,7 +164,7 @@ def _split_rows(array: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     return out
 
 
-def _on_each_device(arrays: Sequence[jax.Array], shape: tuple[int, ...], run: Callable[..., jax.Array]) -> jax.Array:
+def _on_each_device(arrays: Sequence[Leaf], shape: tuple[int, ...], run: Callable[..., jax.Array]) -> Leaf:
     """`run` of what each device has of `arrays`, which lie alike, as one array of `shape` that lies as they do."""
     first = arrays[0]
     if isinstance(first, jax.ShapeDtypeStruct):
@@ -173,7 +175,7 @@ def _on_each_device(arrays: Sequence[jax.Array], shape: tuple[int, ...], run: Ca
     return jax.make_array_from_single_device_arrays(shape, first.sharding, made, dtype=first.dtype)
 
 
-def _local_rows(array: jax.Array) -> int:
+def _local_rows(array: Leaf) -> int:
     """Rows (next to last axis) that one device has."""
     sharding = getattr(array, "sharding", None)
     return (array.shape if sharding is None else sharding.shard_shape(array.shape))[-2]

@@ -16,7 +16,7 @@ import pytest
 from pallas_kernels.mfa_prefill import mosaic as prefill
 from pallas_kernels.swiglu_quantise import mosaic as swiglu
 from tests.process import ROOT, environment
-from tools import gpu_compile, ptx, record_kernels
+from tools import gpu_compile, launch_count, ptx, record_kernels
 from tools.gpu_check import cases as case_list
 from tools.gpu_check import rank
 from tools.gpu_check.rank_model import RankModel, RankSizes
@@ -114,6 +114,16 @@ def result_bytes(line: str) -> float:
         return 0.0
     sizes = [int(size) for size in found.group(3).split(",") if size]
     return math.prod(sizes) * int(found.group(2) or 8) / 8
+
+
+def test_a_layer_launches_no_more_than_it_must(tmp_path: pathlib.Path) -> None:
+    program = launch_count.compile_step(4, tmp_path)
+    loops = launch_count.read_loops(tmp_path, program.as_text() or "")
+    counts = {loop.layers: len(loop.launches) for loop in loops}
+    # Of a layer with experts, the loop's counter among them; a dense layer has neither router nor plan.
+    assert counts == {"layers.0-1": 18, "layers.2-3": 28}, [launch_count.table(loop) for loop in loops]
+    # A slice in a loop is a launch whose address the host computes anew in each turn.
+    assert "DynamicSlice" not in next(tmp_path.glob(launch_count.SEQUENCE)).read_text()
 
 
 @pytest.mark.parametrize("options", ["yes", "no"])

@@ -23,9 +23,8 @@ from pallas_kernels.storage import Storage
 from tests.kernels.support import lower_for_cuda, row_errors
 
 SCALE = 0.05
-# Against the reference on the same stored numbers: what 16-bit products lose. int4's keys are rounded once more, after
-# their scales, to bfloat16; scores reach 10 here, of which that is some hundredths (int4 itself is off by a tenth).
-TOLERANCE = {"bfloat16": 3e-3, "fp8": 2e-3, "int4": 2e-2}
+# Against the reference on the same stored numbers: what 16-bit weights and values lose. Keys are multiplied as stored.
+TOLERANCE = {"bfloat16": 3e-3, "fp8": 2e-3, "int4": 4e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Case:
 
 
 def _poisoned(stored: jax.Array, scales: jax.Array | None, where: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    worst = 0xFFFF if stored.dtype == jnp.uint16 else jnp.nan
+    worst = 0xFF if stored.dtype == jnp.uint8 else jnp.nan
     stored = jnp.where(where[..., None], jnp.asarray(worst, stored.dtype), stored)
     if scales is None:
         return stored, None
@@ -150,7 +149,7 @@ def _check_kernel(case: Case, detect_races: bool) -> None:
     expected, expected_lse = jax.jit(functools.partial(reference.decode_attention, scale=SCALE))(*args)
     assert out.dtype == args[0].dtype
     assert np.max(_errors_by_token(out, expected)) < TOLERANCE[case.storage]
-    np.testing.assert_allclose(np.asarray(lse), np.asarray(expected_lse), atol=0.05 if case.storage == "int4" else 1e-3)
+    np.testing.assert_allclose(np.asarray(lse), np.asarray(expected_lse), atol=1e-3)
     is_blind = np.asarray(case.lengths)[:, None] - case.tokens + np.arange(case.tokens) < 0
     assert np.all(np.asarray(out)[is_blind] == 0)
     assert np.all(np.asarray(lse)[is_blind] == -np.inf)

@@ -118,8 +118,8 @@ def test_the_kernel_lowers_for_a_gpu_at_the_sizes_of_step3(size: int, layout: Sc
 
 def test_what_does_not_fit_is_refused() -> None:
     call = inspect.unwrap(norm_quantise)
-    with pytest.raises(ValueError, match=r"x is \(2, 128\) and weight \(64,\)"):
-        call(jnp.ones((2, 128)), jnp.ones(64), eps=EPS)
+    with pytest.raises(ValueError, match=r"x is \(2, 128\) and weight \(256,\)"):
+        call(jnp.ones((2, 128)), jnp.ones(256), eps=EPS)
     with pytest.raises(ValueError, match=r"weight is \(3, 128\) and layer is None: give a layer with a stack"):
         call(jnp.ones((2, 128)), jnp.ones((3, 128)), eps=EPS)
     with pytest.raises(ValueError, match="x is float16; allowed: bfloat16, float32"):

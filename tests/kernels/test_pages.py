@@ -35,14 +35,19 @@ def test_zeros_come_back_as_zeros(storage: Storage) -> None:
     assert storage == "int4" or np.all(np.asarray(values) == 0)
 
 
-def test_int4_packs_the_four_quarters_of_a_row_in_one_word() -> None:
+def test_int4_packs_the_two_halves_of_a_row_in_one_byte() -> None:
     rows = jnp.concatenate([jnp.full((1, 64), value) for value in (7.0, -7.0, 0.0, 14.0)], axis=1)
     stored, scales = encode_rows(rows, "int4")
-    assert stored.dtype == jnp.uint16
-    assert stored.shape == (1, 64)
-    # Codes plus 8, lowest bits first: 15, 1, 8 (0 has scale 1), 15.
-    assert np.all(np.asarray(stored) == 15 + (1 << 4) + (8 << 8) + (15 << 12))
+    assert stored.dtype == jnp.uint8
+    assert stored.shape == (1, 128)
+    # A zero has no sign.
+    assert np.all(np.asarray(stored)[0, :64] == 7)
+    assert np.all(np.asarray(stored)[0, 64:] == 0b1000_0111 + (7 << 4))
     assert np.asarray(scales).astype(float).tolist() == [[1.0, 1.0, 1.0, 2.0]]
+    # What the kernels make of it: numbers of e4m3, times 2^9.
+    first = np.asarray(stored & 0b1000_0111).view(jnp.float8_e4m3fn).astype(float) * 2**9
+    assert first[0, 0] == 7
+    assert first[0, 64] == -7
 
 
 @pytest.mark.parametrize("storage", STORAGES)

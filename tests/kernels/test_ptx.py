@@ -57,4 +57,8 @@ $L__BB0_3:
     @%p4 bra $L__BB0_2;
 """
     assert ptx.read_loop(text) == ptx.Loop(instructions=7, barriers=1, shared_bytes=16 + 2 + 16)
+    # With a product of another kind around it, a turn is one of the loop that has both.
+    other = "    wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {%f2}, %rd3, %rd4, p, 1, 1;\n"
+    both = text.replace("    @%p4", other + "    @%p4")
+    assert ptx.read_loop(both).instructions == 7 + 3
     assert ptx.read_loop("wgmma.mma_async;") == ptx.Loop()

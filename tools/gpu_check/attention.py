@@ -140,7 +140,7 @@ def _poisoned_pages(keys: jax.Array, owned: jax.Array, storage: str) -> kv_pages
 
         # In turns of 256 pages: the float32 numbers of all would be larger than the cache itself.
         stored, scales = jax.lax.map(rows, jax.random.split(key, owned.shape[0]), batch_size=256)
-        if stored.dtype != jnp.uint16:
+        if stored.dtype != jnp.uint8:
             stored = jnp.where(owned[..., None], stored, jnp.nan).astype(stored.dtype)
         if scales is None:
             return stored, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ from step3_jax.quant import quantise
 CONFIG = TextConfig(
     hidden_size=128,
     intermediate_size=128,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=2,
     head_dim=128,
     share_q_dim=128,
@@ -29,14 +31,14 @@ CONFIG = TextConfig(
     moe_top_k=3,
     moe_intermediate_size=128,
     share_expert_dim=128,
-    moe_layers=(1, 2),
+    moe_layers=(1,),
     vocab_size=64,
     max_position_embeddings=512,
 )
 
 
-def make_decoder(weights: str = "float32") -> Decoder:
-    decoder = Decoder(CONFIG, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(0))
+def make_decoder(weights: str = "float32", config: TextConfig = CONFIG) -> Decoder:
+    decoder = Decoder(config, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(0))
     if weights == "fp8":
         for path, module in nnx.iter_modules(decoder):
             if isinstance(module, Linear) and path[0] == "layers":
@@ -48,19 +50,16 @@ def make_decoder(weights: str = "float32") -> Decoder:
 
 
 def run(decoder: Decoder) -> np.ndarray:
-    """Logits of a chunk of two prompts and of a decode step behind it."""
+    """Logits of a decode step of two sequences over a cache of random rows."""
     graphdef, state = nnx.split(decoder)
-    table = jnp.asarray([[0], [1]], jnp.int32)
-    chunk = CacheStep(table, jnp.asarray([5, 3], jnp.int32), jnp.asarray([0, 5, 8], jnp.int32))
-    step = CacheStep(table, jnp.asarray([6, 4], jnp.int32))
+    step = CacheStep(jnp.asarray([[0], [1]], jnp.int32), jnp.asarray([6, 4], jnp.int32))
+    empty = empty_pages(2 * CONFIG.num_hidden_layers, CONFIG.head_dim, "float32")
+    cache = jax.tree.map(lambda pages: jax.random.normal(jax.random.key(0), pages.shape), empty)
 
     @jax.jit
     def logits(state: nnx.State) -> jax.Array:
         text = nnx.merge(graphdef, state)
-        cache = empty_pages(2 * CONFIG.num_hidden_layers, CONFIG.head_dim, "float32")
-        first, cache = text(text.embed_tokens(jnp.arange(8)[None]), cache=cache, step=chunk)
-        second, _ = text(text.embed_tokens(jnp.asarray([[1], [2]])), cache=cache, step=step)
-        return jnp.concatenate([text.logits(first)[0], text.logits(second)[:, 0]])
+        return text.logits(text(text.embed_tokens(jnp.asarray([[1], [2]])), cache=cache, step=step)[0][:, 0])
 
     return np.asarray(logits(state))
 
@@ -85,7 +84,7 @@ def test_joined_products_give_what_separate_ones_give(expected: np.ndarray) -> N
 
 
 def test_stacked_layers_in_fp8_are_joined_and_separated() -> None:
-    decoder = make_decoder("fp8")
+    decoder = make_decoder("fp8", dataclasses.replace(CONFIG, num_hidden_layers=3, moe_layers=(1, 2)))
     decoder.layers = nnx.List(stack_layers(decoder.layers))
     before = jax.tree.leaves(nnx.state(decoder))
     fuse(decoder)
@@ -135,8 +134,6 @@ def test_quantised_activations_are_the_models_to_say_and_no_platforms() -> None:
     assert 0.005 < np.median(errors) < 0.25
     fuse(decoder)
     np.testing.assert_allclose(run(decoder), found, atol=1e-5)
-    set_quantised(decoder, wanted=False)
-    np.testing.assert_allclose(run(decoder), plain, atol=1e-5)
 
 
 def test_weights_that_are_not_in_fp8_meet_plain_activations(expected: np.ndarray) -> None:

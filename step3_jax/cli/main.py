@@ -34,18 +34,18 @@ from step3_jax.rank import COORDINATOR, CPU_DEVICES, NUM_PROCESSES, PROCESS_ID
 # Each has two modules of its name: in `arguments` one with `add_arguments(parser)`, free of jax so that `--help` need not
 # wait for it, and here one with `run(arguments) -> exit code`. Only those of the chosen command are imported.
 COMMANDS = {
-    "generate": "answer one prompt, with or without pictures",
+    "generate": "answer one prompt, with or without images",
     "chat": "talk with the model in the terminal",
     "run-batch": "answer a file of requests, in OpenAI's batch format",
     "inspect": "show what a checkpoint holds, and whether it is complete",
     "convert": "convert a checkpoint: released layout, Orbax, BF16, block-FP8",
-    "serve": "answer requests over HTTP, as OpenAI's API does",
-    "launch": "start a command as many processes: here, over ssh, under Slurm, Open MPI, Kubernetes",
-    "afd": "look into attention and FFN on devices of their own: trace a run, draw it",
-    "plan": "whether a deployment of a large model fits and what it costs, without its weights",
+    "serve": "serve OpenAI's API over HTTP",
+    "launch": "start a command as several processes: here, over ssh, under Slurm, Open MPI or Kubernetes",
+    "afd": "trace and draw a run with attention and FFN on separate devices",
+    "plan": "plan a deployment of a large model without its weights: memory, cost, search, simulation",
     "bench": "measure the speed of this machine, or of a service",
-    "env": "show versions, devices and folders, for a report of a problem",
-    "completion": "print a script by which a shell completes commands and options",
+    "env": "show versions, devices and folders, for a bug report",
+    "completion": "print a completion script for a shell",
 }
 
 

@@ -24,19 +24,35 @@ def add_tools(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds how tokens are chosen and when the answer ends."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: %(default)s)")
     group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (default: 0)"
+        "--max-tokens", type=int, default=256, metavar="N", help="most tokens of the answer (default: %(default)s)"
     )
     group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="X", help="only the likeliest tokens of this total probability"
+        "--temperature", type=float, default=0.0, metavar="X", help="0 always takes the likeliest token (default: 0)"
     )
-    group.add_argument("--top-k", type=int, default=0, metavar="N", help="only the N likeliest tokens")
     group.add_argument(
-        "--min-p", type=float, default=0.0, metavar="X", help="only tokens this fraction as likely as the likeliest"
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="sample from the likeliest tokens with this total probability",
     )
-    group.add_argument("--seed", type=int, metavar="N", help="repeats a sampled answer (default: a new one each time)")
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens")
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends the answer, and is cut off; may be repeated"
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="sample from tokens at least this fraction as likely as the likeliest",
     )
-    group.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="makes a sampled answer reproducible (default: a new seed each time)"
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text that ends the answer and is removed from it; may be repeated",
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="continue to --max-tokens")

@@ -30,13 +30,13 @@ def add_service(parser: argparse.ArgumentParser, *, module: str) -> None:
       parser: Gets the options.
       module: Of `step3_jax.cli`; it does the work where there is an address.
     """
-    group = parser.add_argument_group("a service in place of a model here")
+    group = parser.add_argument_group("a service instead of a local model")
     group.add_argument(
         "--url",
         action=_NameService,
         const=module,
         metavar="URL",
-        help="of an OpenAI-compatible service, http://host:port",
+        help="address of an OpenAI-compatible service, http://host:port",
     )
     add_key(group)
     add_served_model(group)

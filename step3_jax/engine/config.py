@@ -42,7 +42,7 @@ class EngineConfig:
 
     dtype: str = define(
         "auto",
-        "activations, and weights that are not held in a form of their own; auto is the checkpoint's, but float32 on a CPU",
+        "activations, and weights without quantization; auto is the checkpoint's dtype, or float32 on a CPU",
         "model",
         choices=("auto", "float32", "bfloat16"),
     )
@@ -64,32 +64,32 @@ class EngineConfig:
     )
     seed: int | None = define(
         0,
-        "of requests that have no seed: the same calls give the same outputs",
+        "seed of requests that have none: the same calls give the same outputs",
         "model",
         least=-(2**63),
         most=2**64 - 1,
         auto="a different one at every start",
     )
     trust_remote_code: bool = define(
-        False, "accepted for compatibility and without effect: no code of a checkpoint is ever run", "model"
+        False, "accepted for compatibility, without effect: no code of a checkpoint is ever run", "model"
     )
     max_num_seqs: int = define(
-        32, "most sequences that run at once, rounded down to a power of two; others wait", "batch", least=1
+        32, "most sequences that run at a time, rounded down to a power of two; others wait", "batch", least=1
     )
     max_num_batched_tokens: int = define(
-        4096, "most prompt tokens prefilled at once; longer prompts are prefilled in chunks", "batch", least=1
+        4096, "most prompt tokens prefilled at a time; longer prompts are prefilled in chunks", "batch", least=1
     )
     long_prefill_token_threshold: int | None = define(
         None,
-        "most tokens of a chunk for one prompt while others wait for theirs",
+        "most tokens of one prompt in a chunk while others wait",
         "batch",
         least=1,
         auto="half of max_num_batched_tokens",
     )
-    stream_interval: int = define(4, "most tokens between two pieces of a streamed output", "batch", least=1)
+    stream_interval: int = define(4, "most tokens in a piece of a streamed output", "batch", least=1)
     max_call_ms: float = define(
         100.0,
-        "longest decode call, in milliseconds: nothing that arrives waits longer for its turn (one step at least)",
+        "longest decode call, in milliseconds: no new request waits longer than that (at least one step)",
         "batch",
         least=0.0,
         metavar="MS",
@@ -110,7 +110,7 @@ class EngineConfig:
     )
     gpu_memory_utilization: float = define(
         MEMORY_SHARE,
-        "share of a GPU's memory that JAX takes, unless XLA_CLIENT_MEM_FRACTION says otherwise",
+        "share of a GPU's memory that JAX takes, unless XLA_CLIENT_MEM_FRACTION is set",
         "cache",
         least=0.01,
         most=1.0,
@@ -118,21 +118,21 @@ class EngineConfig:
     )
     kv_cache_memory_bytes: int | None = define(
         None,
-        "memory of the KV cache, of each shard if there are several",
+        "memory of the KV cache, per shard if there are several",
         "cache",
         least=1,
-        auto="what the device has left, at most room for max_num_seqs sequences of max_model_len",
+        auto="the device's free memory, at most enough for max_num_seqs sequences of max_model_len",
         metavar="BYTES",
     )
     enable_prefix_caching: bool = define(
-        True, "reuse the KV cache of pages of 64 tokens that an earlier request had in the same place", "cache"
+        True, "reuse pages of 64 tokens of the KV cache that an earlier request had in the same place", "cache"
     )
     data_parallel_size: int = define(
         1, "groups of devices, each with all weights outside the routed experts", "devices", least=1, flags=("--dp",)
     )
     tensor_parallel_size: int = define(
         1,
-        "devices of a group: dense weights are sharded across them, and each has sequences of its own",
+        "devices of a group: dense weights are sharded across them, and each has its own sequences",
         "devices",
         least=1,
         flags=("--tp",),
@@ -147,7 +147,7 @@ class EngineConfig:
     )
     attention_parallelism: str = define(
         "data",
-        "data: every device has sequences of its own; tensor: query heads are sharded across the devices of a group, "
+        "data: every device has its own sequences; tensor: query heads are sharded across the devices of a group, "
         "each of which holds the same KV cache",
         "devices",
         choices=("data", "tensor"),
@@ -155,13 +155,13 @@ class EngineConfig:
     mm_encoder_tp_mode: str = define(
         "weights",
         "weights: the vision tower is sharded across the devices of a group (with AFD of an attention instance), which "
-        "encode each image together; data: each device has all of it and encodes images of its own",
+        "encode each image together; data: each device has all of it and encodes its own images",
         "devices",
         choices=("weights", "data"),
     )
     expert_exchange: str = define(
         "auto",
-        "how tokens reach their experts; auto is all_to_all between hosts, else gather",
+        "how tokens reach their experts; auto is all_to_all between hosts, otherwise gather",
         "devices",
         choices=("auto", "gather", "all_to_all"),
     )

@@ -30,14 +30,14 @@ class ServerConfig:
       ValueError: For a value that is not allowed; the message names the field, the value and what is allowed.
     """
 
-    host: str = define("127.0.0.1", "address to listen on; 0.0.0.0 for all", "address", metavar="ADDRESS")
+    host: str = define("127.0.0.1", "address to listen on; 0.0.0.0 for all interfaces", "address", metavar="ADDRESS")
     port: int = define(8000, "port to listen on; 0 for a free one", "address", least=0, most=65535, metavar="PORT")
     api_key: tuple[str, ...] = define(
-        (), "key that clients must have; may be repeated", "address", auto="no key is needed", metavar="KEY"
+        (), "key that clients must send; may be repeated", "address", auto="no key is required", metavar="KEY"
     )
     served_model_name: tuple[str, ...] = define(
         (),
-        "names of the model in requests; answers have the first",
+        "names that requests may use for the model; answers have the first",
         "address",
         auto="the name of the model's folder",
         metavar="NAME",
@@ -46,17 +46,17 @@ class ServerConfig:
     ssl_keyfile: str | None = define(None, "private key for TLS", "address", auto="no TLS", metavar="FILE")
     ssl_certfile: str | None = define(None, "certificate for TLS", "address", auto="no TLS", metavar="FILE")
     allowed_origins: tuple[str, ...] = define(
-        (), "origins whose pages may call (CORS)", "address", metavar="ORIGIN", takes_several=True
+        (), "origins whose pages may call the service (CORS)", "address", metavar="ORIGIN", takes_several=True
     )
     ui: bool | None = define(None, "the chat page at /", "address", auto="on a loopback address")
-    docs: bool = define(False, "the page /docs about the API", "address")
-    metrics_key: str | None = define(None, "key for /metrics", "address", auto="none is needed", metavar="KEY")
+    docs: bool = define(False, "serve a page about the API at /docs", "address")
+    metrics_key: str | None = define(None, "key for /metrics", "address", auto="no key is required", metavar="KEY")
     metrics_prefix: str = define(
-        "step3", "what names of metrics begin with; vllm for its dashboards", "address", metavar="NAME"
+        "step3", "prefix of the metrics' names; vllm for its dashboards", "address", metavar="NAME"
     )
     max_num_queued_reqs: int | None = define(
         None,
-        "most completions that run or wait; more are answered with 503",
+        "most completions that run or wait; further requests get a 503",
         "limits",
         least=1,
         auto="four times max_num_seqs",
@@ -65,13 +65,17 @@ class ServerConfig:
         None, "most prompt tokens of requests that run or wait", "limits", least=1, auto="no limit"
     )
     max_n: int = define(16, "most completions of one prompt", "limits", least=1)
-    max_body_bytes: int = define(32 * 2**20, "largest body of a request", "limits", least=1024, metavar="BYTES")
+    max_body_bytes: int = define(32 * 2**20, "largest request body, in bytes", "limits", least=1024, metavar="BYTES")
     request_timeout: float = define(
-        0.0, "seconds after which a request ends with finish reason length; 0 for none", "limits", least=0, metavar="S"
+        0.0,
+        "seconds after which a request ends with finish reason length; 0 for no limit",
+        "limits",
+        least=0,
+        metavar="S",
     )
-    max_images: int = define(16, "most images of a request; 0 for none", "limits", least=0)
+    max_images: int = define(16, "most images in a request; 0 refuses them", "limits", least=0)
     max_image_pixels: int = define(40_000_000, "largest image, width times height", "limits", least=1)
-    max_image_bytes: int = define(20 * 2**20, "largest file of an image", "limits", least=1, metavar="BYTES")
+    max_image_bytes: int = define(20 * 2**20, "largest image file, in bytes", "limits", least=1, metavar="BYTES")
     allowed_media_domains: tuple[str, ...] = define(
         (),
         "hosts that images may be fetched from",
@@ -82,30 +86,30 @@ class ServerConfig:
     )
     reasoning_parser: str = define(
         "step3",
-        "how reasoning is told from the answer; none leaves it in the content",
+        "how reasoning is separated from the answer; none leaves it in the content",
         "answers",
         choices=("step3", "none"),
     )
     generation_config: str = define(
         "auto",
-        "where defaults of sampling come from: auto is the model's generation_config.json, none is vLLM's defaults",
+        "where sampling defaults come from: auto is the model's generation_config.json, none is vLLM's defaults",
         "answers",
         choices=("auto", "none"),
     )
     sse_keep_alive_interval: float = define(
-        15.0, "seconds of silence after which a stream gets a comment; 0 for none", "answers", least=0, metavar="S"
+        15.0, "seconds of silence after which a stream sends a comment; 0 for never", "answers", least=0, metavar="S"
     )
     shutdown_timeout: float = define(
-        30.0, "seconds that requests have to end after SIGTERM or Ctrl-C", "process", least=0, metavar="S"
+        30.0, "seconds that requests have to finish after SIGTERM or Ctrl-C", "process", least=0, metavar="S"
     )
     stall_seconds: float = define(
         60.0,
-        "seconds without a token, though there is work, after which /ready is 503",
+        "seconds without a token, while there is work, after which /ready is 503",
         "process",
         least=0.1,
         metavar="S",
     )
-    warm_up: bool = define(True, "compile every program before /health is 200", "process")
+    warm_up: bool = define(True, "compile all programs before /health is 200", "process")
     log_prompts: bool = define(False, "log the text of prompts", "process")
 
     def __post_init__(self) -> None:

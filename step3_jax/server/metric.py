@@ -82,30 +82,34 @@ class Metrics:
         self._prefix = prefix
         self._values = (model_name, _ENGINE)
         lengths = _build_lengths(max_model_len)
-        self._first_token = self._histogram("time_to_first_token_seconds", "To the first token.", _FIRST_TOKEN)
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN
+        )
         self._between = self._histogram("inter_token_latency_seconds", "Between tokens.", _PER_TOKEN)
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "A request's mean between tokens.", _PER_TOKEN
         )
-        self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to end.", _REQUEST)
+        self._whole = self._histogram("e2e_request_latency_seconds", "From a request's arrival to its end.", _REQUEST)
         self._queue = self._histogram("request_queue_time_seconds", "Waiting for a slot.", _REQUEST)
         self._inference = self._histogram("request_inference_time_seconds", "With a slot.", _REQUEST)
         self._prefill = self._histogram("request_prefill_time_seconds", "From the slot to the first token.", _REQUEST)
         self._decode = self._histogram("request_decode_time_seconds", "From the first token to the last.", _REQUEST)
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of prompts.", lengths)
-        self._generation = self._histogram("request_generation_tokens", "Tokens generated of a request.", lengths)
+        self._generation = self._histogram("request_generation_tokens", "Tokens generated for a request.", lengths)
         self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens asked for.", lengths)
         self._n = self._histogram("request_params_n", "n asked for.", _COUNT)
         self._iteration = self._histogram("iteration_tokens_total", "Tokens generated in a step.", _ITERATION)
-        self._grammar = self._histogram("grammar_compile_seconds", "Compiling what an answer must match.", _REQUEST)
-        self._step = self._histogram("engine_step_seconds", "Seconds of a step of the engine.", _PER_TOKEN)
-        self._decode_steps = self._histogram(
-            "decode_steps_per_call", "Tokens a sequence that a decode call takes.", _STEPS
+        self._grammar = self._histogram(
+            "grammar_compile_seconds", "Compiling the grammar of a structured output.", _REQUEST
         )
-        self._success = self._counter("request_success", "Completions that ended.", "finished_reason")
-        self._rejections = self._counter("admission_rejections", "Requests that were not let in.", "reason")
-        self._disconnects = self._counter("http_requests_client_disconnected", "Clients that left before the end.")
-        self._tool_calls = self._counter("tool_call_parser_invocations", "Answers that were parsed for calls.")
+        self._step = self._histogram("engine_step_seconds", "Seconds of a step of the engine.", _PER_TOKEN)
+        self._decode_steps = self._histogram("decode_steps_per_call", "Tokens per sequence of a decode call.", _STEPS)
+        self._success = self._counter("request_success", "Completions that ended, by finish reason.", "finished_reason")
+        self._rejections = self._counter("admission_rejections", "Requests that were rejected.", "reason")
+        self._disconnects = self._counter(
+            "http_requests_client_disconnected", "Clients that disconnected before the end."
+        )
+        self._tool_calls = self._counter("tool_call_parser_invocations", "Answers that were parsed for tool calls.")
         for reason in ("stop", "length", "abort", "error"):
             self._success.labels(*self._values, reason)
 
@@ -195,7 +199,7 @@ class _EngineCollector(Collector):
         allocator = core.allocator
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "num_requests_running": ("Sequences with a slot.", lambda: core.num_running),
-            "num_requests_waiting": ("Sequences that wait for one.", lambda: core.num_waiting),
+            "num_requests_waiting": ("Sequences that wait for a slot.", lambda: core.num_waiting),
             "kv_cache_usage_perc": (
                 "Pages of running sequences, 0 to 1.",
                 lambda: 1 - allocator.num_free / allocator.num_pages,
@@ -205,24 +209,24 @@ class _EngineCollector(Collector):
             yield self._family(GaugeMetricFamily, name, text, read())
         waiting = GaugeMetricFamily(
             f"{self._prefix}:num_requests_waiting_by_reason",
-            "Sequences that wait, by what for.",
+            "Sequences that wait, by reason.",
             labels=(*_LABELS, "reason"),
         )
         waiting.add_metric((*self._values, "capacity"), core.num_waiting)
         yield waiting
         counters: dict[str, tuple[str, float]] = {
             "prompt_tokens": ("Tokens of prompts that were prefilled or cached.", stats.num_prompt_tokens),
-            "prompt_tokens_cached": ("Those that were cached.", stats.prefix_cache_hits),
+            "prompt_tokens_cached": ("Tokens of prompts that were cached.", stats.prefix_cache_hits),
             "generation_tokens": ("Tokens generated, those of aborted requests too.", stats.num_generated_tokens),
-            "num_preemptions": ("Sequences that lost their pages.", stats.num_preemptions),
-            "prefix_cache_queries": ("Prompt tokens looked for in the prefix cache.", stats.prefix_cache_queries),
-            "prefix_cache_hits": ("Those that were there.", stats.prefix_cache_hits),
+            "num_preemptions": ("Sequences that were preempted.", stats.num_preemptions),
+            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
+            "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
             "mm_cache_queries": ("Images of prompts.", stats.num_images),
-            "mm_cache_hits": ("Those whose features were known.", stats.num_known_images),
+            "mm_cache_hits": ("Images of prompts whose features were known.", stats.num_known_images),
             "compilations": ("Programs that were traced, and compiled or found in the cache.", stats.num_compilations),
             "compile_seconds": ("Seconds of compiling.", stats.compile_s),
             "decode_call_seconds": ("Seconds of decode calls.", stats.decode_s),
-            "mask_seconds": ("Seconds of finding allowed tokens.", stats.mask_s),
+            "mask_seconds": ("Seconds of filling masks of structured outputs.", stats.mask_s),
             "image_encode_seconds": ("Seconds of the vision tower.", stats.image_encode_s),
         }
         for name, (text, value) in counters.items():

@@ -67,7 +67,11 @@ def test_what_is_installed_in_an_empty_environment_answers_from_an_empty_folder(
     form: str, version: str, dist: pathlib.Path, tiny_model_path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     python = shutil.which(f"python{version}")
-    if python is None:
+    # A version manager has a program for every version that it could run.
+    if (
+        python is None
+        or subprocess.run([python, "-c", "import venv"], capture_output=True, check=False).returncode != 0
+    ):
         pytest.skip(f"python{version} is not installed")
     bin_folder, elsewhere = tmp_path / "venv" / "bin", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -17,7 +17,7 @@ def add_afd(parser: argparse.ArgumentParser, *, default: str | None = None) -> N
       parser: Gets the options.
       default: Of `--afd`.
     """
-    group = parser.add_argument_group("attention and FFN on devices of their own (docs/afd.md)")
+    group = parser.add_argument_group("attention and FFN on separate devices (docs/afd.md)")
     group.add_argument(
         "--afd",
         default=default,
@@ -41,7 +41,7 @@ def add_afd(parser: argparse.ArgumentParser, *, default: str | None = None) -> N
     group.add_argument(
         "--afd-payload",
         choices=PAYLOADS,
-        help="what crosses from attention to FFN (default: auto, float32 for float32 models and else fp8)",
+        help="format of what attention sends to the FFN side (default: auto, float32 for float32 models, otherwise fp8)",
     )
     group.add_argument(
         "--afd-executor",

@@ -34,8 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how weights are held, each measured in turn: {', '.join(FORMS)} (default: stored, in --dtype)",
     )
     decode.add_argument("--batch", type=_numbers, default=[1, 4, 16], metavar="N,N", help="default: 1,4,16")
-    decode.add_argument("--steps", type=int, default=16, metavar="N", help="tokens of a round (default: %(default)s)")
-    decode.add_argument("--rounds", type=int, default=7, metavar="N", help="medians are over so many (default: 7)")
+    decode.add_argument("--steps", type=int, default=16, metavar="N", help="tokens per round (default: %(default)s)")
+    decode.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="rounds, of which medians are reported (default: 7)"
+    )
     decode.add_argument("--prompt", type=int, default=32, metavar="N", help="prompt tokens (default: %(default)s)")
     decode.add_argument(
         "--prefill", type=int, default=512, metavar="N", help="tokens of prefill (default: %(default)s)"

@@ -24,7 +24,7 @@ def add_engine_benches(
       dtypes: Reads a list of dtypes.
     """
     throughput = what.add_parser(
-        "throughput", help="requests of mixed lengths, and what the engine costs beside its calls"
+        "throughput", help="requests of mixed lengths, and the engine's overhead over its calls"
     )
     _add_common(throughput, presets)
     throughput.add_argument("--requests", type=int, default=64, metavar="N", help="default: %(default)s")
@@ -53,7 +53,7 @@ def add_engine_benches(
     )
     throughput.add_argument("--torch-dtype", type=dtypes, default=["float32"], metavar="A,B", help="default: float32")
     throughput.add_argument(
-        "--scaling", action="store_true", help="how cost grows with sequences, prompts and requests instead"
+        "--scaling", action="store_true", help="measure how cost grows with sequences, prompts and requests instead"
     )
     throughput.add_argument("--sequences", type=numbers, default=[1, 8, 64, 256], metavar="N,N", help="of --scaling")
     throughput.add_argument(
@@ -70,14 +70,16 @@ def add_engine_benches(
         metavar="N,N",
         help="--scaling reads the memory after each of these (default: 100,5000,5000)",
     )
-    latency = what.add_parser("latency", help="first token and between tokens: alone, beside a long prompt, cached")
+    latency = what.add_parser(
+        "latency", help="time to the first token and between tokens: alone, during a long prefill, with a cached prompt"
+    )
     _add_common(latency, presets)
     latency.add_argument(
         "--prompt", type=int, default=128, metavar="N", help="tokens of a stream's prompt (default: 128)"
     )
     latency.add_argument("--output", type=int, default=64, metavar="N", help="tokens of a stream (default: 64)")
     latency.add_argument(
-        "--arriving", type=int, default=4096, metavar="N", help="tokens of the prompt that arrives (default: 4096)"
+        "--arriving", type=int, default=4096, metavar="N", help="tokens of the long prompt that arrives (default: 4096)"
     )
     latency.add_argument(
         "--cached", type=int, default=2048, metavar="N", help="tokens of a prompt, 90 %% cached (2048)"
@@ -86,7 +88,9 @@ def add_engine_benches(
 
 def _add_common(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
     parser.add_argument("--preset", choices=list(presets), default="100m", help="size of the model (default: 100m)")
-    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="medians are over so many (default: 4)")
+    parser.add_argument(
+        "--rounds", type=int, default=4, metavar="N", help="rounds, of which medians are reported (default: 4)"
+    )
     parser.add_argument(
         "--json", metavar="FILE", help="also write the figures to FILE, beside those of the other benches"
     )

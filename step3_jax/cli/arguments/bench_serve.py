@@ -18,7 +18,7 @@ def add_serve_bench(what: argparse._SubParsersAction[argparse.ArgumentParser]) -
     Args:
       what: The sub-commands of `step3 bench`.
     """
-    parser = what.add_parser("serve", help="a load on an OpenAI-compatible service: throughput, waits, goodput")
+    parser = what.add_parser("serve", help="load on an OpenAI-compatible service: throughput, latencies, goodput")
     parser.set_defaults(remote_module="bench_serve")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
     add_key(parser)
@@ -32,11 +32,15 @@ def add_serve_bench(what: argparse._SubParsersAction[argparse.ArgumentParser]) -
     load = parser.add_argument_group("load")
     how = load.add_mutually_exclusive_group()
     how.add_argument("--concurrency", type=int, metavar="N", help="closed loop: N at a time (default: 8)")
-    how.add_argument("--rate", type=float, metavar="R", help="open loop: R requests a second, at random moments")
+    how.add_argument("--rate", type=float, metavar="R", help="open loop: R requests per second, at random times")
     load.add_argument("--requests", type=int, metavar="N", help="default: 64, or all of --dataset")
-    load.add_argument("--warm-up", type=int, default=2, metavar="N", help="requests before, not counted (default: 2)")
-    load.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths, words and moments (default: 0)")
-    load.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest silence (default: 600)")
+    load.add_argument(
+        "--warm-up", type=int, default=2, metavar="N", help="requests before the measurement (default: 2)"
+    )
+    load.add_argument("--seed", type=int, default=0, metavar="N", help="seed of lengths, words and times (default: 0)")
+    load.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="most seconds without an answer (default: 600)"
+    )
     given = parser.add_argument_group("requests")
     given.add_argument(
         "--dataset",
@@ -73,7 +77,7 @@ def add_serve_bench(what: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help=f"count requests that meet all of these; names: {', '.join(TARGETS)}",
     )
     found.add_argument("--json", metavar="FILE", help="also write the figures to FILE, beside those of other benches")
-    found.add_argument("--plot", metavar="FILE", help="draw the waits; .png, .svg or .pdf")
+    found.add_argument("--plot", metavar="FILE", help="draw the latencies; .png, .svg or .pdf")
 
 
 def _read_object(text: str) -> dict[str, object]:

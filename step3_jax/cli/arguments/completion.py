@@ -9,4 +9,4 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("shell", choices=SHELLS, help="the shell that is to complete commands and options")
+    parser.add_argument("shell", choices=SHELLS, help="the shell to write the script for")

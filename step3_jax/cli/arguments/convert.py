@@ -17,16 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("source", metavar="SRC", type=pathlib.Path, help="released folder, Orbax folder, training run")
     parser.add_argument("target", metavar="DST", type=pathlib.Path, help="folder to write; must not exist")
-    parser.add_argument("--to", choices=FORMS, help="form of the result (default: the one that SRC is not)")
+    parser.add_argument("--to", choices=FORMS, help="format of the result (default: the one that SRC does not have)")
     parser.add_argument(
         "--dtype",
         type=dtype_name(DTYPE_CHOICES),
         choices=DTYPE_CHOICES,
-        help="of the weights (default: as they are); bfloat16 and float32 are taken too",
+        help="dtype of the weights (default: unchanged); bfloat16 and float32 are accepted too",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with a conversion that was stopped")
+    parser.add_argument("--resume", action="store_true", help="continue a conversion that was stopped")
     parser.add_argument(
-        "--verify", action="store_true", help="compare SRC and DST afterwards, or only that if DST is there"
+        "--verify", action="store_true", help="compare SRC and DST afterwards, or only compare if DST exists"
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be written, and write nothing")
     parser.add_argument(
@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_bytes,
         default=MAX_MEMORY,
         metavar="SIZE",
-        help="most memory, mapped files not counted (default: 4GiB)",
+        help="limit of the memory, without mapped files (default: 4GiB)",
     )
     parser.add_argument(
         "--shard-size",
         type=parse_bytes,
         default=parse_bytes("5GB"),
         metavar="SIZE",
-        help="largest shard of the released layout (default: 5GB)",
+        help="largest shard in the released layout (default: 5GB)",
     )
     parser.add_argument(
         "--companions",
@@ -69,5 +69,5 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     if match is None or match[2] not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one like 4GiB, 5GB or 500MB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give one like 4GiB, 5GB or 500MB")
     return int(float(match[1]) * UNITS[match[2]])

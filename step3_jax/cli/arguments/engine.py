@@ -31,4 +31,4 @@ def add_engine(parser: argparse.ArgumentParser, groups: Iterable[str] = GROUPS, 
     group.add_argument(
         "--config", metavar="FILE", help="YAML with any of these settings, and a section `deployment` for devices"
     )
-    group.add_argument("--print-config", action="store_true", help="print the settings as such a file, and leave")
+    group.add_argument("--print-config", action="store_true", help="print the settings as such a file, and exit")

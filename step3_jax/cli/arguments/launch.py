@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "step3 launch (--local N | --hosts A,B,... | under srun, mpirun, Kubernetes) [options] -- COMMAND ..."
     )
-    parser.add_argument("words", nargs="*", metavar="COMMAND", help="what to start, after --: generate -p Hello")
+    parser.add_argument("words", nargs="*", metavar="COMMAND", help="the command to start, after --: generate -p Hello")
     where = parser.add_argument_group("where")
     where.add_argument("--local", type=int, metavar="N", help="N processes on this machine")
     where.add_argument(
@@ -31,16 +31,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--platform", choices=PLATFORMS, default="auto", help="(default: cuda where all hosts have it)")
     start = parser.add_argument_group("start")
-    start.add_argument("--coordinator", metavar="HOST[:PORT]", help="address at which all reach the host of rank 0")
-    start.add_argument("--port", type=int, metavar="N", help="of the coordinator (default: a free one)")
     start.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable for all; may be repeated"
+        "--coordinator", metavar="HOST[:PORT]", help="address at which all processes reach the host of rank 0"
+    )
+    start.add_argument("--port", type=int, metavar="N", help="port of the coordinator (default: a free one)")
+    start.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="an environment variable for all processes; may be repeated",
     )
     start.add_argument("--ssh", default=shlex.join(SSH), metavar="COMMAND", help="(default: %(default)s)")
     start.add_argument(
         "--python", metavar="PATH", help="interpreter on the other hosts (default: the same path as here)"
     )
-    start.add_argument("--directory", metavar="PATH", help="where to run there (default: the same path as here)")
+    start.add_argument(
+        "--directory", metavar="PATH", help="working folder on the other hosts (default: the same path as here)"
+    )
     start.add_argument(
         "--module",
         default=MODULE,
@@ -52,12 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grace", type=float, default=5.0, metavar="S", help="seconds from SIGTERM to SIGKILL (default: 5)"
     )
     end.add_argument(
-        "--deadline", type=float, default=15.0, metavar="S", help="a host silent for so long is lost (default: 15)"
+        "--deadline",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help="seconds of silence after which a host counts as lost (default: 15)",
     )
     end.add_argument(
         "--rank-deadline",
         type=float,
         default=60.0,
         metavar="S",
-        help="a rank that has not moved for so long is lost (default: 60)",
+        help="seconds without progress after which a rank counts as lost (default: 60)",
     )

@@ -8,9 +8,9 @@ import importlib
 WHAT = {
     "memory": "weights, KV cache and workspace of each device, and the KV tokens that fit",
     "cost": "USD per million tokens on given hardware: ideal, and as expected from what others measured",
-    "search": "which deployment of an inventory decodes at least cost within a target time",
-    "report": "the tables of the Step-3 report, computed again beside the printed ones",
-    "simulate": "attention and FFN apart, event by event: time per token, throughput, bubbles",
+    "search": "the cheapest deployment of an inventory within a target time",
+    "report": "the tables of the Step-3 report, recomputed beside the printed ones",
+    "simulate": "simulate attention and FFN on separate devices: time per token, throughput, bubbles",
 }
 
 

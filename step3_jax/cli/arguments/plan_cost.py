@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a model of configs/planner/models or configs/models, a file of that form, or a config.json (step3)",
     )
-    parser.add_argument("--context", default="8k", metavar="N", help="tokens attended to; 8k is 8,192 (default: 8k)")
+    parser.add_argument("--context", default="8k", metavar="N", help="tokens of context; 8k is 8,192 (default: 8k)")
     dtypes = tuple(KV_DTYPE_BYTES)
     parser.add_argument(
         "--kv-dtype",

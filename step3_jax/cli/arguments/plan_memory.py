@@ -23,9 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="step3", metavar="NAME", help=f"{', '.join(PRESETS)}, or a folder with config.json (step3)"
     )
     parser.add_argument("--text-only", action="store_true", help="without the vision tower")
-    parser.add_argument("--no-compile", action="store_true", help="arithmetic alone: at once, and the same bytes")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="compute the bytes without compiling: quick, and the same result"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    change = parser.add_argument_group("instead of what the file says")
+    change = parser.add_argument_group("instead of the file's values")
     change.add_argument("--weights", type=dtype_name(WEIGHTS), choices=WEIGHTS)
     change.add_argument("--kv-cache-dtype", type=dtype_name(KV_CACHE_DTYPES), choices=KV_CACHE_DTYPES)
     change.add_argument(
@@ -33,22 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(VisionForm),
         help="weights: the vision tower is sharded across the devices of a group; data: each has a copy",
     )
-    change.add_argument("--sequences", type=int, metavar="N", help="at once, in all")
-    change.add_argument("--context-tokens", type=int, metavar="N", help="of each sequence")
+    change.add_argument("--sequences", type=int, metavar="N", help="total of sequences at a time")
+    change.add_argument("--context-tokens", type=int, metavar="N", help="tokens of each sequence")
     change.add_argument("--hardware", metavar="NAME", help="a device of configs/hardware")
     change.add_argument("--memory-gib", type=float, metavar="X", help="memory of a device")
-    more = parser.add_argument_group("what else takes memory")
+    more = parser.add_argument_group("memory for other purposes")
     more.add_argument(
         "--memory-share",
         type=float,
         default=MEMORY_SHARE,
         metavar="X",
-        help="of a device's memory that may be used; the driver and NCCL take some (default: %(default)s)",
+        help="share of a device's memory that may be used; the driver and NCCL take some (default: %(default)s)",
     )
     more.add_argument(
         "--max-num-batched-tokens",
         type=int,
         default=DEFAULT_CHUNK_TOKENS,
         metavar="N",
-        help="prompt tokens that each device reads at once (default: %(default)s)",
+        help="prompt tokens that each device prefills at once (default: %(default)s)",
     )

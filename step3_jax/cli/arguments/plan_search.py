@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="(default: fp8)",
     )
     parser.add_argument("--text-only", action="store_true", help="without the vision tower")
-    wanted = parser.add_argument_group("what is wanted")
+    wanted = parser.add_argument_group("targets")
     wanted.add_argument(
-        "--target-ms", type=float, default=50.0, metavar="MS", help="most milliseconds of a token (default: 50)"
+        "--target-ms", type=float, default=50.0, metavar="MS", help="most milliseconds per output token (default: 50)"
     )
     wanted.add_argument(
         "--target-first-token-s",
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--judge",
         choices=JUDGES,
         default=JUDGES[0],
-        help="times that the targets are held against, and that the cost is of (default: %(default)s)",
+        help="the times to compare with the targets, and to compute the cost from (default: %(default)s)",
     )
     contexts = wanted.add_mutually_exclusive_group()
     contexts.add_argument(
@@ -61,13 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON with the tokens of each expert, or a list of such lists for the layers (default: all equally likely)",
     )
-    devices = parser.add_argument_group("what there is")
+    devices = parser.add_argument_group("inventory")
     devices.add_argument(
         "--hardware",
         action="append",
         default=[],
         metavar="NAME:COUNT",
-        help="devices of configs/hardware, or of a file of that form; again for another kind",
+        help="devices of configs/hardware, or of a file of that form; repeat it for another kind",
     )
     devices.add_argument(
         "--price",
@@ -88,14 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="look at afd, ep or tp alone, or at one deployment, such as 2a2f or ep32; may be repeated",
+        help="consider only afd, ep or tp, or one deployment, such as 2a2f or ep32; may be repeated",
     )
     devices.add_argument(
         "--memory-share",
         type=float,
         default=MEMORY_SHARE,
         metavar="X",
-        help="of a device's memory that may be used (default: %(default)s)",
+        help="share of a device's memory that may be used (default: %(default)s)",
     )
     devices.add_argument(
         "--max-num-batched-tokens",
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompt tokens that each device prefills at once (default: %(default)s)",
     )
-    show = parser.add_argument_group("what is shown")
+    show = parser.add_argument_group("output")
     show.add_argument("--top", type=int, default=5, metavar="N", help="deployments to show (default: 5)")
     show.add_argument("--picture", metavar="FILE", help="draw cost against speed: .svg or .png; needs matplotlib")
     show.add_argument("--output", metavar="FILE", help="write the best as a deployment file (.yaml)")

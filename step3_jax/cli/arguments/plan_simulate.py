@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--trace", metavar="FILE.json", help="write the stages, for ui.perfetto.dev")
     parser.add_argument("--picture", metavar="FILE.svg", help="draw the pipeline, as step3 afd trace does")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random values (default: 0)")
     _add_deployment(parser.add_argument_group("deployment"))
     _add_times(parser.add_argument_group("times of the stages"))
     _add_batch(parser.add_argument_group("a batch that stays full (the default)"))
-    _add_requests(parser.add_argument_group("requests that come and go"))
+    _add_requests(parser.add_argument_group("requests that arrive and end"))
 
 
 def _add_deployment(group: argparse._ArgumentGroup) -> None:
@@ -42,19 +42,19 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         "--payload",
         type=dtype_name(PAYLOADS),
         choices=PAYLOADS,
-        help="what crosses to the FFN side (default: the file's)",
+        help="format of what attention sends to the FFN side (default: the file's)",
     )
     group.add_argument(
         "--network-gb-s",
         type=float,
         metavar="X",
-        help="of a device to other machines, each way (default: the hardware's)",
+        help="network of a device, each way (default: the hardware's)",
     )
-    group.add_argument("--latency-us", type=float, default=0.0, metavar="X", help="of each way (default: 0)")
+    group.add_argument("--latency-us", type=float, default=0.0, metavar="X", help="latency of each way (default: 0)")
     group.add_argument(
         "--lockstep",
         action="store_true",
-        help="as executor program: one exchange a tick, which both sides wait for; 1A1F",
+        help="as executor program: one exchange per tick, for which both sides wait; 1A1F",
     )
     group.add_argument(
         "--exchange-on-core",
@@ -67,7 +67,7 @@ def _add_times(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--times",
         choices=TIMES,
-        help="of the roofline: ideal, or as published runs reached it (default: expected)",
+        help="ideal times of the roofline, or those that published runs reached (default: expected)",
     )
     for name, what in (
         ("attention", "attention"),
@@ -82,16 +82,18 @@ def _add_times(group: argparse._ArgumentGroup) -> None:
         "--tpot-ms",
         type=float,
         metavar="X",
-        help="stages that just give this time per token: arithmetic, no prediction",
+        help="choose stages that give exactly this time per token: arithmetic, not a prediction",
     )
     group.add_argument(
         "--stage-times", metavar="FILE", help="measured times: a trace of step3 afd trace, or JSON (docs/planning.md)"
     )
-    group.add_argument("--head-us", type=float, metavar="X", help="of a micro-batch between two steps (default: 0)")
+    group.add_argument(
+        "--head-us", type=float, metavar="X", help="head and sampling of a micro-batch, between two steps (default: 0)"
+    )
     group.add_argument(
         "--jitter", type=float, metavar="X", help="deviation of attention and FFN times over their mean: 0.05 for 5 %%"
     )
-    group.add_argument("--network-jitter", type=float, metavar="X", help="the same of both ways")
+    group.add_argument("--network-jitter", type=float, metavar="X", help="the same for both ways")
 
 
 def _add_batch(group: argparse._ArgumentGroup) -> None:
@@ -106,15 +108,19 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help='JSON lines {"prompt_tokens": N, "output_tokens": N}, with "arrival_s" or not',
     )
-    group.add_argument("--rate", type=float, metavar="X", help="requests a second, at random times")
-    group.add_argument("--concurrency", type=int, metavar="N", help="requests under way, the next when one has ended")
+    group.add_argument("--rate", type=float, metavar="X", help="requests per second, at random times")
+    group.add_argument(
+        "--concurrency", type=int, metavar="N", help="requests at a time; the next starts when one has ended"
+    )
     group.add_argument("--num-requests", type=int, metavar="N", help="without a file (default: 100)")
     group.add_argument("--prompt-tokens", metavar="N", help="of each, without a file; 4k is 4,096")
     group.add_argument("--output-tokens", metavar="N", help="of each, without a file; 4k is 4,096")
     group.add_argument(
         "--decode-only", action="store_true", help="prompts come with their KV cache, prefilled elsewhere"
     )
-    group.add_argument("--kv-cache-tokens", metavar="N", help="of all devices (default: as plan memory has it)")
+    group.add_argument(
+        "--kv-cache-tokens", metavar="N", help="tokens of KV cache on all devices (default: as plan memory computes)"
+    )
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="as for the engine (default: the file's workload)")
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="as for the engine")
     group.add_argument("--long-prefill-token-threshold", type=int, metavar="N", help="as for the engine")

@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-i", "--input-file", required=True, metavar="FILE", help="requests, in OpenAI's batch format: JSON lines"
     )
     parser.add_argument(
-        "-o", "--output-file", required=True, metavar="FILE", help="answers; what it has already is not asked again"
+        "-o",
+        "--output-file",
+        required=True,
+        metavar="FILE",
+        help="answers; requests that it already answers are skipped",
     )
     group = parser.add_argument_group("requests and answers")
     for name in SETTINGS:

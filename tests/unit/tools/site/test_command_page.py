@@ -16,7 +16,7 @@ def test_every_command_has_a_heading_and_every_option_a_row() -> None:
     page = write_commands()
     assert re.findall(r"^## step3 ([\w-]+)$", page, re.MULTILINE) == list(COMMANDS)
     assert "\n### step3 plan search\n" in page
-    assert "| `--max-num-seqs N` | most sequences that run at once" in page
+    assert "| `--max-num-seqs N` | most sequences that run at a time" in page
     assert "%(default)s" not in page
 
 

@@ -42,6 +42,14 @@ def swizzled(dtype: jax.typing.DTypeLike, row_bytes: int = 128) -> tuple[plgpu.T
     return plgpu.TilingTransform((8, row_bytes // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(row_bytes)
 
 
+def unswizzled() -> tuple[plgpu.TilingTransform, ...]:
+    """Transforms of a buffer for rows of an array that is no whole tiles of 8 rows, which a swizzled one does not take.
+
+    0.11 looks for a swizzle by itself where nothing is said; 0.10.2 knows no tiles without one.
+    """
+    return (plgpu.TilingTransform((4, 64)),) if IS_0_11 else ()
+
+
 def transpose(ref: Ref) -> Ref:
     """A view of a 2-D shared-memory buffer with its axes exchanged."""
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import WGMMA, Ref, Target, swizzled
+from pallas_kernels.compat import WGMMA, Ref, Target, swizzled, unswizzled
 from pallas_kernels.quantise import FP8, FP8_MAX, ScalesLayout, scales_shape
 from pallas_kernels.storage import BLOCK
 
@@ -46,7 +46,7 @@ def norm_quantise(
         jax.ShapeDtypeStruct(scales_shape((m, size), scales_layout), jnp.float32),
     ]
     # A copy into a swizzled buffer takes arrays of whole tiles of 8 rows; the columns of a joined product may be 20.
-    transforms = swizzled(x.dtype) if x.shape[1] // BLOCK % 8 == 0 else (plgpu.TilingTransform((4, 64)),)
+    transforms = swizzled(x.dtype) if x.shape[1] // BLOCK % 8 == 0 else unswizzled()
     scratch_types = [
         plgpu.SMEM((TILE, BLOCK), x.dtype, transforms=transforms),
         plgpu.SMEM((TILE, BLOCK), weight.dtype, transforms=swizzled(weight.dtype)),

@@ -119,6 +119,14 @@ def test_a_sharded_model_is_saved_and_loaded_part_by_part(
     found = eight("reload", parallel=setting, folder=str(tmp_path))
     assert found["is_same_file"], "what a model is filled up with is saved, or an order is lost"
     assert found["different"] == []
+    assert found["different_stacked"] == []
+
+
+@pytest.mark.slow
+def test_stacked_layers_give_the_tokens_of_separate_ones(eight: Ask) -> None:
+    """Slow: two more models are compiled."""
+    request = {"lengths": [9, 4], "counts": [4, 4], "parallel": {"dp": 2, "tp": 2}}
+    assert_same(eight("generate", stacked=True, **request), eight("generate", **request))
 
 
 @pytest.mark.parametrize(

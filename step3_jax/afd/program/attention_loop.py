@@ -183,7 +183,7 @@ class AttentionLoop:
         *,
         max_steps: int,
     ) -> tuple[Cache, Report, Int[Array, ""]]:
-        """Makes up to `numbers.num_steps` tokens of each active row, as `engine.state.decode_loop` does.
+        """Makes up to `numbers.num_steps` tokens of each active row, as `engine.decode_loop` does.
 
         That rows have ended is known one step late: a call may take a step more, in which they do nothing.
 

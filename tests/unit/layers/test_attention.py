@@ -130,3 +130,13 @@ def test_attention_over_pages_in_chunks_and_steps_is_that_without_a_cache(storag
     np.testing.assert_allclose(found[1, :61], whole[1, :61], atol=tolerance, rtol=0)
     # The fifth page belongs to nobody.
     assert not np.asarray(pages.keys[4]).any()
+
+
+def test_padding_in_front_of_a_steps_tokens_is_written_nowhere():
+    config = TextConfig(head_dim=HEAD_DIM, rope_theta=THETA)
+    table, lengths = jnp.asarray([[7, 5], [3, 9], [1, 2]]), jnp.asarray([66, 2, 0])
+    step = CacheStep(table, lengths, num_new=jnp.asarray([3, 1, 1]))
+    context = attention_context(config, (3, 3), step=step)
+    page_ids = np.asarray(context.page_ids).reshape(3, 3)
+    assert page_ids.tolist() == [[7, 5, 5], [NO_PAGE, NO_PAGE, 3], [NO_PAGE] * 3]
+    assert np.asarray(context.slots).reshape(3, 3)[0].tolist() == [63, 0, 1]

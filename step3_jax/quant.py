@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,13 @@ INT4_UNIT = 32
 Form = Literal["fp8", "int8", "int4"]
 
 
+if TYPE_CHECKING:
+    Leaf = Array
+else:
+    # Shapes stand for arrays where a program is compiled without weights.
+    Leaf = Array | jax.ShapeDtypeStruct
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockScaled:
@@ -43,8 +50,8 @@ class BlockScaled:
       block: Rows and columns that share one scale.
     """
 
-    values: Shaped[Array, "*lead rows columns"]
-    scales: Float[Array, "*lead row_blocks column_blocks"]
+    values: Shaped[Leaf, "*lead rows columns"]
+    scales: Float[Leaf, "*lead row_blocks column_blocks"]
     block: tuple[int, int] = dataclasses.field(default=(128, 128), metadata={"static": True})
 
     @property

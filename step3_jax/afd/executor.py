@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 
 from step3_jax.afd.host.executor import HostExecutor, load_host_executor
 from step3_jax.afd.placement import place_model
@@ -48,9 +49,10 @@ def load_afd_executor(
     Raises:
       ValueError: If the model cannot be sharded over the devices, or it cannot be loaded.
     """
-    load = load_program_executor
-    if choice.executor == "host":
-        load = functools.partial(load_host_executor, deadline_s=choice.deadline_s)
+    is_host = choice.executor == "host"
+    load: Callable[..., HostExecutor | AttentionProcess | FfnProcess] = (
+        functools.partial(load_host_executor, deadline_s=choice.deadline_s) if is_host else load_program_executor
+    )
     return load(
         folder,
         choice.topology,

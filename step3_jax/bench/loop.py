@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from step3_jax.afd.executor import AfdChoice, place_executor
-from step3_jax.cache.paged import Cache, choose_storage
+from step3_jax.cache.paged import NO_CACHE, Cache, choose_storage
 from step3_jax.engine.bucket_table import power_of_two
 from step3_jax.engine.drive.start import drive, take_part
 from step3_jax.engine.drive.worker import Worker
@@ -43,7 +43,7 @@ class Ours:
         self._runner = drive(load(), channel)
         self._vocab_size = model.config.text.vocab_size
         self._storage = choose_storage("auto", self._runner.dtype, model.config.text.head_dim)
-        self._cache: Cache = ()
+        self._cache: Cache = NO_CACHE
         self._num_pages = 0
         self._tokens: list[Int[np.ndarray, "B steps"]] = []
 

@@ -13,8 +13,9 @@ from jaxtyping import Array
 from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
 from step3_jax.config import ModelConfig, TextConfig
 from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.layout.weight_form import GROUP_COLUMNS, form_bytes
 from step3_jax.model.step3 import Step3, abstract_step3
-from step3_jax.quant import GROUP, Form, quantise
+from step3_jax.quant import Form, quantise
 
 # Weights widened to float32, and as they are.
 PLAIN_FORMS = ("none", "stored")
@@ -87,8 +88,7 @@ def weight_sizes(dtype: str, form: str) -> tuple[float, float]:
         dtype, form = "float32", "none"
     if form in PLAIN_FORMS:
         return (jnp.dtype(dtype).itemsize,) * 2
-    scale = 4 / GROUP
-    return {"fp8": 1 + scale / GROUP, "int8": 1 + scale, "int4": 0.5 + scale}[form], 2
+    return form_bytes((GROUP_COLUMNS, GROUP_COLUMNS), form) / GROUP_COLUMNS**2, jnp.dtype(jnp.bfloat16).itemsize
 
 
 _QUANTISE = jax.jit(quantise, static_argnums=1)

@@ -6,6 +6,8 @@ the pool is dropped, which is where rows that idle write to.
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -17,6 +19,8 @@ from step3_jax.layout.page import KV_CACHE_CHOICES
 
 # The pool of all layers. Where it is in shards, each has P pages of every layer, one layer's behind the other's.
 Cache = KVPages
+# Where there is none, or none in this process.
+NO_CACHE = cast(Cache, ())
 
 
 def choose_storage(kv_cache_dtype: str, dtype: jnp.dtype, head_dim: int) -> Storage:

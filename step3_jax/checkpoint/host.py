@@ -20,6 +20,7 @@ from tqdm import tqdm
 from step3_jax.checkpoint.buffer import BufferPool, empty_aligned
 from step3_jax.checkpoint.mapped import CAST, QUANTISED, LoadReport, MappedFiles, find_obstacle
 from step3_jax.checkpoint.names import released_name, scale_name
+from step3_jax.checkpoint.placement import Placement
 from step3_jax.checkpoint.quantised import QuantisedParts
 from step3_jax.checkpoint.reader import TensorReader
 from step3_jax.checkpoint.safetensors_io import DTYPES
@@ -107,11 +108,11 @@ class HostLoader:
         obstacle = COPIED if DTYPES[place.dtype] == dtype else CAST
         if self._files is not None:
             found = find_obstacle(place, dtype)
-            if found is None:
+            if found is None and isinstance(place, Placement):
                 self.report.mapped_bytes += place.num_bytes
                 pending.mapped_bytes += place.num_bytes
                 return self._files.view(place)
-            obstacle = found
+            obstacle = found or obstacle
         self._count(name, obstacle)
         # The system gives no memory before it is written to.
         array = empty_aligned(place.shape, dtype)
@@ -149,4 +150,5 @@ class _Pending:
         arrays = [jax.device_put(array, self.sharding, may_alias=True) for array in self.arrays]
         if self.block is None:
             return arrays[0]
-        return BlockScaled(*arrays, self.block)
+        values, scales = arrays
+        return BlockScaled(values, scales, self.block)

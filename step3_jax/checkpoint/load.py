@@ -273,11 +273,14 @@ def _fill(
                 value = _load_parameter(readers[places[path]], path, sharding, vision)
                 return value if filler is None else filler.put(path, value)
 
-            jobs = {pool.submit(load, path): path for path, place in places.items() if not place.is_host}
+            # Of what other processes hold alone nothing is read.
+            here = {path for path in flat if places[path].is_host and _is_held_here(shardings, path)}
+            jobs = {pool.submit(load, path): path for path in flat if path not in here}
             for place, reader in readers.items():
                 if place.is_host:
                     loader = HostLoader(reader, MappedFiles() if load_format == "mmap" else None, vision)
-                    loader.fill({path: flat[path] for path in flat if places[path] == place}, shardings, pool, bar)
+                    own = {path: flat[path] for path in flat if path in here and places[path] == place}
+                    loader.fill(own, shardings, pool, bar)
                     _LOGGER.info("%s", loader.report)
             for job in concurrent.futures.as_completed(jobs):
                 path = jobs[job]
@@ -288,6 +291,11 @@ def _fill(
                 filler.finish()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _is_held_here(shardings: Mapping[Path, NamedSharding] | None, path: Path) -> bool:
+    """Whether devices of this process hold a part of a parameter."""
+    return shardings is None or bool(shardings[path].addressable_devices)
 
 
 def _check_memory(
@@ -307,7 +315,7 @@ def _check_memory(
         if place.platform != "cpu":
             continue
         reader = readers[place]
-        if place.is_host:
+        if place.is_host and _is_held_here(shardings, path):
             needed += _host_bytes(reader, name, load_format)
         elif shardings is not None:
             needed += _shard_bytes(reader, name, path, shardings[path], vision)

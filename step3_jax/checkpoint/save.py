@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -147,22 +148,23 @@ def _entries(
             (name, _lazy(fields[0], np.dtype(ml_dtypes.float8_e4m3fn))),
             (scale_name(name), _lazy(fields[1], np.dtype(np.float32))),
         ]
+    own = cast(Array | LayerOf, value)
     if block is None and value.shape == shape:
-        return [(name, _lazy(value, dtype))]
+        return [(name, _lazy(own, dtype))]
     if block is None:
-        return [(name, LazyArray(shape, dtype, functools.partial(_trim, value, dtype, shape, view)))]
+        return [(name, LazyArray(shape, dtype, functools.partial(_trim, cast(Array, own), dtype, shape, view)))]
     scales = scale_shape(value.shape, block)
     return [
         (
             name,
             LazyArray(
-                value.shape, np.dtype(ml_dtypes.float8_e4m3fn), functools.partial(_quantised, value, block, "values")
+                value.shape, np.dtype(ml_dtypes.float8_e4m3fn), functools.partial(_quantised, own, block, "values")
             ),
         ),
         # Quantised a second time: cheaper than holding a layer's scales until their turn comes.
         (
             scale_name(name),
-            LazyArray(scales, np.dtype(np.float32), functools.partial(_quantised, value, block, "scales")),
+            LazyArray(scales, np.dtype(np.float32), functools.partial(_quantised, own, block, "scales")),
         ),
     ]
 
@@ -194,11 +196,11 @@ def _quantised(
 
 def _slices(array: Shaped[Array, "..."] | LayerOf) -> Iterator[Shaped[Array, "..."]]:
     """The experts of a layer one by one; anything else whole."""
-    array = pick(array)
-    if array.ndim == 3:
-        yield from (array[expert] for expert in range(array.shape[0]))
+    own = cast(Array, pick(array))
+    if own.ndim == 3:
+        yield from (own[expert] for expert in range(own.shape[0]))
     else:
-        yield array
+        yield own
 
 
 def _check_target(folder: pathlib.Path, overwrite: bool) -> None:

@@ -9,6 +9,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from step3_jax.checkpoint.names import parameters_of
 from step3_jax.layout.tensor import Path
 from step3_jax.model.layers import LayerStack, stack_sharding
 from step3_jax.model.step3 import Step3
+from step3_jax.model.text import DecoderLayer
 from step3_jax.quant import BlockScaled
 
 Value = Shaped[Array, "..."] | BlockScaled
@@ -66,9 +68,9 @@ class StackFiller:
 
     def finish(self) -> None:
         """Gives the model its stacks, all layers having been put."""
-        layers = []
+        layers: list[DecoderLayer | LayerStack[DecoderLayer]] = []
         for group in self._groups:
-            module = self._model.text.layers[group[0]]
+            module = cast(DecoderLayer, self._model.text.layers[group[0]])
             for path, variable in parameters_of(module).items():
                 variable.set_value(self._stacks.pop((group[0], path)).finish())
             layers.append(LayerStack(module, len(group)))

@@ -16,7 +16,6 @@ import jax
 from step3_jax.afd.executor import AfdChoice, load_afd_executor
 from step3_jax.cli.afd_option import read_afd_choice
 from step3_jax.engine.config import EngineConfig, format_config, read_config_file
-from step3_jax.engine.executor import NO_SPECULATION
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.loading import read_parallel
 from step3_jax.layout.deployment import Deployment, load_deployment, parse_deployment
@@ -62,8 +61,6 @@ def read_engine(arguments: argparse.Namespace) -> EngineChoice:
     config, deployment, _ = _read_settings(arguments)
     # With it the tensor and expert parallel sizes are the FFN side's.
     afd = read_afd_choice(arguments, config, deployment)
-    if afd is not None and config.speculative_config is not None:
-        raise ValueError(NO_SPECULATION)
     parallel = read_parallel(config) if afd is None else None
     if parallel is not None:
         force_cpu_devices(parallel.num_devices)

@@ -108,7 +108,7 @@ def _compile_both(model: Step3, layout: Layout, deployment: Deployment, cache: C
         return jax.ShapeDtypeStruct((num_rows, *shape), jnp.int32)
 
     is_active = jax.ShapeDtypeStruct((num_rows,), jnp.bool_)
-    batch = DecodeBatch(numbers(), numbers(), numbers(), is_active, numbers(cache.pages_per_row))
+    batch = DecodeBatch(numbers(), numbers(), numbers(), is_active, numbers(cache.pages_per_row))  # type: ignore[arg-type]
     row = SamplingRow(SamplingParams(temperature=0.0), 1, (0, 0), ())
     sampling = sampling_batch([row], model.config.text.vocab_size, num_rows)
     pool = _shape_cache(model, layout, deployment, cache)

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.quant import FP8, GROUP, BlockScaled, PackedInt4
 
-# The axes of gate and up are those of down the other way round, so they have no names that would bind.
-Stored = Float[Array, "*lead _ _"] | BlockScaled | PackedInt4
+# Sizes differ from weight to weight, so the axes have no names that would bind.
+Stored = Float[Array, "..."] | BlockScaled | PackedInt4
 MAX_PRODUCTS = 8
 
 

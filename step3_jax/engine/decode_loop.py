@@ -39,15 +39,19 @@ class _Loop(NamedTuple):
       step: Steps so far.
       cache: Of all layers.
       rows: The sequences.
-      tokens: Of the next step, where the call speculates.
-      has_draft: Whether any of them are guesses.
     """
 
     step: Int[Array, ""]
     cache: Cache
     rows: RowState
-    tokens: StepTokens | None = None
-    has_draft: Bool[Array, ""] | None = None
+
+
+class _Guessing(NamedTuple):
+    """The same with the tokens of the next step, and whether any of them are guesses."""
+
+    loop: _Loop
+    tokens: StepTokens
+    has_guess: Bool[Array, ""]
 
 
 def decode_loop(
@@ -98,21 +102,23 @@ def decode_loop(
         end = jax.lax.while_loop(is_unfinished, lambda loop: take_step(loop, last_tokens(loop.rows)), start)
         return end.cache, end.rows.report
 
-    def guess(loop: _Loop) -> _Loop:
+    def guess(loop: _Loop) -> _Guessing:
         with jax.named_scope("speculate"):
             tokens = draft_tokens(loop.rows, batch, sampling, speculation)
-            return loop._replace(tokens=tokens, has_draft=any_row(tokens.count > 1))
+            return _Guessing(loop, tokens, any_row(tokens.num_ids > 1))
 
-    def take_steps(loop: _Loop) -> _Loop:
+    def take_steps(now: _Guessing) -> _Guessing:
         # Loops and no choice between two programs: a loop's buffers are its own, and nothing of the cache is copied.
-        loop = jax.lax.while_loop(
-            lambda loop: is_unfinished(loop) & ~loop.has_draft,
-            lambda loop: guess(take_step(loop, last_tokens(loop.rows))),
-            loop,
+        now = jax.lax.while_loop(
+            lambda now: is_unfinished(now.loop) & ~now.has_guess,
+            lambda now: guess(take_step(now.loop, last_tokens(now.loop.rows))),
+            now,
         )
         return jax.lax.while_loop(
-            lambda loop: is_unfinished(loop) & loop.has_draft, lambda loop: guess(take_step(loop, loop.tokens)), loop
+            lambda now: is_unfinished(now.loop) & now.has_guess,
+            lambda now: guess(take_step(now.loop, now.tokens)),
+            now,
         )
 
-    end = jax.lax.while_loop(is_unfinished, take_steps, guess(start))
-    return end.cache, end.rows.report
+    last = jax.lax.while_loop(lambda now: is_unfinished(now.loop), take_steps, guess(start)).loop
+    return last.cache, last.rows.report

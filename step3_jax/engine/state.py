@@ -138,7 +138,7 @@ class Report(NamedTuple):
     @property
     def num_steps(self) -> int:
         """Steps that the call took, of a report on the host."""
-        return int((self.num_new if self.drafts is None else self.drafts.steps).max(initial=0))  # type: ignore[attr-defined]
+        return int((self.num_new if self.drafts is None else self.drafts.steps).max(initial=0))
 
 
 class RowState(NamedTuple):
@@ -159,12 +159,12 @@ class StepTokens(NamedTuple):
     """What one step computes of each sequence.
 
     Attributes:
-      ids: Its last token and the guesses behind it; then padding, any token.
-      count: How many they are; 1 without guesses.
+      ids: Padding, any tokens, then its last token and the guesses behind it.
+      num_ids: How many these are; 1 without guesses.
     """
 
     ids: Int[Array, "B T"]
-    count: Int[Array, " B"]
+    num_ids: Int[Array, " B"]
 
 
 class _Verified(NamedTuple):
@@ -212,25 +212,33 @@ def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, sp
       batch: The sequences, with `max_new`.
       sampling: Parameters of the rows.
       speculation: How tokens are guessed.
+
+    Raises:
+      ValueError: If the batch has no `history` or no `max_new`.
     """
+    if rows.history is None or batch.max_new is None:
+        raise ValueError("a call that speculates needs the tokens of its sequences and how many they may get")
     num_new = rows.report.num_new
     drafts, is_found = find_drafts(rows.history, batch.cached + 1 + num_new, speculation)
     room = jnp.minimum(batch.max_new, sampling.max_tokens - batch.num_generated) - num_new
-    count = jnp.where(is_found & (rows.report.finish == RUNNING), jnp.clip(room, 1, speculation.width), 1)
-    return StepTokens(jnp.concatenate([rows.last[:, None], drafts], axis=1), count.astype(jnp.int32))
+    num_ids = jnp.where(is_found & (rows.report.finish == RUNNING), jnp.clip(room, 1, speculation.width), 1)
+    # Padding stands in front, so that all that a step reads is of the sequence.
+    order = jnp.arange(speculation.width) + num_ids[:, None] - speculation.width
+    every = jnp.concatenate([rows.last[:, None], drafts], axis=1)
+    return StepTokens(jnp.take_along_axis(every, jnp.maximum(order, 0), axis=1), num_ids.astype(jnp.int32))
 
 
 def place_tokens(rows: RowState, batch: DecodeBatch, tokens: StepTokens) -> CacheStep:
     """Where a step's tokens stand in the cache."""
-    width = tokens.ids.shape[1]
-    lengths = step_lengths(rows, batch, width)
-    return CacheStep(batch.table, lengths, num_new=tokens.count if width > 1 else None)
+    if tokens.ids.shape[1] == 1:
+        return CacheStep(batch.table, step_lengths(rows, batch))
+    return CacheStep(batch.table, step_lengths(rows, batch, tokens.num_ids), num_new=tokens.num_ids)
 
 
-def step_lengths(rows: RowState, batch: DecodeBatch, width: int = 1) -> Int[Array, " B"]:
-    """Tokens of each sequence in the cache once the next step has written its `width` own; 0 for a row that does not run."""
+def step_lengths(rows: RowState, batch: DecodeBatch, num_ids: Int[Array, " B"] | int = 1) -> Int[Array, " B"]:
+    """Tokens of each sequence in the cache once the next step has written its own; 0 for a row that does not run."""
     # Of a running row all new tokens but the last are cached, and now the last one and the guesses too.
-    return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + width, 0)
+    return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + num_ids, 0)
 
 
 def verify_tokens(
@@ -245,12 +253,17 @@ def verify_tokens(
     if width == 1:
         return _count_step(rows, choose_tokens(rows, logits[:, 0], batch, sampling), tokens)
 
+    every = jnp.arange(tokens.num_ids.shape[0])
+
+    def column(place: Int[Array, ""]) -> Int[Array, " B"]:
+        """Of each row's token at `place` behind its padding; its last one where it has no such."""
+        return jnp.minimum(width - tokens.num_ids + place, width - 1)
+
     def choose(now: _Verified) -> _Verified:
-        own = jax.lax.dynamic_index_in_dim(logits, now.place, axis=1, keepdims=False)
-        chosen = choose_tokens(now.rows, own, batch, sampling, is_open=now.is_open)
+        chosen = choose_tokens(now.rows, logits[every, column(now.place)], batch, sampling, is_open=now.is_open)
         place = now.place + 1
-        guessed = jax.lax.dynamic_index_in_dim(tokens.ids, jnp.minimum(place, width - 1), axis=1, keepdims=False)
-        is_right = (place < tokens.count) & (guessed == chosen.last)
+        guessed = tokens.ids[every, column(place)]
+        is_right = (place < tokens.num_ids) & (guessed == chosen.last)
         return _Verified(place, now.is_open & is_right & (chosen.report.finish == RUNNING), chosen)
 
     start = _Verified(jnp.zeros((), jnp.int32), rows.report.finish == RUNNING, rows)
@@ -338,7 +351,7 @@ def _count_step(before: RowState, after: RowState, tokens: StepTokens) -> RowSta
     num_accepted = after.report.num_new - before.report.num_new - 1
     counts = DraftCounts(
         counts.steps + (before.report.finish == RUNNING),
-        counts.drafted + (places < tokens.count[:, None] - 1),
+        counts.drafted + (places < tokens.num_ids[:, None] - 1),
         counts.accepted + (places < num_accepted[:, None]),
     )
     return after._replace(report=after.report._replace(drafts=counts))

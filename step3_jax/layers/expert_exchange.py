@@ -24,7 +24,7 @@ from step3_jax.layers.rows import Rows, as_plain
 CAPACITY_FACTOR = 2.0
 CAPACITY_MULTIPLE = 8
 
-Tokens = tuple[Float[Array, "N D"] | Rows, Float[Array, "N top_k"], Int[Array, "N top_k"]]
+Tokens = tuple[Float[Array, "M D"] | Rows, Float[Array, "M top_k"], Int[Array, "M top_k"]]
 
 
 class ShardedExperts(nnx.Module):

@@ -12,7 +12,8 @@ from step3_jax.cpu_kernels import api
 from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise
 
-Stored = Shaped[Array, "*lead rows columns"] | Quantised
+# Sizes differ from weight to weight, so the axes have no names that would bind.
+Stored = Shaped[Array, "..."] | Quantised
 
 
 def multiply(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Generic, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def layer_at(stacked: M, index: Int[Array, ""] | int) -> M:
     return _map_values(stacked, lambda value: LayerOf(value, number))
 
 
-def layer_modules(layers: Sequence[nnx.Module]) -> list[nnx.Module]:
+def layer_modules(layers: Sequence[M | LayerStack[M]]) -> list[M]:
     """Each module of a layer once; that of a stack stands for all its layers."""
     return [part.stacked if isinstance(part, LayerStack) else part for part in layers]
 
@@ -137,17 +137,17 @@ def _run_stack(
     return hidden, pages, seen
 
 
-def stack_layers(layers: Sequence[M]) -> list[LayerStack[M]]:
+def stack_layers(layers: Sequence[M | LayerStack[M]]) -> list[LayerStack[M]]:
     """Stacks neighbours of one form, whose modules and arrays have the same structure, shapes and dtypes.
 
     The stacks of arrays are copies; `checkpoint.load` fills stacks without any. Of shapes (`jax.ShapeDtypeStruct`) they are
     shapes, with the sharding of one layer behind the axis of layers. What is a stack already stays as it is.
     """
-    stacks = []
+    stacks: list[LayerStack[M]] = []
     for _, group in itertools.groupby(layers, key=_form):
         own = list(group)
         if isinstance(own[0], LayerStack):
-            stacks += own
+            stacks += cast(list[LayerStack[M]], own)
             continue
         graphdef, state = nnx.split(own[0])
         values = [[variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(layer))] for layer in own]

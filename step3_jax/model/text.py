@@ -196,7 +196,7 @@ class Decoder(nnx.Module):
         num_heads = layer_modules(self.layers)[0].attention.self_attn.num_heads
         context = with_plan(context, cache, embeddings.shape[1], num_heads)
         hidden, cache, observed = over_layers(self.layers, embeddings, context, cache, observe)
-        return self.norm(hidden), cache, observed
+        return as_plain(self.norm(hidden)), cache, observed
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of normed hidden states."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 from step3_jax.layers.attention import AttentionContext
 from step3_jax.layers.embed import merge_image_features
 from step3_jax.layers.rope import rope_table
+from step3_jax.layers.rows import as_plain
 from step3_jax.model.layers import layer_modules, over_layers
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import Decoder
@@ -83,7 +84,7 @@ def row_loss(
     if features is not None:
         hidden = merge_image_features(hidden, features, rows.image_rows)
     hidden, _, loads = over_layers(decoder.layers, hidden, packed_context(decoder, rows), observe=router_load)
-    hidden, targets, weights = decoder.norm(hidden), rows.targets, rows.weights
+    hidden, targets, weights = as_plain(decoder.norm(hidden)), rows.targets, rows.weights
     if num_scored is not None:
         _, picked = jax.lax.top_k(weights, num_scored)
         hidden = jnp.take_along_axis(hidden, picked[..., None], axis=1)

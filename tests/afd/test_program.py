@@ -17,10 +17,10 @@ Answer = dict
 QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 PAIR = [
-    {"do": "tokens", "afd": "1a1f", "microbatches": 1},
+    {"do": "tokens", "afd": "1a1f", "microbatches": 1, "together": True},
     {"do": "tokens", "afd": "1a1f", "microbatches": 2},
-    {"do": "tokens", "afd": "1a1f", "microbatches": 3, "layers": 3},
-    {"do": "tokens", "afd": "1a1f", "microbatches": 4},
+    {"do": "tokens", "afd": "1a1f", "microbatches": 3, "layers": 3, "together": True},
+    {"do": "tokens", "afd": "1a1f", "microbatches": 4, "together": True},
     {"do": "features", "afd": "1a1f", "microbatches": 2},
     {"do": "repeat", "afd": "1a1f", "microbatches": 2},
     {"do": "places", "afd": "1a1f", "microbatches": 2},

@@ -145,3 +145,4 @@ def test_time_counts_as_waited_for_the_ffn_side_while_attention_has_nothing_to_c
     # The other micro-batch keeps attention busy.
     assert run(("to_attention", 0, 0, 9), ("attention", 0, 1, 40), ("attention", 1, 0, 40)) == 0
     assert run(("to_attention", 0, 0, 9), ("attention", 0, 1, 0), ("attention", 1, 0, 20)) > 0
+    assert run(("attention", 0, 0, 0), ("ffn", 0, 0, 9)) > 0

@@ -34,6 +34,8 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 
 def test_what_is_launched_beside_an_exchange_is_told_from_what_is_not() -> None:
     (tick,) = read_ticks(PROGRAM)
+    (at_once,) = read_ticks(PROGRAM.replace("-start.1", ".1").replace("-start(%f)", "(%f)").replace("-done(", "-copy("))
+    assert (at_once.kernels_beside, at_once.kernels) == (0, 2)
     assert tick.scope == "layers.4-59"
     assert (tick.kernels_beside, tick.kernels) == (1, 2)
     assert (tick.launches_beside, tick.launches) == (1, 3)
@@ -46,7 +48,7 @@ def test_what_is_launched_beside_an_exchange_is_told_from_what_is_not() -> None:
 def test_the_kernels_of_a_tick_run_beside_its_exchange(spec: str, count: str, role: str) -> None:
     # In a process of its own, where shapes are not checked.
     done = subprocess.run(
-        [sys.executable, "-m", "tools.afd_schedule", "--case", spec, count, role, "--layers", "7"],
+        [sys.executable, "-m", "tools.afd_schedule", "--case", spec, count, role, "--layers", "4"],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

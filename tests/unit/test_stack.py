@@ -24,7 +24,7 @@ def test_a_layer_has_the_shape_of_one_and_picks_it(stack):
 
 
 def test_a_quantised_layer_is_picked_with_its_scales(stack):
-    quantised = quantise(stack, (2, 2))
+    quantised = quantise(stack, block=(2, 2))
     layer = LayerOf(quantised, jnp.int32(1))
     assert layer.shape == (2, 4)
     found = jax.jit(lambda layer: layer.pick())(layer)

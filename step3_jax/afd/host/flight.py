@@ -104,28 +104,31 @@ class Flight:
         pause = _SHORTEST_PAUSE_S
         while not is_ready(array):
             if now - begin > self._deadline_s:
-                num_left = len(self._waiting) - 1
+                num_left = sum(other is not array for _, other in self._waiting)
                 self._waiting.clear()
                 raise TimeoutError(
                     f"{stage} has not ended within {self._deadline_s:g} s; {num_left} more stages wait behind it. If the "
                     "devices are only slow, raise the deadline (--afd-deadline)"
                 )
-            is_held_up = self._is_attention_held_up()
+            is_held_up = self._is_attention_held_up(stage)
             time.sleep(pause)
             pause = min(2 * pause, longest_pause_s)
             before, now = now, time.monotonic()
             if is_held_up:
                 self.ffn_wait_s += now - before
 
-    def _is_attention_held_up(self) -> bool:
-        """Whether the next attention step waits for what comes back from the FFN side: attention takes its steps in turn."""
+    def _is_attention_held_up(self, awaited: Stage) -> bool:
+        """Whether the next attention step waits for what comes back from the FFN side, while the host waits for a stage.
+
+        Attention takes its steps in turn. If it has none left, the next one is handed out once that stage has ended.
+        """
         coming: set[Stage] = set()
         for stage, array in self._waiting:
             if stage.lane == "to_attention" and not is_ready(array):
                 coming.add(stage)
             elif stage.lane == "attention" and not is_ready(array):
                 return stage._replace(lane="to_attention", layer=stage.layer - 1) in coming
-        return False
+        return awaited.lane != "attention"
 
 
 def is_ready(array: Array) -> bool:

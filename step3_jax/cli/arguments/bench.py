@@ -9,11 +9,12 @@ from step3_jax.cli.arguments.bench_serve import add_serve_bench
 from step3_jax.cli.arguments.engine import add_engine
 from step3_jax.cli.dtype import dtype_name
 from step3_jax.config import DTYPES
+from step3_jax.layout.weight_form import QUANTIZATIONS
 
 _DTYPE = dtype_name(DTYPES)
 # Hidden size and layers. "100m" has 109M active parameters of 309M in all: more bytes than any cache holds.
-# Of weights, see `bench.model`, which imports jax.
-FORMS = ("none", "stored", "fp8", "int8", "int4")
+# Of weights: a model made here has nothing to choose from.
+FORMS = tuple(name for name in QUANTIZATIONS if name != "auto")
 PRESETS = {"100m": (1024, 7), "tiny": (128, 2)}
 
 

@@ -176,7 +176,9 @@ def _read_speculation(value: Value) -> Speculation | None:
     if value is None:
         return None
     names = [field.name for field in dataclasses.fields(Speculation)]
-    return Speculation(**dict(zip(names, value, strict=True)))  # type: ignore[arg-type]
+    if not isinstance(value, list):
+        raise MessageError("speculation is no list of numbers")
+    return Speculation(**dict(zip(names, value, strict=True)))
 
 
 def _array(value: Value) -> np.ndarray:

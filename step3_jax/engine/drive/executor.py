@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.storage import Storage
 from step3_jax.beacon import Beacon
-from step3_jax.cache.paged import Cache
+from step3_jax.cache.paged import NO_CACHE, Cache
 from step3_jax.channel.driver import DriverChannel
 from step3_jax.channel.failure import RunLostError
 from step3_jax.engine.drive.call import (
@@ -110,23 +110,23 @@ class DrivenExecutor(Executor):
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; the cache itself stays where it is."""
         self._start(AllocateCache(num_pages, storage))
-        return ()
+        return NO_CACHE
 
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         return self._start(EncodeImages(pixels)).result()  # type: ignore[return-value]
 
     def prefill(self, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Started[ExpertTokens]]:
         """See `Executor.prefill`."""
-        return (), self._start(Prefill(batch))  # type: ignore[return-value]
+        return NO_CACHE, self._start(Prefill(batch))  # type: ignore[return-value]
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`."""
-        return (), self._start(Decode(call))  # type: ignore[return-value]
+        return NO_CACHE, self._start(Decode(call))  # type: ignore[return-value]
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`."""
         self._start(CopyPages(page_numbers(sources), page_numbers(targets)))
-        return ()
+        return NO_CACHE
 
     def wait(self, cache: Cache) -> Cache:
         """See `Executor.wait`: calls end in their order."""

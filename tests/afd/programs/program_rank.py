@@ -28,7 +28,7 @@ from step3_jax.afd.program.attention_process import AttentionProcess
 from step3_jax.afd.program.executor import load_program_executor, make_program_executor
 from step3_jax.afd.program.ffn_process import FfnProcess
 from step3_jax.afd.topology import AfdTopology
-from step3_jax.checkpoint.shards import Checkpoint
+from step3_jax.checkpoint.reader import TensorReader
 from step3_jax.config import ModelConfig
 from step3_jax.distributed import initialise_distributed
 from step3_jax.engine.drive.worker import Worker
@@ -116,15 +116,18 @@ def generate(
     return with_llm(executor, use, **settings)
 
 
-def run_both(case: Answer, count: int, each: SamplingParams | None = None) -> Answer:
-    found: Answer = {"afd": generate(executor_of(case), count, each)}
+def run_both(case: Answer, count: int, each: SamplingParams | None = None, **settings: int) -> Answer:
+    found: Answer = {"afd": generate(executor_of(case), count, each, **settings)}
     if jax.process_index() == 0:
-        found["fused"] = generate(make_runner(int(case.get("layers", 2))), count, each)  # type: ignore[call-overload]
+        runner = make_runner(int(case.get("layers", 2)))  # type: ignore[call-overload]
+        found["fused"] = generate(runner, count, each, **settings)
     return found
 
 
 def tokens(case: Answer) -> Answer:
-    """Greedy tokens beside the fused model's."""
+    """Greedy tokens beside the fused model's; `together` of prompts in one chunk that end at once: few programs."""
+    if case.get("together"):
+        return run_both(case, 4, SamplingParams(temperature=0, max_tokens=7), max_num_batched_tokens=128)
     return run_both(case, int(case.get("count", 6)))  # type: ignore[call-overload]
 
 
@@ -215,18 +218,18 @@ def callbacks(case: Answer) -> Answer:
 
 
 def loaded(case: Answer) -> Answer:
-    """Elements read of each tensor when a checkpoint is loaded."""
+    """Bytes read of each tensor when a checkpoint is loaded."""
     read: collections.Counter[str] = collections.Counter()
-    read_part = Checkpoint.read
+    read_band = TensorReader.read_band
 
-    def count(self: Checkpoint, name: str, index: object = ...) -> np.ndarray:
-        part = read_part(self, name, index)  # type: ignore[arg-type]
-        read[name] += part.size
-        return part
+    def count(self: TensorReader, name: str, *given: object) -> int:
+        num_bytes = read_band(self, name, *given)  # type: ignore[arg-type]
+        read[name] += num_bytes
+        return num_bytes
 
-    Checkpoint.read = count  # type: ignore[method-assign, assignment]
+    TensorReader.read_band = count  # type: ignore[method-assign, assignment]
     load_program_executor(str(case["folder"]), make_topology(case))
-    Checkpoint.read = read_part  # type: ignore[method-assign]
+    TensorReader.read_band = read_band  # type: ignore[method-assign]
     return {"read": read}
 
 

@@ -22,6 +22,7 @@ from step3_jax.checkpoint.plan import plan_conversion
 from step3_jax.checkpoint.safetensors_io import write_safetensors
 from step3_jax.checkpoint.source import open_source
 from step3_jax.cpu_kernels.library import Unavailable, find_kernels
+from tests.process import environment
 
 needs_library = pytest.mark.skipif(
     isinstance(find_kernels(), Unavailable), reason="the library that watches mapped files cannot be had here"
@@ -105,9 +106,8 @@ print("went on")
 def test_a_file_that_is_cut_short_is_named_and_ends_the_process(goldens, tmp_path):
     folder = shutil.copytree(goldens / "tiny_fp8", tmp_path / "model")
     convert(plan_conversion(open_source(folder), form="hf"), tmp_path / "aligned")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", CUT_SHORT, str(tmp_path / "aligned")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment())
     assert done.returncode == 1
     assert done.stdout.split() == ["loaded"]
     assert "step3: error: " in done.stderr

@@ -53,7 +53,7 @@ def test_vllms_names_are_there_with_a_meaning_each() -> None:
         ({"enable_prefix_caching": 1}, "enable_prefix_caching is 1; True or False is needed"),
         ({"enable_prefix_cache": True}, "no setting 'enable_prefix_cache'; did you mean enable_prefix_caching"),
         ({"tensor_parallel": 2}, "no setting 'tensor_parallel'; did you mean tensor_parallel_size"),
-        ({"zzz": 2}, "no setting 'zzz'; there are dtype, max_model_len"),
+        ({"zzz": 2}, "no setting 'zzz'; there are dtype, quantization, load_format"),
     ],
 )
 def test_what_is_not_allowed_is_refused_with_its_name(values: dict[str, object], message: str) -> None:

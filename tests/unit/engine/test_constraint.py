@@ -42,8 +42,10 @@ def constrained(name: str, prompt: list[int], constraint: Rule, max_tokens: int 
     return dataclasses.replace(one, constraint=constraint)
 
 
-def test_every_token_is_allowed_and_company_gets_what_it_gets_alone() -> None:
-    core = make_core(FakeExecutor())
+@pytest.mark.parametrize("speculation", [None, {"method": "ngram", "num_speculative_tokens": 4}])
+def test_every_token_is_allowed_and_company_gets_what_it_gets_alone(speculation: dict[str, object] | None) -> None:
+    """Where tokens are guessed, they are for the company alone."""
+    core = make_core(FakeExecutor(), speculative_config=speculation)
     prompts = [prompt_of(70, start) for start in range(4)]
     sinks = [add(core, constrained(f"c{place}", prompts[place], rule_of())) for place in range(2)]
     sinks += [add(core, request(f"f{place}", prompts[place], 40)) for place in (2, 3)]

@@ -24,7 +24,6 @@ from step3_jax.sampling.speculation import Speculation
 
 ROWS, VOCAB_SIZE, WIDTH, MAX_STEPS = 3, 24, 96, 16
 FOUR = Speculation(num_speculative_tokens=4, prompt_lookup_max=3, prompt_lookup_min=1)
-PAIRS = Speculation(num_speculative_tokens=2, prompt_lookup_max=2, prompt_lookup_min=2)
 
 
 class Row(NamedTuple):
@@ -61,7 +60,7 @@ def call(
         places = step.lengths[:, None] - ids.shape[1] + order
         is_own = places >= 0
         if step.num_new is not None:
-            is_own &= order < step.num_new[:, None]
+            is_own &= order >= ids.shape[1] - step.num_new[:, None]
         cache = cache.at[rows, jnp.where(is_own, places, WIDTH)].set(ids, mode="drop")
         return weights[cache[rows, jnp.maximum(places - 1, 0)], ids], cache
 
@@ -99,6 +98,7 @@ def make_batch(rows: list[Row], outputs: list[Output]) -> DecodeBatch:
         is_active=np.array([output.finish == RUNNING for output in outputs]),
         table=np.zeros((ROWS, 1), np.int32),
         history=history,
+        mask=np.full((ROWS, 1), -1, np.int32),
     )
 
 
@@ -159,12 +159,12 @@ def draw_rows(seed: int) -> tuple[np.ndarray, list[Row]]:
     return weights, rows
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31 - 1), st.sampled_from([FOUR, PAIRS]), st.booleans())
-def test_guesses_change_nothing_of_what_comes_out(seed: int, speculation: Speculation, leave_early: bool) -> None:
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.booleans())
+def test_guesses_change_nothing_of_what_comes_out(seed: int, leave_early: bool) -> None:
     weights, rows = draw_rows(seed)
     plain, plain_steps, _ = generate(weights, rows, None, seed=1)
-    found, num_steps, cache = generate(weights, rows, speculation, seed=2, leave_early=leave_early)
+    found, num_steps, cache = generate(weights, rows, FOUR, seed=2, leave_early=leave_early)
     for row, want, got, cached in zip(rows, plain, found, cache, strict=True):
         assert (got.tokens, got.finish) == (want.tokens, want.finish)
         for mine, theirs in zip(zip(*got.logprobs, strict=True), zip(*want.logprobs, strict=True), strict=True):
@@ -215,6 +215,17 @@ def test_a_row_gets_no_more_than_it_has_pages_for_and_the_call_ends_there() -> N
         before = len(row.prompt) - 1
         assert (cached[before + most :] == -1).all()
         assert (cached[: before + count] >= 0).all()
+
+
+def test_a_row_with_a_mask_gets_one_token_and_the_others_theirs() -> None:
+    weights, rows = repeating([60] * ROWS)
+    batch = make_batch(rows, [Output([], RUNNING, [])] * ROWS)
+    batch = batch._replace(mask=np.array([[1 << 9], [-1], [-1]], np.int32), max_new=np.array([1, 5, 5], np.int32))
+    sampling = sampling_batch([row.sampling for row in rows], VOCAB_SIZE, ROWS)
+    _, report = jax.device_get(call(weights, prefilled(rows), batch, sampling, 1, False, FOUR))
+    assert report.num_new.tolist() == [1, 5, 5]
+    assert report.tokens[0, 0] == 9
+    assert report.tokens[1, :5].tolist() == [3, 4, 5, 0, 1]
 
 
 @pytest.mark.parametrize("mark", [3, 5])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import re
 
 import jax
 import numpy as np
 import pytest
 
-from step3_jax import resources
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import DecodeBatch
@@ -17,7 +17,6 @@ from step3_jax.layout.page import page_bytes
 from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sampling.speculation import Speculation
-from step3_jax.sampling.structured import StructuredOutputsParams
 from step3_jax.text.tokenizer import Tokenizer
 from tests.unit.engine.conftest import VOCAB_SIZE
 from tests.unit.engine.test_llm import MIXED, check_same_logprobs, ids
@@ -30,20 +29,15 @@ DRAWN = SamplingParams(temperature=0.4, top_k=4, seed=3, max_tokens=40, ignore_e
 
 @pytest.fixture(scope="module")
 def guessing(runner: Runner, tokenizer: Tokenizer) -> LLM:
-    return LLM.from_model(runner, tokenizer, max_num_seqs=4, speculative_config=NGRAM)
-
-
-@pytest.fixture(scope="module")
-def plain(runner: Runner, tokenizer: Tokenizer) -> LLM:
-    return LLM.from_model(runner, tokenizer, max_num_seqs=4)
+    """With a cache so small that long sequences preempt each other."""
+    memory = 7 * page_bytes(runner.config.text, "float32")
+    return LLM.from_model(runner, tokenizer, max_num_seqs=4, kv_cache_memory_bytes=memory, speculative_config=NGRAM)
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "seeded"])
-def test_the_outputs_are_those_without_guesses_alone_and_in_company(
-    guessing: LLM, plain: LLM, params: SamplingParams
-) -> None:
-    before = guessing.stats.num_accepted_tokens, guessing.stats.num_decode_steps, plain.stats.num_decode_steps
-    want = plain.generate(PROMPTS, params)
+def test_the_outputs_are_those_without_guesses(guessing: LLM, llm: LLM, params: SamplingParams) -> None:
+    before = guessing.stats.num_accepted_tokens, guessing.stats.num_decode_steps, llm.stats.num_decode_steps
+    want = llm.generate(PROMPTS, params)
     found = guessing.generate(PROMPTS, params)
     assert ids(found) == ids(want)
     for mine, theirs in zip(found, want, strict=True):
@@ -51,50 +45,56 @@ def test_the_outputs_are_those_without_guesses_alone_and_in_company(
         check_same_logprobs(mine.outputs[0].logprobs, theirs.outputs[0].logprobs)
     stats = guessing.stats
     assert stats.num_accepted_tokens > before[0], "nothing was guessed right: the test shows nothing"
-    assert stats.num_decode_steps - before[1] < plain.stats.num_decode_steps - before[2]
-    assert [ids(guessing.generate(prompt, params))[0] for prompt in PROMPTS] == ids(want)
+    assert stats.num_decode_steps - before[1] < llm.stats.num_decode_steps - before[2]
 
 
-def test_penalties_ends_and_biases_hold_for_each_token(guessing: LLM, plain: LLM) -> None:
-    assert ids(guessing.generate(PROMPTS, MIXED)) == ids(plain.generate(PROMPTS, MIXED))
-    free = plain.generate(PROMPTS[0], GREEDY)[0].outputs[0]
+@pytest.mark.slow
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "seeded"])
+def test_a_sequence_alone_gets_what_it_gets_in_company(guessing: LLM, params: SamplingParams) -> None:
+    """Programs of other sizes are compiled, here and below."""
+    together = ids(guessing.generate(PROMPTS, params))
+    assert [ids(guessing.generate(prompt, params))[0] for prompt in PROMPTS] == together
+
+
+@pytest.mark.slow
+def test_penalties_ends_and_biases_hold_for_each_token(guessing: LLM, llm: LLM) -> None:
+    assert ids(guessing.generate(PROMPTS, MIXED)) == ids(llm.generate(PROMPTS, MIXED))
+    free = llm.generate(PROMPTS[0], GREEDY)[0].outputs[0]
     # The token that ends it is guessed like any other.
     stop = SamplingParams(temperature=0, max_tokens=40, stop_token_ids=[free.token_ids[9]])
-    want, found = (llm.generate(PROMPTS[0], stop)[0].outputs[0] for llm in (plain, guessing))
+    want, found = (one.generate(PROMPTS[0], stop)[0].outputs[0] for one in (llm, guessing))
     assert (found.token_ids, found.finish_reason) == (want.token_ids, want.finish_reason)
     assert found.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_what_was_preempted_or_found_in_the_prefix_cache_goes_on_the_same(
-    runner: Runner, plain: LLM, monkeypatch: pytest.MonkeyPatch
+    guessing: LLM, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("step3_jax.layout.admission.RESERVED_OUTPUT", 8)
     monkeypatch.setattr("step3_jax.layout.admission.GROWTH_PAGES", 1)
-    memory = 7 * page_bytes(runner.config.text, "float32")
-    llm = LLM.from_model(
-        runner, max_num_seqs=4, max_model_len=256, kv_cache_memory_bytes=memory, speculative_config=NGRAM
-    )
     prompts = [[*range(30, 120), *end] for end in ([1, 2, 1, 2], [3], [1, 2, 1, 2], [9, 9])]
     params = SamplingParams(temperature=0.3, seed=8, max_tokens=100, ignore_eos=True)
-    want = [ids(plain.generate(prompt, params))[0] for prompt in prompts]
-    assert ids(llm.generate(prompts, params)) == want
-    assert llm.stats.num_preemptions > 0
-    assert llm.stats.num_accepted_tokens > 0
-    assert ids(llm.generate(prompts, params)) == want
-    assert llm.stats.prefix_cache_hits > 0
+    want = ids(llm.generate(prompts, params))
+    before = dataclasses.replace(guessing.stats)
+    assert ids(guessing.generate(prompts, params)) == want
+    assert guessing.stats.num_preemptions > before.num_preemptions
+    assert guessing.stats.num_accepted_tokens > before.num_accepted_tokens
+    assert ids(guessing.generate(prompts, params)) == want
+    assert guessing.stats.prefix_cache_hits > before.prefix_cache_hits
 
 
-def test_a_sequence_goes_to_the_end_of_the_context(runner: Runner, plain: LLM) -> None:
-    llm = LLM.from_model(runner, max_num_seqs=1, max_model_len=128, speculative_config=NGRAM)
-    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    found = llm.generate([5, 6] * 30, params)[0].outputs[0]
+@pytest.mark.slow
+def test_a_sequence_goes_to_the_end_of_the_context(guessing: LLM, llm: LLM) -> None:
+    params, prompt = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), [5, 6] * 94
+    want, found = (one.generate(prompt, params)[0].outputs[0] for one in (llm, guessing))
     assert (len(found.token_ids), found.finish_reason) == (68, "length")
-    limited = SamplingParams(temperature=0, max_tokens=68, ignore_eos=True)
-    assert found.token_ids == plain.generate([5, 6] * 30, limited)[0].outputs[0].token_ids
+    assert found.token_ids == want.token_ids
 
 
-def test_a_stream_has_no_longer_pieces_and_threads_share_calls(guessing: LLM, plain: LLM) -> None:
-    want = ids(plain.generate(PROMPTS, GREEDY))
+@pytest.mark.slow
+def test_a_stream_has_no_longer_pieces_and_threads_share_calls(guessing: LLM, llm: LLM) -> None:
+    want = ids(llm.generate(PROMPTS, GREEDY))
     pieces = list(guessing.generate(PROMPTS[0], GREEDY, stream=True))
     assert max(len(piece.token_ids) for piece in pieces) <= guessing.engine_config.stream_interval
     assert tuple(token for piece in pieces for token in piece.token_ids) == want[0]
@@ -103,18 +103,10 @@ def test_a_stream_has_no_longer_pieces_and_threads_share_calls(guessing: LLM, pl
     assert found == want
 
 
-def test_nothing_is_guessed_for_an_output_that_must_have_a_form() -> None:
-    pytest.importorskip("llguidance", reason="the extra grammar is not installed")
-    folder = resources.find("models/step3-tiny")
-    llm = LLM(folder, max_model_len=256, max_num_seqs=1, speculative_config=NGRAM)
-    form = SamplingParams(temperature=0, max_tokens=24, structured_outputs=StructuredOutputsParams(regex="(ab){12}"))
-    assert llm.generate("ab" * 12, form)[0].outputs[0].text == "ab" * 12
-    assert llm.stats.num_draft_tokens == 0
-
-
-@pytest.mark.parametrize("num_rows", [1, 4])
-def test_no_copy_of_the_cache_is_in_the_loop_with_guesses(runner: Runner, num_rows: int) -> None:
-    num_pages, width = 37, 8
+@pytest.mark.slow
+def test_no_copy_of_the_cache_is_in_the_loop_with_guesses(runner: Runner) -> None:
+    """Of one row: its step without guesses writes one row to the cache, that with guesses several."""
+    num_rows, num_pages, width = 1, 37, 8
     cache = jax.eval_shape(lambda: runner.allocate_cache(num_pages, "float32"))
     rows = [SamplingRow(SamplingParams(temperature=0), 9, (0, 0), ())] * num_rows
     numbers = np.zeros((num_rows,), np.int32)

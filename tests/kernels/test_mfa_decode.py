@@ -321,6 +321,11 @@ def test_the_kernel_lowers_for_cuda_at_the_real_models_shapes(
         shape((batch,), jnp.int32),
     )
     assert "mosaic_gpu" in lower_for_cuda(mfa_decode, *args)
+    if (storage, heads) == ("fp8", 64):
+        # With the queries and heads of a model in FP8.
+        run = functools.partial(mfa_decode_quantised, implementation="mosaic")
+        text = lower_for_cuda(run, args[0].update(dtype=jnp.float16), *args[1:])
+        assert "mfa_combine_quantised" in text
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,8 @@ def test_the_model_takes_the_kernels_on_a_gpu(case) -> None:
     num_moe = len(CONFIG.moe_layers)
     for ids, place in ((tokens, chunk), (jnp.zeros((3, 1), jnp.int32), step)):
         text = lower_for_cuda(run, leaves, ids, cache, place)
-        # RoPE with the cache write and attention; the experts' plan, gather and two products.
-        expected = 2 * CONFIG.num_hidden_layers + 4 * num_moe
+        # RoPE with the cache write, a function that all layers call, and attention; the experts' plan, gather and products.
+        expected = 1 + CONFIG.num_hidden_layers + 4 * num_moe
         if weights == "fp8":
             # Three norms and three products of attention; two products and SwiGLU of a dense network or a shared expert.
             expected += 6 * CONFIG.num_hidden_layers + 3 * CONFIG.num_hidden_layers

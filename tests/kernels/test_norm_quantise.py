@@ -112,8 +112,9 @@ def test_the_kernel_lowers_for_a_gpu_at_the_sizes_of_step3(size: int, layout: Sc
     def run(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
         return norm_quantise(x, weight, eps=EPS, scales_layout=layout, with_normed=True, implementation="mosaic")
 
-    shapes = jax.ShapeDtypeStruct((63, size), jnp.bfloat16), jax.ShapeDtypeStruct((size,), jnp.bfloat16)
-    assert "mosaic_gpu" in lower_for_cuda(run, *shapes)
+    for columns in (size, size + 512):
+        shapes = jax.ShapeDtypeStruct((63, columns), jnp.bfloat16), jax.ShapeDtypeStruct((size,), jnp.bfloat16)
+        assert "mosaic_gpu" in lower_for_cuda(run, *shapes)
 
 
 def test_what_does_not_fit_is_refused() -> None:

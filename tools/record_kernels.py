@@ -15,7 +15,7 @@ import pathlib
 import jax
 
 from pallas_kernels.compat import IS_0_11
-from tools import gpu_compile
+from tools import gpu_compile, launch_count
 from tools.gpu_check import cases as case_list
 from tools.gpu_check.case import Case
 
@@ -78,7 +78,7 @@ def main() -> None:
                 rows.append({"case": name, **dataclasses.asdict(report)})
                 print(rows[-1], flush=True)
     write(args.out.with_suffix(".json"), json.dumps({"jax": jax.__version__, "kernels": rows}, indent=1) + "\n")
-    write(args.out.with_suffix(".md"), table(rows))
+    write(args.out.with_suffix(".md"), table(rows) if args.only else table(rows) + launch_count.section())
 
 
 def compile_case(mesh: jax.sharding.Mesh, case: Case) -> list[gpu_compile.KernelReport]:

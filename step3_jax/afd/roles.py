@@ -25,7 +25,7 @@ from step3_jax.layers.embed import Embedding, merge_image_features
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.router import Routing
-from step3_jax.layers.rows import Rows
+from step3_jax.layers.rows import Rows, as_plain
 from step3_jax.mesh import Layout
 from step3_jax.model.layers import LayerStack, layer_at, layer_modules
 from step3_jax.model.parallel import ShardedFfn, parallelise_vision
@@ -294,9 +294,9 @@ def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B
 
 def last_logits(ends: Ends, hidden: Float[Array, "B T D"]) -> Float[Array, "B V"]:
     """The same of the residual stream behind the last layer."""
-    hidden = ends.norm(hidden[:, -1])
+    normed = as_plain(ends.norm(hidden[:, -1]))
     with jax.named_scope("lm_head"):
-        return ends.lm_head(hidden).astype(jnp.float32)
+        return ends.lm_head(normed).astype(jnp.float32)
 
 
 def add_returned(

@@ -34,6 +34,8 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 
 def test_what_is_launched_beside_an_exchange_is_told_from_what_is_not() -> None:
     (tick,) = read_ticks(PROGRAM)
+    (at_once,) = read_ticks(PROGRAM.replace("-start.1", ".1").replace("-start(%f)", "(%f)").replace("-done(", "-copy("))
+    assert (at_once.kernels_beside, at_once.kernels) == (0, 2)
     assert tick.scope == "layers.4-59"
     assert (tick.kernels_beside, tick.kernels) == (1, 2)
     assert (tick.launches_beside, tick.launches) == (1, 3)

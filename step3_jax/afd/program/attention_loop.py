@@ -59,20 +59,21 @@ Status = tuple[Bool[Array, ""], Bool[Array, ""]]
 
 
 class _Way(NamedTuple):
-    """What a loop over ticks carries.
+    """What a loop over ticks carries, besides the residual stream.
 
     Attributes:
       cache: The pool.
-      hidden: The residual stream of each micro-batch, without what the last FFN half gave; None in ticks that have it
-        elsewhere.
       pending: Rows that wait for their exchange.
       arrived: By the last exchange.
     """
 
     cache: Cache
-    hidden: Float[Array, "n B T D"] | None
     pending: UInt8[Array, "rows row_bytes"]
     arrived: Slots
+
+
+# The residual stream of each micro-batch, without what the last FFN half gave.
+Streams = Float[Array, "n B T D"]
 
 
 class _Loop(NamedTuple):
@@ -82,12 +83,14 @@ class _Loop(NamedTuple):
       step: Rotations so far.
       is_over: Whether to leave.
       rows: Of all micro-batches, stacked.
-      way: Micro-batches on their way through the last layer.
+      hidden: Of micro-batches on their way through the last layer.
+      way: What the loops over ticks carry.
     """
 
     step: Int[Array, ""]
     is_over: Bool[Array, ""]
     rows: RowState
+    hidden: Streams
     way: _Way
 
 
@@ -151,12 +154,14 @@ class AttentionLoop:
         tokens = stack([self._begin_chunk(ends, part) for part in parts])
         last = layers.count - 1
 
-        def take(segment: Segment[AttentionBlock], layer: Number, index: Int[Array, ""], way: _Way) -> _Way:
+        def take(
+            segment: Segment[AttentionBlock], layer: Number, index: Int[Array, ""], carry: tuple[_Way, Streams]
+        ) -> tuple[_Way, Streams]:
             context = pick(tokens.context, index)
-            return self._take_item(segment, layer, index, context, way, wire, schedule)
+            return self._take_item(segment, layer, index, context, *carry, wire, schedule)
 
-        way = _Way(cache, tokens.hidden, self._no_rows(num_tokens), wire.empty())
-        way = layers.over_items(range(last * len(parts)), len(parts), take, way)
+        start = _Way(cache, self._no_rows(num_tokens), wire.empty()), tokens.hidden
+        way, hidden = layers.over_items(range(last * len(parts)), len(parts), take, start)
 
         def fill(pool: Cache, given: tuple[Float[Array, "1 T D"], AttentionContext, Slots]) -> tuple[Cache, None]:
             # Of the last layer nothing but the cache is wanted; the rest is left out by the compiler.
@@ -166,7 +171,7 @@ class AttentionLoop:
 
         # With one layer nothing was sent, and nothing comes back.
         arrived = self._drain(way, wire, schedule) if last else stack([wire.empty()] * len(parts))
-        return jax.lax.scan(fill, way.cache, (way.hidden, tokens.context, arrived))[0]
+        return jax.lax.scan(fill, way.cache, (hidden, tokens.context, arrived))[0]
 
     def decode(
         self,
@@ -223,21 +228,23 @@ class AttentionLoop:
                 tokens = self._begin(ends, rows, part.batch, way.cache)
                 residual, fresh, pool = self._attend(first, 0, tokens, way.cache)
                 arrived = self._exchange(way, fresh, wire, schedule, (runs, has_ended))
-                return (_Way(pool, None, fresh, arrived), (runs, has_ended)), (rows, residual, tokens.context)
+                return (_Way(pool, fresh, arrived), (runs, has_ended)), (rows, residual, tokens.context)
 
             no = jnp.zeros((), bool)
             (way, status), (rows, hidden, contexts) = jax.lax.scan(
-                begin, (loop.way._replace(hidden=None), (no, no)), (parts, loop.rows, loop.way.hidden)
+                begin, (loop.way, (no, no)), (parts, loop.rows, loop.hidden)
             )
 
-            def take(segment: Segment[AttentionBlock], layer: Number, index: Int[Array, ""], way: _Way) -> _Way:
-                return self._take_item(segment, layer, index, pick(contexts, index), way, wire, schedule, status)
+            def take(
+                segment: Segment[AttentionBlock], layer: Number, index: Int[Array, ""], carry: tuple[_Way, Streams]
+            ) -> tuple[_Way, Streams]:
+                context = pick(contexts, index)
+                return self._take_item(segment, layer, index, context, *carry, wire, schedule, status)
 
-            items = range(count, layers.count * count)
-            way = layers.over_items(items, count, take, way._replace(hidden=hidden))
+            way, hidden = layers.over_items(range(count, layers.count * count), count, take, (way, hidden))
             num_exchanges = (loop.step + 1) * schedule.num_ticks
             wire.tell(self._observe, numbers.first_step + loop.step, num_exchanges, way.arrived)
-            return _Loop(loop.step + 1, wire.is_over(way.arrived, numbers.leave_early), rows, way)
+            return _Loop(loop.step + 1, wire.is_over(way.arrived, numbers.leave_early), rows, hidden, way)
 
         def finish(_: None, given: tuple[_Part, RowState, Float[Array, "B 1 D"], Slots]) -> tuple[None, RowState]:
             return None, end(*given)
@@ -248,10 +255,11 @@ class AttentionLoop:
             jnp.zeros((), jnp.int32),
             jnp.zeros((), bool),
             jax.vmap(begin_all)(parts.batch),
-            _Way(cache, hidden, self._no_rows(size), wire.empty()),
+            hidden,
+            _Way(cache, self._no_rows(size), wire.empty()),
         )
         loop = jax.lax.while_loop(lambda loop: (loop.step < numbers.num_steps) & ~loop.is_over, rotate, loop)
-        given = parts, loop.rows, loop.way.hidden, self._drain(loop.way, wire, schedule)
+        given = parts, loop.rows, loop.hidden, self._drain(loop.way, wire, schedule)
         _, rows = jax.lax.scan(finish, None, given)
         report = merge_stacked(rows.report, num_rows)
         return loop.way.cache, gather_report(report, self._topology), loop.step
@@ -291,15 +299,16 @@ class AttentionLoop:
         index: Int[Array, ""],
         context: AttentionContext,
         way: _Way,
+        hidden: Streams,
         wire: Wire,
         schedule: Schedule,
         status: Status | tuple[()] = (),
-    ) -> _Way:
+    ) -> tuple[_Way, Streams]:
         """A tick: a layer of a micro-batch, and beside it the exchange."""
-        tokens = Tokens(pick(way.hidden, index), wire.outputs(way.arrived), context)
+        tokens = Tokens(pick(hidden, index), wire.outputs(way.arrived), context)
         residual, fresh, cache = self._attend(segment, layer, tokens, way.cache)
-        hidden = jax.lax.dynamic_update_index_in_dim(way.hidden, residual, index, 0)
-        return _Way(cache, hidden, fresh, self._exchange(way, fresh, wire, schedule, status))
+        hidden = jax.lax.dynamic_update_index_in_dim(hidden, residual, index, 0)
+        return _Way(cache, fresh, self._exchange(way, fresh, wire, schedule, status)), hidden
 
     def _attend(
         self, segment: Segment[AttentionBlock], layer: Number, tokens: Tokens, cache: Cache

@@ -7,18 +7,22 @@
 #ifndef STEP3_WORK_H_
 #define STEP3_WORK_H_
 
-#include <sched.h>
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "xla/ffi/api/c_api.h"
 
-enum { MAX_PHASES = 2, SPINS_BEFORE_YIELD = 2000 };
+// A few tens of microseconds of spinning, which is about what another thread needs to finish its unit.
+enum { MAX_PHASES = 2, MAX_SPINS = 1000, FUTEX_WAIT = 128, FUTEX_WAKE = 129 };
 
 typedef void RunUnit(const void* job, int phase, int64_t unit);
 
 typedef struct {
-  atomic_int_fast64_t next, done;
+  atomic_int_fast64_t next;
+  atomic_int done, num_waiting;
   int64_t num_units;
 } Phase;
 
@@ -30,27 +34,37 @@ typedef struct {
   const void* job;  // the caller's: valid until all units are done
 } Work;
 
-static inline void relax(int* spins) {
-  if (++*spins < SPINS_BEFORE_YIELD) {
+// Waits until all units of a phase are done. Who spins for long sleeps: where other programs want the processor, a thread
+// that gives it up again and again is let in last.
+static void wait_for(Phase* phase) {
+  for (int spins = 0; spins < MAX_SPINS; spins++) {
+    if (atomic_load(&phase->done) >= phase->num_units) return;
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
-  } else {
-    sched_yield();
+  }
+  atomic_fetch_add(&phase->num_waiting, 1);
+  for (;;) {
+    const int done = atomic_load(&phase->done);
+    if (done >= phase->num_units) return;
+    syscall(SYS_futex, &phase->done, FUTEX_WAIT, done, NULL, NULL, 0);
   }
 }
 
-static void take_units(Work* work) {
+static void take_units(Work* work, int is_caller) {
   for (int index = 0; index < work->num_phases; index++) {
     Phase* phase = &work->phases[index];
     for (;;) {
       const int64_t unit = atomic_fetch_add(&phase->next, 1);
       if (unit >= phase->num_units) break;
       work->run(work->job, index, unit);
-      atomic_fetch_add(&phase->done, 1);
+      const int done = atomic_fetch_add(&phase->done, 1) + 1;
+      if (done >= phase->num_units && atomic_load(&phase->num_waiting)) {
+        syscall(SYS_futex, &phase->done, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+      }
     }
-    int spins = 0;
-    while (atomic_load(&phase->done) < phase->num_units) relax(&spins);
+    // A helper has nothing to wait for behind the last phase.
+    if (is_caller || index + 1 < work->num_phases) wait_for(phase);
   }
 }
 
@@ -59,7 +73,7 @@ static void release(Work* work) {
 }
 
 static void help(void* data) {
-  take_units(data);
+  take_units(data, 0);
   release(data);
 }
 
@@ -94,6 +108,7 @@ static int run_units(
   for (int i = 0; i < num_phases; i++) {
     atomic_init(&work->phases[i].next, 0);
     atomic_init(&work->phases[i].done, 0);
+    atomic_init(&work->phases[i].num_waiting, 0);
     work->phases[i].num_units = num_units[i];
     if (num_units[i] > most) most = num_units[i];
   }
@@ -110,7 +125,7 @@ static int run_units(
       break;
     }
   }
-  take_units(work);
+  take_units(work, 1);
   release(work);
   return 1;
 }

@@ -112,7 +112,8 @@ def test_a_stage_that_hangs_is_named(host: Ask) -> None:
     assert found["works_again"]
 
 
-@pytest.mark.parametrize("payload", ["float32", "fp8"])
+# Another payload is another set of programs.
+@pytest.mark.parametrize("payload", ["float32", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_sides_of_different_platforms_copy_explicitly_and_choose_their_own_kernels(host: Ask, payload: str) -> None:
     found = host("mixed", afd="1a1f", payload=payload)
     there, back = sorted(found["copies"], key=lambda copy: copy["from"])

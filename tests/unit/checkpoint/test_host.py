@@ -66,7 +66,8 @@ def test_without_kernels_all_is_widened(goldens, without_kernels):
     assert model.config.quantization is None
 
 
-@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
+# int8 is int4 without its packing.
+@pytest.mark.parametrize("form", ["fp8", pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_a_plain_release_is_quantised_band_by_band(goldens, monkeypatch, with_kernels, form):
     monkeypatch.setattr(reader, "QUANTISED_BAND_BYTES", 2000)
     plain = parameters_of(load_model(goldens / "tiny_text", "float32", quantization="none"))
@@ -93,7 +94,7 @@ def test_an_fp8_release_becomes_integers(goldens, with_kernels):
     assert np.abs(np.asarray(dequantise(found)) - right).max() <= np.abs(right).max() / 14 * 1.001
 
 
-@pytest.mark.parametrize("quantization", ["stored", "int8"])
+@pytest.mark.parametrize("quantization", ["stored", pytest.param("int8", marks=pytest.mark.slow)])
 def test_values_that_are_no_number_are_refused(goldens, tmp_path, with_kernels, quantization):
     folder = shutil.copytree(goldens / "tiny_fp8", tmp_path / "model")
     tensors = stored_tensors(folder)

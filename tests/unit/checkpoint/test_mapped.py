@@ -68,6 +68,7 @@ def test_what_needs_no_change_is_not_copied(goldens, tmp_path, reports):
             assert np.asarray(one).tobytes() == np.asarray(right).tobytes()
 
 
+@pytest.mark.slow  # It compiles a quantisation of each shape, which test_host.py does too.
 @needs_library
 def test_nothing_of_what_is_quantised_or_widened_is_mapped(goldens, reports):
     load_model(goldens / "tiny_fp8", "float32", quantization="int8", load_format="mmap")

@@ -155,15 +155,27 @@ def table(loop: Loop) -> list[str]:
     return lines
 
 
+def section(num_layers: int = 4) -> str:
+    """What a layer launches, as a section of a page in Markdown."""
+    lines = [
+        "",
+        "## What a layer launches in a decode step",
+        "",
+        f"{BATCH} sequences, FP8 weights and cache, {NUM_EXPERTS} experts on the device, as XLA lists it for an H100",
+        "(`python -m tools.launch_count`); the loop's counter is among it. Layers 0 and 1 are dense.",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        program = compile_step(num_layers, pathlib.Path(folder)).as_text() or ""
+        for loop in read_loops(pathlib.Path(folder), program):
+            lines += ["", f"`{loop.layers}`:", "", *table(loop)]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4, help="of the model, two of them dense (default 4)")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        program = compile_step(options.layers, pathlib.Path(folder)).as_text() or ""
-        for loop in read_loops(pathlib.Path(folder), program):
-            print("\n".join([loop.layers, "", *table(loop), ""]))
+    print(section(parser.parse_args().layers))
 
 
 def _is_inside(depth: int, line: str) -> bool:

@@ -68,8 +68,8 @@ def mfa_decode(
     are the last of the cached ones (their keys and values are in the cache already), and none sees a later one.
 
     The kernel serves heads of 256 in bfloat16, fp8 and int4 pages on Hopper. Keys in fp8 and int4 are multiplied in e4m3,
-    with queries in two terms that hold bfloat16 numbers exactly; fp8 values in float16, all else in bfloat16. Results are the
-    same bits at each repetition, but not across batches, which are cut differently.
+    with queries in two terms that hold bfloat16 numbers exactly; fp8 values in float16, all else in bfloat16. Results are
+    the same bits at each repetition, but not across batches, which are cut differently.
 
     Args:
       queries: The new tokens' queries, after RoPE.

@@ -2,7 +2,7 @@
 
 A row is divided by a power of two that brings its largest number to [128, 256); the first term is the nearest e4m3 number,
 the second the nearest to what is left. Of bfloat16 (8 significant bits) the two terms (4 each, and a sign) hold every number
-exactly that is at least 2^-9 of the row's largest, and the others to 2^-18 of it: half of e4m3's smallest step. Both
+exactly that is at least 2^-9 of the row's largest, and the others to 2^-17 of it: half of e4m3's smallest step. Both
 terms are multiplied into one sum.
 """
 
@@ -49,15 +49,20 @@ def split_queries(
     for index in range(parts if geometry.is_shared else parts // 2):
         part = index if geometry.is_shared else warpgroup * (parts // 2) + index
         scaled = read(part) * lax.broadcast_in_dim(inverse, (TILE, columns), [0])
-        first = scaled.astype(jnp.float8_e4m3fn)
-        # Hopper converts e4m3 to float16 alone.
-        rest = scaled - first.astype(jnp.float16).astype(jnp.float32)
-        refs["queries"].at[0, part, rows][...] = first
-        refs["queries"].at[1, part, rows][...] = rest.astype(jnp.float8_e4m3fn)
+        for term, numbers in enumerate(terms(scaled)):
+            refs["queries"].at[term, part, rows][...] = numbers
     plgpu.commit_smem()
     if not geometry.is_shared:
         plgpu.barrier_arrive(refs["split"])
         plgpu.barrier_wait(refs["split"])
+
+
+def terms(scaled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two e4m3 terms of float32 numbers up to 256."""
+    first = scaled.astype(jnp.float8_e4m3fn)
+    # Hopper converts e4m3 to float16 alone.
+    rest = scaled - first.astype(jnp.float16).astype(jnp.float32)
+    return first, rest.astype(jnp.float8_e4m3fn)
 
 
 def operands(

@@ -13,6 +13,9 @@ from pallas_kernels.quantise import quantise_rows
 # Tokens of each sequence that are decoded and multiplied at a time, as long as any sequence of the batch has more: so a
 # table's width costs nothing. Of 32 sequences they stay in a CPU's cache: 2,048 at a time took 3 to 7 times as long.
 CHUNK = 256
+# Below so many rows XLA:CPU sums the products of a lone sequence in another order: they are filled up, so that a token's
+# output is the same in bits whatever is computed along with it.
+MIN_ROWS = 16
 FLOOR = -1e30
 
 
@@ -30,9 +33,11 @@ def decode_attention(
     """Output and log-sum-exp; see `api.mfa_decode`. Scores, weights and sums are float32. `work` is for the kernel only."""
     del work
     batch, tokens, heads, head_dim = queries.shape
-    rows = queries.astype(jnp.float32).reshape(batch, tokens * heads, head_dim) * scale
+    num_rows = tokens * heads
+    padding = (0, max(0, MIN_ROWS - num_rows) if batch == 1 else 0)
+    rows = jnp.pad(queries.astype(jnp.float32).reshape(batch, num_rows, head_dim) * scale, ((0, 0), padding, (0, 0)))
     # Pages may hold anything past a sequence's end, NaN too, so their values are cleared, not just weighted by zero.
-    ends = jnp.repeat(lengths[:, None] - tokens + 1 + jnp.arange(tokens), heads, axis=1)
+    ends = jnp.pad(jnp.repeat(lengths[:, None] - tokens + 1 + jnp.arange(tokens), heads, axis=1), ((0, 0), padding))
     pages_per_chunk = min(max(1, CHUNK // pages.page_size), table.shape[1])
     num_chunks = -(-table.shape[1] // pages_per_chunk)
     table = jnp.pad(table, ((0, 0), (0, num_chunks * pages_per_chunk - table.shape[1])))
@@ -65,6 +70,7 @@ def decode_attention(
     is_any = norm > 0
     out = total / jnp.where(is_any, norm, 1.0)[:, :, None]
     lse = jnp.where(is_any, top + jnp.log(jnp.where(is_any, norm, 1.0)), -jnp.inf)
+    out, lse = out[:, :num_rows], lse[:, :num_rows]
     return out.astype(queries.dtype if out_dtype is None else out_dtype).reshape(queries.shape), lse.reshape(
         queries.shape[:3]
     )

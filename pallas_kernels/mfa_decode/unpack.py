@@ -48,6 +48,8 @@ def unpack_values(target: Target, source: Ref, scales: Ref, destination: Ref) ->
             numbers, offsets = widen(target, exchange_halves(target, bytes_) if part else bytes_)
             group = GROUPS * part + half
             scale = lax.broadcast_in_dim(target.load(scales.at[group], WGMMA_8BIT_ROW), bytes_.shape, [0])
+            # JAX 0.10 takes the layout of `WGMMA`, whose rows are the same.
+            scale = target.cast_layout(scale, WGMMA_8BIT)
             destination[:, group * INT4_GROUP : (group + 1) * INT4_GROUP] = (numbers - offsets) * scale
 
 

@@ -294,9 +294,9 @@ def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B
 
 def last_logits(ends: Ends, hidden: Float[Array, "B T D"]) -> Float[Array, "B V"]:
     """The same of the residual stream behind the last layer."""
-    hidden = as_plain(ends.norm(hidden[:, -1]))
+    normed = as_plain(ends.norm(hidden[:, -1]))
     with jax.named_scope("lm_head"):
-        return ends.lm_head(hidden).astype(jnp.float32)
+        return ends.lm_head(normed).astype(jnp.float32)
 
 
 def add_returned(

@@ -90,13 +90,8 @@ class EngineCore:
         self._eos_ids = eos_ids
         shards, images, pages = executor.num_shards, executor.num_image_shards, pages_for(max_model_len)
         width = 1 if speculation is None else speculation.width
-        # Behind the last token a step may have padding, which stands in no page but in the table.
         self.buckets = BucketTable.of(
-            config,
-            max_pages=pages_for(max_model_len + width - 1),
-            num_shards=shards,
-            num_image_shards=images,
-            image_sizes=image_sizes,
+            config, max_pages=pages, num_shards=shards, num_image_shards=images, image_sizes=image_sizes
         )
         text = executor.config.text
         self._vocab_size = text.vocab_size

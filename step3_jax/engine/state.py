@@ -159,8 +159,8 @@ class StepTokens(NamedTuple):
     """What one step computes of each sequence.
 
     Attributes:
-      ids: Its last token and the guesses behind it; then padding, any token.
-      num_ids: How many they are; 1 without guesses.
+      ids: Padding, any tokens, then its last token and the guesses behind it.
+      num_ids: How many these are; 1 without guesses.
     """
 
     ids: Int[Array, "B T"]
@@ -222,20 +222,23 @@ def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, sp
     drafts, is_found = find_drafts(rows.history, batch.cached + 1 + num_new, speculation)
     room = jnp.minimum(batch.max_new, sampling.max_tokens - batch.num_generated) - num_new
     num_ids = jnp.where(is_found & (rows.report.finish == RUNNING), jnp.clip(room, 1, speculation.width), 1)
-    return StepTokens(jnp.concatenate([rows.last[:, None], drafts], axis=1), num_ids.astype(jnp.int32))
+    # Padding stands in front, so that all that a step reads is of the sequence.
+    order = jnp.arange(speculation.width) + num_ids[:, None] - speculation.width
+    every = jnp.concatenate([rows.last[:, None], drafts], axis=1)
+    return StepTokens(jnp.take_along_axis(every, jnp.maximum(order, 0), axis=1), num_ids.astype(jnp.int32))
 
 
 def place_tokens(rows: RowState, batch: DecodeBatch, tokens: StepTokens) -> CacheStep:
     """Where a step's tokens stand in the cache."""
-    width = tokens.ids.shape[1]
-    lengths = step_lengths(rows, batch, width)
-    return CacheStep(batch.table, lengths, num_new=tokens.num_ids if width > 1 else None)
+    if tokens.ids.shape[1] == 1:
+        return CacheStep(batch.table, step_lengths(rows, batch))
+    return CacheStep(batch.table, step_lengths(rows, batch, tokens.num_ids), num_new=tokens.num_ids)
 
 
-def step_lengths(rows: RowState, batch: DecodeBatch, width: int = 1) -> Int[Array, " B"]:
-    """Tokens of each sequence in the cache once the next step has written its `width` own; 0 for a row that does not run."""
+def step_lengths(rows: RowState, batch: DecodeBatch, num_ids: Int[Array, " B"] | int = 1) -> Int[Array, " B"]:
+    """Tokens of each sequence in the cache once the next step has written its own; 0 for a row that does not run."""
     # Of a running row all new tokens but the last are cached, and now the last one and the guesses too.
-    return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + width, 0)
+    return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + num_ids, 0)
 
 
 def verify_tokens(
@@ -250,11 +253,16 @@ def verify_tokens(
     if width == 1:
         return _count_step(rows, choose_tokens(rows, logits[:, 0], batch, sampling), tokens)
 
+    every = jnp.arange(tokens.num_ids.shape[0])
+
+    def column(place: Int[Array, ""]) -> Int[Array, " B"]:
+        """Of each row's token at `place` behind its padding; its last one where it has no such."""
+        return jnp.minimum(width - tokens.num_ids + place, width - 1)
+
     def choose(now: _Verified) -> _Verified:
-        own = jax.lax.dynamic_index_in_dim(logits, now.place, axis=1, keepdims=False)
-        chosen = choose_tokens(now.rows, own, batch, sampling, is_open=now.is_open)
+        chosen = choose_tokens(now.rows, logits[every, column(now.place)], batch, sampling, is_open=now.is_open)
         place = now.place + 1
-        guessed = jax.lax.dynamic_index_in_dim(tokens.ids, jnp.minimum(place, width - 1), axis=1, keepdims=False)
+        guessed = tokens.ids[every, column(place)]
         is_right = (place < tokens.num_ids) & (guessed == chosen.last)
         return _Verified(place, now.is_open & is_right & (chosen.report.finish == RUNNING), chosen)
 

@@ -41,8 +41,8 @@ class CacheStep(NamedTuple):
       table: Page ids of each sequence in order; entries behind its last page may be any page.
       lengths: Tokens of each sequence in the cache once this step's are written; 0 for a row that is idle.
       query_starts: Of a chunk; None in a decode step.
-      num_new: Of a decode step: how many of the T tokens of each sequence are its own. Those behind them are padding, whose
-        keys and values are written nowhere. None: all of them are.
+      num_new: Of a decode step: how many of the T tokens of each sequence are new, the last ones. Those before them are
+        padding, whose keys and values are written nowhere. None: all of them are new.
     """
 
     table: Int[Array, "B max_pages"]
@@ -112,9 +112,9 @@ class MFA(nnx.Module):
         queries = self.wq(self.inter_norm(low.reshape(batch * length, -1)))
         queries = queries.reshape(batch, length, self.num_heads, self.head_dim)
         if pages is None:
-            keys, values = (rows.take().reshape(batch, length, -1) for rows in (keys, values))
-            queries, keys = (apply_rope(heads, context.cos, context.sin) for heads in (queries, keys))
-            heads: Float[Array, "B T H K"] | Rows = attend(queries, keys, values, context.mask)
+            own_keys, own_values = (columns.take().reshape(batch, length, -1) for columns in (keys, values))
+            queries, own_keys = (apply_rope(rows, context.cos, context.sin) for rows in (queries, own_keys))
+            heads: Float[Array, "B T H K"] | Rows = attend(queries, own_keys, own_values, context.mask)
         else:
             is_decode = context.step.query_starts is None
             rotated, pages = rope_cache_write(
@@ -141,12 +141,14 @@ class MFA(nnx.Module):
     def _project(self, hidden: Float[Array, "B T D"] | Rows) -> tuple[Float[Array, "*batch low"], Columns, Columns]:
         """The low-rank query, which may have other columns behind it, and where key and value are."""
         if self.qkv_down_proj is None:
-            low, keys, values = project(hidden, (self.q_proj, self.k_proj, self.v_proj))
-            return low, *(Columns(rows.reshape(-1, self.head_dim), 0, self.head_dim) for rows in (keys, values))
+            low, *parts = project(hidden, (self.q_proj, self.k_proj, self.v_proj))
+            keys, values = (Columns(rows.reshape(-1, self.head_dim), 0, self.head_dim) for rows in parts)
+            return low, keys, values
         joined = self.qkv_down_proj(hidden)
         joined = joined.reshape(-1, joined.shape[-1])
-        starts = joined.shape[1] - 2 * self.head_dim, joined.shape[1] - self.head_dim
-        return joined, *(Columns(joined, start, self.head_dim) for start in starts)
+        first = joined.shape[1] - 2 * self.head_dim
+        keys, values = (Columns(joined, start, self.head_dim) for start in (first, first + self.head_dim))
+        return joined, keys, values
 
 
 class Columns(NamedTuple):
@@ -196,7 +198,7 @@ def attention_context(
         order = jnp.arange(length, dtype=jnp.int32)
         places = step.lengths[:, None] - length + order
         if step.num_new is not None:
-            places = jnp.where(order < step.num_new[:, None], places, -1)
+            places = jnp.where(order >= length - step.num_new[:, None], places, -1)
         places = places.reshape(-1)
         rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length)
     else:
@@ -273,11 +275,22 @@ def attend_pages(
         return mfa_prefill(
             queries[0], pages, step.table, starts, step.lengths, first_page=first_page, implementation=implementation
         )[None]
-    given = queries, pages, step.table, step.lengths
-    shared = {"first_page": first_page, "plan": context.plan, "implementation": implementation}
+    table, lengths, plan = step.table, step.lengths, context.plan
     if quantise:
-        return Rows(*mfa_decode_quantised(*given, **shared), None, wanted)
-    return mfa_decode(*given, **shared, out_dtype=wanted)
+        values, scales = mfa_decode_quantised(
+            queries, pages, table, lengths, first_page=first_page, plan=plan, implementation=implementation
+        )
+        return Rows(values, scales, None, wanted)
+    return mfa_decode(
+        queries,
+        pages,
+        table,
+        lengths,
+        first_page=first_page,
+        plan=plan,
+        out_dtype=wanted,
+        implementation=implementation,
+    )
 
 
 def _first_page(context: AttentionContext) -> Int[Array, ""] | int:

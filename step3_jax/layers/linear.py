@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.fp8_matmul.api import fp8_matmul
 from pallas_kernels.quantise import FP8
@@ -15,7 +16,7 @@ from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.layers.rows import Rows, as_plain, as_rows
 from step3_jax.layers.stored import multiply
-from step3_jax.quant import BlockScaled, dequantise
+from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
 # XLA:CPU has no bfloat16 product of a vector: it writes the whole matrix out in float32 first. From two rows on it calls
@@ -79,7 +80,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype
 
 
 def linear(
-    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | BlockScaled | LayerOf
+    hidden: Float[Array, "*batch features_in"], weight: Float[Array, "features_out features_in"] | Quantised | LayerOf
 ) -> Float[Array, "*batch features_out"]:
     """x W^T in the dtype of `hidden`, summed in float32.
 
@@ -88,20 +89,20 @@ def linear(
 
     A quantised weight is dequantised first.
     """
-    weight = pick(weight)
-    if isinstance(weight, BlockScaled):
-        return linear(hidden, dequantise(weight, hidden.dtype))
+    picked = pick(weight)
+    is_quantised = isinstance(picked, BlockScaled | PackedInt4)
+    plain = cast(Array, dequantise(picked, hidden.dtype) if is_quantised else picked)
     flat = hidden.reshape(-1, hidden.shape[-1])
     num_rows = flat.shape[0]
-    if num_rows < MIN_CPU_ROWS and flat.dtype == weight.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if num_rows < MIN_CPU_ROWS and flat.dtype == plain.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         flat = jnp.pad(flat, ((0, MIN_CPU_ROWS - num_rows), (0, 0)))
-    out = jax.lax.dot_general(flat, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return out[:num_rows].astype(hidden.dtype).reshape(*hidden.shape[:-1], weight.shape[0])
+    out = jax.lax.dot_general(flat, plain, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return out[:num_rows].astype(hidden.dtype).reshape(*hidden.shape[:-1], plain.shape[0])
 
 
 def linear_rows(rows: Rows, weight: Float[Array, "..."] | BlockScaled | LayerOf) -> Float[Array, "N features_out"]:
     """The product of quantised rows with a weight in FP8, one layer or a place in a stack; summed in float32."""
-    stored, layer = parts(weight)
+    stored, layer = fp8_parts(weight)
     return fp8_matmul(
         rows.values,
         rows.scales,
@@ -111,6 +112,18 @@ def linear_rows(rows: Rows, weight: Float[Array, "..."] | BlockScaled | LayerOf)
         scales_layout="columns",
         out_dtype=rows.dtype,
     )
+
+
+def fp8_parts(weight: Float[Array, "..."] | BlockScaled | LayerOf) -> tuple[BlockScaled, Int[Array, ""] | None]:
+    """A weight for which `is_fp8` holds, or the stack that it lies in, and the number of the layer there.
+
+    Raises:
+      ValueError: For any other weight.
+    """
+    stored, layer = parts(weight)
+    if not isinstance(stored, BlockScaled):
+        raise ValueError(f"a weight in FP8 has values and scales, this is a {type(stored).__name__}")
+    return stored, layer
 
 
 def is_fp8(weight: Float[Array, "..."] | BlockScaled | LayerOf) -> bool:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,10 @@ from pallas_kernels.grouped_matmul.api import moe_ffn
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.cpu_kernels.api import experts as run_experts
 from step3_jax.cpu_kernels.library import Kernels
-from step3_jax.layers.linear import is_fp8, linear, normal
+from step3_jax.layers.linear import fp8_parts, is_fp8, linear, normal
 from step3_jax.layers.rows import Rows, as_plain, as_rows
 from step3_jax.layers.stored import Stored
-from step3_jax.quant import BlockScaled, dequantise
+from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
 # Up to this many (token, expert) pairs each pair is computed by itself: only chosen experts are read. Of separate stacks
@@ -125,7 +126,7 @@ class Experts(nnx.Module):
                 functools.partial(form, all_experts=all_experts) for form in (_experts_plain, _experts_kernel)
             )
             return dispatch("auto", unsupported, plain, kernel, hidden, weights, experts, stacks)
-        stacks = [_plain(pick(stack), hidden.dtype) for stack in stacks]
+        stacks = [_plain(stack, hidden.dtype) for stack in stacks]
         if any(isinstance(stack, SeparateStack) for stack in stacks):
             raise ValueError("capacity_factor is for training, separate_experts for inference: use one of them")
         num_pairs, num_experts = experts.size, stacks[0].shape[0]
@@ -298,9 +299,9 @@ def _run_expert(
     return _swiglu(hidden, *(jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False) for stack in stacks))
 
 
-def _plain(stack: Stack | BlockScaled | LayerOf, dtype: jnp.dtype) -> Stack:
+def _plain(stack: Stack | Quantised | LayerOf, dtype: jnp.dtype) -> Stack:
     picked = pick(stack)
-    return dequantise(picked, dtype) if isinstance(picked, BlockScaled) else picked
+    return dequantise(picked, dtype) if isinstance(picked, BlockScaled | PackedInt4) else cast(Stack, picked)
 
 
 def _experts_plain(
@@ -311,7 +312,7 @@ def _experts_plain(
     *,
     all_experts: int | None,
 ) -> Float[Array, "N D"]:
-    plain = [_plain(pick(stack), hidden.dtype) for stack in stacks]
+    plain = [_plain(stack, hidden.dtype) for stack in stacks]
     # One by one, pairs whose expert is elsewhere would cost as much as the others.
     most = MAX_SINGLE_PAIRS_SEPARATE if isinstance(plain[0], SeparateStack) else MAX_SINGLE_PAIRS
     if experts.size <= most and all_experts is None:
@@ -329,9 +330,16 @@ def _experts_kernel(
     interpret: bool,
 ) -> Float[Array, "N D"]:
     (gate, layer), (up, _), (down, _) = (parts(stack) for stack in stacks)
-    implementation: Implementation = "interpret" if interpret else "mosaic"
     return moe_ffn(
-        hidden, weights, experts, gate, up, down, all_experts=all_experts, layer=layer, implementation=implementation
+        hidden,
+        weights,
+        experts,
+        gate,
+        up,
+        down,
+        all_experts=all_experts,
+        layer=layer,
+        implementation="interpret" if interpret else "mosaic",
     )
 
 
@@ -344,7 +352,7 @@ def _experts_fp8(
     all_experts: int | None,
 ) -> Float[Array, "N D"]:
     """The sum with every product in FP8, on any device: what is quantised is the model's to say, not the platform's."""
-    found = [parts(stack) for stack in stacks]
+    found = [fp8_parts(stack) for stack in stacks]
     out = moe_ffn(
         (rows.values, rows.scales),
         weights,

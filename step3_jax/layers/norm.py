@@ -68,9 +68,9 @@ def pick_row(weight: Float[Array, " D"] | LayerOf) -> Float[Array, " D"]:
     Out of a stack it is gathered in pieces: a plain slice would be a launch whose address the host computes anew in each
     layer.
     """
-    stored, layer = parts(weight)
-    if layer is None:
-        return stored
+    if not isinstance(weight, LayerOf):
+        return weight
+    stored, layer = weight.stack, weight.index
     size = stored.shape[1]
     piece = next(width for width in (128, 64, 32, 16, 8, 4, 2, 1) if size % width == 0)
     return pick_rows(stored.reshape(-1, size // piece, piece), layer).reshape(size)

@@ -132,7 +132,7 @@ def _join(weights: Sequence[Weight]) -> Weight:
 def _cut(weight: Weight, sizes: Sequence[int]) -> list[Weight]:
     """The inverse of `_join`; `sizes` are rows of one device."""
     if not isinstance(weight, BlockScaled):
-        return _split_rows(weight, sizes)
+        return [*_split_rows(weight, sizes)]
     values = _split_rows(weight.values, sizes)
     scales = _split_rows(weight.scales, [size // weight.block[0] for size in sizes])
     return [BlockScaled(*pair, weight.block) for pair in zip(values, scales, strict=True)]

@@ -121,7 +121,9 @@ def test_a_layer_launches_no_more_than_it_must(tmp_path: pathlib.Path) -> None:
     loops = launch_count.read_loops(tmp_path, program.as_text() or "")
     counts = {loop.layers: len(loop.launches) for loop in loops}
     # Of a layer with experts, the loop's counter among them; a dense layer has neither router nor plan.
-    assert counts == {"layers.0-1": 18, "layers.2-3": 28}, [launch_count.table(loop) for loop in loops]
+    most = {"layers.0-1": 18, "layers.2-3": 28}
+    assert counts.keys() == most.keys()
+    assert all(counts[name] <= most[name] for name in most), [launch_count.table(loop) for loop in loops]
     # A slice in a loop is a launch whose address the host computes anew in each turn.
     assert "DynamicSlice" not in next(tmp_path.glob(launch_count.SEQUENCE)).read_text()
 

@@ -18,6 +18,7 @@ import pytest
 from pallas_kernels.compat import race_check
 from pallas_kernels.mfa_decode import mosaic, plan, reference
 from pallas_kernels.mfa_decode.api import mfa_decode, mfa_decode_quantised, plan_decode
+from pallas_kernels.mfa_decode.queries import terms
 from pallas_kernels.pages import KVPages, contiguous_pages, decode_rows, empty_pages, encode_rows
 from pallas_kernels.storage import Storage
 from tests.kernels.support import lower_for_cuda, row_errors
@@ -164,6 +165,15 @@ def test_the_kernel_equals_the_reference_and_reads_no_poison(case: Case, detect_
 @pytest.mark.parametrize(("case", "detect_races"), LONG_CASES, ids=_name)
 def test_the_kernel_equals_the_reference_in_every_form(case: Case, detect_races: bool) -> None:
     _check_kernel(case, detect_races)
+
+
+def test_two_terms_hold_queries_in_bfloat16() -> None:
+    scaled = jax.random.normal(jax.random.key(0), (4096,), jnp.bfloat16).astype(jnp.float32)
+    scaled = jnp.clip(scaled * 2.0 ** jax.random.randint(jax.random.key(1), scaled.shape, -12, 8), -255, 255)
+    scaled = scaled.astype(jnp.bfloat16).astype(jnp.float32)
+    error = jnp.abs(scaled - sum(term.astype(jnp.float32) for term in terms(scaled)))
+    assert jnp.max(jnp.where(jnp.abs(scaled) >= 0.25, error, 0)) == 0
+    assert 0 < jnp.max(error) <= 2**-10
 
 
 @pytest.mark.kernels

@@ -61,8 +61,9 @@ def test_rows_that_come_and_go_wait_for_a_place_and_read_in_chunks(eight: Ask) -
     assert_same(found, eight("generate", parallel=None, batch=4, **request))
 
 
+@pytest.mark.slow
 def test_guesses_are_verified_by_all_devices_in_the_same_steps(eight: Ask) -> None:
-    """Their rows guess differently many tokens, or none; a step is as wide everywhere."""
+    """Their rows guess differently many tokens, or none; a step is as wide everywhere. It compiles two more programs."""
     request = {"lengths": [3, 40, 20, 30, 5], "counts": [40, 9, 30, 24, 40], "batch": 4}
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     found = eight("generate", parallel={"dp": 2, "tp": 2, "ep": 4}, speculation=speculation, **request)
@@ -118,6 +119,14 @@ def test_a_sharded_model_is_saved_and_loaded_part_by_part(
     found = eight("reload", parallel=setting, folder=str(tmp_path))
     assert found["is_same_file"], "what a model is filled up with is saved, or an order is lost"
     assert found["different"] == []
+    assert found["different_stacked"] == []
+
+
+@pytest.mark.slow
+def test_stacked_layers_give_the_tokens_of_separate_ones(eight: Ask) -> None:
+    """Slow: two more models are compiled."""
+    request = {"lengths": [9, 4], "counts": [4, 4], "parallel": {"dp": 2, "tp": 2}}
+    assert_same(eight("generate", stacked=True, **request), eight("generate", **request))
 
 
 @pytest.mark.parametrize(

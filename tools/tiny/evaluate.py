@@ -23,11 +23,14 @@ from rich.table import Table
 from step3_jax import resources
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
+from step3_jax.cpu_kernels.library import Kernels, find_kernels
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.layout.count import count_parameters
+from step3_jax.layout.weight_form import QUANTIZATIONS
 from step3_jax.model.arrangement import Arrangement
+from step3_jax.model.cpu import prepare_for_cpu
 from step3_jax.text.tokenizer import Tokenizer
 from tools.tiny.evaluate_answers import Reply, ask_all, share_right, share_right_digits, share_right_functions
 from tools.tiny.evaluate_cases import load_sets
@@ -158,7 +161,13 @@ def show_samples(replies: Mapping[str, Sequence[Reply]], console: Console) -> No
 
 
 def evaluate(
-    model: Path, data: Path, quick: int | None, kv_cache_dtype: str = "auto", *, quantise_activations: bool = False
+    model: Path,
+    data: Path,
+    quick: int | None,
+    kv_cache_dtype: str = "auto",
+    *,
+    quantization: str = "none",
+    quantise_activations: bool = False,
 ) -> tuple[dict[str, list[Reply]], dict[str, str], TextScore]:
     """Asks everything.
 
@@ -167,8 +176,9 @@ def evaluate(
       data: Data folder.
       quick: Cases of each set and sentences / 8; None for all.
       kv_cache_dtype: Of the answers' cache; the sentences are read without one.
-      quantise_activations: Whether weights in FP8 stay so and meet quantised activations, as on GPUs. Else they are
-        dequantised.
+      quantization: What weights are held in, as of `load_model`; a form is multiplied by the CPU kernels, or dequantised
+        where there are none, which gives the same.
+      quantise_activations: Whether weights in FP8 stay so and meet quantised activations, as on GPUs.
 
     Returns:
       Replies and titles of each set, and the score of the sentences.
@@ -177,9 +187,11 @@ def evaluate(
       ValueError: If a file is missing.
     """
     arrangement = Arrangement(quantises=quantise_activations)
-    loaded = load_model(
-        model, "float32", quantization="stored" if quantise_activations else "none", arrangement=arrangement
-    )
+    form = "stored" if quantise_activations else quantization
+    loaded = load_model(model, "float32", quantization=form, arrangement=arrangement)
+    if quantization != "none":
+        kernels = find_kernels()
+        loaded = prepare_for_cpu(loaded, kernels if isinstance(kernels, Kernels) else None)
     llm = LLM(model, executor=Runner(loaded), dtype="float32", kv_cache_dtype=kv_cache_dtype, max_num_seqs=64)
     replies, titles = {}, {}
     for cases in load_sets(data):
@@ -200,6 +212,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"data folder (default {DEFAULT_DATA})")
     parser.add_argument("--kv-cache-dtype", default="auto", metavar="DTYPE", help="as of step3 generate (default auto)")
     parser.add_argument(
+        "--quantization", choices=QUANTIZATIONS, default="none", help="of weights, as of step3 generate (default none)"
+    )
+    parser.add_argument(
         "--quantise-activations", action="store_true", help="of a model in FP8: as GPUs do before FP8 products"
     )
     parser.add_argument("--quick", type=int, metavar="N", help="only N questions of each set")
@@ -216,6 +231,7 @@ def main() -> None:
         options.data,
         options.quick,
         options.kv_cache_dtype,
+        quantization=options.quantization,
         quantise_activations=options.quantise_activations,
     )
     results = collect_results(replies, titles, text, load_baselines(options.data))
@@ -231,6 +247,7 @@ def main() -> None:
             "parameters": count._asdict(),
             "quick": options.quick,
             "kv_cache_dtype": options.kv_cache_dtype,
+            "quantization": options.quantization,
             "quantise_activations": options.quantise_activations,
             "results": [asdict(result) for result in results],
             "router_shares": text.shares.round(5).tolist(),

@@ -29,8 +29,9 @@ REASONS: dict[str, str] = {
 
 BESIDE_NOTE = """\
 As shipped: weights in bfloat16, computed in float32, the cache in float32. FP8 weights: `step3 convert MODEL DST --to hf
---dtype fp8`, dequantised and computed in float32. FP8 and INT4 cache: `--kv-cache-dtype fp8` and `int4`; sentences are
-read without a cache. A GPU quantises the activations of FP8 products as well, which is not in these figures."""
+--dtype fp8`, dequantised and computed in float32. INT8 and INT4 weights: `--quantization int8` and `int4`, with a scale for
+each row and 128 columns. FP8 and INT4 cache: `--kv-cache-dtype fp8` and `int4`; sentences are read
+without a cache. A GPU quantises the activations of FP8 products as well, which is not in these figures."""
 
 FRONT = """\
 ---

@@ -120,8 +120,10 @@ INLINE void add_step(
   }
 }
 
-// Fetches the next tile's columns ahead: a tile touches each of its rows for a short while only.
+// Fetches the next tile's columns ahead: rows of narrow weights are too short for the processor to see where they lead. Wide
+// ones are read best without (measured on Zen 5: 0.97 of a plain sum's rate against 0.65).
 INLINE void prefetch(Form form, const uint8_t* row, int64_t column, int64_t stop, int64_t distance) {
+  if (form == FORM_F32) return;
   for (int64_t byte = stored_bytes(form, column); byte < stored_bytes(form, stop); byte += 64) {
     __builtin_prefetch(row + byte + distance, 0, 2);
   }

@@ -34,8 +34,9 @@ from step3_jax.layers.moe import STACKS, Experts
 from step3_jax.layers.router import Routing
 from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.mesh import Layout, force_cpu_devices, make_layout
+from step3_jax.model.arrangement import Arrangement, unstack
 from step3_jax.model.parallel import place_model
-from step3_jax.model.step3 import Step3
+from step3_jax.model.step3 import Step3, stack_model
 from step3_jax.quant import quantise
 from step3_jax.sampling.params import SamplingParams
 from tests.rule import run_ruled
@@ -108,8 +109,8 @@ def make_model(kind: str) -> Step3:
 
 
 @functools.cache
-def make_runner(kind: str, parallel: Parallel) -> ShardedRunner:
-    model = make_model(kind)
+def make_runner(kind: str, parallel: Parallel, *, is_stacked: bool = False) -> ShardedRunner:
+    model = stack_model(make_model(kind)) if is_stacked else make_model(kind)
     layout = make_layout(fit_parallel(parallel, model.config.text, fp8_block=(128, 128) if kind == "fp8" else None))
     return ShardedRunner(place_model(model, layout), layout)
 
@@ -121,7 +122,11 @@ def read_parallel(request: Answer) -> Parallel:
 def generate(request: Answer) -> Answer:
     """Tokens and log-probabilities of some prompts, on one device or on several."""
     kind = str(request.get("kind", "plain"))
-    executor: Executor = make_runner(kind, read_parallel(request)) if request["parallel"] else Runner(make_model(kind))
+    executor: Executor
+    if request["parallel"]:
+        executor = make_runner(kind, read_parallel(request), is_stacked=bool(request.get("stacked", False)))
+    else:
+        executor = Runner(make_model(kind))
     vocab_size = executor.config.text.vocab_size
     prompts = [
         {"prompt_token_ids": [int(token) for token in np.random.default_rng(seed).integers(2, vocab_size, length)]}
@@ -220,6 +225,7 @@ def reload(request: Answer) -> Answer:
     save_model(model, folder / "alone")
     save_model(placed, folder / "spread")
     loaded = parameters_of(load_model(folder / "alone", layout=layout))
+    arranged = load_model(folder / "alone", layout=layout, arrangement=Arrangement(stacks=True, fuses=True))
     names = ("config.json", "model.safetensors")
     return {
         "is_same_file": all((folder / "alone" / n).read_bytes() == (folder / "spread" / n).read_bytes() for n in names),
@@ -227,6 +233,11 @@ def reload(request: Answer) -> Answer:
             str(path)
             for path, variable in parameters_of(placed).items()
             if not is_same(variable.get_value(), loaded[path].get_value())
+        ],
+        "different_stacked": [
+            str(path)
+            for path, variable in parameters_of(unstack(arranged)).items()
+            if not bool((variable.get_value() == loaded[path].get_value()).all())
         ],
     }
 

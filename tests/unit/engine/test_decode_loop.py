@@ -60,7 +60,7 @@ def call(
         places = step.lengths[:, None] - ids.shape[1] + order
         is_own = places >= 0
         if step.num_new is not None:
-            is_own &= order < step.num_new[:, None]
+            is_own &= order >= ids.shape[1] - step.num_new[:, None]
         cache = cache.at[rows, jnp.where(is_own, places, WIDTH)].set(ids, mode="drop")
         return weights[cache[rows, jnp.maximum(places - 1, 0)], ids], cache
 

@@ -117,3 +117,10 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path: p
     with pytest.raises(ValueError, match=r"are free: give fewer layers, or --sparse"):
         make_checkpoint(tmp_path / "model", cut_layers(ModelConfig.preset("step3"), 1000))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_first_layers_may_be_dense_and_the_others_mixtures() -> None:
+    config = cut_layers(ModelConfig.preset("step3-fp8"), 3, 1)
+    assert config.text.moe_layers == (1, 2)
+    with pytest.raises(ValueError, match="4 dense layers are asked for, of 3"):
+        cut_layers(config, 3, 4)

@@ -69,6 +69,8 @@ def test_pods_of_the_set_find_the_leader_and_its_command_fits() -> None:
     assert all(pod["terminationGracePeriodSeconds"] > serve.shutdown_timeout + arguments.grace for pod in pods)
     ports = {port["name"]: port["containerPort"] for port in leader["ports"]}
     assert ports == {"http": serve.port, "coordinator": KUBERNETES_PORT, "channel": port_beside(KUBERNETES_PORT)}
+    paths = {kind: leader[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
+    assert paths == {"startup": "/health", "readiness": "/ready", "liveness": "/live"}
     assert not any(name.endswith("Probe") for name in worker), "only rank 0 answers"
     selector = documents["Service"]["spec"]["selector"]
     assert selector["leaderworkerset.sigs.k8s.io/name"] == documents["LeaderWorkerSet"]["metadata"]["name"]

@@ -145,4 +145,5 @@ def test_a_gpu_filled_with_weights_and_cache_computes_nothing_twice(options: str
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["share"] == pytest.approx(0.9, abs=0.001)
     assert (found["remat"] == 0) == (options == "yes")
-    assert found["temp"] < 150e6
+    # Of it five arrays of [64, 128,815] logits are the sampler's.
+    assert found["temp"] < 250e6

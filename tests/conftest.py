@@ -8,9 +8,14 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 import pytest
+
+# A shell's background jobs ignore Ctrl-C, and processes that they start inherit it; tests send it to theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before jax is imported, here and in the processes that tests start.
 os.environ["JAX_PLATFORMS"] = os.environ.get("STEP3_TEST_PLATFORM", "cpu")

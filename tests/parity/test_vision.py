@@ -96,7 +96,7 @@ def test_hidden_states_behind_merged_embeddings(models, arrays, run_jitted):
         context = attention_context(model.text.config, hidden.shape[:2])
         states = []
         for layer in model.text.layers:
-            hidden, _ = layer(hidden, context)
+            hidden, _, _ = layer(hidden, context)
             states.append(hidden[0])
         return jnp.stack(states), model.text.norm(hidden)[0]
 

@@ -62,7 +62,7 @@ def test_every_code_and_every_tie_is_rounded_to_nearest_even():
 def test_blocks_are_as_in_quant():
     values = make_values((2, 200, 150), ml_dtypes.bfloat16)
     codes, scales = quantise_band(values, (64, 32))
-    expected = quantise(jnp.asarray(values), (64, 32))
+    expected = quantise(jnp.asarray(values), block=(64, 32))
     assert scales.tobytes() == np.asarray(expected.scales).tobytes()
     assert codes.tobytes() == np.asarray(expected.values).tobytes()
 

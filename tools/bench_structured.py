@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pathlib
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ import numpy as np
 
 from step3_jax.bench.machine import conditions, cpu_pressure, load_average
 from step3_jax.bench.model import bench_config, random_model
+from step3_jax.bench.report import write_section
 from step3_jax.bench.workload import Lengths, random_prompts
 from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.engine.config import EngineConfig
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=128_815, help="entries of the vocabulary (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of the stream (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="medians are over so many (default: %(default)s)")
-    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--json", help="file that gets the figures, beside those of other benchmarks")
     arguments = parser.parse_args(argv)
     before = {"load_average_before": load_average(), "cpu_pressure_before": cpu_pressure()}
     found = []
@@ -160,10 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found.append(measure(llm, num_tokens=arguments.tokens, rounds=arguments.rounds))
         del llm
     given = {name: getattr(arguments, name) for name in ("preset", "vocab", "tokens")}
-    report = {"conditions": conditions() | before | {"cpu_pressure_after": cpu_pressure()} | given, "structured": found}
+    report = {"conditions": conditions() | before | {"cpu_pressure_after": cpu_pressure()} | given, "streams": found}
     print(json.dumps(report, indent=1))
     if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_section(arguments.json, "structured", report)
     return 0
 
 

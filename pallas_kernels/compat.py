@@ -43,7 +43,7 @@ def swizzled(dtype: jax.typing.DTypeLike, row_bytes: int = 128) -> tuple[plgpu.T
 
 
 def unswizzled() -> tuple[plgpu.TilingTransform, ...]:
-    """Transforms of a buffer for rows of an array that is no whole tiles of 8 rows, which a swizzled one does not take.
+    """Transforms of a buffer for rows of an array that is not in whole tiles of 8 rows, which a swizzled one does not take.
 
     0.11 looks for a swizzle by itself where nothing is said; 0.10.2 knows no tiles without one.
     """

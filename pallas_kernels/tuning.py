@@ -129,7 +129,7 @@ def _entries(source: pathlib.Path) -> tuple[Entry, ...]:
         well_formed = False
     if not well_formed:
         raise ValueError(
-            f"{source} is no list of measured block sizes: write it with python -m tools.gpu_check, or remove it"
+            f"{source} is not a list of measured block sizes: write it with python -m tools.gpu_check, or remove it"
         )
     return entries
 

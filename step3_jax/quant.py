@@ -71,7 +71,7 @@ class PackedInt4:
     """A quantised array with two values in a byte.
 
     A unit of 16 bytes holds 32 columns: byte j has column j in its low and column 16 + j in its high half, each as value
-    + 8. So 16 bytes widen to two runs of neighbouring columns. Columns behind the last one are zeros (8 in each half).
+    + 8. So 16 bytes widen to two runs of neighbouring columns. Columns after the last one are zeros (8 in each half).
 
     Attributes:
       values: [..., out, ceil(in/32) * 16].

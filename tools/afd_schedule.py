@@ -3,7 +3,7 @@
     python -m tools.afd_schedule --out benchmarks/afd-compiled
 
 Executor `program` overlaps an exchange with a tick's work only if the compiler starts the exchange before that work and
-waits for it behind it. A compiled program lists its launches in the order in which they happen; here the loops over ticks
+waits for it afterwards. A compiled program lists its launches in the order in which they happen; here the loops over ticks
 are found in it, and of each it is said how much of a tick lies between start and end of its exchange.
 """
 
@@ -196,7 +196,7 @@ def read_ticks(text: str) -> list[Tick]:
         kernels = {place for place, line in enumerate(body) if _MOSAIC in line and "custom-call(" in line}
         launches = {place for place, line in enumerate(body) if _is_launch(line) and place not in starts}
         if not kernels:
-            # One of the exchanges behind the last tick.
+            # One of the exchanges after the last tick.
             continue
         beside = set(range(starts[0] + 1, dones[0]))
         scopes = {found for line in body for found in re.findall(r"layers\.[\d-]+", line)}

@@ -6,7 +6,7 @@ Two processes, 1A1F, each bound to a core, run a model with random weights. Meas
 
 - alone: each role's decode program with the exchange left out, on its core, while the other core rests;
 - exchange: as many exchanges as ticks, of the same size, with nothing computed;
-- pipelined: the decode program as it is, with 1 to 4 micro-batches of the same number of rows in flight.
+- pipelined: the complete decode program, with 1 to 4 micro-batches of the same number of rows in flight.
 
 A tick is a layer of one micro-batch. Efficiency is max(attention, FFN, exchange) / tick; both roles' times are of their
 whole program, sampling and head included. `--context` and `--expert-width` are to be chosen so that both sides take about

@@ -7,7 +7,7 @@ The two processes, the model and the sizes are those of `tools.bench_afd`. Measu
 - alone: each tick of a role's decode program without the exchange, while the other core rests;
 - beside: the same while the other role runs its own on the other core;
 - exchange: each of many exchanges with nothing computed;
-- pipelined: the decode program as it is, in which nothing is timed but the whole.
+- pipelined: the complete decode program, in which nothing is timed but the whole.
 
 The times of each are written as quantiles at equal distances, with their mean. From those of the parts, alone and beside
 each other, a tick is simulated (`planner/simulation/lockstep.py`), and shown next to the pipelined one. The machine must

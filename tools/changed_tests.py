@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Cheap, and about every module.
 ALWAYS = "tests/unit/test_imports.py"
 _PACKAGES = ("step3_jax", "pallas_kernels", "tools")
-# Of files that are no modules, by the start of their path.
+# Of files that are not modules, by the start of their path.
 _OTHERS = {
     "docs/": ("tests/docs", "tests/unit/tools/site"),
     "mkdocs.yml": ("tests/unit/tools/site",),

@@ -2,7 +2,7 @@
 
 python -m tools.launch_count [--layers N]
 
-The model is the product's, as it is loaded on a GPU: stacked layers, joined products, quantised activations. One device has
+The model is the product's, as loaded on a GPU: stacked layers, joined products, quantised activations. One device has
 all of it but six experts a layer, as a rank of eight has. XLA writes down what a program launches, in order, loops nested;
 what stands in the loop over layers is what a layer costs.
 """

@@ -41,7 +41,7 @@ PIECE_ELEMENTS = 2**22
 Draw = Callable[[np.random.Generator, int, tuple[int, ...]], Shaped[np.ndarray, " count"]]
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
-# Every FP8 code but the two that are no number, so that random bytes become weights.
+# Every FP8 code but the two that are not numbers, so that random bytes become weights.
 _FP8_CODES = np.arange(256, dtype=np.uint8)
 _FP8_CODES[[0x7F, 0xFF]] = 0x7E, 0xFE
 _FP8_RMS = float(np.sqrt(np.mean(np.square(_FP8_CODES.view(FP8).astype(np.float64)))))

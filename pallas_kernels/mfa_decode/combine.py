@@ -86,7 +86,7 @@ def combine_quantised(
     Args:
       parts, tops, norms, fragments, target: As in `combine`.
       heads: H, a multiple of 64.
-      tokens: T; the rows behind T H are filling.
+      tokens: T; the rows after T H are padding.
     """
     batch, head_dim = fragments.shape[0], parts.shape[2]
     num_rows, columns = batch * tokens, head_dim // BLOCK

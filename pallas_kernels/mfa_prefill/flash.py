@@ -119,7 +119,7 @@ def attend(
         plgpu.barrier_wait(ring.full.at[value_slot])
         plgpu.barrier_wait(turn)
         if ring.scales is None:
-            # Behind the barriers, so that the other warpgroup need not wait for it: jax's own kernel does so for heads
+            # After the barriers, so that the other warpgroup need not wait for it: jax's own kernel does so for heads
             # above 128. With scales the weights would be held twice.
             added = weights.sum(axis=1)
         total = total * kept + added

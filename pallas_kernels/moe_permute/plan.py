@@ -62,7 +62,7 @@ def plan_permutation(
     missing = num_chunks * PAIRS - num_pairs
     num_tiles = max_tiles(num_pairs, num_experts, tile_rows)
     num_rows = num_tiles * tile_rows
-    # -1 is no expert.
+    # -1 stands for no expert.
     flat = jnp.pad(experts.reshape(-1).astype(jnp.int32), (0, missing), constant_values=-1)
     pairs, row_weights, rows, table, used = plgpu.kernel(
         functools.partial(

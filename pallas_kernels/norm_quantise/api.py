@@ -32,7 +32,7 @@ def norm_quantise(
 
     Args:
       x: bfloat16 or float32, [M, D]; or with more columns, of which the first D are normed: other parts of a joined
-        product may stand behind them. The kernel reads them in place if all columns are a multiple of 512.
+        product may follow them. The kernel reads them in place if all columns are a multiple of 512.
       weight: Multiplies plainly (not 1 + w); [D], or a stack of layers [L, D].
       eps: Added to the mean square.
       layer: Which layer of a stack, 0 to L - 1; may be traced. The kernel reads it in place, nothing is sliced out.

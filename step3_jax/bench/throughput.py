@@ -251,7 +251,7 @@ def _rates(side: str, lengths: Sequence[Lengths], seconds: float) -> Row:
 
 
 def _difference(after: EngineStats, before: EngineStats) -> EngineStats:
-    # What is no plain number, or unknown to most executors.
+    # What is not a plain number, or unknown to most executors.
     others = ("expert_tokens", "num_accepted_tokens_per_pos", "afd_wait_s")
     names = [field.name for field in dataclasses.fields(EngineStats) if field.name not in others]
     return EngineStats(**{name: getattr(after, name) - getattr(before, name) for name in names})

@@ -17,7 +17,7 @@ from pallas_kernels.storage import Storage, bytes_per_token
 from step3_jax.config import TextConfig
 from step3_jax.layout.page import KV_CACHE_CHOICES
 
-# The pool of all layers. Where it is in shards, each has P pages of every layer, one layer's behind the other's.
+# The pool of all layers. Where it is in shards, each has P pages of every layer, one layer's after the other's.
 Cache = KVPages
 # Where there is none, or none in this process.
 NO_CACHE = cast(Cache, ())
@@ -66,7 +66,7 @@ def count_pages(cache: Cache, num_layers: int) -> int:
 
 
 def copy_pages(cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"], num_layers: int) -> Cache:
-    """Copies pages in all layers; a target that is no page drops its copy."""
+    """Copies pages in all layers; a target that is not a page drops its copy."""
 
     def copy(pool: Array) -> Array:
         pages = pool.reshape(num_layers, -1, *pool.shape[1:])

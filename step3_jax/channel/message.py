@@ -132,7 +132,7 @@ def _read_array(form: bytes, frame: bytes | memoryview | None) -> np.ndarray:
             [frame] = rest
         dtype = _DTYPES[name]
         if not all(isinstance(size, int) and size >= 0 for size in shape):
-            raise MessageError("a shape is no list of sizes")
+            raise MessageError("a shape is not a list of sizes")
         if math.prod(shape) * dtype.itemsize != memoryview(frame).nbytes:
             raise MessageError(f"{memoryview(frame).nbytes} bytes are no {name} of shape {shape}")
         return np.frombuffer(frame, np.uint8).view(dtype).reshape(shape)

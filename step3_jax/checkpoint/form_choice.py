@@ -80,7 +80,7 @@ def _choose_accelerator(asked: str, platform: str, has_fp8: bool) -> FormChoice:
     if asked == "fp8" and not has_fp8:
         raise ValueError(
             "quantization fp8 quantises at load on CPUs alone: for GPUs step3 convert SRC DST --to hf --dtype fp8 does it "
-            "once, and DST loads as it is"
+            "once, and DST loads unchanged"
         )
     return FormChoice("none" if asked == "none" else "stored", False, "widened" if asked == "none" else "as stored")
 

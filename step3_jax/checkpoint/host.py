@@ -1,7 +1,7 @@
 """Weights in the memory of this machine, where a CPU multiplies them: as stored, quantised, or in one dtype.
 
-Threads read each band to its place in memory that JAX then takes as it is: a model takes no more memory than its weights
-in the form they are held in. With `load_format` mmap what needs no change stays in its file (see `mapped`).
+Threads read each band to its place in memory that JAX then takes without a copy: a model takes no more memory than its
+weights in the form they are held in. With `load_format` mmap what needs no change stays in its file (see `mapped`).
 """
 
 from __future__ import annotations

@@ -92,12 +92,12 @@ def load_model(
       quantization: How linear weights are held. "none": in `dtype`, dequantised here. "stored": FP8 and, on a CPU whose
         kernels take it, bfloat16 as in the file. "fp8", "int8", "int4": quantised here, tensor by tensor, if they are not;
         on CPUs alone. "auto": "stored" where the device's kernels multiply it, else "none".
-      load_format: "auto" copies. "mmap" leaves on a CPU what needs no change in its file, which must then stay as it is.
+      load_format: "auto" copies. "mmap" leaves on a CPU what needs no change in its file, which must then stay unchanged.
       shardings: Where each parameter goes, by its path in the model (see `names`); each host then reads only the parts
         its devices hold. One with more axes than the tensor is for its heads, see `layout.table.view_shape`. If absent, all
         goes to the default device.
       layout: The same, from a parallel setting: head and vision tower are filled up with zeros where they do not divide.
-      arrangement: How the decoder's layers lie; by default as it is best where the weights go, see `Arrangement.of`.
+      arrangement: How the decoder's layers lie; by default whichever is best where the weights go, see `Arrangement.of`.
       text_only: Whether the vision tower and the projector are left on the disk.
       progress: Whether to show a bar with bytes and rate.
 

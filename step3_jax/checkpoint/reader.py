@@ -33,8 +33,8 @@ _FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astyp
 class TensorReader:
     """Reads parts of tensors into memory of their own.
 
-    The copy is on purpose: JAX on CPU may use numpy's memory as it is, and a weight must not change, or crash the
-    process, when somebody changes the file.
+    The copy is on purpose: JAX on CPU may use numpy's memory directly, and a weight must not change, or crash the
+    process, when the file is changed.
 
     Attributes:
       checkpoint: What is read.
@@ -70,7 +70,7 @@ class TensorReader:
         return self.form(name) != "plain" and not self.is_kept(name)
 
     def is_unchanged(self, name: str) -> bool:
-        """Whether a parameter is on the device as it is in the file."""
+        """Whether a parameter is on the device unchanged from the file."""
         if self.form(name) != "plain":
             return self.is_kept(name)
         return DTYPES[self.checkpoint.tensors[name].dtype] == self.plain_dtype(name)
@@ -182,7 +182,7 @@ class TensorReader:
 
 
 def check_fp8(source: str, name: str, values: Shaped[np.ndarray, "M R C"], buffers: Buffers) -> None:
-    """Refuses FP8 values that are no number: the CPU kernels would take them for 480.
+    """Refuses FP8 values that are not numbers: the CPU kernels would take them for 480.
 
     Args:
       source: Where they were read, for the message.
@@ -198,4 +198,4 @@ def check_fp8(source: str, name: str, values: Shaped[np.ndarray, "M R C"], buffe
         part = codes[start : start + PART_BYTES]
         magnitudes = np.bitwise_and(part, 0x7F, out=buffers.take("codes", part.shape, part.dtype))
         if magnitudes.max(initial=0) == 0x7F:
-            raise ValueError(f"{source}: tensor {name} has values that are no number (FP8 code 0x7f)")
+            raise ValueError(f"{source}: tensor {name} has values that are not numbers (FP8 code 0x7f)")

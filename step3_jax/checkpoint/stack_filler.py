@@ -57,7 +57,7 @@ class StackFiller:
           value: The parameter where it is to lie.
 
         Returns:
-          None, or the value if it is no layer's.
+          None, or the value if it belongs to no layer.
         """
         if path[:2] != _LAYERS:
             return value

@@ -75,7 +75,7 @@ def find_kernels() -> Kernels | Unavailable:
         return load_kernels(best)
     if wanted not in sets:
         raise ValueError(f"{VARIABLE} is {wanted!r}; allowed: auto, off, {', '.join(sets)}")
-    # From the most demanding on, each set includes those behind it.
+    # From the most demanding on, each set includes those after it.
     if sets.index(wanted) < sets.index(best):
         raise ValueError(f"{VARIABLE} is {wanted}, which this processor does not have: its best is {best}")
     return load_kernels(next(name for name in sets if name == wanted))

@@ -61,7 +61,7 @@ class Pace:
           waited_s: How long it was waited for.
 
         Returns:
-          Its time, by the steps before where it had ended before it was waited for, so that `elapsed_s` is no measure of it.
+          Its time, by the steps before where it had ended before it was waited for, so that `elapsed_s` does not measure it.
         """
         num_steps = max(1, report.num_steps)
         if waited_s < _READY_S and self._step_s:

@@ -32,10 +32,10 @@ ExpertTokens = np.ndarray | None
 
 
 class PrefillBatch(NamedTuple):
-    """A chunk of prompts: tokens of several sequences one behind the other, filled up to a bucket.
+    """A chunk of prompts: tokens of several sequences one after the other, filled up to a bucket.
 
     Attributes:
-      token_ids: Ids; what stands behind the last sequence is padding.
+      token_ids: Ids; what stands after the last sequence is padding.
       query_starts: First token of each sequence, and the end of the last one: B + 1 numbers.
       lengths: Tokens of each sequence in the cache once the chunk is read; 0 for none.
       table: Pages of each sequence.
@@ -108,7 +108,7 @@ class DraftCounts(NamedTuple):
 
     Attributes:
       steps: Steps of each row.
-      drafted: How often a row's step had a guess at each place behind its last token.
+      drafted: How often a row's step had a guess at each place after its last token.
       accepted: How often that was the token that was chosen.
     """
 
@@ -159,7 +159,7 @@ class StepTokens(NamedTuple):
     """What one step computes of each sequence.
 
     Attributes:
-      ids: Padding, any tokens, then its last token and the guesses behind it.
+      ids: Padding, any tokens, then its last token and the guesses after it.
       num_ids: How many these are; 1 without guesses.
     """
 
@@ -246,7 +246,7 @@ def verify_tokens(
 ) -> RowState:
     """Takes a step's logits: a token for each running row, and more while its guesses are what is chosen.
 
-    Each token is chosen as it is without guesses, from the logits behind the tokens before it. So guesses change how many
+    Each token is chosen as without guesses, from the logits that follow the tokens before it. So guesses change how many
     tokens a step makes, and never which.
     """
     width = tokens.ids.shape[1]
@@ -256,7 +256,7 @@ def verify_tokens(
     every = jnp.arange(tokens.num_ids.shape[0])
 
     def column(place: Int[Array, ""]) -> Int[Array, " B"]:
-        """Of each row's token at `place` behind its padding; its last one where it has no such."""
+        """Of each row's token at `place` after its padding; its last one where it has no such."""
         return jnp.minimum(width - tokens.num_ids + place, width - 1)
 
     def choose(now: _Verified) -> _Verified:

@@ -32,7 +32,7 @@ class EngineStats:
       num_drafts: Steps of sequences for which tokens were guessed.
       num_draft_tokens: Tokens that were guessed, and verified by the model.
       num_accepted_tokens: Those that were right.
-      num_accepted_tokens_per_pos: The same by their place behind the last token: how often the first was, the second, ...
+      num_accepted_tokens_per_pos: The same by their place after the last token: how often the first was, the second, ...
       mask_s: Time of finding which tokens constrained sequences may get.
       compile_s: Time of tracing and compiling.
       num_compilations: Programs traced; each is then compiled, or found in the compile cache.

@@ -62,7 +62,7 @@ class AttentionContext(NamedTuple):
       slots: Its place in the page, [N]; None without a cache.
       first_page: Where the layer's pages start in the pool, from which the numbers above count; None for pages of one
         layer alone. See `at_layer`.
-      plan: Of a decode step, who reads what: the same in all layers. None where each makes its own. See `with_plan`.
+      plan: Of a decode step, what each worker reads: the same in all layers. None where each makes its own. See `with_plan`.
     """
 
     cos: Float[Array, "B T half"]
@@ -139,7 +139,7 @@ class MFA(nnx.Module):
         return self.o_proj(heads).reshape(batch, length, -1), pages
 
     def _project(self, hidden: Float[Array, "B T D"] | Rows) -> tuple[Float[Array, "*batch low"], Columns, Columns]:
-        """The low-rank query, which may have other columns behind it, and where key and value are."""
+        """The low-rank query, which may have other columns after it, and where key and value are."""
         if self.qkv_down_proj is None:
             low, *parts = project(hidden, (self.q_proj, self.k_proj, self.v_proj))
             keys, values = (Columns(rows.reshape(-1, self.head_dim), 0, self.head_dim) for rows in parts)
@@ -218,7 +218,7 @@ def attention_context(
 
 
 def at_layer(context: AttentionContext, layer: Int[Array, ""] | int, layer_pages: int) -> AttentionContext:
-    """The context for one layer of a pool in which each has `layer_pages` pages, one layer's behind the other's."""
+    """The context for one layer of a pool in which each has `layer_pages` pages, one layer's after the other's."""
     return context._replace(first_page=layer * layer_pages)
 
 

@@ -15,7 +15,7 @@ class Embedding(nnx.Module):
     """A table with one row for each id of the vocabulary; no scaling.
 
     Attributes:
-      cpu_kernels: What the layers behind it use, if `model.cpu` has set them: rows are then widened to float32.
+      cpu_kernels: What the layers after it use, if `model.cpu` has set them: rows are then widened to float32.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

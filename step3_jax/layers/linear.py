@@ -30,7 +30,7 @@ class Linear(nnx.Module):
     Attributes:
       quantises: Whether activations are quantised before they meet a weight in FP8, and both multiplied in FP8; see
         `model.fuse.set_quantised`. Else such a weight is dequantised.
-      cpu_kernels: Multiply with the weight as it is stored, if `model.cpu` has set them.
+      cpu_kernels: Multiply with the weight as stored, if `model.cpu` has set them.
     """
 
     def __init__(

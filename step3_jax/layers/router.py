@@ -34,7 +34,7 @@ class Router(nnx.Module):
     """Softmax over all experts in float32, then the largest `top_k`.
 
     Attributes:
-      cpu_kernels: Multiply with the weight as it is stored, if `model.cpu` has set them.
+      cpu_kernels: Multiply with the weight as stored, if `model.cpu` has set them.
     """
 
     def __init__(

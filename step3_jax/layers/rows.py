@@ -1,4 +1,4 @@
-"""Quantised rows: what a norm hands to the products behind it, so that they quantise nothing themselves."""
+"""Quantised rows: what a norm hands to the products after it, so that they quantise nothing themselves."""
 
 from __future__ import annotations
 

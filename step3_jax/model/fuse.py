@@ -76,7 +76,7 @@ def set_quantised(model: nnx.Module, *, wanted: bool) -> None:
         if isinstance(module, Linear | Experts):
             module.quantises = wanted
     for _, module in nnx.iter_modules(model):
-        # What comes behind a norm says in which form it gives its rows.
+        # What follows a norm says in which form it gives its rows.
         if isinstance(module, MFA):
             module.inter_norm.quantises = module.wq.takes_rows
         elif isinstance(module, DecoderLayer):

@@ -26,7 +26,7 @@ from step3_jax.stack import LayerOf
 M = TypeVar("M", bound=nnx.Module)
 T = TypeVar("T")
 
-# Of a stack's arrays, what stands in their path behind the stack's number.
+# Of a stack's arrays, what stands in their path after the stack's number.
 STACKED = "stacked"
 
 
@@ -141,7 +141,7 @@ def stack_layers(layers: Sequence[M | LayerStack[M]]) -> list[LayerStack[M]]:
     """Stacks neighbours of one form, whose modules and arrays have the same structure, shapes and dtypes.
 
     The stacks of arrays are copies; `checkpoint.load` fills stacks without any. Of shapes (`jax.ShapeDtypeStruct`) they are
-    shapes, with the sharding of one layer behind the axis of layers. What is a stack already stays as it is.
+    shapes, with the sharding of one layer after the axis of layers. What is a stack already stays so.
     """
     stacks: list[LayerStack[M]] = []
     for _, group in itertools.groupby(layers, key=_form):

@@ -23,7 +23,7 @@ def find_drafts(
     follow it than are wanted, they are repeated: a row that ends in "a b a b" goes on so.
 
     Args:
-      history: Tokens of each row; what stands at or behind its length is not read.
+      history: Tokens of each row; what stands at or after its length is not read.
       lengths: Tokens of each row.
       speculation: How many tokens are wanted, and how long the n-grams are.
 

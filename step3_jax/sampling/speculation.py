@@ -43,7 +43,7 @@ class Speculation:
 
     @property
     def width(self) -> int:
-        """T: tokens of a sequence that a step computes, its last one and the guesses behind it."""
+        """T: tokens of a sequence that a step computes, its last one and the guesses after it."""
         return 1 + self.num_speculative_tokens
 
     @classmethod

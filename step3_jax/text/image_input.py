@@ -76,7 +76,7 @@ def open_image(
       A picture of mode RGB, fully decoded, that shares nothing with the source.
 
     Raises:
-      ValueError: If the source is a web address, too large, or no picture that can be read.
+      ValueError: If the source is a web address, too large, or not an image that can be read.
     """
     name = _name(source)
     if isinstance(source, Image.Image):
@@ -126,7 +126,7 @@ def _open_header(data: bytes, name: str, formats: tuple[str, ...], max_pixels: i
         what = _describe_other(data)
         reason = f"it is {what}" if what else str(error)
         raise ValueError(
-            f"{name} is no picture that can be read; use one of {', '.join(formats)}. ({reason})"
+            f"{name} is not an image that can be read; use one of {', '.join(formats)}. ({reason})"
         ) from error
     _check_size(picture, name, max_pixels)
     return picture

@@ -145,7 +145,7 @@ def _check_kernel(case: Case, detect_races: bool) -> None:
     run = functools.partial(mosaic.decode_attention, scale=SCALE, interpret=True, detect_races=detect_races)
     queries, pages, table, lengths = args
     with race_check():
-        # As if the sequences' pages were those of a layer that starts behind the first page of the pool.
+        # As if the sequences' pages were those of a layer that starts after the first page of the pool.
         out, lse = jax.block_until_ready(jax.jit(run)(queries, pages, table - 1, lengths, None, jnp.int32(1)))
     expected, expected_lse = jax.jit(functools.partial(reference.decode_attention, scale=SCALE))(*args)
     assert out.dtype == args[0].dtype

@@ -33,7 +33,7 @@ def test_a_store_that_nothing_cuts_off_must_be_known() -> None:
     assert ptx.store_fault("fp8_matmul/64", 1) is not None
     assert ptx.store_fault("norm_quantise/64", 1) is None
     assert ptx.store_fault("norm_quantise/64", 2) is not None
-    # Rows that are no whole number of tiles need a store of their own.
+    # Rows that are not a whole number of tiles need a store of their own.
     assert ptx.store_fault("swiglu_quantise/77x5120", 2) is None
     assert ptx.store_fault("swiglu_quantise/77x5120", 1) is not None
 

@@ -204,7 +204,7 @@ def test_race_detector_catches_a_missing_wait(name: str) -> None:
 def test_kernel_lowers_for_cuda_at_the_models_shapes(storage: str) -> None:
     shapes = jax.eval_shape(lambda: make_shapes(128, storage, 4096))
     assert "mosaic_gpu" in lower_for_cuda(functools.partial(rope_cache_write, implementation="mosaic"), *shapes)
-    # Keys and values behind the low-rank query of a joined product.
+    # Keys and values after the low-rank query of a joined product.
     joined = jax.ShapeDtypeStruct((128, 2048 + 2 * HEAD_DIM), jnp.bfloat16)
     columns = {"key_at": 2048, "value_at": 2048 + HEAD_DIM, "query_dtype": jnp.float16}
     run = functools.partial(rope_cache_write, **columns, implementation="mosaic")

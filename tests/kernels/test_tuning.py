@@ -65,7 +65,7 @@ def test_a_block_that_the_kernel_does_not_have_is_refused(measured: pathlib.Path
 def test_a_file_that_is_no_tuning_is_named(measured: pathlib.Path, content: str) -> None:
     measured.write_text(content)
     tuning._entries.cache_clear()
-    with pytest.raises(ValueError, match=r"tuning\.json is no list of measured block sizes"):
+    with pytest.raises(ValueError, match=r"tuning\.json is not a list of measured block sizes"):
         tuning.blocks("gemm", DEFAULTS, m=64, n=7168)
 
 

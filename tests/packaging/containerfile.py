@@ -37,7 +37,7 @@ class Containerfile:
         return [rest for one, rest in self.instructions if one == name][-1]
 
     def words(self, name: str) -> list[str]:
-        """The words of an instruction in JSON's form: of HEALTHCHECK those behind CMD."""
+        """The words of an instruction in JSON's form: of HEALTHCHECK those after CMD."""
         rest = self.last(name)
         words: list[str] = json.loads(rest[rest.index("[") :])
         return words

@@ -118,7 +118,7 @@ def test_int4_packs_columns_16_apart_in_a_byte():
     assert isinstance(found, PackedInt4)
     assert found.values.shape == (1, 16)
     np.testing.assert_array_equal(found.values[0, :3] & 15, [15, 1, 2])
-    # Behind the last column are zeros, which are stored as 8.
+    # After the last column are zeros, which are stored as 8.
     np.testing.assert_array_equal(found.values[0, :3] >> 4, [1, 9, 8])
     np.testing.assert_array_equal(dequantise(found), array)
 

@@ -216,7 +216,7 @@ class AttentionLoop:
             def begin(
                 carry: tuple[_Way, Status], given: tuple[_Part, RowState, Float[Array, "B 1 D"]]
             ) -> tuple[tuple[_Way, Status], tuple[RowState, Float[Array, "B 1 D"], AttentionContext]]:
-                """A micro-batch's first layer, behind head and sampling of the step before."""
+                """A micro-batch's first layer, after head and sampling of the step before."""
                 (way, (runs, has_ended)), (part, rows, hidden) = carry, given
                 # What came back is the step before's, of which the first rotation has none.
                 rows = jax.lax.cond(

@@ -1,4 +1,4 @@
-"""What XLA is told of the exchanges on GPUs, so that it starts them before a tick's work and waits for them behind it."""
+"""What XLA is told of the exchanges on GPUs, so that it starts them before a tick's work and waits for them after it."""
 
 from __future__ import annotations
 

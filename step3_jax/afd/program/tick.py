@@ -35,7 +35,7 @@ class Segment(Generic[M]):
 
     Attributes:
       first: The first of them.
-      end: The layer behind the last of them.
+      end: The layer after the last of them.
       build: The block of one of these layers.
     """
 

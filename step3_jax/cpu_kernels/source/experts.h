@@ -198,7 +198,7 @@ static XLA_FFI_Error* run_mixture(const XLA_FFI_CallFrame* frame, const XLA_FFI_
   int64_t* starts = calloc((size_t)mixture->num_experts + 2, sizeof *starts);
   int is_done = all.tokens && all.factors && all.rows && all.inner_rows && all.groups && starts;
   if (is_done) {
-    // A counting sort by expert; who has a number that is not here takes no part.
+    // A counting sort by expert; choices of an expert that is not here take no part.
     int64_t num_groups = 0, operations = 0, num_here = 0;
     for (int64_t pair = 0; pair < num_routed; pair++) {
       const int64_t expert = mixture->experts[pair];

@@ -32,7 +32,7 @@ static XLA_FFI_Buffer* result(const XLA_FFI_CallFrame* frame, int64_t index) {
 static int64_t dimension(const XLA_FFI_Buffer* buffer, int64_t from_end) { return buffer->dims[buffer->rank - from_end]; }
 
 // A matrix, or a stack of them, from the arguments at *index: values, and scales where its form has them. *index moves
-// behind them. Returns 0 for what no kernel takes. `matrix` is the first of the stack.
+// after them. Returns 0 for what no kernel takes. `matrix` is the first of the stack.
 static int read_matrix(const XLA_FFI_CallFrame* frame, int64_t* index, int64_t num_columns, Matrix* matrix) {
   const XLA_FFI_Buffer* values = argument(frame, *index);
   if (!values || values->rank < 2) return 0;

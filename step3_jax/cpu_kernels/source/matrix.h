@@ -75,7 +75,7 @@ typedef struct {
 INLINE TileWeights pick_weights(const Matrix* matrix, int64_t first, int64_t stop) {
   TileWeights picked;
   for (int i = 0; i < TILE_COLUMNS; i++) {
-    // Behind the last row it is repeated, and the output dropped.
+    // After the last row it is repeated, and the output dropped.
     const int64_t row = first + i < stop ? first + i : stop - 1;
     picked.rows[i] = matrix->values + row * matrix->row_bytes;
     picked.scales[i] = matrix->scales ? matrix->scales + row / matrix->rows_per_scale * matrix->scale_columns : NULL;
@@ -83,7 +83,7 @@ INLINE TileWeights pick_weights(const Matrix* matrix, int64_t first, int64_t sto
   return picked;
 }
 
-// The stored bytes of the columns from `column` on, fewer than STEP, and zeros behind them. `widen` takes it as column 0.
+// The stored bytes of the columns from `column` on, fewer than STEP, and zeros after them. `widen` takes it as column 0.
 INLINE void copy_rest(Form form, const uint8_t* row, int64_t column, int64_t num_columns, uint8_t out[STEP * 4]) {
   memset(out, 0, STEP * 4);
   const int64_t from = stored_bytes(form, column);
@@ -153,7 +153,7 @@ INLINE void sum_tile(
     }
   }
   if (whole < stop) {
-    // The last columns of all: both sides with zeros behind them.
+    // The last columns of all: both sides with zeros after them.
     float rest[TILE_ROWS][STEP];
     const float* rest_x[TILE_ROWS];
     uint8_t bytes[TILE_COLUMNS][STEP * 4];
@@ -167,7 +167,7 @@ INLINE void sum_tile(
       add_step(form, rows, weights, whole - origin, rest_x, 0, scales, sums);
     } else {
       UNROLL for (int i = 0; i < TILE_COLUMNS; i++) {
-        // Packed values have zeros there too, and a half of a unit is no place of its own.
+        // Packed values have zeros there too, and a half of a unit is not a place of its own.
         if (form != FORM_INT4) {
           copy_rest(form, weights->rows[i], whole, num_columns, bytes[i]);
           last.rows[i] = bytes[i];
@@ -224,7 +224,7 @@ INLINE void store_panel(Form form, const uint8_t* row, int64_t column, Lanes sca
   store(to + LANES * TILE_COLUMNS, wide[1]);
 }
 
-// Widens the columns [start, stop) of a tile's rows, zeros behind them up to a multiple of STEP.
+// Widens the columns [start, stop) of a tile's rows, zeros after them up to a multiple of STEP.
 INLINE void fill_panel_of(
     Form form, const TileWeights* weights, int64_t start, int64_t stop, int64_t num_columns, int64_t distance,
     float* panel) {

@@ -1,4 +1,4 @@
-// Weights that lie in mapped files: who says that a file is gone, and what is read ahead of its use.
+// Weights that lie in mapped files: how a file that is gone is reported, and what is read ahead of its use.
 //
 // A read of a mapped file that was cut short ends the process with SIGBUS, from whatever thread computes. The handler
 // here says which file it was. It calls nothing but `write` and `_exit`: all else may be in the middle of a change.

@@ -34,8 +34,8 @@ typedef struct {
   const void* job;  // the caller's: valid until all units are done
 } Work;
 
-// Waits until all units of a phase are done. Who spins for long sleeps: where other programs want the processor, a thread
-// that gives it up again and again is let in last.
+// Waits until all units of a phase are done. A thread that spins for long sleeps: where other programs want the
+// processor, one that gives it up again and again is let in last.
 static void wait_for(Phase* phase) {
   for (int spins = 0; spins < MAX_SPINS; spins++) {
     if (atomic_load(&phase->done) >= phase->num_units) return;
@@ -63,7 +63,7 @@ static void take_units(Work* work, int is_caller) {
         syscall(SYS_futex, &phase->done, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
       }
     }
-    // A helper has nothing to wait for behind the last phase.
+    // A helper has nothing to wait for after the last phase.
     if (is_caller || index + 1 < work->num_phases) wait_for(phase);
   }
 }

@@ -177,7 +177,7 @@ def _read_speculation(value: Value) -> Speculation | None:
         return None
     names = [field.name for field in dataclasses.fields(Speculation)]
     if not isinstance(value, list):
-        raise MessageError("speculation is no list of numbers")
+        raise MessageError("speculation is not a list of numbers")
     return Speculation(**dict(zip(names, value, strict=True)))
 
 

@@ -297,7 +297,7 @@ def deadline(request: Answer) -> Answer:
 def mixed(request: Answer) -> Answer:
     """A run whose sides pass for different platforms, in a process whose default backend passes for a GPU.
 
-    Copies between devices that nobody asked for are refused; those of the exchange are listed.
+    Implicit copies between devices are refused; those of the exchange are listed.
     """
     topology, payload = make_topology(request), str(request["payload"])
     copies: list[Answer] = []

@@ -128,7 +128,7 @@ class FakeExecutor(Executor):
 
     @staticmethod
     def _num_verified(cache: np.ndarray, call: DecodeCall, row: int, num_new: int) -> int:
-        """Tokens of a row's next step. Where tokens are guessed some are, and what is wrong is left behind them."""
+        """Tokens of a row's next step. Where tokens are guessed some are, and what is wrong stays after them."""
         batch = call.batch
         if call.speculation is None or batch.max_new is None:
             return 1

@@ -211,7 +211,7 @@ def test_a_row_gets_no_more_than_it_has_pages_for_and_the_call_ends_there() -> N
     cache, report = call_once(weights, rows, max_new)
     assert report.num_new.tolist() == [7, 9, 10]
     for row, cached, most, count in zip(rows, cache, max_new, report.num_new, strict=True):
-        # Nothing is written behind what the row has room for.
+        # Nothing is written past what the row has room for.
         before = len(row.prompt) - 1
         assert (cached[before + most :] == -1).all()
         assert (cached[: before + count] >= 0).all()

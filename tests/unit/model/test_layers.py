@@ -68,7 +68,7 @@ def run(model: Step3) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarr
 
     cache = empty_cache(TEXT, 4, "fp8", as_bits=True)
     table = jnp.asarray([[2], [1]], jnp.int32)
-    # Two tokens of each sequence, behind others that are zeros.
+    # Two tokens of each sequence, after others that are zeros.
     step = CacheStep(table, jnp.asarray([6, 4], jnp.int32))
     logits, cache, chosen = call(state, jnp.asarray([[7, 1], [9, 2]]), cache, step)
     experts = np.concatenate([np.asarray(one) for one in chosen])

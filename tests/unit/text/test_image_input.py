@@ -272,7 +272,7 @@ def test_several_images_in_one_jpeg_file_are_read():
     ],
 )
 def test_what_is_no_image_is_called_what_it_is(data, what):
-    with pytest.raises(ValueError, match=f"no picture that can be read; use one of PNG, .*{what}") as error:
+    with pytest.raises(ValueError, match=f"not an image that can be read; use one of PNG, .*{what}") as error:
         open_image(data)
     assert "MPO" not in str(error.value)
 

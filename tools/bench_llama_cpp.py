@@ -1,7 +1,7 @@
 """Decode beside llama.cpp, batch 1, in turns in one run: bytes of weights a second.
 
-    python -m venv /tmp/peer && /tmp/peer/bin/pip install xllamacpp gguf
-    python -m tools.bench_llama_cpp --peer-python /tmp/peer/bin/python --json benchmarks/decode-cpu.json
+    python -m venv .venv-peer && .venv-peer/bin/pip install xllamacpp gguf
+    python -m tools.bench_llama_cpp --peer-python .venv-peer/bin/python --json benchmarks/decode-cpu.json
 
 The peer is tools/llama_cpp_server.py: a mixture of experts as large as the 100M model of `step3 bench`, with random weights
 in q8_0, as llama.cpp has no MFA. The models differ, so what is compared is the rate at which active weights are read. Its

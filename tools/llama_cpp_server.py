@@ -1,7 +1,7 @@
 """A peer to load beside the service: llama.cpp's server on a model of random weights with as many active parameters.
 
-    python -m venv /tmp/peer && /tmp/peer/bin/pip install xllamacpp gguf
-    /tmp/peer/bin/python tools/llama_cpp_server.py --type f32 --port 8081
+    python -m venv .venv-peer && .venv-peer/bin/pip install xllamacpp gguf
+    .venv-peer/bin/python tools/llama_cpp_server.py --type f32 --port 8081
 
 Needs only xllamacpp, gguf and numpy, so it runs without jax. llama.cpp has no MFA: the model is its "llama"
 form with one key and value head and 16 experts, four of them chosen in place of three and a shared one, in the widths of the

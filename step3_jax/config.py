@@ -26,9 +26,9 @@ MODEL_TYPES = ("step3_vl", "step3_text")
 DTYPES = ("float32", "bfloat16")
 PRESETS = ("step3", "step3-fp8", "step3-tiny")
 
-# The tower's LayerNorm epsilon is a constant of the vendor's code, whatever the file says (spec, section 5).
+# The tower's LayerNorm epsilon is a constant of the vendor's code, whatever the file says.
 VISION_NORM_EPS = 1e-6
-# The class token stands four times in front of the patches (spec, section 5, step 2).
+# The class token stands four times in front of the patches.
 NUM_CLASS_TOKENS = 4
 
 
@@ -252,7 +252,7 @@ class ModelConfig:
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     def num_image_tokens(self, grid: int) -> int:
-        """Tokens that a picture of `grid` x `grid` patches becomes after the two convolutions (spec, section 5)."""
+        """Tokens that a picture of `grid` x `grid` patches becomes after the two convolutions."""
         side = (grid - 2) // self.understand_projector_stride + 1
         return ((side - 1) // 2 + 1) ** 2
 

@@ -6,7 +6,7 @@
 | int8 | -127 to 127 | 1 x 128 | 132 |
 | int4 | -7 to 7, two in a byte | 1 x 128 | 68 |
 
-Real weight = value * scale (spec, section 3). The last block of an axis may be partial; leading axes (experts) are
+Real weight = value * scale. The last block of an axis may be partial; leading axes (experts) are
 stacked in front.
 """
 

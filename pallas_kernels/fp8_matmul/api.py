@@ -1,4 +1,4 @@
-"""`fp8_matmul`: checks what it is given and chooses who computes it."""
+"""`fp8_matmul`: checks what it is given and chooses the implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who computes what in `fp8_matmul`: tiles of the output, cut along K where there are too few of them for the GPU."""
+"""The work of each block in `fp8_matmul`: tiles of the output, cut along K where there are too few of them for the GPU."""
 
 from __future__ import annotations
 

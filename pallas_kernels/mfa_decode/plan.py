@@ -1,4 +1,4 @@
-"""Who reads what: the blocks of all sequences, laid end to end, are cut into equal spans, one for each worker.
+"""Which worker reads what: the blocks of all sequences, laid end to end, are cut into equal spans, one for each worker.
 
 A worker (one CTA of a persistent grid) then has its share of the work whatever the lengths are. Its part of a sequence is
 a fragment; fragment `b + g` is what worker g has of sequence b. Along the line either the worker or the sequence
@@ -73,5 +73,5 @@ def plan_work(lengths: Int[Array, " B"], *, capacity: int, workers: int, min_blo
 
 
 def num_fragments(batch: int, workers: int) -> int:
-    """Fragments at the most; some of them may be no worker's, and nobody writes them then."""
+    """Fragments at the most; some of them may be no worker's, and are then not written."""
     return batch + workers - 1

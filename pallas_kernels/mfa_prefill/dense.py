@@ -158,7 +158,7 @@ def _body(
             return jnp.where(seen, scores, -jnp.inf)
 
         output = attend(target, own, ring, turn, warpgroup, num_blocks, num_plain, hide, scale)
-        # The last product has been waited for, so nobody reads the queries any more.
+        # The last product has been waited for, so the queries are not read any more.
         own[...] = output.astype(own.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own, out.at[place])

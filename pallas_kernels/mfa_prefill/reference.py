@@ -59,7 +59,7 @@ def mfa_prefill(
                 for part, scales in ((pages.keys, pages.key_scales), (pages.values, pages.value_scales))
             )
             key_positions = first_key + jnp.arange(block_keys, dtype=jnp.int32)
-            # A row that nobody wrote may hold anything, and zero times NaN is NaN.
+            # A row that was not written may hold anything, and zero times NaN is NaN.
             values = jnp.where((key_positions < tile.length)[:, None], values, 0)
             scores = jnp.einsum("QK,SK->QS", own, keys, preferred_element_type=jnp.float32) * scale
             seen = (key_positions <= positions[:, None]) & (key_positions < tile.num_keys)

@@ -1,4 +1,4 @@
-"""`swiglu_quantise`: checks what it is given and chooses who computes it."""
+"""`swiglu_quantise`: checks what it is given and chooses the implementation."""
 
 from __future__ import annotations
 

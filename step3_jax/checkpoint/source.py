@@ -18,7 +18,7 @@ from step3_jax.config import ModelConfig
 from step3_jax.stored_file import START_BYTES, TEMPLATE_FOLDERS, describe_stand_in, require_folder
 
 CONFIG_FILE = "config.json"
-# What stands beside the weights is small; anything else is somebody's own, or weights in another form.
+# What stands beside the weights is small; anything else is the user's own, or weights in another form.
 MAX_COMPANION_BYTES = 100 * 10**6
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 

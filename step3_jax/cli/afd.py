@@ -1,4 +1,4 @@
-"""`step3 afd trace`: records who computes which micro-batch of which layer when, and draws it."""
+"""`step3 afd trace`: records which side computes which micro-batch of which layer when, and draws it."""
 
 from __future__ import annotations
 

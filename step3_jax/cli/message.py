@@ -30,7 +30,7 @@ def user_message(text: str, images: Sequence[str] = ()) -> dict[str, object]:
 
 
 def system_messages(text: str | None) -> list[dict[str, object]]:
-    """The begin of a conversation: a system message, or nothing."""
+    """The start of a conversation: a system message, or nothing."""
     return [] if text is None else [{"role": "system", "content": text}]
 
 

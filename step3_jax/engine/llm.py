@@ -369,7 +369,7 @@ class LLM:
           sampling_params: As in `generate`.
           tools: JSON schemas of functions the model may call.
           stream: As in `generate`.
-          add_generation_prompt: Whether the prompt ends with the begin of the assistant's turn.
+          add_generation_prompt: Whether the prompt ends with the start of the assistant's turn.
           chat_template_kwargs: Further variables of the template.
 
         Returns:

@@ -133,7 +133,7 @@ class PromptBuilder:
         Args:
           messages: See `ChatTemplate.render`; pictures are taken from their items.
           tools: JSON schemas of functions the model may call.
-          add_generation_prompt: Whether the prompt ends with the begin of the assistant's turn.
+          add_generation_prompt: Whether the prompt ends with the start of the assistant's turn.
           continue_final_message: Whether the model goes on with the text of the last message, an assistant's.
           template_kwargs: Further variables of the template.
           allow_paths: Whether a picture may be named by a path; a server says no.

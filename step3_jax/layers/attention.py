@@ -76,7 +76,7 @@ class AttentionContext(NamedTuple):
 
 
 class MFA(nnx.Module):
-    """q = wq RMS(q_proj x), H heads; k, v = k_proj x, v_proj x, one head; o_proj(attention) (spec, section 4).
+    """q = wq RMS(q_proj x), H heads; k, v = k_proj x, v_proj x, one head; o_proj(attention).
 
     Attributes:
       qkv_down_proj: The three products of x as one, in their place, if `model.fuse.fuse` has joined them.

@@ -1,4 +1,4 @@
-"""Layers whose weights are shared out over devices: the same call on each device's own tokens, exchanges inside.
+"""Layers whose weights are sharded over devices: the same call on each device's own tokens, exchanges inside.
 
 They run inside `jax.shard_map` with all axes of the mesh manual, and wrap a layer that holds this device's part of the
 weights. Tokens come first in every array here, and a "group" is the devices that share a weight out between them.

@@ -1,6 +1,6 @@
 """Routed experts: three forms of one sum, chosen by the number of tokens.
 
-out[n] = sum_j weights[n, j] * down_e(silu(gate_e x_n) * up_e x_n), e = experts[n, j]   (spec, section 4)
+out[n] = sum_j weights[n, j] * down_e(silu(gate_e x_n) * up_e x_n), e = experts[n, j]
 
 The expert weights are stacked in the checkpoint's layout: gate and up [E, F, D], down [E, D, F].
 """

@@ -13,7 +13,7 @@ from step3_jax.stack import LayerOf, parts
 
 
 class RMSNorm(nnx.Module):
-    """w * cast(x / sqrt(mean(x^2) + eps)): statistics in float32, cast back before the multiplication (spec, section 4).
+    """w * cast(x / sqrt(mean(x^2) + eps)): statistics in float32, cast back before the multiplication.
 
     Attributes:
       quantises: Whether it gives quantised rows, for products that take them; see `model.fuse.set_quantised`.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 def rope_table(
     positions: Int[Array, "B T"], *, head_dim: int, theta: float
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosine and sine of position * theta^(-2i/K), i < K/2, in float32 (spec, section 4)."""
+    """Cosine and sine of position * theta^(-2i/K), i < K/2, in float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)

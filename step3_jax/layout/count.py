@@ -57,7 +57,7 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Parameters of the three models in one; the released one has 320,969,912,832 (spec, section 2)."""
+    """Parameters of the three models in one; the released one has 320,969,912,832."""
     parts = count_parts(config)
     vision, projector = parts.pop(VISION, 0), parts.pop(PROJECTOR, 0)
     text = sum(parts.values())

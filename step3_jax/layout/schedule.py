@@ -1,4 +1,4 @@
-"""Who computes what in which tick, and when it crosses: fixed before anything runs, so that nothing has to be agreed on.
+"""What each side computes in which tick, and when it crosses: fixed before anything runs, so nothing has to be agreed on.
 
 Time goes in ticks. In each, attention computes one item (a layer of a micro-batch), the FFN side one, and there is one
 exchange that carries both directions. A rotation is the ticks of one step: all layers of all micro-batches.

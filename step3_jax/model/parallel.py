@@ -1,4 +1,4 @@
-"""A model for `jax.shard_map`: the same modules, those whose weights are shared out wrapped in their exchanges."""
+"""A model for `jax.shard_map`: the same modules, those whose weights are sharded wrapped in their exchanges."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ShardedFfn(nnx.Module):
             if inner.moe is not None
             else None
         )
-        # Where routed and shared experts are shared out over the same devices, one exchange serves both.
+        # Where routed and shared experts are sharded over the same devices, one exchange serves both.
         self.is_joint = self.tensor == everyone and not (self.moe is not None and self.moe.use_all_to_all)
 
     def __call__(self, normed: Float[Array, "N D"] | Rows, routing: Routing | None) -> Float[Array, "N D"]:

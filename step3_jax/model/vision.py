@@ -1,4 +1,4 @@
-"""The vision tower and the projector that makes decoder tokens of its patches (spec, section 5)."""
+"""The vision tower and the projector that makes decoder tokens of its patches."""
 
 from __future__ import annotations
 

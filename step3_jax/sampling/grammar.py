@@ -19,7 +19,7 @@ from jaxtyping import Int
 from step3_jax.json_schema import BLANKS, subschemas
 from step3_jax.sampling.structured import StructuredOutputsParams
 
-# Longest that anybody waits for a grammar to be compiled.
+# Longest wait for a grammar to be compiled.
 DEADLINE_S = 5.0
 # At once, so that hostile ones leave processors to others.
 MAX_COMPILING = 2
@@ -48,7 +48,7 @@ class GrammarMatcher:
     """Follows one output and says what may come next."""
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        """Takes a matcher that has seen no token, and that nobody else uses."""
+        """Takes a matcher that has seen no token, and that is used nowhere else."""
         self._matcher = matcher
 
     @property
@@ -209,7 +209,7 @@ def _to_llguidance(kind: str, source: str) -> str:
 
 
 def _name_line(problem: str, source: str) -> str:
-    """A problem with the begin of the line that has it, in place of the lines around it that llguidance shows."""
+    """A problem with the start of the line that has it, in place of the lines around it that llguidance shows."""
     found = re.match(r"at (\d+)\(\d+\): (.*?)\n\s+\d+ \|", problem, re.DOTALL)
     lines = source.splitlines()
     if found is None or not 0 < int(found[1]) <= len(lines):

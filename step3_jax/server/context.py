@@ -63,7 +63,7 @@ def find_log(scope: Scope) -> RequestLog:
 
 
 class ContextMiddleware:
-    """Gives each request an id, logs it at its end, and answers 500 for what nobody expected."""
+    """Gives each request an id, logs it at its end, and answers 500 for unexpected errors."""
 
     def __init__(self, app: ASGIApp, on_disconnect: Callable[[], None], is_closing: Callable[[], bool]) -> None:
         """Wraps an application.

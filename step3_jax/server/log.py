@@ -15,7 +15,7 @@ class _Handler(logging.StreamHandler):
     """Passes over what cannot be written."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """The disk is full, or nobody reads: there is nothing that can be done."""
+        """The disk is full, or the reader is gone: there is nothing that can be done."""
 
 
 class _QueueHandler(logging.handlers.QueueHandler):

@@ -122,7 +122,7 @@ class ChatTemplate:
             OpenAI's interfaces and vLLM have: text, input_text, image, image_url, input_image, image_pil. The arguments
             of an assistant's `tool_calls` are objects or their JSON text. Other keys are the template's business.
           tools: JSON schemas of functions the model may call.
-          add_generation_prompt: Whether the prompt ends with the begin of the assistant's turn.
+          add_generation_prompt: Whether the prompt ends with the start of the assistant's turn.
           **template_kwargs: Further variables of the template.
 
         Returns:

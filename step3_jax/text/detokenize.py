@@ -130,7 +130,7 @@ class StopStrings:
         return passed + emitted, False
 
     def flush(self) -> str:
-        """Returns what was held back as the possible begin of a stop string, once no more text will come."""
+        """Returns what was held back as the possible start of a stop string, once no more text will come."""
         emitted, self._held = self._held, ""
         return emitted
 
@@ -148,7 +148,7 @@ class StopStrings:
         return text[: len(text) - len(rest)], rest
 
     def _partial_length(self) -> int:
-        """Letters at the end of the held text that may be the begin of a stop string."""
+        """Letters at the end of the held text that may be the start of a stop string."""
         for length in range(min(self._longest - 1, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):
                 return length

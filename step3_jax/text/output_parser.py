@@ -162,7 +162,7 @@ class _State(enum.Enum):
     REASONING = enum.auto()
     CONTENT = enum.auto()
     BLOCK = enum.auto()  # Between calls.
-    TYPE = enum.auto()  # From the begin of a call to the separator.
+    TYPE = enum.auto()  # From the start of a call to the separator.
     HEAD = enum.auto()  # From the separator to the tool's tag.
     IGNORED = enum.auto()  # In a call of another type.
     INVOKE_TAG = enum.auto()
@@ -246,7 +246,7 @@ class OutputParser:
         """Ends the output.
 
         Returns:
-          What was held back: the begin of a marker that did not come, and the text of a call that is not complete.
+          What was held back: the start of a marker that did not come, and the text of a call that is not complete.
         """
         held, self._held = self._held, ""
         if self._state is _State.START:

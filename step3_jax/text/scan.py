@@ -11,10 +11,10 @@ def find_marker(text: str, position: int, markers: Sequence[str]) -> tuple[int, 
     Args:
       text: The text so far.
       position: Where to begin.
-      markers: What is looked for; all begin with the same letter and none is the begin of another.
+      markers: What is looked for; all begin with the same letter and none is the start of another.
 
     Returns:
-      Where the marker starts, and the marker. If there is none: where the end of the text may be the begin of one (else the
+      Where the marker starts, and the marker. If there is none: where the end of the text may be the start of one (else the
       length of the text), and None.
     """
     if not markers:

@@ -72,7 +72,7 @@ def test_the_released_model_fits_the_papers_deployment() -> None:
     found = AfdTopology.of(parse_topology("2a2f", 8), devices=devices(32))
     found.check(RELEASED)
     found.check(quantised)
-    # Widths of 5120 are 40 FP8 blocks, which 16 devices cannot share out; experts they can.
+    # Widths of 5120 are 40 FP8 blocks, which cannot be divided among 16 devices; experts can.
     with pytest.raises(ValueError, match=r"whole FP8 blocks of 128.*give tp 1 ep 2 or .*tp 8 ep 2"):
         AfdTopology.of(parse_topology("2a2f", 8), Parallel(1, 16, 1), devices(32)).check(quantised)
     AfdTopology.of(parse_topology("2a2f", 8), Parallel(16, 1, 16), devices(32)).check(quantised)

@@ -1,6 +1,6 @@
 """Decode attention: the reference against float64, the kernel against the reference, edges packed in ragged batches.
 
-Whatever a sequence must not read is poisoned: rows past its end, pages that are nobody's, table entries past its end.
+Whatever a sequence must not read is poisoned: rows past its end, pages that no sequence owns, table entries past its end.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ except Exception as error:
 
 @pytest.mark.parametrize("name", ["barrier_wait"])
 def test_race_detector_catches_a_missing_wait(name: str) -> None:
-    # In a process of its own: a barrier that nobody waits for can hang the interpreter.
+    # In a process of its own: a barrier without a waiter can hang the interpreter.
     done = subprocess.run(
         [sys.executable, "-c", PLANTED.format(name=name)],
         check=False,

@@ -86,7 +86,7 @@ def test_the_tower_is_cut_between_heads_and_filled_up_where_they_do_not_divide(
     [
         (Parallel(tp=8), 8, (1, 1, 8, 1)),
         (Parallel(dp=8), 8, (8, 1, 1, 1)),
-        # 32 does not divide 48 experts: 16 groups, and two devices share out the width of each.
+        # 32 does not divide 48 experts: 16 groups, and two devices divide the width of each.
         (Parallel(dp=4, tp=8), 16, (4, 1, 4, 2)),
         (Parallel(dp=16, tp=1), 16, (16, 1, 1, 1)),
     ],

@@ -56,7 +56,7 @@ class Flight:
 
         Args:
           stage: What it is.
-          array: A result of it that nobody gives away.
+          array: A result of it that is not donated.
           limit: Stages that may be under way; waits for the oldest if there are more, so that a fast host does not fill
             the devices' memory with work that is far from its turn.
 

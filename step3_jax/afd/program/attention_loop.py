@@ -127,7 +127,7 @@ class AttentionLoop:
           form: What crosses.
           num_microbatches: In flight.
           dtype: Of activations.
-          observe: Hears of each decode step; None for nobody.
+          observe: Called with each decode step; None for no call.
         """
         self._ends = parts.ends.skeleton
         self._parts = parts.attention

@@ -152,7 +152,7 @@ class FfnLoop:
         loop = _Loop(jnp.zeros((), jnp.int32), jnp.zeros((), bool), way)
         loop = jax.lax.while_loop(lambda loop: (loop.step < numbers.num_steps) & ~loop.is_over, rotate, loop)
         way = layers.over_items(range(num_own, num_items), count, take, loop.way)
-        # Nobody reads it; that it is known only now keeps the gathering behind the last exchange.
+        # It is not read; that it is known only now keeps the gathering after the last exchange.
         last = self._drain(way, wire, schedule)[0, -1].astype(jnp.int32)
         report = gather_report(fill_report(last, num_rows, max_steps, self._vocab_size), self._topology)
         return report, loop.step

@@ -17,7 +17,7 @@ from step3_jax.sampling.sampler import StepLogprobs
 def gather_report(own: Report, topology: AfdTopology) -> Report:
     """The report of all attention devices' rows, of each one's own; inside `jax.shard_map` over the union mesh.
 
-    FFN devices call it too, with a report of the same shapes that nobody reads.
+    FFN devices call it too, with a report of the same shapes that is not read.
     """
     leaves, treedef = jax.tree.flatten(own)
     num_rows = leaves[0].shape[0]

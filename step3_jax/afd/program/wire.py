@@ -108,7 +108,7 @@ class Wire:
 
     @property
     def _is_pair(self) -> bool:
-        # With one partner each, no device sends slots that nobody reads.
+        # With one partner each, no device sends slots that are not read.
         return self._num_attention == self._num_ffn == 1
 
     def _close(

@@ -1,7 +1,7 @@
 """The pipeline of executor `program`, tick by tick: both sides compute an item, then one exchange carries both directions.
 
-Who computes what in which tick is `layout/schedule.py`'s. A side that sends what it computed in the tick before does so
-while it computes; on a CPU the exchange takes its time from that computing, on a GPU it does not.
+`layout/schedule.py` says which side computes what in which tick. A side that sends what it computed in the tick before
+does so while it computes; on a CPU the exchange takes its time from that computing, on a GPU it does not.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ def hlo(case: Answer) -> Answer:
 
 
 def callbacks(case: Answer) -> Answer:
-    """Calls of Python in this process's decode loop, as it is lowered."""
+    """Calls of Python in this process's lowered decode loop."""
     executor = executor_of(case)
     numbers = executor._numbers(1, False)
     if isinstance(executor, FfnProcess):

@@ -46,7 +46,7 @@ Answer = dict[str, object]
 
 @functools.cache
 def make_model(kind: str) -> Step3:
-    """ "plain": sizes that 2, 3, 4, 6 and 8 divide, save the vocabulary; "fp8": blocks that two devices share out."""
+    """ "plain": sizes that 2, 3, 4, 6 and 8 divide, save the vocabulary; "fp8": blocks that two devices divide."""
     if kind == "plain":
         text = TextConfig(
             hidden_size=48,

@@ -61,7 +61,7 @@ def test_prefill_counts_the_head_once_and_attention_by_the_square():
     layers, head = active_parameters(text)
     attention = prefill_flops(text, 64) - 2 * (64 * layers + head)
     assert prefill_flops(text, 128) - 2 * (128 * layers + head) == 4 * attention > 0
-    # The bare products are the rest: 64 tokens share out evenly over the experts.
+    # The bare products are the rest: 64 tokens are spread evenly over the experts.
     products = prefill_products(text, 64)
     assert sum(count * rows * outputs * inputs for (rows, outputs, inputs), count in products.items()) == (
         64 * layers + head

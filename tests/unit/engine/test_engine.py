@@ -1,4 +1,4 @@
-"""Continuous batching: who joins, leaves and is aborted while others run, and that nobody's output shows it."""
+"""Continuous batching: who joins, leaves and is aborted while others run, and that no output shows it."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_an_abandoned_stream_frees_its_pages(runner: Runner) -> None:
     llm = LLM.from_model(runner)
     allocator = llm._engine.core.allocator
     stream = llm.generate([PROMPTS[0], PROMPTS[3]], greedy(20), stream=True)
-    assert allocator.num_free == allocator.num_pages, "what nobody reads from takes nothing"
+    assert allocator.num_free == allocator.num_pages, "what is never read from takes nothing"
     next(stream)
     assert allocator.num_free < allocator.num_pages
     stream.close()

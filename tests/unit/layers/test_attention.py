@@ -72,7 +72,7 @@ def test_a_decode_step_stands_at_the_end_of_each_sequence():
 def test_a_packed_chunk_gives_each_token_its_sequence_and_place():
     config = TextConfig(head_dim=HEAD_DIM)
     table = jnp.asarray([[1, 2], [0, 0], [3, 4], [0, 0]])
-    # Two tokens behind a prefix of 63, none, three at the begin, none; then padding.
+    # Two tokens after a prefix of 63, none, three at the start, none; then padding.
     step = CacheStep(table, jnp.asarray([65, 0, 3, 0]), jnp.asarray([0, 2, 2, 5, 5]))
     context = attention_context(config, (1, 8), step=step)
     cos, _ = rope_table(jnp.asarray([[63, 64, 0, 1, 2, 0, 0, 0]]), head_dim=HEAD_DIM, theta=THETA)
@@ -128,7 +128,7 @@ def test_attention_over_pages_in_chunks_and_steps_is_that_without_a_cache(storag
     tolerance = {"float32": 1e-5, "bfloat16": 0.02, "fp8": 0.1}[storage] * float(jnp.abs(whole).max())
     np.testing.assert_allclose(found[0], whole[0], atol=tolerance, rtol=0)
     np.testing.assert_allclose(found[1, :61], whole[1, :61], atol=tolerance, rtol=0)
-    # The fifth page belongs to nobody.
+    # No sequence owns the fifth page.
     assert not np.asarray(pages.keys[4]).any()
 
 

@@ -1,4 +1,4 @@
-"""Prompts from messages, and that nobody but the template makes control tokens."""
+"""Prompts from messages, and that only the template makes control tokens."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ rank 0's, returns at once. Three things are timed in turns, so that they share t
 - an empty call to one worker and back;
 - an echo of as many bytes over a loopback connection of the same library, with the same keys, and nothing else;
 - a decode call of 32 sequences of up to 65,536 tokens, made through `DrivenExecutor` and without it: what it takes longer is
-  rank 0's cost. Timed with an answer of the worker behind it, it says how much later than rank 0 a worker begins at most.
+  rank 0's cost. Timed with an answer of the worker after it, it says how much later than rank 0 a worker begins at most.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def measure(num_workers: int, rounds: int, calls: int) -> dict[str, object]:
                     else:
                         executor.decode((), call)[1].result()
                         if name == "answered":
-                            # Calls are run in order: an answer behind it is the end of it.
+                            # Calls are run in order: an answer after it is the end of it.
                             channel.ask(empty, _TIMEOUT_S)
                     list_of.append((time.perf_counter() - begin) * 1e6)
     found: dict[str, object] = {name: _describe(values) for name, values in times.items()}

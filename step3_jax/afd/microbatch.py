@@ -50,7 +50,7 @@ def stack_rows(tree: T, num_rows: int, num_parts: int) -> T:
 
 
 def split_chunk(batch: PrefillBatch, num_parts: int) -> list[PrefillBatch]:
-    """Parts of a chunk; what stands behind its last token in the last part is padding.
+    """Parts of a chunk; what stands after its last token in the last part is padding.
 
     The arrays of a part say of each sequence which of its tokens are in the part, and how many of it are in the cache
     once the part is read. Image features stay whole.

@@ -64,7 +64,7 @@ class Skeleton(Generic[M]):
 
 
 class Ends(nnx.Module):
-    """What of the decoder stands before the first layer and behind the last one; it is on the attention side."""
+    """What of the decoder stands before the first layer and after the last one; it is on the attention side."""
 
     def __init__(self, embed_tokens: Embedding, norm: RMSNorm, lm_head: Linear) -> None:
         self.embed_tokens = embed_tokens
@@ -293,7 +293,7 @@ def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B
 
 
 def last_logits(ends: Ends, hidden: Float[Array, "B T D"]) -> Float[Array, "B V"]:
-    """The same of the residual stream behind the last layer."""
+    """The same of the residual stream after the last layer."""
     normed = as_plain(ends.norm(hidden[:, -1]))
     with jax.named_scope("lm_head"):
         return ends.lm_head(normed).astype(jnp.float32)

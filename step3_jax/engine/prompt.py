@@ -67,7 +67,7 @@ class PromptBuilder:
         """A prompt from text, in which control tokens are control tokens.
 
         Args:
-          text: With one `<im_patch>` for each picture; the begin token is put in front unless it is there.
+          text: With one `<im_patch>` for each picture; BOS is prepended unless it is there.
           images: The pictures, in the order of their places.
 
         Raises:

@@ -311,7 +311,7 @@ def choose_tokens(
         )
     tokens = jnp.where(is_running, tokens, rows.last)
     places = jnp.arange(tokens.shape[0])
-    # Rows that do not run write behind the buffer, which drops it.
+    # Rows that do not run write past the buffer, which drops it.
     columns = jnp.where(is_running, report.num_new, report.tokens.shape[1])
     logprobs = report.logprobs
     if logprobs is not None:

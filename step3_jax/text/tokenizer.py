@@ -177,7 +177,7 @@ class Tokenizer:
           text: Any text.
           allow_control: Whether `<im_patch>` and the like in the text become control tokens. Say False for
             text that a user wrote.
-          add_bos: Whether to put the begin token in front.
+          add_bos: Whether to prepend BOS.
 
         Returns:
           The ids. The tokenizer's own template of begin and end tokens is never applied.

@@ -43,7 +43,7 @@ def test_the_sharded_step_compiles_with_kernels_and_copies_neither_weights_nor_c
         assert program["count"]["reduce-scatter("] >= (2 if name == "prefill" else 4), name
     # What comes with a call is small beside weights and cache. Of 2,048 sequences the room for biases is 17 MB.
     assert found["weights"] + found["pages"] <= found["decode"]["argument"] < found["weights"] + found["pages"] + 20e6
-    # A sum behind attention and MLP of both layers of the tower, and one in the projector.
+    # A sum after attention and MLP of both layers of the tower, and one in the projector.
     count = found["encode"]["count"]
     assert count["all-reduce("] + count["all-reduce-start("] == 5
     assert count[KERNEL] == 2

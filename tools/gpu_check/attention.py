@@ -105,7 +105,7 @@ def _decode_planned(
 
 
 def _decode_inputs(storage: str, lengths: tuple[int, ...], num_tokens: int, num_heads: int, seed: int) -> Inputs:
-    """Queries, pages, table and lengths; what no sequence owns, rows behind an end included, is NaN."""
+    """Queries, pages, table and lengths; what no sequence owns, rows past an end included, is NaN."""
     keys = jax.random.split(jax.random.key(seed), 3)
     pages, table = paged(storage, lengths, seed)
     queries = normal(keys[0], (len(lengths), num_tokens, num_heads, HEAD_DIM))
@@ -167,7 +167,7 @@ def _cudnn_decode(queries: jax.Array, keys: jax.Array, values: jax.Array, length
 
 
 def prefill_cases(*, is_small: bool) -> list[Case]:
-    """Correctness over packed ragged chunks, then times of whole prompts and of a chunk behind a long prefix."""
+    """Correctness over packed ragged chunks, then times of whole prompts and of a chunk after a long prefix."""
     packs = ((3, 70), (0, 0), (65, 65)) if is_small else ((1, 1), (0, 0), (63, 4000), (700, 700), (129, 65_536))
     cases = [
         _prefill(f"mfa_prefill/{storage}/edges", storage, packs, padding=5)

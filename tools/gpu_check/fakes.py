@@ -17,7 +17,7 @@ ALLOWED_S, SLOW_S, SILENT_S = 20.0, 12.0, 600.0
 
 
 def fake_cases() -> list[Case]:
-    """One each that is slow, hangs, is wrong, and is killed with its process; behind each, one that is right."""
+    """One each that is slow, hangs, is wrong, and is killed with its process; after each, one that is right."""
     makers = {"slow": _slow, "silent": _silent, "wrong": _inputs, "killed": _killed}
     fakes = [
         Case(

@@ -26,7 +26,7 @@ class TextScore(NamedTuple):
     """What a text costs, and where its tokens went.
 
     Attributes:
-      bits_per_byte: Negative log2 likelihood of all tokens behind the begin token, over the bytes.
+      bits_per_byte: Negative log2 likelihood of all tokens after the BOS token, over the bytes.
       num_bytes: Bytes scored, newlines counted.
       num_tokens: Tokens scored.
       shares: Share of (token, expert) pairs of each expert, [mixture layers, E]; rows sum to 1.
@@ -39,12 +39,12 @@ class TextScore(NamedTuple):
 
 
 def score_text(model: Step3, tokenizer: Tokenizer, sentences: Sequence[str]) -> TextScore:
-    """Scores sentences in chunks of eight lines; each chunk starts anew behind a begin token.
+    """Scores sentences in chunks of eight lines; each chunk starts anew after a BOS token.
 
     Args:
       model: The model.
       tokenizer: Its tokenizer.
-      sentences: Lines without newlines; each is scored with a newline behind it.
+      sentences: Lines without newlines; each is scored with a newline after it.
 
     Raises:
       ValueError: If there is no sentence.

@@ -72,7 +72,7 @@ method that was tried, as named.
   handwritten digits and the sentences are fixed splits. The drawings of seen artists are training drawings, turned,
   scaled and coloured anew.
 - Facts are **recall of training facts**, asked in the wordings of training: a capital cannot be guessed.
-- Sentences: 1,000 WordNet example sentences, eight lines in a chunk behind the begin token and nothing else before
+- Sentences: 1,000 WordNet example sentences, eight lines in a chunk after the BOS token and nothing else before
   them; all bytes count, newlines too. The 6-gram saw the same training text.
 - {router}
 {missed}{beside}

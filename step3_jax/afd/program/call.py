@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Int
 
-# Hears of each step its number, and that of the last exchange behind it.
+# Hears of each step its number, and that of the last exchange after it.
 Observe = Callable[[int, int], None]
 
 

@@ -44,6 +44,7 @@ from step3_jax.checkpoint.stack_filler import StackFiller
 from step3_jax.checkpoint.view import read_view
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig, QuantConfig, VisionConfig
+from step3_jax.cpu_kernels.api import FP8_BLOCKS
 from step3_jax.cpu_kernels.library import Unavailable, find_kernels
 from step3_jax.gpu import claim_memory
 from step3_jax.layout.parallel import fit_parallel
@@ -134,8 +135,9 @@ def load_model(
         flat = parameters_of(model)
         shardings = _list_shardings(flat, layout, shardings)
         places = {path: _place_of(None if shardings is None else shardings[path]) for path in flat}
-        kernels = find_kernels()
-        obstacle = kernels.reason if isinstance(kernels, Unavailable) else None
+        obstacle = (
+            _find_obstacle(block if has_fp8 else None) if any(place.is_host for place in places.values()) else None
+        )
         choices = {
             place: choose_form(quantization, place, cpu_obstacle=obstacle, has_fp8=has_fp8)
             for place in sorted(set(places.values()))
@@ -225,6 +227,14 @@ def _place_of(sharding: NamedSharding | None) -> Place:
     if sharding is None:
         return Place(next(iter(jnp.empty(0).devices())).platform, 1)
     return Place(sharding.mesh.devices.flat[0].platform, sharding.mesh.size)
+
+
+def _find_obstacle(fp8_block: tuple[int, int] | None) -> str | None:
+    """Why the CPU kernels cannot multiply a checkpoint's weights, whose FP8 has scales of such blocks; None if they can."""
+    if fp8_block is not None and fp8_block not in FP8_BLOCKS:
+        return f"they take FP8 in blocks of {FP8_BLOCKS[0]}, not of {fp8_block}"
+    kernels = find_kernels()
+    return kernels.reason if isinstance(kernels, Unavailable) else None
 
 
 def _held_dtype(place: Place, places: Iterable[Place], dtype: str) -> np.dtype:

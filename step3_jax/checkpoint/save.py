@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import jax
@@ -35,10 +35,10 @@ from step3_jax.layout.tensor import scale_shape
 from step3_jax.model.fuse import separate
 from step3_jax.model.layers import is_stacked, layer_paths
 from step3_jax.model.step3 import Step3
-from step3_jax.quant import BlockScaled, quantise
+from step3_jax.quant import FP8, BlockScaled, PackedInt4, quantise
 from step3_jax.stack import LayerOf, parts, pick
 
-Value = Shaped[Array, "..."] | BlockScaled | LayerOf
+Value = Shaped[Array, "..."] | BlockScaled | PackedInt4 | LayerOf
 
 
 def save_model(
@@ -66,13 +66,15 @@ def save_model(
         (tokenizer, chat template) stay.
 
     Raises:
-      ValueError: If `folder` is in the way, or for an unknown dtype.
+      ValueError: If `folder` is in the way, for an unknown dtype, or for weights in INT8 or INT4, which the released layout
+        has no form for.
     """
     folder = pathlib.Path(folder)
     _check_target(folder, overwrite)
     model = nnx.merge(*nnx.split(model))
     separate(model)
     flat = dict(_list_values(model))
+    _check_forms(flat)
     kept = model.text.embed_tokens.weight[...].dtype
     dtype_name = jnp.dtype(kept if dtype is None else dtype).name
     if dtype_name not in DTYPES:
@@ -108,6 +110,16 @@ def _list_values(model: Step3) -> Iterator[tuple[str, Value]]:
         value = parameter.get_value()
         for index, own in enumerate(layer_paths(model.text.layers, path)):
             yield released_name(own), LayerOf(value, jnp.int32(index)) if is_stacked(path) else value
+
+
+def _check_forms(flat: Mapping[str, Value]) -> None:
+    for name, (stored, _) in ((name, parts(value)) for name, value in flat.items()):
+        is_packed = isinstance(stored, PackedInt4)
+        if is_packed or (isinstance(stored, BlockScaled) and stored.values.dtype != FP8):
+            raise ValueError(
+                f"{name} is in {'INT4' if is_packed else 'INT8'}, of which the released layout has no form: load the model "
+                "with quantization stored, fp8 or none to save it"
+            )
 
 
 def _saved_config(config: ModelConfig, flat: dict[str, Value], dtype: str, quantise_fp8: bool) -> ModelConfig:

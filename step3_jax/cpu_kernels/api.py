@@ -16,6 +16,9 @@ from jaxtyping import Array, Float, Int
 from step3_jax.cpu_kernels.library import Kernels
 from step3_jax.quant import FP8, GROUP, BlockScaled, PackedInt4
 
+# Rows and columns of FP8 weights that share a scale.
+FP8_BLOCKS = ((GROUP, GROUP), (1, GROUP))
+
 # Sizes differ from weight to weight, so the axes have no names that would bind.
 Stored = Float[Array, "..."] | BlockScaled | PackedInt4
 MAX_PRODUCTS = 8
@@ -28,7 +31,7 @@ def unsupported(weight: Stored) -> str | None:
     if not isinstance(weight, BlockScaled):
         known = (jnp.float32, jnp.bfloat16)
         return None if weight.dtype in known else f"the CPU kernels take float32 and bfloat16, not {weight.dtype}"
-    blocks = {jnp.dtype(FP8): ((GROUP, GROUP), (1, GROUP)), jnp.dtype(jnp.int8): ((1, GROUP),)}
+    blocks = {jnp.dtype(FP8): FP8_BLOCKS, jnp.dtype(jnp.int8): ((1, GROUP),)}
     allowed = blocks.get(weight.values.dtype)
     if allowed is None:
         return f"the CPU kernels take FP8 (e4m3) and int8 values, not {weight.values.dtype}"

@@ -7,6 +7,7 @@ that is installed, which a wheel would have to guess.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
 import os
@@ -58,7 +59,11 @@ def find_library(instruction_set: InstructionSet, include: str, cache: pathlib.P
     name = f"{instruction_set}-{hash_source(instruction_set, include)}.so"
     if cache is not None and (cache / name).is_file():
         return cache / name
-    folder = cache if cache is not None and _is_writable(cache) else pathlib.Path(tempfile.mkdtemp(prefix="step3-cpu-"))
+    if cache is not None and _is_writable(cache):
+        folder = cache
+    else:
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="step3-cpu-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     compile_library(instruction_set, include, folder / name)
     return folder / name
 
@@ -106,9 +111,19 @@ def compile_library(instruction_set: InstructionSet, include: str, target: pathl
 
 
 def find_compilers() -> Iterator[list[str]]:
-    """Commands that may compile C, the machine's own first."""
+    """Commands that may compile C, the machine's own first.
+
+    Raises:
+      BuildError: If $CC is not a command line.
+    """
     wanted = os.environ.get("CC")
-    names = ([shlex.split(wanted)] if wanted else []) + [["cc"], ["gcc"], ["clang"]]
+    try:
+        own = [shlex.split(wanted)] if wanted else []
+    except ValueError as error:
+        raise BuildError(
+            f"$CC is {wanted!r}, which is not a command line ({error}): unset it, or name a compiler"
+        ) from None
+    names = [*own, ["cc"], ["gcc"], ["clang"]]
     for command in names:
         if command and shutil.which(command[0]):
             yield command

@@ -85,8 +85,7 @@ def find_kernels() -> Kernels | Unavailable:
 def load_kernels(instruction_set: InstructionSet) -> Kernels | Unavailable:
     """Loads and registers the kernels for one instruction set, which the processor must have; once in a process."""
     try:
-        path = find_library(instruction_set, jax.ffi.include_dir(), resources.find_cache("cpu-kernels"))
-        library = ctypes.CDLL(str(path))
+        path, library = _open_library(instruction_set)
     except (BuildError, OSError) as error:
         return Unavailable(str(error))
     kernels = Kernels(instruction_set, path)
@@ -97,9 +96,25 @@ def load_kernels(instruction_set: InstructionSet) -> Kernels | Unavailable:
     return kernels
 
 
+def _open_library(instruction_set: InstructionSet) -> tuple[pathlib.Path, ctypes.CDLL]:
+    """The library's file and the library; a damaged file in the cache is compiled once more."""
+    find = functools.partial(find_library, instruction_set, jax.ffi.include_dir(), resources.find_cache("cpu-kernels"))
+    path = find()
+    try:
+        return path, ctypes.CDLL(str(path))
+    except OSError as error:
+        _LOG.warning("%s cannot be loaded (%s): compiling it again", path, error)
+        path.unlink(missing_ok=True)
+    path = find()
+    return path, ctypes.CDLL(str(path))
+
+
 def describe_kernels() -> str:
     """One line: which way products go on this machine's CPU, and why."""
-    found = find_kernels()
+    try:
+        found = find_kernels()
+    except ValueError as error:
+        return str(error)
     if isinstance(found, Kernels):
         return f"weights are multiplied as they are stored ({found.instruction_set})"
     return f"weights are widened at load; no CPU kernels: {found.reason}"

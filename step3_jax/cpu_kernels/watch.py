@@ -20,7 +20,8 @@ class ReadCounts:
 
     Attributes:
       used_bytes: Asked for, by whole pages of the system.
-      resident_bytes: Of them in memory already; the others came from the disk.
+      resident_bytes: Of them in memory already; the others came from the disk. Linux calls every page of a file
+        resident that the process neither owns nor may write.
     """
 
     used_bytes: int
@@ -65,12 +66,6 @@ def count_reads() -> ReadCounts:
     return ReadCounts(used.value, resident.value)
 
 
-def count_resident(data: UInt8[np.ndarray, "bytes"]) -> int | None:
-    """Bytes of a mapped file that are in memory, by whole pages; None where the system does not tell."""
-    found = _library().step3_resident_bytes(data.ctypes.data, data.nbytes)
-    return None if found < 0 else found
-
-
 def _library() -> ctypes.CDLL:
     kernels = find_kernels()
     if isinstance(kernels, Unavailable):
@@ -82,6 +77,4 @@ def _library() -> ctypes.CDLL:
     library.step3_forget_mapping.restype = None
     library.step3_count_reads.argtypes = [ctypes.POINTER(ctypes.c_int64)] * 2
     library.step3_count_reads.restype = None
-    library.step3_resident_bytes.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
-    library.step3_resident_bytes.restype = ctypes.c_int64
     return library

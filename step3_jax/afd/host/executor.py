@@ -259,7 +259,8 @@ def _prepare_sides(model: Step3, topology: AfdTopology) -> Step3:
     Where a side is one CPU device, its weights are multiplied as they are stored if there are kernels for it.
     """
     own = copy_module(model)
-    text, found = own.text, find_kernels()
+    text = own.text
+    found = find_kernels() if "cpu" in (topology.devices[0].platform, topology.ffn_platform) else None
     kernels = found if isinstance(found, Kernels) else None
     layers = [layer.stacked if isinstance(layer, LayerStack) else layer for layer in text.layers]
     has_stacks = any(isinstance(layer, LayerStack) for layer in text.layers)

@@ -31,7 +31,7 @@ typedef struct {
 } Group;
 
 typedef struct {
-  int64_t num_x, width, num_pairs;
+  int64_t num_x, width;
   const float* x;
   float* y;
   int64_t* tokens;  // of each pair
@@ -189,7 +189,7 @@ static XLA_FFI_Error* run_mixture(const XLA_FFI_CallFrame* frame, const XLA_FFI_
   const int64_t num_x = x->dims[0], width = x->dims[1], num_routed = num_x * mixture->top_k;
   const int64_t num_pairs = num_routed + (mixture->has_shared ? num_x : 0);
   const int64_t most_groups = mixture->num_experts + 2 + num_pairs / MAX_GROUP_ROWS;
-  Experts all = {.num_x = num_x, .width = width, .num_pairs = num_pairs, .x = x->data, .y = result(frame, 0)->data};
+  Experts all = {.num_x = num_x, .width = width, .x = x->data, .y = result(frame, 0)->data};
   all.tokens = malloc(sizeof *all.tokens * (size_t)(num_pairs + 1));
   all.factors = malloc(sizeof *all.factors * (size_t)(num_pairs + 1));
   all.rows = malloc(sizeof *all.rows * (size_t)(num_pairs + 1));

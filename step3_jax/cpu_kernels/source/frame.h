@@ -81,6 +81,7 @@ static int64_t choose_unit_rows(int64_t num_rows, int64_t num_threads) {
   enum { MAX_UNIT_ROWS = 64 };
   const int64_t share = (num_rows + 4 * num_threads - 1) / (4 * num_threads);
   const int64_t rows = (share + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
+  if (rows < TILE_COLUMNS) return TILE_COLUMNS;
   return rows < MAX_UNIT_ROWS ? rows : MAX_UNIT_ROWS;
 }
 

@@ -76,8 +76,8 @@ static void read_ahead(const void* start, size_t num_bytes) {
   if (count >= 0) {
     used_bytes += (int64_t)(num_pages * page);
     resident_bytes += count * (int64_t)page;
-    if ((size_t)count == num_pages) return;
   }
+  // Whatever the count says: of a file that the process may not write, the system calls every page resident.
   madvise((void*)first, length, MADV_WILLNEED);
 }
 
@@ -91,8 +91,10 @@ int step3_watch_mapping(uintptr_t start, size_t num_bytes, const char* message) 
   sigemptyset(&action.sa_mask);
   if (index < MAX_MAPPINGS && (count > 0 || sigaction(SIGBUS, &action, &former) == 0)) {
     strncpy(mappings[index].message, message, MAX_MESSAGE - 1);
-    mappings[index].start = start;
+    // A place that is used again: the old start with the new end would stand for memory of neither, for a moment.
+    mappings[index].start = UINTPTR_MAX;
     atomic_store_explicit(&mappings[index].end, start + num_bytes, memory_order_release);
+    mappings[index].start = start;
     if (index == count) atomic_store_explicit(&num_mappings, count + 1, memory_order_release);
     result = 0;
   }
@@ -113,12 +115,6 @@ void step3_forget_mapping(uintptr_t start) {
 void step3_count_reads(int64_t* used, int64_t* resident) {
   *used = used_bytes;
   *resident = resident_bytes;
-}
-
-// Bytes of a mapping that are in memory; -1 where the system does not tell.
-int64_t step3_resident_bytes(uintptr_t start, size_t num_bytes) {
-  const int64_t count = count_resident(start, num_bytes);
-  return count < 0 ? -1 : count * (int64_t)page_bytes();
 }
 
 #endif  // STEP3_WATCH_H_

@@ -99,3 +99,11 @@ def test_a_failed_save_leaves_nothing(text_model, tmp_path):
     with pytest.raises(ValueError, match="allowed: float32, bfloat16"):
         save_model(text_model, tmp_path / "out", dtype=jnp.float16)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_forms_that_the_released_layout_lacks_are_refused_before_anything_is_written(goldens, tmp_path, form):
+    model = load_model(goldens / "tiny_text", quantization=form)
+    with pytest.raises(ValueError, match=f"is in {form.upper()}.*quantization stored, fp8 or none"):
+        save_model(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -65,7 +65,7 @@ def parse_bytes(text: str) -> int:
     """ "4GiB" -> 4294967296; also 5GB, 512M, or a plain number.
 
     Raises:
-      argparse.ArgumentTypeError: If it is no size.
+      argparse.ArgumentTypeError: If it is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     if match is None or match[2] not in UNITS:

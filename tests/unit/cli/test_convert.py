@@ -93,7 +93,7 @@ def test_verify_alone_finds_what_is_wrong(goldens, tmp_path, step3):
     [
         (["nowhere", "out"], "there is no folder nowhere"),
         (["GOLDENS/tiny_text", "out", "--max-memory", "1MB"], "--max-memory is 1 MiB"),
-        (["GOLDENS/tiny_text", "out", "--max-memory", "much"], "is no size"),
+        (["GOLDENS/tiny_text", "out", "--max-memory", "much"], "is not a size"),
         (["GOLDENS/tiny_text", "out", "--dtype", "int4"], "invalid choice"),
         (["GOLDENS/tiny_text", "."], "exists; give another folder"),
     ],
@@ -127,8 +127,8 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "4XB", "1e9", "4 iB"])
-def test_what_is_no_size(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+def test_what_is_not_a_size(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         parse_bytes(text)
 
 

@@ -26,7 +26,7 @@ from step3_jax.bench.machine import conditions, cpu_pressure, num_threads
 from step3_jax.bench.report import format_report, write_section
 from step3_jax.bench.yardstick import read_meter
 from step3_jax.cpu_kernels import api
-from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.quant import Form, quantise
 
 FORMS = ("float32", "bfloat16", "fp8", "int8", "int4")

@@ -32,7 +32,7 @@ from step3_jax.bench.yardstick import read_meter
 from step3_jax.checkpoint.inspect import inspect_checkpoint
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
-from step3_jax.cpu_kernels.library import Kernels, describe_kernels, find_kernels
+from step3_jax.cpu_kernels.loader import Kernels, describe_kernels, find_kernels
 from step3_jax.engine.llm import LLM
 from step3_jax.layers.attention import attention_context
 from step3_jax.layers.router import Routing

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
 from step3_jax.config import ModelConfig, TextConfig
-from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.layout.weight_form import GROUP_COLUMNS, form_bytes
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import Form, quantise

@@ -45,7 +45,7 @@ from step3_jax.checkpoint.view import read_view
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig, QuantConfig, VisionConfig
 from step3_jax.cpu_kernels.api import FP8_BLOCKS
-from step3_jax.cpu_kernels.library import Unavailable, find_kernels
+from step3_jax.cpu_kernels.loader import Unavailable, find_kernels
 from step3_jax.gpu import claim_memory
 from step3_jax.layout.parallel import fit_parallel
 from step3_jax.layout.table import view_shape

@@ -18,7 +18,7 @@ import step3_jax
 from step3_jax import __version__, resources
 from step3_jax.cli.choice import DEFAULT_MODEL
 from step3_jax.cli.variables import VARIABLES, read_variables
-from step3_jax.cpu_kernels.library import describe_kernels
+from step3_jax.cpu_kernels.loader import describe_kernels
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.mesh import find_devices
 

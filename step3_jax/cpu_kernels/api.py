@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.cpu_kernels.loader import Kernels
 from step3_jax.quant import FP8, GROUP, BlockScaled, PackedInt4
 
 # Rows and columns of FP8 weights that share a scale.
@@ -44,7 +44,7 @@ def products(kernels: Kernels, hidden: Float[Array, "N K"], weights: Sequence[St
     """x W^T for several weights [O, K] in one call, which costs less than one call each.
 
     Args:
-      kernels: See `library.find_kernels`.
+      kernels: See `loader.find_kernels`.
       hidden: Worked on in float32; the outputs have its dtype.
       weights: At most `MAX_PRODUCTS`, of any forms.
     """
@@ -73,7 +73,7 @@ def experts(
     """The sum over each token's experts, in the order of their numbers, of factor * SwiGLU, in one call.
 
     Args:
-      kernels: See `library.find_kernels`.
+      kernels: See `loader.find_kernels`.
       hidden: Tokens; worked on in float32.
       factors: Of each token's experts.
       chosen: Their numbers; a pair whose number no stack has takes no part.

@@ -11,7 +11,7 @@ import weakref
 import numpy as np
 from jaxtyping import UInt8
 
-from step3_jax.cpu_kernels.library import Unavailable, find_kernels
+from step3_jax.cpu_kernels.loader import Unavailable, find_kernels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache, copy_pages, count_pages, empty_cache
 from step3_jax.config import TextConfig
-from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.engine.decode_loop import decode_loop
 from step3_jax.engine.executor import Executor, Started, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report

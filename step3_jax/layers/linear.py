@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.fp8_matmul.api import fp8_matmul
 from pallas_kernels.quantise import FP8
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
-from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.cpu_kernels.loader import Kernels
 from step3_jax.layers.rows import Rows, as_plain, as_rows
 from step3_jax.layers.stored import multiply
 from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise

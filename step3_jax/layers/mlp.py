@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.swiglu_quantise.api import swiglu_quantise
-from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.cpu_kernels.loader import Kernels
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.rows import Rows, as_plain
 from step3_jax.layers.stored import Stored, run_swiglu

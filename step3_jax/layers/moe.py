@@ -23,7 +23,7 @@ from pallas_kernels.common import dispatch
 from pallas_kernels.grouped_matmul.api import moe_ffn
 from pallas_kernels.storage import BLOCK as FP8_BLOCK
 from step3_jax.cpu_kernels.api import experts as run_experts
-from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.cpu_kernels.loader import Kernels
 from step3_jax.layers.linear import fp8_parts, is_fp8, linear, normal
 from step3_jax.layers.rows import Rows, as_plain, as_rows
 from step3_jax.layers.stored import Stored

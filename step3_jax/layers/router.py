@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.cpu_kernels.loader import Kernels
 from step3_jax.layers.linear import normal
 from step3_jax.layers.norm import pick_rows
 from step3_jax.layers.stored import multiply

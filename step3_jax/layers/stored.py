@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from step3_jax.cpu_kernels import api
-from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.cpu_kernels.loader import Kernels
 from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise
 
 # Sizes differ from weight to weight, so the axes have no names that would bind.

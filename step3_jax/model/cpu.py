@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from step3_jax.cpu_kernels.api import unsupported
-from step3_jax.cpu_kernels.library import Kernels
+from step3_jax.cpu_kernels.loader import Kernels
 from step3_jax.layers.embed import Embedding
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.mlp import SwiGLU

@@ -18,7 +18,7 @@ class Stage(NamedTuple):
     """One piece of work.
 
     Attributes:
-      lane: Who does it.
+      lane: The device, or the link between two, that it belongs to.
       phase: "prefill" or "decode".
       step: Number of the decode step, or of the chunk, since the executor was made.
       layer: Number of the layer; that of the last one plus 1 stands for the head.

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from step3_jax.checkpoint.load import load_model
-from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.model.cpu import prepare_for_cpu
 
 FOLDERS = ("tiny_text", "tiny_vl", "tiny_fp8")

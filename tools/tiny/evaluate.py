@@ -23,7 +23,7 @@ from rich.table import Table
 from step3_jax import resources
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
-from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner

@@ -24,7 +24,7 @@ from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, count_pages, empty_cache
-from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches

@@ -19,7 +19,7 @@ from step3_jax.checkpoint.memory import anonymous_bytes
 from step3_jax.checkpoint.names import expected_tensors, is_fp8_tensor, parameters_of, released_name
 from step3_jax.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
 from step3_jax.config import ModelConfig, QuantConfig
-from step3_jax.cpu_kernels.library import Kernels, Unavailable
+from step3_jax.cpu_kernels.loader import Kernels, Unavailable
 from step3_jax.quant import BlockScaled, PackedInt4, dequantise, quantise
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from step3_jax.config import ModelConfig, QuantConfig
-from step3_jax.cpu_kernels.library import Unavailable, find_kernels
+from step3_jax.cpu_kernels.loader import Unavailable, find_kernels
 from tests.process import environment
 from tools.make_checkpoint import make_checkpoint
 

@@ -21,7 +21,7 @@ from step3_jax.checkpoint.placement import Placement
 from step3_jax.checkpoint.plan import plan_conversion
 from step3_jax.checkpoint.safetensors_io import write_safetensors
 from step3_jax.checkpoint.source import open_source
-from step3_jax.cpu_kernels.library import Unavailable, find_kernels
+from step3_jax.cpu_kernels.loader import Unavailable, find_kernels
 from tests.process import environment
 
 needs_library = pytest.mark.skipif(

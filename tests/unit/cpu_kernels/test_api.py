@@ -11,7 +11,7 @@ import pytest
 
 from step3_jax.cpu_kernels import api
 from step3_jax.cpu_kernels.build import NEEDED, InstructionSet, choose_instruction_set, read_cpu_flags
-from step3_jax.cpu_kernels.library import Kernels, load_kernels
+from step3_jax.cpu_kernels.loader import Kernels, load_kernels
 from step3_jax.quant import BlockScaled, PackedInt4, dequantise, quantise
 
 FORMS = ("float32", "bfloat16", "fp8", "int8", "int4")

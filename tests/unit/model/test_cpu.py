@@ -12,7 +12,7 @@ from flax import nnx
 
 from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
 from step3_jax.config import ModelConfig
-from step3_jax.cpu_kernels.library import Kernels, find_kernels
+from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.model.cpu import copy_module, prepare_for_cpu
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import BlockScaled, dequantise, quantise

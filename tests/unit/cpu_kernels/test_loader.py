@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from step3_jax.cpu_kernels import library
-from step3_jax.cpu_kernels.library import Unavailable, describe_kernels, find_kernels
+from step3_jax.cpu_kernels import loader
+from step3_jax.cpu_kernels.loader import Unavailable, describe_kernels, find_kernels
 
 
 def test_they_can_be_turned_off(monkeypatch):
@@ -24,7 +24,7 @@ def test_other_machines_are_told_so(monkeypatch):
 
 def test_what_the_processor_lacks_is_refused(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(library, "read_cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
+    monkeypatch.setattr(loader, "read_cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
     monkeypatch.setenv("STEP3_CPU_KERNELS", "avx512")
     with pytest.raises(ValueError, match="avx512, which this processor does not have: its best is avx2"):
         find_kernels()

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import signal
 import threading
 import time
@@ -51,18 +52,19 @@ def compile_deployment(config: ModelConfig, deployment: Deployment, cache: Cache
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_compilation, args=(sender, config, deployment, cache), daemon=True)
-    with _ignored_interrupts():
-        process.start()
-    # What is left is the child's alone, so that its end is the end of the pipe.
-    sender.close()
     try:
+        with _deferred_interrupts():
+            process.start()
+        # What is left is the child's alone, so that its end is the end of the pipe.
+        sender.close()
         found: Compilation | Exception = receiver.recv()
     except EOFError:
         raise RuntimeError("the compiling process has died: is there enough memory for it (2 GiB)?") from None
     finally:
-        # Interrupted, it would compile on for seconds.
-        process.kill()
-        process.join()
+        # Interrupted, it would compile on for seconds, if it has been started.
+        if process.pid is not None:
+            process.kill()
+            process.join()
         receiver.close()
     if isinstance(found, Exception):
         raise found
@@ -70,16 +72,28 @@ def compile_deployment(config: ModelConfig, deployment: Deployment, cache: Cache
 
 
 @contextlib.contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    """A process that is started here ignores Ctrl-C, which is its parent's to answer. Outside of the main thread nothing."""
+def _deferred_interrupts() -> Iterator[None]:
+    """A Ctrl-C that comes here is handled at the end, and a process that is started here never notices one.
+
+    It is its parent's to answer, and half started it would complain of what the parent has not sent. Outside of the main
+    thread nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Started later, it would leave the signal unblocked.
+    multiprocessing.resource_tracker.ensure_running()
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        # A signal that only this thread could take is handled as the mask goes, still by the list.
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _send_compilation(

@@ -58,6 +58,8 @@ from step3_jax.sampling.params import SamplingParams
 
 MICROBATCHES = (1, 2, 3, 4)
 NUM_EXPERTS = 8
+# Of a micro-batch's rows with a square matrix: about as long as a tick.
+PRODUCTS = 4
 # A second thread on the one core, which waits in an exchange while the first one computes, and an order of work for that.
 OVERLAP = {"PJRT_NPROC": "2", "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=true"}
 # Options with their defaults; a row is a sequence of a micro-batch.
@@ -174,14 +176,28 @@ class Rank:
 
         return attend
 
-    def exchange(self, num_ticks: int) -> Callable[[], None]:
-        """Exchanges one after the other; both processes make them together."""
+    def exchange(self, num_ticks: int, *, computes_in_turn: bool = False) -> Callable[[], None]:
+        """Exchanges one after the other; both processes make them together.
+
+        Args:
+          num_ticks: How many.
+          computes_in_turn: Whether before each exchange one of the two, in turn, computes for a few milliseconds.
+        """
         executor = self.executor(1)
         wire = Wire(self._topology, executor.form, self._arguments.rows)
         is_attention = isinstance(executor, AttentionProcess)
+        matrix = jnp.full((self._arguments.hidden,) * 2, 1 / self._arguments.hidden)
+
+        def compute(arrived: Slots) -> Slots:
+            rows = jnp.broadcast_to(1.0 + arrived[0, -2], (self._arguments.rows, matrix.shape[0]))
+            rows = jax.lax.fori_loop(0, PRODUCTS, lambda _, rows: rows @ matrix, rows)
+            # No product can be left out, and all bytes stay as they are.
+            return arrived + jnp.any(jnp.isnan(rows)).astype(arrived.dtype)
 
         def run() -> Array:
-            def swap(_: int, arrived: Slots) -> Slots:
+            def swap(number: int, arrived: Slots) -> Slots:
+                if computes_in_turn:
+                    arrived = jax.lax.cond(number % 2 == int(is_attention), compute, lambda same: same, arrived)
                 if is_attention:
                     return wire.from_attention(wire.rows(arrived), arrived)
                 return wire.from_ffn(wire.outputs(arrived), arrived)

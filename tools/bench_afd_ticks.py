@@ -4,12 +4,15 @@
 
 The two processes, the model and the sizes are those of `tools.bench_afd`. Measured in turns, for 1 to 4 micro-batches:
 
-- alone: each tick of a role's decode program without the exchange, while the other core rests;
+- alone: a role's decode program without the exchange, while the other core rests: once as a whole, which gives the mean of
+  an item, and once with the time of each tick, which gives the distribution (noting a time takes a part of a millisecond);
 - beside: the same while the other role runs its own on the other core;
-- exchange: each of many exchanges with nothing computed;
+- exchange: the two roles compute products of a few milliseconds in turn and exchange after each; what that takes longer than
+  both roles' products without the exchange. (With nothing computed a quarter of the exchanges take 4 ms, in which the
+  system wakes an idle process.);
 - pipelined: the complete decode program, in which nothing is timed but the whole.
 
-The times of each are written as quantiles at equal distances, with their mean. From those of the parts, alone and beside
+The times are written as quantiles at equal distances, with their mean. From those of the parts, alone and beside
 each other, a tick is simulated (`planner/simulation/lockstep.py`), and shown next to the pipelined one. The machine must
 have two cores to itself: where other work runs, an exchange alone takes longer than a whole tick.
 """
@@ -17,6 +20,7 @@ have two cores to itself: where other work runs, an exchange alone takes longer 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -96,35 +100,41 @@ class TickRank:
 
         return timed
 
-    def exchange(self) -> Callable[[], list[float]]:
-        """Seconds of each of many exchanges."""
-        with mock.patch.object(bench_afd, "Wire", stamped(Wire, self._clock)):
-            run = self._rank.exchange(self._arguments.layers * 3 * self._arguments.steps)
+    def products(self, *, is_exchanging: bool) -> Callable[[], list[float]]:
+        """Both roles' products in turn, each followed by an exchange or not; the seconds of an exchange with its product."""
+        num_ticks = self._arguments.layers * 3 * self._arguments.steps
+        with contextlib.nullcontext() if is_exchanging else mock.patch.object(Wire, "_swap", lambda _, slot: slot):
+            run = self._rank.exchange(num_ticks, computes_in_turn=True)
+            run()
 
         def timed() -> list[float]:
-            self._clock.take()
+            begin = time.perf_counter()
             run()
-            return np.diff(self._clock.take()).tolist()
+            return [(time.perf_counter() - begin) / num_ticks]
 
         return timed
 
     def alone(self, count: int) -> Callable[[], list[float]]:
-        """Seconds of each tick in which this role has an item."""
-        run, wire = self._rank.alone(count), stamped(SilentWire, self._clock)
-        schedule = Schedule(self._arguments.layers, count)
+        """Seconds of each item of this role without the exchange; their mean is that of a run without noted times."""
+        run, noted_run, wire = self._rank.alone(count), self._rank.alone(count), stamped(SilentWire, self._clock)
+        schedule, steps = Schedule(self._arguments.layers, count), self._arguments.steps
         item = schedule.attention_item if self.is_attention else schedule.ffn_item
 
         def timed() -> list[float]:
+            begin = time.perf_counter()
+            run()
+            mean_s = (time.perf_counter() - begin) / (steps * self._arguments.layers * count)
             self._clock.take()
             # Only the first run looks at it, which compiles.
             with mock.patch.object(bench_afd, "SilentWire", wire):
-                run()
-            times = self._clock.take()[: self._arguments.steps * schedule.num_ticks]
-            return [
+                noted_run()
+            times = self._clock.take()[: steps * schedule.num_ticks]
+            noted = [
                 after - before
                 for tick, (before, after) in enumerate(itertools.pairwise(times), start=1)
                 if item(tick % schedule.num_ticks) is not None
             ]
+            return [mean_s / statistics.fmean(noted) * one for one in noted]
 
         return timed
 
@@ -135,7 +145,10 @@ def run_rank(arguments: argparse.Namespace) -> None:
     os.sched_setaffinity(0, {own_core})
     initialise_distributed()
     rank = TickRank(arguments)
-    runs: dict[str, Callable[[], list[float]]] = {"exchange": rank.exchange()}
+    runs: dict[str, Callable[[], list[float]]] = {
+        "products exchanged": rank.products(is_exchanging=True),
+        "products": rank.products(is_exchanging=False),
+    }
     for count in MICROBATCHES:
         runs[f"pipelined {count}"] = rank.pipelined(count)
         own = rank.alone(count)
@@ -180,7 +193,7 @@ def summarise(
     """What both sides have measured."""
     return {
         "conditions": bench_afd.describe_conditions(arguments),
-        "exchange": attention["exchange"],
+        "exchange_us": _exchange_us(attention, ffn),
         "microbatches": {
             str(count): {
                 "pipelined": attention[f"pipelined {count}"],
@@ -194,10 +207,16 @@ def summarise(
     }
 
 
+def _exchange_us(*sides: Mapping[str, Mapping[str, Any]]) -> float:
+    """What an exchange takes: all of them with both sides' products, less the products, of which each side has half."""
+    exchanged = max(side["products exchanged"]["mean_us"] for side in sides)
+    return round(exchanged - sum(side["products"]["mean_us"] for side in sides), 1)
+
+
 def show(found: Mapping[str, Any]) -> None:
     """Prints what was measured and what is simulated from it."""
-    exchange, layers = found["exchange"], found["conditions"]["layers"]
-    print(f"ms a layer of one micro-batch; an exchange alone {exchange['mean_us'] / 1e3:.2f}")
+    exchange_us, layers = found["exchange_us"], found["conditions"]["layers"]
+    print(f"ms a layer of one micro-batch; an exchange {exchange_us / 1e3:.2f}")
     print(
         "micro-batches  measured   attention       FFN  simulated  error   beside: attention       FFN  simulated  error"
     )
@@ -209,7 +228,7 @@ def show(found: Mapping[str, Any]) -> None:
                 Schedule(layers, int(count)),
                 attention_s=_seconds(attention),
                 ffn_s=_seconds(ffn),
-                exchange_s=_seconds(exchange),
+                exchange_s=[exchange_us / 1e6],
             )
             cells.append(
                 f"{attention['mean_us'] / 1e3:10.2f}{ffn['mean_us'] / 1e3:10.2f}{simulated / 1e3:11.2f}"

@@ -52,10 +52,11 @@ IDLE_CONNECTIONS = 1000
 START_S = 600
 
 
-def make_llm(hidden_size: int, num_layers: int) -> LLM:
+def make_llm(arguments: argparse.Namespace) -> LLM:
     """The model, with a tokenizer whose ids are words."""
-    config = bench_config(hidden_size, num_layers)
-    return LLM.from_model(random_model(config), word_tokenizer(config.text.vocab_size), max_num_seqs=CLIENTS)
+    config = bench_config(*PRESETS[arguments.preset])
+    given = {"max_num_batched_tokens": arguments.max_num_batched_tokens} if arguments.max_num_batched_tokens else {}
+    return LLM.from_model(random_model(config), word_tokenizer(config.text.vocab_size), max_num_seqs=CLIENTS, **given)
 
 
 def make_bodies(count: int, vocab_size: int, seed: int, output: tuple[int, int] = OUTPUT) -> list[dict[str, object]]:
@@ -70,7 +71,7 @@ def make_bodies(count: int, vocab_size: int, seed: int, output: tuple[int, int] 
 
 def serve(arguments: argparse.Namespace) -> int:
     """The process with the service."""
-    llm = make_llm(*PRESETS[arguments.preset])
+    llm = make_llm(arguments)
     llm.warm_up()
     app = build_app(llm, ServerConfig(max_num_queued_reqs=QUEUED))
 
@@ -125,7 +126,7 @@ def running_service(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tools.bench_service", "--role", "serve", "--port", str(port)]
-    command += ["--preset", arguments.preset]
+    command += ["--preset", arguments.preset, "--max-num-batched-tokens", str(arguments.max_num_batched_tokens)]
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command) as process:
         try:
@@ -265,7 +266,7 @@ def measure(arguments: argparse.Namespace) -> int:
         print(f"{time.perf_counter() - begin:5.0f} s: {what}", file=sys.stderr, flush=True)
 
     tell("making the model")
-    llm = make_llm(*PRESETS[arguments.preset])
+    llm = make_llm(arguments)
     llm.warm_up()
     tell("starting the service")
     with running_service(arguments) as (url, pid):
@@ -306,6 +307,9 @@ def main() -> int:
         help="another service that gets the same requests in turn",
     )
     parser.add_argument("--preset", choices=PRESETS, default="100m", help="size of the model (default: %(default)s)")
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, default=0, help="as in `step3 serve` (default: what that takes)"
+    )
     parser.add_argument("--json", help="file that gets the figures, beside those of other benchmarks")
     parser.add_argument("--role", choices=("measure", "serve", "send"), default="measure", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)

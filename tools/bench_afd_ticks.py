@@ -1,6 +1,6 @@
 """Single ticks of AFD's executor `program` on one CPU, beside those that the planner simulates from their parts.
 
-    python -m tools.bench_afd_ticks --json out.json
+    python -m tools.bench_afd_ticks --json benchmarks/afd.json
 
 The two processes, the model and the sizes are those of `tools.bench_afd`. Measured in turns, for 1 to 4 micro-batches:
 
@@ -213,23 +213,34 @@ def _exchange_us(*sides: Mapping[str, Mapping[str, Any]]) -> float:
     return round(exchanged - sum(side["products"]["mean_us"] for side in sides), 1)
 
 
+def simulate_us(found: Mapping[str, Any], count: int, where: str = "") -> float:
+    """Microseconds of a layer of one micro-batch, simulated from what was measured of its parts.
+
+    Args:
+      found: What `summarise` returns.
+      count: Micro-batches in flight.
+      where: The roles' times: "" for those of each alone, "_beside" for those beside the other.
+    """
+    row = found["microbatches"][str(count)]
+    return 1e6 * simulate_item_s(
+        Schedule(found["conditions"]["layers"], count),
+        attention_s=_seconds(row[f"attention{where}"]),
+        ffn_s=_seconds(row[f"ffn{where}"]),
+        exchange_s=[found["exchange_us"] / 1e6],
+    )
+
+
 def show(found: Mapping[str, Any]) -> None:
     """Prints what was measured and what is simulated from it."""
-    exchange_us, layers = found["exchange_us"], found["conditions"]["layers"]
-    print(f"ms a layer of one micro-batch; an exchange {exchange_us / 1e3:.2f}")
+    print(f"ms a layer of one micro-batch; an exchange {found['exchange_us'] / 1e3:.2f}")
     print(
         "micro-batches  measured   attention       FFN  simulated  error   beside: attention       FFN  simulated  error"
     )
     for count, row in found["microbatches"].items():
         measured, cells = row["pipelined"]["mean_us"], []
-        for name in ("", "_beside"):
-            attention, ffn = row[f"attention{name}"], row[f"ffn{name}"]
-            simulated = 1e6 * simulate_item_s(
-                Schedule(layers, int(count)),
-                attention_s=_seconds(attention),
-                ffn_s=_seconds(ffn),
-                exchange_s=[exchange_us / 1e6],
-            )
+        for where in ("", "_beside"):
+            attention, ffn = row[f"attention{where}"], row[f"ffn{where}"]
+            simulated = simulate_us(found, int(count), where)
             cells.append(
                 f"{attention['mean_us'] / 1e3:10.2f}{ffn['mean_us'] / 1e3:10.2f}{simulated / 1e3:11.2f}"
                 f"{simulated / measured - 1:7.0%}"

@@ -49,7 +49,7 @@ Batch = TypeVar("Batch", PrefillBatch, DecodeBatch, SamplingBatch)
 
 
 class AttentionWeights(NamedTuple):
-    """Arrays of the attention side, as `roles.take_apart` leaves them: of the ends, and of each layer or stack."""
+    """Arrays of the attention side from `roles.take_apart`: those of the ends, and of each layer or stack."""
 
     ends: list[Array]
     layers: list[list[Array]]
@@ -64,7 +64,7 @@ class _Way(NamedTuple):
     Attributes:
       cache: The pool.
       pending: Rows that wait for their exchange.
-      arrived: By the last exchange.
+      arrived: What the last exchange brought.
     """
 
     cache: Cache
@@ -72,7 +72,7 @@ class _Way(NamedTuple):
     arrived: Slots
 
 
-# The residual stream of each micro-batch, without what the last FFN half gave.
+# The residual stream of each micro-batch, without the output of the last FFN half.
 Streams = Float[Array, "n B T D"]
 
 
@@ -82,9 +82,9 @@ class _Loop(NamedTuple):
     Attributes:
       step: Rotations so far.
       is_over: Whether to leave.
-      rows: Of all micro-batches, stacked.
-      hidden: Of micro-batches on their way through the last layer.
-      way: What the loops over ticks carry.
+      rows: The rows of all micro-batches, stacked.
+      hidden: Residual streams of the micro-batches that are in the last layer.
+      way: The carry of the loops over ticks.
     """
 
     step: Int[Array, ""]
@@ -125,9 +125,9 @@ class AttentionLoop:
           config: Its sizes.
           topology: All devices.
           form: What crosses.
-          num_microbatches: In flight.
-          dtype: Of activations.
-          observe: Called with each decode step; None for no call.
+          num_microbatches: Micro-batches in flight.
+          dtype: The dtype of activations.
+          observe: Called with each decode step; None for no calls.
         """
         self._ends = parts.ends.skeleton
         self._parts = parts.attention
@@ -139,12 +139,12 @@ class AttentionLoop:
         self._observe = observe
 
     def prefill(self, weights: AttentionWeights, cache: Cache, batch: PrefillBatch) -> Cache:
-        """Reads a chunk of prompts into the cache; what is on its way has come back before it returns.
+        """Prefills a chunk of prompts into the cache; nothing is in flight when it returns.
 
         Args:
           weights: Of this device.
           cache: Of this device.
-          batch: The chunk of all devices; all have the same.
+          batch: The chunk of all devices, the same on each.
         """
         ends, layers = self._ends.build(weights.ends), Layers(self._parts, weights.layers)
         own = self._own_rows(batch._replace(features=None), cache)._replace(features=batch.features)
@@ -164,7 +164,7 @@ class AttentionLoop:
         way, hidden = layers.over_items(range(last * len(parts)), len(parts), take, start)
 
         def fill(pool: Cache, given: tuple[Float[Array, "1 T D"], AttentionContext, Slots]) -> tuple[Cache, None]:
-            # Of the last layer nothing but the cache is wanted; the rest is left out by the compiler.
+            # Only the cache of the last layer is needed; the compiler drops the rest.
             hidden, context, arrived = given
             (segment,) = layers.cut(last, last + 1)
             return self._attend(segment, last, Tokens(hidden, wire.outputs(arrived), context), pool)[2], None
@@ -183,16 +183,16 @@ class AttentionLoop:
         *,
         max_steps: int,
     ) -> tuple[Cache, Report, Int[Array, ""]]:
-        """Makes up to `numbers.num_steps` tokens of each active row, as `engine.decode_loop` does.
+        """Generates up to `numbers.num_steps` tokens for each active row, as `engine.decode_loop` does.
 
-        That rows have ended is known one step late: a call may take a step more, in which they do nothing.
+        The end of a row is seen one step late: a call may take one more step, in which the row does nothing.
 
         Args:
           weights: Of this device.
           cache: Of this device.
-          batch: The rows of all devices; all have the same.
-          sampling: Of all rows.
-          numbers: How many steps, and when to leave.
+          batch: The rows of all devices, the same on each.
+          sampling: Parameters of all rows.
+          numbers: How many steps to take, and when to leave early.
           max_steps: Tokens of a row that the report has room for.
 
         Returns:
@@ -206,7 +206,7 @@ class AttentionLoop:
         schedule, wire = Schedule(layers.count, count), Wire(self._topology, self._form, size)
 
         def end(part: _Part, rows: RowState, hidden: Float[Array, "B 1 D"], arrived: Slots) -> RowState:
-            """Tokens of a micro-batch, once its last layer has come back."""
+            """Samples a micro-batch's tokens, once its last FFN output has arrived."""
             logits = last_logits(ends, add_returned(self._form, hidden, wire.outputs(arrived)))
             return choose_tokens(rows, logits, part.batch, part.sampling)
 
@@ -218,7 +218,7 @@ class AttentionLoop:
             ) -> tuple[tuple[_Way, Status], tuple[RowState, Float[Array, "B 1 D"], AttentionContext]]:
                 """A micro-batch's first layer, after head and sampling of the step before."""
                 (way, (runs, has_ended)), (part, rows, hidden) = carry, given
-                # What came back is the step before's, of which the first rotation has none.
+                # What has arrived belongs to the step before; the first rotation has none.
                 rows = jax.lax.cond(
                     loop.step > 0, end, lambda part, rows, hidden, arrived: rows, part, rows, hidden, way.arrived
                 )
@@ -265,7 +265,7 @@ class AttentionLoop:
         return loop.way.cache, gather_report(report, self._topology), loop.step
 
     def _own_rows(self, batch: Batch, cache: Cache | None) -> Batch:
-        """This device's part of a batch, its page numbers as the device counts them."""
+        """This device's part of a batch, with device-local page numbers."""
         index = jax.lax.axis_index(UNION)
 
         def cut(leaf: Array) -> Array:
@@ -288,7 +288,7 @@ class AttentionLoop:
     def _begin(self, ends: Ends, rows: RowState, batch: DecodeBatch, cache: Cache) -> Tokens:
         step = CacheStep(batch.table, step_lengths(rows, batch))
         tokens = begin_step(ends, self._config, self._form, rows.last[:, None], step, PAGE_SIZE)
-        # Made once for all layers; every attention device has all heads.
+        # Computed once for all layers; every attention device has all heads.
         context = with_plan(tokens.context, cache, 1, self._config.num_attention_heads)
         return tokens._replace(context=context)
 
@@ -304,7 +304,7 @@ class AttentionLoop:
         schedule: Schedule,
         status: Status | tuple[()] = (),
     ) -> tuple[_Way, Streams]:
-        """A tick: a layer of a micro-batch, and beside it the exchange."""
+        """A tick: one layer of one micro-batch, overlapped with the exchange."""
         tokens = Tokens(pick(hidden, index), wire.outputs(way.arrived), context)
         residual, fresh, cache = self._attend(segment, layer, tokens, way.cache)
         hidden = jax.lax.dynamic_update_index_in_dim(hidden, residual, index, 0)
@@ -326,14 +326,14 @@ class AttentionLoop:
         schedule: Schedule,
         status: Status | tuple[()],
     ) -> Slots:
-        """What has come when the next item can be computed."""
+        """What has arrived by the time the next item can be computed."""
         arrived = wire.from_attention(way.pending if schedule.attention_lag else fresh, way.arrived, *status)
         for _ in range(schedule.num_idle_ticks):
             arrived = wire.from_attention(fresh, arrived, *status)
         return arrived
 
     def _drain(self, way: _Way, wire: Wire, schedule: Schedule) -> UInt8[Array, "n N slot"]:
-        """What comes back of the last layer for each micro-batch; that of the first is there already."""
+        """The last layer's FFN output for each micro-batch; the first one's is here already."""
         arrived = [way.arrived]
         for _ in range(schedule.num_last_exchanges):
             arrived.append(wire.from_attention(way.pending, arrived[-1]))

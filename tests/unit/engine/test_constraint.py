@@ -155,8 +155,8 @@ def test_a_matcher_that_fails_ends_its_request_alone() -> None:
     run(core)
     assert [sink.finish() for sink in sinks] == ["failed", "failed"]
     assert [len(sink.ids()) for sink in sinks] == [0, 5]
-    assert sinks[1][-1].error == "its structured output cannot go on: it has too many items"
-    assert "no token may come next" in nothing[-1].error
+    assert sinks[1][-1].error == "its structured output cannot continue: it has too many items"
+    assert "no token is allowed next" in nothing[-1].error
     assert other.ids() == expected(PROMPT, 20)
     check_pages(core)
     assert core.allocator.num_free == core.allocator.num_pages

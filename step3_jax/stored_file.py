@@ -73,7 +73,7 @@ def read_json_object(path: pathlib.Path) -> dict[str, object]:
     except FileNotFoundError:
         return {}
     except RecursionError:
-        raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(stored, dict):

@@ -45,7 +45,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
         ("é".encode("latin-1"), "not UTF-8"),
         ("{}".encode("utf-16"), "not UTF-8"),
         (b"{", "not valid JSON"),
-        (b"[" * 100_000, "nested too deep"),
+        (b"[" * 100_000, "nested too deeply"),
         (b"[]", "a JSON object is needed"),
     ],
 )

@@ -281,7 +281,7 @@ def test_a_name_twice_in_an_index_is_refused(sharded: pathlib.Path) -> None:
     (sharded / INDEX_FILE).write_text(
         f'{{"weight_map": {{"a": "{file}", "b": "{file}", "a": "../secret.safetensors"}}}}'
     )
-    with pytest.raises(ValueError, match="'a' stands there twice"):
+    with pytest.raises(ValueError, match="'a' appears twice"):
         Checkpoint(sharded)
 
 

@@ -87,7 +87,7 @@ DAMAGE = {
     "hole": ({"x": entry(), "y": entry(offsets=(12, 20))}, bytes(20), "leaves 4 bytes unused"),
     "overlap": ({"x": entry(), "y": entry(offsets=(4, 12))}, bytes(12), "overlaps"),
     "same place": ({"x": entry(), "y": entry()}, bytes(8), "overlaps"),
-    "name twice": (b'{"x": 1, "x": 2}', b"", "'x' stands there twice"),
+    "name twice": (b'{"x": 1, "x": 2}', b"", "'x' appears twice"),
     "header no object": (b"[1]", b"", "damaged"),
     "header no JSON": (b"{", b"", "damaged"),
     "header no UTF-8": (b'{"\xff": 1}', b"", "damaged"),

@@ -120,7 +120,7 @@ def test_without_a_price_the_order_is_by_speed_and_it_says_so(capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give the devices that there are"),
+        ([], "give the devices you have"),
         (["--hardware", "h800"], "HARDWARE:COUNT"),
         (["--hardware", "h800:0"], "at least 1"),
         (["--hardware", "h80:8"], "did you mean h800"),

@@ -53,7 +53,7 @@ def test_the_papers_deployment_with_published_shares_gives_its_throughput(capsys
 def test_a_time_per_token_is_turned_into_throughput(capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "4a2f", "--tpot-ms", "48.4")
     assert found["tokens_per_s_per_device"] == pytest.approx(2643, rel=0.03)
-    assert "arithmetic, no prediction" in str(found["times_from"])
+    assert "arithmetic, not a prediction" in str(found["times_from"])
 
 
 def test_given_times_jitter_and_seed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +126,7 @@ def test_a_batch_that_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -
         ("2b2f", "did you mean 2a2f"),
         ("8gpu-fp8-48gb", "attention and FFN on the same devices"),
         ("2a3f --batch 8 --context 4k", "give --hardware"),
-        ("2a2f --devices-per-instance 4", "says itself how many"),
+        ("2a2f --devices-per-instance 4", "already says how many"),
         ("2a2f --hardware h9000", "did you mean h800"),
         ("2a2f --model step4", "did you mean step3"),
         ("2a2f --context 5x", "no unit x"),

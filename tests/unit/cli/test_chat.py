@@ -117,7 +117,7 @@ def test_a_full_conversation_goes_on_without_its_oldest_turns(
     assert 0 < len(roles) // 2 < 12
     assert talk.messages[-2]["content"] == "Question number 11, in a few words?"
     said = capsys.readouterr().err
-    assert "the conversation is full, 192 tokens: the oldest turn was left out; /reset begins anew" in said
+    assert "the conversation is full, 192 tokens: the oldest turn was left out; /reset starts over" in said
 
 
 def test_an_image_is_refused_by_a_model_without_a_vision_tower(

@@ -52,7 +52,7 @@ def check_form(reply: Reply, status: int) -> dict:
         ({"n": 17}, "n", "from 1 to 16"),
         ({"n": 2.5}, "n", "2.5"),
         ({"best_of": 2}, "best_of", "only n"),
-        ({"use_beam_search": True}, "use_beam_search", "not offered"),
+        ({"use_beam_search": True}, "use_beam_search", "not supported"),
         ({"seed": 2**63}, "seed", "64 bits"),
         ({"seed": "7"}, "seed", "'7'"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),

@@ -26,7 +26,7 @@ OPTIONS = f"--local 2 --grace 2 --rank-deadline {DEADLINE_S}"
 LONG = ["--max-tokens", "2000", "--max-model-len", "2048", "--ignore-eos"]
 FORMS = {"afd": (["--afd", "1a1f"], ("attention 0", "ffn 0")), "tp": (["--tp", "2"], ("rank 0", "rank 1"))}
 WHERE = {"start": "at the start", "prefill": r"in prefill, call \d+", "decode": r"(in decode, call|after call) \d+"}
-SAID = {signal.SIGKILL: r"was killed \(SIGKILL", signal.SIGSTOP: r"has not moved for \d+ s"}
+SAID = {signal.SIGKILL: r"was killed \(SIGKILL", signal.SIGSTOP: r"has made no progress for \d+ s"}
 # Of the whole matrix, these are run each time.
 QUICK = {("afd", 1, signal.SIGKILL, "decode"), ("tp", 1, signal.SIGSTOP, "start")}
 

@@ -42,6 +42,6 @@ def test_jax_finds_a_stopped_rank_long_before_a_long_deadline(start: Start, vict
     number = running.wait_for_rank(victim, AT_PLACE["start"])
     os.kill(number, signal.SIGSTOP)
     assert running.wait() == LOST_PEER_CODE, running.stderr
-    assert re.search(rf"step3 launch: rank {victim} \(on localhost\) has not moved for \d+ s \(stopped", running.stderr)
+    assert re.search(rf"step3 launch: rank {victim} \(on localhost\) has made no progress for \d+ s \(stopped", running.stderr)
     assert "stack trace" not in running.stderr
     wait_until_gone(pids)

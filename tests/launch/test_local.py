@@ -234,9 +234,9 @@ def test_the_port_is_checked_before_anything_starts(capsys: pytest.CaptureFixtur
         ("--local 2 --grace -1 -- env", "--grace is -1"),
         ("--local 2 -- serve --shutdown-timeout soon", "in the command to launch: argument --shutdown-timeout"),
         ("--local 2 --env NOT_SET_ANYWHERE -- env", "--env NOT_SET_ANYWHERE"),
-        ("--hosts a,a -- env", "a comes twice"),
+        ("--hosts a,a -- env", "a appears twice"),
         ("--hosts -oProxyCommand=x,b -- env", "expected one argument"),
-        ("--hosts=-oProxyCommand=x,b -- env", "is no host"),
+        ("--hosts=-oProxyCommand=x,b -- env", "is not a host"),
     ],
 )
 def test_mistakes_are_refused_in_one_line(

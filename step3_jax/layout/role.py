@@ -12,13 +12,13 @@ from step3_jax.layout.parallel import ATTENTION, BOTH, FFN, Parallel, RoleName, 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """Devices that hold the same.
+    """Devices that hold the same part of the model.
 
     Attributes:
       name: `BOTH`, `ATTENTION` or `FFN`.
       num_devices: How many.
       parallel: How the weights of their role are spread over them; its ep is known.
-      tower: How vision tower and projector are; None for as all else.
+      tower: How vision tower and projector are spread; None for like everything else.
     """
 
     name: RoleName

@@ -107,7 +107,7 @@ def test_a_call_that_is_asked_for_is_made(client: Client, values: dict[str, obje
             "tool_choice",
             "'rain'; the tools are weather",
         ),
-        ({"response_format": FORMAT, "ignore_eos": True}, "ignore_eos", "does not go with"),
+        ({"response_format": FORMAT, "ignore_eos": True}, "ignore_eos", "cannot be combined with"),
     ],
 )
 def test_what_cannot_be_held_to_is_refused(client: Client, values: dict[str, object], param: str, said: str) -> None:

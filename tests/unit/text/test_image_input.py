@@ -123,7 +123,7 @@ def test_16_bits_in_either_byte_order_are_the_same_picture(mode):
 @pytest.mark.parametrize("value", [70000, -1, np.nan, np.inf])
 def test_grey_out_of_every_range_is_refused(value):
     values = np.full((2, 2), value, np.int32 if np.isfinite(value) else np.float32)
-    with pytest.raises(ValueError, match="8 bits a channel"):
+    with pytest.raises(ValueError, match="8 bits per channel"):
         open_image(Image.fromarray(values))
 
 
@@ -301,7 +301,7 @@ def test_the_rotation_of_a_png_is_applied_wherever_it_stands():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("data:image/png", "no data URL"),
+        ("data:image/png", "not a data URL"),
         ("data:image/png;base64,AAAAA", "base64"),
         ("data:image/png;base64,@@@", "base64"),
         ("no such file.png", "no such file"),

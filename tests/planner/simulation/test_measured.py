@@ -40,7 +40,7 @@ def test_a_file_of_times_is_read(tmp_path: pathlib.Path) -> None:
     ("text", "said"),
     [
         ("[1]", "holds list"),
-        ('{"attention_us": [1], "ffn_us": [1]', "no JSON, or not all of it"),
+        ('{"attention_us": [1], "ffn_us": [1]', "not JSON, or not complete"),
         ('{"attention_us": [1]}', "to_ffn_us must be a list"),
         ('{"attention_us": [-1]}', "attention_us must be a list"),
         ('{"atention_us": [1]}', "did you mean attention_us"),

@@ -132,7 +132,7 @@ def test_a_batch_that_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -
         ("2a2f --context 5x", "no unit x"),
         ("2a2f --context 70000", "positions for 65,536"),
         ("2a2f --batch 0", "--batch 0: at least 1"),
-        ("2a2f --batch 2", "cannot be cut in 3"),
+        ("2a2f --batch 2", "cannot be cut into 3"),
         ("2a2f --steps 2", "--steps 2: at least 3"),
         ("2a2f --microbatches 5", "allowed: 1 to 4"),
         ("2a2f --seed -1", "--seed -1"),

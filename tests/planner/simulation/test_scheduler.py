@@ -103,7 +103,7 @@ def test_a_full_queue_turns_requests_away() -> None:
     scheduler = Scheduler(num_shards=1, shard_pages=8, max_num_seqs=1, max_num_batched_tokens=64, max_queued=2)
     assert [scheduler.add(Request(number, 0.0, 10, 1)) for number in range(3)] == [True, True, False]
     assert scheduler.num_rejected == 1
-    with pytest.raises(ValueError, match="0 pages a shard"):
+    with pytest.raises(ValueError, match="0 pages per shard"):
         Scheduler(num_shards=1, shard_pages=0, max_num_seqs=1, max_num_batched_tokens=64)
 
 

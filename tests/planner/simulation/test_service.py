@@ -106,7 +106,7 @@ def test_the_device_with_most_cached_tokens_sets_its_instances_pace() -> None:
     uneven = batcher.decode([[Rows(4, 4000), Rows(4, 9000)]])
     assert uneven.attention_s[0][0] > even.attention_s[0][0]
     assert uneven.ffn_s == even.ffn_s
-    with pytest.raises(ValueError, match="a batch of 2 cannot be cut in 3"):
+    with pytest.raises(ValueError, match="a batch of 2 cannot be cut into 3"):
         spread_evenly(topology, 3, 2, 10)
 
 

@@ -21,7 +21,7 @@ class PayloadFormat(PayloadSize):
 
     @property
     def output_dtype(self) -> jnp.dtype:
-        """Of the values that come back."""
+        """The dtype of the values that come back."""
         return jnp.dtype(jnp.float32 if self.payload == "float32" else jnp.bfloat16)
 
     def pack(

@@ -1,6 +1,6 @@
 """The two roles' steps: pure functions around the modules of the fused model.
 
-What a layer's attention half hands on crosses to the FFN side as rows of bytes (`payload`), and what comes back is
+What a layer's attention half passes on crosses to the FFN side as rows of bytes (`payload`), and what comes back is
 added to the residual stream by the next attention step. All of them run on each device's own tokens, inside
 `jax.shard_map` over the mesh of their role; an executor decides when, where and how rows cross.
 """
@@ -231,8 +231,8 @@ def attention_step(
     """Attention half of a layer.
 
     Args:
-      block: The layer's.
-      form: Of the rows of both directions.
+      block: The layer's block.
+      form: The format of the rows in both directions.
       tokens: The previous layer's result.
       pages: The pool of all layers.
       layer: This layer's number.
@@ -262,7 +262,7 @@ def ffn_step(
       block: This device's part of the layer's.
       layout: The FFN devices.
       num_experts: Experts of the whole layer.
-      form: Of the rows of both directions.
+      form: The format of the rows in both directions.
       rows: Tokens that arrived at this device.
       dtype: The dtype to compute in.
 

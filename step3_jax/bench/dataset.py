@@ -70,7 +70,7 @@ def read_requests(path: str | pathlib.Path, *, seed: int = 0) -> list[LoadReques
     Args:
       path: Each line has `messages`, or `prompt` (a text), optionally with `max_tokens`; or `prompt_tokens` and
         `output_tokens`, for which random words are drawn. Other keys are ignored.
-      seed: Of the words.
+      seed: Seed of the words.
 
     Raises:
       ValueError: If the file cannot be read, is empty, or has a malformed line.

@@ -28,10 +28,10 @@ def measure_alone(
 
     Args:
       bench: The engine; its `stream_interval` is the tokens between two pieces.
-      prompt_tokens: Of each stream.
-      output_tokens: Of each stream.
+      prompt_tokens: Tokens of each stream.
+      output_tokens: Tokens of each stream.
       rounds: Streams.
-      seed: Of the prompts.
+      seed: Seed of the prompts.
 
     Returns:
       Percentiles, in milliseconds, of the first token and of the time between two pieces.
@@ -63,7 +63,7 @@ def measure_arrival(
       stream_tokens: Tokens of the running stream's prompt.
       prompt_tokens: Tokens of the prompt that arrives.
       rounds: How often it arrives, after one that is not counted.
-      seed: Of the prompts.
+      seed: Seed of the prompts.
 
     Returns:
       Medians over the rounds, in milliseconds: the stream's longest wait, the longest chunk and the longest decode call
@@ -115,10 +115,10 @@ def measure_cached(
 
     Args:
       bench: The engine, with a prefix cache.
-      prompt_tokens: Of the prompt.
+      prompt_tokens: Tokens of the prompt.
       cached_share: Minimum share of it that is cached, in whole pages.
       rounds: Pairs, after one that is not counted.
-      seed: Of the prompts.
+      seed: Seed of the prompts.
 
     Returns:
       Medians over the rounds, in milliseconds, and of their ratio.

@@ -97,9 +97,9 @@ class Bench:
         measured times.
 
         Args:
-          lengths: Of the requests.
+          lengths: Lengths of the requests.
           rounds: Rounds; with an even number both sides come first equally often.
-          seed: Of the prompts.
+          seed: Seed of the prompts.
           after: Called with each round's number and its measurement, for other measurements in the same round.
         """
         last = self.run_round(lengths, seed=seed + rounds)[0].recording
@@ -160,12 +160,12 @@ def measure_throughput(
 
     Args:
       bench: The engine.
-      lengths: Of the requests.
+      lengths: Lengths of the requests.
       rounds: Rounds; figures are medians over them.
       peer: Runs the same requests in batches of `max_num_seqs` in their order, prompts padded to the longest of the batch,
         until the longest output of the batch has ended; its numbers count the requested tokens, not the padding.
       peer_dtypes: Dtypes of the peer's weights.
-      seed: Of the prompts.
+      seed: Seed of the prompts.
       tell: Gets a line of text about each part before it is measured.
 
     Returns:

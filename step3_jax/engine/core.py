@@ -54,8 +54,8 @@ class EngineCore:
       max_model_len: Most tokens of prompt and output together.
       stats: Counts and times so far.
       buckets: The sizes of its calls.
-      allocator: Of the cache's pages.
-      scheduler: Of the sequences.
+      allocator: Allocates the cache's pages.
+      scheduler: Schedules the sequences.
     """
 
     def __init__(

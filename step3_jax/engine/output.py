@@ -15,10 +15,10 @@ from step3_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass
 class _Entry:
-    """A request under way.
+    """A request in progress.
 
     Attributes:
-      request: What was asked for.
+      request: The request.
       place: The prompt's index in its call.
       completions: Its completions.
       first_token_s, last_token_s: For each completion, seconds since the request arrived.

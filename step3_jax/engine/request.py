@@ -104,7 +104,7 @@ class SequenceOutput:
     """What one sequence has generated since its last output.
 
     Attributes:
-      request_id: Of the request.
+      request_id: The request's id.
       index: The sequence's number within the request.
       token_ids: New tokens, including the one that ended it.
       finish: "" while it goes on; "stop" (its last token ended it), "length", "aborted" or "failed".

@@ -87,7 +87,7 @@ class Group:
     """The sequences of one request, which share its prompt.
 
     Attributes:
-      request: What was asked for.
+      request: The request.
       sequences: One for each completion.
       root: The parent of the first page's key, see `cache.prefix`.
       marks: Marks of the pages with image places, see `cache.prefix`.

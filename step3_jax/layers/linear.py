@@ -85,7 +85,7 @@ def linear(
     """x W^T in the dtype of `hidden`, summed in float32.
 
     Leading axes are flattened first: on XLA:CPU the gradient of a weight contracted over two axes misses the fast
-    matrix product (3x slower). On CPUs a few rows in bfloat16 are filled up with zeros (see `MIN_CPU_ROWS`).
+    matrix product (3x slower). On CPUs a few rows in bfloat16 are padded with zeros (see `MIN_CPU_ROWS`).
 
     A quantised weight is dequantised first.
     """

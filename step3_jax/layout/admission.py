@@ -49,7 +49,7 @@ def count_growth(num_tokens: int, num_steps: int, max_cached: int, *, num_pages:
     """Pages that a sequence gets for its next tokens, as far as they are free.
 
     Args:
-      num_tokens: Of prompt and output so far.
+      num_tokens: Tokens of prompt and output so far.
       num_steps: Tokens to generate.
       max_cached: Most tokens that it ever has in the cache.
       num_pages: Its pages.

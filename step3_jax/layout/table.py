@@ -150,7 +150,7 @@ def shard_shape(
 
     Args:
       shape: Shape of the whole parameter, in the checkpoint.
-      path: Of the parameter.
+      path: The parameter's path.
       parallel: The setting; its ep is known. Axes that do not divide are padded.
       vision: Sizes of the vision tower; without one there are no parameters of it.
     """

@@ -35,7 +35,7 @@ class Workspace:
 
     @property
     def total(self) -> int:
-        """Of the largest phase."""
+        """Bytes of the largest phase."""
         return max(self.decode, self.prefill, self.image)
 
     @property
@@ -58,7 +58,7 @@ def estimate_workspace(
     """The estimate for one device of a role.
 
     Args:
-      config: As `role.deployed_config` gives it.
+      config: From `role.deployed_config`.
       weights: One of `weight_form.WEIGHTS`.
       role: What the device holds.
       rows: Sequences that each device with a cache decodes at once; of a micro-batch where there are several.

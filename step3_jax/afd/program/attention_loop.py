@@ -142,8 +142,8 @@ class AttentionLoop:
         """Prefills a chunk of prompts into the cache; nothing is in flight when it returns.
 
         Args:
-          weights: Of this device.
-          cache: Of this device.
+          weights: This device's weights.
+          cache: This device's cache.
           batch: The chunk of all devices, the same on each.
         """
         ends, layers = self._ends.build(weights.ends), Layers(self._parts, weights.layers)
@@ -188,8 +188,8 @@ class AttentionLoop:
         The end of a row is seen one step late: a call may take one more step, in which the row does nothing.
 
         Args:
-          weights: Of this device.
-          cache: Of this device.
+          weights: This device's weights.
+          cache: This device's cache.
           batch: The rows of all devices, the same on each.
           sampling: Parameters of all rows.
           numbers: How many steps to take, and when to leave early.

@@ -96,7 +96,7 @@ class FfnLoop:
         """The FFN side of a chunk of prompts, without the last layer, where it is not needed.
 
         Args:
-          weights: Of this device.
+          weights: This device's weights.
           num_tokens: Tokens of each attention device.
 
         Returns:
@@ -125,7 +125,7 @@ class FfnLoop:
         """The FFN side of a decode call.
 
         Args:
-          weights: Of this device.
+          weights: This device's weights.
           numbers: As for the attention side.
           num_rows: Rows of each attention device.
           max_steps: As for the attention side.

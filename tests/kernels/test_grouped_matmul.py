@@ -129,7 +129,7 @@ def test_rows_that_are_quantised_already_give_the_same() -> None:
     found = run(quantise_rows(x, scales_layout="columns"), gate=gate, up=up, down=down)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
-    with pytest.raises(ValueError, match="x is quantised and the weights are not"):
+    with pytest.raises(ValueError, match="x is quantised but the weights are not"):
         api.moe_ffn(quantise_rows(x), jnp.asarray(weights), jnp.asarray(experts), gate[0], up[0], down[0])
     with pytest.raises(ValueError, match=r"the scales of x are \(7, 2\); for values \(7, 256\) they must be \(2, 8\)"):
         api.moe_ffn(quantise_rows(x), jnp.asarray(weights), jnp.asarray(experts), *layer)

@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused() -> None:
         call(jnp.ones((2, 128)), jnp.ones((3, 128)), eps=EPS)
     with pytest.raises(ValueError, match="x is float16; allowed: bfloat16, float32"):
         call(jnp.ones((2, 128), jnp.float16), jnp.ones(128), eps=EPS)
-    with pytest.raises(NotImplementedError, match="D to be a multiple of 1024 and at most 8192, it is 128"):
+    with pytest.raises(NotImplementedError, match="D to be a multiple of 1024 and at most 8192, but it is 128"):
         call(jnp.ones((2, 128)), jnp.ones(128), eps=EPS, implementation="interpret")
 
 

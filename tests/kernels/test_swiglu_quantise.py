@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_refused() -> None:
         call(jnp.ones((2, 127)))
     with pytest.raises(ValueError, match="gate is float16; allowed"):
         call(jnp.ones((2, 128), jnp.float16), jnp.ones((2, 128), jnp.float16))
-    with pytest.raises(NotImplementedError, match="F to be a multiple of 128, it is 64"):
+    with pytest.raises(NotImplementedError, match="F to be a multiple of 128, but it is 64"):
         call(jnp.ones((2, 64)), jnp.ones((2, 64)), implementation="interpret")
 
 

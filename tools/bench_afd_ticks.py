@@ -1,4 +1,4 @@
-"""Single ticks of AFD's executor `program` on one CPU, beside those that the planner simulates from their parts.
+"""Single ticks of AFD's executor `program` on one CPU, next to those that the planner simulates from their parts.
 
     python -m tools.bench_afd_ticks --json out.json
 
@@ -9,8 +9,8 @@ The two processes, the model and the sizes are those of `tools.bench_afd`. Measu
 - exchange: each of many exchanges with nothing computed;
 - pipelined: the complete decode program, in which nothing is timed but the whole.
 
-The times of each are written as quantiles at equal distances, with their mean. From those of the parts, alone and beside
-each other, a tick is simulated (`planner/simulation/lockstep.py`), and shown next to the pipelined one. The machine must
+The times of each are written as equally spaced quantiles, with their mean. From those of the parts, alone and beside each
+other, a tick is simulated (`planner/simulation/lockstep.py`) and shown next to the pipelined one. The machine must
 have two cores to itself: where other work runs, an exchange alone takes longer than a whole tick.
 """
 
@@ -45,13 +45,13 @@ NUM_QUANTILES = 50
 
 
 class Clock:
-    """Notes when values have been computed."""
+    """Records when values have been computed."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
 
     def stamp(self, slot: UInt8[Array, " slot"]) -> UInt8[Array, " slot"]:
-        """The same bytes; the time is noted once all of them are there, and before anything that needs the result."""
+        """The same bytes; the time is recorded once all of them are there, before anything that needs the result."""
 
         def note(_: object, last: np.ndarray) -> np.ndarray:
             self._times.append(time.perf_counter())
@@ -67,7 +67,7 @@ class Clock:
 
 
 def stamped(base: type[Wire], clock: Clock) -> type[Wire]:
-    """A wire that notes each exchange when its bytes are there to be sent."""
+    """A wire that records each exchange when its bytes are ready to be sent."""
 
     class StampedWire(base):  # type: ignore[misc, valid-type]
         def _swap(self, slot: UInt8[Array, " slot"]) -> UInt8[Array, " slot"]:
@@ -116,7 +116,7 @@ class TickRank:
 
         def timed() -> list[float]:
             self._clock.take()
-            # Only the first run looks at it, which compiles.
+            # Only the first run, which compiles, looks at it.
             with mock.patch.object(bench_afd, "SilentWire", wire):
                 run()
             times = self._clock.take()[: self._arguments.steps * schedule.num_ticks]
@@ -164,7 +164,7 @@ def _rest() -> list[float]:
 
 
 def _quantiles(values: list[float]) -> dict[str, object]:
-    """Quantiles in the middle of equal parts, and the mean, in microseconds."""
+    """Quantiles at the middles of equal parts, and the mean, in microseconds."""
     places = (np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
     return {
         "mean_us": round(1e6 * statistics.fmean(values), 2),
@@ -197,7 +197,7 @@ def summarise(
 def show(found: Mapping[str, Any]) -> None:
     """Prints what was measured and what is simulated from it."""
     exchange, layers = found["exchange"], found["conditions"]["layers"]
-    print(f"ms a layer of one micro-batch; an exchange alone {exchange['mean_us'] / 1e3:.2f}")
+    print(f"ms per layer of one micro-batch; an exchange alone {exchange['mean_us'] / 1e3:.2f}")
     print(
         "micro-batches  measured   attention       FFN  simulated  error   beside: attention       FFN  simulated  error"
     )
@@ -219,7 +219,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def _seconds(times: Mapping[str, Any]) -> list[float]:
-    """Quantiles with the mean of all times: that of the quantiles lacks the longest ones."""
+    """Quantiles with the mean of all times: the mean of the quantiles would miss the longest ones."""
     quantiles = times["quantiles_us"]
     scale = times["mean_us"] / statistics.fmean(quantiles) / 1e6
     return [scale * value for value in quantiles]

@@ -77,7 +77,7 @@ def test_columns_behind_the_norms_own_are_left_out() -> None:
     expected = norm_quantise(x, weight, eps=EPS, implementation="reference")
     for implementation in ("reference", "interpret"):
         assert_same(norm_quantise(wide, weight, eps=EPS, implementation=implementation), expected, 3, "rows")
-    with pytest.raises(NotImplementedError, match="multiple of 512 columns, they have 1152"):
+    with pytest.raises(NotImplementedError, match="multiple of 512 columns, but they have 1152"):
         norm_quantise(wide[:, :1152], weight, eps=EPS, implementation="interpret")
 
 

@@ -122,9 +122,7 @@ def check_fixed(prefix: str, values: Mapping[str, object]) -> None:
             raise ValueError(f"{prefix}{name} is {value!r}: {only}, so this is another model")
     kinds = values.get("layer_types")
     if isinstance(kinds, list) and set(map(str, kinds)) - {"full_attention"}:
-        raise ValueError(
-            f"{prefix}layer_types is {kinds!r}: Step3 has only 'full_attention', so this is another model"
-        )
+        raise ValueError(f"{prefix}layer_types is {kinds!r}: Step3 has only 'full_attention', so this is another model")
 
 
 def rope_theta(prefix: str, values: Mapping[str, object]) -> float | None:

@@ -142,7 +142,9 @@ def _meet(host: str, port: int, rank: int, num_processes: int, timeout_s: int) -
             # Anything else is not one of our processes.
             if len(words) == 2 and all(word.isdecimal() for word in words) and 0 < int(words[0]) < num_processes:
                 if int(words[1]) != num_processes:
-                    raise ValueError(f"process {words[0]} is one of {words[1]}, but process 0 is one of {num_processes}")
+                    raise ValueError(
+                        f"process {words[0]} is one of {words[1]}, but process 0 is one of {num_processes}"
+                    )
                 present[int(words[0])] = caller
         for caller in present.values():
             with contextlib.suppress(OSError):

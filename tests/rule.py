@@ -17,7 +17,7 @@ from step3_jax.sampling.params import SamplingParams
 
 @dataclasses.dataclass
 class RuleMatcher:
-    """Follows an output by a function that says what may come next; a lone token but `end` is forced."""
+    """Follows an output by a function that says what may come next; a single allowed token other than `end` is forced."""
 
     rule: Callable[[Sequence[int]], set[int]]
     vocab_size: int
@@ -42,7 +42,7 @@ class RuleMatcher:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A constraint that allows what a function of the output says."""
+    """A constraint that allows what a function of the output returns."""
 
     rule: Callable[[Sequence[int]], set[int]]
     vocab_size: int
@@ -69,7 +69,7 @@ def digit_rule(output: Sequence[int]) -> set[int]:
 
 
 def run_ruled(executor: Executor, *, max_model_len: int, max_num_batched_tokens: int = 4096) -> list[list[int]]:
-    """Tokens of two constrained sequences, of which one is free up to its third token, and of a free one beside them."""
+    """Tokens of two constrained sequences, one of them free up to its third token, and of a free one next to them."""
     vocab_size = executor.config.text.vocab_size
     config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens)
     core = EngineCore(executor, config, max_model_len=max_model_len)

@@ -304,7 +304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         conditions |= {"source_bytes": num_bytes, "making_seconds": round(time.perf_counter() - start, 1)}
         free = shutil.disk_usage(root).free
         if free < 1.1 * num_bytes:
-            raise ValueError(f"{1.1 * num_bytes / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free; give --dir")
+            raise ValueError(
+                f"{1.1 * num_bytes / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free; give --dir"
+            )
         sides = list_sides(arguments.workers, with_loading=not arguments.no_loading)
         rows = run_rounds(source, pathlib.Path(root), sides, arguments.rounds)
     conditions |= {"cpu_pressure_after": read_pressure("cpu"), "io_pressure_after": read_pressure("io")}

@@ -97,7 +97,9 @@ def measure(num_events: int, rounds: int) -> dict[str, dict[str, float]]:
 def main() -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description="Events a second of the simulated pipeline.")
-    parser.add_argument("--events", type=int, default=200_000, metavar="N", help="events per run (default: %(default)s)")
+    parser.add_argument(
+        "--events", type=int, default=200_000, metavar="N", help="events per run (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures")
     arguments = parser.parse_args()

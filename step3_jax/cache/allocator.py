@@ -76,7 +76,9 @@ class PageAllocator:
         """
         available = self.num_free_in(shard)
         if count > available:
-            raise OutOfPages(f"{count} pages of the KV cache are needed, but {available} of {self.shard_pages} are free")
+            raise OutOfPages(
+                f"{count} pages of the KV cache are needed, but {available} of {self.shard_pages} are free"
+            )
         free, evictable = self._free[shard], self._evictable[shard]
         pages = []
         for _ in range(count):

@@ -136,7 +136,9 @@ def _is_done(plan: Plan, target: pathlib.Path, partial: pathlib.Path, resume: bo
     has_target = target.exists() and (not target.is_dir() or any(target.iterdir()))
     check_free(partial / MANIFEST_FILE)
     if partial.exists() and not resume:
-        raise ValueError(f"{partial} holds an unfinished conversion: continue it with --resume, or remove it to start over")
+        raise ValueError(
+            f"{partial} holds an unfinished conversion: continue it with --resume, or remove it to start over"
+        )
     if not has_target:
         return False
     if resume and target.is_dir() and not (partial / DATA).exists():

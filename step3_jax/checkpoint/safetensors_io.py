@@ -333,7 +333,9 @@ def write_safetensors(
                 if isinstance(array, LazyArray) and array.pieces is None:
                     file.truncate(file.seek(num_bytes(array), os.SEEK_CUR))
                 if file.tell() - start != num_bytes(array):
-                    raise ValueError(f"{path}: the pieces of {name} do not add up to the {num_bytes(array)} bytes it needs")
+                    raise ValueError(
+                        f"{path}: the pieces of {name} do not add up to the {num_bytes(array)} bytes it needs"
+                    )
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

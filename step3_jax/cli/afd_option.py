@@ -47,7 +47,9 @@ def read_afd_choice(
     if deployment is None or deployment.topology is None:
         for name, default in _NEEDS_AFD.items():
             if getattr(arguments, name) != default:
-                raise ValueError(f"--{name.replace('_', '-')} is for attention and FFN on separate devices: add --afd xAyF")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for attention and FFN on separate devices: add --afd xAyF"
+                )
         return None
     config = config or EngineConfig()
     if config.speculative_config is not None:

@@ -144,7 +144,9 @@ def _check_together(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None:
         raise ValueError("there is nothing to answer: give the prompt with -p TEXT, or -p - to read it from stdin")
     if arguments.stream and (arguments.json or arguments.n > 1):
-        raise ValueError("--stream shows one answer as text: leave it out with --json or --n, which print whole answers")
+        raise ValueError(
+            "--stream shows one answer as text: leave it out with --json or --n, which print whole answers"
+        )
     if arguments.logprobs is not None and not arguments.json:
         raise ValueError("--logprobs cannot be shown as plain text: add --json")
     if arguments.raw and arguments.system is not None:

@@ -107,9 +107,7 @@ def _read_pools(words: Sequence[str], prices: Prices) -> list[Pool]:
     """
     pools = [parse_pool(word, prices) for text in words for word in text.split(",") if word.strip()]
     if not pools:
-        raise ValueError(
-            f"give the devices you have, such as --hardware h800:32; known: {', '.join(list_hardware())}"
-        )
+        raise ValueError(f"give the devices you have, such as --hardware h800:32; known: {', '.join(list_hardware())}")
     names = [pool.hardware.name for pool in pools]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

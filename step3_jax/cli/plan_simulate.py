@@ -49,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     has_requests = arguments.decode_only or any(getattr(arguments, name) is not None for name in _OF_REQUESTS)
     for name in _OF_BATCH:
         if has_requests and getattr(arguments, name) is not None:
-            raise ValueError(f"--{name} is for a batch that stays full, but requests come and go: leave one of them out")
+            raise ValueError(
+                f"--{name} is for a batch that stays full, but requests come and go: leave one of them out"
+            )
     if arguments.exchange_on_core and not arguments.lockstep:
         raise ValueError("--exchange-on-core is a kind of lockstep: add --lockstep")
     case = read_case(arguments)

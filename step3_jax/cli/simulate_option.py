@@ -163,9 +163,7 @@ def _read_given(arguments: argparse.Namespace, num_layers: int, num_microbatches
         if not (math.isfinite(arguments.tpot_ms) and arguments.tpot_ms > 0):
             raise ValueError(f"--tpot-ms {arguments.tpot_ms:g}: a number above 0 is needed")
         own_s = stage_budget_s(arguments.tpot_ms / 1e3, num_layers, num_microbatches)
-        source = (
-            f"stages of {own_s * 1e6:.1f} us, so that a token takes {arguments.tpot_ms:g} ms: arithmetic, not a prediction"
-        )
+        source = f"stages of {own_s * 1e6:.1f} us, for {arguments.tpot_ms:g} ms per token: arithmetic, not a prediction"
         # With one micro-batch in flight the sides alternate.
         return FixedTimer(own_s, 0.0, own_s if num_microbatches > 1 else 0.0, 0.0, (source,))
     if not given:

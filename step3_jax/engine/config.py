@@ -241,9 +241,7 @@ def read_config_file(path: str | pathlib.Path) -> tuple[dict[str, object], str |
     fields.pop("server", None)
     deployment = fields.pop("deployment", None)
     if deployment is not None and not isinstance(deployment, str | dict):
-        raise ValueError(
-            f"{path}: deployment is {deployment!r}; it must be a mapping or the name of a deployment file"
-        )
+        raise ValueError(f"{path}: deployment is {deployment!r}; it must be a mapping or the name of a deployment file")
     EngineConfig.of(fields, source=str(path))
     return fields, deployment
 

@@ -52,9 +52,7 @@ def as_plain(hidden: Float[Array, "*batch D"] | Rows) -> Float[Array, "*batch D"
     if not isinstance(hidden, Rows):
         return hidden
     if hidden.plain is None:
-        raise ValueError(
-            "only the quantised form of these rows exists: make their norm keep the plain form too"
-        )
+        raise ValueError("only the quantised form of these rows exists: make their norm keep the plain form too")
     return hidden.plain
 
 

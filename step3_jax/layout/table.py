@@ -104,7 +104,9 @@ def assign_axes(
     used = [axis for entry in entries for axis in entry]
     twice = sorted({axis for axis in used if used.count(axis) > 1})
     if twice:
-        raise ValueError(f"an array with the axes {tuple(axes)} would be sharded twice along {', '.join(twice)} of the mesh")
+        raise ValueError(
+            f"an array with the axes {tuple(axes)} would be sharded twice along {', '.join(twice)} of the mesh"
+        )
     return entries
 
 

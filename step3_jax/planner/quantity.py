@@ -36,13 +36,13 @@ def parse_tokens(text: str, name: str = "--context") -> int:
 def parse_assignment(text: str, name: str, value: str) -> tuple[str, str]:
     """Reads "name=value".
 
-    Args:
-      text: The given text.
-      name: The option's name, for messages.
-value: A placeholder for the value, for messages.
+        Args:
+          text: The given text.
+          name: The option's name, for messages.
+    value: A placeholder for the value, for messages.
 
-    Raises:
-      ValueError: If a part is missing.
+        Raises:
+          ValueError: If a part is missing.
     """
     left, sign, right = text.partition("=")
     if not sign or not left.strip() or not right.strip():

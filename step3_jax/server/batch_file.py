@@ -183,9 +183,7 @@ def _check_line(data: bytes, where: str) -> tuple[str, str]:
         raise ValueError(f"{where} is {type(entry).__name__}; {_FORM} is needed")
     custom_id, body = entry.get("custom_id"), entry.get("body")
     if not isinstance(custom_id, str) or not custom_id or not custom_id.isprintable():
-        raise ValueError(
-            f"{where} has custom_id {custom_id!r}; a text of one line is needed, unique for each request"
-        )
+        raise ValueError(f"{where} has custom_id {custom_id!r}; a text of one line is needed, unique for each request")
     if entry.get("method", "POST") != "POST":
         raise ValueError(f"{where} has method {entry['method']!r}; POST is needed")
     if entry.get("url") not in URLS:

@@ -106,7 +106,9 @@ class MediaFetcher:
         target = self._check(url, shown)
         addresses = await self._resolve(target.host, target.port)
         if not addresses or not all(is_public(address) for address in addresses):
-            raise ValueError(f"Image {shown}: {target.host} has no public address; only public addresses are fetched from.")
+            raise ValueError(
+                f"Image {shown}: {target.host} has no public address; only public addresses are fetched from."
+            )
         scheme, host, port, path = target
         request = httpcore2.URL(scheme=scheme.encode(), host=host.encode(), port=port, target=path.encode())
         named = host if port == _DEFAULT_PORTS[scheme] else f"{host}:{port}"

@@ -9,8 +9,8 @@ The released template ends a prompt inside `<think>`, so the output starts with 
       </steptml:invoke><｜tool_call_end｜> ...
     <｜tool_calls_end｜>
 
-Small deviations are tolerated: `function<｜tool_sep｜>`, the end of a call and that of the block may be missing. Text between
-calls is dropped, and so are calls of another type and unterminated parameters. A marker out of place is text, and
+Small deviations are tolerated: `function<｜tool_sep｜>`, the end of a call and that of the block may be missing. Text
+between calls is dropped, and so are calls of another type and unterminated parameters. A marker out of place is text, and
 so is a second block.
 
 A call is delivered when it is complete. **One that is cut off (by `max_tokens`, say) is not a call**: its text, with

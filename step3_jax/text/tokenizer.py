@@ -167,7 +167,9 @@ class Tokenizer:
         names = {name: f"<{name}>" for name in ImageTokenIds.__dataclass_fields__}
         missing = [token for token in names.values() if token not in self._control]
         if missing:
-            raise ValueError(f"{self._source} has no control token(s) {', '.join(missing)}, so it does not support images.")
+            raise ValueError(
+                f"{self._source} has no control token(s) {', '.join(missing)}, so it does not support images."
+            )
         return ImageTokenIds(**{name: self._control[token] for name, token in names.items()})
 
     def encode(self, text: str, *, allow_control: bool = True, add_bos: bool = False) -> list[int]:

@@ -1,4 +1,4 @@
-"""`step3 launch -- generate --afd`: what two processes answer is what one does, and what does not fit is refused."""
+"""`step3 launch -- generate --afd`: two processes answer as one does, and whatever does not fit is refused."""
 
 from __future__ import annotations
 

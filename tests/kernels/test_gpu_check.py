@@ -1,4 +1,4 @@
-"""tools/gpu_check on a machine without a GPU: both CPU modes run whole, and its own judgement is right."""
+"""tools/gpu_check on a machine without a GPU: both CPU modes run to the end, and its own verdicts are right."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from pallas_kernels.storage import Storage
 from tests.kernels.support import lower_for_cuda, row_errors
 
 SCALE = 0.05
-# Against the reference on the same stored numbers: what 16-bit weights and values lose. Keys are multiplied as stored.
+# Against the reference on the same stored numbers: what 16-bit weights and values lose. Keys are multiplied in stored form.
 TOLERANCE = {"bfloat16": 3e-3, "fp8": 2e-3, "int4": 4e-3}
 
 
@@ -70,7 +70,7 @@ def _poisoned(stored: jax.Array, scales: jax.Array | None, where: jax.Array) -> 
 def _attend_float64(
     queries: jax.Array, pages: KVPages, table: jax.Array, lengths: jax.Array
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output and log-sum-exp, one token after the other."""
+    """Output and log-sum-exp, token by token."""
     batch, tokens, _, head_dim = queries.shape
     out, lse = np.zeros(queries.shape), np.full(queries.shape[:3], -np.inf)
     for b in range(batch):
@@ -120,7 +120,7 @@ def test_the_reference_equals_float64_attention(case: Case) -> None:
 
 
 EDGES = (0, 1, 63, 64, 65, 200)
-# T * H <= 64 rows takes the kernel's first form, more its second.
+# T * H <= 64 rows use the kernel's first form, more use its second.
 SHORT_CASES = [
     (Case("bfloat16", EDGES), True),
     (Case("int4", (*EDGES, 2), tokens=4, heads=16, page_size=128), False),
@@ -145,7 +145,7 @@ def _check_kernel(case: Case, detect_races: bool) -> None:
     run = functools.partial(mosaic.decode_attention, scale=SCALE, interpret=True, detect_races=detect_races)
     queries, pages, table, lengths = args
     with race_check():
-        # As if the sequences' pages were those of a layer that starts after the first page of the pool.
+        # As if the sequences' pages belonged to a layer that starts after the first page of the pool.
         out, lse = jax.block_until_ready(jax.jit(run)(queries, pages, table - 1, lengths, None, jnp.int32(1)))
     expected, expected_lse = jax.jit(functools.partial(reference.decode_attention, scale=SCALE))(*args)
     assert out.dtype == args[0].dtype
@@ -227,7 +227,7 @@ def _check_quantised(case: Case) -> None:
         * np.repeat(np.asarray(pair[1])[:, :num_rows].T.astype(np.float64), 128, axis=1)
         for pair in ((values, scales), expected)
     )
-    # A number in the middle between two of e4m3 may go either way.
+    # A number halfway between two of e4m3 may go either way.
     assert row_errors(got, want).max() < 0.02
 
 
@@ -284,7 +284,7 @@ def _run_planted(argument: str) -> str:
             [sys.executable, "-c", MISSING_WAIT, argument], capture_output=True, text=True, timeout=120, check=False
         )
     except subprocess.TimeoutExpired as hang:
-        # The interpreter of JAX 0.10 says what it found, and then waits for threads that have ended.
+        # The interpreter of JAX 0.10 reports what it found, and then waits for threads that have ended.
         return "hung: " + b"".join([hang.stdout or b"", hang.stderr or b""]).decode()
     return "passed" if done.returncode == 0 and "no race" in done.stdout else done.stderr
 

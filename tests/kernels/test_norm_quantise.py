@@ -29,7 +29,7 @@ def inputs(m: int, size: int, dtype: jax.typing.DTypeLike, weight_dtype: jax.typ
 
 
 def assert_same(actual: tuple[jax.Array, ...], expected: tuple[jax.Array, ...], m: int, layout: ScalesLayout) -> None:
-    """Equal but for values that rounding in another order put on the neighbouring FP8 number."""
+    """Equal but for values that a different order of rounding put on the neighbouring FP8 number."""
     actual_scales, expected_scales = (
         scales if layout == "rows" else scales[:, :m] for scales in (actual[1], expected[1])
     )
@@ -87,7 +87,7 @@ def test_the_kernel_gives_what_the_reference_gives(layout: ScalesLayout) -> None
     options = {"eps": EPS, "scales_layout": layout, "with_normed": layout == "columns"}
     expected = norm_quantise(x, weight, **options, implementation="reference")
     if layout == "columns":
-        # The middle one of a stack: its neighbours hold what would show.
+        # The middle one of a stack: reading its neighbours would show.
         stack = jnp.stack([jnp.full_like(weight, jnp.nan), weight, jnp.full_like(weight, jnp.nan)])
         actual = norm_quantise(x, stack, layer=jnp.int32(1), **options, implementation="interpret")
     else:

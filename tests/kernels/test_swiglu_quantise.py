@@ -24,7 +24,7 @@ def inputs(m: int, size: int, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, j
 
 
 def assert_same(actual: tuple[jax.Array, jax.Array], expected: tuple[jax.Array, jax.Array]) -> None:
-    """Equal but for values that another exponential put on the neighbouring FP8 number."""
+    """Equal but for values that a different exponential put on the neighbouring FP8 number."""
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5)
     values, wanted = (np.asarray(arrays[0].astype(jnp.float32)) for arrays in (actual, expected))
     assert (np.abs(values - wanted) <= np.maximum(np.abs(wanted) / 8, 2**-9)).all()

@@ -1,4 +1,4 @@
-"""Processes on this machine: what each is told, what is shown, how it ends."""
+"""Processes on this machine: what each is given, what is shown, how it ends."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def test_rank_0_has_the_standard_input_that_its_command_reads(
 
 
 def test_the_end_of_a_rank_that_reads_is_not_waited_for_by_its_input(environment: dict[str, str]) -> None:
-    """As when `chat` is left by /quit while the terminal is still there."""
+    """As when `chat` is quit with /quit while the terminal is still there."""
     options = ["launch", "--local", "1", "--module", "eval_rank", "--", "-", "print(input())"]
     with subprocess.Popen(
         [sys.executable, "-m", "step3_jax.cli.main", *options],

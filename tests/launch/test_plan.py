@@ -122,7 +122,7 @@ def test_settings_of_a_rank_on_a_gpu() -> None:
     assert found["JAX_PLATFORMS"] == "cuda,cpu"
     assert found["no_proxy"] == "internal,a"
     flags = found["XLA_FLAGS"].split()
-    # The user's own win.
+    # The user's own settings win.
     assert flags[:2] == ["--xla_dump_to=/tmp/x", "--xla_gpu_shard_autotuning=true"]
     assert "--xla_gpu_nccl_terminate_on_error=true" in flags
     assert len(flags) == len({flag.partition("=")[0] for flag in flags})

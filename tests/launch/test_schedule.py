@@ -1,4 +1,4 @@
-"""Where a process stands in a job, from the variables that the schedulers set."""
+"""A process's place in a job, from the variables that the schedulers set."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_pod_starts_all_ranks_of_its_host(start: Start) -> None:
     pod = {"JOB_COMPLETION_INDEX": "1", "STEP3_NUM_HOSTS": "2", "STEP3_SERVICE": "step3"}
     options = "--processes-per-host 2 --coordinator localhost"
     running = start(options, ["*:show=STEP3_PROCESS_ID", "*:show=STEP3_COORDINATOR"], **pod)
-    # The test's machine is not called like a pod, which --coordinator makes up for.
+    # The test machine is not named like a pod, which --coordinator makes up for.
     assert running.wait() == 0, running.stderr
     assert "STEP3_PROCESS_ID=2\n" in running.stderr
     assert "STEP3_PROCESS_ID=3\n" in running.stderr
@@ -187,7 +187,7 @@ def test_a_number_of_tasks_that_does_not_fit_the_topology_is_refused(start: Star
 
 
 def test_task_0_notices_that_the_coordinator_is_another_machine(start: Start, tmp_path: pathlib.Path) -> None:
-    # An address for documentation, which is no machine's.
+    # An address reserved for documentation, which no machine has.
     running = start("--coordinator 192.0.2.1", ["*:say=started"], **_open_mpi_tasks(2)[0])
     assert running.wait() == 2
     assert "192.0.2.1 is not an address of" in running.stderr

@@ -96,7 +96,9 @@ def test_a_rank_that_does_not_move_for_the_deadline_is_lost(watch: Watch) -> Non
     hear_all(watch, still_s=(0, 0, DEADLINE_S - 0.1))
     assert blamed(watch) is None
     hear_all(watch, still_s=(0, 0, DEADLINE_S + 0.5))
-    assert str(blamed(watch)).startswith("ffn 0 (rank 2 on c) has made no progress for 10 s (stopped, or starved of CPU")
+    assert str(blamed(watch)).startswith(
+        "ffn 0 (rank 2 on c) has made no progress for 10 s (stopped, or starved of CPU"
+    )
 
 
 @pytest.mark.parametrize(("leaver", "inside", "is_failure"), [(2, True, True), (2, False, False), (0, False, True)])

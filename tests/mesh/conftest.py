@@ -1,4 +1,4 @@
-"""A process with eight CPU devices, which answers the tests' questions one after the other."""
+"""A process with eight CPU devices, which answers the tests' questions one by one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 @pytest.fixture(scope="session")
 def eight() -> Iterator[Ask]:
-    """Asks the process; an exception there is one here."""
+    """Asks the process; an exception there is raised here."""
     with worker(PROGRAMS / "worker.py", "8", env=environment(**QUICK_COMPILE)) as ask:
         yield ask

@@ -1,4 +1,4 @@
-"""The tables: what divides a model, what lies where, what is refused and what is offered instead. No device is used."""
+"""The tables: what divides a model, what goes where, what is refused and what is offered instead. No device is used."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_setting_that_means_nothing_is_refused(values, message) -> None:
 
 
 def test_fp8_tensors_of_the_real_model_are_cut_between_blocks() -> None:
-    """On every setting that is let through, the scales of a part are those of its own values."""
+    """With every accepted setting, the scales of a part are those of its own values."""
     for asked in (Parallel(tp=8), Parallel(dp=4, tp=8), Parallel(dp=2, tp=4, ep=2)):
         along = sizes(fit_parallel(asked, STEP3.text, fp8_block=FP8_BLOCK))
         for name, shape in expected_tensors(STEP3).items():

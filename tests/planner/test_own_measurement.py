@@ -1,4 +1,4 @@
-"""What users measured themselves takes the place of published shares."""
+"""Users' own measurements replace published shares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.gpu_check.cases import all_cases
 
 
 def results(**changes: object) -> dict[str, object]:
-    """A results.json as a GPU check leaves it."""
+    """A results.json as a GPU check writes it."""
     good = {"status": "PASS", "us": 100.0}
     return {
         "schema": GPU_CHECK_SCHEMA,

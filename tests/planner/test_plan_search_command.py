@@ -162,7 +162,7 @@ def test_the_pages_show_what_the_command_prints(
     block = next(block for block in text.split("```") if "s/first" in block)
     assert main(["plan", "search", *words]) == 0
     printed = capsys.readouterr().out
-    # Other commands' outputs stand before and behind it.
+    # Other commands' outputs come before and after it.
     part = next(part for part in block.split("...\n") if "s/first" in part)
     rows = part[part.index("   deployment") :].splitlines()
     assert len(rows) >= 3

@@ -1,4 +1,4 @@
-"""The files of a batch: what is refused before anything is run, and what is left after being killed at any byte."""
+"""The files of a batch: what is refused before anything runs, and what is left after a kill at any byte."""
 
 from __future__ import annotations
 

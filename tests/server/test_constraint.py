@@ -1,4 +1,4 @@
-"""The form of answers: it is held to, and what cannot be held to is refused with its place."""
+"""Structured answers: the constraint is kept, and one that cannot be kept is refused, naming the field."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_an_answer_that_matches_comes_whole_and_the_reasoning_is_free(
 
 @pytest.mark.parametrize("values", [{"response_format": FORMAT}, {"structured_outputs": {"choice": ["yes", "no"]}}])
 def test_an_answer_that_does_not_match_is_never_given(client: Client, values: dict[str, object]) -> None:
-    # The model insists, so all that is left of the request is its error.
+    # The model insists, so the request ends with nothing but its error.
     reply = client.chat("SAY fine.</think>Sure! Here", max_tokens=50, **values)
     assert reply.status == 500
 

@@ -1,4 +1,4 @@
-"""Images of HTTP messages: what is read, what is refused, and that the event loop is free meanwhile."""
+"""Images in HTTP messages: what is read, what is refused, and that the event loop stays free."""
 
 from __future__ import annotations
 

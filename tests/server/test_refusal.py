@@ -1,4 +1,4 @@
-"""What is wrong in a request is answered with 400, in one form, and named: field, value, what is allowed."""
+"""A mistake in a request is answered with 400, in one format, naming the field, the value and what is allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process tells its keeper of its place."""
+"""What a process tells its keeper about its progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are read whole, and what lies in place of one."""
+"""Files of a checkpoint that are read whole, and what may be found in place of one."""
 
 from __future__ import annotations
 

@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu_check"), help="folder for results")
     parser.add_argument("--budget", type=float, help="seconds (default: 540; 240 with --first, 300 with --rest)")
     parser.add_argument("--only", help="kernels or starts of names, separated by commas: mfa_decode,fp8_matmul/64")
-    parser.add_argument("--tuning", type=pathlib.Path, help="where to write better blocks (default: where the kernels look)")
+    parser.add_argument(
+        "--tuning", type=pathlib.Path, help="where to write better blocks (default: where the kernels look)"
+    )
     default = pathlib.Path(tempfile.gettempdir()) / "step3-gpu-check"
     parser.add_argument("--cache", type=pathlib.Path, default=default, help=f"compiled programs (default: {default})")
     parser.add_argument("--quick", action="store_true", help="the first case of each kernel, and one that is timed")

@@ -37,7 +37,9 @@ def pick(entries: Sequence[Entry], is_right: Sequence[bool], count: int) -> list
     for kind in KINDS:
         right = [entry for entry, good in zip(entries, is_right, strict=True) if good and entry["kind"] == kind]
         if not right:
-            raise ValueError(f"the model answers no candidate of kind {kind!r} correctly; add candidates to held_out.py")
+            raise ValueError(
+                f"the model answers no candidate of kind {kind!r} correctly; add candidates to held_out.py"
+            )
         picked += right[:count]
     return picked
 

@@ -47,9 +47,7 @@ class Pipeline:
         if self.latency_s < 0:
             raise ValueError(f"latency_s is {self.latency_s:g}; at least 0 is needed")
         if (self.attention_bytes_s is None) != (self.ffn_bytes_s is None):
-            raise ValueError(
-                "links of one side have a bandwidth but those of the other do not: give both or neither"
-            )
+            raise ValueError("links of one side have a bandwidth but those of the other do not: give both or neither")
         for name in ("attention_bytes_s", "ffn_bytes_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:

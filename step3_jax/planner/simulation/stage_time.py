@@ -147,9 +147,7 @@ class FixedTimer:
           ValueError: Always for tokens: a stage of a decode step does not say how long one of a prompt takes.
         """
         if num_tokens:
-            raise ValueError(
-                "the given times are for decoding: add --decode-only, or give hardware instead"
-            )
+            raise ValueError("the given times are for decoding: add --decode-only, or give hardware instead")
         return 0.0
 
     def way(self, num_rows: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Stage times that were measured, from files of two forms."""
+"""Measured stage times, from files in two formats."""
 
 from __future__ import annotations
 

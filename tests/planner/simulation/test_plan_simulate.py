@@ -95,7 +95,7 @@ def test_the_trace_is_of_the_form_that_the_picture_is_drawn_from(
     assert main(["plan", "simulate", "1a1f", *steps, *files, *more]) == 0
     assert 0.5 < measure(read_trace(trace)).efficiency <= 1
     assert "Simulated 1A1F" in picture.read_text()
-    # What a simulation wrote can be simulated again.
+    # A simulation's output can be simulated again.
     assert main(["plan", "simulate", "1a1f", "--stage-times", str(trace), "--steps", "3"]) == 0
     assert "measured: " in capsys.readouterr().out
 

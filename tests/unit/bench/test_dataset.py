@@ -1,4 +1,4 @@
-"""Requests of a load: from files of every form, and generated."""
+"""Requests of a load: from files of every format, and generated."""
 
 from __future__ import annotations
 

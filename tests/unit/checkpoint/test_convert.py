@@ -49,7 +49,7 @@ def tensors_of(folder):
 
 @pytest.fixture
 def bf16_folder(goldens, tmp_path):
-    """The golden text model in BF16, with files beside it."""
+    """The golden text model in BF16, with other files next to it."""
     folder = tmp_path / "bf16"
     run(goldens / "tiny_text", folder, form="hf", dtype="bf16")
     (folder / "tokenizer.json").write_text('{"some": "tokenizer"}')
@@ -188,12 +188,12 @@ def test_resuming_what_is_done_does_nothing(goldens, tmp_path):
 
 
 class Stop(Exception):
-    """What a test stops a conversion with."""
+    """Raised by a test to stop a conversion."""
 
 
 @pytest.fixture
 def stopped(goldens, tmp_path, monkeypatch):
-    """A conversion of a copy of the golden text model, stopped half-way; gives source and target."""
+    """A conversion of a copy of the golden text model, stopped half-way; returns source and target."""
     source, target = tmp_path / "source", tmp_path / "out"
     shutil.copytree(goldens / "tiny_text", source)
     stop_after(monkeypatch, 60, Stop())

@@ -1,4 +1,4 @@
-"""Which form weights are held in: by device, by what is asked for, and by whether there are kernels."""
+"""The form in which weights are held: by device, by request, and by whether there are kernels."""
 
 from __future__ import annotations
 

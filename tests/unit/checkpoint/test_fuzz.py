@@ -1,4 +1,4 @@
-"""Files that anyone may have written: whatever they hold, they open or are refused with a ValueError.
+"""Files that anyone could have written: whatever they contain, they open or are refused with a ValueError.
 
 Nothing outside a file is read, nothing outside the folder is opened, and memory stays in proportion to the header.
 `tools/fuzz_safetensors.py` does the same guided by coverage, for hours if wanted.
@@ -49,7 +49,7 @@ ENTRIES = st.one_of(
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[dict[str, object], int]:
-    """A sound header and its bytes of data, with a few of its values replaced."""
+    """A valid header and its bytes of data, with a few of its values replaced."""
     header: dict[str, object] = {}
     position = 0
     for number in range(draw(st.integers(0, 4))):
@@ -62,7 +62,7 @@ def layouts(draw: st.DrawFn) -> tuple[dict[str, object], int]:
         entry = header[name]
         assert isinstance(entry, dict)
         key = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
-        # The second time it may be no list any more.
+        # The second time it may no longer be a list.
         if isinstance(entry[key], list) and entry[key]:
             entry[key][draw(st.integers(0, len(entry[key]) - 1))] = draw(SIZES)
         else:
@@ -218,7 +218,7 @@ def test_pipes_and_links_to_devices_are_not_waited_for(tmp_path: pathlib.Path, n
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Two shards; beside the folder, a file that no index may reach."""
+    """Two shards and, next to the folder, a file that no index may reach."""
     folder = tmp_path_factory.mktemp("outer") / "model"
     folder.mkdir()
     write_checkpoint(folder, [(name, np.arange(4, dtype=np.float32)) for name in "abc"], max_shard_bytes=32)

@@ -1,4 +1,4 @@
-"""Loading: everything wrong is said at once, and what is loaded is what was stored."""
+"""Loading: everything wrong is reported at once, and what is loaded is what was stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from step3_jax.quant import BlockScaled, dequantise
 
 @pytest.fixture
 def copy(goldens, tmp_path):
-    """Copies a golden model, changes its tensors, and gives the folder."""
+    """Copies a golden model, changes its tensors, and returns the folder."""
 
     def make(name, change=None, folder_name=None):
         folder = tmp_path / (folder_name or name)
@@ -44,7 +44,7 @@ def copy(goldens, tmp_path):
 
 
 def check_error(folder, *parts):
-    with pytest.raises(ValueError, match="does not match its config.json") as error:
+    with pytest.raises(ValueError, match=r"does not match its config\.json") as error:
         load_model(folder)
     for part in parts:
         assert part in str(error.value)
@@ -110,7 +110,7 @@ def _with_scales(dtype):
     def change(tensors):
         for name in tensors:
             if name.endswith("_scale_inv"):
-                # Powers of two, which every dtype holds.
+                # Powers of two, which every dtype represents.
                 tensors[name] = (2.0 ** np.round(np.log2(tensors[name]))).astype(dtype)
 
     return change
@@ -303,12 +303,12 @@ def test_a_model_on_the_cpu_takes_the_memory_of_its_weights_once(stacks, dtype):
     folder, _, total = stacks
     total = total * jnp.dtype(dtype).itemsize // 4
     peak, model = peak_of_host_memory(folder, dtype)
-    # Besides, there are the buffers in which threads cast.
+    # In addition there are the buffers in which threads cast.
     assert peak < total + 2**21 * load.NUM_READERS
     del model
     before = anonymous_bytes()
     model = load_model(folder, dtype)
-    # JAX has taken the arrays as they are.
+    # JAX has taken the arrays without a copy.
     assert anonymous_bytes() - before < 1.3 * total
     assert model.config.dtype == dtype
 

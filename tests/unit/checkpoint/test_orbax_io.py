@@ -36,7 +36,7 @@ MODELS = ("tiny_text", "tiny_vl", "tiny_fp8")
 
 @pytest.fixture(scope="module")
 def orbax_folders(goldens, tmp_path_factory):
-    """The golden models in Orbax form, cut in many chunks."""
+    """The golden models in Orbax form, cut into many chunks."""
     folder = tmp_path_factory.mktemp("orbax")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(orbax_io, "SMALL_BYTES", 512)
@@ -150,7 +150,7 @@ def test_one_role_is_restored_alone(orbax_folders, tmp_path):
 
 
 def test_every_sharding_gets_its_parts(orbax_folders, goldens):
-    """On eight devices, which a process chooses before jax starts: so in a process of its own."""
+    """On eight devices, which must be chosen before jax starts, hence in a separate process."""
     code = """
         import sys, jax, numpy as np
         jax.config.update("jax_num_cpu_devices", 8)

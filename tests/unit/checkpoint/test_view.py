@@ -1,4 +1,4 @@
-"""Parts of a tensor that is seen with more axes than it has."""
+"""Parts of a tensor viewed with more axes than it has."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("private_compile_cache")
 
 @pytest.fixture
 def talk(random_model_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Pipes lines into `step3 chat`; gives exit code, stdout and stderr."""
+    """Pipes lines into `step3 chat`; returns exit code, stdout and stderr."""
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))

@@ -1,4 +1,4 @@
-"""The command line's frame: help, mistakes in one line, exit codes."""
+"""The command line's framework: help, one-line mistakes, exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`step3 serve`: its options, and what is told before anything is loaded."""
+"""`step3 serve`: its options, and what is reported before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised rows: made once, read as they are, plain where that is asked for."""
+"""Quantised rows: made once, read unchanged, plain on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deployment files: the shipped ones are what they say, and a mistake in one is told with its key."""
+"""Deployment files: the shipped ones are what they say, and a mistake in one is reported with its key."""
 
 from __future__ import annotations
 

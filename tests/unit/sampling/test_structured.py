@@ -1,4 +1,4 @@
-"""What may be asked for of an output's form."""
+"""Which structured outputs can be requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages in the forms that OpenAI's clients, vLLM and transformers have them."""
+"""Messages in the formats of OpenAI's clients, vLLM and transformers."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def draw_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], *
       ValueError: If there is not at least one request, or a range is empty or starts below 1.
     """
     if count < 1:
-        raise ValueError(f"{count} requests are requested; at least 1 is needed")
+        raise ValueError(f"{count} requests; at least 1 is needed")
     for name, (low, high) in (("prompt", prompt), ("output", output)):
         if not 1 <= low <= high:
             raise ValueError(f"{name} tokens are {low} to {high}; a range that starts at 1 or more is needed")

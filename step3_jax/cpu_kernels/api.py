@@ -2,7 +2,7 @@
 
 Stored forms: float32 and bfloat16 arrays, FP8 (`BlockScaled`, 128 x 128), int8 (`BlockScaled`, 1 x 128), int4
 (`PackedInt4`). A weight counts as value * scale rounded to float32; products are summed in float32, in an order that
-neither the number of rows nor that of threads changes: a row's output does not depend on what is computed beside it.
+neither the number of rows nor that of threads changes: a row's output does not depend on what else is computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from step3_jax.quant import FP8, GROUP, BlockScaled, PackedInt4
 # Rows and columns of FP8 weights that share a scale.
 FP8_BLOCKS = ((GROUP, GROUP), (1, GROUP))
 
-# Sizes differ from weight to weight, so the axes have no names that would bind.
+# Sizes differ from weight to weight, so the axes have no names, which would be bound.
 Stored = Float[Array, "..."] | BlockScaled | PackedInt4
 MAX_PRODUCTS = 8
 
@@ -45,7 +45,7 @@ def products(kernels: Kernels, hidden: Float[Array, "N K"], weights: Sequence[St
 
     Args:
       kernels: See `loader.find_kernels`.
-      hidden: Worked on in float32; the outputs have its dtype.
+      hidden: Computed on in float32; the outputs have its dtype.
       weights: At most `MAX_PRODUCTS`, of any forms.
     """
     shapes = [jax.ShapeDtypeStruct((hidden.shape[0], weight.shape[0]), jnp.float32) for weight in weights]
@@ -70,13 +70,13 @@ def experts(
     stacks: Sequence[Stored],
     shared: Sequence[Stored] = (),
 ) -> Float[Array, "N D"]:
-    """The sum over each token's experts, in the order of their numbers, of factor * SwiGLU, in one call.
+    """The sum of factor * SwiGLU over each token's experts, in the order of their numbers, in one call.
 
     Args:
       kernels: See `loader.find_kernels`.
-      hidden: Tokens; worked on in float32.
-      factors: Of each token's experts.
-      chosen: Their numbers; a pair whose number no stack has takes no part.
+      hidden: Tokens; computed on in float32.
+      factors: Factors of each token's experts.
+      chosen: Their numbers; pairs whose number is in no stack are ignored.
       stacks: Gate and up [E, F, D], and down [E, D, F]; only the chosen experts are read.
       shared: The same three of an expert that all tokens go to with factor 1, without E; none if empty.
     """

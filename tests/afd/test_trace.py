@@ -75,7 +75,7 @@ def test_the_file_is_a_chrome_trace_and_is_read_back(tmp_path: pathlib.Path) -> 
 )
 def test_another_file_is_refused(tmp_path: pathlib.Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match=r"x\.json is no trace"):
+    with pytest.raises(ValueError, match=r"x\.json is not a trace"):
         read_trace(tmp_path / "x.json")
 
 

@@ -121,7 +121,7 @@ def test_kubernetes() -> None:
         ({"JOB_COMPLETION_INDEX": "0", "STEP3_NUM_HOSTS": "2"}, "job-0", "headless service"),
         (KUBERNETES, "node17", "does not end with -2"),
         (KUBERNETES | {"JOB_COMPLETION_INDEX": "4"}, "job-4", "which is impossible"),
-        (KUBERNETES | {"STEP3_NUM_HOSTS": "two"}, "job-2", "no number"),
+        (KUBERNETES | {"STEP3_NUM_HOSTS": "two"}, "job-2", "not a number"),
         (SLURM | {"SLURM_NODEID": "3"}, "x", "lists 3 hosts"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "?"}, "x", "cannot be read"),
         ({**SLURM, "SLURM_LOCALID": "4"}, "x", "which is impossible"),

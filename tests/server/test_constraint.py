@@ -91,7 +91,7 @@ def test_a_call_that_is_asked_for_is_made(client: Client, values: dict[str, obje
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "structured_outputs.regex"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs", "none of them empty"),
         ({"structured_outputs": {"grammar": "start: nowhere"}}, "structured_outputs", "structured_outputs.grammar"),
-        ({"structured_outputs": {"json": "{"}}, "structured_outputs", "no valid JSON"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs", "not valid JSON"),
         ({"structured_outputs": {"json": {"type": "object", "not": {}}}}, "structured_outputs", "not"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}},

@@ -44,7 +44,7 @@ def test_a_file_of_times_is_read(tmp_path: pathlib.Path) -> None:
         ('{"attention_us": [1]}', "to_ffn_us must be a list"),
         ('{"attention_us": [-1]}', "attention_us must be a list"),
         ('{"atention_us": [1]}', "did you mean attention_us"),
-        ('{"traceEvents": 3}', "is no trace"),
+        ('{"traceEvents": 3}', "is not a trace"),
     ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path: pathlib.Path, text: str, said: str) -> None:

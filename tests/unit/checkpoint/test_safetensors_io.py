@@ -83,7 +83,7 @@ DAMAGE = {
     "offsets backwards": ({"x": entry(offsets=(8, 0))}, bytes(8), "data_offsets"),
     "one offset": ({"x": entry(offsets=(8,))}, bytes(8), "data_offsets"),
     "data truncated": ({"x": entry()}, bytes(7), "truncated"),
-    "data behind the end": ({"x": entry()}, bytes(9), "1 bytes behind"),
+    "data after the end": ({"x": entry()}, bytes(9), "1 bytes after"),
     "hole": ({"x": entry(), "y": entry(offsets=(12, 20))}, bytes(20), "leaves 4 bytes unused"),
     "overlap": ({"x": entry(), "y": entry(offsets=(4, 12))}, bytes(12), "overlaps"),
     "same place": ({"x": entry(), "y": entry()}, bytes(8), "overlaps"),

@@ -20,7 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Before jax is imported, here and in the processes that tests start.
 os.environ["JAX_PLATFORMS"] = os.environ.get("STEP3_TEST_PLATFORM", "cpu")
 
-# The kernels' interpreter holds a thread for each waiting warpgroup; with as few as there are cores here it may hang.
+# The kernels' interpreter holds a thread for each warpgroup that waits; with as few as this machine may have cores it hangs.
 os.environ.setdefault("PJRT_NPROC", "8")
 
 # One compile cache for all processes of a run, so that the same program is compiled once; the user's is not touched.

@@ -69,7 +69,7 @@ def digit_rule(output: Sequence[int]) -> set[int]:
 
 
 def run_ruled(executor: Executor, *, max_model_len: int, max_num_batched_tokens: int = 4096) -> list[list[int]]:
-    """Tokens of two constrained sequences, one of them free up to its third token, and of a free one next to them."""
+    """Tokens of two constrained sequences, of which one is free up to its third token, and of a free one beside them."""
     vocab_size = executor.config.text.vocab_size
     config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens)
     core = EngineCore(executor, config, max_model_len=max_model_len)

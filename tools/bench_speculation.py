@@ -145,9 +145,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints the rows, and writes them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--preset", choices=PRESETS, help="use a model with random weights instead of the one that ships"
-    )
+    parser.add_argument("--preset", choices=PRESETS, help="a model with random weights, in place of the one that ships")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each output (default: %(default)s)")
     parser.add_argument(
         "--guesses", type=int, nargs="+", default=[2, 4, 8], help="tokens to guess (default: %(default)s)"

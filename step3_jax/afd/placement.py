@@ -34,7 +34,7 @@ def load_placed_model(
       path: Folder with `config.json` and the weights.
       topology: The devices.
       dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
-      quantization: See `load_model`; each side's weights are held in the format that its devices take.
+      quantization: See `load_model`; each side's weights are held as its own devices take them.
       load_format: See there.
       payload: What crosses; checked before anything is loaded.
 

@@ -206,12 +206,12 @@ def begin_step(
     Args:
       ends: For the embedding.
       config: Head size and rotary base.
-      form: The format of the rows that come back.
+      form: Of the rows that come back.
       token_ids: [B, 1] in a decode step, [1, N] for a chunk of prompts.
-      step: The tokens' positions in the cache.
-      page_size: Tokens per page.
-      features: Image features; None without images.
-      feature_rows: Row of `features` for each token, -1 for none; None without images.
+      step: Where the tokens stand in the cache.
+      page_size: Tokens of a page.
+      features: Image features; None without pictures.
+      feature_rows: Row of `features` for each token, -1 for none; None without pictures.
     """
     hidden = ends.embed_tokens(token_ids).astype(ends.norm.weight[...].dtype)
     if features is not None and feature_rows is not None:
@@ -293,7 +293,7 @@ def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B
 
 
 def last_logits(ends: Ends, hidden: Float[Array, "B T D"]) -> Float[Array, "B V"]:
-    """The same, from the residual stream after the last layer."""
+    """The same of the residual stream after the last layer."""
     normed = as_plain(ends.norm(hidden[:, -1]))
     with jax.named_scope("lm_head"):
         return ends.lm_head(normed).astype(jnp.float32)

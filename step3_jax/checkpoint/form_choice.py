@@ -41,7 +41,7 @@ class FormChoice:
 
 
 def choose_form(asked: str, place: Place, *, cpu_obstacle: str | None, has_fp8: bool) -> FormChoice:
-    """Chooses how weights are held.
+    """How weights are held.
 
     Args:
       asked: One of `QUANTIZATIONS`.

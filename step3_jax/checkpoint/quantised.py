@@ -69,7 +69,7 @@ class QuantisedParts:
         _as_stack(self.scales)[band.scaled(self.block[0]).slices] = scales
 
     def place(self, sharding: jax.sharding.Sharding | None) -> BlockScaled | PackedInt4:
-        """The weight as a JAX array, in this memory; nothing is copied on a CPU."""
+        """The weight as JAX has it, in this memory; nothing is copied on a CPU."""
         values, scales = jax.device_put(self.values, sharding), jax.device_put(self.scales, sharding)
         if self.form == "int4":
             return PackedInt4(values, scales, self.num_columns)

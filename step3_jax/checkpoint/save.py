@@ -52,9 +52,9 @@ def save_model(
 ) -> None:
     """Writes `config.json` and the weights under a temporary name, then renames the folder.
 
-    Weights come to the host one slice at a time; the parts of joined products are copied first. Weights that are
-    FP8 in the model are written unchanged. The padding of a sharded model, all of whose devices must belong to this
-    process, is left out.
+    Weights come to the host one slice at a time; of products that are joined, the parts are copied first. Weights that are
+    FP8 in the model are written as they are. Of a sharded
+    model, all of whose devices are of this process, what it is filled up with is left out.
 
     Args:
       model: The model.
@@ -207,7 +207,7 @@ def _quantised(
 
 
 def _slices(array: Shaped[Array, "..."] | LayerOf) -> Iterator[Shaped[Array, "..."]]:
-    """The experts of a layer one by one; anything else as a whole."""
+    """The experts of a layer one by one; anything else whole."""
     own = cast(Array, pick(array))
     if own.ndim == 3:
         yield from (own[expert] for expert in range(own.shape[0]))

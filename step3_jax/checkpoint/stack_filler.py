@@ -32,7 +32,7 @@ class StackFiller:
     """The stacks of a model that is being loaded. Several threads may call `put` at once."""
 
     def __init__(self, model: Step3, is_quantised: Callable[[Path], bool]) -> None:
-        """Decides which layers form a stack: neighbours with the same parameters, in the same form.
+        """Decides which layers make a stack: neighbours whose parameters are the same, in the same form.
 
         Args:
           model: A model with unstacked layers; their arrays may be shapes. `finish` changes it.

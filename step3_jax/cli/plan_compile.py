@@ -59,7 +59,7 @@ COMPILER_OPTIONS: dict[str, str | bool] = {
 
 
 def compile_alone(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
-    """Compiles in this process, which must not have used a device yet; arguments as for `plan_process.compile_deployment`.
+    """Compiles in this process, which has used no device yet; arguments as for `plan_process.compile_deployment`.
 
     Raises:
       ValueError: If the deployment does not divide the model; the message says which would.
@@ -79,7 +79,7 @@ def compile_alone(config: ModelConfig, deployment: Deployment, cache: CacheShape
 
 
 def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> dict[str, CompiledBytes]:
-    """The bytes by role name; this process needs as many devices as the deployment has."""
+    """The bytes by the name of the role; this process needs as many devices as the deployment has."""
     if deployment.topology is None:
         layout = make_layout(check_deployment(config, deployment))
         return {BOTH: _compile_both(_place(config, layout), layout, deployment, cache)}
@@ -117,7 +117,7 @@ def _compile_both(model: Step3, layout: Layout, deployment: Deployment, cache: C
     vision = _vision_leaves(model)
     weights = jax.tree.leaves(nnx.state(model.text))
     num_tokens = _count_tokens(pool, layout, model.config.text.num_hidden_layers)
-    # The tower takes no part in a decode step but is on the devices nevertheless.
+    # The tower has no part in a decode step and is on the devices all the same.
     return _read_bytes(program, weights, vision, pool, (batch, sampling, np.int32(1), np.bool_(False)), num_tokens)
 
 
@@ -264,8 +264,8 @@ def _read_bytes(
       weights: Shapes of the weights that it uses.
       others: Shapes of other weights on the devices.
       pool: The cache; None on a side that has none.
-      inputs: Its other arguments; it may have dropped unused ones.
-      num_tokens: Tokens that the pool has room for.
+      inputs: What else it takes; what it has no use for it may have left out.
+      num_tokens: That the pool has room for.
 
     Raises:
       RuntimeError: If the program's arguments are not the ones given, which would make its bytes worthless.

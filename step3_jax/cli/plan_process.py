@@ -37,12 +37,12 @@ class Compilation:
 
 
 def compile_deployment(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
-    """Compiles in a separate process, as the number of devices is fixed once jax computes.
+    """Compiles in a process of its own, as the number of devices is fixed once jax computes.
 
     Args:
       config: From `layout.role.deployed_config`.
       deployment: What runs where.
-      cache: The cache of each device that has one.
+      cache: Of each device that has one.
 
     Raises:
       ValueError: If the deployment does not divide the model; the message says which would.

@@ -2,7 +2,7 @@
 
 Stored forms: float32 and bfloat16 arrays, FP8 (`BlockScaled`, 128 x 128), int8 (`BlockScaled`, 1 x 128), int4
 (`PackedInt4`). A weight counts as value * scale rounded to float32; products are summed in float32, in an order that
-neither the number of rows nor that of threads changes: a row's output does not depend on what else is computed.
+neither the number of rows nor that of threads changes: a row's output does not depend on what is computed beside it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def products(kernels: Kernels, hidden: Float[Array, "N K"], weights: Sequence[St
 
     Args:
       kernels: See `loader.find_kernels`.
-      hidden: Computed on in float32; the outputs have its dtype.
+      hidden: Worked on in float32; the outputs have its dtype.
       weights: At most `MAX_PRODUCTS`, of any forms.
     """
     shapes = [jax.ShapeDtypeStruct((hidden.shape[0], weight.shape[0]), jnp.float32) for weight in weights]
@@ -74,9 +74,9 @@ def experts(
 
     Args:
       kernels: See `loader.find_kernels`.
-      hidden: Tokens; computed on in float32.
-      factors: Factors of each token's experts.
-      chosen: Their numbers; pairs whose number is in no stack are ignored.
+      hidden: Tokens; worked on in float32.
+      factors: Of each token's experts.
+      chosen: Their numbers; a pair whose number no stack has takes no part.
       stacks: Gate and up [E, F, D], and down [E, D, F]; only the chosen experts are read.
       shared: The same three of an expert that all tokens go to with factor 1, without E; none if empty.
     """

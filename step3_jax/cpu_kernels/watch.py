@@ -40,7 +40,7 @@ class ReadCounts:
 def map_file(path: pathlib.Path) -> UInt8[np.ndarray, "bytes"]:
     """A file's bytes, read-only, mapped for as long as an array uses them.
 
-    If the file is cut short in the meantime, a read of what is missing ends the process with a message that names it.
+    If the file is cut short meanwhile, a read of what is missing ends the process with a message that names it.
 
     Raises:
       ValueError: If the file cannot be mapped or watched, or there is no library that does so.

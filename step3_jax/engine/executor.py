@@ -27,9 +27,9 @@ from step3_jax.layout.workspace import estimate_workspace
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 
-# The message where `Executor.can_speculate` is False.
+# What is said where `Executor.can_speculate` does not hold.
 NO_SPECULATION = (
-    "speculative_config cannot be combined with attention and FFN on separate devices (AFD): leave one of them out"
+    "speculative_config does not go with attention and FFN on devices of their own (AFD): leave out one of them"
 )
 
 P = ParamSpec("P")
@@ -118,7 +118,7 @@ class Executor(ModelPart, abc.ABC):
     """Runs a model's calls; the base of all executors.
 
     `runner.Runner` runs them on one device; others spread a model over many. The engine decides which pages belong to which
-    sequence and passes the cache to each call, which consumes it. Between calls an executor keeps no state of a
+    sequence and hands the cache back at each call, which consumes it. Between calls an executor remembers nothing of a
     sequence.
     """
 
@@ -146,7 +146,7 @@ class Executor(ModelPart, abc.ABC):
 
     @property
     def can_speculate(self) -> bool:
-        """Whether `decode` takes calls with speculation."""
+        """Whether `decode` takes calls with guesses."""
         return True
 
     @property
@@ -165,11 +165,11 @@ class Executor(ModelPart, abc.ABC):
         """Lets the other processes of a run leave; does nothing where there are none."""
 
     def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
-        """Memory left for each shard of the cache, by the rule of `step3 plan memory`; None where devices do not report it.
+        """Memory left for each shard of the cache, by the rule of `step3 plan memory`; None where devices do not say.
 
         Args:
-          rows: Sequences per shard that decode at once.
-          chunk_tokens: Prompt tokens per shard that are prefilled at once.
+          rows: Sequences of a shard that decode at once.
+          chunk_tokens: Prompt tokens of a shard that are prefilled at once.
         """
         workspace = estimate_workspace(
             self.config,
@@ -270,7 +270,7 @@ class Executor(ModelPart, abc.ABC):
         return self._placed[1]
 
     def _place_wide(self, batch: DecodeBatch) -> DecodeBatch:
-        """The batch with its wide arrays on the devices: the ones that no row uses are the same in all calls."""
+        """The batch with its wide arrays on the devices: those that no row uses are the same for all calls."""
         for name in ("history", "mask"):
             array = getattr(batch, name)
             if array is None:

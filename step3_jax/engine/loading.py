@@ -61,7 +61,7 @@ def load_executor(
     if parallel is None:
         return Runner(load_model(folder, wanted, quantization=form, load_format=load_format))
     sizes = ModelConfig.load(folder)
-    # As `load_model` decides: sharded over emulated CPU devices, FP8 weights are dequantised unless asked for.
+    # As `load_model` decides it: sharded over emulated devices of a CPU FP8 weights are dequantised unless asked for.
     is_widened = form == "none" or (form == "auto" and jax.default_backend() == "cpu")
     layout = make_layout(fit_parallel(parallel, sizes.text, fp8_block=None if is_widened else fp8_block(sizes)))
     return ShardedRunner(load_model(folder, wanted, quantization=form, load_format=load_format, layout=layout), layout)

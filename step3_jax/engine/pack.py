@@ -23,7 +23,7 @@ _IDLE = SamplingRow(SamplingParams(temperature=0.0), 0, (0, 0), ())
 
 
 class _History(NamedTuple):
-    """Tokens of the sequences in slots, and how many each has, since the slots last changed."""
+    """Tokens of the sequences in slots, and how many of each are there, since the slots were last changed."""
 
     version: int | None
     tokens: Int[np.ndarray, "B M"]
@@ -84,7 +84,7 @@ class Packer:
             history=self._pack_history(scheduler.slots, scheduler.version),
             mask=self._no_masks(scheduler.slots) if masks is None else masks,
         )
-        # What is allowed after a pause is known only once the tokens before it have been examined.
+        # What may come behind a pause is only known once the tokens before it have been looked at.
         has_pause = any(one is not None and one.is_ready and one.sampling.pause_id >= 0 for one in scheduler.slots)
         leave_early = scheduler.num_waiting > 0 or has_pause
         most = num_steps if max_new is None else max_new
@@ -120,13 +120,13 @@ class Packer:
         return self._all_allowed
 
     def _pack_history(self, slots: Seq[Sequence | None], version: int | None = None) -> Int[np.ndarray, "B M"]:
-        """Tokens of the sequences in slots that need them: those with penalties, or all of them with speculation.
+        """Tokens of the sequences in slots that need them: those with penalties, or all where tokens are guessed.
 
-        The same array each time while there are none. For long sequences, packing all tokens again would take milliseconds.
+        The same array again while there are none. Of long sequences it would take milliseconds to pack all tokens anew.
 
         Args:
           slots: The sequences.
-          version: The slots' version: while it is the same, sequences have only grown.
+          version: Of the slots: while it is the same, sequences have only grown.
         """
         if self._empty_history is None or len(self._empty_history) != len(slots):
             shape = len(slots), self._buckets.max_pages * PAGE_SIZE
@@ -145,7 +145,7 @@ class Packer:
             count, ids = history.counts[slot], sequence.token_ids
             history.tokens[slot, count : len(ids)] = ids[count:]
             history.counts[slot] = len(ids)
-        # A call may still be reading its array when the next one is packed.
+        # A call may still read its own when the next one is packed.
         return history.tokens.copy()
 
 

@@ -1,7 +1,7 @@
 """What goes to the device and comes back, and the pure functions of a decode step, shared by all executors.
 
-Between two calls the device keeps only the KV cache. The state of a sequence is on the host, and
-each call sends it along: a few numbers per row. Batches are numpy on the host; the same classes hold arrays and tracers on
+Between two calls the device keeps the KV cache and nothing else. All that is known of a sequence stands on the host, and
+each call brings it along: a few numbers a row. Batches are numpy on the host; the same classes hold arrays and tracers on
 the device.
 """
 
@@ -60,12 +60,12 @@ class DecodeBatch(NamedTuple):
       num_generated: Output tokens so far; 0 where `last` ends the prompt.
       is_active: Rows with work to do. The others write to no page.
       table: Pages of each sequence, with room for all tokens it may get.
-      history: Prompt and output so far, including `last`, padded with V; read only if some row has penalties or the
-        call speculates. None if that never happens.
-      mask: The tokens that a row may get, one bit each, token 0 in the lowest bit of the first word; all bits set for any.
-        None if no row ever has a mask. It is valid only for the next token, so a call with one takes one step.
-      max_new: The most tokens for each row in this call, for which it has pages; 1 for a row with a mask. The call ends with
-        the step in which a row reaches it. None in a call that does not speculate, where it is the number of steps.
+      history: Prompt and output so far, `last` included, filled up with V; not read unless some row has penalties or the
+        call speculates. None if none ever does.
+      mask: Which tokens a row may get, a bit for each, the lowest of the first word that of token 0; all bits for any. None
+        if no row ever has a mask. It is that of the next token alone, so a call with one takes one step.
+      max_new: Most tokens of each row in this call, for which it has pages; 1 for a row with a mask. The call ends with the
+        step in which a row gets there. None in a call that does not speculate, where they are its steps.
     """
 
     last: Int[Array, " B"]
@@ -88,7 +88,7 @@ class DecodeCall:
       num_steps: Steps to take at most.
       max_steps: The most tokens per row that the report has room for; part of the compiled program's key.
       leave_early: Whether to return as soon as a row has ended.
-      speculation: How tokens are guessed; part of the compiled program's key. None: each step generates one token.
+      speculation: How tokens are guessed; a part of the compiled program's key. None: each step makes one token.
     """
 
     batch: DecodeBatch
@@ -222,7 +222,7 @@ def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, sp
     drafts, is_found = find_drafts(rows.history, batch.cached + 1 + num_new, speculation)
     room = jnp.minimum(batch.max_new, sampling.max_tokens - batch.num_generated) - num_new
     num_ids = jnp.where(is_found & (rows.report.finish == RUNNING), jnp.clip(room, 1, speculation.width), 1)
-    # Padding comes first, so that everything a step reads belongs to the sequence.
+    # Padding stands in front, so that all that a step reads is of the sequence.
     order = jnp.arange(speculation.width) + num_ids[:, None] - speculation.width
     every = jnp.concatenate([rows.last[:, None], drafts], axis=1)
     return StepTokens(jnp.take_along_axis(every, jnp.maximum(order, 0), axis=1), num_ids.astype(jnp.int32))
@@ -237,7 +237,7 @@ def place_tokens(rows: RowState, batch: DecodeBatch, tokens: StepTokens) -> Cach
 
 def step_lengths(rows: RowState, batch: DecodeBatch, num_ids: Int[Array, " B"] | int = 1) -> Int[Array, " B"]:
     """Tokens of each sequence in the cache once the next step has written its own; 0 for a row that does not run."""
-    # All new tokens of a running row but the last are cached; now the last one and the guesses are too.
+    # Of a running row all new tokens but the last are cached, and now the last one and the guesses too.
     return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + num_ids, 0)
 
 
@@ -267,7 +267,7 @@ def verify_tokens(
         return _Verified(place, now.is_open & is_right & (chosen.report.finish == RUNNING), chosen)
 
     start = _Verified(jnp.zeros((), jnp.int32), rows.report.finish == RUNNING, rows)
-    # As many iterations as the luckiest row has tokens; no communication inside.
+    # As many turns as the luckiest row has tokens; nothing in it communicates.
     end = jax.lax.while_loop(lambda now: (now.place < width) & jnp.any(now.is_open), choose, start)
     return _count_step(rows, end.rows, tokens)
 
@@ -343,7 +343,7 @@ def choose_tokens(
 
 
 def _count_step(before: RowState, after: RowState, tokens: StepTokens) -> RowState:
-    """Counts how many of a step's guesses were accepted, if they are counted."""
+    """Counts what became of a step's guesses, where they are counted."""
     counts = before.report.drafts
     if counts is None:
         return after

@@ -26,7 +26,7 @@ class Workspace:
     Attributes:
       decode: A decode step.
       prefill: A chunk of prompts.
-      image: One image in the vision tower; 0 without one.
+      image: One picture in the vision tower; 0 without one.
     """
 
     decode: int
@@ -35,7 +35,7 @@ class Workspace:
 
     @property
     def total(self) -> int:
-        """Bytes of the largest phase."""
+        """Of the largest phase."""
         return max(self.decode, self.prefill, self.image)
 
     @property

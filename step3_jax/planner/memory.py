@@ -100,12 +100,12 @@ class MemoryPlan:
     """The plan of a deployment.
 
     Attributes:
-      deployment: The deployment.
-      config: The model's configuration, as deployed.
-      memory_bytes: Memory of a device; None for unlimited.
-      ffn_memory_bytes: Memory of a device of the FFN side, if there is one; else the same.
-      memory_share: The usable share of it.
-      chunk_tokens: Prompt tokens that each device with a cache prefills at once.
+      deployment: It.
+      config: Of the model, as deployed.
+      memory_bytes: Of a device; None for unlimited.
+      ffn_memory_bytes: Of a device of the FFN side, where there is one; else the same.
+      memory_share: What of it may be used.
+      chunk_tokens: Prompt tokens that each device with a cache reads at once.
       roles: One or two.
       problems: Why it does not fit; empty if it does.
       remedies: Single changes that would make it fit.
@@ -155,10 +155,10 @@ def plan_memory(
       memory_gib: Memory of a device, in GiB; None for unlimited.
       ffn_memory_gib: The same for a device of the FFN side, if it is of another kind; None for the same.
       text_only: Whether vision tower and projector are left out.
-      memory_share: The usable share of the memory, above 0 and at most 1.
-      chunk_tokens: Prompt tokens that each device with a cache prefills at once.
-      compiled: Bytes of the compiled programs by role name; they replace the arithmetic.
-      has_remedies: Whether to look for changes that would make it fit, if it does not.
+      memory_share: What of the memory may be used, above 0 and at most 1.
+      chunk_tokens: Prompt tokens that each device with a cache reads at once.
+      compiled: Bytes of the compiled programs by the name of their role; they replace the arithmetic.
+      has_remedies: Whether to look for what would make it fit, where it does not.
 
     Raises:
       ValueError: If a number is out of its range.

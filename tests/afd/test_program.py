@@ -40,7 +40,7 @@ MORE_PAIR = [
 
 
 def run_ranks(num_processes: int, cases: Sequence[Answer], **more: str | list[str]) -> list[list[Answer]]:
-    """Each process's answers to the cases; a variable in `more` may have a value for each process."""
+    """What each process answers to the cases; a variable in `more` may have a value for each process."""
     own = QUICK_COMPILE | {
         "STEP3_COORDINATOR": f"127.0.0.1:{free_port()}",
         "STEP3_NUM_PROCESSES": str(num_processes),

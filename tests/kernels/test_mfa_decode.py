@@ -70,7 +70,7 @@ def _poisoned(stored: jax.Array, scales: jax.Array | None, where: jax.Array) -> 
 def _attend_float64(
     queries: jax.Array, pages: KVPages, table: jax.Array, lengths: jax.Array
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output and log-sum-exp, token by token."""
+    """Output and log-sum-exp, one token after the other."""
     batch, tokens, _, head_dim = queries.shape
     out, lse = np.zeros(queries.shape), np.full(queries.shape[:3], -np.inf)
     for b in range(batch):
@@ -145,7 +145,7 @@ def _check_kernel(case: Case, detect_races: bool) -> None:
     run = functools.partial(mosaic.decode_attention, scale=SCALE, interpret=True, detect_races=detect_races)
     queries, pages, table, lengths = args
     with race_check():
-        # As if the sequences' pages belonged to a layer that starts after the first page of the pool.
+        # As if the sequences' pages were those of a layer that starts after the first page of the pool.
         out, lse = jax.block_until_ready(jax.jit(run)(queries, pages, table - 1, lengths, None, jnp.int32(1)))
     expected, expected_lse = jax.jit(functools.partial(reference.decode_attention, scale=SCALE))(*args)
     assert out.dtype == args[0].dtype

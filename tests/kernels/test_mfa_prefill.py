@@ -116,7 +116,7 @@ def dense_case(
 
 
 def interpret(case: Case, **options: int | bool) -> jax.Array:
-    """The kernel in the interpreter; raises if that detected a race."""
+    """The kernel in the interpreter; raises if that saw a race."""
     scale = case.queries.shape[-1] ** -0.5
     run = functools.partial(mosaic.mfa_prefill, scale=scale, interpret=True, **options)
     with compat.race_check():

@@ -16,6 +16,6 @@ QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 @pytest.fixture(scope="session")
 def eight() -> Iterator[Ask]:
-    """Asks the process; an exception there is raised here."""
+    """Asks the process; an exception there is one here."""
     with worker(PROGRAMS / "worker.py", "8", env=environment(**QUICK_COMPILE)) as ask:
         yield ask

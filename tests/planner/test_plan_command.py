@@ -51,7 +51,7 @@ SMALL = ModelConfig(
 
 
 def check(deployment: Deployment, cache: CacheShape) -> None:
-    """The compiled bytes match the arithmetic, to the byte."""
+    """The compiled bytes are those of the arithmetic, to the byte."""
     config = deployed_config(SMALL, deployment.weights)
     found = compile_deployment(config, deployment, cache)
     for role in roles_of(deployment):

@@ -21,7 +21,7 @@ NUM_PLACES, NO_DIGIT = 4, 10
 IMAGE_TOKENS, WINDOW_TOKENS, MAX_WINDOWS = 16, 9, 4
 LARGE_ROWS = MAX_WINDOWS * WINDOW_TOKENS + IMAGE_TOKENS
 SMALL_LENGTH, LARGE_LENGTH, TEXT_LENGTH, TOOL_LENGTH = 60, 104, 224, 448
-# Answers with their reasoning are at most this long, so logits are computed for these positions only.
+# Answers with their reasoning are at most this long, so that logits are computed for these places only.
 NUM_SCORED = 22
 # Share of each kind by sequences drawn: a sequence of plain text is about 100 tokens, a fact about 55.
 TEXT_SHARES = {

@@ -156,7 +156,7 @@ class RoleCalls:
         return self._timed("ffn", half.call, half.leaves, pieces, half.numbers)
 
     def end(self, own: MicroBatch, flow: Flow) -> tuple[RowState, Int[Array, "S 2"]]:
-        """Head and sampling: the new state, and for each attention device how many rows run and how many have ended."""
+        """Head and sampling: the new state, and of each attention device how many rows run and how many have ended."""
         given = flow.hidden, flow.returned, flow.context, own.batch, own.sampling, own.rows
         return self._timed("end", self._end, self._ends.leaves, *given)
 

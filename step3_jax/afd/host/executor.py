@@ -95,7 +95,7 @@ class HostExecutor(Executor):
 
     @property
     def can_speculate(self) -> bool:
-        """See `Executor.can_speculate`: micro-batches in flight hold one token per sequence."""
+        """See `Executor.can_speculate`: micro-batches in flight have one token of each sequence."""
         return False
 
     @property
@@ -146,9 +146,8 @@ class HostExecutor(Executor):
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`.
 
-        Whether rows have ended is read one step late, so that no step waits for the answer of the one before: a call
-          may
-        take one step more than it needs, in which rows that have ended do nothing.
+        Whether rows have ended is read one step late, so that no step waits for the answer of the one before: a call may
+        take a step more than it needs, in which rows that have ended do nothing.
 
         Raises:
           TimeoutError: If a stage does not end by its deadline; the message names it.
@@ -297,7 +296,7 @@ def load_host_executor(
       path: Folder with `config.json` and the weights.
       topology: The devices.
       dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
-      quantization: As for `load_placed_model`, like `load_format`.
+      quantization: As for `load_placed_model`, and so is the next.
       load_format: See there.
       num_microbatches: As for `HostExecutor`, like the arguments that follow.
       payload: See there.

@@ -82,9 +82,9 @@ class _Loop(NamedTuple):
     Attributes:
       step: Rotations so far.
       is_over: Whether to leave.
-      rows: The rows of all micro-batches, stacked.
-      hidden: Residual streams of the micro-batches that are in the last layer.
-      way: The carry of the loops over ticks.
+      rows: Of all micro-batches, stacked.
+      hidden: Of micro-batches on their way through the last layer.
+      way: What the loops over ticks carry.
     """
 
     step: Int[Array, ""]
@@ -183,16 +183,16 @@ class AttentionLoop:
         *,
         max_steps: int,
     ) -> tuple[Cache, Report, Int[Array, ""]]:
-        """Generates up to `numbers.num_steps` tokens for each active row, as `engine.decode_loop` does.
+        """Makes up to `numbers.num_steps` tokens of each active row, as `engine.decode_loop` does.
 
-        The end of a row is seen one step late: a call may take one more step, in which the row does nothing.
+        That rows have ended is known one step late: a call may take a step more, in which they do nothing.
 
         Args:
-          weights: This device's weights.
-          cache: This device's cache.
-          batch: The rows of all devices, the same on each.
-          sampling: Parameters of all rows.
-          numbers: How many steps to take, and when to leave early.
+          weights: Of this device.
+          cache: Of this device.
+          batch: The rows of all devices; all have the same.
+          sampling: Of all rows.
+          numbers: How many steps, and when to leave.
           max_steps: Tokens of a row that the report has room for.
 
         Returns:
@@ -206,7 +206,7 @@ class AttentionLoop:
         schedule, wire = Schedule(layers.count, count), Wire(self._topology, self._form, size)
 
         def end(part: _Part, rows: RowState, hidden: Float[Array, "B 1 D"], arrived: Slots) -> RowState:
-            """Samples a micro-batch's tokens, once its last FFN output has arrived."""
+            """Tokens of a micro-batch, once its last layer has come back."""
             logits = last_logits(ends, add_returned(self._form, hidden, wire.outputs(arrived)))
             return choose_tokens(rows, logits, part.batch, part.sampling)
 
@@ -218,7 +218,7 @@ class AttentionLoop:
             ) -> tuple[tuple[_Way, Status], tuple[RowState, Float[Array, "B 1 D"], AttentionContext]]:
                 """A micro-batch's first layer, after head and sampling of the step before."""
                 (way, (runs, has_ended)), (part, rows, hidden) = carry, given
-                # What has arrived belongs to the step before; the first rotation has none.
+                # What came back is the step before's, of which the first rotation has none.
                 rows = jax.lax.cond(
                     loop.step > 0, end, lambda part, rows, hidden, arrived: rows, part, rows, hidden, way.arrived
                 )
@@ -288,7 +288,7 @@ class AttentionLoop:
     def _begin(self, ends: Ends, rows: RowState, batch: DecodeBatch, cache: Cache) -> Tokens:
         step = CacheStep(batch.table, step_lengths(rows, batch))
         tokens = begin_step(ends, self._config, self._form, rows.last[:, None], step, PAGE_SIZE)
-        # Computed once for all layers; every attention device has all heads.
+        # Made once for all layers; every attention device has all heads.
         context = with_plan(tokens.context, cache, 1, self._config.num_attention_heads)
         return tokens._replace(context=context)
 

@@ -70,7 +70,7 @@ class AttentionProcess(RoleProcess, Executor):
 
     @property
     def can_speculate(self) -> bool:
-        """See `Executor.can_speculate`: micro-batches in flight hold one token per sequence."""
+        """See `Executor.can_speculate`: micro-batches in flight have one token of each sequence."""
         return False
 
     @property

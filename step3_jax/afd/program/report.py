@@ -35,7 +35,7 @@ def gather_report(own: Report, topology: AfdTopology) -> Report:
 
 
 def fill_report(value: Int[Array, ""], num_rows: int, max_steps: int, vocab_size: int) -> Report:
-    """A report filled with one number: what an FFN device contributes, once that number is known."""
+    """A report full of one number: what an FFN device has to give, once that number is known."""
 
     def fill(*shape: int, dtype: jax.typing.DTypeLike = jnp.int32) -> Array:
         return jnp.full((num_rows, *shape), value, dtype)

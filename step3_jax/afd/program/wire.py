@@ -3,9 +3,9 @@
 Every device sends each other one a slot of equal size: the payload's bytes, padded to the larger direction's size, and
 two more bytes.
 
-- A count of the exchanges, which each takes from the one before. So an exchange depends on the previous one whatever
-  else the program does, and both roles' programs, which are compiled separately, have them in the same order.
-- Whether any row of an attention device runs, and whether one has ended: so all devices leave the decode loop together,
+- A count of the exchanges, which each takes from the one before. So an exchange depends on the last one whatever else the
+  program does, and both roles' programs, which are compiled apart, have them in the same order.
+- Whether some row of an attention device runs, and whether one has ended: so all devices leave the decode loop together,
   and there is no other collective to keep in order.
 """
 
@@ -33,7 +33,7 @@ class Wire:
     """
 
     def __init__(self, topology: AfdTopology, form: PayloadFormat, num_rows: int) -> None:
-        """Takes the number of rows of a micro-batch on each attention device."""
+        """Takes the rows that each attention device has of a micro-batch."""
         self._num_attention, self._num_ffn = topology.num_attention, topology.num_ffn
         self._form = form
         self._num_rows = num_rows
@@ -59,9 +59,9 @@ class Wire:
 
         Args:
           rows: The rows.
-          before: What the last exchange brought.
-          runs: Whether any row of the device runs; see `is_over`.
-          has_ended: Whether any row of it has ended.
+          before: What came by the last exchange.
+          runs: Whether some row of the device runs; see `is_over`.
+          has_ended: Whether some row of it has ended.
 
         Returns:
           What has arrived, a slot from each device.

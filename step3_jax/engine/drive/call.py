@@ -79,7 +79,7 @@ class PrefillSizes:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSizes:
-    """A decode call for a process that does not need its batch; see `DecodeCall`."""
+    """A decode call for a process that needs none of its batch; see `DecodeCall`."""
 
     place: ClassVar[str] = "decode"
     num_rows: int
@@ -115,7 +115,7 @@ def to_message(call: Call) -> Message:
         fields = {"num_steps": inner.num_steps, "max_steps": inner.max_steps, "leave_early": bool(inner.leave_early)}
         fields["speculation"] = None if inner.speculation is None else list(dataclasses.astuple(inner.speculation))
         fields |= _named(_BATCH, inner.batch._asdict()) | _named(_SAMPLING, inner.sampling._asdict())
-        # Page tables, sampling parameters and masks are mostly those of the previous call.
+        # Page tables, sampling parameters and masks are mostly those of the last call.
         return Message(kind, fields, keeps=True)
     if isinstance(call, EncodeImages):
         return Message(kind, {"pixels": call.pixels})

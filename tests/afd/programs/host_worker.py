@@ -126,7 +126,7 @@ def tokens(request: Answer) -> Answer:
 
 
 def masks(request: Answer) -> Answer:
-    """Tokens of constrained sequences and of one running with them, next to the fused model's."""
+    """Tokens of constrained sequences and of one beside them, beside the fused model's."""
     return {
         "afd": run_ruled(executor_of(request), max_model_len=192),
         "fused": run_ruled(make_runner(), max_model_len=192),

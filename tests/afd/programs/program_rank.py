@@ -90,7 +90,7 @@ def make_runner(num_layers: int) -> Runner:
 
 
 def with_llm(executor: Executor | Worker, use: Callable[[LLM], T], **settings: int) -> T | None:
-    """What rank 0 does with a model; the others make its calls, and return None."""
+    """What rank 0 does with a model; the others make its calls, and give None."""
     shards = executor.num_shards
     sizes = {"max_num_seqs": 4 * shards, "max_num_batched_tokens": 32 * shards} | settings
     try:

@@ -185,9 +185,7 @@ def test_an_executor_that_cannot_verify_guesses_is_refused() -> None:
     class Plain(FakeExecutor):
         can_speculate = False
 
-    with pytest.raises(
-        ValueError, match=r"speculative_config cannot be combined with .* \(AFD\): leave one of them out"
-    ):
+    with pytest.raises(ValueError, match=r"speculative_config does not go with .* \(AFD\): leave out one of them"):
         make_core(Plain(), speculative_config={"method": "ngram", "num_speculative_tokens": 4})
 
 

@@ -73,7 +73,7 @@ def test_a_bench_is_a_share_of_the_bandwidth(tmp_path: pathlib.Path) -> None:
     [
         (results(schema=1), None, "has schema 1, and 2 is needed"),
         (results(conditions={"mode": "interpret"}), None, "of mode 'interpret'"),
-        (results(), "h100", "is of NVIDIA H200.*other hardware"),
+        (results(), "h100", "is for NVIDIA H200.*other hardware"),
         (results(results={}), None, "has no time of mfa_decode"),
         (bench(), None, "give --measured NAME="),
         ({"throughput": {}}, None, "step3 bench decode --json"),

@@ -228,7 +228,7 @@ def test_the_port_is_checked_before_anything_starts(capsys: pytest.CaptureFixtur
         ("--local 0 -- env", "--local is 0: give 1 or more"),
         ("--local 2 --processes-per-host 2 -- env", "leave out --processes-per-host"),
         ("--local 2 --platform cuda -- env", "no GPU that JAX can use"),
-        ("--local 2 --port 70000 -- env", "no port"),
+        ("--local 2 --port 70000 -- env", "is not a port"),
         ("--local 2 --deadline 0.1 -- env", "--deadline is 0.1"),
         ("--local 2 --rank-deadline 1 -- env", "--rank-deadline is 1: give 2 s or more"),
         ("--local 2 --grace -1 -- env", "--grace is -1"),

@@ -115,7 +115,7 @@ def test_begin_and_end_tokens_follow_the_files_in_order(checkpoint, tmp_path):
 def test_missing_control_tokens_are_named_when_needed(checkpoint, fallback_tokenizer):
     with pytest.raises(ValueError, match="'<think>'"):
         fallback_tokenizer.control_id("<think>")
-    with pytest.raises(ValueError, match=r"<im_patch>, <im_start>.*no images"):
+    with pytest.raises(ValueError, match=r"<im_patch>, <im_start>.*does not support images"):
         fallback_tokenizer.image_token_ids()
 
 
@@ -128,7 +128,7 @@ def test_image_token_ids_are_found_by_name(tokenizer):
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {}}', '{"added_tokens": [3], "model": {}}'])
 def test_unusable_file_is_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no usable"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a usable"):
         Tokenizer.load(tmp_path)
 
 

@@ -1,4 +1,4 @@
 """GPU kernels of Step3's hot paths, in Pallas (Mosaic GPU, Hopper), with a plain JAX reference for each.
 
-One folder an operation, which gives its public functions: `from pallas_kernels.mfa_decode import mfa_decode`.
+One folder per operation, which exports its public functions: `from pallas_kernels.mfa_decode import mfa_decode`.
 """

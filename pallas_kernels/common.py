@@ -1,4 +1,4 @@
-"""Choice of an implementation: the kernel, its interpreter, or plain JAX."""
+"""Chooses an implementation: the kernel, its interpreter, or plain JAX."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import jax
 
 Implementation = Literal["auto", "reference", "mosaic", "interpret"]
 ENVIRONMENT_VARIABLE = "STEP3_KERNELS"
-# What the kernels are written for: Hopper.
+# The kernels are written for Hopper.
 COMPUTE_CAPABILITY = "9.0"
 
 R = TypeVar("R")
 
 
 def resolve(implementation: Implementation) -> Implementation:
-    """The implementation to use: "auto" gives way to the environment variable STEP3_KERNELS, if that is set.
+    """The implementation to use: the environment variable STEP3_KERNELS, if set, replaces "auto".
 
     Raises:
-      ValueError: If either names no implementation.
+      ValueError: If either is not an implementation.
     """
     names = get_args(Implementation)
     if implementation not in names:
@@ -43,18 +43,18 @@ def dispatch(
 ) -> R:
     """Runs the reference or the kernel on `args`, arrays or pytrees of them.
 
-    "auto" takes the kernel on a Hopper GPU if it serves these arguments, and the reference elsewhere; the choice is made
+    "auto" uses the kernel on a Hopper GPU if it supports these arguments, and the reference elsewhere; the choice is made
     when the program is lowered, so that a program can be compiled for a GPU on a machine that has none.
 
     Args:
       implementation: See `Implementation`.
       unsupported: Why the kernel cannot serve these arguments; None if it can.
-      reference: Plain JAX; also what gives the derivative.
-      kernel: Called with `interpret=`, besides `args`.
-      *args: What both get.
+      reference: Plain JAX; also used for the derivative.
+      kernel: Called with `args` and `interpret=`.
+      *args: Arguments of both.
 
     Raises:
-      NotImplementedError: If the kernel is asked for by name and cannot serve; the message says why.
+      NotImplementedError: If the kernel is requested by name and cannot serve; the message says why.
     """
     implementation = resolve(implementation)
     if implementation in ("mosaic", "interpret") and unsupported:
@@ -73,7 +73,7 @@ def dispatch(
 
 
 def _differentiable(run: Callable[..., R], reference: Callable[..., R]) -> Callable[..., R]:
-    """`run` with the derivative of `reference`: kernels have none, and to differentiate a choice is to try all of it."""
+    """`run` with the derivative of `reference`: kernels have none, and differentiating a choice tries all of it."""
     function = jax.custom_vjp(run)
 
     def forward(*args: object) -> tuple[R, tuple[object, ...]]:
@@ -87,7 +87,7 @@ def _differentiable(run: Callable[..., R], reference: Callable[..., R]) -> Calla
 
 
 def _has_other_gpu() -> bool:
-    """Whether this process has a GPU that the kernels are not for."""
+    """Whether this process has a GPU that the kernels do not support."""
     if jax.default_backend() != "gpu":
         return False
     return getattr(jax.local_devices()[0], "compute_capability", None) != COMPUTE_CAPABILITY

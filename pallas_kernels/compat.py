@@ -1,8 +1,8 @@
-"""Every difference between JAX versions, and between the interpreter and a GPU, that the kernels meet.
+"""All differences between JAX versions, and between the interpreter and a GPU, that affect the kernels.
 
 The Mosaic GPU backend of Pallas changes from version to version: 0.10.2 and 0.11.2 are supported. Its interpreter runs
 copies, barriers, rings and loop bounds as written, but not a tensor-core product with one operand in registers, nor (in
-0.10.2) loads with a layout. `Target` swaps just those for plain `jax.numpy`.
+0.10.2) loads with a layout. `Target` replaces only those by plain `jax.numpy`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from jax._src.state.types import TransformedRef
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# A buffer, or a view of one: what the body of a kernel gets.
+# A buffer, or a view of one: the arguments of a kernel body.
 Ref = jax.Ref | TransformedRef
 
 IS_0_11 = jax.__version_info__ >= (0, 11)
 
 # Layout of a tensor-core accumulator over the threads of a warpgroup.
 WGMMA = plgpu.Layout.WGMMA
-# The same without the column axis, or without the row axis: what a reduction of it gives.
+# The same without the column axis, or without the row axis: the layout of a reduction.
 WGMMA_ROW = plgpu.Layout.WGMMA.reduce(1)
 WGMMA_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-# Of an 8-bit operand: a thread has four neighbours of a row, so that it reads 4 bytes at a time.
+# Layout of an 8-bit operand: a thread has four neighbours of a row, so that it reads 4 bytes at a time.
 WGMMA_8BIT = plgpu.Layout.WGMMA_8BIT
 WGMMA_8BIT_ROW = plgpu.Layout.WGMMA_8BIT.reduce(1)
 
@@ -43,15 +43,15 @@ def swizzled(dtype: jax.typing.DTypeLike, row_bytes: int = 128) -> tuple[plgpu.T
 
 
 def unswizzled() -> tuple[plgpu.TilingTransform, ...]:
-    """Transforms of a buffer for rows of an array that is not in whole tiles of 8 rows, which a swizzled one does not take.
+    """Transforms of a buffer for rows of an array that is not in whole tiles of 8 rows, which swizzled buffers cannot take.
 
-    0.11 looks for a swizzle by itself where nothing is said; 0.10.2 knows no tiles without one.
+    0.11 chooses a swizzle by itself if none is given; 0.10.2 has no tiles without one.
     """
     return (plgpu.TilingTransform((4, 64)),) if IS_0_11 else ()
 
 
 def transpose(ref: Ref) -> Ref:
-    """A view of a 2-D shared-memory buffer with its axes exchanged."""
+    """A view of a 2-D shared-memory buffer with its axes swapped."""
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
@@ -60,7 +60,7 @@ class Target:
     """What a kernel body is traced for.
 
     Attributes:
-      interpret: For the interpreter; else for a GPU.
+      interpret: Whether for the interpreter; else for a GPU.
       detect_races: The interpreter looks for unordered accesses; see `race_check`.
     """
 
@@ -69,15 +69,15 @@ class Target:
 
     @property
     def clips_copies(self) -> bool:
-        """Whether a copy may reach past the end of an array: read zeros there, and write nothing.
+        """Whether a copy may extend past the end of an array, reading zeros there and writing nothing.
 
-        TMA does so on a GPU; the interpreter of 0.10.2 takes it for an error, so that arrays must be padded for it.
+        TMA does so on a GPU; the interpreter of 0.10.2 treats it as an error, so arrays must be padded for it.
         """
         return IS_0_11 or not self.interpret
 
     @property
     def has_clusters(self) -> bool:
-        """Whether CTAs may work in clusters: the interpreter of 0.10.2 has no barriers for them."""
+        """Whether CTAs may form clusters: the interpreter of 0.10.2 has no barriers for them."""
         return IS_0_11 or not self.interpret
 
     def kernel_options(self, reduction_scratch_bytes: int = 2048, *, auto_barriers: bool = True) -> dict[str, object]:
@@ -85,10 +85,10 @@ class Target:
 
         Args:
           reduction_scratch_bytes: Shared memory for reductions across a warpgroup's warps.
-          auto_barriers: Whether the compiler puts a barrier of the warpgroup before and after each store. Without,
-            `plgpu.commit_smem` must stand wherever a thread reads what another of its warpgroup wrote, or writes what
+          auto_barriers: Whether the compiler puts a warpgroup barrier before and after each store. Without it,
+            `plgpu.commit_smem` is needed wherever a thread reads what another of its warpgroup wrote, or writes what
             another, or a product of another's warp, may still read. The interpreter runs a warpgroup as one thread and
-            does not see what is missing.
+            does not notice a missing one.
         """
         params = plgpu.CompilerParams(
             approx_math=True,
@@ -126,12 +126,12 @@ class Target:
     def dot(self, left: Ref, right: Ref, meanwhile: Callable[[], None] | None = None) -> jax.Array:
         """left [M, K] times right [N, K] transposed, float32 [M, N]; both are swizzled shared memory.
 
-        `meanwhile` is called when the product is under way and nothing has waited for it yet.
+        `meanwhile` is called while the product is in flight and nothing has waited for it yet.
         """
         return self.dot_pairs([(left, right)], meanwhile)
 
     def dot_pairs(self, pairs: Sequence[tuple[Ref, Ref]], meanwhile: Callable[[], None] | None = None) -> jax.Array:
-        """The sum of the products of pairs as `dot` takes them, all of one shape, in one accumulator."""
+        """The sum of `dot` products of pairs of equal shapes, in one accumulator."""
         if self.interpret:
             products = [
                 jnp.dot(left[...].astype(jnp.float32), right[...].astype(jnp.float32).T) for left, right in pairs
@@ -166,7 +166,7 @@ class Target:
     ) -> tuple[jax.Array, ...]:
         """`num_sums` sums over `steps` of `dot`, float32 `shape` each; on a GPU they stay in the accumulators.
 
-        `operands` gives the operands of a step and may wait for them; `release` is called when the step has read them.
+        `operands` returns the operands of a step and may wait for them; `release` is called when the step has read them.
         """
         if self.interpret:
 
@@ -193,8 +193,8 @@ class Target:
     def finish_reads(self) -> None:
         """Call between the last read of a buffer and the barrier that frees it.
 
-        On a GPU a finished tensor-core product has read its operands; the race detector sees plain reads in its place
-        and wants them ordered.
+        On a GPU a finished tensor-core product has read its operands; the race detector sees plain reads instead
+        and needs them ordered.
         """
         if self.interpret:
             plgpu.commit_smem()
@@ -210,9 +210,9 @@ def mutating_kernel(
     name: str,
     **options: object,
 ) -> Callable[..., jax.Array]:
-    """As `plgpu.kernel` with one warpgroup, but changes arguments that are `jax.new_ref(..., memory_space=plgpu.GMEM)`.
+    """Like `plgpu.kernel` with one warpgroup, but modifies arguments that are `jax.new_ref(..., memory_space=plgpu.GMEM)`.
 
-    `plgpu.kernel` of 0.10.2 wraps the call so that it can be vmapped, and that wrapper takes no references.
+    `plgpu.kernel` of 0.10.2 wraps the call so that it can be vmapped, and that wrapper does not take references.
     """
 
     def whole(*refs: Ref) -> None:
@@ -225,7 +225,7 @@ def mutating_kernel(
 
 @contextmanager
 def race_check() -> Iterator[None]:
-    """Raises RuntimeError if the interpreter saw a race inside, and leaves it clean whatever happens."""
+    """Raises RuntimeError if the interpreter detected a race inside, and resets it in any case."""
     try:
         yield
         if interpret_pallas_call.get_races().races_found:

@@ -51,7 +51,7 @@ class KVPages(NamedTuple):
         for name in STORAGES:
             if _FLOATS.get(self.keys.dtype, self.keys.dtype) == _DTYPES[name]:
                 return name
-        raise ValueError(f"pages of {self.keys.dtype} are in no known format: {', '.join(STORAGES)}")
+        raise ValueError(f"pages of {self.keys.dtype} have no known format: {', '.join(STORAGES)}")
 
     @property
     def is_bits(self) -> bool:

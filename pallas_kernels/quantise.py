@@ -12,8 +12,8 @@ from pallas_kernels.storage import BLOCK
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
 
-# "rows": [M, K/128], as the formulas have it. "columns": [K/128, M rounded up to 4], the same transposed: rows of 16
-# bytes at least, which the tensor-core kernels copy from. What makes it (a norm, SwiGLU) can write it at no cost.
+# "rows": [M, K/128], as in the formulas. "columns": [K/128, M rounded up to 4], the transpose: rows of at least 16
+# bytes, from which the tensor-core kernels copy. Its producers (a norm, SwiGLU) can write it at no cost.
 ScalesLayout = Literal["rows", "columns"]
 
 
@@ -23,12 +23,12 @@ def quantise_rows(
     """Quantises each 1 x 128 block: scale = max|block| / 448 (1 for a block of zeros), values rounded to nearest even.
 
     Args:
-      x: Any float dtype; worked on in float32. The last block of a row may be partial.
+      x: Any float dtype; computed in float32. The last block of a row may be partial.
       scales_layout: See `ScalesLayout`.
 
     Returns:
       e4m3 values and float32 scales, [M, ceil(K/128)] or, as "columns", [ceil(K/128), ceil(M/4) * 4], where
-      what is past M is 1.
+      entries past M are 1.
 
     Raises:
       ValueError: For an unknown layout.
@@ -45,7 +45,7 @@ def quantise_rows(
 
 
 def scales_to_columns(scales: Float[Array, "M blocks"]) -> Float[Array, "blocks padded_M"]:
-    """The "columns" layout of scales that are in the "rows" layout."""
+    """Converts scales from the "rows" layout to "columns"."""
     return jnp.pad(scales.T, ((0, 0), (0, -scales.shape[0] % 4)), constant_values=1.0)
 
 
@@ -61,6 +61,6 @@ def scales_shape(shape: tuple[int, ...], scales_layout: ScalesLayout) -> tuple[i
 
 
 def check_layout(scales_layout: str) -> None:
-    """Raises ValueError for a layout that does not exist."""
+    """Raises ValueError for an unknown layout."""
     if scales_layout not in get_args(ScalesLayout):
         raise ValueError(f"scales_layout is {scales_layout!r}; allowed: {', '.join(get_args(ScalesLayout))}")

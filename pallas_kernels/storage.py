@@ -1,5 +1,5 @@
-"""Bytes of stored rows: pages of the KV cache, and FP8 rows with their scales. Arithmetic without jax, so that what plans a
-deployment need not import it; `pages.py` has the table of the formats.
+"""Bytes of stored rows: pages of the KV cache, and FP8 rows with their scales. Arithmetic without jax, so that the planner
+need not import it; `pages.py` has the table of the formats.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _SCALE_BYTES = {"float32": 0, "bfloat16": 0, "fp8": 4, "int4": 2}
 
 
 class RowLayout(NamedTuple):
-    """Keys or values of one token in one layer, as they are stored.
+    """Keys or values of one token in one layer, in stored form.
 
     Attributes:
       columns: Stored columns.
-      num_scales: Scales; 0 where rows are stored unscaled.
-      num_bytes: Of both.
+      num_scales: Scales; 0 if rows are stored unscaled.
+      num_bytes: Bytes of both.
     """
 
     columns: int
@@ -41,7 +41,7 @@ def row_layout(head_dim: int, storage: Storage) -> RowLayout:
       storage: A format of the pages.
 
     Raises:
-      ValueError: For a storage that does not exist, or a head size that int4 cannot cut in groups.
+      ValueError: For an unknown storage, or a head size that int4 cannot divide into groups.
     """
     if storage not in STORAGES:
         raise ValueError(f"storage is {storage!r}; allowed: {', '.join(STORAGES)}")
@@ -53,7 +53,7 @@ def row_layout(head_dim: int, storage: Storage) -> RowLayout:
 
 
 def bytes_per_token(head_dim: int, storage: Storage) -> int:
-    """Bytes that one token takes in one layer, keys and values with their scales.
+    """Bytes of one token in one layer, keys and values with their scales.
 
     Raises:
       ValueError: As `row_layout`.

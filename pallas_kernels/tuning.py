@@ -1,6 +1,6 @@
-"""Block sizes of the kernels: measured ones where there are any, else the kernel's own defaults.
+"""Block sizes of the kernels: measured ones if there are any, else the kernel's own defaults.
 
-`tools/gpu_check` measures them on a GPU and writes `tuning.json` beside this file, or the file that the environment
+`tools/gpu_check` measures them on a GPU and writes `tuning.json` next to this file, or the file that the environment
 variable STEP3_KERNELS_TUNING names:
 
     {"device": "NVIDIA H100 80GB HBM3", "jax": "0.11.2",
@@ -21,7 +21,7 @@ from typing import NamedTuple, TypedDict
 
 ENVIRONMENT_VARIABLE = "STEP3_KERNELS_TUNING"
 SHIPPED = pathlib.Path(__file__).with_name("tuning.json")
-# How far a measured shape may be from the asked one, as a factor, in each of its sizes.
+# How far a measured shape may be from the requested one, as a factor, in each of its sizes.
 MAX_FACTOR = 2.0
 
 
@@ -35,7 +35,7 @@ class Entry(TypedDict):
 
 
 class Request(NamedTuple):
-    """What a kernel asked for while a `trial` was on, and what it got."""
+    """A kernel's request during a `trial`, and its answer."""
 
     op: str
     shape: dict[str, int | str]
@@ -53,12 +53,12 @@ _trial: contextvars.ContextVar[_Trial | None] = contextvars.ContextVar("trial", 
 def blocks(op: str, defaults: Mapping[str, int], **shape: int | str) -> dict[str, int]:
     """Block sizes for `op` at `shape`.
 
-    The measured entry is taken that has the same names in `shape`, equal strings, and the nearest sizes (by the sum of
-    |log2| of their ratios), none of them more than twice as large or small. What it does not name keeps its default.
+    Uses the measured entry with the same names in `shape`, equal strings, and the nearest sizes (by the sum of
+    |log2| of their ratios), none of them more than twice as large or small. Blocks it does not name keep their defaults.
 
     Args:
       op: Name of the operation's folder.
-      defaults: Every block size that the kernel has, and its value without a measurement.
+      defaults: All block sizes of the kernel, with their values without a measurement.
       **shape: Sizes and dtypes that the choice depends on, such as m=64, storage="fp8".
 
     Raises:
@@ -74,9 +74,9 @@ def blocks(op: str, defaults: Mapping[str, int], **shape: int | str) -> dict[str
 
 @contextlib.contextmanager
 def trial(changes: Mapping[str, Mapping[str, int]]) -> Iterator[list[Request]]:
-    """Inside, operations named in `changes` get these over their blocks; gives the list of what they asked for.
+    """Inside, `changes` override the blocks of the named operations; returns the list of their requests.
 
-    A kernel that is compiled already asks for nothing: call `jax.clear_caches` first.
+    A compiled kernel makes no request: call `jax.clear_caches` first.
     """
     requests: list[Request] = []
     token = _trial.set(_Trial(changes, requests))
@@ -87,12 +87,12 @@ def trial(changes: Mapping[str, Mapping[str, int]]) -> Iterator[list[Request]]:
 
 
 def path() -> pathlib.Path:
-    """The file that is read; it need not exist."""
+    """The file to read; it need not exist."""
     return pathlib.Path(os.environ.get(ENVIRONMENT_VARIABLE) or SHIPPED)
 
 
 def write(target: pathlib.Path, entries: Sequence[Entry], *, device: str, jax_version: str) -> None:
-    """Writes measured entries; of two with the same op and shape the later one stays."""
+    """Writes measured entries; of two with the same op and shape the later one wins."""
     unique = {(entry["op"], json.dumps(entry["shape"], sort_keys=True)): entry for entry in entries}
     content = {"device": device, "jax": jax_version, "entries": [unique[key] for key in sorted(unique)]}
     partial = target.with_name(target.name + ".tmp")
@@ -113,7 +113,7 @@ def _measured(op: str, defaults: Mapping[str, int], shape: Mapping[str, int | st
     if unknown:
         raise ValueError(
             f"{path()}: {op} has no block {', '.join(unknown)}; it has {', '.join(sorted(defaults))}. "
-            "The file is of another version: measure anew with python -m tools.gpu_check, or remove it"
+            "The file is from another version: measure again with python -m tools.gpu_check, or remove it"
         )
     return {**defaults, **best["blocks"]}
 
@@ -143,7 +143,7 @@ def _is_entry(entry: Entry) -> bool:
 
 
 def _distance(measured: Mapping[str, int | str], asked: Mapping[str, int | str]) -> float:
-    """Sum of |log2| of the ratios; infinite where the one cannot stand for the other."""
+    """Sum of |log2| of the ratios; infinite if one cannot replace the other."""
     if measured.keys() != asked.keys():
         return math.inf
     total = 0.0

@@ -1,6 +1,6 @@
-"""Step3 in JAX: the model, its checkpoints, and a decode loop for text and pictures.
+"""Step3 in JAX: the model, its checkpoints, and a decode loop for text and images.
 
-The names of `__all__` are imported when they are first asked for, so that `step3 --help` does not wait for jax.
+The names in `__all__` are imported on first use, so that `step3 --help` does not wait for jax.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PLACES = {
 }
 
 
-# Says nothing unless the program asks for it: logging.getLogger("step3_jax").setLevel("INFO"), and a handler.
+# Silent unless the program enables it: logging.getLogger("step3_jax").setLevel("INFO"), and a handler.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 

@@ -1,6 +1,6 @@
-"""Where a process of a run is, told through a small mapped file to the keeper that started it (`launch/keeper.py`).
+"""Where a process of a run is, reported through a small mapped file to the keeper that started it (`launch/keeper.py`).
 
-The process writes, the keeper reads: no call of either waits for the other. A process that is stopped, or caught in native
+The process writes, the keeper reads: neither waits for the other. A process that is stopped, or stuck in native
 code that never lets another thread run, stops beating.
 """
 
@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 from step3_jax.rank import BEACON
 
 # While the tiny model was loaded, traced, compiled and run, the longest pause between two beats was 0.8 s, and 1.0 s with
-# two more programs on the same two cores: XLA compiles and waits without Python's lock, and tracing gives it up often.
+# two more programs on the same two cores: XLA compiles and waits without Python's lock, and tracing releases it often.
 BEAT_S = 0.2
 _BEATS = struct.Struct("=Q")
 # Odd while the rest is being written.
@@ -31,18 +31,18 @@ _STATE_AT = _NUMBER_AT + _NUMBER.size
 _PLACE_AT = _STATE_AT + _STATE.size
 _MAX_PLACE_BYTES = 96
 _FILE_BYTES = _PLACE_AT + _MAX_PLACE_BYTES
-# A write takes microseconds; one that does not end is that of a process that was stopped in the middle of it.
+# A write takes microseconds; one that does not end belongs to a process that was stopped in the middle of it.
 _MAX_TRIES = 1000
 
 
 class Reading(NamedTuple):
-    """What a process has said of itself.
+    """What a process has reported.
 
     Attributes:
       beats: Grows while the process runs.
-      changes: Grows with all that follows.
-      process_id: The process; 0 before it has said anything.
-      place: The call it is inside of; empty outside of all.
+      changes: Grows when anything below changes.
+      process_id: The process; 0 before its first report.
+      place: The call it is inside; empty outside all calls.
       call: Number of its last call, from 1; 0 before the first.
       is_repeated: Whether a call of that name has returned before, so that this one need not compile.
       step: Number of its decode step, where steps are traced; else -1.
@@ -68,21 +68,21 @@ class Reading(NamedTuple):
 
 
 class Beacon:
-    """The process's side. Without a keeper all of its methods do nothing."""
+    """The process's side. Without a keeper its methods do nothing."""
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        """Opens the file, and begins to beat if nothing in this process does yet.
+        """Opens the file, and starts to beat if nothing in this process does yet.
 
         Args:
-          path: Of a `BeaconFile`; None for none.
+          path: Path of a `BeaconFile`; None for none.
 
         Raises:
           OSError: If it cannot be opened.
-          ValueError: If it is no beacon.
+          ValueError: If it is not a beacon.
         """
         self._memory: mmap.mmap | None = None
         self._lock = threading.Lock()
-        # Calls under way, and the names of those that have returned.
+        # Calls in progress, and the names of those that have returned.
         self._entered: dict[int, str] = {}
         self._returned: set[str] = set()
         if path is None:
@@ -95,12 +95,12 @@ class Beacon:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] | None = None) -> Beacon:
-        """The beacon that STEP3_BEACON names; one that does nothing where it is not set.
+        """The beacon that STEP3_BEACON names; one that does nothing if it is not set.
 
         May be called at several places of a process: they write to the same file.
 
         Args:
-          environment: Where the variable is read from; that of the process if absent.
+          environment: Where to read the variable; the process's environment if absent.
 
         Raises:
           OSError: If it names a file that cannot be opened.
@@ -108,7 +108,7 @@ class Beacon:
         return Beacon((os.environ if environment is None else environment).get(BEACON) or None)
 
     def enter(self, place: str) -> int:
-        """Says which call comes next, such as "prefill": a wait in it is named by it.
+        """Reports which call comes next, such as "prefill": a wait in it is reported under this name.
 
         Returns:
           Its number, for `leave`.
@@ -121,17 +121,17 @@ class Beacon:
         return call
 
     def leave(self, call: int) -> None:
-        """Says that a call has returned. If another one was entered after it, that is still the place."""
+        """Reports that a call has returned. If another one was entered after it, that remains the place."""
         if self._memory is not None:
             self._returned.add(self._entered.pop(call))
             if _read(self._memory).call == call:
                 self._write(place="")
 
     def step(self, number: int, exchange: int) -> None:
-        """Says how far the work is inside of a call.
+        """Reports progress inside a call.
 
         Args:
-          number: Of the step.
+          number: Number of the step.
           exchange: Number of the last exchange with the other role that was seen.
         """
         self._write(step=number, exchange=exchange)
@@ -171,7 +171,7 @@ class Beacon:
             beats += 1
             _BEATS.pack_into(memory, 0, beats)
             time.sleep(BEAT_S)
-            # Linux kills it together with its keeper; elsewhere it has to notice.
+            # Linux kills it together with its keeper; elsewhere it must notice by itself.
             if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -180,7 +180,7 @@ class BeaconFile:
     """The keeper's side."""
 
     def __init__(self, file: BinaryIO) -> None:
-        """Makes an open file the beacon of a process that has not started. It may have no name: that is /dev/fd/N there.
+        """Makes an open file the beacon of a process that has not started. It may be unnamed: the process opens /dev/fd/N.
 
         Raises:
           OSError: If it cannot be written.
@@ -191,24 +191,24 @@ class BeaconFile:
         _STATE.pack_into(self._memory, _STATE_AT, 0, 0, -1, -1, False, 0)
 
     def read(self) -> Reading:
-        """What the process has said last."""
+        """The process's last report."""
         return _read(self._memory)
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Releases the file."""
         self._memory.close()
 
 
 def read_beacon(path: str | os.PathLike[str]) -> Reading:
-    """What the process with the beacon at `path` has said last.
+    """The last report of the process with the beacon at `path`.
 
     Raises:
       OSError: If there is no such file.
-      ValueError: If it is no beacon.
+      ValueError: If it is not a beacon.
     """
     data = pathlib.Path(path).read_bytes()
     if len(data) != _FILE_BYTES:
-        raise ValueError(f"{path} is no beacon: it has {len(data)} bytes, and a beacon {_FILE_BYTES}")
+        raise ValueError(f"{path} is not a beacon: it has {len(data)} bytes, and a beacon has {_FILE_BYTES}")
     return _read(data)
 
 

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible service as seen from its clients: which models it has, and answers as streams of chunks."""
+"""A client of an OpenAI-compatible service: lists its models, and streams answers in chunks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     import httpcore2
 
-# Seconds for a connection; an answer may take as long as it takes between two of its bytes.
+# Seconds to connect; the time between two bytes of an answer has its own limit.
 _CONNECT_S = 10.0
 _DONE = b"[DONE]"
 
@@ -20,7 +20,7 @@ class ServiceError(RuntimeError):
     """A request without an answer, or with half of one.
 
     Attributes:
-      kind: The HTTP status as text; "unreachable", "timeout", "error" (told in the stream), or "cut" (the stream ended
+      kind: The HTTP status as text; "unreachable", "timeout", "error" (reported in the stream), or "cut" (the stream ended
         before the answer did).
     """
 
@@ -30,7 +30,7 @@ class ServiceError(RuntimeError):
 
 
 class EventReader:
-    """Splits bytes that come in pieces into the data of server-sent events. Linear in the bytes; comments are dropped."""
+    """Splits bytes that arrive in pieces into the data of server-sent events. Linear time; drops comments."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -49,10 +49,10 @@ class EventReader:
 
 
 class ServiceClient:
-    """Connections to one service. To be used in `async with`, by one event loop.
+    """Connections to one service. Use it in `async with`, from one event loop.
 
     Attributes:
-      url: Of its API, up to and with /v1.
+      url: Its API's address, including /v1.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
@@ -64,7 +64,7 @@ class ServiceClient:
           timeout_s: Longest silence before and within an answer.
 
         Raises:
-          ValueError: For something else than a URL, or without the library that connects.
+          ValueError: If it is not a URL, or the HTTP library is missing.
         """
         try:
             import httpcore2  # noqa: PLC0415  (an extra)
@@ -72,7 +72,7 @@ class ServiceClient:
             raise ValueError("talking to a service needs httpcore2: pip install 'step3-jax[server]'") from None
         parts = urlsplit(url.strip())
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"{url!r} is no address of a service; give one such as http://127.0.0.1:8000")
+            raise ValueError(f"{url!r} is not the address of a service; give one such as http://127.0.0.1:8000")
         root = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
         self.url = root if root.endswith("/v1") else f"{root}/v1"
         self._http = httpcore2
@@ -91,10 +91,10 @@ class ServiceClient:
         await self._pool.aclose()
 
     async def list_models(self) -> list[str]:
-        """Names of the models that the service has.
+        """Names of the service's models.
 
         Raises:
-          ServiceError: If it does not say.
+          ServiceError: If it does not list them.
         """
         try:
             response = await self._pool.request(
@@ -107,10 +107,10 @@ class ServiceClient:
         try:
             return [str(model["id"]) for model in json.loads(response.content)["data"]]
         except (ValueError, KeyError, TypeError):
-            raise ServiceError(f"{self.url}/models answers something else than a list of models", "error") from None
+            raise ServiceError(f"{self.url}/models does not answer with a list of models", "error") from None
 
     async def stream(self, path: str, request: Mapping[str, object]) -> AsyncGenerator[dict[str, object], None]:
-        """Sends a request and yields the chunks of its answer as they come; leaving it early ends the request.
+        """Sends a request and yields the chunks of its answer as they arrive; leaving it early aborts the request.
 
         Args:
           path: `chat/completions` or `completions`.
@@ -159,7 +159,7 @@ def _parse_chunk(data: bytes) -> dict[str, object]:
     except ValueError:
         chunk = None
     if not isinstance(chunk, dict):
-        raise ServiceError(f"the service sent something else than a chunk: {data[:80]!r}", "error")
+        raise ServiceError(f"the service sent something that is not a chunk: {data[:80]!r}", "error")
     error = chunk.get("error")
     if error is not None:
         message = error.get("message") if isinstance(error, dict) else error

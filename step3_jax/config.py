@@ -28,7 +28,7 @@ PRESETS = ("step3", "step3-fp8", "step3-tiny")
 
 # The tower's LayerNorm epsilon is a constant of the vendor's code, whatever the file says.
 VISION_NORM_EPS = 1e-6
-# The class token stands four times in front of the patches.
+# The class token comes four times, before the patches.
 NUM_CLASS_TOKENS = 4
 
 
@@ -85,7 +85,7 @@ class TextConfig:
                 check_positive(f"text_config.{name}", getattr(self, name))
             if self.moe_top_k > self.moe_num_experts:
                 raise ValueError(
-                    f"text_config.moe_top_k is {self.moe_top_k}, more than the {self.moe_num_experts} experts there are"
+                    f"text_config.moe_top_k is {self.moe_top_k}, more than the {self.moe_num_experts} experts"
                 )
         if not self.rope_theta > 1 or not self.rms_norm_eps > 0:
             raise ValueError(
@@ -149,12 +149,12 @@ class VisionConfig:
         check_layers("vision_config", self.num_hidden_layers)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"vision_config.hidden_size ({self.hidden_size}) is no multiple of num_attention_heads "
+                f"vision_config.hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
                 f"({self.num_attention_heads})"
             )
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"vision_config.image_size ({self.image_size}) is no multiple of patch_size ({self.patch_size})"
+                f"vision_config.image_size ({self.image_size}) is not a multiple of patch_size ({self.patch_size})"
             )
         if self.hidden_act != "quick_gelu":
             raise ValueError(f"vision_config.hidden_act is {self.hidden_act!r}; only 'quick_gelu' is known")
@@ -165,7 +165,7 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches on one side of a whole picture."""
+        """Patches along one side of a whole image."""
         return self.image_size // self.patch_size
 
     @classmethod
@@ -200,7 +200,7 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> QuantConfig:
-        """Reads `quantization_config`; keys this project has no use for are ignored."""
+        """Reads `quantization_config`; ignores keys that this project does not use."""
         picked = pick(cls, "quantization_config.", values, skip=("weight_block_size",))
         block = values.get("weight_block_size")
         if block is not None:
@@ -241,27 +241,27 @@ class ModelConfig:
             )
         if self.vision.grid < 2 or self.num_image_tokens(self.vision.grid) != self.image_token_len:
             raise ValueError(
-                f"image_token_len is {self.image_token_len}, but a picture of {self.vision.image_size} with patches of "
+                f"image_token_len is {self.image_token_len}, but an image of {self.vision.image_size} with patches of "
                 f"{self.vision.patch_size} and projector stride {self.understand_projector_stride} gives "
                 f"{self.num_image_tokens(self.vision.grid)} tokens"
             )
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All ids that end a text; empty where the file names none."""
+        """All ids that end a text; empty if the file names none."""
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     def num_image_tokens(self, grid: int) -> int:
-        """Tokens that a picture of `grid` x `grid` patches becomes after the two convolutions."""
+        """Tokens that an image of `grid` x `grid` patches becomes after the two convolutions."""
         side = (grid - 2) // self.understand_projector_stride + 1
         return ((side - 1) // 2 + 1) ** 2
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> ModelConfig:
-        """Reads a released `config.json` (or a text-only one, whose keys stand at the top level).
+        """Reads a released `config.json` (or a text-only one, whose keys are at the top level).
 
         Raises:
-          ValueError: For another architecture, or a number that cannot be; the message names the key.
+          ValueError: For another architecture, or an impossible number; the message names the key.
         """
         model_type = values.get("model_type")
         architectures = values.get("architectures") or []
@@ -320,7 +320,7 @@ class ModelConfig:
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> ModelConfig:
-        """Reads `config.json`, given the file or its folder."""
+        """Reads `config.json`, from the file or its folder."""
         path = pathlib.Path(path)
         file = path / "config.json" if path.is_dir() else path
         if not file.exists():

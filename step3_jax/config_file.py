@@ -1,4 +1,4 @@
-"""Values of a released `config.json`: their types, their other spellings, and what of other models is refused."""
+"""Values of a released `config.json`: their types, their alternative spellings, and other models' keys to refuse."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
-# A config.json may come from anyone: what is made for each layer must not fill the memory.
+# A config.json is untrusted: what is made for each layer must not fill the memory.
 MAX_LAYERS = 10_000
-# Names that files have for the dtype of their weights, and what the model then computes in. Nothing computes in float16:
-# its weights become bfloat16, rounded to 8 bits of mantissa, unless float32 is asked for.
+# Names in files for the dtype of their weights, and what the model then computes in. Nothing computes in float16:
+# its weights become bfloat16, rounded to 8 bits of mantissa, unless float32 is requested.
 FILE_DTYPES = {
     "float32": "float32",
     "float": "float32",
@@ -20,8 +20,8 @@ FILE_DTYPES = {
     "float16": "bfloat16",
     "half": "bfloat16",
 }
-# Keys of other models, and the values with which they change nothing here. Any other value is refused: a model that
-# silently leaves out what its file asks for gives wrong answers.
+# Keys of other models, and the values with which they have no effect here. Any other value is refused: a model that
+# silently ignores what its file asks for gives wrong answers.
 FIXED_VALUES: Mapping[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -41,7 +41,7 @@ FIXED_VALUES: Mapping[str, tuple[object, ...]] = {
     "embedding_multiplier": (1,),
     "residual_multiplier": (1,),
 }
-# Where scaling of the rotary embedding stands: transformers 5 has its base there too.
+# Keys for scaling the rotary embedding: transformers 5 has its base there too.
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
 
 
@@ -66,7 +66,7 @@ _KINDS = {
 
 
 def pick(cls: type, prefix: str, values: Mapping[str, object], skip: Sequence[str] = ()) -> dict[str, object]:
-    """The fields of a configuration class that a file gives, each checked to be of the field's type."""
+    """The fields of a configuration class that a file gives, each checked for the field's type."""
     return {
         field.name: typed(prefix + field.name, values[field.name], str(field.type))
         for field in dataclasses.fields(cls)
@@ -87,7 +87,7 @@ def typed(name: str, value: object, kind: str) -> object:
 def with_outer(
     text: Mapping[str, object], values: Mapping[str, object], fields: Collection[str]
 ) -> Mapping[str, object]:
-    """`text_config` with what stands one level further out, where some tools write it.
+    """`text_config` merged with the keys one level up, where some tools write them.
 
     Args:
       text: The section.
@@ -118,20 +118,18 @@ def check_fixed(prefix: str, values: Mapping[str, object]) -> None:
     for name, allowed in FIXED_VALUES.items():
         value = values.get(name)
         if value is not None and value not in allowed:
-            only = f"Step3 has {' or '.join(map(repr, allowed))} alone" if allowed else "Step3 has none"
+            only = f"Step3 has only {' or '.join(map(repr, allowed))}" if allowed else "Step3 has none"
             raise ValueError(f"{prefix}{name} is {value!r}: {only}, so this is another model")
     kinds = values.get("layer_types")
     if isinstance(kinds, list) and set(map(str, kinds)) - {"full_attention"}:
-        raise ValueError(
-            f"{prefix}layer_types is {kinds!r}: Step3 has 'full_attention' alone, so this is another model"
-        )
+        raise ValueError(f"{prefix}layer_types is {kinds!r}: Step3 has only 'full_attention', so this is another model")
 
 
 def rope_theta(prefix: str, values: Mapping[str, object]) -> float | None:
-    """The base of the rotary embedding, which newer files have in `rope_parameters`; None if it is nowhere.
+    """The base of the rotary embedding, which newer files have in `rope_parameters`; None if it is not given.
 
     Raises:
-      ValueError: For a scaling, and where two places do not agree.
+      ValueError: For a scaling, and if two places disagree.
     """
     found: dict[str, object] = {}
     for name in _ROPE_KEYS:
@@ -169,7 +167,7 @@ def section(values: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def parse_dtype(value: object) -> str:
-    """What the model computes in by `torch_dtype` of the file. Raises ValueError for a name that is not known."""
+    """The dtype that the model computes in, from the file's `torch_dtype`. Raises ValueError for an unknown name."""
     name = str(typed("torch_dtype", value, "str")).removeprefix("torch.")
     if name not in FILE_DTYPES:
         raise ValueError(f"torch_dtype is {value!r}; allowed: {', '.join(FILE_DTYPES)}")
@@ -179,7 +177,7 @@ def parse_dtype(value: object) -> str:
 def parse_layers(value: object, num_layers: int) -> tuple[int, ...]:
     """`moe_layers_enum`: the released file has a string "4,5,...", others a list or a tuple.
 
-    Absent, the released code makes every layer but the first a mixture.
+    If absent, the released code makes every layer except the first a mixture.
     """
     if value is None:
         return tuple(range(1, num_layers))

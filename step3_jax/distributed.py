@@ -1,4 +1,4 @@
-"""The start of several processes: they meet, and join jax.distributed."""
+"""Starts several processes: they meet, and join jax.distributed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 from step3_jax.rank import COORDINATOR, CPU_DEVICES, NUM_PROCESSES, PROCESS_ID, START_TIMEOUT
 
 DEFAULT_START_TIMEOUT_S = 120
-# Silence of a process after which JAX ends all others. Threads of native code beat: none of Python's can hold them up.
+# Silence of a process after which JAX ends all others. Native threads beat: Python cannot hold them up.
 HEARTBEAT_TIMEOUT_S = 30
 _GO = b"go\n"
 VARIABLES = (COORDINATOR, NUM_PROCESSES, PROCESS_ID, CPU_DEVICES)
@@ -23,7 +23,7 @@ def initialise_distributed(environment: Mapping[str, str] | None = None) -> bool
     """Joins the processes that `step3 launch` started, before the first use of a device.
 
     Args:
-      environment: Where `VARIABLES` are read from; that of the process if absent. STEP3_CPU_DEVICES alone gives one
+      environment: Where to read `VARIABLES`; the process's environment if absent. STEP3_CPU_DEVICES alone gives one
         process several CPU devices.
 
     Returns:
@@ -54,7 +54,7 @@ def initialise_distributed(environment: Mapping[str, str] | None = None) -> bool
             f"{PROCESS_ID} is {rank}; of {num_processes} processes the numbers are 0 to {num_processes - 1}"
         )
     timeout_s = read_start_timeout(environment)
-    # JAX ends a process from C++ when others do not come, without saying who: so they meet before.
+    # JAX ends a process from C++ when others are missing, without saying which: so they meet first.
     _meet(host.strip("[]"), int(port), rank, num_processes, timeout_s)
     # The launcher already adds the coordinator to no_proxy.
     jax.config.update("jax_check_proxy_envs", False)
@@ -90,7 +90,7 @@ def set_cpu_devices(count: int) -> None:
     """Makes one CPU look like `count` devices.
 
     Raises:
-      ValueError: If a computation has begun with fewer.
+      ValueError: If a computation has already started with fewer.
     """
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -103,10 +103,10 @@ def set_cpu_devices(count: int) -> None:
 
 
 def read_number(environment: Mapping[str, str], name: str, least: int) -> int:
-    """A whole number among variables.
+    """A whole number from a variable.
 
     Raises:
-      ValueError: If it is none, or less than `least`.
+      ValueError: If it is not one, or is less than `least`.
     """
     text = environment.get(name, "")
     if not text.isdecimal() or int(text) < least:
@@ -115,7 +115,7 @@ def read_number(environment: Mapping[str, str], name: str, least: int) -> int:
 
 
 def _meet(host: str, port: int, rank: int, num_processes: int, timeout_s: int) -> None:
-    """Returns once all processes are there: each tells process 0, at the coordinator's address, and is told to go on."""
+    """Returns once all processes are there: each tells process 0, at the coordinator's address, and waits for its answer."""
     deadline = time.monotonic() + timeout_s
     if rank:
         _report_to_coordinator(host, port, f"{rank} {num_processes}\n", deadline, timeout_s)
@@ -139,10 +139,12 @@ def _meet(host: str, port: int, rank: int, num_processes: int, timeout_s: int) -
                     f"at {host}:{port} within {timeout_s} s: see what they wrote, or raise {START_TIMEOUT}"
                 ) from None
             words = _read_line(caller, deadline).split()
-            # Anything else is no process of ours.
+            # Anything else is not one of our processes.
             if len(words) == 2 and all(word.isdecimal() for word in words) and 0 < int(words[0]) < num_processes:
                 if int(words[1]) != num_processes:
-                    raise ValueError(f"process {words[0]} is one of {words[1]}, and process 0 one of {num_processes}")
+                    raise ValueError(
+                        f"process {words[0]} is one of {words[1]}, but process 0 is one of {num_processes}"
+                    )
                 present[int(words[0])] = caller
         for caller in present.values():
             with contextlib.suppress(OSError):
@@ -173,7 +175,7 @@ def _report_to_coordinator(host: str, port: int, line: str, deadline: float, tim
 
 
 def _read_line(connection: socket.socket, deadline: float) -> str:
-    """One short line of text; what has come if it does not end in time."""
+    """One short line of text; whatever has arrived if it does not end in time."""
     connection.settimeout(max(0.01, deadline - time.monotonic()))
     data = b""
     with contextlib.suppress(OSError):

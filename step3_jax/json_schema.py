@@ -1,10 +1,10 @@
-"""What a JSON schema holds, which schemas are refused before they are looked at any further, and how JSON is laid out."""
+"""The parts of a JSON schema, which schemas are refused up front, and the layout of generated JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Between the tokens of JSON that is generated, as a regular expression: one blank or none, as small models lose themselves
+# Whitespace between the tokens of generated JSON, as a regular expression: one blank or none, as small models get lost
 # in blanks, and each costs a step.
 BLANKS = " "
 MAX_DEPTH = 32
@@ -13,9 +13,9 @@ MAX_PROPERTIES = 2000
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 # Values, not schemas.
 _DATA = ("const", "enum", "default", "examples")
-# Of older drafts; llguidance would pass over them.
+# From older drafts; llguidance would ignore them.
 _OUTDATED = {
-    "additionalItems": "use items beside prefixItems",
+    "additionalItems": "use items together with prefixItems",
     "dependencies": "use dependentRequired",
     "disallow": "use a list of types",
     "divisibleBy": "use multipleOf",
@@ -26,14 +26,14 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multip
 
 
 def check_schema(schema: Mapping[str, object], name: str) -> None:
-    """Refuses a JSON schema that is too large, or that would be enforced in part alone.
+    """Refuses a JSON schema that is too large, or that would be enforced only in part.
 
     Args:
       schema: The schema.
-      name: What it is called in messages.
+      name: Its name in messages.
 
     Raises:
-      ValueError: For nesting deeper than 32, more than 2,000 properties, a `$ref` out of the document, or a keyword that is
+      ValueError: For nesting deeper than 32, more than 2,000 properties, a `$ref` outside the document, or a keyword that is
         outdated or has a value of the wrong type; the message names the place.
     """
     num_properties = 0
@@ -52,7 +52,7 @@ def check_schema(schema: Mapping[str, object], name: str) -> None:
 
 
 def subschemas(schema: object) -> list[tuple[str, object]]:
-    """The schemas directly in a schema, each with its place as the end of a JSON pointer."""
+    """The direct subschemas of a schema, each with its place as the end of a JSON pointer."""
     if not isinstance(schema, Mapping):
         return []
     found: list[tuple[str, object]] = []
@@ -80,7 +80,7 @@ def _check_keywords(schema: Mapping[str, object], where: str) -> None:
             raise ValueError(f"{where}/x-guidance changes how strictly the schema is enforced: leave it out")
         if key == "$ref" and not (isinstance(value, str) and value.startswith("#")):
             raise ValueError(
-                f"{where}/$ref is {value!r}; only places in the schema itself, such as '#/$defs/city', may be"
+                f"{where}/$ref is {value!r}; only places in the schema itself, such as '#/$defs/city', are allowed"
             )
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if key in _COUNTS and not (is_number and value >= 0 and value == int(value)):  # type: ignore[operator, call-overload]

@@ -1,4 +1,4 @@
-"""Devices: those there are, the mesh of a parallel setting, and which axes of it mean what."""
+"""Devices: the available ones, the mesh of a parallel setting, and the meaning of its axes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from step3_jax.rank import COORDINATOR, CPU_DEVICES
 from step3_jax.sharding import parameter_spec
 
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-# What XLA itself reads; JAX refuses it beside a number of its own.
+# XLA's own flag; JAX refuses it together with its own setting.
 _XLA_CPU_DEVICES = "xla_force_host_platform_device_count"
 
 
@@ -30,7 +30,7 @@ class Layout:
 
     Attributes:
       mesh: The devices, along `layout.table.AXES`.
-      parallel: The setting, with nothing left open: ep is a number, and the exchange is chosen.
+      parallel: The complete setting: ep is a number, and the exchange is chosen.
     """
 
     mesh: Mesh
@@ -46,24 +46,24 @@ class Layout:
         return tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
 
     def size(self, logical: str) -> int:
-        """Parts that a logical axis is cut in."""
+        """Parts that a logical axis is cut into."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes(logical))
 
     def spec(self, *logical: str | None) -> PartitionSpec:
-        """Of an array whose first axes have these logical names."""
+        """The spec of an array whose first axes have these logical names."""
         return PartitionSpec(*(self.axes(name) or None if name is not None else None for name in logical))
 
     def sharding(self, *logical: str | None) -> NamedSharding:
-        """As `spec`; without names every device has a copy."""
+        """Like `spec`; without names every device has a copy."""
         return NamedSharding(self.mesh, self.spec(*logical))
 
     def parameter(self, path: Sequence[str | int]) -> NamedSharding:
-        """Where the parameter at `path` of a `Step3` lies, in the shape of `sharding.view_shape`."""
+        """The sharding of the parameter at `path` of a `Step3`, in the shape of `sharding.view_shape`."""
         return NamedSharding(self.mesh, parameter_spec(path, self.attention, self.parallel.vision))
 
 
 def padded_shape(shape: tuple[int, ...], sharding: NamedSharding) -> tuple[int, ...]:
-    """The shape of an array whose axes are filled up with zeros to what their devices divide."""
+    """The shape of an array whose axes are padded with zeros to a multiple of their devices."""
     entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
     named = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in entries]
     parts = [math.prod(sharding.mesh.shape[axis] for axis in axes) for axes in named]
@@ -74,12 +74,12 @@ def make_layout(parallel: Parallel, devices: Sequence[jax.Device] | None = None)
     """Places a setting on devices.
 
     Args:
-      parallel: The setting, its ep known (see `layout.parallel.fit_parallel`).
-      devices: As many as it needs, those of a tensor group side by side; by default the first of all there are (see
+      parallel: The setting, with a known ep (see `layout.parallel.fit_parallel`).
+      devices: As many as it needs, those of a tensor group adjacent; by default the first available ones (see
         `find_devices`).
 
     Raises:
-      ValueError: If there are too few devices, or some of a process of several would be left without work.
+      ValueError: If there are too few devices, or some devices of several processes would be left without work.
     """
     wanted = parallel.num_devices
     if devices is None:
@@ -93,7 +93,7 @@ def make_layout(parallel: Parallel, devices: Sequence[jax.Device] | None = None)
     mesh = Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     exchange = parallel.exchange
     if exchange == "auto":
-        # Devices that have different experts of the same layer, one group a row.
+        # Devices that have different experts of the same layer, one group per row.
         groups = np.asarray(devices).reshape(shape).transpose(1, 3, 0, 2).reshape(shape[1] * shape[3], -1)
         is_far = any(count_hosts(list(group)) > 1 for group in groups)
         exchange = "all_to_all" if is_far and parallel.attention == "data" else "gather"
@@ -101,29 +101,29 @@ def make_layout(parallel: Parallel, devices: Sequence[jax.Device] | None = None)
 
 
 def count_hosts(devices: Sequence[jax.Device]) -> int:
-    """Machines (domains of fast links) that devices are on, as far as the backend tells; 1 for CPUs."""
+    """Number of machines (domains of fast links) with these devices, as far as the backend says; 1 for CPUs."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def find_devices(count: int = 1) -> list[jax.Device]:
-    """The devices there are.
+    """The available devices.
 
     Args:
-      count: How many a CPU is to look like, if no computation has begun: then it cannot be changed any more. The variable
-        STEP3_CPU_DEVICES wins, as do JAX's own setting, XLA's flag and a launcher; GPUs are not touched.
+      count: How many devices a CPU should look like; no effect once a computation has started. The variable
+        STEP3_CPU_DEVICES takes precedence, as do JAX's own setting, XLA's flag and a launcher; GPUs are not affected.
 
     Returns:
       All devices of the default platform, of all processes; there may be more or fewer than `count`.
 
     Raises:
-      ValueError: If STEP3_CPU_DEVICES is no number, or JAX_PLATFORMS asks for what is not installed or not there; the
-        message says what to install.
+      ValueError: If STEP3_CPU_DEVICES is not a number, or JAX_PLATFORMS names a platform that is not installed or not
+        there; the message says what to install.
     """
-    # What was chosen in another way stays.
+    # A number chosen in another way is kept.
     is_chosen = jax.config.values["jax_num_cpu_devices"] > 0 or _XLA_CPU_DEVICES in os.environ.get("XLA_FLAGS", "")
     if not is_chosen and os.environ.get(COORDINATOR) is None:
         chosen = read_number(os.environ, CPU_DEVICES, 1) if os.environ.get(CPU_DEVICES) else count
-        # A computation has begun: the caller says so, if there are too few.
+        # A computation has started: if there are too few, the caller says so.
         if chosen > 1:
             with contextlib.suppress(RuntimeError):
                 jax.config.update("jax_num_cpu_devices", chosen)
@@ -155,20 +155,20 @@ def find_cpu_devices(count: int) -> list[jax.Device]:
 
 
 def force_cpu_devices(count: int) -> None:
-    """Makes one CPU look like `count` devices, if no computation has begun; GPUs are not touched.
+    """Makes one CPU look like `count` devices, if no computation has started; GPUs are not affected.
 
-    The variable STEP3_CPU_DEVICES wins, and so does the launcher, where there are several processes.
+    The variable STEP3_CPU_DEVICES takes precedence, and so does the launcher with several processes.
     """
     if os.environ.get(CPU_DEVICES) is None and os.environ.get(COORDINATOR) is None:
         set_cpu_devices(count)
 
 
 def _wrong_count(parallel: Parallel, num_devices: int) -> str:
-    """Why the devices there are do not serve, and what to do."""
+    """Why the available devices are not enough, and what to do."""
     if jax.process_count() > 1:
         return (
             f"{parallel} is for {parallel.num_devices} devices, and the {jax.process_count()} processes have "
-            f"{num_devices} together: none may be left out"
+            f"{num_devices} together: all must be used"
         )
     platform = jax.default_backend()
     hint = too_few_cpu_devices(parallel.num_devices) if platform == "cpu" else "lower dp or tp, or use step3 launch"
@@ -183,10 +183,10 @@ def _missing_platform(wanted: str, reason: str) -> str:
         return f"{text} ({reason.partition('. (')[0]}): {otherwise}"
     if not any(importlib.util.find_spec(name) for name in _GPU_PLUGINS):
         return (
-            f"{text}: JAX is installed for CPUs alone. For an NVIDIA GPU: pip install 'step3-jax[cuda13]' (driver 580 or "
+            f"{text}: JAX is installed only for CPUs. For an NVIDIA GPU: pip install 'step3-jax[cuda13]' (driver 580 or "
             f"later; [cuda12] for driver 525 or later); {otherwise}"
         )
     said = f" ({' '.join(reason.split())})" if reason.strip() else ""
     return (
-        f"{text}, though its CUDA plugin is installed{said}: does nvidia-smi show the GPU and its driver? {otherwise}"
+        f"{text}, although its CUDA plugin is installed{said}: does nvidia-smi show the GPU and its driver? {otherwise}"
     )

@@ -7,7 +7,7 @@
 | int4 | -7 to 7, two in a byte | 1 x 128 | 68 |
 
 Real weight = value * scale. The last block of an axis may be partial; leading axes (experts) are
-stacked in front.
+stacked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from step3_jax.layout.tensor import scale_shape
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = float(jnp.finfo(FP8).max)
 INT8_MAX, INT4_MAX = 127, 7
-# Columns that share a scale in the integer forms, and those of a unit of packed int4 values (see `PackedInt4`).
+# Columns that share a scale in the integer forms, and columns of a unit of packed int4 values (see `PackedInt4`).
 GROUP = 128
 INT4_UNIT = 32
 
@@ -35,7 +35,7 @@ Form = Literal["fp8", "int8", "int4"]
 if TYPE_CHECKING:
     Leaf = Array
 else:
-    # Shapes stand for arrays where a program is compiled without weights.
+    # Shapes replace arrays where a program is compiled without weights.
     Leaf = Array | jax.ShapeDtypeStruct
 
 
@@ -59,7 +59,7 @@ class BlockScaled:
         return self.values.shape
 
     def __getitem__(self, index: types.EllipsisType) -> BlockScaled:
-        """`array[...]` is the array itself: so reads `nnx.Param` its value."""
+        """`array[...]` is the array itself: `nnx.Param` reads its value like this."""
         if index is not ...:
             raise ValueError(f"a block-scaled array takes no index but [...]; {index!r} was given")
         return self
@@ -68,7 +68,7 @@ class BlockScaled:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedInt4:
-    """A quantised array with two values in a byte.
+    """A quantised array with two values per byte.
 
     A unit of 16 bytes holds 32 columns: byte j has column j in its low and column 16 + j in its high half, each as value
     + 8. So 16 bytes widen to two runs of neighbouring columns. Columns after the last one are zeros (8 in each half).
@@ -88,7 +88,7 @@ class PackedInt4:
         return (*self.values.shape[:-1], self.num_columns)
 
     def __getitem__(self, index: types.EllipsisType) -> PackedInt4:
-        """`array[...]` is the array itself: so reads `nnx.Param` its value."""
+        """`array[...]` is the array itself: `nnx.Param` reads its value like this."""
         if index is not ...:
             raise ValueError(f"a quantised array takes no index but [...]; {index!r} was given")
         return self
@@ -104,8 +104,8 @@ def quantise(
 
     Args:
       array: Weights, the last two axes are cut in blocks.
-      form: Of the values.
-      block: Rows and columns of a block; by default the form's, see above. int4 has no other.
+      form: Form of the values.
+      block: Rows and columns of a block; by default the form's, see above, the only one for int4.
 
     Returns:
       The quantised array; `dequantise` is its inverse up to rounding.
@@ -120,13 +120,13 @@ def quantise(
     array = array.astype(jnp.float32)
     largest = _block_maxima(array, block)
     most = {"fp8": FP8_MAX, "int8": INT8_MAX, "int4": INT4_MAX}[form]
-    # A divisor that XLA cannot know: by a constant it multiplies with the reciprocal, and the last bit may differ.
+    # A divisor that XLA cannot know: for a constant it would multiply by the reciprocal, and the last bit may differ.
     scales = largest / jnp.where(largest > 0, most, 1.0)
     scales = jnp.where(scales > 0, scales, 1.0)
     scaled = array / expand_scales(scales, array.shape, block)
     if form == "fp8":
         return BlockScaled(scaled.astype(FP8), scales, block)
-    # Where a scale is subnormal a quotient may be larger than what it was made for.
+    # If a scale is subnormal, a quotient may exceed the largest value.
     whole = jnp.clip(jnp.round(scaled), -most, most).astype(jnp.int8)
     return BlockScaled(whole, scales, block) if form == "int8" else PackedInt4(_pack(whole), scales, array.shape[-1])
 
@@ -170,7 +170,7 @@ def expand_scales(
 
 
 def _pack(values: Shaped[Array, "*lead rows columns"]) -> UInt8[Array, "*lead rows bytes"]:
-    """Whole numbers from -7 to 7 as `PackedInt4` has them."""
+    """Whole numbers from -7 to 7 in the packing of `PackedInt4`."""
     pad = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % INT4_UNIT)]
     halves = (jnp.pad(values, pad) + 8).astype(jnp.uint8).reshape(*values.shape[:-1], -1, 2, INT4_UNIT // 2)
     return (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*values.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""Files that ship with the package (the tiny model, the configurations), and the folder of those that it makes."""
+"""Files that ship with the package (the tiny model, the configurations), and the folder for files that it creates."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
 def find_folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder at `path`, or the shipped one of that name where there is none: `models/step3-tiny` works everywhere.
+    """The folder at `path`, or else the shipped one of that name: `models/step3-tiny` works everywhere.
 
     Returns:
-      `path` itself if there is neither: what is wrong with it is the caller's to say.
+      `path` itself if there is neither: the caller reports what is wrong with it.
     """
     folder = pathlib.Path(path)
     if folder.exists() or folder.parts[:1] != ("models",):
@@ -26,13 +26,13 @@ def find_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 def find(name: str) -> pathlib.Path:
     """The path of a shipped file or folder, such as `models/step3-tiny` or `configs/models/step3.json`.
 
-    An installed wheel carries them inside the package; a source checkout has them beside it.
+    An installed wheel has them inside the package; a source checkout has them next to it.
 
     Raises:
       ValueError: If there is no such file.
     """
     if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
-        raise ValueError(f"{name!r} is no name of a shipped file: give a path such as models/step3-tiny")
+        raise ValueError(f"{name!r} is not the name of a shipped file: give a path such as models/step3-tiny")
     for root in (_PACKAGE / "_shipped", _PACKAGE.parent):
         if (root / name).exists():
             return root / name
@@ -40,9 +40,9 @@ def find(name: str) -> pathlib.Path:
 
 
 def find_cache(name: str) -> pathlib.Path | None:
-    """Folder `name` for files that are made once and found again: in `step3-jax` in `$XDG_CACHE_HOME` or `~/.cache`.
+    """Folder `name` for cached files: in `step3-jax` in `$XDG_CACHE_HOME` or `~/.cache`.
 
-    It need not exist. None for a user without a home.
+    It need not exist. None for a user without a home folder.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     try:

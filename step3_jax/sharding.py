@@ -1,4 +1,4 @@
-"""The tables of `layout/table.py` as JAX takes them."""
+"""The tables of `layout/table.py` as JAX shardings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from step3_jax.layout.table import assign_axes, assign_parameter
 def partition_spec(
     axes: Sequence[str | None], attention: AttentionForm = "data", vision: VisionForm = "weights"
 ) -> PartitionSpec:
-    """The sharding of an array whose axes have these logical names; None for an axis that is whole everywhere.
+    """The sharding of an array whose axes have these logical names; None for an axis that is not sharded.
 
     Raises:
-      ValueError: If two axes would lie on the same axis of the mesh.
+      ValueError: If two axes would be sharded along the same mesh axis.
     """
     return PartitionSpec(*(entry or None for entry in assign_axes(axes, attention, vision)))
 
@@ -26,6 +26,6 @@ def parameter_spec(
 ) -> PartitionSpec:
     """The sharding of the parameter at `path` of a `Step3`, in the shape of `layout.table.view_shape`.
 
-    Its FP8 scales, if it has them, are cut the same way.
+    Its FP8 scales, if any, are sharded the same way.
     """
     return PartitionSpec(*(entry or None for entry in assign_parameter(path, attention, vision)))

@@ -1,9 +1,9 @@
-"""One layer of weights that lie stacked: the stack and the layer's number, so that a loop over layers slices nothing.
+"""One layer of stacked weights: the stack and the layer's number, so that a loop over layers slices nothing.
 
-On GPUs the layers of one form are one array a parameter, [L, ...], and a loop over them is one small program instead of L
-large ones. A module of one layer then holds `LayerOf` in place of each weight. What reads a weight asks `parts` for the
-stack and the layer, and hands both to a kernel, which finds its layer by address. A slice of a stack would be copied by
-some programs, and makes a GPU's driver change the recorded launches in every layer.
+On GPUs, layers of the same structure are one array per parameter, [L, ...], and a loop over them is one small program
+instead of L large ones. A module of one layer then holds `LayerOf` in place of each weight. Code that reads a weight asks
+`parts` for the stack and the layer, and passes both to a kernel, which finds its layer by address. A slice of a stack would
+be copied by some programs, and makes a GPU's driver change the recorded launches in every layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from step3_jax.quant import Quantised
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerOf:
-    """A layer's weight as a place in a stack.
+    """A layer's weight as an index into a stack.
 
     Attributes:
       stack: The weights of L layers, [L, ...]: an array, or quantised.
@@ -33,7 +33,7 @@ class LayerOf:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one layer's weight."""
+        """The shape of one layer's weight."""
         return self.stack.shape[1:]
 
     def __getitem__(self, index: types.EllipsisType) -> LayerOf:
@@ -43,19 +43,19 @@ class LayerOf:
         return self
 
     def pick(self) -> Shaped[Array, "*shape"] | Quantised:
-        """The layer's weight sliced out of the stack: what the references do, and what no kernel needs."""
+        """The layer's weight sliced out of the stack: the references do that; kernels do not need it."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.index, keepdims=False), self.stack)
 
 
-# A weight by itself, in whatever form.
+# A separate weight, in any form.
 W = TypeVar("W")
 
 
 def parts(weight: W | LayerOf) -> tuple[W | Shaped[Array, "L *shape"] | Quantised, Int[Array, ""] | None]:
-    """What a kernel takes: the weight and None, or a stack and the number of the layer in it."""
+    """The arguments of a kernel: the weight and None, or a stack and the number of the layer in it."""
     return (weight.stack, weight.index) if isinstance(weight, LayerOf) else (weight, None)
 
 
 def pick(weight: W | LayerOf) -> W | Shaped[Array, "*shape"] | Quantised:
-    """The weight by itself, sliced out of its stack if it lies in one."""
+    """The weight itself, sliced out of its stack if it is in one."""
     return weight.pick() if isinstance(weight, LayerOf) else weight

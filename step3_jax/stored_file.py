@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are read whole, and what is often found in place of a file."""
+"""Files of a checkpoint that are read whole, and what is often found in their place."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import pathlib
 import re
 
-# Where transformers keeps further chat templates, today and in early versions.
+# Where transformers keeps further chat templates, now and in early versions.
 TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
-# Of paths that look like names on the Hugging Face hub: there, no user can be called so.
+# First parts of paths that look like hub names but are not: no user can be called so on the Hugging Face hub.
 _NO_HUB_USERS = ("models", "datasets", "spaces")
-# How a file begins that is not what its name says. Longest first where one starts with another.
+# How files start that are not what their names say. Longest first where one starts with another.
 _STAND_INS = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -22,19 +22,19 @@ _STAND_INS = (
     (b"GGUF", "a GGUF file: this program reads safetensors and Orbax"),
     (b"PK\x03\x04", "a ZIP archive, as PyTorch saves weights: this program reads safetensors and Orbax"),
 )
-# Enough for every begin above with blanks before it.
+# Enough for every start above with whitespace before it.
 START_BYTES = 256
 
 
 def describe_stand_in(start: bytes) -> str | None:
-    """What a file is that is not what its name says, with what to do; None where nothing is known of it.
+    """What a file really is if it is not what its name says, and what to do; None if unknown.
 
     Args:
       start: The file's first `START_BYTES` bytes; all of a shorter one.
     """
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not text:
-        # Zeros are not blanks: a file of them is a hole, and may still be filled.
+        # Zeros are not whitespace: a file of zeros is a hole, and may still be filled.
         return "empty: download the file again"
     return next((what for begin, what in _STAND_INS if text[: len(begin)].lower() == begin.lower()), None)
 
@@ -44,7 +44,7 @@ def read_text(path: pathlib.Path) -> str:
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If it cannot be read, is empty, is something else than its name says, or is not UTF-8; the message
+      ValueError: If it cannot be read, is empty, is not what its name says, or is not UTF-8; the message
         names it.
     """
     try:
@@ -59,7 +59,7 @@ def read_text(path: pathlib.Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8, save it as such: {error}") from None
+        raise ValueError(f"{path} is not UTF-8; save it as UTF-8: {error}") from None
 
 
 def read_json_object(path: pathlib.Path) -> dict[str, object]:
@@ -73,7 +73,7 @@ def read_json_object(path: pathlib.Path) -> dict[str, object]:
     except FileNotFoundError:
         return {}
     except RecursionError:
-        raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(stored, dict):
@@ -97,7 +97,7 @@ def require_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def download_advice(path: str | os.PathLike[str]) -> str | None:
-    """What to do where a path that is not there may be a name on the Hugging Face hub, as the end of a message."""
+    """What to do if a missing path may be a name on the Hugging Face hub, as the end of a message."""
     name = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(path))
     if name is None or name[1] in _NO_HUB_USERS:
         return None

@@ -13,7 +13,7 @@ import tempfile
 
 import pytest
 
-# A shell's background jobs ignore Ctrl-C, and processes that they start inherit it; tests send it to theirs.
+# A shell's background jobs ignore Ctrl-C, and processes that they start inherit that; tests send Ctrl-C to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -23,7 +23,7 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("STEP3_TEST_PLATFORM", "cpu")
 # The kernels' interpreter holds a thread for each warpgroup that waits; with as few as this machine may have cores it hangs.
 os.environ.setdefault("PJRT_NPROC", "8")
 
-# One compile cache for all processes of a run, so that the same program is compiled once; none of the user's is touched.
+# One compile cache for all processes of a run, so that the same program is compiled once; the user's is not touched.
 # The processes that pytest-xdist starts inherit it.
 os.environ["STEP3_TEST_CACHE"] = os.environ.get("STEP3_TEST_CACHE") or tempfile.mkdtemp(prefix="step3-tests-xla-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["STEP3_TEST_CACHE"]
@@ -33,7 +33,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 import jax
 import jaxtyping
 
-# Where arrays are worked on. What takes a user's values checks those itself, and its tests give wrong ones on purpose.
+# Where arrays are handled. Modules that take a user's values check those themselves; their tests pass wrong ones on purpose.
 CHECKED_MODULES = [
     "pallas_kernels",
     "step3_jax.cache",
@@ -66,7 +66,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def goldens() -> pathlib.Path:
-    """Folder of arrays and texts that independent code made."""
+    """Folder of arrays and texts made by independent code."""
     return ROOT / "tests" / "goldens"
 
 
@@ -81,5 +81,5 @@ def tiny_model_path() -> pathlib.Path:
 
 @pytest.fixture
 def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conversion finds a process as small as a command's: this one holds the compiled programs of other tests too."""
+    """Makes conversion see a process as small as a command's: this one also holds the compiled programs of other tests."""
     monkeypatch.setattr("step3_jax.checkpoint.convert.anonymous_bytes", lambda: 2**28)

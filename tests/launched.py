@@ -1,4 +1,4 @@
-"""The launcher as a user starts it: a process of its own, its ranks, and where they are."""
+"""The launcher as a user starts it: a separate process, its ranks, and where they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.process import ROOT
 
 @dataclasses.dataclass
 class Running:
-    """A launcher that runs.
+    """A running launcher.
 
     Attributes:
       folder: Takes its output, and is its folder for temporary files.
@@ -52,11 +52,11 @@ class Running:
         return found
 
     def pids(self, count: int) -> list[int]:
-        """Ids of ranks (and what they started) that said so."""
+        """Ids of ranks (and what they started) that reported them."""
         return [int(pid) for pid in self.wait_for(r"\] pid (\d+)", count)]
 
     def wait_for_rank(self, rank: int, is_there: Callable[[Reading], bool]) -> int:
-        """Waits until a rank is at a place; its process id. Linux alone."""
+        """Waits until a rank is at a place; its process id. Linux only."""
         give_up_at = time.monotonic() + self.limit_s
         while (pid := find_rank(self.process.pid, rank, is_there)) is None:
             assert self.process.poll() is None, self.stderr
@@ -65,7 +65,7 @@ class Running:
         return pid
 
     def left_files(self) -> set[str]:
-        """What is in the folder for temporary files, but for logs that messages name."""
+        """What is in the folder for temporary files, except logs that messages name."""
         return {path.name for path in (self.folder / "tmp").iterdir() if not path.name.startswith("step3-native-")}
 
 
@@ -75,8 +75,8 @@ def launching(folder: pathlib.Path, environment: Mapping[str, str], limit_s: flo
 
     Args:
       folder: Takes a folder for each.
-      environment: Of all.
-      limit_s: For each wait.
+      environment: Environment of all.
+      limit_s: Limit of each wait.
     """
     started: list[Running] = []
 
@@ -116,7 +116,7 @@ AT_PLACE: dict[str, Callable[[Reading], bool]] = {
 
 
 def find_rank(ancestor: int, rank: int, is_there: Callable[[Reading], bool]) -> int | None:
-    """The process of a rank that was started by another, if it is at a place. Linux alone."""
+    """The process of a rank that another one started, if it is at a place. Linux only."""
     for pid in descendants(ancestor):
         with contextlib.suppress(OSError, ValueError):
             if variable(pid, PROCESS_ID) == str(rank) and is_there(
@@ -127,7 +127,7 @@ def find_rank(ancestor: int, rank: int, is_there: Callable[[Reading], bool]) -> 
 
 
 def descendants(parent: int) -> list[int]:
-    """Ids of all processes that one has started, and of what they started. Linux alone."""
+    """Ids of all processes that one has started, and of what they started. Linux only."""
     children: dict[int, list[int]] = {}
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -142,13 +142,13 @@ def descendants(parent: int) -> list[int]:
 
 
 def variable(pid: int, name: str) -> str:
-    """A variable of the environment that a process was started with; empty if it has none. Linux alone."""
+    """A variable of the environment that a process was started with; empty if not set. Linux only."""
     entries = pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return next((entry.decode()[len(name) + 1 :] for entry in entries if entry.startswith(f"{name}=".encode())), "")
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended; one that waits for its parent to notice has."""
+    """Whether a process has ended; a zombie counts as ended."""
     if pathlib.Path("/proc/self/stat").exists():
         try:
             return pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] in "ZX"

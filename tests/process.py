@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Nothing takes a tenth of it; what hangs fails its test and not the whole run.
+# Nothing takes a tenth of it; a hang fails its test and not the whole run.
 HARD_LIMIT_S = 300
 _ANSWER_FILE = "TEST_ANSWER_FILE"
 
@@ -22,7 +22,7 @@ Ask = Callable[..., dict[str, object]]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of the processes that tests start: CPU alone, nothing of a launcher's."""
+    """Environment of the processes that tests start: CPU only, nothing of a launcher's."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("STEP3_")}
     return own | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
 
@@ -39,7 +39,7 @@ def step3(*words: str, cwd: pathlib.Path = ROOT, given: str = "", **more: str) -
 def worker(
     program: pathlib.Path, *words: str, env: Mapping[str, str], errors: Sequence[str] = ("ValueError",)
 ) -> Iterator[Ask]:
-    """A process that answers a line of JSON with one. An exception there is an answer if it is one of `errors`."""
+    """A process that answers each line of JSON with one. An exception there is an answer if it is one of `errors`."""
     command = [sys.executable, str(program), *words]
     with subprocess.Popen(
         command, cwd=ROOT, env=dict(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -66,12 +66,12 @@ def worker(
 
 
 def run_together(program: pathlib.Path, words: Sequence[str], variables: Sequence[Mapping[str, str]]) -> list[object]:
-    """What each of several processes gives to `give_answer`. All are killed when one fails, and after a fixed time.
+    """What each of several processes passes to `give_answer`. All are killed when one fails, or after a fixed time.
 
     Args:
-      program: What each runs.
-      words: For all.
-      variables: Of each process, its whole environment.
+      program: The program that each runs.
+      words: Arguments for all.
+      variables: The whole environment of each process.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = [pathlib.Path(folder) / str(rank) for rank in range(len(variables))]
@@ -107,11 +107,11 @@ def run_together(program: pathlib.Path, words: Sequence[str], variables: Sequenc
 
 
 def give_answer(answer: object) -> None:
-    """In a process of `run_together`: hands JSON back. Not over standard output, to which gloo writes too."""
+    """Returns JSON from a process of `run_together`. Not over standard output, to which gloo writes too."""
     pathlib.Path(os.environ[_ANSWER_FILE]).write_text(json.dumps(answer), encoding="utf-8")
 
 
 def free_port() -> int:
-    """A port that nothing uses."""
+    """An unused port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])

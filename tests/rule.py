@@ -17,7 +17,7 @@ from step3_jax.sampling.params import SamplingParams
 
 @dataclasses.dataclass
 class RuleMatcher:
-    """Follows an output by a function that says what may come next; a lone token but `end` is forced."""
+    """Follows an output by a function that says what may come next; a single allowed token other than `end` is forced."""
 
     rule: Callable[[Sequence[int]], set[int]]
     vocab_size: int
@@ -42,7 +42,7 @@ class RuleMatcher:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A constraint that allows what a function of the output says."""
+    """A constraint that allows what a function of the output returns."""
 
     rule: Callable[[Sequence[int]], set[int]]
     vocab_size: int

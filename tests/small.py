@@ -24,5 +24,5 @@ _TEXT = TextConfig(
 
 
 def small_text(**changes: object) -> TextConfig:
-    """One dense layer and one with experts, other sizes where `changes` says so."""
+    """One dense layer and one with experts, with sizes replaced by `changes`."""
     return dataclasses.replace(_TEXT, **changes)  # type: ignore[arg-type]

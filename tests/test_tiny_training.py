@@ -50,7 +50,7 @@ class ColourPools:
 
 
 def _config() -> ModelConfig:
-    """The shipped model's form, so that its tokenizer and its picture sizes fit, with less in it."""
+    """The shipped model's shape, so that its tokenizer and its picture sizes fit, but smaller."""
     whole = ModelConfig.preset("step3-tiny")
     text = dataclasses.replace(
         whole.text, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, moe_layers=(0,),
@@ -109,6 +109,6 @@ def test_loss_falls_in_twenty_steps_of_the_joint_stage(data: pathlib.Path) -> No
     first, last = history[0], history[-1]
     for name in ("loss", "picture", "large", "text", "tools"):
         assert last[name] < 0.6 * first[name], (name, first[name], last[name])
-    # The twelve small pictures of each step are new, so this is no learning by heart.
+    # The twelve small pictures of each step are new, so they cannot be memorised.
     assert np.mean([metrics["head_things"] for metrics in history[-5:]]) > 0.6
     assert int(state.step) == NUM_STEPS

@@ -1,4 +1,4 @@
-"""Single ticks of AFD's executor `program` on one CPU, beside those that the planner simulates from their parts.
+"""Single ticks of AFD's executor `program` on one CPU, next to those that the planner simulates from their parts.
 
     python -m tools.bench_afd_ticks --json benchmarks/afd.json
 
@@ -9,11 +9,11 @@ The two processes, the model and the sizes are those of `tools.bench_afd`. Measu
 - beside: the same while the other role runs its own on the other core;
 - exchange: the two roles compute products of a few milliseconds in turn and exchange after each; what that takes longer than
   both roles' products without the exchange. (With nothing computed a quarter of the exchanges take 4 ms, in which the
-  system wakes an idle process.);
+  system wakes an idle process);
 - pipelined: the complete decode program, in which nothing is timed but the whole.
 
-The times are written as quantiles at equal distances, with their mean. From those of the parts, alone and beside
-each other, a tick is simulated (`planner/simulation/lockstep.py`), and shown next to the pipelined one. The machine must
+The times are written as equally spaced quantiles, with their mean. From those of the parts, alone and beside each
+other, a tick is simulated (`planner/simulation/lockstep.py`) and shown next to the pipelined one. The machine must
 have two cores to itself: where other work runs, an exchange alone takes longer than a whole tick.
 """
 
@@ -49,13 +49,13 @@ NUM_QUANTILES = 50
 
 
 class Clock:
-    """Notes when values have been computed."""
+    """Records when values have been computed."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
 
     def stamp(self, slot: UInt8[Array, " slot"]) -> UInt8[Array, " slot"]:
-        """The same bytes; the time is noted once all of them are there, and before anything that needs the result."""
+        """The same bytes; the time is recorded once all of them are there, before anything that needs the result."""
 
         def note(_: object, last: np.ndarray) -> np.ndarray:
             self._times.append(time.perf_counter())
@@ -71,7 +71,7 @@ class Clock:
 
 
 def stamped(base: type[Wire], clock: Clock) -> type[Wire]:
-    """A wire that notes each exchange when its bytes are there to be sent."""
+    """A wire that records each exchange when its bytes are ready to be sent."""
 
     class StampedWire(base):  # type: ignore[misc, valid-type]
         def _swap(self, slot: UInt8[Array, " slot"]) -> UInt8[Array, " slot"]:
@@ -125,7 +125,7 @@ class TickRank:
             run()
             mean_s = (time.perf_counter() - begin) / (steps * self._arguments.layers * count)
             self._clock.take()
-            # Only the first run looks at it, which compiles.
+            # Only the first run, which compiles, looks at it.
             with mock.patch.object(bench_afd, "SilentWire", wire):
                 noted_run()
             times = self._clock.take()[: steps * schedule.num_ticks]
@@ -177,7 +177,7 @@ def _rest() -> list[float]:
 
 
 def _quantiles(values: list[float]) -> dict[str, object]:
-    """Quantiles in the middle of equal parts, and the mean, in microseconds."""
+    """Quantiles at the middles of equal parts, and the mean, in microseconds."""
     places = (np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
     return {
         "mean_us": round(1e6 * statistics.fmean(values), 2),
@@ -232,7 +232,7 @@ def simulate_us(found: Mapping[str, Any], count: int, where: str = "") -> float:
 
 def show(found: Mapping[str, Any]) -> None:
     """Prints what was measured and what is simulated from it."""
-    print(f"ms a layer of one micro-batch; an exchange {found['exchange_us'] / 1e3:.2f}")
+    print(f"ms per layer of one micro-batch; an exchange {found['exchange_us'] / 1e3:.2f}")
     print(
         "micro-batches  measured   attention       FFN  simulated  error   beside: attention       FFN  simulated  error"
     )
@@ -249,7 +249,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def _seconds(times: Mapping[str, Any]) -> list[float]:
-    """Quantiles with the mean of all times: that of the quantiles lacks the longest ones."""
+    """Quantiles with the mean of all times: the mean of the quantiles would miss the longest ones."""
     quantiles = times["quantiles_us"]
     scale = times["mean_us"] / statistics.fmean(quantiles) / 1e6
     return [scale * value for value in quantiles]

@@ -1,14 +1,14 @@
-"""Speed of conversion and loading, beside a plain copy of the same bytes and safetensors' own reader, in one run.
+"""Speed of conversion and loading next to a plain copy of the same bytes and safetensors' own reader, in one run.
 
     python -m tools.bench_checkpoint --json out.json              # 8 experts of full width, 2.3 GB
     python -m tools.bench_checkpoint --full-layer --json out.json # one full layer of the 321B model, 11.1 GB
 
-One mixture layer with random weights is made; then in each round every side runs beside its yardstick, one right after
-the other and in turns the one or the other first, with the page cache holding the source ("warm") and without ("cold":
-`posix_fadvise` drops what the kernel can drop). Before each the disk has come to rest, and memory for the result has been
-touched: on a virtual machine the first touch of memory costs ten times the copy. All that write end with an fsync. What
-was converted is compared with the source, outside the timing, in the first round. A side's ratio is that of times in such
-a pair: 1 is as fast as the copy (or the plain read), for the same bytes of the source.
+One mixture layer with random weights is made; then in each round every side runs right before or right after its
+yardstick, taking turns to go first, with the source in the page cache ("warm") and without ("cold": `posix_fadvise`
+drops what the kernel can drop). Before each the disk has come to rest, and memory for the result has been
+touched: on a virtual machine the first touch of memory costs ten times the copy. All writers end with an fsync. The
+result of a conversion is compared with the source, outside the timing, in the first round. A side's ratio is that of the
+times in such a pair: 1 is as fast as the copy (or the plain read), for the same bytes of the source.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ COPY_BYTES = 2**23
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One thing that is timed.
+    """One operation that is timed.
 
     Attributes:
-      name: What it is.
+      name: Its name.
       yardstick: Name of the side it is compared with; its own for a yardstick.
-      run: Does it, given the source and a folder that does not exist.
-      is_conversion: Whether it leaves a checkpoint.
+      run: Runs it, given the source and a folder that does not exist.
+      is_conversion: Whether it writes a checkpoint.
     """
 
     name: str
@@ -105,7 +105,7 @@ def list_sides(num_workers: int, *, with_loading: bool) -> list[Side]:
 
 
 def copy_folder(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies every file, as `cp` does, and brings it to the disk."""
+    """Copies every file, as `cp` does, and flushes it to disk."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         shutil.copyfile(path, target / path.name)
@@ -114,7 +114,7 @@ def copy_folder(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def read_plainly(source: pathlib.Path, _: pathlib.Path) -> list[np.ndarray]:
-    """Reads every tensor into memory of its own, and holds all of them as a loaded model does."""
+    """Reads every tensor into its own memory, and keeps all of them as a loaded model does."""
     arrays = []
     for path in sorted(source.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
@@ -144,7 +144,7 @@ def load(source: pathlib.Path, _: pathlib.Path) -> object:
 
 
 def run_rounds(source: pathlib.Path, scratch: pathlib.Path, sides: Sequence[Side], rounds: int) -> list[dict]:
-    """Times each side beside its yardstick `rounds` times, cold and warm; a row for each side and state of the cache."""
+    """Times each side with its yardstick `rounds` times, cold and warm; a row for each side and state of the cache."""
     yardsticks = {side.name: side for side in sides if side.yardstick == side.name}
     num_bytes = sum(path.stat().st_size for path in source.iterdir())
     seconds: dict[tuple[str, str], list[float]] = {}
@@ -199,7 +199,7 @@ def run_rounds(source: pathlib.Path, scratch: pathlib.Path, sides: Sequence[Side
 
 
 def check_result(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Compares a conversion with its source: it fits its configuration, and what is not quantised is equal.
+    """Checks that a conversion fits its configuration and that whatever is not quantised equals the source.
 
     Raises:
       ValueError: If it does not fit, or a tensor differs.
@@ -217,7 +217,7 @@ def check_result(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def drop_cache(folder: pathlib.Path) -> None:
-    """Tells the kernel that the files' pages are not needed; clean ones go."""
+    """Tells the kernel that the files' pages are not needed; clean ones are dropped."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -234,7 +234,7 @@ def fill_cache(folder: pathlib.Path) -> None:
 
 
 def settle(num_bytes: int) -> None:
-    """Lets the disk come to rest, and the machine have memory for a result."""
+    """Lets the disk come to rest, and touches memory for a result."""
     gc.collect()
     os.sync()
     memory = np.empty(num_bytes, np.uint8)
@@ -242,7 +242,7 @@ def settle(num_bytes: int) -> None:
 
 
 class PeakMemory:
-    """The most anonymous memory of this process, looked at every 20 ms."""
+    """This process's peak anonymous memory, sampled every 20 ms."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -264,7 +264,7 @@ class PeakMemory:
 
 
 def read_pressure(what: str) -> float | None:
-    """Percent of the last 10 seconds in which something waited for `what` ("cpu", "io"); None if it is not told."""
+    """Percent of the last 10 seconds in which something waited for `what` ("cpu", "io"); None if not reported."""
     try:
         text = pathlib.Path(f"/proc/pressure/{what}").read_text(encoding="ascii")
     except OSError:
@@ -277,11 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_checkpoint", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--full-layer", action="store_true", help=f"all {FULL_EXPERTS} experts: 11.1 GB of source")
     parser.add_argument("--experts", type=int, default=EXPERTS, metavar="N", help="experts (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="medians are over so many (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds to take medians over (default: 3)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads of conversion (default: 2)")
-    parser.add_argument("--no-loading", action="store_true", help="leave out what holds the model in memory")
-    parser.add_argument("--dir", metavar="PATH", help="folder on the disk to be measured (default: the system's)")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("--no-loading", action="store_true", help="skip the sides that hold the model in memory")
+    parser.add_argument("--dir", metavar="PATH", help="folder on the disk to measure (default: the system's)")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     arguments = parser.parse_args(argv)
     config = layer_config(FULL_EXPERTS if arguments.full_layer else arguments.experts)
     conditions = {
@@ -304,7 +304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         conditions |= {"source_bytes": num_bytes, "making_seconds": round(time.perf_counter() - start, 1)}
         free = shutil.disk_usage(root).free
         if free < 1.1 * num_bytes:
-            raise ValueError(f"{free / 1e9:.1f} GB are free, {1.1 * num_bytes / 1e9:.1f} GB are needed; give --dir")
+            raise ValueError(
+                f"{1.1 * num_bytes / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free; give --dir"
+            )
         sides = list_sides(arguments.workers, with_loading=not arguments.no_loading)
         rows = run_rounds(source, pathlib.Path(root), sides, arguments.rounds)
     conditions |= {"cpu_pressure_after": read_pressure("cpu"), "io_pressure_after": read_pressure("io")}

@@ -1,10 +1,10 @@
-"""The CPU kernels by themselves: bytes of weights a second beside the rate at which this process reads memory.
+"""The CPU kernels by themselves: bytes of weights per second, next to the rate at which this process reads memory.
 
     python -m tools.bench_cpu_kernels --json benchmarks/cpu-kernels.json
 
 Each round measures every product once, between two readings of memory, so that ratios share their conditions. The weights
-are as wide as Step3's and larger than any cache: an [18432, 7168] matrix in each form, and a MoE layer with all but eight of
-its 48 experts left out, of which three and the shared one are read for each token.
+are as wide as Step3's and larger than any cache: an [18432, 7168] matrix in each form, and a MoE layer with only eight of
+its 48 experts, of which three and the shared one are read for each token.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Decode beside llama.cpp, batch 1, in turns in one run: bytes of weights a second.
+"""Decode compared with llama.cpp, batch 1, in turns in one run: bytes of weights per second.
 
     python -m venv .venv-peer && .venv-peer/bin/pip install xllamacpp gguf
     python -m tools.bench_llama_cpp --peer-python .venv-peer/bin/python --json benchmarks/decode-cpu.json
 
 The peer is tools/llama_cpp_server.py: a mixture of experts as large as the 100M model of `step3 bench`, with random weights
-in q8_0, as llama.cpp has no MFA. The models differ, so what is compared is the rate at which active weights are read. Its
-own clock counts the peer's tokens, so that HTTP costs it nothing.
+in q8_0, as llama.cpp has no MFA. The models differ, so the comparison is of the rate at which active weights are read. The
+peer's tokens are timed by its own clock, so that HTTP costs it nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(forms: list[str], rounds: int, steps: int) -> dict[str, object]:
-    """Rows of ours and the peer's, medians over rounds."""
+    """Our rows and the peer's, medians over rounds."""
     config = bench_config(*PRESETS["100m"])
     model = random_model(config)
     sides = {form: Ours(hold_as(model, form)) for form in forms}

@@ -1,11 +1,11 @@
-"""What the service costs beside the engine alone, in one run: throughput, first token, overload, idle connections.
+"""What the service costs over the engine alone, in one run: throughput, first token, overload, idle connections.
 
     python -m tools.bench_service --json benchmarks/service.json
 
-The model is that of `step3 bench` with random weights. One process has it behind the service, a second one sends requests,
+The model is that of `step3 bench` with random weights. One process serves it, a second one sends requests,
 and this one runs the same requests through `LLM.generate`, in turns with the other two. All are on the same cores: the
 clients' work takes time from the engine, and the processor seconds of each say how much. Other services, such as that of
-`tools/llama_cpp_server.py`, may stand beside with `--peer`.
+`tools/llama_cpp_server.py`, can be measured alongside with `--peer`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from step3_jax.server.app import build_app
 from step3_jax.server.config import ServerConfig
 
 CLIENTS = 32
-# As many wait as run, so that an overload of a minute fills the queue.
+# As many requests may wait as run, so that an overload of a minute fills the queue.
 QUEUED = 2 * CLIENTS
 PROMPT, OUTPUT = (32, 256), (32, 128)
 OVERLOAD = 1.5
@@ -60,7 +60,7 @@ def make_llm(arguments: argparse.Namespace) -> LLM:
 
 
 def make_bodies(count: int, vocab_size: int, seed: int, output: tuple[int, int] = OUTPUT) -> list[dict[str, object]]:
-    """Requests of token ids; none begins as another does."""
+    """Requests of token ids; no two start alike."""
     lengths = draw_lengths(count, PROMPT, output, seed=seed)
     common = {"temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True}}
     return [
@@ -96,7 +96,7 @@ def thread_seconds() -> dict[str, float]:
 
 
 def send(arguments: argparse.Namespace) -> int:
-    """The process of the clients: reads a load from standard input, writes the records to standard output."""
+    """The clients' process: reads a load from standard input, writes the records to standard output."""
     given = json.load(sys.stdin)
 
     async def run() -> list[Record]:
@@ -112,7 +112,7 @@ def send(arguments: argparse.Namespace) -> int:
 def send_apart(
     url: str, bodies: Sequence[Mapping[str, object]], *, concurrency: int | None = None, rate: float | None = None
 ) -> tuple[list[Record], float]:
-    """Sends a load from a process of its own; the records, and that process' processor seconds."""
+    """Sends a load from a separate process; returns the records and that process's processor seconds."""
     given = json.dumps({"url": url, "bodies": bodies, "concurrency": concurrency, "rate": rate})
     command = [sys.executable, "-m", "tools.bench_service", "--role", "send"]
     done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=True)
@@ -122,7 +122,7 @@ def send_apart(
 
 @contextlib.contextmanager
 def running_service(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """The service in a process of its own: its URL and process id."""
+    """The service in a separate process: its URL and process id."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tools.bench_service", "--role", "serve", "--port", str(port)]
@@ -135,7 +135,7 @@ def running_service(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
                     if httpx2.get(f"{url}/health").status_code == 200:
                         break
                 if process.poll() is not None:
-                    raise RuntimeError(f"the service ended with {process.returncode}")
+                    raise RuntimeError(f"the service exited with {process.returncode}")
                 time.sleep(0.5)
             yield url, process.pid
         finally:
@@ -152,7 +152,7 @@ def generate_seconds(llm: LLM, bodies: Sequence[Mapping[str, object]]) -> float:
 
 
 def measure_throughput(arguments: argparse.Namespace, llm: LLM, url: str) -> list[dict[str, object]]:
-    """Rows: tokens a second through HTTP and through `LLM.generate`, and whose processor seconds they took."""
+    """Rows: tokens per second through HTTP and through `LLM.generate`, and whose processor seconds they took."""
     rows = []
     for number in range(arguments.rounds):
         bodies = make_bodies(arguments.requests, llm.config.text.vocab_size, number)
@@ -194,7 +194,7 @@ def measure_first_token(arguments: argparse.Namespace, llm: LLM, url: str) -> di
         stream = iter(llm.generate(body["prompt"], params, stream=True))  # type: ignore[call-overload]
         next(stream)
         pairs.append((waits.first, (time.perf_counter() - begin) * 1e3))
-        # To its end: a call under way would take time from the next request.
+        # Read to its end: a call still running would take time from the next request.
         collections.deque(stream, maxlen=0)
     pairs = pairs[2:]
     through, alone = zip(*pairs, strict=True)
@@ -207,15 +207,15 @@ def measure_first_token(arguments: argparse.Namespace, llm: LLM, url: str) -> di
 
 async def _send_one(url: str, body: Mapping[str, object]) -> Record:
     async with ServiceClient(url) as client:
-        # The connection is there in any service that is used.
+        # In real use the connection already exists.
         await client.list_models()
         (record,) = await run_load(client, "completions", [body], Load(1))
         return record
 
 
 def measure_overload(arguments: argparse.Namespace, llm: LLM, url: str) -> dict[str, object]:
-    """A closed loop, which finds the capacity, then an open loop at 1.5 times of it."""
-    # A wait for a chunk of prompts is one of all sequences at once: the 99th percentile of few requests would be chance.
+    """A closed loop, which finds the capacity, then an open loop at 1.5 times the capacity."""
+    # All sequences wait for a chunk of prompts at once: the 99th percentile over few requests would be chance.
     bodies = make_bodies(arguments.requests * 3, llm.config.text.vocab_size, 2000)
     records, _ = send_apart(url, bodies, concurrency=CLIENTS)
     closed = summarise(records, {})
@@ -258,7 +258,7 @@ def measure_idle(url: str, pid: int, count: int) -> dict[str, object]:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """All of it, printed and written."""
+    """Runs everything, prints it and writes it."""
     before = {"load_average_before": load_average(), "cpu_pressure_before": cpu_pressure()}
     begin = time.perf_counter()
 
@@ -297,8 +297,8 @@ def measure(arguments: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=96, help="of a round")
-    parser.add_argument("--first-tokens", type=int, default=40, help="requests of which the first token is waited for")
+    parser.add_argument("--requests", type=int, default=96, help="requests per round")
+    parser.add_argument("--first-tokens", type=int, default=40, help="requests for the first-token measurement")
     parser.add_argument(
         "--peer",
         action="append",
@@ -310,7 +310,7 @@ def main() -> int:
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=0, help="as in `step3 serve` (default: what that takes)"
     )
-    parser.add_argument("--json", help="file that gets the figures, beside those of other benchmarks")
+    parser.add_argument("--json", help="file to add the figures to, next to those of other benchmarks")
     parser.add_argument("--role", choices=("measure", "serve", "send"), default="measure", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Events a second of `step3 plan simulate`, beside a plain loop over a heap in the same run.
+"""Events per second of `step3 plan simulate`, next to a plain loop over a heap in the same run.
 
     python -m tools.bench_simulate --json benchmarks/simulate.json
 
 An event is a stage that ends on an instance: attention, FFN, or the flow from one instance to another. The plain loop takes
-the next event of some chains from a heap and puts its successor in: no lanes, no links, nothing is kept. Rounds take turns;
-times are the processor's.
+the next event of some chains from a heap and pushes its successor: no lanes, no links, nothing is kept. Rounds take turns;
+times are processor time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPREAD = Jitter(0.05)
 
 
 def run_pipeline(num_attention: int, num_ffn: int, num_steps: int, *, has_jitter: bool, is_shared: bool) -> int:
-    """Simulates decode steps; the number of events."""
+    """Simulates decode steps and returns the number of events."""
     bandwidth = LINK_BYTES_S if is_shared else None
     scale = 1.0 if is_shared else 1 / LINK_BYTES_S
     pipeline = Pipeline(NUM_LAYERS, NUM_MICROBATCHES, num_attention, num_ffn, 5e-6, bandwidth, bandwidth)
@@ -47,7 +47,7 @@ def run_pipeline(num_attention: int, num_ffn: int, num_steps: int, *, has_jitter
 
 
 def run_plain(num_chains: int, num_events: int) -> int:
-    """A heap of chains of events, each event putting the next one of its chain in."""
+    """A heap of chains of events, in which each event pushes the next one of its chain."""
     times = (ATTENTION_S, 2e-5, FFN_S, 4e-5)
     heap = [(1e-6 * chain, 0, chain) for chain in range(num_chains)]
     pop, push = heapq.heappop, heapq.heappush
@@ -58,7 +58,7 @@ def run_plain(num_chains: int, num_events: int) -> int:
 
 
 def measure(num_events: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Events a second of each, the median of the rounds."""
+    """Events per second of each, the median of the rounds."""
 
     def steps(num_attention: int, num_ffn: int) -> int:
         each = num_attention + num_ffn + 2 * num_attention * num_ffn
@@ -97,7 +97,9 @@ def measure(num_events: int, rounds: int) -> dict[str, dict[str, float]]:
 def main() -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description="Events a second of the simulated pipeline.")
-    parser.add_argument("--events", type=int, default=200_000, metavar="N", help="of each run (default: %(default)s)")
+    parser.add_argument(
+        "--events", type=int, default=200_000, metavar="N", help="events per run (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures")
     arguments = parser.parse_args()

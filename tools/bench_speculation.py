@@ -52,7 +52,7 @@ class Work(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One run: tokens, seconds, and what the engine counted meanwhile."""
+    """One run: tokens, seconds, and what the engine counted during it."""
 
     tokens: Tokens
     seconds: float
@@ -102,13 +102,13 @@ def run(llm: LLM, work: Work, batch_size: int) -> Measured:
 def measure(
     sides: Mapping[int, LLM], works: Mapping[str, Work], batch_size: int, rounds: int
 ) -> list[dict[str, object]]:
-    """All sides in turn, after a round that does not count and compiles all programs.
+    """All sides in turn, after an uncounted round that compiles all programs.
 
     Args:
       sides: Models by how many tokens they guess; 0 guesses none.
       works: Requests by name.
       batch_size: Requests at a time.
-      rounds: Figures are medians over so many.
+      rounds: How many rounds the medians are over.
 
     Returns:
       A row for each kind of requests and side.
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--lookup", type=int, nargs=2, metavar=("MIN", "MAX"), help="lengths of n-grams")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="requests at a time, 4 at most")
-    parser.add_argument("--rounds", type=int, default=3, help="medians are over so many (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds to take medians over (default: %(default)s)")
     parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args(argv)
     before = {"load_average_before": load_average(), "cpu_pressure_before": cpu_pressure()}

@@ -1,7 +1,7 @@
-"""What a request with a form costs a stream beside it: `python -m tools.bench_structured --json FILE`.
+"""What a structured request costs a stream running next to it: `python -m tools.bench_structured --json FILE`.
 
-A stream of a random model of 100 million active parameters is measured alone, beside another free request, and beside one
-that must follow a JSON schema, in turn. With a mask a call makes one token, and the mask is filled between two calls.
+A stream of a random model of 100 million active parameters is measured alone, next to another free request, and next to
+one that must follow a JSON schema, in turn. With a mask a call makes one token, and the mask is filled between two calls.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from step3_jax.sampling.structured import StructuredOutputsParams
 from step3_jax.text.tokenizer import Tokenizer
 from step3_jax.text.vocabulary import byte_alphabet
 
-# More than any run generates, so that the form never ends before the stream does.
+# More than any run generates, so that the structured output never ends before the stream does.
 _ITEMS = 10_000
 SCHEMA = {
     "type": "array",
@@ -83,7 +83,7 @@ def piece_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def make_llm(preset: str, vocab_size: int, engine: EngineConfig) -> LLM:
-    """A random model of a preset of `step3 bench`, with a vocabulary of its own size."""
+    """A random model of a preset of `step3 bench`, with a vocabulary of the given size."""
     config = bench_config(*PRESETS[preset])
     config = dataclasses.replace(
         config, text=dataclasses.replace(config.text, vocab_size=vocab_size), eos_token_id=vocab_size - 1
@@ -96,7 +96,7 @@ def stream_rate(llm: LLM, prompts: Sequence[Sequence[int]], num_tokens: int, sid
 
     Args:
       llm: The model.
-      prompts: Of the stream and of the request beside it.
+      prompts: Of the stream and of the request next to it.
       num_tokens: Tokens of the stream; the other request ends with it.
       side: One of `SIDES`.
     """
@@ -121,7 +121,7 @@ def stream_rate(llm: LLM, prompts: Sequence[Sequence[int]], num_tokens: int, sid
 
 
 def measure(llm: LLM, *, num_tokens: int, rounds: int) -> dict[str, object]:
-    """Rates of all sides, in turn, after a round that does not count."""
+    """Rates of all sides, in turn, after an uncounted round."""
     rates: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(rounds + 1):
         prompts = random_prompts([Lengths(32, num_tokens)] * 2, llm.config.text.vocab_size - 1, seed=number)
@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="100m", help="size of the model (default: %(default)s)")
     parser.add_argument("--vocab", type=int, default=128_815, help="entries of the vocabulary (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of the stream (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many (default: %(default)s)")
-    parser.add_argument("--json", help="file that gets the figures, beside those of other benchmarks")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to take medians over (default: %(default)s)")
+    parser.add_argument("--json", help="file to add the figures to, next to those of other benchmarks")
     arguments = parser.parse_args(argv)
     before = {"load_average_before": load_average(), "cpu_pressure_before": cpu_pressure()}
     found = []

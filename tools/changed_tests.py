@@ -1,9 +1,9 @@
-"""Runs the tests of what has changed: `make test-changed`.
+"""Runs the tests of changed modules: `make test-changed`.
 
     python -m tools.changed_tests [--since REVISION] [PYTEST OPTIONS]
 
-Changed is what git says differs from where the branch left `main`, what is not committed included. A module's tests are
-the file that mirrors it; without one, the files that import it; without these, its room's folder.
+Changed is whatever git says differs from where the branch left `main`, including uncommitted work. A module's tests are
+the file that mirrors it; failing that, the files that import it; failing those, its package's folder.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import sys
 from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Cheap, and about every module.
+# Cheap, and concerning every module.
 ALWAYS = "tests/unit/test_imports.py"
 _PACKAGES = ("step3_jax", "pallas_kernels", "tools")
-# Of files that are not modules, by the start of their path.
+# Tests of files that are not modules, by the start of their path.
 _OTHERS = {
     "docs/": ("tests/docs", "tests/unit/tools/site"),
     "mkdocs.yml": ("tests/unit/tools/site",),
@@ -34,8 +34,8 @@ def choose_tests(changed: Iterable[str], root: pathlib.Path = ROOT) -> list[str]
     """Files and folders of tests for pytest, from the root.
 
     Args:
-      changed: Paths from the root, of what was changed, added or removed.
-      root: Of the repository.
+      changed: Paths from the root that were changed, added or removed.
+      root: The repository's root.
     """
     found = {ALWAYS}
     for path in changed:
@@ -46,12 +46,12 @@ def choose_tests(changed: Iterable[str], root: pathlib.Path = ROOT) -> list[str]
         else:
             found |= {test for start, tests in _OTHERS.items() if path.startswith(start) for test in tests}
     there = {path for path in found if (root / path).exists()}
-    # A file of a folder that is run as a whole would be collected twice.
+    # A file in a folder that is run as a whole would be collected twice.
     return sorted(path for path in there if not any(other in map(str, pathlib.Path(path).parents) for other in there))
 
 
 def find_changed(since: str) -> list[str]:
-    """Paths from the root that differ from where this branch left `since`, or that git does not know yet."""
+    """Paths from the root that differ from where this branch left `since`, or that git does not track yet."""
     base = _git("merge-base", since, "HEAD")[0]
     return sorted({*_git("diff", "--name-only", base), *_git("ls-files", "--others", "--exclude-standard")})
 
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def _of_test_file(path: str, root: pathlib.Path) -> set[str]:
-    """The file itself, or the folder of what other tests share."""
+    """The file itself, or the whole folder for what other tests share."""
     file = pathlib.Path(path)
     return {path} if file.name.startswith("test_") and (root / file).exists() else {str(file.parent)}
 

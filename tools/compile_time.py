@@ -1,9 +1,9 @@
-"""Times the compilation of the decode loop for H100s that exist as a description only, layers stacked and apart.
+"""Times the compilation of the decode loop for H100s that exist only as a description, layers stacked and apart.
 
     python -m tools.compile_time --devices 1 --layers 61 [--apart] [--out benchmarks/compile-time]
 
-One device has six experts a layer, as a rank of eight has; eight have all 48, by `--tp 8`. Each run is a process of its own
-and adds a row to OUT.json and OUT.md. Needs Python 3.12 and the extra `aot`.
+One device has six experts per layer, as one of eight ranks has; eight devices have all 48, by `--tp 8`. Each run is a
+separate process and adds a row to OUT.json and OUT.md. Needs Python 3.12 and the extra `aot`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KERNEL = 'custom_call_target="mosaic_gpu_v2"'
 
 
 def measure(num_devices: int, num_layers: int, *, stacks: bool) -> dict[str, object]:
-    """Seconds of lowering and of compiling a decode loop, and what came out."""
+    """Seconds taken to lower and to compile a decode loop, and what came out."""
     config = ModelConfig.preset("step3-fp8")
     text = dataclasses.replace(config.text, moe_num_experts=EXPERTS_EACH * num_devices)
     if num_layers < text.num_hidden_layers:
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compile_time", description=__doc__)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--layers", type=int, default=61)
-    parser.add_argument("--apart", action="store_true", help="layers as modules of their own, not in stacks")
+    parser.add_argument("--apart", action="store_true", help="layers as separate modules, not in stacks")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/compile-time"))
     args = parser.parse_args()
     if gpu_compile.missing():

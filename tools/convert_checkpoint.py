@@ -1,4 +1,4 @@
-"""Converts a checkpoint: `step3 convert` by another name.
+"""Converts a checkpoint: another name for `step3 convert`.
 
 python tools/convert_checkpoint.py SRC DST [--to orbax|hf] [--dtype bf16|fp8|float32] [--resume] [--verify] ...
 """

@@ -1,7 +1,7 @@
 """Asks the shipped model about the images that ship with it: `make demo`.
 
 `models/step3-tiny/examples/examples.json` is a list of {"prompt": ..., "image": file in that folder (optional),
-"expected": what a right answer is (optional)}.
+"expected": the right answer (optional)}.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_TOKENS = 96
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question. `image` is a path; `answer` is what is right, if that is known."""
+    """One question. `image` is a path; `answer` is the right answer, if known."""
 
     prompt: str
     image: pathlib.Path | None
@@ -75,7 +75,7 @@ def show(llm: LLM, folder: pathlib.Path, example: Example) -> None:
 
 
 def command_of(example: Example) -> str:
-    """The command that asks the same."""
+    """The command that asks the same question."""
     words = ["step3", "generate"]
     if example.image is not None:
         here = pathlib.Path.cwd()

@@ -1,4 +1,4 @@
-"""Draws what `make demo` prints, with the images that it asks about: the picture in the README.
+"""Draws what `make demo` prints, with the images it asks about: the picture in the README.
 
     python -m tools.demo_picture docs/demo.svg
 
@@ -19,7 +19,7 @@ from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
 from tools.demo import Example, ask, command_of, read_examples
 
-# One of each kind: a number, a drawing, a fact, by the file that is asked about.
+# One of each kind: a number, a drawing, a fact, by the file that the question is about.
 SHOWN = ("number-6267.png", "guitar.png", None)
 _WIDTH, _LINE, _MARGIN, _IMAGE = 860, 21, 20, 52
 _STYLE = (

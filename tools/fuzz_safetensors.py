@@ -1,11 +1,11 @@
 """Fuzzes the reader of safetensors headers and of the index, guided by coverage.
 
-    pip install atheris                                        # in an environment of its own, beside step3-jax
+    pip install atheris                                        # in a separate environment, next to step3-jax
     python -m tools.fuzz_safetensors -max_total_time=600       # options are libFuzzer's
 
-An input's first byte chooses what is made of the rest: a file as it is, a header with sound length and data, a header
-built value by value, or an index over two sound shards. A finding is anything but a ValueError that names the file: a
-crash, a read outside the file, tensors that overlap, a file from outside the folder, a message without bounds.
+An input's first byte chooses what is made of the rest: a file verbatim, a header with valid length and data, a header
+built value by value, or an index over two valid shards. A finding is anything but a ValueError that names the file: a
+crash, a read outside the file, tensors that overlap, a file from outside the folder, an unbounded message.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHARDS = (
 
 
 class Folder:
-    """The files that inputs are written to, and what they may never reach."""
+    """The files that inputs are written to, and one that they must never reach."""
 
     def __init__(self, root: pathlib.Path) -> None:
         self.file = root / "x.safetensors"
@@ -72,7 +72,7 @@ class Folder:
                 raise RuntimeError(f"{len(content) - end} bytes belong to no tensor")
 
     def try_index(self, content: bytes) -> None:
-        """Opens the two shards by way of `content` as their index."""
+        """Opens the two shards with `content` as their index."""
         (self.model / INDEX_FILE).write_bytes(content)
         try:
             checkpoint = Checkpoint(self.model)
@@ -113,7 +113,7 @@ def _any_name(data: atheris.FuzzedDataProvider) -> str:
 
 
 def _built_header(data: atheris.FuzzedDataProvider) -> bytes:
-    """A header whose entries are sound save where the input says otherwise, and data to go with it."""
+    """A header whose entries are valid except where the input says otherwise, and data to go with it."""
     header: dict[str, object] = {}
     position = 0
     for _ in range(data.ConsumeIntInRange(0, 4)):
@@ -138,7 +138,7 @@ def _built_index(data: atheris.FuzzedDataProvider) -> bytes:
 
 
 def main() -> None:
-    """Runs until a finding, or as long as libFuzzer's options say."""
+    """Runs until a finding, or for as long as libFuzzer's options say."""
     with tempfile.TemporaryDirectory(prefix="fuzz-safetensors-") as root:
         folder = Folder(pathlib.Path(root))
 

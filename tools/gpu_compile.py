@@ -1,7 +1,7 @@
 """Compiles programs for H100 GPUs on a machine that has none: shapes in, PTX, registers and memory out.
 
 Needs the packages of the `aot` extra (the CUDA plugin of jax, without the CUDA libraries) and `ptxas`.
-python -m tools.gpu_check --compile-only compiles every kernel, tools/record_kernels.py writes down what that gives.
+python -m tools.gpu_check --compile-only compiles every kernel; tools/record_kernels.py records what that gives.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class KernelReport:
     Attributes:
       name: Entry point.
       registers: Per thread.
-      spill_bytes: Bytes that a thread stores to local memory for want of registers.
+      spill_bytes: Bytes per thread spilled to local memory.
       wgmma: Kinds of tensor-core instruction, such as "m64n128k32.f32.e4m3.e4m3".
-      num_wgmma, num_mma_sync, num_tma: Instructions of warpgroup products, of older products, and of bulk copies.
+      num_wgmma, num_mma_sync, num_tma: Instructions for warpgroup products, older products, and bulk copies.
       num_plain_stores: Bulk stores without a tensor map, see `ptx.store_fault`.
       smem_bytes: Shared memory of a block, without its barriers.
-      loop: Of the product loop, see `ptx.Loop`.
+      loop: The product loop, see `ptx.Loop`.
     """
 
     name: str
@@ -95,7 +95,7 @@ class KernelReport:
 
 def missing() -> str | None:
     """Why nothing can be compiled here; None if it can."""
-    # The parent first: looking inside a package that is not there is an error.
+    # The parent first: looking inside a package that does not exist is an error.
     if not importlib.util.find_spec("jax_plugins") or not importlib.util.find_spec("jax_plugins.xla_cuda13"):
         return "the CUDA plugin of jax is not installed: pip install 'step3-jax[aot]'"
     if shutil.which("ptxas") is None:
@@ -104,9 +104,9 @@ def missing() -> str | None:
 
 
 def h100_mesh(shape: Sequence[int] = (1,), names: Sequence[str] = ("x",)) -> Mesh:
-    """A mesh of H100s that exist as a description only, in one node."""
+    """A mesh of H100s that exist only as a description, in one node."""
     if not jax.config.jax_platforms:
-        # Only the compiler is wanted of the plugin, which otherwise looks for a GPU and for CUDA's libraries.
+        # Only the plugin's compiler is needed; it would otherwise look for a GPU and for CUDA's libraries.
         jax.config.update("jax_platforms", "cpu")
     count = int(np.prod(shape))
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{count}", target_config=H100)
@@ -122,7 +122,7 @@ def compile_for(
 ) -> jax.stages.Compiled:
     """Compiles `function` for the devices of `mesh`; `args` are pytrees of arrays or of `jax.ShapeDtypeStruct`.
 
-    An argument without a sharding is replicated; those numbered in `donate` are given up. Options are by default those of
+    An argument without a sharding is replicated; those numbered in `donate` are donated. The options default to those of
     every program for GPUs.
     """
 
@@ -139,7 +139,7 @@ def compile_for(
 
 @contextlib.contextmanager
 def dumped_kernels() -> Iterator[pathlib.Path]:
-    """Inside, the PTX of all that is compiled is written to the folder that this gives; it is removed at the end.
+    """Within it, the PTX of everything that is compiled is written to the folder it yields, which is removed at the end.
 
     The Mosaic compiler reads these variables when it first compiles, so use this once in a process.
     """
@@ -163,16 +163,16 @@ def compile_and_read(
     try:
         return compile_for(mesh, function, *args, donate=donate), read_kernels(folder)
     finally:
-        # The log of the compiler's passes is tens of megabytes a kernel.
+        # The log of the compiler's passes is tens of megabytes per kernel.
         for path in folder.iterdir():
             path.unlink()
 
 
 def read_kernels(folder: pathlib.Path) -> list[KernelReport]:
-    """Assembles each PTX file of `folder` for sm_90a and reads what the assembler says of it.
+    """Assembles each PTX file in `folder` for sm_90a and reads what the assembler says about it.
 
     Raises:
-      RuntimeError: For a kernel whose warpgroups ask for more registers than there are: it would hang.
+      RuntimeError: If a kernel's warpgroups ask for more registers than there are: it would hang.
     """
     reports = []
     for path in sorted(folder.glob("*.ptx")):
@@ -213,7 +213,7 @@ def _process_folder() -> pathlib.Path:
 
 
 def _assemble(path: pathlib.Path) -> str:
-    """What ptxas says of a PTX file; XLA's own run of it has been written down, if there was one."""
+    """What ptxas says about a PTX file; from XLA's own run of it if that was recorded."""
     written = path.with_suffix(".ptxas")
     if written.exists():
         return written.read_text()

@@ -1,10 +1,10 @@
-"""Counts what a decode step launches in each layer, in XLA's own list of it for an H100: no GPU is needed.
+"""Counts what a decode step launches in each layer, from XLA's own list for an H100: no GPU is needed.
 
 python -m tools.launch_count [--layers N]
 
-The model is the product's, as loaded on a GPU: stacked layers, joined products, quantised activations. One device has
-all of it but six experts a layer, as a rank of eight has. XLA writes down what a program launches, in order, loops nested;
-what stands in the loop over layers is what a layer costs.
+The model is as the engine loads it on a GPU: stacked layers, joined products, quantised activations. One device has
+all of it, with six experts per layer, as one of eight ranks has. XLA lists what a program launches, in order, with nested
+loops; what the loop over layers contains is what a layer costs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tools import gpu_compile
 NUM_EXPERTS = 6
 BATCH, CONTEXT, MAX_STEPS = 128, 4096, 8
 SEQUENCE, METADATA = "*.thunk_sequence_after_thunk_passes.txt", "*.thunk_metadata.txt"
-# What holds launches and is none.
+# What contains launches and is not one itself.
 GROUPS = ("kCommandBuffer", "kSequential", "kConditional", "kWhile")
 
 
@@ -57,13 +57,13 @@ class Launch:
 
     @property
     def part(self) -> str:
-        """The part of a layer; "-" for what stands between them: norms, sums, the counter."""
+        """The part of a layer; "-" for what lies between them: norms, sums, the counter."""
         found = re.search(r"/(self_attn|router|moe|share_expert|mlp)/", self.path)
         return found[1] if found else "-"
 
     @property
     def name(self) -> str:
-        """Of a kernel of ours its own name, of XLA's the operation."""
+        """The name of one of our kernels; the operation for one of XLA's."""
         steps = self.path.split("/")
         return steps[-2] if self.is_ours and len(steps) > 1 else self.instruction
 
@@ -73,8 +73,8 @@ class Loop:
     """A loop over layers.
 
     Attributes:
-      layers: Which, such as "layers.2-3".
-      launches: Of one turn, in order.
+      layers: Which layers, such as "layers.2-3".
+      launches: Those of one iteration, in order.
     """
 
     layers: str
@@ -82,7 +82,7 @@ class Loop:
 
 
 def compile_step(num_layers: int, folder: pathlib.Path, *, batch: int = BATCH) -> jax.stages.Compiled:
-    """The decode loop of a model with two dense layers and the rest with experts; XLA's lists go to `folder`."""
+    """The decode loop of a model with two dense layers and the rest with experts; XLA's lists are written to `folder`."""
     text = TextConfig(num_hidden_layers=num_layers, moe_layers=tuple(range(2, num_layers)), moe_num_experts=NUM_EXPERTS)
     config = ModelConfig(
         text=text, vision=None, dtype="bfloat16", image_token_id=0, eos_token_id=0, quantization=QuantConfig()
@@ -116,10 +116,10 @@ def compile_step(num_layers: int, folder: pathlib.Path, *, batch: int = BATCH) -
 
 
 def read_loops(folder: pathlib.Path, program: str) -> list[Loop]:
-    """The loops over layers that XLA has written down in `folder`, in order.
+    """The loops over layers that XLA has listed in `folder`, in order.
 
     Args:
-      folder: What `compile_step` was given.
+      folder: The folder that `compile_step` was given.
       program: The compiled program as text, which has the names of the functions that instructions come from.
     """
     lines = next(folder.glob(SEQUENCE)).read_text(encoding="utf-8").splitlines()
@@ -142,7 +142,7 @@ def read_loops(folder: pathlib.Path, program: str) -> list[Loop]:
 
 
 def table(loop: Loop) -> list[str]:
-    """Lines of a table in Markdown: launches by the part of the layer that they come from, ours and XLA's apart."""
+    """Lines of a Markdown table: launches by the part of the layer that they come from, ours and XLA's apart."""
     parts: dict[str, list[Launch]] = {}
     for launch in loop.launches:
         parts.setdefault(launch.part, []).append(launch)
@@ -174,17 +174,17 @@ def section(num_layers: int = 4) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=4, help="of the model, two of them dense (default 4)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model, two of them dense (default 4)")
     print(section(parser.parse_args().layers))
 
 
 def _is_inside(depth: int, line: str) -> bool:
-    """Whether a line belongs to what begins at `depth`; XLA does not indent these two words."""
+    """Whether a line belongs to what starts at `depth`; XLA does not indent these two words."""
     return line.strip() in ("condition:", "body:") or len(line) - len(line.lstrip()) > depth
 
 
 def _read_names(metadata: str) -> dict[int, str]:
-    """The instruction that each launch is of."""
+    """The instruction of each launch."""
     found = re.finditer(r'profile_annotation: "([^"]*)"\s+thunk_id: (\d+)', metadata)
     return {int(match[2]): match[1] for match in found}
 

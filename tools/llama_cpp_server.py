@@ -1,11 +1,11 @@
-"""A peer to load beside the service: llama.cpp's server on a model of random weights with as many active parameters.
+"""A peer to compare the service with: llama.cpp's server on a random-weight model with as many active parameters.
 
     python -m venv .venv-peer && .venv-peer/bin/pip install xllamacpp gguf
     .venv-peer/bin/python tools/llama_cpp_server.py --type f32 --port 8081
 
 Needs only xllamacpp, gguf and numpy, so it runs without jax. llama.cpp has no MFA: the model is its "llama"
-form with one key and value head and 16 experts, four of them chosen in place of three and a shared one, in the widths of the
-100M model of `step3 bench`. Its vocabulary is w0, w1 and so on; prompts are token ids.
+form with one key and value head and 16 experts, four of them chosen instead of three plus a shared one, with the widths of
+the 100M model of `step3 bench`. Its vocabulary is w0, w1 and so on; prompts are token ids.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 import xllamacpp
 
-# Beside this script: it runs where the project is not installed.
+# In this script's folder: it runs where the project is not installed.
 from llama_cpp_sizes import CHOSEN, CONTEXT, EXPERT_WIDTH, EXPERTS, HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCABULARY
 
 TYPES = {
@@ -49,7 +49,7 @@ def write_model(path: pathlib.Path, kind: str) -> None:
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"w{number}" for number in range(VOCABULARY)])
     writer.add_token_types([gguf.TokenType.NORMAL] * VOCABULARY)
-    writer.add_token_merges(["w 0"])  # It asks for some, though all prompts are ids.
+    writer.add_token_merges(["w 0"])  # It requires some, though all prompts are ids.
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
@@ -84,7 +84,7 @@ def write_model(path: pathlib.Path, kind: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--type", choices=TYPES, default="f32", help="of the matrices (default: %(default)s)")
+    parser.add_argument("--type", choices=TYPES, default="f32", help="type of the matrices (default: %(default)s)")
     parser.add_argument("--parallel", type=int, default=32, help="sequences at once (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--port", type=int, default=8081, help="default: %(default)s")

@@ -1,6 +1,6 @@
-"""Makes a checkpoint of random weights in the released layout, of any number of layers: full size without the weights.
+"""Makes a random-weight checkpoint in the released layout with any number of layers: full size without the weights.
 
-    python -m tools.make_checkpoint DST --sparse                       # 61 layers, 642 GB that take no disk
+    python -m tools.make_checkpoint DST --sparse                       # 61 layers, 642 GB that take no disk space
     python -m tools.make_checkpoint DST --preset step3-fp8 --sparse    # 328 GB
     python -m tools.make_checkpoint DST --layers 5 --text-only         # random values, 4 dense layers and a mixture
     python -m tools.make_checkpoint DST --preset step3-fp8 --text-only --layers 3 --dense 1    # 15 GB, two of them mixtures
@@ -41,7 +41,7 @@ PIECE_ELEMENTS = 2**22
 Draw = Callable[[np.random.Generator, int, tuple[int, ...]], Shaped[np.ndarray, " count"]]
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
-# Every FP8 code but the two that are not numbers, so that random bytes become weights.
+# Every FP8 code but the two NaNs, so that random bytes become weights.
 _FP8_CODES = np.arange(256, dtype=np.uint8)
 _FP8_CODES[[0x7F, 0xFF]] = 0x7E, 0xFE
 _FP8_RMS = float(np.sqrt(np.mean(np.square(_FP8_CODES.view(FP8).astype(np.float64)))))
@@ -61,16 +61,16 @@ def make_checkpoint(
     Args:
       folder: Where to write; must not exist, or be empty.
       config: The model; with `quantization` the linear weights of the decoder are FP8 with scales.
-      sparse: Whether only headers are written, and the data left as holes.
-      seed: Of the values.
-      shard_bytes: Most bytes of tensors in a file; a larger tensor has a file of its own.
-      progress: Whether to show a bar.
+      sparse: Whether to write only headers and leave the data as holes.
+      seed: Seed of the values.
+      shard_bytes: Most bytes of tensors per file; a larger tensor has its own file.
+      progress: Whether to show a progress bar.
 
     Returns:
       Bytes of all tensors.
 
     Raises:
-      ValueError: If `folder` is in the way, `shard_bytes` or `seed` cannot be, or the disk is too small.
+      ValueError: If `folder` is in the way, `shard_bytes` or `seed` is invalid, or the disk is too small.
     """
     folder = pathlib.Path(folder)
     if seed < 0:
@@ -83,7 +83,7 @@ def make_checkpoint(
     free = shutil.disk_usage(folder.parent).free
     if not sparse and total > free:
         raise ValueError(
-            f"{folder} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: give fewer layers, or --sparse"
+            f"{folder} needs {total / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free: give fewer layers, or --sparse"
         )
     new = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     new.mkdir()
@@ -98,7 +98,7 @@ def make_checkpoint(
 
 
 def list_tensors(config: ModelConfig, *, seed: int | None) -> list[tuple[str, LazyArray]]:
-    """Every tensor of the release in file order, each FP8 tensor followed by its scales; no `seed` leaves zeros."""
+    """Every tensor of the release in file order, each FP8 tensor followed by its scales; zeros without a `seed`."""
     dtype = np.dtype(np.float32 if config.dtype == "float32" else ml_dtypes.bfloat16)
     tensors: list[tuple[str, LazyArray]] = []
     for name, shape in expected_tensors(config).items():
@@ -118,13 +118,13 @@ def cut_layers(config: ModelConfig, num_layers: int, num_dense: int | None = Non
     Args:
       config: The whole model.
       num_layers: Layers to keep, or to have.
-      num_dense: Of them the first are dense and all others mixtures; None leaves each what it is.
+      num_dense: How many of the first layers are dense, all others being mixtures; None leaves each as it was.
 
     Raises:
       ValueError: If `num_layers` is not positive, or above what a configuration may have, or `num_dense` is above it.
     """
     if num_dense is not None and not 0 <= num_dense <= num_layers:
-        raise ValueError(f"{num_dense} dense layers are asked for, of {num_layers}")
+        raise ValueError(f"{num_dense} of {num_layers} layers cannot be dense")
     old = config.text.num_hidden_layers
     kept = tuple(layer for layer in config.text.moe_layers if layer < num_layers)
     mixtures = kept + tuple(range(old, num_layers)) if num_dense is None else tuple(range(num_dense, num_layers))
@@ -141,7 +141,7 @@ def _tensor(name: str, shape: tuple[int, ...], dtype: np.dtype, seed: int | None
 def _pieces(
     draw: Draw, name: str, shape: tuple[int, ...], weight_shape: tuple[int, ...], seed: int | None
 ) -> Callable[[], Iterator[Shaped[np.ndarray, " count"]]] | None:
-    """What a `LazyArray` asks for its pieces."""
+    """Where a `LazyArray` gets its pieces."""
     if seed is None:
         return None
     return functools.partial(_draw_pieces, draw, name, math.prod(shape), weight_shape, seed)
@@ -158,7 +158,7 @@ def _draw_pieces(
 def _draw(
     random: np.random.Generator, count: int, shape: tuple[int, ...], *, middle: int, dtype: np.dtype
 ) -> Shaped[np.ndarray, " count"]:
-    """Uniform values, which take a third of the time of normal ones; of variance 1 / inputs for a matrix."""
+    """Uniform values, which take a third of the time of normal ones; their variance is 1 / inputs for a matrix."""
     values = random.random(count, dtype=np.float32)
     values -= 0.5
     values *= 0.1 if len(shape) == 1 else math.sqrt(12 / _num_inputs(shape))
@@ -206,8 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dense", type=int, metavar="N", help="with --layers: the first N are dense, the others mixtures"
     )
     parser.add_argument("--text-only", action="store_true", help="without vision tower and projector")
-    parser.add_argument("--sparse", action="store_true", help="headers only, the data are holes")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the values (default: 0)")
+    parser.add_argument("--sparse", action="store_true", help="write headers only, with holes for the data")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the values (default: 0)")
     parser.add_argument(
         "--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="largest file (default: %(default)s)"
     )
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.layers is not None:
             config = cut_layers(config, arguments.layers, arguments.dense)
         elif arguments.dense is not None:
-            raise ValueError("--dense says which of a number of layers are dense: give --layers too")
+            raise ValueError("--dense needs --layers, the number of layers that it divides")
         total = make_checkpoint(
             arguments.dst,
             config,

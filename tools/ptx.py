@@ -1,4 +1,4 @@
-"""What the PTX of a Hopper kernel shows: what its product loop is made of, and two faults that no interpreter can see, since
+"""What the PTX of a Hopper kernel shows: what its product loop consists of, and two faults that no interpreter sees, since
 both look right until a GPU runs them.
 """
 
@@ -8,9 +8,9 @@ import re
 from typing import NamedTuple
 
 THREADS_PER_WARPGROUP = 128
-# Bulk stores without a tensor map in one kernel, by how a case's name begins, and why they stay inside. A store with a
-# tensor map is cut off at each bound of its array. Mosaic makes one without of a copy that is contiguous and not swizzled:
-# it is cut off at the end of the whole array alone, so that what is too much for a row lands in the next one.
+# Bulk stores without a tensor map in one kernel, by how a case's name starts, and why they stay in bounds. A store with a
+# tensor map is cut off at each bound of its array. Mosaic turns a contiguous, unswizzled copy into one without:
+# it is cut off only at the end of the whole array, so whatever exceeds a row lands in the next one.
 PLAIN_STORES: dict[str, tuple[int, str]] = {
     "norm_quantise/": (1, "a whole row of scales"),
     "swiglu_quantise/": (1, "64 scales, of a number of rows that is a multiple of 64"),
@@ -24,12 +24,12 @@ PLAIN_STORES: dict[str, tuple[int, str]] = {
 def register_fault(text: str, registers: int) -> str | None:
     """What is wrong with how a kernel's warpgroups trade registers; None if nothing is.
 
-    `setmaxnreg.inc` waits until the block's pool has enough, and the pool is what the block was launched with: to ask for
-    more is to wait for ever. All warpgroups but one are taken to ask for the most that any asks for.
+    `setmaxnreg.inc` waits until the block's pool has enough, and the pool is what the block was launched with: asking for
+    more means waiting for ever. All warpgroups but one are assumed to ask for the most that any asks for.
 
     Args:
       text: PTX of one kernel.
-      registers: Of a thread at the launch, as the assembler says.
+      registers: Registers per thread at launch, as the assembler says.
     """
     increased, decreased = (
         [int(count) for count in re.findall(rf"setmaxnreg\.{kind}\.sync\.aligned\.u32\s+(\d+)", text)]
@@ -69,12 +69,12 @@ def store_fault(case: str, num_plain_stores: int) -> str | None:
 
 
 class Loop(NamedTuple):
-    """What one turn of a kernel's longest product loop has, by a thread; what only some turns do is counted, too.
+    """What one iteration of a kernel's longest product loop does per thread, including what only some iterations do.
 
     Attributes:
-      instructions: Of PTX; the assembler merges some and splits others.
-      barriers: Of a warpgroup or the block.
-      shared_bytes: That loads and stores move between registers and shared memory.
+      instructions: PTX instructions; the assembler merges some and splits others.
+      barriers: Barriers of a warpgroup or the block.
+      shared_bytes: Bytes that loads and stores move between registers and shared memory.
     """
 
     instructions: int = 0
@@ -83,9 +83,9 @@ class Loop(NamedTuple):
 
 
 def read_loop(text: str) -> Loop:
-    """The longest of the innermost loops with every kind of tensor-core product that the kernel has; zeros without products.
+    """The longest of the innermost loops with every kind of tensor-core product in the kernel; zeros without products.
 
-    A loop is what lies between a label and a branch back to it, as the compiler lays them out; one within is counted once.
+    A loop is what lies between a label and a branch back to it, as the compiler lays them out; a nested one is counted once.
     """
     lines = [line.strip() for line in text.splitlines()]
     kinds = {match.group() for line in lines if (match := re.search(r"wgmma\.mma_async\S*", line))}
@@ -112,7 +112,7 @@ def _count(lines: list[str]) -> Loop:
 
 
 def _shared_bytes(line: str) -> int:
-    """Bytes that a load or store moves for a thread."""
+    """Bytes that a load or store moves per thread."""
     matrix = re.search(r"\b(?:ld|st)matrix\.\S*?\.x(\d)", line)
     if matrix:
         return 4 * int(matrix.group(1))

@@ -1,12 +1,12 @@
-"""Many clients on the service for as long as is wanted: is every request answered, and does everything come back?
+"""Many clients load the service for as long as you like: is every request answered, and is everything freed again?
 
     python -m tools.soak_service --minutes 60 --json benchmarks/service.json
 
 Starts `step3 serve` with the shipped model. Clients ask for streams and whole answers: chats, images, long prompts, sampled
-with several completions, and leave some of them: after a number of chunks, or by a time-out that may strike before the
-first. Then it waits until the service is idle. It exits with 1 unless every request that was not left got a whole answer
-or a refusal with `Retry-After`, nothing runs, waits or holds pages at the end, no program was compiled meanwhile, and the
-anonymous memory of the last quarter is within 2 % of that of the quarter before.
+with several completions. They abandon some of them after a number of chunks, or by a time-out that may strike before the
+first. Then it waits until the service is idle. It exits with 1 unless every request that was not abandoned got a whole
+answer or a refusal with `Retry-After`, nothing runs, waits or holds pages at the end, no program was compiled
+meanwhile, and the anonymous memory of the last quarter is within 2 % of that of the quarter before.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ QUESTIONS = (
 
 
 class Left(Exception):
-    """The client leaves its request."""
+    """The client abandons its request."""
 
 
 @contextlib.contextmanager
 def running_service(port: int, log: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`step3 serve` with the shipped model until the block ends; killed if it does not end by itself."""
+    """`step3 serve` with the shipped model until the block ends; killed if it does not exit by itself."""
     command = [sys.executable, "-m", "step3_jax.cli.main", "serve", "--port", str(port)]
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
         try:
@@ -106,7 +106,7 @@ async def read_stream(response: httpx2.Response, max_chunks: int) -> AsyncIterat
 
 
 async def ask(client: httpx2.AsyncClient, body: dict[str, object], max_chunks: int) -> str:
-    """Sends one request; how it ended: "answered", "refused", or what went wrong."""
+    """Sends one request and returns how it ended: "answered", "refused", or what went wrong."""
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code == 503 and "retry-after" in response.headers:
             return "refused"
@@ -136,7 +136,7 @@ async def run_client(
     images: list[str],
     counts: collections.Counter[str],
 ) -> None:
-    """One client: request after request until the time is over."""
+    """One client: request after request until the time is up."""
     rng = random.Random(seed)
     while time.monotonic() < end_s:
         body = make_body(rng, images)
@@ -154,7 +154,7 @@ async def run_client(
 
 
 async def soak(url: str, pid: int, *, minutes: float, num_clients: int, cancels: float) -> dict[str, object]:
-    """The load, and what was counted and measured."""
+    """Runs the load and returns what was counted and measured."""
     folder = resources.find("models/step3-tiny") / "examples"
     images = [
         f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" for path in sorted(folder.glob("*.png"))
@@ -194,7 +194,7 @@ async def soak(url: str, pid: int, *, minutes: float, num_clients: int, cancels:
 
 
 async def wait_for_start(client: httpx2.AsyncClient) -> dict[str, float]:
-    """Waits until the service is healthy; its metrics then."""
+    """Waits until the service is healthy and returns its metrics."""
     for _ in range(int(START_S / 0.5)):
         with contextlib.suppress(httpx2.HTTPError):
             if (await client.get("/health")).status_code == 200:
@@ -204,7 +204,7 @@ async def wait_for_start(client: httpx2.AsyncClient) -> dict[str, float]:
 
 
 async def wait_for_idle(client: httpx2.AsyncClient) -> dict[str, float]:
-    """Waits until nothing runs, at most `IDLE_S`; the metrics then."""
+    """Waits until nothing runs, for at most `IDLE_S`, and returns the metrics."""
     for _ in range(int(IDLE_S / 0.5)):
         found = await read_metrics(client)
         if not found["step3:num_requests_running"] and not found["step3:num_requests_waiting"]:
@@ -214,7 +214,7 @@ async def wait_for_idle(client: httpx2.AsyncClient) -> dict[str, float]:
 
 
 def find_problems(found: dict[str, object]) -> list[str]:
-    """What of the result must not be."""
+    """What is wrong with the result."""
     counts = found["requests"]
     assert isinstance(counts, dict)
     problems = [
@@ -235,9 +235,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--cancels", type=float, default=0.3, help="share of requests that their client leaves")
+    parser.add_argument("--cancels", type=float, default=0.3, help="share of requests that their client abandons")
     parser.add_argument("--port", type=int, default=8123)
-    parser.add_argument("--json", help="file that gets the figures, beside those of other benchmarks")
+    parser.add_argument("--json", help="file to add the figures to, next to those of other benchmarks")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         log = pathlib.Path(folder) / "service.log"
@@ -262,7 +262,7 @@ def main() -> int:
     print(format_report(found))
     problems = find_problems(found)
     if process.returncode:
-        problems.append(f"the service ended with {process.returncode}")
+        problems.append(f"the service exited with {process.returncode}")
     for problem in problems:
         print(f"soak: {problem}", file=sys.stderr)
     return bool(problems)

@@ -1,12 +1,12 @@
-"""Loads a checkpoint on a CPU, answers, and times each layer's decode step: the full width without the full depth.
+"""Loads a checkpoint on a CPU, answers a prompt, and times each layer's decode step: full width without full depth.
 
     python -m tools.make_checkpoint DST --preset step3-fp8 --text-only --layers 3 --dense 1   # 15 GB
     python -m tools.time_layers DST --json out.json
     python -m tools.time_layers DST --load-format mmap
 
-Each half of a layer is a call of its own, for one token, with experts drawn anew for each call, so that weights come from
-memory. What 61 layers would take is the sum over as many layers of each kind and is marked as predicted: it leaves out
-attention over a context, sampling, and what one program for all layers saves in calls.
+Each half of a layer is a separate call, for one token, with experts drawn afresh for each call, so that weights come from
+memory. What 61 layers would take is summed over the layers of each kind and marked as predicted: it leaves out
+attention over a context, sampling, and the calls that one program for all layers saves.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Timing:
     """One half of a layer, or the head.
 
     Attributes:
-      name: Which.
+      name: Which half.
       milliseconds: Median of the calls.
-      read_bytes: Of weights, as they are held.
+      read_bytes: Bytes of weights, as they are stored.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Timing:
 
     @property
     def gb_s(self) -> float:
-        """Bytes of weights a second, in GB."""
+        """Weights read per second, in GB."""
         return self.read_bytes / self.milliseconds / 1e6
 
 
 def time_layers(model: Step3, repeats: int) -> list[Timing]:
-    """Times both halves of each layer and the head, one token a call."""
+    """Times both halves of each layer and the head, one token per call."""
     text, config = model.text, model.config.text
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.standard_normal((1, 1, config.hidden_size)), text.dtype)
@@ -85,7 +85,7 @@ def time_layers(model: Step3, repeats: int) -> list[Timing]:
 
 
 def predict_s(timings: Sequence[Timing], num_layers: int, num_moe: int) -> float | None:
-    """Seconds of a token in a model of so many layers, by the medians of each kind; None if a kind was not timed."""
+    """Seconds per token in a model with these layers, from the medians of each kind; None if a kind was not timed."""
     kinds: dict[str, list[float]] = {}
     for one in timings:
         kinds.setdefault(one.name.split()[0], []).append(one.milliseconds)
@@ -96,7 +96,7 @@ def predict_s(timings: Sequence[Timing], num_layers: int, num_moe: int) -> float
 
 
 def answer(model: Step3, num_tokens: int) -> tuple[list[int], float]:
-    """Token ids after a short prompt, and seconds for each of the last call, when all is compiled."""
+    """Token ids after a short prompt, and seconds per token of the last call, when everything is compiled."""
     llm = LLM.from_model(model, max_num_seqs=1, max_model_len=128, max_num_batched_tokens=64)
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     prompt = {"prompt_token_ids": list(range(2, 10))}
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--repeats", type=int, default=20, metavar="N", help="calls of each half (default: %(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=8, metavar="N", help="to generate (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there too")
+    parser.add_argument("--json", metavar="FILE", help="also write all figures to this file")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("jax").setLevel(logging.WARNING)
@@ -192,7 +192,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, object]:
     if predicted is not None:
         print(f"predicted, {full.num_hidden_layers} layers of this width: {1 / predicted:.2f} tokens/s")
     ids, step_s = answer(model, arguments.tokens)
-    print(f"answer {ids}, {step_s * 1000:.1f} ms a token")
+    print(f"answer {ids}, {step_s * 1000:.1f} ms per token")
     return {
         "conditions": conditions()
         | {"pressure": cpu_pressure(), "read_gb_s": read_gb_s, "kernels": describe_kernels()},

@@ -1,7 +1,7 @@
-"""Step3's text decoder in plain eager PyTorch: the peer that `step3 bench decode --torch` measures against.
+"""Step3's text decoder in plain eager PyTorch, the peer for `step3 bench decode --torch`.
 
 Needs only torch and numpy, so it runs in an environment without jax. It reads a folder in the released layout and
-serves requests, one JSON object a line on stdin, answered by one a line on stdout:
+serves requests, one JSON object per line on stdin, each answered by one line on stdout:
 
     {"do": "open", "folder": ..., "dtypes": [...]}   reads the weights          -> versions
     {"do": "logits", "dtype": ..., "ids": [[...]], "file": ...}   writes [B, T, V] float32 as .npy   -> {}
@@ -45,7 +45,7 @@ class Decoder:
         return [(torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)) for _ in self.is_moe]
 
     def hidden(self, ids: torch.Tensor, cache: Cache, start: int) -> torch.Tensor:
-        """Normed hidden states [B, T, D] of `ids` [B, T], which stand at `start`; fills the cache."""
+        """Normalised hidden states [B, T, D] of `ids` [B, T], which begin at position `start`; fills the cache."""
         hidden = F.embedding(ids, self.weights["model.embed_tokens.weight"])
         angles = torch.arange(start, start + ids.shape[1], dtype=torch.float32)[:, None] * self.frequencies
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
@@ -138,7 +138,7 @@ class Peer:
         return {}
 
     def prefill(self, dtype: str, ids: list[list[int]], room: int) -> dict:
-        """Reads the prompts; `room` is the tokens that may follow."""
+        """Reads the prompts; `room` is how many tokens may follow."""
         decoder, tokens = self._decoders[dtype], torch.tensor(ids)
         begin = time.perf_counter()
         cache = decoder.new_cache(tokens.shape[0], tokens.shape[1] + room)
@@ -169,7 +169,7 @@ def read_weights(folder: pathlib.Path) -> Weights:
             if name == "__metadata__":
                 continue
             begin, end = (8 + size + offset for offset in entry["data_offsets"])
-            # A copy: the file does not promise the alignment that a tensor needs.
+            # A copy, as the file does not guarantee the alignment that a tensor needs.
             raw = torch.from_numpy(data[begin:end].copy())
             weights[name] = raw.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
     return weights

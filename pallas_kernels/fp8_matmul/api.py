@@ -1,4 +1,4 @@
-"""`fp8_matmul`: checks what it is given and chooses the implementation."""
+"""`fp8_matmul`: checks its arguments and chooses the implementation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fp8_matmul(
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: Implementation = "auto",
 ) -> Float[Array, "M N"]:
-    """Multiplies FP8 activations with an FP8 weight, both scaled by blocks.
+    """Multiplies FP8 activations by an FP8 weight, both scaled by blocks.
 
     y[m, n] = sum over blocks b of x_scales[m, b] weight_scales[n/128, b] (x[m, 128b : 128b+128] . weight[n, same])
 
@@ -35,16 +35,16 @@ def fp8_matmul(
     Args:
       x: e4m3 activations; `quantise_rows` makes them.
       x_scales: float32 scales of 1 x 128 blocks, [M, ceil(K/128)], or as `scales_layout` says.
-      weight: e4m3 weights as the checkpoint has them, [N, K], or a stack of layers [L, N, K].
+      weight: e4m3 weights as in the checkpoint, [N, K], or a stack of layers [L, N, K].
       weight_scales: float32 scales of 128 x 128 blocks, [ceil(N/128), ceil(K/128)], stacked like `weight`.
-      layer: Which layer of a stack, 0 to L - 1; may be traced. The kernel reads it in place, nothing is sliced out.
-      scales_layout: "columns" spares a transposition, which is a launch of its own.
+      layer: Which layer of a stack, 0 to L - 1; may be traced. The kernel reads it in place, without slicing.
+      scales_layout: "columns" saves a transposition, which is a separate launch.
       out_dtype: bfloat16, float16 or float32.
-      implementation: See `pallas_kernels.common`. The kernel serves every shape; it is at its best with M up to
+      implementation: See `pallas_kernels.common`. The kernel supports every shape; it is fastest with M up to
         8 or a multiple of 8 (else x is copied), N a multiple of 64 (else the result is) and K of 128 (else the weight is).
 
     Raises:
-      ValueError: If dtypes or shapes do not fit, or a layer is given without a stack or the other way round.
+      ValueError: If dtypes or shapes do not fit, or a layer is given without a stack or vice versa.
     """
     check_layout(scales_layout)
     out_dtype = jnp.dtype(out_dtype)
@@ -91,11 +91,11 @@ def _check(
         raise ValueError(f"out_dtype is {out_dtype}; allowed: bfloat16, float16, float32")
     if x.ndim != 2 or weight.ndim not in (2, 3) or weight.shape[-1] != x.shape[1]:
         raise ValueError(
-            f"x is {x.shape} and weight {weight.shape}; wanted are [M, K] and [N, K] or [L, N, K] with the same K"
+            f"x is {x.shape} and weight {weight.shape}; they must be [M, K] and [N, K] or [L, N, K] with the same K"
         )
     if (weight.ndim == 3) != (layer is not None):
         raise ValueError(
-            f"weight is {weight.shape} and layer is {layer}: give a layer with a stack [L, N, K], and none with [N, K]"
+            f"weight is {weight.shape} and layer is {layer}: give a layer with a stack [L, N, K], and only with one"
         )
     if isinstance(layer, int) and not 0 <= layer < weight.shape[0]:
         raise ValueError(f"layer is {layer}; the stack has layers 0 to {weight.shape[0] - 1}")

@@ -1,8 +1,8 @@
-"""The sum of what the CTAs of a cluster have of one tile, each from its share of K, without leaving the cluster.
+"""Sums the partial products of one tile that the CTAs of a cluster have, each from its share of K, within the cluster.
 
-Each CTA sends every other the columns that the other will finish, straight into its shared memory, and adds up what it is
-sent in the order of the shares: the same bits each time. 64 rows of 128 columns are 32 KB in and out of each CTA, whatever
-the number of shares; nothing of it goes to memory, and no second launch adds it up.
+Each CTA sends every other one the columns that the other will finish, straight into its shared memory, and adds up what
+it receives in the order of the shares: the same bits each time. 64 rows of 128 columns are 32 KB in and out of each CTA,
+whatever the number of shares; nothing goes through device memory, and no second launch adds it up.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Exchange(NamedTuple):
 
     Attributes:
       received: From each share, for each warpgroup, [split, warpgroups, 64, columns] float32.
-      arrived: For each warpgroup: all shares are there.
-      read: For each warpgroup: those of all CTAs have read theirs, so that they may be sent more.
-      parts: In the interpreter, which knows no shared memory of another CTA: device memory in its place, of the whole
+      arrived: For each warpgroup: all shares have arrived.
+      read: For each warpgroup: those of all CTAs have read theirs, so that more may be sent.
+      parts: In the interpreter, which cannot access another CTA's shared memory: device memory instead, for the whole
         tile, [split, warpgroups, 64, 128].
     """
 
@@ -42,7 +42,7 @@ class Exchange(NamedTuple):
 
 
 def scratch(target: Target, split: int, num_warpgroups: int) -> list[object]:
-    """What `Exchange` names up to `read`, in its order."""
+    """The fields of `Exchange` up to `read`, in order."""
     columns = BLOCK // split
     tile = min(columns, 128 // 4)
     transforms = plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(4 * tile)
@@ -63,7 +63,7 @@ def add_shares(
       target: Interpreter or GPU.
       exchange: Buffers and barriers.
       total: This CTA's share of the sum, [64, 128].
-      warpgroup: That has these rows of the tile, in all CTAs.
+      warpgroup: The one with these rows of the tile, in all CTAs.
       is_first: Whether this is its first tile: nothing was sent before.
     """
     split, columns = exchange.received.shape[0], exchange.received.shape[3]
@@ -96,5 +96,5 @@ def add_shares(
 
 
 def finish(exchange: Exchange, warpgroup: jax.Array, has_tiles: jax.Array) -> None:
-    """Call at the end: no CTA may be gone while another still sends to it, or tells it that it has read."""
+    """Call at the end: no CTA may exit while another still sends to it, or signals that it has read."""
     pl.when(has_tiles)(lambda: plgpu.barrier_wait(exchange.read.at[warpgroup]))

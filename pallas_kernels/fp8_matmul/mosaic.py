@@ -1,19 +1,19 @@
 """The Hopper kernel of `fp8_matmul`.
 
-One CTA for each multiprocessor, living as long as the product: one warpgroup copies (TMA) blocks of 128 columns of x,
+One CTA per multiprocessor, persistent for the whole product: one warpgroup copies (TMA) blocks of 128 columns of x,
 its scales and the weight into a ring in shared memory; one warpgroup for each 64 rows multiplies them
-(wgmma m64n128k32 e4m3) and adds every block to float32 sums in registers, times its two scales. The ring runs on from
+(wgmma m64n128k32 e4m3) and adds every block to float32 sums in registers, times its two scales. The ring continues from
 one tile to the next, so that the copies never pause.
 
-What it takes: 2 M N K FLOPs; N K + M K bytes of operands, 2 M N of results. At M = 64 and 128 it is bound by the N K
-bytes, from some M = 400 on by the FLOPs, and by what the multiprocessors can draw from L2: a tile of 192 x 128 loads 40 KB
+Cost: 2 M N K FLOPs; N K + M K bytes of operands, 2 M N of results. At M = 64 and 128 it is bound by the N K
+bytes, from about M = 400 on by the FLOPs, and by what the multiprocessors can read from L2: a tile of 192 x 128 loads 40 KB
 for 6.3 MFLOP, 37 bytes a clock and multiprocessor at 70 % of the peak. Two CTAs with neighbouring columns therefore form a
 cluster, each copying half the rows of x to both: 26 bytes a clock. (A tile twice as wide would need 256 registers a
-thread: the assembler keeps two products apart.) Where there are fewer tiles than multiprocessors, a cluster has 2, 4 or 8
-CTAs for each tile: they share its K, and add it up among themselves (see `exchange`).
+thread: the assembler keeps two products apart.) If there are fewer tiles than multiprocessors, a cluster has 2, 4 or 8
+CTAs for each tile: they split its K, and sum the results among themselves (see `exchange`).
 
 Rows and columns outside the arrays: a TMA copy fills them with zeros on the way in, and drops them on the way out. It
-does so by whole groups of 8 rows; `_align` sees to the rest.
+does so in whole groups of 8 rows; `_align` handles the rest.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from pallas_kernels.storage import BLOCK
 
 # Columns of one copy out of the registers: small, so that the ring gets the memory.
 STORE_COLUMNS = 64
-# Shared memory of a CTA, less what Pallas takes for reductions and barriers.
+# Shared memory of a CTA, minus what Pallas needs for reductions and barriers.
 SMEM_BYTES = 232_448 - 3 * 1024
 MAX_STAGES = 8
 # Name of the axis of a cluster over the CTAs with neighbouring columns.
 NEIGHBOUR = "neighbour"
-# Registers of a thread that multiplies and of one that copies, by the number of multiplying warpgroups: they start with
-# 168 (3 warpgroups in all) or 128 (4), and may not have more between them. 2 have all they need from the start.
+# Registers of a multiplying and of a copying thread, by the number of multiplying warpgroups: they start with
+# 168 (3 warpgroups in all) or 128 (4), and cannot exceed that in total. 2 have all they need from the start.
 REGISTERS = {2: (232, 40), 3: (152, 56)}
 
 
@@ -80,11 +80,11 @@ def fp8_matmul(
     )
     rows, columns = x.shape[0], n + -n % (STORE_COLUMNS if target.clips_copies else BLOCK)
     if blocks["split_k"] > 1:
-        # Copies are cut off at the end of the result; what is shared along K is stored by the threads, and must fit.
+        # Copies are clipped at the end of the result; partial sums along K are stored by the threads, and must fit.
         rows, columns = rows + -rows % blocks["block_m"], n + -n % (BLOCK * blocks["cluster"])
     tiling = {name: blocks[name] for name in ("block_m", "split_k", "cluster")}
     schedule = make(rows, columns, k, **tiling, num_ctas=num_ctas)
-    # The ring is bounded by memory, whatever a file of measurements says of a neighbouring shape.
+    # Memory limits the ring, whatever a file of measurements says about a neighbouring shape.
     num_stages = min(blocks["stages"], max_stages(blocks["block_m"], blocks["split_k"]))
     return _run(x, x_scales, weight, weight_scales, layer, schedule, num_stages, out_dtype, target)[:m, :n]
 
@@ -97,9 +97,9 @@ def choose_blocks(m: int, n: int, k: int) -> dict[str, int]:
 
 
 def max_stages(block_m: int, split: int) -> int:
-    """Buffers of the ring that fit into shared memory, at most 8: more hide nothing."""
+    """Buffers of the ring that fit into shared memory, at most 8: more hide no further latency."""
     stage = (block_m + BLOCK) * BLOCK + block_m * 4
-    # What the others of a cluster send, or results on their way out.
+    # Data from the other CTAs of a cluster, or results on their way out.
     rest = block_m * (BLOCK if split > 1 else STORE_COLUMNS) * 4
     return min(MAX_STAGES, (SMEM_BYTES - rest) // stage)
 
@@ -118,7 +118,7 @@ def _run(
     """The product [M, N] in `out_dtype`."""
     block_m = schedule.block_m
     num_warpgroups = block_m // 64
-    # Each buffer is free after every multiplying warpgroup has read it: in both CTAs, where they share what is copied.
+    # Each buffer is free after every multiplying warpgroup has read it: in both CTAs, if they share copies.
     free = {"num_arrivals": num_warpgroups, "num_barriers": stages}
     axes = {NEIGHBOUR: schedule.cluster, SHARE: schedule.split}
     axes = {name: size for name, size in axes.items() if size > 1}
@@ -169,7 +169,7 @@ def _body(
 ) -> None:
     outputs, (x_smem, x_scales_smem, weight_smem, full, free, *out_scratch) = refs[:num_outputs], refs[num_outputs:]
     worker, warpgroup = lax.axis_index("worker"), lax.axis_index("warpgroup")
-    # Of the CTA among those that share a tile's K, and among those that have neighbouring columns.
+    # Index of the CTA among those that split a tile's K, and among those with neighbouring columns.
     share = lax.axis_index(SHARE) if schedule.split > 1 else jnp.int32(0)
     neighbour = lax.axis_index(NEIGHBOUR) if schedule.cluster > 1 else jnp.int32(0)
     stages = jnp.int32(x_smem.shape[0])
@@ -189,7 +189,7 @@ def _body(
         def visit(tile: Index, start: Index, stop: Index, done: Index) -> None:
             row_tile, column_tile = schedule.place(tile)
             column_block = column_tile * schedule.cluster + neighbour
-            # The second of a cluster may lie outside the weight: its product is dropped, but takes part in the ring.
+            # The second CTA of a cluster may be outside the weight: its product is dropped, but it takes part in the ring.
             scale_row = jnp.minimum(column_block, weight_scales_ref.shape[1] - 1)
 
             def scale_of(block: Index) -> jax.Array:
@@ -199,7 +199,7 @@ def _body(
             def add_block(block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 total, weight_scale = carry
                 slot = lax.rem(done + block - start, stages)
-                # A block ahead: one that misses the cache must not be waited for between two products.
+                # One block ahead, so that a cache miss does not stall between two products.
                 next_scale = scale_of(block + 1)
                 plgpu.barrier_wait(full.at[slot])
                 x_scales = target.load(x_scales_smem.at[slot, rows], WGMMA_ROW)
@@ -220,7 +220,7 @@ def _body(
                 return
             store = out_scratch[0].at[warpgroup]
             for column in range(0, BLOCK, STORE_COLUMNS):
-                # The copy before must have read the buffer; where its bytes are by now does not matter.
+                # The previous copy must have read the buffer; it need not have arrived yet.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 store[...] = total[:, column : column + STORE_COLUMNS].astype(store.dtype)
                 plgpu.commit_smem()
@@ -285,10 +285,10 @@ def _align(
     block_m: int,
     target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Pads what the copies cannot cut: they go by 8 rows of 128 bytes, and clip only whole ones (up to 8 rows, any).
+    """Pads what the copies cannot clip: they go by 8 rows of 128 bytes, and clip only whole ones (up to 8 rows, any).
 
-    Step3's weights are aligned, in every layer and on every number of devices; another's would be copied here each time,
-    the one layer of it. Zeros add nothing.
+    Step3's weights are aligned, in every layer and on every number of devices; other weights would be copied here each time,
+    one layer of them. Zeros add nothing.
     """
     (m, k), n = x.shape, weight.shape[1]
     rows, columns = (0 if size <= 8 else -size % 8 for size in (m, n))

@@ -1,4 +1,4 @@
-"""The work of each block in `fp8_matmul`: tiles of the output, cut along K where there are too few of them for the GPU."""
+"""The work of each block in `fp8_matmul`: tiles of the output, split along K if there are too few of them for the GPU."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from jax import lax
 
 from pallas_kernels.storage import BLOCK
 
-# An index as loops hand it out: traced, or plain where nothing is traced.
+# A loop index: traced, or plain if nothing is traced.
 Index = jax.Array | int
 NUM_SMS = 132
-# What there is to choose from: rows of a tile, 64 for each warpgroup that multiplies; CTAs that share a tile's K; and CTAs
-# that share what they copy of x, which pays where there is much of it.
+# The choices: rows of a tile, 64 for each multiplying warpgroup; CTAs that split a tile's K; and CTAs
+# that share their copies of x, which pays off if x is large.
 CHOICES = (
     *((rows, split, 1) for rows in (64, 128) for split in (1, 2, 4, 8)),
     *((rows, split, 2) for rows in (64, 128) for split in (1, 2, 4)),
     (192, 1, 2),
 )
-# CTAs of a cluster at the most.
+# Most CTAs in a cluster.
 MAX_CLUSTER = 8
-# Row tiles that run side by side in a large product: 10 x 192 rows and 13 x 128 columns use what they load most often.
+# Row tiles that run concurrently in a large product: 10 x 192 rows and 13 x 128 columns reuse their loads most.
 GROUP = 10
-# What the choice between tiles reckons with, for one multiprocessor of an H100: FLOP/us that promotion leaves of the
-# peak, bytes/us from L2; bytes/us from HBM for the GPU; and us until a cluster has added up a tile. Read off the data sheet
+# Assumptions for the choice between tiles, for one multiprocessor of an H100: FLOP/us that promotion leaves of the
+# peak, bytes/us from L2; bytes/us from HBM for the GPU; and us until a cluster has added up a tile. From the data sheet
 # and published kernels, not measured here; `tools/gpu_check` measures the choice itself.
 SM_FLOPS, SM_BYTES, HBM_BYTES, EXCHANGE_US = 10.5e6, 40e3, 3.0e6, 1.0
-# Multiprocessors come in groups of 16 or 18, which a cluster must fit into.
+# Multiprocessors come in groups of 16 or 18, within which a cluster must fit.
 GROUP_SMS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Output tiles of block_m x (128 cluster), each of `depth` blocks of 128 columns of K, dealt out to `num_workers`.
+    """Output tiles of block_m x (128 cluster), each of `depth` blocks of 128 columns of K, distributed over `num_workers`.
 
     A worker is a CTA, or a cluster of split x cluster of them: `cluster` with 128 columns each, which share rows of x, and
-    `split` of each that share its K, see `exchange`.
+    `split` of each that split its K, see `exchange`.
     """
 
     m: int
@@ -67,7 +67,7 @@ class Schedule:
         return -(-self.depth // self.split)
 
     def place(self, tile: Index) -> tuple[jax.Array, jax.Array]:
-        """Row tile and column tile; GROUP row tiles go together, in them columns are slowest."""
+        """Row tile and column tile; GROUP row tiles form a group, in which columns are slowest."""
         group_rows = min(GROUP, self.row_tiles)
         group, rest = _divide(tile, group_rows * self.column_tiles)
         first_row = group * group_rows
@@ -77,9 +77,9 @@ class Schedule:
     def for_each_tile(
         self, worker: Index, rank: Index, visit: Callable[[Index, Index, Index, Index], None]
     ) -> jax.Array:
-        """Calls visit(tile, start, stop, done) for what CTA `rank` of `worker` has to do, in order: blocks start..stop.
+        """Calls visit(tile, start, stop, done) for the work of CTA `rank` of `worker`, in order: blocks start..stop.
 
-        `done` counts the blocks before. Returns the count of all.
+        `done` counts the previous blocks. Returns the total.
         """
         start = lax.div(rank * self.depth, jnp.int32(self.split))
         stop = lax.div((rank + 1) * self.depth, jnp.int32(self.split))
@@ -93,15 +93,15 @@ class Schedule:
 
 
 def make(m: int, n: int, k: int, *, block_m: int, split_k: int, cluster: int, num_ctas: int = NUM_SMS) -> Schedule:
-    """A schedule with tiles of `block_m` rows, `cluster` of them side by side, each shared by `split_k` CTAs along K.
+    """A schedule with tiles of `block_m` rows, `cluster` of them side by side, each split along K among `split_k` CTAs.
 
     Raises:
-      ValueError: For a cluster that cannot be.
+      ValueError: For an impossible cluster.
     """
     size = split_k * cluster
     if BLOCK % split_k or size > MAX_CLUSTER:
         raise ValueError(
-            f"fp8_matmul shares a tile's K among 1, 2, 4 or 8 CTAs, {MAX_CLUSTER} in a cluster at the most; "
+            f"fp8_matmul splits a tile's K among 1, 2, 4 or 8 CTAs, at most {MAX_CLUSTER} in a cluster; "
             f"not among {split_k} with {cluster} tiles in a cluster"
         )
     usable = num_ctas if size <= 2 else num_ctas // GROUP_SMS * GROUP_SMS
@@ -109,13 +109,13 @@ def make(m: int, n: int, k: int, *, block_m: int, split_k: int, cluster: int, nu
 
 
 def default_blocks(m: int, n: int, k: int) -> dict[str, int]:
-    """The choice of `CHOICES` that should take least time, by bytes and FLOPs."""
+    """The one of `CHOICES` that should take the least time, by bytes and FLOPs."""
     choices = [dict(zip(("block_m", "split_k", "cluster"), choice, strict=True)) for choice in CHOICES]
     return min(choices, key=lambda choice: estimate_us(make(m, n, k, **choice)))
 
 
 def estimate_us(schedule: Schedule) -> float:
-    """Microseconds that bytes and FLOPs should take, turn by turn: in the last one there may be work for a few only."""
+    """Expected microseconds for bytes and FLOPs, wave by wave: the last one may have work for only a few."""
     # One warpgroup of products does not hide its own promotion; two do.
     flops = 2 * schedule.block_m * BLOCK * BLOCK * (1.6 if schedule.block_m == 64 else 1.0)
     loaded = (min(schedule.block_m, schedule.m) / schedule.cluster + BLOCK) * BLOCK

@@ -14,7 +14,7 @@ from pallas_kernels.moe_permute.reference import Tiles, point_at
 from pallas_kernels.quantise import FP8, scales_shape
 from pallas_kernels.storage import BLOCK
 
-# FP8 values and their float32 scales, or an array. Of rows: [R, K] and [K/128, R]. Of weights: [..., rows, columns]
+# FP8 values and their float32 scales, or an array. For rows: [R, K] and [K/128, R]. For weights: [..., rows, columns]
 # and [..., ceil(rows/128), ceil(columns/128)].
 Rows = Float[Array, "R K"] | tuple[Float[Array, "R K"], Float[Array, "blocks R"]]
 Weights = Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]
@@ -37,28 +37,28 @@ def moe_ffn(
 
     out[n] = sum_j weights[n, j] * down_e(silu(gate_e x_n) * (up_e x_n)) over the j whose expert e = experts[n, j] is in
     [first_expert, first_expert + E); the sum of all shards' results is the layer's. Every product and the sum over j
-    are in float32. The values between, and each expert's weighted result, are rounded to the dtype of x. With FP8
-    weights both are quantised instead where they enter a product (e4m3, a scale for each 128 columns of a row), by the
-    reference too, and each expert's result is bfloat16.
+    are in float32. The intermediate values, and each expert's weighted result, are rounded to the dtype of x. With FP8
+    weights both are instead quantised before a product (e4m3, a scale for each 128 columns of a row), also by the
+    reference, and each expert's result is bfloat16.
 
     Args:
       x: Tokens after the post-attention norm; for FP8 weights also as e4m3 values and their scales as columns,
-        [ceil(D/128), N rounded up to 4], as `norm_quantise` gives them. The result is then bfloat16.
-      weights: Of the router.
-      experts: Chosen experts, counted over all shards.
+        [ceil(D/128), N rounded up to 4], from `norm_quantise`. The result is then bfloat16.
+      weights: The router's weights.
+      experts: Chosen experts, numbered over all shards.
       gate, up: [E, F, D], or [L, E, F, D] with `layer`; an array of x's dtype, or a pair of e4m3 values and float32
         scales [..., ceil(F/128), ceil(D/128)].
       down: [E, D, F] likewise.
       first_expert: The shard's first expert.
-      all_experts: Experts of all shards; only the sizes of blocks depend on it. first_expert + E by default.
+      all_experts: Experts of all shards; affects only block sizes. first_expert + E by default.
       layer: Which layer of stacked weights; may be traced. The stack is not copied.
-      implementation: See `common.Implementation`. The kernels serve bfloat16 x with weights in bfloat16 or FP8, D and F
+      implementation: See `common.Implementation`. The kernels support bfloat16 x with weights in bfloat16 or FP8, D and F
         multiples of 128.
 
     Raises:
-      ValueError: If shapes do not fit together, some weights are quantised and some are not, or weights are stacked and
-        `layer` is missing or the other way round.
-      NotImplementedError: If the kernels are asked for by name and cannot serve; the message says why.
+      ValueError: If shapes do not fit together, only some weights are quantised, or weights are stacked and
+        `layer` is missing or vice versa.
+      NotImplementedError: If the kernels are requested by name and cannot serve; the message says why.
     """
     _check_weights(("gate", gate), ("up", up), ("down", down), layer=layer)
     num_experts, width, depth = _values(gate).shape[-3:]
@@ -69,9 +69,9 @@ def moe_ffn(
         )
     num_tokens, columns = _values(x).shape
     if columns != depth:
-        raise ValueError(f"x has {columns} columns and gate is for {depth}: they must be equal")
+        raise ValueError(f"x has {columns} columns but gate is for {depth}: they must be equal")
     if isinstance(x, tuple) and not isinstance(gate, tuple):
-        raise ValueError("x is quantised and the weights are not: give x in their dtype")
+        raise ValueError("x is quantised but the weights are not: give x in their dtype")
     if isinstance(x, tuple) and x[1].shape != scales_shape(x[0].shape, "columns"):
         raise ValueError(
             f"the scales of x are {x[1].shape}; for values {x[0].shape} they must be {scales_shape(x[0].shape, 'columns')}"
@@ -109,7 +109,7 @@ def grouped_gate_up(
     quantise: bool = False,
     implementation: Implementation = "auto",
 ) -> Rows:
-    """silu(rows gate_e^T) * (rows up_e^T), e being the expert of each tile; summed in float32.
+    """silu(rows gate_e^T) * (rows up_e^T), where e is the expert of each tile; summed in float32.
 
     Args:
       rows: R rows in tiles of R / T, from `permute_rows`: bfloat16 (the reference takes any float), or e4m3 values with
@@ -117,12 +117,12 @@ def grouped_gate_up(
       gate, up: As in `moe_ffn`; quantised if the rows are.
       tiles: From `plan_permutation`.
       layer: As in `moe_ffn`.
-      quantise: Whether the result is quantised, ready for `grouped_down`.
+      quantise: Whether to quantise the result, for `grouped_down`.
       implementation: As in `moe_ffn`; the kernel takes tiles of 64 and 128 rows.
 
     Returns:
       [R, F] in the dtype of the rows (bfloat16 for quantised rows), or e4m3 values [R, F] and scales [ceil(F/128), R].
-      Rows that hold no pair may hold anything, NaN included; tiles not in use are not written.
+      Rows without a pair may hold anything, including NaN; unused tiles are not written.
 
     Raises:
       ValueError, NotImplementedError: As `moe_ffn`.
@@ -130,7 +130,7 @@ def grouped_gate_up(
     _check_weights(("rows", rows), ("gate", gate), ("up", up), layer=layer)
     num_experts, width, depth = _values(gate).shape[-3:]
     if _values(up).shape != _values(gate).shape:
-        raise ValueError(f"gate is {_values(gate).shape} and up {_values(up).shape}: they must be equal")
+        raise ValueError(f"gate is {_values(gate).shape} but up is {_values(up).shape}: they must be equal")
     tile_rows = _check_rows(rows, depth, tiles)
     return dispatch(
         implementation,
@@ -153,17 +153,17 @@ def grouped_down(
     layer: Int[Array, ""] | int | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "R D"]:
-    """row_weights * (rows down_e^T), e being the expert of each tile; summed and multiplied in float32.
+    """row_weights * (rows down_e^T), where e is the expert of each tile; summed and multiplied in float32.
 
     Args:
       rows: From `grouped_gate_up`, [R, F].
       down: As in `moe_ffn`; quantised if the rows are.
-      row_weights: Of the router, from `permute_weights`.
+      row_weights: The router's weights, from `permute_weights`.
       tiles, layer, implementation: As in `grouped_gate_up`.
 
     Returns:
-      [R, D] in the dtype of the rows, bfloat16 for quantised ones, for `combine_rows`. Rows that hold no pair may hold
-      anything, NaN included; tiles not in use are not written.
+      [R, D] in the dtype of the rows, bfloat16 for quantised ones, for `combine_rows`. Rows without a pair may hold
+      anything, including NaN; unused tiles are not written.
 
     Raises:
       ValueError, NotImplementedError: As `moe_ffn`.
@@ -172,7 +172,7 @@ def grouped_down(
     num_experts, depth, width = _values(down).shape[-3:]
     tile_rows = _check_rows(rows, width, tiles)
     if row_weights.shape[0] != _values(rows).shape[0]:
-        raise ValueError(f"row_weights are {row_weights.shape[0]} for {_values(rows).shape[0]} rows: give one a row")
+        raise ValueError(f"row_weights are {row_weights.shape[0]} for {_values(rows).shape[0]} rows: give one per row")
     return dispatch(
         implementation,
         _unsupported(_values(rows).dtype, width, depth, down, tile_rows),
@@ -206,8 +206,8 @@ def _check_weights(*named: tuple[str, Weights | Rows], layer: Int[Array, ""] | i
     kinds = {name: isinstance(value, tuple) for name, value in named}
     if len(set(kinds.values())) > 1:
         raise ValueError(
-            f"{', '.join(name for name in kinds if kinds[name])} are quantised and the rest is not: "
-            "give pairs (values, scales) for all of them or for none"
+            f"{', '.join(name for name in kinds if kinds[name])} are quantised but the others are not: "
+            "give pairs (values, scales) for all or none of them"
         )
     num_axes = 3 if layer is None else 4
     for name, value in named:
@@ -231,10 +231,10 @@ def _check_rows(rows: Rows, width: int, tiles: Tiles) -> int:
     num_rows, columns = _values(rows).shape
     num_tiles = tiles.table.shape[0]
     if columns != width:
-        raise ValueError(f"rows have {columns} columns and the weights are for {width}: they must be equal")
+        raise ValueError(f"rows have {columns} columns but the weights are for {width}: they must be equal")
     if num_rows % num_tiles:
         raise ValueError(
-            f"{num_rows} rows are no multiple of {num_tiles} tiles: give the tiles of the same permutation"
+            f"{num_rows} rows are not a multiple of {num_tiles} tiles: give the tiles of the same permutation"
         )
     if isinstance(rows, tuple) and rows[1].shape != (-(-width // BLOCK), num_rows):
         raise ValueError(f"the scales of the rows are {rows[1].shape}; they must be {(-(-width // BLOCK), num_rows)}")
@@ -242,12 +242,12 @@ def _check_rows(rows: Rows, width: int, tiles: Tiles) -> int:
 
 
 def _first_matrix(layer: Int[Array, ""] | int | None, num_experts: int) -> Int[Array, ""]:
-    """Where a layer's matrices start in a stack whose axes of layers and experts are one."""
+    """Where a layer's matrices start in a stack with merged axes of layers and experts."""
     return jnp.asarray(0 if layer is None else layer, jnp.int32) * num_experts
 
 
 def _flatten(stack: Weights) -> Weights:
-    """Axes of layers and experts made one: a view, nothing is copied."""
+    """Merges the axes of layers and experts: a view, nothing is copied."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), stack)
 
 

@@ -1,4 +1,4 @@
-"""What one CTA of the `grouped_matmul` kernels does; `mosaic` says why."""
+"""The work of one CTA of the `grouped_matmul` kernels; `mosaic` says why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pallas_kernels.compat import WGMMA, WGMMA_ROW, Ref, Target
 from pallas_kernels.quantise import FP8_MAX
 from pallas_kernels.storage import BLOCK
 
-# Rows that a warpgroup multiplies: what the tensor cores take.
+# Rows that a warpgroup multiplies: the tensor cores' tile.
 GROUP_ROWS = 64
 # Columns of one copy out of the registers.
 STORE_COLUMNS = 64
@@ -28,7 +28,7 @@ TINY = 1e-30
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sizes that a kernel is traced with.
+    """Static sizes of a kernel.
 
     Attributes:
       tile_rows: Rows of a tile, 64 or 128.
@@ -36,7 +36,7 @@ class Plan:
       blocks: Blocks of 128 columns of the output.
       stages: Buffers in the ring.
       num_ctas: CTAs.
-      gated: Gate and up with SwiGLU, or one product times a weight a row.
+      gated: Whether it is gate and up with SwiGLU; else one product times a weight per row.
     """
 
     tile_rows: int
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def row_groups(self) -> int:
-        """Warpgroups that share the rows of a tile; the others of the two share its columns."""
+        """Warpgroups over the rows of a tile; the rest of the two are over its columns."""
         return self.tile_rows // GROUP_ROWS
 
     @property
@@ -83,7 +83,7 @@ def run(
     largest_smem: Ref | None = None,
     met: Ref | None = None,
 ) -> None:
-    """One CTA. Lists that do not apply are empty; `outputs` are the rows, and their scales if they are quantised."""
+    """One CTA. Lists that do not apply are empty; `outputs` are the rows, and their scales if quantised."""
     cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
     stages = jnp.int32(plan.stages)
     blocks = jnp.int32(plan.blocks)
@@ -92,7 +92,7 @@ def run(
     def locate(item: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Tile, column block and expert of a work item."""
         index = cta + item * plan.num_ctas
-        # A bundle of n tiles has n * blocks items, the same as its tiles would have one by one: so this is one of them.
+        # A bundle of n tiles has n * blocks items, as many as its tiles separately: so this is one of them.
         anchor = lax.div(index, blocks)
         expert, first, size = table[anchor, 0], table[anchor, 1], table[anchor, 2]
         local = index - first * blocks
@@ -137,7 +137,7 @@ def run(
             def add(step: jax.Array, carry: Scaled) -> Scaled:
                 sums, factors = carry
                 slot = lax.rem(start + step, stages)
-                # A step ahead: one that misses the cache must not be waited for between two products.
+                # One step ahead, so that a cache miss does not stall between two products.
                 next_factors = factors_of(jnp.minimum(step + 1, plan.steps - 1))
                 plgpu.barrier_wait(full.at[slot])
                 scale = target.load(row_scales_smem.at[slot, part], WGMMA_ROW)
@@ -155,8 +155,8 @@ def run(
         def row_scale(largest: jax.Array, item: jax.Array) -> jax.Array:
             """Scale of each row from the largest value in this warpgroup's columns."""
             if plan.row_groups == 1:
-                # Two buffers in turn: to write one again, the other warpgroup must have come to the meeting between,
-                # and so have read it.
+                # Two alternating buffers: before one is written again, the other warpgroup has passed the barrier in
+                # between, and so has read it.
                 mine = largest_smem.at[lax.rem(item, jnp.int32(2)), warpgroup]
                 other = largest_smem.at[lax.rem(item, jnp.int32(2)), 1 - warpgroup]
                 mine[...] = largest
@@ -168,7 +168,7 @@ def run(
 
         def store(value: jax.Array, row: jax.Array, column: jax.Array) -> None:
             buffer = out_smem.at[warpgroup]
-            # The copy before must have read the buffer; where its bytes are by now does not matter.
+            # The previous copy must have read the buffer; it need not have arrived yet.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             buffer[...] = value.astype(buffer.dtype)
             plgpu.commit_smem()
@@ -180,7 +180,7 @@ def run(
             if plan.row_groups == 1:
                 work()
                 return ()
-            # The first rows of a tile hold the pairs: where they all are in the first half, the second has none.
+            # The first rows of a tile hold the pairs: if they are all in the first half, the second has none.
             is_empty = table[tile, 3] <= row_group * GROUP_ROWS
             lax.cond(is_empty, functools.partial(pass_by, item * plan.steps), work)
             return ()
@@ -197,11 +197,11 @@ def run(
             lax.fori_loop(0, plan.steps, step, ())
 
         def produce(item: jax.Array, tile: jax.Array, block: jax.Array, expert: jax.Array) -> None:
-            """The products of a work item, and what is made of them."""
+            """The products of a work item, and its result."""
             start = item * plan.steps
             sums = multiply_scaled(start, expert, block) if weight_scales else multiply(start)
             row = tile * plan.tile_rows + row_group * GROUP_ROWS
-            # In pieces, so that few registers hold what is between the sums and the result.
+            # In pieces, so that few registers hold the values between the sums and the result.
             offsets = range(0, plan.columns, STORE_COLUMNS)
             pieces = [[total[:, offset : offset + STORE_COLUMNS] for total in sums] for offset in offsets]
             factor = None
@@ -276,15 +276,15 @@ def run(
             plgpu.barrier_wait(free.at[lax.rem(step, stages)])
             return ()
 
-        # No barrier may be left in the middle of a phase when the CTA ends.
+        # No barrier may be in the middle of a phase when the CTA ends.
         lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, ())
 
 
 def _at_least(valid: jax.Array, tile_rows: int, copy: Callable[[int], None]) -> None:
-    """Calls `copy` with a quarter, half or all of `tile_rows`, the least that covers `valid` rows.
+    """Calls `copy` with a quarter, half or all of `tile_rows`, the smallest that covers `valid` rows.
 
-    What it leaves out of the buffer is of other rows, or was never written. It reaches only sums of rows that hold no
-    pair: in a product no row meets another.
+    The rest of the buffer belongs to other rows, or was never written. It affects only sums of rows without a
+    pair: rows of a product are independent.
     """
     counts = tile_rows // 4, tile_rows // 2, tile_rows
     pl.when(valid <= counts[0])(functools.partial(copy, counts[0]))

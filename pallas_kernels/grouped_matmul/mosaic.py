@@ -1,21 +1,21 @@
 """The Hopper kernels of `grouped_matmul`: two launches, gate + up + SwiGLU (+ quantise) and down (* router weight).
 
-132 CTAs live as long as the product. In each, one warpgroup copies (TMA) blocks of K into a ring in shared memory: the
+132 persistent CTAs. In each, one warpgroup copies (TMA) blocks of K into a ring in shared memory: the
 tile's rows, their scales, and 128 rows of the expert's weights (of gate and of up: 256). Two warpgroups multiply: at
-tiles of 128 rows each takes 64 rows, at tiles of 64 rows each takes half of the columns. The ring runs on from one work
+tiles of 128 rows each takes 64 rows, at tiles of 64 rows each takes half of the columns. The ring continues from one work
 item to the next, so that the copies never pause.
 
-A work item is a tile of rows and a block of columns. Items go expert by expert, in one expert block by block, in one
-block tile by tile: the items that run at once share an expert's rows, and a block of weights is read from memory once
-for up to 16 tiles. How many items there are is known at run time only; a CTA takes every 132nd until they are done.
+A work item is a tile of rows and a block of columns. Items are ordered by expert, within an expert by block, within a
+block by tile: concurrent items share an expert's rows, and a block of weights is read from memory once
+for up to 16 tiles. The number of items is known only at run time; a CTA takes every 132nd until they are done.
 
-Bytes of gate + up and down at full width (D 7,168, F 5,120), FP8: 110 MB an expert that has a row, 2 (D + F) a row; so
-6 experts take 221 us at 3.0 TB/s, 48 take 1.76 ms. FLOPs: 6 D F a row, 220 MFLOP; compute-bound from some 300 rows an
-expert on. Where a tile is not full, only a quarter, half or all of its rows are copied: else, at 16 rows an expert, the
-copies of rows would be half of those of weights in `grouped_down`.
+Bytes of gate + up and down at full width (D 7,168, F 5,120), FP8: 110 MB per expert that has a row, 2 (D + F) per row; so
+6 experts take 221 us at 3.0 TB/s, 48 take 1.76 ms. FLOPs: 6 D F per row, 220 MFLOP; compute-bound from about 300 rows
+per expert on. If a tile is not full, only a quarter, half or all of its rows are copied: otherwise, at 16 rows per expert,
+the copies of rows would be half as many as those of weights in `grouped_down`.
 
-Compiled for sm_90a, no product loop spills. The FP8 gate + up at tiles of 128 rows spills 44 bytes a thread (96 if it
-does not quantise) around it, once a work item: its two sums and a product take 192 of 232 registers.
+Compiled for sm_90a, no product loop spills. The FP8 gate + up at tiles of 128 rows spills 44 bytes per thread (96 if it
+does not quantise) around it, once per work item: its two sums and a product take 192 of 232 registers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pallas_kernels.quantise import FP8, quantise_rows
 from pallas_kernels.storage import BLOCK
 
 NUM_SMS = 132
-# Shared memory of a CTA, less what Pallas takes for reductions and barriers.
+# Shared memory of a CTA, minus what Pallas needs for reductions and barriers.
 SMEM_BYTES = 232_448 - 3 * 1024
 MAX_STAGES = 8
 TILE_ROWS = (64, 128)
@@ -127,7 +127,7 @@ def _plan(
     tile_rows: int,
     interpret: bool,
 ) -> tuple[Permutation, Float[Array, " R"]]:
-    """The permutation, its tiles pointing into the stack, and the weights of its rows: by a kernel if that can serve."""
+    """The permutation, with tiles pointing into the stack, and the weights of its rows: by a kernel if possible."""
     options = {"num_experts": num_experts, "first_expert": first_expert, "tile_rows": tile_rows}
     if plan.unsupported(experts.size, num_experts, tile_rows) is None:
         return plan.plan_permutation(experts, weights, layer, **options, interpret=interpret)
@@ -137,13 +137,13 @@ def _plan(
 
 
 def tile_rows_for(num_pairs: int, num_experts: int) -> int:
-    """Rows of a tile when `num_pairs` pairs are spread over `num_experts` experts: 64 while most experts fit in one."""
+    """Rows of a tile if `num_pairs` pairs are spread over `num_experts` experts: 64 while most experts fit in one."""
     default = 64 if num_pairs <= 40 * num_experts else 128
     return tuning.blocks("moe_ffn", {"tile_rows": default}, pairs=num_pairs, experts=num_experts)["tile_rows"]
 
 
 def _max_stages(tile_rows: int, num_weights: int, is_fp8: bool) -> int:
-    """Buffers of the ring that fit into shared memory, at most 8: more hide nothing."""
+    """Buffers of the ring that fit into shared memory, at most 8: more hide no further latency."""
     stage = (tile_rows + num_weights * BLOCK) * 128 + (tile_rows * 4 if is_fp8 else 0)
     staging = 2 * GROUP_ROWS * STORE_COLUMNS * 2
     return min(MAX_STAGES, (SMEM_BYTES - staging) // stage)
@@ -159,7 +159,7 @@ def _product(
     detect_races: bool,
     blocks: dict[str, int] | None,
 ) -> list[Array]:
-    """silu(rows gate^T) * (rows up^T), with scales if it is quantised, or row_weights * (rows down^T)."""
+    """silu(rows gate^T) * (rows up^T), with scales if quantised, or row_weights * (rows down^T)."""
     target = Target(interpret=interpret, detect_races=detect_races)
     is_fp8 = isinstance(rows, tuple)
     values, *row_scales = rows if is_fp8 else (rows,)
@@ -180,7 +180,7 @@ def _product(
             width=width,
             dtype=values.dtype.name,
         )
-    # Rows of 128 bytes: what the swizzle of shared memory spans, so one bulk copy a buffer.
+    # Rows of 128 bytes, the span of the shared-memory swizzle: so one bulk copy per buffer.
     step_columns = 128 // values.dtype.itemsize
     plan = Plan(
         tile_rows=tile_rows,

@@ -21,7 +21,7 @@ from pallas_kernels.moe_permute.reference import (
 from pallas_kernels.quantise import quantise_rows, scales_to_columns, scales_to_rows
 from pallas_kernels.storage import BLOCK
 
-# Rows of a tile on a CPU: enough to fill a matrix product, few enough to waste little on padding.
+# Rows of a tile on a CPU: enough for an efficient matrix product, few enough to waste little on padding.
 MIN_TILE_ROWS, MAX_TILE_ROWS = 8, 128
 
 Pair = tuple[jax.Array, jax.Array]
@@ -94,7 +94,7 @@ def _map_tiles(
     num_columns: int,
     run: Callable[[Float[Array, "rows K"], Int[Array, ""]], Float[Array, "rows columns"]],
 ) -> Float[Array, "R columns"]:
-    """`run` of each tile in use, float32 in and out; its rows that hold no pair, and other tiles, are zero."""
+    """Applies `run` to each tile in use, float32 in and out; rows without a pair, and other tiles, are zero."""
     values = _values(rows)
     num_rows = values.shape[0]
     tile_rows = num_rows // tiles.table.shape[0]
@@ -127,5 +127,5 @@ def _values(array: Array | Pair) -> Array:
 
 
 def _dtype(rows: Array | Pair) -> jnp.dtype:
-    """Of the results: that of the rows, and bfloat16 of quantised ones."""
+    """The dtype of the results: that of the rows, or bfloat16 for quantised ones."""
     return jnp.dtype(jnp.bfloat16) if isinstance(rows, tuple) else rows.dtype

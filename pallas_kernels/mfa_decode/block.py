@@ -17,10 +17,10 @@ from pallas_kernels.mfa_decode.plan import BLOCK
 from pallas_kernels.mfa_decode.queries import operands
 from pallas_kernels.mfa_decode.unpack import E4M3_UNIT, unpack_keys, unpack_values
 
-# A hidden score, and where the running maximum starts. The gap keeps 2^(HIDDEN - maximum) at zero in a row that has seen
+# A masked score, and the initial running maximum. The gap keeps 2^(HIDDEN - maximum) at zero in a row that has seen
 # nothing yet.
 HIDDEN, FLOOR = -1e30, -5e29
-# Columns decoded or cleared at a time: a whole block at once takes more registers than there are.
+# Columns decoded or cleared at a time: a whole block at once would need more registers than there are.
 FP8_CHUNK, CLEAR_CHUNK = 128, 64
 # Weighted values [64, K], running maximum [64], sum of weights [64].
 Sums = tuple[jax.Array, jax.Array, jax.Array]
@@ -28,14 +28,14 @@ Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a block is; all scalars.
+    """The position of a block; all scalars.
 
     Attributes:
-      warpgroup: That computes.
-      first_row: Of the tile, among T*H.
-      first_token: Of the block, in its sequence.
-      length: Of the sequence.
-      key_slot, value_slot: Of the ring.
+      warpgroup: The computing warpgroup.
+      first_row: First row of the tile, among T*H.
+      first_token: First token of the block, in its sequence.
+      length: Length of the sequence.
+      key_slot, value_slot: Slots of the ring.
     """
 
     warpgroup: jax.Array
@@ -87,7 +87,7 @@ def attend_block(geometry: Geometry, target: Target, refs: Refs, queries: Ref | 
 
 
 def _fp8_scores(geometry: Geometry, target: Target, refs: Refs, place: Place) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores from keys as they are stored, while the values are converted; and what `_split_scales` leaves to do."""
+    """Scores from keys in stored form, while the values are converted; and the factors from `_split_scales`."""
     shape, columns = (TILE, BLOCK), geometry.part_columns
     keys, values = (refs["ring"].at[slot] for slot in (place.key_slot, place.value_slot))
     factors = _token_scales(target, refs, place.key_slot)
@@ -112,12 +112,12 @@ def _fp8_scores(geometry: Geometry, target: Target, refs: Refs, place: Place) ->
 
 
 def _int4_scores(geometry: Geometry, target: Target, refs: Refs, place: Place) -> jax.Array:
-    """Scores from keys in e4m3, group by group of the columns that have a scale, while the values are decoded."""
+    """Scores from keys in e4m3, by groups of columns that share a scale, while the values are decoded."""
     keys = refs["unpacked"].at[place.warpgroup]
-    # The products before may still be read by another warp of this warpgroup.
+    # Another warp of this warpgroup may still be reading for the previous products.
     plgpu.commit_smem()
     unpack_keys(target, refs["ring"].at[place.key_slot], keys)
-    # The tensor cores read through another proxy than these stores went.
+    # The tensor cores read through a different proxy than these stores.
     plgpu.commit_smem()
 
     def convert() -> None:
@@ -130,7 +130,7 @@ def _int4_scores(geometry: Geometry, target: Target, refs: Refs, place: Place) -
         scale = target.load(refs["scales"].at[place.key_slot, part], WGMMA_COLUMN).astype(jnp.float32)
         return product * lax.broadcast_in_dim(scale, product.shape, [1])
 
-    # A loop of its own: unrolled, the compiler gives each product registers of its own, which it has not got.
+    # A separate loop: unrolled, the compiler would need registers for each product, more than there are.
     scores = lax.fori_loop(
         1,
         geometry.num_parts,
@@ -144,14 +144,14 @@ def _int4_scores(geometry: Geometry, target: Target, refs: Refs, place: Place) -
 def _make_values(refs: Refs, place: Place, convert: Callable[[], None]) -> None:
     """Waits for a block's values and calls `convert`, which writes them in 16 bits."""
     plgpu.barrier_wait(refs["full"].at[place.value_slot])
-    # The product before may still be read by another warp of this warpgroup.
+    # Another warp of this warpgroup may still be reading for the previous product.
     plgpu.commit_smem()
     convert()
     plgpu.commit_smem()
 
 
 def _row_factors(target: Target, refs: Refs, place: Place, scale: float) -> jax.Array:
-    """What the queries' rows were divided by, times `scale`, [64, 64]."""
+    """The divisors of the queries' rows, times `scale`, [64, 64]."""
     rows = target.load(refs["factors"].at[place.warpgroup], WGMMA_ROW) * scale
     return lax.broadcast_in_dim(rows, (TILE, BLOCK), [0])
 
@@ -163,8 +163,8 @@ def _release(target: Target, refs: Refs, slot: jax.Array) -> None:
 
 def _decoded(refs: Refs, place: Place) -> Ref:
     """This warpgroup's buffer of 16-bit rows."""
-    # A slot is never negative, but the compiler does not know: else it keeps this buffer's addresses, the same for every
-    # block, in registers that it has not got.
+    # A slot is never negative, but the compiler does not know: otherwise it would keep this buffer's addresses, the same for
+    # every block, in registers that are not available.
     return refs["decoded"].at[place.warpgroup + jnp.minimum(place.value_slot, 0)]
 
 
@@ -190,7 +190,7 @@ def _is_visible(geometry: Geometry, target: Target, place: Place) -> jax.Array:
     positions = place.first_token + target.iota(shape, 1, WGMMA)
     if geometry.tokens == 1:
         return positions < place.length
-    # Rows that only fill up the tile get tokens past the last one: they see what that sees.
+    # Padding rows get tokens past the last one: they see what the last one sees.
     token = lax.div(place.first_row + target.iota(shape, 0, WGMMA), jnp.int32(geometry.heads))
     return positions < jnp.minimum(place.length - geometry.tokens + 1 + token, place.length)
 

@@ -2,7 +2,7 @@
 
 A sequence of n fragments reads n * rows * (K + 2) float32 that the main kernel has just written, mostly from L2. XLA could
 do it only by reading as many fragments for every sequence as the longest may have, or with atomic sums, whose order
-changes from run to run.
+varies from run to run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pallas_kernels.quantise import FP8, FP8_MAX
 from pallas_kernels.storage import BLOCK
 
 TILE = 64
-# Below any maximum that a fragment has.
+# Below any fragment's maximum.
 FLOOR = -5e29
-# Fragments of 64 x 128 that are loaded together: the sum and two of them are 192 of a thread's registers.
+# Fragments of 64 x 128 that are loaded together: the sum and two of them take 192 of a thread's registers.
 QUANTISED_UNROLL = 2
 
 
@@ -43,12 +43,12 @@ def combine(
 
     Args:
       parts: Sums of weighted values of each fragment, not yet divided by `norms`.
-      tops: Base-2 logarithms of the factor that `parts` and `norms` lack.
+      tops: Base-2 logarithms of the factor missing in `parts` and `norms`.
       norms: Sums of weights.
       fragments: First fragment and number of fragments of each sequence.
-      dtype: Of the output.
+      dtype: Dtype of the output.
       target: Interpreter or GPU.
-      columns: Of the head, that one CTA takes.
+      columns: Columns of the head per CTA.
       unroll: Fragments that are loaded together, so that their latencies overlap.
     """
     batch, (_, rows, head_dim) = fragments.shape[0], parts.shape
@@ -79,9 +79,9 @@ def combine_quantised(
     tokens: int,
     target: Target,
 ) -> tuple[Float[Array, "N columns"], Float[Array, "blocks padded_N"]]:
-    """As `combine`, with each token's heads side by side and quantised: e4m3 values, and scales as columns.
+    """Like `combine`, with each token's heads side by side and quantised: e4m3 values, and scales as columns.
 
-    A CTA has 64 heads of one token and 128 of their columns: one scale a row. It reads what `combine` does.
+    A CTA has 64 heads of one token and 128 of their columns: one scale per row. It reads the same as `combine`.
 
     Args:
       parts, tops, norms, fragments, target: As in `combine`.
@@ -176,7 +176,7 @@ def _add_up(
         loaded = []
         for place in range(unroll):
             index = turn * unroll + place
-            # Past the end the last one is read again and counts nothing.
+            # Past the end the last one is read again with zero weight.
             fragment = first + jnp.minimum(index, count - 1)
             part_top = target.load(tops_ref.at[fragment, rows], WGMMA_ROW)
             part_top = part_top + jnp.where(index < count, 0.0, 2 * FLOOR)

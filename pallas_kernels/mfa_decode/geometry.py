@@ -16,7 +16,7 @@ from pallas_kernels.storage import INT4_GROUP
 
 # Rows of one tensor-core tile.
 TILE = 64
-# float32: the exponent's bits, the mantissa's, and 1.0.
+# float32: the bits of the exponent, those of the mantissa, and 1.0.
 EXPONENT, MANTISSA, ONE = 0x7F800000, 0x007FFFFF, 0x3F800000
 
 # Operands and scratch of the kernel by name.
@@ -32,9 +32,9 @@ class Geometry:
       storage: Format of the pages.
       tokens, heads, head_dim: T, H and K of the queries.
       page_size: Tokens of a page, a multiple of `plan.BLOCK`.
-      slots: Of one ring.
-      scale: Of the scores, times log2(e): exponentials are powers of 2.
-      dtype: Of weights and values when the tensor cores multiply them; of queries and keys too, unless `is_narrow`.
+      slots: Slots of one ring.
+      scale: Scale of the scores, times log2(e): exponentials are powers of 2.
+      dtype: Dtype of weights and values in tensor-core products; also of queries and keys, unless `is_narrow`.
     """
 
     storage: str
@@ -58,7 +58,7 @@ class Geometry:
 
     @property
     def part_columns(self) -> int:
-        """Columns of a head that one product in e4m3 takes: a row of swizzled shared memory, or those with one scale."""
+        """Columns of a head in one e4m3 product: a row of swizzled shared memory, or those that share a scale."""
         return INT4_GROUP if self.storage == "int4" else 128
 
     @property
@@ -85,15 +85,15 @@ class Geometry:
         return self.page_size // BLOCK
 
     def slot(self, ring: jax.Array | int, turn: jax.Array) -> jax.Array:
-        """Where the tile of number `turn` of a ring is, keys and values counted alike."""
+        """The slot of tile number `turn` of a ring, counting both keys and values."""
         return ring * self.slots + lax.rem(turn, jnp.int32(self.slots))
 
     def turn(self, turns: tuple[jax.Array, jax.Array], ring: jax.Array | int) -> jax.Array:
-        """Tiles that the ring has had before this fragment."""
+        """Tiles of the ring before this fragment."""
         return turns[0] if self.is_shared else jnp.where(ring == 0, turns[0], turns[1])
 
     def advance(self, turns: tuple[jax.Array, jax.Array], blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The same after a fragment of so many blocks, two tiles each; the first ring has the odd one."""
+        """The same after a fragment of this many blocks, two tiles each; the first ring has the odd one."""
         if self.is_shared:
             return turns[0] + 2 * blocks, turns[1]
         return turns[0] + 2 * lax.div(blocks + 1, jnp.int32(2)), turns[1] + 2 * lax.div(blocks, jnp.int32(2))
@@ -101,13 +101,13 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class Fragment:
-    """What a worker has of one sequence; all scalars.
+    """A worker's part of one sequence; all scalars.
 
     Attributes:
-      sequence: Its place in the batch.
-      first_block: Of the sequence.
-      num_blocks: May be 0: an empty sequence.
-      number: Among all fragments.
+      sequence: Its index in the batch.
+      first_block: First block in the sequence.
+      num_blocks: Number of blocks; 0 for an empty sequence.
+      number: Its number among all fragments.
     """
 
     sequence: jax.Array

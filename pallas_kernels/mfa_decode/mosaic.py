@@ -7,7 +7,7 @@ One tile is 64 rows, a row one head of one new token. A worker (`plan.py`) walks
 - more tiles: each warpgroup has a tile, both read the same ring, so a block is loaded once for 128 rows. Further pairs of
   tiles are further CTAs that walk the same spans at the same time and find the blocks in L2.
 
-A ring's slots hold keys and values by turns. Slots and bytes under way for one SM, K = 256 (of 227 KB):
+A ring's slots alternate keys and values. Slots and bytes in flight for one SM, K = 256 (of 227 KB):
 
 | storage | slot | one tile: slots, under way | two tiles |
 | --- | --- | --- | --- |

@@ -1,8 +1,8 @@
-"""Which worker reads what: the blocks of all sequences, laid end to end, are cut into equal spans, one for each worker.
+"""Which worker reads what: the blocks of all sequences, concatenated, are cut into equal spans, one for each worker.
 
-A worker (one CTA of a persistent grid) then has its share of the work whatever the lengths are. Its part of a sequence is
-a fragment; fragment `b + g` is what worker g has of sequence b. Along the line either the worker or the sequence
-advances by one, so these numbers are all different, and those of one sequence are consecutive.
+A worker (one CTA of a persistent grid) then has an equal share of the work whatever the lengths are. Its part of a
+sequence is a fragment; fragment `b + g` is worker g's part of sequence b. From one fragment to the next either the worker
+or the sequence advances by one, so these numbers are all different, and those of one sequence are consecutive.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-# Tokens that the kernel takes at a time: the rows of one shared-memory tile.
+# Tokens that the kernel processes at a time: the rows of one shared-memory tile.
 BLOCK = 64
 
 
@@ -20,10 +20,10 @@ class Plan(NamedTuple):
     """The division of a batch. All int32.
 
     Attributes:
-      lengths: Cached tokens of each sequence, within what its table can hold.
-      starts: Blocks before each sequence, and at the end the number of all.
-      spans: Of each worker: first block, end block, first sequence, number of sequences (0 if it has no work).
-      fragments: Of each sequence: first fragment, number of fragments.
+      lengths: Cached tokens of each sequence, limited to what its table can hold.
+      starts: Blocks before each sequence, and at the end the total.
+      spans: For each worker: first block, end block, first sequence, number of sequences (0 if it has no work).
+      fragments: For each sequence: first fragment, number of fragments.
     """
 
     lengths: Int[Array, " B"]
@@ -33,16 +33,16 @@ class Plan(NamedTuple):
 
 
 def plan_work(lengths: Int[Array, " B"], *, capacity: int, workers: int, min_blocks: int) -> Plan:
-    """Cuts the batch into `workers` spans of equal size, none but the last smaller than `min_blocks`.
+    """Cuts the batch into `workers` spans of equal size; only the last may be smaller than `min_blocks`.
 
-    Where all sequences are equally long, spans grow by up to a tenth if their ends then meet the sequences' ends: each
+    If all sequences are equally long, spans grow by up to a tenth if their ends then coincide with the sequences' ends: each
     cut costs a partial result that is written and read again.
 
     Args:
       lengths: Cached tokens of each sequence.
-      capacity: Tokens that a row of the table can hold; longer sequences are cut off there.
-      workers: Spans.
-      min_blocks: What makes a worker worth its start.
+      capacity: Tokens that a row of the table can hold; longer sequences are truncated.
+      workers: Number of spans.
+      min_blocks: The minimum that makes a worker worth starting.
     """
     batch = lengths.shape[0]
     lengths = jnp.clip(lengths, 0, capacity).astype(jnp.int32)
@@ -73,5 +73,5 @@ def plan_work(lengths: Int[Array, " B"], *, capacity: int, workers: int, min_blo
 
 
 def num_fragments(batch: int, workers: int) -> int:
-    """Fragments at the most; some of them may be no worker's, and are then not written."""
+    """The maximum number of fragments; some may belong to no worker, and are then not written."""
     return batch + workers - 1

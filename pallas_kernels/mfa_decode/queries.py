@@ -1,8 +1,8 @@
-"""Queries as two e4m3 terms each, which the tensor cores multiply with e4m3 keys as they are stored.
+"""Queries as two e4m3 terms each, which the tensor cores multiply with e4m3 keys in their stored form.
 
 A row is divided by a power of two that brings its largest number to [128, 256); the first term is the nearest e4m3 number,
-the second the nearest to what is left. Of bfloat16 (8 significant bits) the two terms (4 each, and a sign) hold every number
-exactly that is at least 2^-9 of the row's largest, and the others to 2^-17 of it: half of e4m3's smallest step. Both
+the second the nearest to the remainder. For bfloat16 (8 significant bits) the two terms (4 each, and a sign) represent every
+number exactly that is at least 2^-9 of the row's largest, and the others to 2^-17 of it: half of e4m3's smallest step. Both
 terms are multiplied into one sum.
 """
 
@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.compat import WGMMA, WGMMA_ROW, Ref, Target
 from pallas_kernels.mfa_decode.geometry import EXPONENT, ONE, TILE, Geometry, Refs
 
-# Of the largest number of a row after the division: 2^7, and at most twice that.
+# Exponent of a row's largest number after the division: 2^7, and at most twice that.
 SCALED = 128.0
-# The smallest exponent that is told apart, so that factor and inverse are normal numbers.
+# The smallest distinct exponent, so that factor and inverse are normal numbers.
 LEAST_EXPONENT = 8 << 23
 
 
@@ -28,7 +28,7 @@ def split_queries(
 ) -> None:
     """Writes a tile's terms to shared memory and, for each warpgroup, the factors of its rows.
 
-    Straight from device memory: the loads are a few for each fragment, and no buffer has to hold the 16-bit queries. With
+    Straight from device memory: there are few loads per fragment, and no buffer has to hold the 16-bit queries. With
     one tile each warpgroup writes half of the parts, and then waits for the other.
     """
     columns, parts = geometry.part_columns, geometry.num_parts
@@ -43,7 +43,7 @@ def split_queries(
         largest = jnp.maximum(largest, jnp.max(jnp.abs(read(part)), axis=1))
     exponent = jnp.maximum(lax.bitcast_convert_type(largest, jnp.int32) & EXPONENT, LEAST_EXPONENT)
     inverse = lax.bitcast_convert_type(2 * ONE - exponent, jnp.float32) * SCALED
-    # Every warp of this warpgroup has finished its products with the queries before, see `worker`.
+    # Every warp of this warpgroup has finished its products with the previous queries, see `worker`.
     plgpu.commit_smem()
     refs["factors"].at[warpgroup][...] = lax.bitcast_convert_type(exponent, jnp.float32) * (1 / SCALED)
     for index in range(parts if geometry.is_shared else parts // 2):
@@ -60,7 +60,7 @@ def split_queries(
 def terms(scaled: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The two e4m3 terms of float32 numbers up to 256."""
     first = scaled.astype(jnp.float8_e4m3fn)
-    # Hopper converts e4m3 to float16 alone.
+    # Hopper converts e4m3 only to float16.
     rest = scaled - first.astype(jnp.float16).astype(jnp.float32)
     return first, rest.astype(jnp.float8_e4m3fn)
 
@@ -68,6 +68,6 @@ def terms(scaled: jax.Array) -> tuple[jax.Array, jax.Array]:
 def operands(
     geometry: Geometry, refs: Refs, warpgroup: jax.Array, part: jax.Array | int, keys: Ref
 ) -> list[tuple[Ref, Ref]]:
-    """The products of a part of a tile's queries with the same of a block's keys, to be added up."""
+    """The products of a part of a tile's queries with the same part of a block's keys, to be added up."""
     rows = pl.ds(warpgroup * TILE if geometry.is_shared else 0, TILE)
     return [(refs["queries"].at[term, part, rows], keys) for term in range(2)]

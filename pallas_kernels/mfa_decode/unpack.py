@@ -1,7 +1,7 @@
-"""int4 rows on their way to the tensor cores: keys to e4m3, which holds them exactly, and values to bfloat16, scaled.
+"""Unpacks int4 rows for the tensor cores: keys to e4m3, which represents them exactly, and values to bfloat16, scaled.
 
-A thread holds four bytes of a row in one register, eight numbers. Pallas has no shift of registers as wholes (shifts of
-their single bytes become some three instructions a byte), nor of bytes to 16 bits: these two are a few lines of Mosaic,
+A thread holds four bytes of a row in one register, eight numbers. Pallas has no shift of whole registers (shifts of
+their single bytes take about three instructions per byte), nor of bytes to 16 bits: these two are a few lines of Mosaic,
 which the interpreter replaces by plain `jax.numpy`.
 """
 
@@ -25,7 +25,7 @@ from pallas_kernels.storage import INT4_GROUP
 # Sign and magnitude of the first number of a byte: also an e4m3 number, the integer times 2^-9.
 FIRST = 0x87
 E4M3_UNIT = 2.0**9
-# Bytes of a row, and of it the first or the second numbers: 128 columns, two groups.
+# Bytes of a row, and the first or second numbers in them: 128 columns, two groups.
 GROUPS = 2
 
 
@@ -41,20 +41,20 @@ def unpack_keys(target: Target, source: Ref, destination: Ref) -> None:
 def unpack_values(target: Target, source: Ref, scales: Ref, destination: Ref) -> None:
     """Writes bytes [64, 128] with scales [4, 64] as bfloat16 [64, 256]."""
     packed = target.load(source, WGMMA_8BIT)
-    # Group by group from byte to store, as all at once would take more registers than there are.
+    # Group by group from byte to store, as all at once would need more registers than there are.
     for part in range(2):
         for half in range(GROUPS):
             bytes_ = packed[:, half * INT4_GROUP : (half + 1) * INT4_GROUP]
             numbers, offsets = widen(target, exchange_halves(target, bytes_) if part else bytes_)
             group = GROUPS * part + half
             scale = lax.broadcast_in_dim(target.load(scales.at[group], WGMMA_8BIT_ROW), bytes_.shape, [0])
-            # JAX 0.10 takes the layout of `WGMMA`, whose rows are the same.
+            # JAX 0.10 accepts the layout of `WGMMA`, whose rows are the same.
             scale = target.cast_layout(scale, WGMMA_8BIT)
             destination[:, group * INT4_GROUP : (group + 1) * INT4_GROUP] = (numbers - offsets) * scale
 
 
 def exchange_halves(target: Target, packed: jax.Array) -> jax.Array:
-    """Bytes whose bits `FIRST` are of each byte's second number; the other bits are undefined."""
+    """Bytes whose bits `FIRST` are those of each byte's second number; the other bits are undefined."""
     if target.interpret:
         return (packed << 4) | (packed >> 4)
 
@@ -73,7 +73,7 @@ def widen(target: Target, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
         return tuple(jnp.where(is_negative, -size, size) for size in (magnitudes + 128, jnp.full_like(magnitudes, 128)))
 
     def pair(word: ir.Value, selector: int) -> tuple[ir.Value, ir.Value]:
-        # Two bytes, each twice: the sign is where bfloat16 has it, the magnitude where it has its last bits.
+        # Two bytes, each twice: the sign is at bfloat16's sign, the magnitude at its last bits.
         twice = utils.prmt(word, word, _number(selector))
         numbers, offsets = (
             arith.ori(arith.andi(twice, _number(mask)), _number(0x43004300)) for mask in (0x80078007, 0x80008000)
@@ -97,7 +97,7 @@ def _number(value: int) -> ir.Value:
 def _map_registers(
     packed: jax.Array, change: Callable[[ir.Value], tuple[ir.Value, ...]], dtypes: tuple[jax.typing.DTypeLike, ...]
 ) -> tuple[jax.Array, ...]:
-    """What `change` makes of each register of four bytes: arrays of the same shape and layout."""
+    """Applies `change` to each register of four bytes: arrays of the same shape and layout."""
 
     @plgpu.inline_mgpu(
         arg_types=(WGMMA_8BIT,),

@@ -16,7 +16,7 @@ from pallas_kernels.mfa_decode.queries import split_queries
 
 
 def load(geometry: Geometry, refs: Refs) -> None:
-    """Keeps the rings full, over the ends of fragments too, and fetches each fragment's queries."""
+    """Keeps the rings full, also across fragments, and fetches each fragment's queries."""
     pair = lax.axis_index("pair")
     span = geometry.tiles_per_cta * TILE
     # Blocks that are fetched before a fragment's queries: never more tiles than a ring has slots.
@@ -67,8 +67,8 @@ def load(geometry: Geometry, refs: Refs) -> None:
             fetch("value", page, place, ring, turn + 1)
 
             if not geometry.is_narrow:
-                # The buffer of the queries is free only when the fragment before is done. By now this fragment's first
-                # blocks are on their way, in slots that do not wait for its queries.
+                # The queries' buffer is free only when the previous fragment is done. By now this fragment's first
+                # blocks are in flight, in slots that do not wait for its queries.
                 @pl.when((done > 0) & (index == jnp.minimum(count, blocks_ahead) - 1))
                 def fetch_next_queries() -> None:
                     plgpu.barrier_wait(refs["queries_free"])
@@ -82,7 +82,7 @@ def load(geometry: Geometry, refs: Refs) -> None:
     zero = jnp.int32(0)
     done, *turns = for_each_fragment(refs, fetch_fragment, (zero, zero, zero))
 
-    # Every arrival is waited for: no barrier is left in the middle of a phase.
+    # Wait for every arrival: no barrier may be left in the middle of a phase.
     if not geometry.is_narrow:
 
         @pl.when(done > 0)
@@ -152,8 +152,8 @@ def compute(geometry: Geometry, target: Target, warpgroup: jax.Array, refs: Refs
             store(*sums)
 
         def merge() -> None:
-            # One branch or the other, not two conditions in turn: the sums fill the registers, and must be dead in one
-            # branch as soon as it is through with them.
+            # One branch or the other, not two separate conditions: the sums fill the registers, and must be dead in a
+            # branch as soon as it is done with them.
             tokens = (count * BLOCK).astype(jnp.float32)
             lax.cond(
                 warpgroup == 0,
@@ -178,8 +178,8 @@ def _give(geometry: Geometry, refs: Refs, sums: Sums, tokens: jax.Array) -> None
     total = total * (1.0 / tokens)
     high = total.astype(geometry.dtype)
     rest = (total - high.astype(jnp.float32)).astype(geometry.dtype)
-    # The other warpgroup has read the queries and its decoded rows for the last time in this fragment; all warps of this
-    # one have, too.
+    # The other warpgroup has read the queries and its decoded rows for the last time in this fragment, and so have all warps
+    # of this one.
     plgpu.barrier_wait(refs["read"])
     plgpu.commit_smem()
     refs["sums"][0] = top
@@ -196,7 +196,7 @@ def _give(geometry: Geometry, refs: Refs, sums: Sums, tokens: jax.Array) -> None
     plgpu.barrier_arrive(refs["given"])
     plgpu.barrier_wait(refs["taken"])
     refs["queries"][...] = rest
-    # Also orders these stores before the next queries, which come through another proxy.
+    # Also orders these stores before the next queries, which use another proxy.
     plgpu.commit_smem()
     plgpu.barrier_arrive(refs["given"])
 
@@ -215,7 +215,7 @@ def _take(geometry: Geometry, target: Target, refs: Refs, sums: Sums, tokens: ja
     buffers = [refs["decoded"].at[part] for part in range(2)] if is_decoded else [refs["queries"]] * 2
     total = total + target.load(buffers[0], WGMMA).astype(jnp.float32) * factor
     if is_decoded:
-        # Else the compiler loads both parts first, and has not the registers.
+        # Otherwise the compiler loads both parts first, without enough registers.
         plgpu.commit_smem()
     else:
         target.finish_reads()

@@ -1,12 +1,12 @@
 """The kernel for attention without a cache, for Hopper: the vision tower's.
 
-A block of threads has 128 query tokens of one head; the rest is as in `mosaic`, with blocks of 128 keys. Heads of 112 are
-padded to 128 columns, tokens to a multiple of 128, by XLA: the copies of Mosaic cut an array in tiles of 8 rows and 64
-columns and refuse one that is no multiple of them (tiles of 16 columns would fit 112, in copies of 32 bytes a row). For a
-picture of 2,708 tokens, 16 heads of 112, that is 29 MB read and 34 MB written, 21 us at 3 TB/s where the bias of the
-projection before it does not take the copy along.
+A block of threads has 128 query tokens of one head; the rest is as in `mosaic`, with blocks of 128 keys. XLA pads heads of
+112 to 128 columns, and tokens to a multiple of 128: Mosaic's copies cut an array into tiles of 8 rows and 64
+columns and refuse one that is not a multiple of them (tiles of 16 columns would fit 112, in copies of 32 bytes per row).
+For an image of 2,708 tokens, 16 heads of 112, that is 29 MB read and 34 MB written, 21 us at 3 TB/s if it is not fused with
+the bias of the projection before it.
 
-Bound: 4 B H T S K FLOPs with K = 128 instead of 112: 60 GFLOP for such a picture and layer, 75 us at 800 TFLOP/s.
+Bound: 4 B H T S K FLOPs with K = 128 instead of 112: 60 GFLOP for such an image and layer, 75 us at 800 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ REGISTERS = (232, 40)
 def unsupported(queries: Float[Array, "B T H K"], keys: Float[Array, "B S G K"]) -> str | None:
     """Why the kernel cannot serve; None if it can."""
     if queries.dtype not in DTYPES or keys.dtype != queries.dtype:
-        return f"the kernel takes bfloat16 or float16, all alike, not {queries.dtype} and {keys.dtype}"
+        return f"the kernel takes bfloat16 or float16, the same for all, not {queries.dtype} and {keys.dtype}"
     if queries.shape[-1] > MAX_HEAD_DIM:
         return f"the kernel is for heads up to {MAX_HEAD_DIM}, not {queries.shape[-1]}"
     return None
 
 
 def default_blocks(head_dim: int) -> dict[str, int]:
-    """Keys of a block and slots of the ring: 128 KiB of them, beside 64 KiB of queries."""
+    """Keys of a block and slots of the ring: 128 KiB of them, next to 64 KiB of queries."""
     return {"block_keys": 128 if head_dim <= 128 else 64, "slots": 4}
 
 
@@ -62,7 +62,7 @@ def dense_attention(
     """See `api.dense_attention`.
 
     Args:
-      queries: And the rest up to `scale` as there.
+      queries: Like all arguments up to `scale`, as there.
       keys: As there.
       values: As there.
       lengths: As there.
@@ -70,7 +70,7 @@ def dense_attention(
       scale: As there.
       interpret: Run in the interpreter, on a CPU.
       detect_races: The interpreter looks for unordered accesses.
-      block_keys: Keys of a block, a multiple of 64; by default what was measured best.
+      block_keys: Keys of a block, a multiple of 64; by default the best measured value.
       slots: Items of the ring, at least 2.
     """
     batch, num_queries, num_heads, head_dim = queries.shape
@@ -90,7 +90,7 @@ def dense_attention(
     out = plgpu.kernel(
         functools.partial(_body, causal=causal, scale=scale, target=target),
         out_type=jax.ShapeDtypeStruct(padded_queries.shape, queries.dtype),
-        # Neighbours in time share the keys of a head.
+        # Consecutive blocks share the keys of a head.
         grid=(num_tiles, num_heads, batch),
         grid_names=("tile", "head", "batch"),
         num_threads=COMPUTE_WARPGROUPS + 1,
@@ -158,7 +158,7 @@ def _body(
             return jnp.where(seen, scores, -jnp.inf)
 
         output = attend(target, own, ring, turn, warpgroup, num_blocks, num_plain, hide, scale)
-        # The last product has been waited for, so the queries are not read any more.
+        # The last product has been waited for, so the queries are no longer read.
         own[...] = output.astype(own.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own, out.at[place])

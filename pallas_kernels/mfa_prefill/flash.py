@@ -1,7 +1,7 @@
-"""What a compute warpgroup does: 64 query rows against blocks of keys and values that a ring brings.
+"""The work of a compute warpgroup: 64 query rows against blocks of keys and values from a ring.
 
 The running softmax of FlashAttention, in powers of two. Two such warpgroups share the ring and take turns (Shah et al.,
-FlashAttention-3, arXiv 2407.08608, section 3.1): while one has the tensor cores, the other is at its softmax.
+FlashAttention-3, arXiv 2407.08608, section 3.1): while one uses the tensor cores, the other computes its softmax.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.compat import WGMMA, WGMMA_COLUMN, WGMMA_ROW, Ref, Target
 
-# Rows of a warpgroup's product, and the warpgroups that compute; one more brings the blocks.
+# Rows of a warpgroup's product, and the computing warpgroups; one more loads the blocks.
 ROWS = 64
 COMPUTE_WARPGROUPS = 2
 # The largest score of a row that has seen no key: finite, so that the difference of two of them is zero.
@@ -27,15 +27,15 @@ FLOAT16_MAX = 65504.0
 
 
 class Ring(NamedTuple):
-    """Blocks on their way: item 2 i is block i's keys, item 2 i + 1 its values.
+    """Blocks in flight: item 2 i is block i's keys, item 2 i + 1 its values.
 
     Attributes:
       items: [slots, keys of a block, K] in 16 bits, swizzled.
-      full: An item is there; waited for once an item by both warpgroups.
+      full: An item has arrived; both warpgroups wait for it once per item.
       free: Both have read an item.
       scales: [2, 2, keys of a block] float32, those of keys and values of even and of odd blocks, read until the values
-        are given back; None without.
-      scales_full: Both are there.
+        are released; None without scales.
+      scales_full: Both have arrived.
     """
 
     items: Ref
@@ -62,15 +62,15 @@ def attend(
     Args:
       target: See `compat.Target`.
       queries: [ROWS, K], swizzled shared memory, already there.
-      ring: Brings `num_blocks` blocks.
-      turn: Barrier of two arrivals, one of each warpgroup.
+      ring: Delivers `num_blocks` blocks.
+      turn: Barrier of two arrivals, one from each warpgroup.
       warpgroup: 0 or 1.
       num_blocks: Blocks to read, the same for both warpgroups.
-      num_plain: How many of them, from the first, all rows see whole.
-      hide: Puts -inf in the place of the scores [ROWS, keys] of block i that a row must not see.
+      num_plain: How many of them, from the first, are fully visible to all rows.
+      hide: Replaces by -inf the scores [ROWS, keys] of block i that a row must not see.
       scale: Factor of the scores.
-      value_factor: Where the ring brings scales, what brings those of values near 1. Weights times scales are float16 for
-        the product, and would be lost among its smallest numbers.
+      value_factor: If the ring delivers scales, a factor that brings the values' scales near 1. Weights times scales
+        are float16 for the product, and would otherwise underflow.
 
     Returns:
       float32 [ROWS, K] in the layout of an accumulator.
@@ -119,7 +119,7 @@ def attend(
         plgpu.barrier_wait(ring.full.at[value_slot])
         plgpu.barrier_wait(turn)
         if ring.scales is None:
-            # After the barriers, so that the other warpgroup need not wait for it: jax's own kernel does so for heads
+            # After the barriers, so that the other warpgroup need not wait for it: jax's own kernel does the same for heads
             # above 128. With scales the weights would be held twice.
             added = weights.sum(axis=1)
         total = total * kept + added
@@ -146,12 +146,12 @@ def attend(
 
 
 def feed(ring: Ring, num_blocks: jax.Array, load: Callable[[jax.Array, int, jax.Array], None]) -> None:
-    """Brings all items, keys and values in turn, and waits at the end until they are read.
+    """Delivers all items, alternating keys and values, and waits at the end until they are read.
 
     Args:
-      ring: Where to.
-      num_blocks: Blocks to bring.
-      load: Called with block, 0 for keys or 1 for values, and a free slot; sees to it that `full` completes.
+      ring: The target.
+      num_blocks: Blocks to deliver.
+      load: Called with block, 0 for keys or 1 for values, and a free slot; makes `full` complete.
     """
     slots = ring.items.shape[0]
 
@@ -173,6 +173,6 @@ def feed(ring: Ring, num_blocks: jax.Array, load: Callable[[jax.Array, int, jax.
         plgpu.barrier_wait(ring.free.at[lax.rem(item, jnp.int32(slots))])
         return carry
 
-    # No barrier is left half-way: the next tenant of this memory starts from nothing.
+    # No barrier is left half-way: the next user of this memory starts afresh.
     num_items = 2 * num_blocks
     lax.fori_loop(jnp.maximum(num_items - slots, 0), num_items, drain, ())

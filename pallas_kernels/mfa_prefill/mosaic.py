@@ -1,22 +1,22 @@
 """The prefill kernel over a paged cache, for Hopper.
 
 A block of threads has 128 rows of the flattened (token, head) axis, all of one sequence: 2 tokens of 64 heads, or 16 of
-8. All heads share the keys, so the rows need nothing but a position each, the diagonal costs one masked block, and any
-chunk or packing of sequences is a table of tiles (see `tile`), made by a few XLA operations on B numbers: a search
+8. All heads share the keys, so each row needs only a position, the diagonal costs one masked block, and any
+chunk or packing of sequences is a table of tiles (see `tile`), computed by a few XLA operations on B numbers: a search
 through the sequences in each block of threads would be a chain of loads before the first copy can start.
 
-Two warpgroups compute 64 rows each (see `flash`), a third brings blocks of 64 keys and values through a ring. With an fp8
-cache the third also turns the 8-bit rows to float16, which holds each of them exactly: the tensor cores take no 8-bit
-values that are not transposed.
+Two warpgroups compute 64 rows each (see `flash`), a third delivers blocks of 64 keys and values through a ring. With an fp8
+cache the third also converts the 8-bit rows to float16, which represents them exactly: the tensor cores take 8-bit
+values only transposed.
 
-Bound: a tile computes 4 * 128 * 64 * 256 = 8.4 MFLOP on a block of 64 KiB (bfloat16), 128 FLOPs a byte of L2. Causal
-prefill of T tokens is 4 * 64 * 256 * T (T + 1) / 2 FLOPs a layer: 2.2 TFLOP for 8,192 tokens, 2.8 ms at the 800 TFLOP/s
-that an H100 holds; the ring then draws 6.2 TB/s from L2, all blocks of threads from the same pages. In fp8 half of that,
-but the 8-bit rows pass shared memory twice more, 288 KiB a block against 192: 2,304 clocks at 128 bytes each against
+Bound: a tile computes 4 * 128 * 64 * 256 = 8.4 MFLOP on a block of 64 KiB (bfloat16), 128 FLOPs per byte of L2. Causal
+prefill of T tokens is 4 * 64 * 256 * T (T + 1) / 2 FLOPs per layer: 2.2 TFLOP for 8,192 tokens, 2.8 ms at the 800 TFLOP/s
+that an H100 sustains; the ring then reads 6.2 TB/s from L2, all blocks of threads from the same pages. In fp8 half of that,
+but the 8-bit rows pass shared memory twice more, 288 KiB per block against 192: 2,304 clocks at 128 bytes each against
 2,048 of the tensor cores. Not measured on a GPU.
 
-Compiled for sm_90a (jax 0.11.2): 168 registers, nothing spilled with bfloat16, 28 bytes a thread with fp8, the least of the
-splits of registers that a block's pool allows (56 for 224 and 56, 44 for 216 and 72).
+Compiled for sm_90a (jax 0.11.2): 168 registers, nothing spilled with bfloat16, 28 bytes per thread with fp8, the least
+among the register splits that a block's pool allows (56 for 224 and 56, 44 for 216 and 72).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ HEAD_DIM = 256
 BLOCK_KEYS = 64
 # Columns that are converted at a time: few enough for the registers of the third warpgroup, and a tile of both buffers.
 CONVERTED_COLUMNS = 64
-# Of the ring behind a conversion: scales have two places, and with a fourth slot block i's would come while those of block
-# i - 2 are read (see `_converting`).
+# Slots of the ring after a conversion: scales have two places, and with a fourth slot block i's would arrive while those of
+# block i - 2 are read (see `_converting`).
 MAX_CONVERTED_SLOTS = 3
-# The 8-bit rows in such tiles, of 64 bytes a row.
+# Tiles for the 8-bit rows, of 64 bytes per row.
 RAW_TRANSFORMS = (plgpu.TilingTransform((8, CONVERTED_COLUMNS)), plgpu.SwizzleTransform(CONVERTED_COLUMNS))
-# For a thread of those that compute, and of the third: 2 * 232 + 40 = 504 = 3 * 168, which is what they start with. To ask
-# for more than that hangs, though a multiprocessor has 512: what it has beyond a launch is in no warpgroup's reach.
+# Registers per thread of the computing warpgroups, and of the third: 2 * 232 + 40 = 504 = 3 * 168, their initial total.
+# Requesting more hangs, although a multiprocessor has 512: registers beyond the launch are not available to warpgroups.
 REGISTERS = (232, 40)
 
 
@@ -58,10 +58,10 @@ class Scratch(NamedTuple):
     Attributes:
       rows: Queries, later the output, [2, ROWS, K].
       items, scales: See `flash.Ring`.
-      raw: 8-bit rows on their way to `items`, [raw slots, keys, K].
+      raw: 8-bit rows to be converted into `items`, [raw slots, keys, K].
       rows_full: One for each compute warpgroup.
       full, free, scales_full, turn: See `flash`.
-      raw_full: An 8-bit block is there.
+      raw_full: An 8-bit block has arrived.
     """
 
     rows: Ref
@@ -77,10 +77,10 @@ class Scratch(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Pages in device memory, and the last block of each sequence with zeros behind its last token.
+    """Pages in device memory, and the last block of each sequence with zeros after its last token.
 
-    The products multiply each value, also those that no row may see, and zero times NaN is NaN: the last block's values
-    come from a copy, of 32 KiB a sequence.
+    The products include every value, even those that no row may see, and zero times NaN is NaN: the last block's values
+    come from a copy, of 32 KiB per sequence.
     """
 
     keys: Ref
@@ -96,7 +96,7 @@ def unsupported(queries: Float[Array, "N H K"], pages: KVPages) -> str | None:
     """Why the kernel cannot serve; None if it can."""
     num_heads = queries.shape[1]
     if pages.storage == "float32":
-        return "the kernel reads no float32 cache"
+        return "the kernel does not support a float32 cache"
     if queries.dtype != jnp.bfloat16:
         return f"the kernel takes bfloat16 queries, not {queries.dtype}"
     if pages.head_dim != HEAD_DIM:
@@ -109,7 +109,7 @@ def unsupported(queries: Float[Array, "N H K"], pages: KVPages) -> str | None:
 
 
 def default_blocks(storage: str) -> dict[str, int]:
-    """Slots of the ring, and of the 8-bit rows before it; 32 and 16 KiB each, beside 64 KiB of queries."""
+    """Slots of the ring, and of the 8-bit rows before it; 32 and 16 KiB each, next to 64 KiB of queries."""
     return {"slots": 3, "raw_slots": 3} if storage == "fp8" else {"slots": 4}
 
 
@@ -129,7 +129,7 @@ def mfa_prefill(
     """See `api.mfa_prefill`.
 
     Args:
-      queries: And the rest up to `scale` as there.
+      queries: Like all arguments up to `scale`, as there.
       pages: As there.
       table: As there.
       query_starts: As there.
@@ -137,16 +137,16 @@ def mfa_prefill(
       scale: As there.
       interpret: Run in the interpreter, on a CPU.
       detect_races: The interpreter looks for unordered accesses.
-      slots: Items of the ring, at least 2, with fp8 at most 3; by default what was measured best.
-      raw_slots: 8-bit blocks on their way, at least 2; fp8 only.
+      slots: Items of the ring, at least 2, with fp8 at most 3; by default the best measured value.
+      raw_slots: 8-bit blocks in flight, at least 2; fp8 only.
 
     Raises:
-      ValueError: For more slots than the form of the kernel can order.
+      ValueError: For more slots than the kernel can order.
     """
     num_tokens, num_heads, head_dim = queries.shape
     if pages.storage == "int4":
-        # Decoded once for all rows: for a chunk of 512 tokens the kernel reads a row 256 times from L2, so that the one
-        # more write and read of it in device memory is under a hundredth of the time.
+        # Decoded once for all rows: for a chunk of 512 tokens the kernel reads a row 256 times from L2, so the one
+        # additional write and read in device memory is less than a hundredth of the time.
         pages, table = _decode_pages(pages, table)
     storage = pages.storage
     chosen = tuning.blocks("mfa_prefill", default_blocks(storage), n=num_tokens, h=num_heads, storage=storage)
@@ -162,8 +162,8 @@ def mfa_prefill(
     tiles, _ = make_tiles(query_starts, lengths, num_tokens + missing, tile_tokens, max_keys)
     numbers = jnp.stack(tiles, axis=1)
     is_fp8 = storage == "fp8"
-    # With fp8 the queries and the output are float16 in shared memory; as arrays they stay bfloat16 under that name,
-    # which costs nothing, where a conversion in XLA would read and write them once more.
+    # With fp8 the queries and the output are float16 in shared memory; as arrays they are labelled bfloat16,
+    # which costs nothing, while a conversion in XLA would read and write them once more.
     dtype = jnp.dtype(jnp.float16 if is_fp8 else jnp.bfloat16)
     rows = lax.bitcast_convert_type(queries, dtype).reshape(-1, head_dim)
     last_values, last_scales, value_factors = _last_blocks(pages, table, lengths)
@@ -187,7 +187,7 @@ def mfa_prefill(
 
 
 def _scratch(dtype: jnp.dtype, slots: int, raw_slots: int, is_fp8: bool) -> list[object]:
-    """What `Scratch` names, in its order."""
+    """The fields of `Scratch`, in order."""
     transforms = swizzled(dtype)
     types: list[object] = [
         plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS, HEAD_DIM), dtype, transforms=transforms),
@@ -240,7 +240,7 @@ def _body(
         num_plain = jnp.clip(lax.div(own_position + 1, jnp.int32(BLOCK_KEYS)), 0, num_blocks)
 
         def hide(scores: jax.Array, block: jax.Array) -> jax.Array:
-            # Row r is of token r / num_heads: key <= position + r / num_heads, without the division.
+            # Row r belongs to token r / num_heads: key <= position + r / num_heads, without the division.
             key = target.iota(scores.shape, 1, WGMMA)
             row = target.iota(scores.shape, 0, WGMMA)
             seen = key * num_heads <= row + (own_position - block * BLOCK_KEYS) * num_heads
@@ -248,7 +248,7 @@ def _body(
 
         factor = None if cache.value_factors is None else cache.value_factors[sequence]
         output = attend(target, own, ring, scratch.turn, warpgroup, num_blocks, num_plain, hide, scale, factor)
-        # This warp has waited for its last product; when all of the warpgroup have, nothing reads the queries any more.
+        # This warp has waited for its last product; once the whole warpgroup has, nothing reads the queries any more.
         plgpu.commit_smem()
         output = output.astype(jnp.bfloat16)
         own[...] = output if scratch.raw is None else lax.bitcast_convert_type(output, own.dtype)
@@ -269,7 +269,7 @@ def _body(
         per_page = cache.keys.shape[1] // BLOCK_KEYS
 
         def copy(block: jax.Array, part: int, destination: Ref, barrier: Ref) -> None:
-            """Brings the rows of a block, or their scales."""
+            """Loads the rows of a block, or their scales."""
             is_scale = len(destination.shape) == 1
             source, last = (
                 ((cache.key_scales, cache.value_scales)[part], cache.last_value_scales)
@@ -304,7 +304,7 @@ def _converting(
     num_blocks: jax.Array,
     target: Target,
 ) -> Callable[[jax.Array, int, jax.Array], None]:
-    """`feed`'s `load` for 8-bit rows: copies go ahead, each is turned to float16 when a slot of the ring is free."""
+    """`feed`'s `load` for 8-bit rows: copies run ahead, and each is converted to float16 when a slot of the ring is free."""
     raw_slots = scratch.raw.shape[0]
     ahead = raw_slots - 1
 
@@ -320,8 +320,8 @@ def _converting(
 
     def load(block: jax.Array, part: int, slot: jax.Array) -> None:
         if part == 0:
-            # Block i's scales take the place of block i - 2's, which are read until its values, item 2 i - 3, are given
-            # back: those were waited for, since this slot of 3 was theirs, or of 2 that of a later item.
+            # Block i's scales replace block i - 2's, which are read until its values, item 2 i - 3, are
+            # released: those were waited for, since this slot of 3 was theirs, or of 2 that of a later item.
             pair = lax.rem(block, jnp.int32(2))
             for which in (0, 1):
                 copy(block, which, scratch.scales.at[pair, which], scratch.scales_full.at[pair])
@@ -339,19 +339,19 @@ def _convert(target: Target, source: Ref, destination: Ref, stored_as: jnp.dtype
     """Writes float16 for tensor cores to read; `stored_as`: the dtype that the bits of `source` are."""
     for column in range(0, HEAD_DIM, CONVERTED_COLUMNS):
         columns = pl.ds(column, CONVERTED_COLUMNS)
-        # A thread writes where it has read, should both be the same buffer.
+        # A thread writes where it has read, in case both are the same buffer.
         values = target.load(source.at[:, columns], WGMMA_8BIT if stored_as is None else WGMMA)
         if stored_as is not None:
             values = lax.bitcast_convert_type(values, stored_as).astype(jnp.float32)
         destination[:, columns] = values.astype(jnp.float16)
-    # Tensor cores read past the threads' view of memory; this makes the writes seen there, and waits for all threads.
+    # Tensor cores use another memory proxy; this makes the writes visible to it, and waits for all threads.
     plgpu.commit_smem()
 
 
 def _last_blocks(
     pages: KVPages, table: Int[Array, "B max_pages"], lengths: Int[Array, " B"]
 ) -> tuple[Array, Array | None, Array | None]:
-    """The values of each sequence's last block, [B, keys, K], with zeros behind its end; with scales also those, [B, keys],
+    """The values of each sequence's last block, [B, keys, K], with zeros after its end; with scales also those, [B, keys],
     and 1 / the largest of them, [B].
     """
     per_page = pages.page_size // BLOCK_KEYS
@@ -368,7 +368,7 @@ def _last_blocks(
 
 
 def _decode_pages(pages: KVPages, table: Int[Array, "B max_pages"]) -> tuple[KVPages, Int[Array, "B max_pages"]]:
-    """The table's pages, decoded to bfloat16 and laid out in its order, and the table of those."""
+    """The table's pages, decoded to bfloat16 in its order, and their new table."""
     keys, values = (
         rows.reshape(table.size, pages.page_size, -1) for rows in gather_rows(pages, table, jnp.dtype(jnp.bfloat16))
     )

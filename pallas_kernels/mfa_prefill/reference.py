@@ -1,4 +1,4 @@
-"""Attention in plain JAX: what the kernels mean, and what runs where there is no GPU.
+"""Attention in plain JAX: the definition of the kernels, and the path without a GPU.
 
 Memory does not grow with the square of the length: queries go in tiles, and a tile sees the cache in blocks of keys
 with a running softmax (Milakov and Gimelshein, arXiv 1805.02867) or, without a cache, all keys at once. Each block is
@@ -21,7 +21,7 @@ TILE_ROWS = 2048
 BLOCK_KEYS = 128
 # Bytes of the scores of a tile in `dense_attention`.
 DENSE_SCORE_BYTES = 64 << 20
-# Stands for "no key seen yet": finite, so that the difference of two of them is zero.
+# Means "no key seen yet": finite, so that the difference of two of them is zero.
 LOWEST = -1e30
 
 
@@ -40,7 +40,7 @@ def mfa_prefill(
     tiles, num_tiles = make_tiles(query_starts, lengths, num_tokens, tile_tokens, max_keys)
     block_pages = max(1, min(BLOCK_KEYS // pages.page_size, table.shape[1]))
     block_keys = block_pages * pages.page_size
-    # Whole blocks of page ids; what the added ones name is never seen.
+    # Whole blocks of page ids; the pages of the added ones are never seen.
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % block_pages)))
     rows = tile_tokens * num_heads
 
@@ -59,7 +59,7 @@ def mfa_prefill(
                 for part, scales in ((pages.keys, pages.key_scales), (pages.values, pages.value_scales))
             )
             key_positions = first_key + jnp.arange(block_keys, dtype=jnp.int32)
-            # A row that was not written may hold anything, and zero times NaN is NaN.
+            # An unwritten row may hold anything, and zero times NaN is NaN.
             values = jnp.where((key_positions < tile.length)[:, None], values, 0)
             scores = jnp.einsum("QK,SK->QS", own, keys, preferred_element_type=jnp.float32) * scale
             seen = (key_positions <= positions[:, None]) & (key_positions < tile.num_keys)
@@ -99,8 +99,8 @@ def _read_block(
 
 
 def _take(pages: Array, ids: Int[Array, " block_pages"]) -> Array:
-    """pages[ids]. XLA:CPU turns 8- and 16-bit floats to wider ones, and would do so with all pages before the loop, had
-    they not to wait for the ids.
+    """pages[ids]. XLA:CPU widens 8- and 16-bit floats, and would widen all pages before the loop if
+    they did not depend on the ids.
     """
     pages, ids = lax.optimization_barrier((pages, ids))
     return pages[ids]
@@ -145,7 +145,7 @@ def dense_attention(
         return attend(grouped, 0).reshape(queries.shape)
 
     def attend_tile(index: Int[Array, ""], out: Float[Array, "B T G R K"]) -> Float[Array, "B T G R K"]:
-        # The last tile is moved back to end with the last query; its first rows come out as they did before.
+        # The last tile is moved back to end with the last query; its first rows are recomputed identically.
         first = jnp.minimum(index * tile, num_queries - tile)
         own = lax.dynamic_slice_in_dim(grouped, first, tile, axis=1)
         return lax.dynamic_update_slice_in_dim(out, attend(own, first), first, 1)

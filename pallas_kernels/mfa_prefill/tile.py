@@ -11,13 +11,13 @@ from jaxtyping import Array, Int
 class Tiles(NamedTuple):
     """Tiles of `tile_tokens` tokens each, the longest contexts of a sequence first; `int32[tiles]` each.
 
-    A tile that would reach beyond the last token is moved back to end with it, so `first` may lie before its sequence;
-    only the tokens `first + begin` to `first + end` are its own. Tiles behind the last one are empty: begin = end.
+    A tile that would extend beyond the last token is moved back to end with it, so `first` may be before its sequence;
+    only the tokens `first + begin` to `first + end` are its own. Tiles after the last one are empty: begin = end.
 
     Attributes:
       sequence: Row of the page table.
-      first: Token of the packed batch that the tile begins with.
-      position: Place of that token in its sequence; negative before the sequence's start.
+      first: First token of the tile in the packed batch.
+      position: Position of that token in its sequence; negative before the sequence's start.
       begin, end: Which of the tile's tokens are its own.
       num_keys: Cached tokens that its last own token sees.
       length: Cached tokens of the sequence.
@@ -37,11 +37,11 @@ def make_tiles(
 ) -> tuple[Tiles, Int[Array, ""]]:
     """Tiles that cover all `num_tokens` tokens, and how many of them there are.
 
-    The tokens behind the last sequence count as one more sequence that sees no keys, so that they come out as zeros.
+    The tokens after the last sequence count as one more sequence that sees no keys, so that they become zeros.
 
     Args:
       query_starts: B + 1 row numbers: sequence b has the tokens query_starts[b] to query_starts[b + 1].
-      lengths: Cached tokens of each sequence, these tokens included.
+      lengths: Cached tokens of each sequence, including these.
       num_tokens: Tokens of the packed batch, at least `tile_tokens`.
       tile_tokens: Tokens of a tile.
       max_keys: Bound of `num_keys`: the rows that the page table has room for.
@@ -53,10 +53,10 @@ def make_tiles(
     tile_counts = -(-counts // tile_tokens)
     tile_ends = jnp.cumsum(tile_counts)
     total = tile_ends[-1]
-    # Of n tokens in s sequences each tile but the last of a sequence is full.
+    # With n tokens in s sequences, each tile except the last of a sequence is full.
     max_tiles = (num_tokens + num_sequences * (tile_tokens - 1)) // tile_tokens
     index = total - 1 - jnp.arange(max_tiles, dtype=jnp.int32)
-    # searchsorted over so few sequences is one comparison and a sum.
+    # searchsorted over this few sequences is one comparison and a sum.
     sequence = jnp.minimum(jnp.sum(tile_ends <= index[:, None], axis=1, dtype=jnp.int32), num_sequences - 1)
     start, count, length = starts[sequence], counts[sequence], lengths[sequence]
     own = start + (index - tile_ends[sequence] + tile_counts[sequence]) * tile_tokens

@@ -14,13 +14,13 @@ from pallas_kernels.moe_permute.reference import Permutation
 def plan_permutation(
     experts: Int[Array, "N top_k"], *, num_experts: int, first_expert: int = 0, tile_rows: int = 64
 ) -> Permutation:
-    """Gives each (token, choice) pair a row, sorted by expert, so that no tile of rows holds two experts.
+    """Gives each (token, choice) pair a row, sorted by expert, so that no tile of rows spans two experts.
 
     The rows of an expert are in the order of the tokens. Each expert's last tile is padded. Pairs whose expert is not
     in [first_expert, first_expert + num_experts) get no row. Plain XLA whatever the device.
 
     Args:
-      experts: Chosen expert of each pair, counted over all shards.
+      experts: Chosen expert of each pair, numbered over all shards.
       num_experts: Experts of this shard.
       first_expert: The shard's first expert.
       tile_rows: Rows of a tile; `grouped_gate_up` and `grouped_down` have kernels for 64 and 128.
@@ -39,21 +39,21 @@ def plan_permutation(
 def permute_rows(
     array: Num[Array, "N D"], permutation: Permutation, *, implementation: Implementation = "auto"
 ) -> Num[Array, "R D"]:
-    """out[r] = array[token of row r]; rows that hold no pair may hold anything, NaN included.
+    """out[r] = array[token of row r]; rows without a pair may hold anything, including NaN.
 
     Args:
-      array: One row a token, of any dtype of 1, 2 or 4 bytes.
+      array: One row per token, of any dtype of 1, 2 or 4 bytes.
       permutation: From `plan_permutation`.
       implementation: See `common.Implementation`. The kernel writes only rows in use.
 
     Raises:
-      ValueError: If the permutation is of another number of tokens.
-      NotImplementedError: If the kernel is asked for by name and D is not a multiple of 128, or tiles are not of a
+      ValueError: If the permutation is for another number of tokens.
+      NotImplementedError: If the kernel is requested by name and D is not a multiple of 128, or tiles do not have a
         multiple of 8 rows.
     """
     if permutation.rows.shape[0] != array.shape[0]:
         raise ValueError(
-            f"array has {array.shape[0]} rows and the permutation is of {permutation.rows.shape[0]} tokens; "
+            f"array has {array.shape[0]} rows but the permutation is for {permutation.rows.shape[0]} tokens; "
             "give the permutation of the same tokens"
         )
     unsupported = None
@@ -74,9 +74,9 @@ def combine_rows(
     are not read. Plain XLA whatever the device: one fusion.
 
     Args:
-      array: One row a pair, already multiplied by the router's weights.
+      array: One row per pair, already multiplied by the router's weights.
       permutation: From `plan_permutation`.
-      dtype: Of the result; that of `array` by default.
+      dtype: Dtype of the result; that of `array` by default.
 
     Raises:
       ValueError: If `array` has another number of rows than the permutation.
@@ -87,24 +87,24 @@ def combine_rows(
 
 
 def permute_weights(weights: Float[Array, "N top_k"], permutation: Permutation) -> Float[Array, " R"]:
-    """The router's weight of each row, float32; 0 where a row holds no pair.
+    """The router's weight of each row, float32; 0 for a row without a pair.
 
     Raises:
-      ValueError: If the permutation is of other pairs.
+      ValueError: If the permutation is for other pairs.
     """
     if weights.shape != permutation.rows.shape:
-        raise ValueError(f"weights are {weights.shape}; the permutation is of pairs {permutation.rows.shape}")
+        raise ValueError(f"weights are {weights.shape}; the permutation is for pairs {permutation.rows.shape}")
     return reference.permute_weights(weights, permutation)
 
 
 def permute_scales(scales: Float[Array, "N blocks"], permutation: Permutation) -> Float[Array, "blocks R"]:
     """Scales of quantised rows, `quantise_rows(x)[1]`, in the order of the rows and as columns, for the kernels.
 
-    1 where a row holds no pair.
+    1 for a row without a pair.
 
     Raises:
       ValueError: If the permutation is of another number of tokens.
     """
     if scales.shape[0] != permutation.rows.shape[0]:
-        raise ValueError(f"scales are of {scales.shape[0]} tokens; the permutation is of {permutation.rows.shape[0]}")
+        raise ValueError(f"scales are for {scales.shape[0]} tokens; the permutation is for {permutation.rows.shape[0]}")
     return reference.permute_scales(scales, permutation)

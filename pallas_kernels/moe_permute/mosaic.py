@@ -1,10 +1,10 @@
-"""The gather of rows on a GPU: only rows in use are read and written.
+"""Gathers rows on a GPU: only rows in use are read and written.
 
-XLA's gather writes all R rows, and R has to hold the worst spread: for 1,024 tokens on a shard of 6 of 48 experts it
-writes 24 MB of FP8 rows where 3 MB are in use, 8 of the 220 microseconds that the experts take.
+XLA's gather writes all R rows, and R must cover the worst distribution: for 1,024 tokens on a shard of 6 of 48 experts it
+writes 24 MB of FP8 rows while 3 MB are in use, 8 of the 220 microseconds that the experts take.
 
 A block of threads takes 8 rows at a time: bulk copies of whole rows into shared memory, and from there to their place.
-Nothing goes through registers. Bytes: 2 * D * rows in use, each group of 8 counted in full.
+Nothing goes through registers. Bytes: 2 * D * rows in use, rounded up to groups of 8.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pallas_kernels import tuning
 from pallas_kernels.compat import Ref, Target
 from pallas_kernels.moe_permute.reference import Permutation
 
-# Columns of a row's view in two axes: a bulk copy takes at most 256 elements along an axis.
+# Columns of a row's 2-D view: a bulk copy takes at most 256 elements along an axis.
 LINE = 128
-# Shared memory of a block of threads, less what Pallas takes.
+# Shared memory of a block of threads, minus what Pallas needs.
 SMEM_BYTES = 232_448 - 3 * 1024
 DEFAULT_BLOCKS = {"rows": 8, "ctas": 264}
 
@@ -97,15 +97,15 @@ def _gather(
         @pl.when(offset < table[tile, 3])
         def _copy() -> None:
             row = tile * tile_rows + offset
-            # The rows before must have left the buffer.
+            # The previous rows must have left the buffer.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for slot in range(chunk_rows):
-                # A row without a pair, where anything may stand, gets some token's: a copy that always has a source needs
-                # no mask.
+                # A row without a pair, whose contents do not matter, gets some token's: a copy that always has a source
+                # needs no mask.
                 token = jnp.clip(lax.div(pairs[row + slot], jnp.int32(top_k)), 0, num_tokens - 1)
                 plgpu.copy_gmem_to_smem(array.at[token], buffer.at[slot], arrived)
             plgpu.barrier_wait(arrived)
-            # From the copy engine to the copy engine: no thread has written, so nothing has to be committed.
+            # From copy engine to copy engine: no thread has written, so nothing has to be committed.
             plgpu.copy_smem_to_gmem(buffer, out.at[pl.ds(row, chunk_rows)])
 
         return ()

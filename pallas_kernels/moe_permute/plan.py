@@ -1,10 +1,10 @@
-"""The order of the rows on a GPU: one launch for what XLA does in a dozen, each of which waits for the one before.
+"""Computes the order of the rows on a GPU: one launch instead of XLA's dozen, each of which waits for the previous one.
 
-A CTA, one warpgroup, ranks 64 (token, choice) pairs. All of them have all pairs' experts in shared memory (12 KB for 3,072
-pairs) and count them anew: 64 experts x 64 pairs are compared at a time, 32 comparisons a thread, which for 3,072 pairs is
-some 3,000 instructions a warp, less than a second launch would take. What follows from the counts (where each expert's tiles
-start) is one more comparison of 64 x 64. So no CTA waits for another. Rows are found by the pair, so that the row's pair and
-its weight are scattered, 64 numbers a CTA one by one.
+A CTA, one warpgroup, ranks 64 (token, choice) pairs. Each has all pairs' experts in shared memory (12 KB for 3,072
+pairs) and counts them itself: 64 experts x 64 pairs are compared at a time, 32 comparisons per thread, which for 3,072 pairs
+is about 3,000 instructions per warp, less than a second launch would take. From the counts, the start of each expert's tiles
+is one more comparison of 64 x 64. So no CTA waits for another. Rows are found by pair, so the row's pair and
+its weight are scattered, 64 numbers per CTA one by one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.compat import WGMMA, WGMMA_COLUMN, WGMMA_ROW, Ref, Target
 from pallas_kernels.moe_permute.reference import MAX_BUNDLE, Permutation, Tiles, max_tiles
 
-# Pairs that a CTA ranks, and experts that are counted: the sides of a tensor-core layout.
+# Pairs that a CTA ranks, and experts that it counts: the sides of a tensor-core layout.
 PAIRS = 64
 MAX_EXPERTS = 64
-# Of a bulk copy along an axis; with more the counting takes longer than XLA's launches.
+# Limit of a bulk copy along an axis; with more the counting takes longer than XLA's launches.
 MAX_CHUNKS = 256
 
 
@@ -51,10 +51,10 @@ def plan_permutation(
     interpret: bool,
     detect_races: bool = False,
 ) -> tuple[Permutation, Float[Array, " R"]]:
-    """The permutation, its tiles pointing at a layer of a stack of layers, and the weight of each row.
+    """The permutation, with tiles pointing at a layer of a stack of layers, and the weight of each row.
 
-    As `reference.plan_permutation`, `point_at` and `permute_weights` together, but for what no pair has: pairs and weights
-    of such rows, and tiles that are not in use, may be anything.
+    Like `reference.plan_permutation`, `point_at` and `permute_weights` together, except that pairs and weights of rows
+    without a pair, and unused tiles, may be anything.
     """
     target = Target(interpret=interpret, detect_races=detect_races)
     num_pairs = experts.size
@@ -62,7 +62,7 @@ def plan_permutation(
     missing = num_chunks * PAIRS - num_pairs
     num_tiles = max_tiles(num_pairs, num_experts, tile_rows)
     num_rows = num_tiles * tile_rows
-    # -1 stands for no expert.
+    # -1 means no expert.
     flat = jnp.pad(experts.reshape(-1).astype(jnp.int32), (0, missing), constant_values=-1)
     pairs, row_weights, rows, table, used = plgpu.kernel(
         functools.partial(
@@ -119,7 +119,7 @@ def _body(
     tile_rows: int,
     target: Target,
 ) -> None:
-    """Shared memory has `counts` of pairs, `starts` (first tile) and `bases` (row of the first pair here) of each expert,
+    """Shared memory holds `counts` of pairs, `starts` (first tile) and `bases` (row of the first pair here) of each expert,
     and `rows` and `own_experts` of this CTA's pairs.
     """
     chunk = lax.axis_index("chunk")
@@ -129,7 +129,7 @@ def _body(
     plgpu.barrier_wait(copied)
     down, across = target.iota(shape, 0, WGMMA), target.iota(shape, 1, WGMMA)
 
-    # Layouts are said wherever they could be found out: the search for them would take minutes here.
+    # Layouts are given explicitly everywhere: inferring them would take minutes here.
     def select(mask: jax.Array, value: jax.Array | int) -> jax.Array:
         return target.cast_layout(jnp.where(mask, value, jnp.zeros((), jnp.int32)), WGMMA)
 
@@ -148,7 +148,7 @@ def _body(
     earlier = add_up(before)
     total = add_up(lax.fori_loop(chunk, num_chunks, count, before))
     counts[...] = total
-    # Read by other threads than wrote it.
+    # Read by other threads than those that wrote it.
     plgpu.commit_smem()
     tiles = lax.shift_right_logical(along_columns(counts) + (tile_rows - 1), jnp.int32(tile_rows.bit_length() - 1))
     first = add_up(select((across < down) & (across < num_experts), tiles))
@@ -158,7 +158,7 @@ def _body(
 
     # Rows are this CTA's pairs now.
     mine = target.load(experts.at[chunk], WGMMA_ROW)
-    # A second place for them: the search finds no way to read one in two layouts.
+    # A second copy of them: layout inference cannot read one buffer in two layouts.
     own_experts[...] = mine
     plgpu.commit_smem()
     own = target.cast_layout(lax.broadcast_in_dim(mine, shape, [0]), WGMMA)

@@ -1,6 +1,6 @@
 """The order of the rows, their gather and their sum in plain JAX.
 
-The order and the sum stay in XLA on a GPU too. Compiled for an H100, the order is 7 small fusions without a sort (with
+The order and the sum stay in XLA even on a GPU. Compiled for an H100, the order is 7 small fusions without a sort (with
 `argsort` it would be 11 and 2 copies), and the sum is one fusion that reads each row once.
 """
 
@@ -13,18 +13,18 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 # Pairs are ranked by comparing each with all others of its chunk, and chunks by counts: no sort, no scan.
 CHUNK = 256
-# Tiles of one expert that share a block of weights while it is in the L2 cache. More would push their rows out of it.
+# Tiles of one expert that share a block of weights while it is in the L2 cache. More would evict their rows.
 MAX_BUNDLE = 16
 
 
 class Tiles(NamedTuple):
-    """Rows cut in tiles of one expert each.
+    """Rows cut into tiles of one expert each.
 
     Attributes:
-      table: For each tile its expert (counted from the shard's first), the first tile of its bundle, the number of
+      table: For each tile its expert (relative to the shard's first), the first tile of its bundle, the number of
         tiles of the bundle, and the number of rows that hold a pair: they come first in the tile. A bundle is a run of
         up to 16 tiles of one expert.
-      used: How many tiles are in use; the rest is there because shapes are static.
+      used: How many tiles are in use; the rest exist because shapes are static.
     """
 
     table: Int[Array, "T 4"]
@@ -32,11 +32,11 @@ class Tiles(NamedTuple):
 
 
 class Permutation(NamedTuple):
-    """Where each (token, choice) pair of a shard has its row. R = T * rows of a tile.
+    """The row of each (token, choice) pair of a shard. R = T * rows of a tile.
 
     Attributes:
-      pairs: Pair of each row, token * top_k + choice; N * top_k where a row holds none.
-      rows: Row of each pair; R where the pair's expert is not in the shard.
+      pairs: Pair of each row, token * top_k + choice; N * top_k for a row without one.
+      rows: Row of each pair; R if the pair's expert is not in the shard.
       tiles: See `Tiles`.
     """
 
@@ -51,12 +51,12 @@ class Permutation(NamedTuple):
 
     @property
     def tokens(self) -> Int[Array, " R"]:
-        """Token of each row; N where a row holds none."""
+        """Token of each row; N for a row without one."""
         return self.pairs // self.rows.shape[1]
 
 
 def max_tiles(num_pairs: int, num_experts: int, tile_rows: int) -> int:
-    """The most tiles that `num_pairs` can take, however they are spread over the experts; at least 1."""
+    """The most tiles that `num_pairs` can take, however they are distributed over the experts; at least 1."""
     return max((num_pairs + min(num_experts, num_pairs) * (tile_rows - 1)) // tile_rows, 1)
 
 
@@ -103,7 +103,7 @@ def permute_scales(scales: Float[Array, "N blocks"], permutation: Permutation) -
 
 
 def permute_columns(scales: Float[Array, "blocks padded_N"], permutation: Permutation) -> Float[Array, "blocks R"]:
-    """As `permute_scales`, of scales that are columns already: [blocks, N rounded up to 4]."""
+    """Like `permute_scales`, for scales that are columns already: [blocks, N rounded up to 4]."""
     num_tokens = permutation.rows.shape[0]
     return scales[:, :num_tokens].at[:, permutation.tokens].get(mode="fill", fill_value=1)
 
@@ -116,13 +116,13 @@ def permute_weights(weights: Float[Array, "N top_k"], permutation: Permutation) 
 
 def point_at(tiles: Tiles, first_matrix: Int[Array, ""] | int) -> Tiles:
     """The same tiles for a stack in which the shard's first expert is matrix `first_matrix`."""
-    # A sum with a row, not a write into a column: XLA makes it part of what computes the table.
+    # A sum with a row, not a write into a column: XLA fuses it with the computation of the table.
     return tiles._replace(table=tiles.table + first_matrix * jnp.array([1, 0, 0, 0], jnp.int32))
 
 
 def combine_rows(array: Float[Array, "R D"], permutation: Permutation, dtype: jnp.dtype) -> Float[Array, "N D"]:
     """See `api.combine_rows`."""
-    # Not by a gather that fills: whether a row is there would be a kernel of its own.
+    # Not a gather in fill mode: its bounds check would be a separate kernel.
     picked = array.at[permutation.rows].get(mode="clip").astype(jnp.float32)
     is_there = permutation.rows < array.shape[0]
     return jnp.sum(jnp.where(is_there[..., None], picked, 0), axis=1).astype(dtype)

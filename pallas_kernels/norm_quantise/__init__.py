@@ -1,3 +1,3 @@
-"""RMSNorm whose result is quantised to FP8 at once."""
+"""RMSNorm fused with quantisation to FP8."""
 
 from pallas_kernels.norm_quantise.api import norm_quantise as norm_quantise

@@ -1,10 +1,10 @@
-"""The Hopper kernel of `norm_quantise`: one pass, where XLA makes two kernels (four if the norm itself is wanted too).
+"""The Hopper kernel of `norm_quantise`: one pass, where XLA needs two kernels (four if the norm itself is returned too).
 
 A CTA is one warpgroup and has one row: it copies the row and the weight into shared memory as D/128 rows of 128 columns,
-so that the sums and maxima of the 128-column blocks are those of rows; the row's own sum goes through shared memory. It
-reads 2 D bytes a row and writes D + D/32, and 2 D with the norm: at 64 rows of 7,168 some 1.4 MB, half a microsecond of
-bandwidth, so that the launch is what counts. Registers (95, with the norm 162) let 5 or 3 CTAs share a multiprocessor
-and cover one another's latency.
+so that the sums and maxima of the 128-column blocks are row reductions; the row's own sum goes through shared memory. It
+reads 2 D bytes per row and writes D + D/32, and 2 D with the norm: about 1.4 MB at 64 rows of 7,168, half a microsecond of
+bandwidth, so the launch dominates. Registers (95, with the norm 162) let 5 or 3 CTAs share a multiprocessor
+and hide one another's latency.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def norm_quantise(
         jax.ShapeDtypeStruct((m, blocks, BLOCK), FP8),
         jax.ShapeDtypeStruct(scales_shape((m, size), scales_layout), jnp.float32),
     ]
-    # A copy into a swizzled buffer takes arrays of whole tiles of 8 rows; the columns of a joined product may be 20.
+    # A copy into a swizzled buffer needs arrays of whole tiles of 8 rows; the columns of a joined product may be 20.
     transforms = swizzled(x.dtype) if x.shape[1] // BLOCK % 8 == 0 else unswizzled()
     scratch_types = [
         plgpu.SMEM((TILE, BLOCK), x.dtype, transforms=transforms),
@@ -116,13 +116,13 @@ def _body(
     scales_smem[...] = scales
     if with_normed:
         normed_smem[0][...] = normed
-    # What was written must be seen by the copies, and by the threads that read the scales.
+    # The writes must be visible to the copies, and to the threads that read the scales.
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values_smem.at[used], values_ref.at[row])
     if with_normed:
         plgpu.copy_smem_to_gmem(normed_smem[0].at[used], normed_ref.at[row])
     if by_columns:
-        # One number each M * 4 bytes: too narrow for a copy.
+        # One number every M * 4 bytes: too narrow for a copy.
         for block in range(blocks):
             scales_ref[block, row] = scales_smem[block]
     else:

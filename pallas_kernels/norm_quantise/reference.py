@@ -18,7 +18,7 @@ def norm_quantise(
     scales_layout: ScalesLayout,
     with_normed: bool,
 ) -> tuple[jax.Array, ...]:
-    """Values, scales, and the norm itself if wanted."""
+    """Values, scales, and the norm itself if requested."""
     weight = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
     x = x[:, : weight.shape[0]]
     wide = x.astype(jnp.float32)

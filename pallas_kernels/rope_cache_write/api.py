@@ -1,4 +1,4 @@
-"""`rope_cache_write`: what one decode or prefill step puts into the cache, and its rotated queries."""
+"""`rope_cache_write`: writes the keys and values of a decode or prefill step to the cache, and rotates its queries."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def rope_cache_write(
     """Rotates queries and keys, and writes keys and values to their places in the paged cache.
 
     Rotation, neox style, pair (i, i + K/2): (a, b) -> (a cos - b sin, b cos + a sin), cosine and sine cast to the dtype
-    of the rows first. A page is written in place where the caller gives it up (`donate_argnums`, or the carry of a
-    loop); else XLA copies the cache first. The kernel serves bfloat16 queries of a multiple of 64 heads of 256, and
-    bfloat16 and fp8 pages; the rest is XLA's, which also writes in place (docs/kernels.md has both side by side).
+    of the rows first. A page is written in place if the caller donates it (`donate_argnums`, or the carry of a
+    loop); otherwise XLA copies the cache first. The kernel supports bfloat16 queries of a multiple of 64 heads of 256, and
+    bfloat16 and fp8 pages; XLA handles the rest, also in place (docs/kernels.md compares both).
 
     Args:
       queries: Before rotation.
-      keys: One key a token, before rotation, in the K columns from `key_at` on: there may be more, such as other parts of
+      keys: One key per token, before rotation, in the K columns from `key_at` on: there may be more, such as other parts of
         a joined product. The kernel reads them in place.
-      values: One value a token likewise, from `value_at` on.
+      values: One value per token likewise, from `value_at` on.
       cos: Cosine of position * theta^(-2i/K), i < K/2.
       sin: Sine of the same.
       pages: One layer's cache, or that of all layers in one pool.
-      page_ids: Page of each token, counted from `first_page`; nothing is written for a token whose id is negative, or whose
-        page the pool does not have.
+      page_ids: Page of each token, relative to `first_page`; nothing is written for a token whose id is negative, or whose
+        page is outside the pool.
       slots: Row in that page, in [0, page). Two tokens of one call must not share a place.
       first_page: Added to every page id: where a layer's pages start in the pool; may be traced. The kernel adds it.
       key_at, value_at: First column of the keys and of the values in their arrays.
-      query_dtype: Of the rotated queries; their own if None. float16 is what `mfa_decode` multiplies with fp8 pages: it
-        then converts nothing.
+      query_dtype: Dtype of the rotated queries; their own if None. `mfa_decode` multiplies float16 with fp8 pages: it
+        then need not convert.
       implementation: See `Implementation`.
 
     Returns:
@@ -58,7 +58,7 @@ def rope_cache_write(
 
     Raises:
       ValueError: If the head sizes of rows, tables and pages do not fit together.
-      NotImplementedError: If the kernel is asked for by name and cannot serve; the message says why.
+      NotImplementedError: If the kernel is requested by name and cannot serve; the message says why.
     """
     head_dim = queries.shape[-1]
     ends = (key_at + head_dim, value_at + head_dim)
@@ -75,7 +75,7 @@ def rope_cache_write(
         )
     if pages.head_dim != head_dim:
         raise ValueError(
-            f"the pages hold heads of {pages.head_dim}, the rows have {head_dim}: make pages of {head_dim}"
+            f"the pages hold heads of {pages.head_dim}, but the rows have {head_dim}: make pages of {head_dim}"
         )
     if not jnp.issubdtype(page_ids.dtype, jnp.integer) or not jnp.issubdtype(slots.dtype, jnp.integer):
         raise ValueError(f"page_ids ({page_ids.dtype}) and slots ({slots.dtype}) must be integers")

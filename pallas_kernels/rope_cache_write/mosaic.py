@@ -1,11 +1,11 @@
-"""The kernel: one launch for what XLA does in 3 (bfloat16), 7 (fp8) or 6 (int4).
+"""The kernel: one launch instead of XLA's 3 (bfloat16), 7 (fp8) or 6 (int4).
 
-Two kinds of blocks, one warpgroup each, with nothing to wait for between them:
+Two kinds of independent blocks, one warpgroup each:
 
 - 64 rows of queries (one token of 64 heads): bulk copy in, rotation in registers, back into the same buffer, bulk copy
   out. N * H * K * 2 * 2 bytes in all: 8.4 MB for 128 tokens, 2.8 us at 3 TB/s.
 - The keys or the values of `ROWS` tokens: rotated (keys), encoded, and copied row by row to their pages, 256 or 512
-  bytes each, with their scales. A tile of 64 tokens is computed, since that is what the layout of registers holds, and
+  bytes each, with their scales. A tile of 64 tokens is computed, as the register layout requires, and
   `ROWS` of it are written: so the writes, which are a chain in each block, are spread over more blocks.
 """
 
@@ -26,7 +26,7 @@ from pallas_kernels.pages import FP8_MAX, KVPages
 HEAD_DIM = 256
 HALF = HEAD_DIM // 2
 TILE = 64
-# Columns worked on at once: a whole half of the row, with its cosines and sines, does not fit the registers.
+# Columns processed at once: a whole half of the row, with its cosines and sines, does not fit in the registers.
 CHUNK = 64
 # Tokens whose rows one block writes.
 ROWS = 16
@@ -37,18 +37,18 @@ def unsupported(queries: Float[Array, "N H K"], pages: KVPages, query_dtype: jnp
     if query_dtype not in (jnp.bfloat16, jnp.float16):
         return f"rope_cache_write gives queries in bfloat16 or float16, not {query_dtype}"
     if queries.dtype != jnp.bfloat16:
-        return f"rope_cache_write rotates bfloat16 queries, these are {queries.dtype}"
+        return f"rope_cache_write rotates bfloat16 queries, but these are {queries.dtype}"
     # Not by `storage`: pages of bits, for CPUs, have the same.
     if pages.keys.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
-        return f"rope_cache_write writes bfloat16 and fp8 pages, these are {pages.storage} in {pages.keys.dtype}"
+        return f"rope_cache_write writes bfloat16 and fp8 pages, but these are {pages.storage} in {pages.keys.dtype}"
     if queries.shape[2] != HEAD_DIM:
-        return f"rope_cache_write serves head size {HEAD_DIM}, this is {queries.shape[2]}"
+        return f"rope_cache_write supports head size {HEAD_DIM}, but this is {queries.shape[2]}"
     if queries.shape[1] % TILE:
-        return f"rope_cache_write needs a multiple of {TILE} query heads, these are {queries.shape[1]}"
+        return f"rope_cache_write needs a multiple of {TILE} query heads, but these are {queries.shape[1]}"
     return None
 
 
-# References with a memory space exist only inside of a jit.
+# References with a memory space exist only inside a jit.
 @functools.partial(jax.jit, static_argnames=("key_at", "value_at", "query_dtype", "interpret", "detect_races"))
 def rope_cache_write(
     queries: Float[Array, "N H K"],
@@ -138,17 +138,17 @@ def _body(
     block = lax.axis_index("block")
 
     def store_query(value: jax.Array) -> jax.Array:
-        """In the dtype that is wanted, under the name of the dtype that the tile has."""
+        """In the requested dtype, labelled with the tile's dtype."""
         value = value.astype(query_dtype)
         return value if query_dtype == out_ref.dtype else lax.bitcast_convert_type(value, out_ref.dtype)
 
     def write_rows(part: jax.Array, source: Ref, buffer: Ref, scales: Ref | None, is_key: bool) -> None:
         first = part * ROWS
         first_page = first_page_ref[0]
-        # Of the last tile all rows exist: it starts earlier.
+        # All rows of the last tile exist: it starts earlier.
         tile = jnp.minimum(lax.div(first, jnp.int32(TILE)) * TILE, jnp.int32(max(num_tokens - TILE, 0)))
         rows = [jnp.minimum(first + offset, num_tokens - 1) for offset in range(ROWS)]
-        # Read before all else, so that these loads run beside each other.
+        # Read first, so that these loads overlap.
         places = [(ids_ref[row], slots_ref[row]) for row in rows]
         source = source.at[pl.ds(tile, TILE), pl.ds(columns[0 if is_key else 1], HEAD_DIM)]
         if is_key:
@@ -158,7 +158,7 @@ def _body(
         else:
             read = functools.partial(_pair, target, source)
         _encode(target, read, row_tile, scale_tile if is_scaled else None)
-        # The rows go out through the copy engine, and the scales are read by other threads than wrote them.
+        # The rows go out through the copy engine, and other threads read the scales than those that wrote them.
         plgpu.commit_smem()
         for offset, (page, slot) in enumerate(places):
             place = page + first_page
@@ -197,7 +197,7 @@ def _body(
             )
             first = target.load(query_tile.at[:, left], WGMMA).astype(jnp.float32)
             second = target.load(query_tile.at[:, right], WGMMA).astype(jnp.float32)
-            # Each thread writes the places that it alone has read.
+            # Each thread writes only the places that it has read.
             query_tile[:, left] = store_query(first * cos - second * sin)
             query_tile[:, right] = store_query(second * cos + first * sin)
         plgpu.commit_smem()
@@ -218,7 +218,7 @@ def _pair(target: Target, source: Ref, column: int) -> tuple[jax.Array, jax.Arra
 
 
 def _rotated_key(target: Target, source: Ref, cos_ref: Ref, sin_ref: Ref, column: int) -> tuple[jax.Array, jax.Array]:
-    """As `_pair`, rotated, and rounded as a model's rotation leaves it."""
+    """Like `_pair`, rotated, and rounded like a model's rotation."""
     cos, sin = (
         _rounded(target.load(table.at[:, pl.ds(column, CHUNK)], WGMMA), source.dtype) for table in (cos_ref, sin_ref)
     )
@@ -227,9 +227,9 @@ def _rotated_key(target: Target, source: Ref, cos_ref: Ref, sin_ref: Ref, column
 
 
 def _encode(target: Target, read: functools.partial, row_tile: Ref, scale_tile: Ref | None) -> None:
-    """Writes the rows that `read` gives to shared memory as they are stored, with their scales.
+    """Writes the rows that `read` returns to shared memory in stored form, with their scales.
 
-    Twice read where there are scales: a row's largest value is known only when all of it has been seen.
+    Reads them twice if there are scales: a row's largest value is known only when all of it has been seen.
     """
     inverse = None
     if scale_tile is not None:

@@ -16,7 +16,7 @@ def rotate(
 ) -> Float[Array, "N *heads K"]:
     """Neox style, pair (i, i + K/2); cosine and sine are cast to the dtype of `heads` first.
 
-    With another `dtype` for the result it is computed in float32 and rounded once.
+    With another result `dtype` it is computed in float32 and rounded once.
     """
     shape = cos.shape[:1] + (1,) * (heads.ndim - 2) + cos.shape[-1:]
     cos, sin = cos.reshape(shape).astype(heads.dtype), sin.reshape(shape).astype(heads.dtype)

@@ -1,4 +1,4 @@
-"""`swiglu_quantise`: checks what it is given and chooses the implementation."""
+"""`swiglu_quantise`: checks its arguments and chooses the implementation."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def swiglu_quantise(
     """SwiGLU, then FP8 with one scale for each 128 columns: quantise_rows(silu(gate) up), all in float32.
 
     Args:
-      gate: [M, F]; or, without `up`, both side by side, [M, 2 F], as one product of the joined weights gives them: the
+      gate: [M, F]; or, without `up`, both side by side, [M, 2 F], from one product with the joined weights: the
         kernel reads either half in place.
       up: [M, F], of the same dtype: bfloat16 or float32.
-      scales_layout: "rows" [M, ceil(F/128)]; "columns" as `fp8_matmul` reads it, [ceil(F/128), M rounded up to 4], which
-        is what the kernel writes by itself.
-      implementation: See `pallas_kernels.common`. The kernel needs F to be a multiple of 128; M is at its best up to 8
-        or a multiple of 8, else the operands are copied.
+      scales_layout: "rows" [M, ceil(F/128)]; "columns" as `fp8_matmul` reads it, [ceil(F/128), M rounded up to 4], the
+        kernel's native layout.
+      implementation: See `pallas_kernels.common`. The kernel needs F to be a multiple of 128; it is fastest with M up to 8
+        or a multiple of 8, otherwise the operands are copied.
 
     Returns:
       e4m3 values [M, F] and float32 scales.
 
     Raises:
       ValueError: If shapes or dtypes do not fit.
-      NotImplementedError: If the kernel is asked for by name and cannot serve.
+      NotImplementedError: If the kernel is requested by name and cannot serve.
     """
     check_layout(scales_layout)
     if up is None:
@@ -62,7 +62,7 @@ def swiglu_quantise(
 
     return dispatch(
         implementation,
-        f"the kernel needs F to be a multiple of {BLOCK}, it is {columns}" if columns % BLOCK else None,
+        f"the kernel needs F to be a multiple of {BLOCK}, but it is {columns}" if columns % BLOCK else None,
         run_reference,
         functools.partial(mosaic.swiglu_quantise, scales_layout=scales_layout),
         *arrays,

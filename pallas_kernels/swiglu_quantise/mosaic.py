@@ -1,12 +1,12 @@
-"""The Hopper kernel of `swiglu_quantise`: one pass, where XLA makes three kernels and reads both operands twice.
+"""The Hopper kernel of `swiglu_quantise`: one pass, where XLA needs three kernels and reads both operands twice.
 
-A CTA is one warpgroup and has one tile: 64 rows of one block of 128 columns, so that its 64 scales lie side by side in
-the "columns" layout. It reads 2 x 2 bytes a number and writes 1, and 1/32 of a scale. Registers (200) let two
-CTAs share a multiprocessor, one copying while the other computes: 32 KB under way, where 18 KB cover the latency of
-HBM (3.35 TB/s x 0.7 us / 132). That takes the place of a ring, and a small product is spread over most multiprocessors.
+A CTA is one warpgroup and has one tile: 64 rows of one block of 128 columns, so that its 64 scales are adjacent in
+the "columns" layout. It reads 2 x 2 bytes per number and writes 1, and 1/32 of a scale. Registers (200) let two
+CTAs share a multiprocessor, one copying while the other computes: 32 KB in flight, where 18 KB cover the latency of
+HBM (3.35 TB/s x 0.7 us / 132). That replaces a ring, and a small product is spread over most multiprocessors.
 
-Rows past M: a TMA copy fills them with zeros on the way in, and drops them on the way out. Not so the scales: a copy that is
-not swizzled goes out as plain bytes, cut off at the end of the whole array and not of its row, so the last tile stores only
+Rows past M: a TMA copy fills them with zeros on the way in, and drops them on the way out. Not so the scales: an unswizzled
+copy goes out as plain bytes, clipped at the end of the whole array and not of its row, so the last tile stores only
 what its row has room for.
 """
 
@@ -41,7 +41,7 @@ def swiglu_quantise(
     m, columns = gate.shape
     if up is None:
         columns //= 2
-    # Copies clip whole groups of 8 rows, and up to 8 rows at any one.
+    # Copies clip whole groups of 8 rows, and any number up to 8 rows.
     rows = m + (0 if m <= 8 else -m % 8)
     if not target.clips_copies:
         rows = m + -m % TILE
@@ -101,7 +101,7 @@ def _body(
     scaled = product / lax.broadcast_in_dim(scales, product.shape, [0])
     values_smem[...] = jnp.clip(scaled, -FP8_MAX, FP8_MAX).astype(FP8)
     scales_smem[...] = scales
-    # What was written must be seen by the copies.
+    # The writes must be visible to the copies.
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values_smem, values_ref.at[rows, pl.ds(block * BLOCK, BLOCK)])
     full_tiles, rest = _tiles_of(scales_ref.shape[1])
@@ -121,5 +121,5 @@ def _body(
 
 
 def _tiles_of(columns: int) -> tuple[int, int]:
-    """Whole tiles of the scales' columns, and columns of the last one: a multiple of 4, 16 bytes, as a copy wants."""
+    """Whole tiles of the scales' columns, and columns of the last one: a multiple of 4, 16 bytes, as copies require."""
     return divmod(columns, TILE)

@@ -1,4 +1,4 @@
-"""The executor that a choice of devices asks for."""
+"""Builds the executor for a choice of devices."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from step3_jax.model.step3 import Step3
 
 @dataclasses.dataclass(frozen=True)
 class AfdChoice:
-    """What was asked for.
+    """The AFD options that were given.
 
     Attributes:
       topology: The devices.
-      num_microbatches: In flight.
+      num_microbatches: Micro-batches in flight.
       payload: What crosses from attention to FFN.
-      deadline_s: Longest time of a stage, for executor host.
+      deadline_s: The longest a stage may take, for executor host.
       executor: "host" or "program".
     """
 
@@ -39,12 +39,12 @@ class AfdChoice:
 def load_afd_executor(
     choice: AfdChoice, folder: pathlib.Path, config: EngineConfig
 ) -> HostExecutor | AttentionProcess | FfnProcess:
-    """Loads a model on the devices that were chosen.
+    """Loads a model onto the chosen devices.
 
     Args:
       choice: From `read_afd_choice`.
-      folder: The model's.
-      config: Says what weights and activations are held in.
+      folder: The model's folder.
+      config: Gives the dtypes of weights and activations.
 
     Raises:
       ValueError: If the model cannot be sharded over the devices, or it cannot be loaded.
@@ -65,7 +65,7 @@ def load_afd_executor(
 
 
 def place_executor(choice: AfdChoice, model: Step3) -> HostExecutor | AttentionProcess | FfnProcess:
-    """The same for a model in memory, whose speed or trace is wanted.
+    """The same for a model in memory, to measure or trace it.
 
     Raises:
       ValueError: If the model cannot be sharded over the devices.

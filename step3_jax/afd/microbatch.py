@@ -1,7 +1,7 @@
-"""Cutting a batch in micro-batches and putting their reports together: pure, on one attention device's own rows.
+"""Cuts a batch into micro-batches and joins their reports: pure functions on one attention device's own rows.
 
-Rows of a decode batch are cut in equal parts. A chunk of prompts is cut by tokens, wherever that falls: a later part
-attends to what an earlier one has written to the cache in the same layer.
+The rows of a decode batch are cut into equal parts. A chunk of prompts is cut by tokens, wherever that falls: a later
+part attends to what an earlier one has written to the cache in the same layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def part_size(size: int, num_parts: int) -> tuple[int, int]:
-    """Size of a part and number of parts that `size` rows or tokens are cut in: at most `num_parts`, none without any."""
+    """Size and number of the parts that `size` rows or tokens are cut into: at most `num_parts`, none if `size` is 0."""
     each = -(-size // min(num_parts, size))
     return each, -(-size // each)
 
@@ -27,12 +27,12 @@ def part_size(size: int, num_parts: int) -> tuple[int, int]:
 def split_decode(
     batch: DecodeBatch, sampling: SamplingBatch, num_parts: int
 ) -> list[tuple[DecodeBatch, SamplingBatch]]:
-    """Parts of a decode batch; the last one is filled up with rows that idle."""
+    """Parts of a decode batch; the last one is padded with idle rows."""
     return split_rows((batch, sampling), batch.last.shape[0], num_parts)
 
 
 def split_rows(tree: T, num_rows: int, num_parts: int) -> list[T]:
-    """Parts of arrays that have one entry a row; the last part is filled up with zeros."""
+    """Parts of arrays that have one entry per row; the last part is padded with zeros."""
     _, count = part_size(num_rows, num_parts)
     stacked = stack_rows(tree, num_rows, num_parts)
     return [jax.tree.map(lambda leaf, part=part: leaf[part], stacked) for part in range(count)]
@@ -50,10 +50,10 @@ def stack_rows(tree: T, num_rows: int, num_parts: int) -> T:
 
 
 def split_chunk(batch: PrefillBatch, num_parts: int) -> list[PrefillBatch]:
-    """Parts of a chunk; what stands after its last token in the last part is padding.
+    """Parts of a chunk; the last part is padded after its last token.
 
-    The arrays of a part say of each sequence which of its tokens are in the part, and how many of it are in the cache
-    once the part is read. Image features stay whole.
+    For each sequence, the arrays of a part say which of its tokens are in the part, and how many of its tokens are in
+    the cache once the part is prefilled. Image features stay whole.
     """
     tokens, starts, lengths = batch.token_ids, batch.query_starts, batch.lengths
     each, count = part_size(tokens.shape[0], num_parts)
@@ -70,7 +70,7 @@ def split_chunk(batch: PrefillBatch, num_parts: int) -> list[PrefillBatch]:
             PrefillBatch(
                 tokens[first:last],
                 inside,
-                # A sequence without tokens in this part is none, whatever it has in the cache.
+                # A sequence without tokens in this part counts as absent, whatever it has in the cache.
                 jnp.where(has_tokens, lengths - missing, 0),
                 batch.table,
                 batch.features,
@@ -81,12 +81,12 @@ def split_chunk(batch: PrefillBatch, num_parts: int) -> list[PrefillBatch]:
 
 
 def merge_stacked(report: Report, num_rows: int) -> Report:
-    """The report of `num_rows` rows, of that of their parts in one array each, [parts, rows of a part, ...]."""
+    """The report of `num_rows` rows, from their parts' report, stacked as [parts, rows of a part, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_rows], report)
 
 
 def merge_reports(reports: list[Report], num_rows: int) -> Report:
-    """The report of `num_rows` rows, of those of their parts."""
+    """The report of `num_rows` rows, from those of their parts."""
 
     def join(*leaves: Array) -> Array:
         return jnp.concatenate(leaves)[:num_rows]

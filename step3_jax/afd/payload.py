@@ -1,4 +1,4 @@
-"""Packing and unpacking what crosses between the roles: one row of bytes a token, as `layout/payload.py` has it."""
+"""Packs and unpacks what crosses between the roles: one row of bytes per token, laid out by `layout/payload.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PayloadFormat(PayloadSize):
 
     @property
     def output_dtype(self) -> jnp.dtype:
-        """Of the values that come back."""
+        """The dtype of the values that come back."""
         return jnp.dtype(jnp.float32 if self.payload == "float32" else jnp.bfloat16)
 
     def pack(
@@ -54,7 +54,7 @@ class PayloadFormat(PayloadSize):
     def unpack(
         self, rows: UInt8[Array, "N row_bytes"], dtype: jax.typing.DTypeLike
     ) -> tuple[Float[Array, "N D"], Int[Array, "N top_k"], Float[Array, "N top_k"]]:
-        """The inverse of `pack`, up to what FP8 rounds: tokens in `dtype`, expert ids, mixing weights."""
+        """The inverse of `pack`, up to FP8 rounding: tokens in `dtype`, expert ids, mixing weights."""
         values, scales, experts, weights = self._split(rows)
         if self.payload == "fp8":
             wide = jnp.repeat(scales, BLOCK, axis=1)[:, : self.hidden_size]
@@ -64,7 +64,7 @@ class PayloadFormat(PayloadSize):
     def unpack_rows(
         self, rows: UInt8[Array, "N row_bytes"], dtype: jax.typing.DTypeLike
     ) -> tuple[Rows, Int[Array, "N top_k"], Float[Array, "N top_k"]]:
-        """The same with the tokens as they crossed, in FP8, for products that take them so; of payload fp8 alone."""
+        """The same with the tokens still in FP8, for matrix products that take them so; only for payload fp8."""
         plain, experts, weights = self.unpack(rows, dtype)
         values, scales = self._split(rows)[:2]
         return Rows(values, scales_to_columns(scales), plain, jnp.dtype(dtype)), experts, weights
@@ -96,7 +96,7 @@ class PayloadFormat(PayloadSize):
 def _to_bytes(array: Num[Array, "N columns"]) -> UInt8[Array, "N bytes"]:
     if array.dtype.itemsize == 1:
         return jax.lax.bitcast_convert_type(array, jnp.uint8)
-    # The bytes of a value get an axis of their own.
+    # The bytes of a value get their own axis.
     wide = jax.lax.bitcast_convert_type(array, jnp.uint8)
     return wide.reshape(array.shape[0], math.prod(wide.shape[1:]))
 

@@ -28,7 +28,7 @@ def load_placed_model(
 ) -> Step3:
     """Loads a model's folder, each weight straight to the devices of its role.
 
-    Of each weight only the parts are read that devices of this process hold.
+    Only the parts that devices of this process hold are read of each weight.
 
     Args:
       path: Folder with `config.json` and the weights.
@@ -36,10 +36,10 @@ def load_placed_model(
       dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
       quantization: See `load_model`; each side's weights are held as its own devices take them.
       load_format: See there.
-      payload: What is to cross; checked before anything is loaded.
+      payload: What crosses; checked before anything is loaded.
 
     Raises:
-      ValueError: As `load_model` does, for a payload that does not exist, and if the model cannot be sharded so.
+      ValueError: As `load_model` does, for an unknown payload, and if the model cannot be sharded so.
     """
     config = ModelConfig.load(pathlib.Path(path))
     if topology.devices[0].platform == "cpu" and dtype is None:
@@ -53,7 +53,7 @@ def load_placed_model(
 
 
 def place_model(model: Step3, topology: AfdTopology) -> Step3:
-    """A copy of a model in memory, each weight on the devices of its role. Of several processes each has the same model.
+    """A copy of a model in memory, each weight on the devices of its role. Every process has the same model.
 
     Raises:
       ValueError: If the FFN side cannot hold the model in shards.

@@ -1,8 +1,8 @@
-"""The two roles' steps: pure functions around the modules that the fused model is made of.
+"""The two roles' steps: pure functions around the modules of the fused model.
 
-What a layer's attention half hands on crosses to the FFN side as rows of bytes (`payload`), and what comes back is added
-to the residual stream by the next attention step. All of them run on each device's own tokens, inside `jax.shard_map`
-over the mesh of their role; an executor decides when, where and how rows cross.
+What a layer's attention half passes on crosses to the FFN side as rows of bytes (`payload`), and what comes back is
+added to the residual stream by the next attention step. All of them run on each device's own tokens, inside
+`jax.shard_map` over the mesh of their role; an executor decides when, where and how rows cross.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Tokens(NamedTuple):
     """Tokens of one step between two layers, on the attention side.
 
     Attributes:
-      hidden: The residual stream, without what the last FFN half gave.
-      returned: What it gave, as it came back: of each token one row, or one part of the sum for each FFN device, those of
-        a device together.
-      context: What all layers of the step share.
+      hidden: The residual stream, without the output of the last FFN half.
+      returned: That output as it came back: one row per token, or one part of the sum per FFN device, grouped by
+        device.
+      context: Shared by all layers of the step.
     """
 
     hidden: Float[Array, "B T D"]
@@ -53,7 +53,7 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton(Generic[M]):
-    """A module without its arrays, which come as arguments: one compiled program serves all layers of one form."""
+    """A module without its arrays, which are arguments: one compiled program serves all layers of the same structure."""
 
     graphdef: nnx.GraphDef[M]
     treedef: jax.tree_util.PyTreeDef
@@ -64,7 +64,7 @@ class Skeleton(Generic[M]):
 
 
 class Ends(nnx.Module):
-    """What of the decoder stands before the first layer and after the last one; it is on the attention side."""
+    """The parts of the decoder before the first layer and after the last one, on the attention side."""
 
     def __init__(self, embed_tokens: Embedding, norm: RMSNorm, lm_head: Linear) -> None:
         self.embed_tokens = embed_tokens
@@ -77,9 +77,9 @@ class Part(Generic[M]):
     """A module taken apart: skeleton and arrays.
 
     Attributes:
-      skeleton: Without arrays.
+      skeleton: The module without arrays.
       leaves: The arrays.
-      stacked_layers: How many layers of one form are stacked in the arrays; None if they are of one by itself.
+      stacked_layers: How many layers are stacked in the arrays; None for a single layer's.
     """
 
     skeleton: Skeleton[M]
@@ -88,7 +88,7 @@ class Part(Generic[M]):
 
     @property
     def num_layers(self) -> int:
-        """Layers that this stands for."""
+        """The number of layers."""
         return 1 if self.stacked_layers is None else self.stacked_layers
 
     def build(self, leaves: Sequence[Array], index: Int[Array, ""] | int = 0) -> M:
@@ -104,12 +104,12 @@ class Part(Generic[M]):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A model taken apart by role. Layers of one form share one skeleton.
+    """A model taken apart by role. Layers of the same structure share one skeleton.
 
     Attributes:
       ends: Embedding, last norm and head.
       attention: Attention half of each layer, or stack of layers.
-      ffn: FFN half of each.
+      ffn: FFN half of each layer, or stack of layers.
     """
 
     ends: Part[Ends]
@@ -144,7 +144,7 @@ class Vision:
     """
 
     def __init__(self, model: Step3, layout: Layout) -> None:
-        """Takes what a model has of them: nothing if it is text-only."""
+        """Takes them from a model; empty if it is text-only."""
         self._layout = layout
         self._part: Part[nnx.List] | None = None
         if model.vision is not None and model.projector is not None:
@@ -155,7 +155,7 @@ class Vision:
         self.leaves: list[Array] = [] if self._part is None else self._part.leaves
 
     def encode(self, leaves: Sequence[Array], pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """Features of squares, as many of each of the layout's "images"; to be traced.
+        """Features of squares, equally many for each of the layout's "images"; to be traced.
 
         Args:
           leaves: In the order of `leaves`, of any dtype.
@@ -231,12 +231,12 @@ def attention_step(
     """Attention half of a layer.
 
     Args:
-      block: The layer's.
-      form: Of the rows of both directions.
-      tokens: As the last layer left them.
+      block: The layer's block.
+      form: The format of the rows in both directions.
+      tokens: The previous layer's result.
       pages: The pool of all layers.
-      layer: Which one this is.
-      layer_pages: Pages of each layer in the pool.
+      layer: This layer's number.
+      layer_pages: Pages per layer in the pool.
 
     Returns:
       The residual stream (it stays), rows for the FFN side, and the pool with the new rows.
@@ -261,10 +261,10 @@ def ffn_step(
     Args:
       block: This device's part of the layer's.
       layout: The FFN devices.
-      num_experts: Of the whole layer.
-      form: Of the rows of both directions.
-      rows: Tokens that came to this device.
-      dtype: To compute in.
+      num_experts: Experts of the whole layer.
+      form: The format of the rows in both directions.
+      rows: Tokens that arrived at this device.
+      dtype: The dtype to compute in.
 
     Returns:
       The layer's output for these tokens.
@@ -272,7 +272,7 @@ def ffn_step(
     normed, experts, weights = unpack_tokens(block, form, rows, dtype)
     routing = None
     if block.moe is not None:
-        # The router's logits stay on the attention side; nothing here reads them.
+        # The router's logits stay on the attention side; nothing here needs them.
         routing = Routing(weights, experts, jnp.zeros((rows.shape[0], num_experts), jnp.float32))
     return form.pack_output(ShardedFfn(block, layout, num_experts)(normed, routing))
 
@@ -280,7 +280,7 @@ def ffn_step(
 def unpack_tokens(
     block: FfnBlock, form: PayloadFormat, rows: UInt8[Array, "N row_bytes"], dtype: jax.typing.DTypeLike
 ) -> tuple[Float[Array, "N D"] | Rows, Int[Array, "N top_k"], Float[Array, "N top_k"]]:
-    """Tokens, expert ids and mixing weights that came to an FFN half: in FP8 if they came so and its products take them."""
+    """Tokens, expert ids and mixing weights for an FFN half: in FP8 if sent so and its matrix products take it."""
     products = [part for part in (block.mlp, block.moe, block.share_expert) if part is not None]
     if form.payload == "fp8" and all(part.takes_rows for part in products):
         return form.unpack_rows(rows, dtype)
@@ -302,13 +302,13 @@ def last_logits(ends: Ends, hidden: Float[Array, "B T D"]) -> Float[Array, "B V"
 def add_returned(
     form: PayloadFormat, hidden: Float[Array, "B T D"], returned: UInt8[Array, "rows output_bytes"]
 ) -> Float[Array, "B T D"]:
-    """The residual stream with what came back, see `Tokens`."""
+    """The residual stream plus what came back, see `Tokens`."""
     parts = form.unpack_output(returned, hidden.dtype).reshape(-1, *hidden.shape)
     return hidden + jnp.sum(parts, axis=0)
 
 
 def _share_skeletons(parts: list[Part[M]]) -> list[Part[M]]:
-    """Equal skeletons become one object, so that comparing them is quick."""
+    """Makes equal skeletons one object, so that comparing them is quick."""
     kinds: list[Skeleton[M]] = []
     shared = []
     for part in parts:

@@ -1,9 +1,9 @@
-"""Which devices are attention, which are FFN, and where each weight lives: nowhere but where its role needs it.
+"""Which devices are attention, which are FFN, and where each weight is placed: only where its role needs it.
 
-Attention devices are data parallel: each has all attention weights, and sequences of its own with their KV cache, as one
-key/value head cannot be divided; the vision tower is sharded across the devices of an instance. The FFN is sharded across
-the FFN devices in any way that `Parallel` knows: tensor parallel, expert parallel, or both. Each token goes to one FFN
-device, and the FFN side's own collectives take it from there to whoever has a part of its experts.
+Attention devices are data parallel: each has all attention weights, and sequences of its own with their KV cache, as
+one key/value head cannot be sharded; the vision tower is sharded across the devices of an instance. The FFN is sharded
+across the FFN devices in any way that `Parallel` allows: tensor parallel, expert parallel, or both. Each token goes to
+one FFN device, and the FFN side's own collectives take it from there to the devices that have a part of its experts.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ class AfdTopology:
         devices: Sequence[jax.Device] | None = None,
         ffn_device: str = "same",
     ) -> AfdTopology:
-        """Takes the first devices there are.
+        """Takes the first available devices.
 
         Args:
           instances: xAyF.
-          parallel: Of the FFN side; if absent, experts are sharded across instances and widths inside one.
+          parallel: How the FFN side is sharded; if absent, experts across instances, and their widths within one.
           devices: To choose from; all devices of the default platform if absent (see `mesh.find_devices`).
-          ffn_device: "cpu" for an FFN side on the CPU devices of this process, whatever the attention side is on.
+          ffn_device: "cpu" for an FFN side on this process's CPU devices, whatever the attention side runs on.
 
         Raises:
-          ValueError: If there are too few devices (the message says what would fit), or `parallel` is of another number
-            of FFN devices.
+          ValueError: If there are too few devices (the message says what would fit), or `parallel` is for another
+            number of FFN devices.
         """
         devices = find_devices(instances.num_devices) if devices is None else devices
         if ffn_device == "cpu" and devices[0].platform != "cpu":
@@ -95,22 +95,22 @@ class AfdTopology:
 
     @property
     def ffn_platform(self) -> str:
-        """Of the FFN side's devices; that of the attention side's may be another."""
+        """The platform of the FFN devices; the attention devices may have another."""
         return self.devices[self.num_attention].platform
 
     @property
     def is_mixed(self) -> bool:
-        """Whether the two sides' devices are of different platforms."""
+        """Whether the two sides are on different platforms."""
         return self.devices[0].platform != self.ffn_platform
 
     @property
     def num_pieces(self) -> int:
-        """Equal pieces that a micro-batch is cut in on its way: each device of either role has a whole number of them."""
+        """Equal pieces that a micro-batch is cut into: each device of either role has a whole number of them."""
         return math.lcm(self.num_attention, self.num_ffn)
 
     @property
     def attention_role(self) -> Role:
-        """What the attention devices hold."""
+        """The part of the model that attention devices hold."""
         return attention_role(self.instances, self.parallel.vision)
 
     @functools.cached_property
@@ -120,7 +120,7 @@ class AfdTopology:
 
     @functools.cached_property
     def tower(self) -> Layout:
-        """The attention devices as vision tower and projector lie on them."""
+        """The attention devices as vision tower and projector are placed on them."""
         role = self.attention_role
         return make_layout(role.tower or role.parallel, self.devices[: self.num_attention])
 
@@ -138,7 +138,7 @@ class AfdTopology:
         """Refuses a model that does not divide over the FFN side.
 
         Raises:
-          ValueError: That, with the settings of as many devices that would serve.
+          ValueError: If it does not; the message gives settings for as many devices that would fit.
         """
         block = fp8_block(config)
         problems = find_problems(self.parallel, config.text, block, FFN)
@@ -146,20 +146,20 @@ class AfdTopology:
             choices = list_parallels(self.num_ffn)
             fitting = [one for one in choices if not find_problems(one, config.text, block, FFN)]
             hint = " or ".join(f"tp {one.tp} ep {one.ep}" for one in fitting)
-            hint = f"give {hint}" if fitting else f"no other of {self.num_ffn} device(s) does"
+            hint = f"give {hint}" if fitting else f"no setting for {self.num_ffn} device(s) does"
             raise ValueError(
                 f"the FFN side's tp {self.parallel.tp}, ep {self.parallel.ep} on {self.num_ffn} device(s) does not divide "
                 f"the model: {'; '.join(problems)}; {hint}"
             )
 
     def parameter(self, path: Path) -> NamedSharding:
-        """Where the parameter at `path` of a `Step3` lies."""
+        """The placement of the parameter at `path` of a `Step3`."""
         if is_ffn(path):
             return self.ffn.parameter(path)
         return (self.tower if is_tower(path) else self.attention).parameter(path)
 
     def shardings(self, config: ModelConfig) -> dict[Path, NamedSharding]:
-        """Where each parameter of `Step3(config)` lies, for `checkpoint.load_model`.
+        """The placement of each parameter of `Step3(config)`, for `checkpoint.load_model`.
 
         Raises:
           ValueError: As `check`.

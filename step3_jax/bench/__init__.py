@@ -1,1 +1,1 @@
-"""How fast the engine is, and what it costs beside the calls that it makes."""
+"""How fast the engine is, and its overhead over the calls that it makes."""

@@ -1,4 +1,4 @@
-"""Requests to load a service with: from a file, or of random words by their lengths."""
+"""Requests to load a service with: from a file, or random words of given lengths."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class LoadRequest:
     max_tokens: int | None
 
     def body(self, model: str, path: str, extra: Mapping[str, object]) -> dict[str, object]:
-        """What is sent.
+        """The body to send.
 
         Args:
-          model: Its name.
+          model: The model's name.
           path: `chat/completions`, or `completions`, which gets the texts of the messages.
-          extra: Further fields; they win.
+          extra: Further fields; they take precedence.
         """
         body: dict[str, object] = {"model": model, "stream_options": {"include_usage": True}}
         if path == "completions":
@@ -50,12 +50,12 @@ class LoadRequest:
 
 
 def make_requests(lengths: Sequence[Lengths], *, seed: int = 0) -> list[LoadRequest]:
-    """Requests of random words; none begins as another does, so that no prefix cache helps.
+    """Requests of random words; no two start the same, so that no prefix cache helps.
 
     Args:
-      lengths: About as many words as tokens are asked for: how many tokens they are the vocabulary decides, and the service
-        counts. The output is at most as long as asked for.
-      seed: Of the words.
+      lengths: Lengths in tokens, drawn as about as many words: the vocabulary decides how many tokens they are, and the
+        service counts them. The output is at most as long as given.
+      seed: Seed of the words.
     """
     rng = np.random.default_rng(seed)
     texts = [" ".join(rng.choice(_WORDS, max(1, one.prompt)).tolist()) for one in lengths]
@@ -68,12 +68,12 @@ def read_requests(path: str | pathlib.Path, *, seed: int = 0) -> list[LoadReques
     """Requests from a file with a JSON object on each line.
 
     Args:
-      path: Each line has `messages`, or `prompt` (a text), with `max_tokens` or not; or `prompt_tokens` and `output_tokens`,
-        for which random words are drawn. Other keys are ignored.
-      seed: Of the words.
+      path: Each line has `messages`, or `prompt` (a text), optionally with `max_tokens`; or `prompt_tokens` and
+        `output_tokens`, for which random words are drawn. Other keys are ignored.
+      seed: Seed of the words.
 
     Raises:
-      ValueError: If the file cannot be read, is empty, or has a line of another form.
+      ValueError: If the file cannot be read, is empty, or has a malformed line.
     """
     file = pathlib.Path(path)
     try:
@@ -96,7 +96,7 @@ def _parse(line: str, where: str, seed: int) -> LoadRequest:
     except ValueError:
         entry = None
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: {line[:80]!r} is no JSON object")
+        raise ValueError(f"{where}: {line[:80]!r} is not a JSON object")
     if "messages" not in entry and "prompt" not in entry:
         return make_requests([parse_lengths(entry, where)], seed=seed)[0]
     messages = entry.get("messages", [{"role": "user", "content": entry.get("prompt")}])

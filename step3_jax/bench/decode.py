@@ -1,4 +1,4 @@
-"""What `step3 bench decode` measures: decode and prefill of a random model, beside yardsticks and a PyTorch peer."""
+"""What `step3 bench decode` measures: decode and prefill of a random model, next to yardsticks and a PyTorch peer."""
 
 from __future__ import annotations
 
@@ -47,28 +47,28 @@ def measure_decode(
 ) -> dict[str, object]:
     """Decode and prefill of a random model; each round measures every side once, so that they share its conditions.
 
-    Interrupted, it gives what is complete until then.
+    If interrupted, it returns what is complete by then.
 
     Args:
       config: The model.
-      dtypes: Of weights and activations; the same values, rounded.
-      quantizations: Of each dtype, forms that weights are held in, see `model.hold_as`.
+      dtypes: Dtypes of weights and activations; the same values, rounded.
+      quantizations: Forms of weights to measure for each dtype, see `model.hold_as`.
       batches: Sequences at once.
       steps: Tokens of a round.
       rounds: Rounds; figures are medians over them.
       prompt_length: Tokens before the first decoded one.
       prefill_length: Tokens of the prefill figure.
-      torch_python: Interpreter of the PyTorch peer; None measures without.
+      torch_python: Interpreter of the PyTorch peer; None measures without it.
       parallel: How the model is spread over several devices; one device if None.
-      afd: Devices of attention and of the FFN, if they are apart.
-      tell: Gets a line of text about each part before it is measured.
+      afd: Devices of attention and of the FFN, if they are separate.
+      tell: Called with a line of text about each part before it is measured.
 
     Returns:
       `is_partial`, `conditions`, `model`, `read_gb_per_s` (None if nothing was measured), and rows of `decode` and
       `prefill`, as JSON takes them.
 
     Raises:
-      ValueError: For several dtypes where there are several processes.
+      ValueError: For several dtypes with several processes.
     """
     if jax.process_count() > 1 and len(dtypes) > 1:
         raise ValueError(f"several processes measure one dtype at a time: give one of {', '.join(dtypes)}")
@@ -178,7 +178,7 @@ def _decode_times(
     rounds: int,
     measure_read: Callable[[], None],
 ) -> Times:
-    """Every side once a round, after a round that is not counted."""
+    """Every side once per round, after a round that is not counted."""
     ours: dict[Side, list[float]] = {names: [] for names in sides}
     theirs: dict[str, list[float]] = {dtype: [] for dtype, _ in sides} if peer is not None else {}
     room = steps * (rounds + 1)

@@ -1,4 +1,4 @@
-"""How long a stream waits: for its first token and between tokens, alone, beside a long prompt, and with a cached prompt."""
+"""How long a stream waits: for its first token and between tokens, alone, during a long prompt, and with a cached one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from step3_jax.engine.state import DecodeCall, PrefillBatch
 from step3_jax.sampling.params import SamplingParams
 
 PERCENTILES = (50, 90, 99)
-# Tokens that a stream has had when the long prompt arrives, and that it gets once that has its first token.
+# Tokens that a stream gets before the long prompt arrives, and after that has its first token.
 _TOKENS_AROUND = 8
 
 
@@ -28,10 +28,10 @@ def measure_alone(
 
     Args:
       bench: The engine; its `stream_interval` is the tokens between two pieces.
-      prompt_tokens: Of each stream.
-      output_tokens: Of each stream.
+      prompt_tokens: Tokens of each stream.
+      output_tokens: Tokens of each stream.
       rounds: Streams.
-      seed: Of the prompts.
+      seed: Seed of the prompts.
 
     Returns:
       Percentiles, in milliseconds, of the first token and of the time between two pieces.
@@ -60,10 +60,10 @@ def measure_arrival(
 
     Args:
       bench: The engine.
-      stream_tokens: Of the running stream's prompt.
-      prompt_tokens: Of the prompt that arrives.
-      rounds: Times that it arrives, after one that is not counted.
-      seed: Of the prompts.
+      stream_tokens: Tokens of the running stream's prompt.
+      prompt_tokens: Tokens of the prompt that arrives.
+      rounds: How often it arrives, after one that is not counted.
+      seed: Seed of the prompts.
 
     Returns:
       Medians over the rounds, in milliseconds: the stream's longest wait, the longest chunk and the longest decode call
@@ -111,20 +111,20 @@ def measure_arrival(
 def measure_cached(
     bench: Bench, *, prompt_tokens: int, cached_share: float, rounds: int, seed: int = 0
 ) -> dict[str, object]:
-    """Time to the first token of a prompt whose first part an earlier request had, over that of one that is new.
+    """Time to the first token of a prompt whose first part is cached, relative to that of a new one.
 
     Args:
       bench: The engine, with a prefix cache.
-      prompt_tokens: Of the prompt.
-      cached_share: Least share of it that is cached, in whole pages.
+      prompt_tokens: Tokens of the prompt.
+      cached_share: Minimum share of it that is cached, in whole pages.
       rounds: Pairs, after one that is not counted.
-      seed: Of the prompts.
+      seed: Seed of the prompts.
 
     Returns:
       Medians over the rounds, in milliseconds, and of their ratio.
 
     Raises:
-      ValueError: If so much of it cannot be cached.
+      ValueError: If this much of it cannot be cached.
     """
     num_cached = -(-int(prompt_tokens * cached_share) // PAGE_SIZE) * PAGE_SIZE
     if num_cached >= prompt_tokens:
@@ -136,7 +136,7 @@ def measure_cached(
     found = 0
     for number in range(rounds + 1):
         first, second = random_prompts([Lengths(prompt_tokens, 1)] * 2, bench.vocab_size, seed=seed + number)
-        # The one that fills the cache ends otherwise.
+        # The one that fills the cache has another ending.
         bench.llm.generate(second[: num_cached + 1], _greedy(1))
         uncached_s = _stream_times(bench, first, 1)[0]
         before = bench.llm.stats.prefix_cache_hits
@@ -156,7 +156,7 @@ def measure_cached(
 
 
 def _stream_times(bench: Bench, ids: Sequence[int], count: int) -> list[float]:
-    """When each piece with tokens came, in seconds since the call."""
+    """When each piece with tokens arrived, in seconds since the call."""
     begin = time.perf_counter()
     times = []
     for piece in bench.llm.generate(ids, _greedy(count), stream=True):
@@ -168,7 +168,7 @@ def _stream_times(bench: Bench, ids: Sequence[int], count: int) -> list[float]:
 def _interrupted_stream(
     bench: Bench, running: Sequence[int], arriving: Sequence[int]
 ) -> tuple[np.ndarray, float, float]:
-    """When the pieces of a stream came, when a prompt arrived beside it, and how long that waited for its first token."""
+    """When the pieces of a stream arrived, when a prompt arrived meanwhile, and how long that waited for its first token."""
     begin = time.perf_counter()
     found: list[float] = []
 
@@ -179,7 +179,7 @@ def _interrupted_stream(
     thread = threading.Thread(target=arrive)
     times: list[float] = []
     num_left = _TOKENS_AROUND
-    # It goes on until the other has had its turn; leaving the loop ends it.
+    # It continues until the other has had its turn; leaving the loop ends it.
     for piece in bench.llm.generate(running, _greedy(None), stream=True):
         if not piece.token_ids:
             continue
@@ -192,12 +192,12 @@ def _interrupted_stream(
     if thread.ident is not None:
         thread.join()
     if len(found) < 2:
-        raise RuntimeError("the stream ended before the prompt beside it had its first token: give it a longer context")
+        raise RuntimeError("the stream ended before the arriving prompt had its first token: give it a longer context")
     return np.asarray(times), found[0], found[1]
 
 
 def _longest_calls(bench: Bench, recording: Recording) -> tuple[float, float, int]:
-    """Seconds of the longest chunk and the longest decode call of one step, made again by themselves, and the chunks."""
+    """Seconds of the longest chunk and the longest decode call of one step, replayed separately, and the chunks."""
     pairs = list(zip(recording.calls, bench.time_calls(recording), strict=True))
     chunks = [one for call, one in pairs if isinstance(call, PrefillBatch)]
     calls = [one for call, one in pairs if isinstance(call, DecodeCall)]

@@ -1,4 +1,4 @@
-"""Requests to a service at a rate or at a number at a time, each with the moments at which its pieces came."""
+"""Sends requests to a service, at a rate or with a given concurrency, and records when their pieces arrive."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from step3_jax.client import ServiceClient, ServiceError
 
 @dataclasses.dataclass
 class Record:
-    """What became of one request. Times are seconds since the load began.
+    """The outcome of one request. Times are seconds since the start of the load.
 
     Attributes:
-      due_s: When it was to be sent. What is waited for counts from here, so that a client that falls behind hides nothing.
-      sent_s: When it was.
-      piece_s: When each piece with text came.
+      due_s: When it should be sent. Latencies count from here, so that a client that falls behind hides nothing.
+      sent_s: When it was sent.
+      piece_s: When each piece with text arrived.
       end_s: When it ended.
       prompt_tokens: As the service counts them; 0 if it does not.
-      output_tokens: Likewise; if it does not count them, its pieces.
-      error: None for a whole answer, else the kind of `ServiceError`.
+      output_tokens: Likewise; the number of pieces if it does not count them.
+      error: None for a complete answer, else the kind of `ServiceError`.
     """
 
     due_s: float
@@ -41,9 +41,9 @@ class Load:
     """How requests are sent: exactly one of the two is given.
 
     Attributes:
-      concurrency: So many at a time; the next is sent when one ends (closed loop).
-      rate: So many a second, at random moments of a Poisson process, whatever becomes of the others (open loop).
-      seed: Of the moments.
+      concurrency: This many at a time; the next is sent when one ends (closed loop).
+      rate: This many per second, at random times of a Poisson process, independent of the others (open loop).
+      seed: Seed of the times.
     """
 
     concurrency: int | None = None
@@ -56,10 +56,10 @@ class Load:
         if self.concurrency is not None and self.concurrency < 1:
             raise ValueError(f"{self.concurrency} requests at a time; at least 1 is needed")
         if self.rate is not None and not 0 < self.rate < float("inf"):
-            raise ValueError(f"a rate of {self.rate:g} requests a second; more than 0 is needed")
+            raise ValueError(f"a rate of {self.rate:g} requests per second; more than 0 is needed")
 
     def draw_moments(self, count: int) -> list[float]:
-        """When each of `count` requests is due, of an open loop."""
+        """When each of `count` requests is due, in an open loop."""
         gaps = np.random.default_rng(self.seed).exponential(1 / (self.rate or 1.0), count)
         return np.cumsum(gaps).tolist()
 
@@ -72,7 +72,7 @@ async def run_load(
     *,
     tell: Callable[[Record], None] = lambda _: None,
 ) -> list[Record]:
-    """Sends all requests, none of them twice.
+    """Sends all requests, each once.
 
     Args:
       client: The service.
@@ -82,7 +82,7 @@ async def run_load(
       tell: Called as each ends.
 
     Returns:
-      A record of each, in their order.
+      A record of each, in order.
     """
     begin = time.perf_counter()
     moments = [0.0] * len(bodies) if load.rate is None else load.draw_moments(len(bodies))

@@ -35,7 +35,7 @@ class Ours:
     def __init__(self, model: Step3, parallel: Parallel | None = None, afd: AfdChoice | None = None) -> None:
         """Takes the model, already in the dtype it runs in, and its devices if there are several.
 
-        In a process above rank 0 it does not return, as `LLM`.
+        In a process above rank 0 it does not return, like `LLM`.
         """
         self._model = model
         load = functools.partial(_make_executor, model, parallel, afd)
@@ -53,10 +53,10 @@ class Ours:
         return np.asarray(jax.jit(lambda state, ids: nnx.merge(graphdef, state)(ids))(state, ids))
 
     def prefill(self, ids: Int[np.ndarray, "B T"], room: int) -> float:
-        """Reads prompts and makes the first tokens; `room` is the tokens that may follow. Returns seconds."""
+        """Prefills prompts and generates the first tokens; `room` tokens may follow. Returns seconds."""
         shards = self._runner.num_shards
         self._batch_size, length = ids.shape
-        # As many rows in each shard, the last ones idle; the last token of each is left to the first decode step.
+        # Equally many rows in each shard, the last ones idle; the last token of each is left to the first decode step.
         each = -(-self._batch_size // shards)
         ids = np.pad(ids, ((0, each * shards - self._batch_size), (0, 0)))
         is_idle = np.arange(len(ids)) >= self._batch_size
@@ -84,7 +84,7 @@ class Ours:
         return time.perf_counter() - begin
 
     def decode(self, steps: int) -> float:
-        """Makes `steps` tokens of each row in one call of the jitted loop. Returns seconds."""
+        """Generates `steps` tokens for each row in one call of the jitted loop. Returns seconds."""
         begin = time.perf_counter()
         call = DecodeCall(self._batch(), self._sampling, steps, max_steps=self._max_steps(steps))
         self._cache, started = self._runner.decode(self._cache, call)
@@ -95,11 +95,11 @@ class Ours:
         return time.perf_counter() - begin
 
     def tokens(self, count: int) -> Int[np.ndarray, "B count"]:
-        """The first tokens made since the last prefill."""
+        """The first tokens generated since the last prefill."""
         return np.concatenate(self._tokens, axis=1)[: self._batch_size, :count]
 
     def decode_text(self, steps: int = 1) -> str:
-        """The compiled decode loop of the last prefill's bucket, as HLO text; "" where it is not one program here."""
+        """The compiled decode loop of the last prefill's bucket, as HLO text; "" if it is not a single program here."""
         if not isinstance(self._runner, Runner | ShardedRunner):
             return ""
         cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._cache)

@@ -1,4 +1,4 @@
-"""What a measurement was made on, and how busy that was."""
+"""The machine of a measurement, and how busy it was."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from step3_jax import __version__
 
 
 def conditions(device: str | None = None) -> dict[str, object]:
-    """Versions and the machine, as JSON takes them. No device is looked at: another process may have them all.
+    """Versions and the machine, as JSON values. Touches no device: another process may have them all.
 
     Args:
-      device: Kind of the device that is measured; None for none of this process.
+      device: Kind of the measured device; None if it does not belong to this process.
     """
     found: dict[str, object] = {
         "step3-jax": __version__,
@@ -32,13 +32,13 @@ def num_threads() -> int:
 
 
 def cpu_pressure() -> float | None:
-    """Percent of the last 10 seconds in which something waited for a CPU; None where the system does not say."""
+    """Percent of the last 10 seconds in which something waited for a CPU; None if the system does not say."""
     text = _read("/proc/pressure/cpu")
     return float(text.split("avg10=")[1].split()[0]) if "avg10=" in text else None
 
 
 def load_average() -> float | None:
-    """Processes that ran or waited for a CPU, averaged over the last minute; None where the system does not say."""
+    """Processes that ran or waited for a CPU, averaged over the last minute; None if the system does not say."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -49,9 +49,9 @@ def cpu_name() -> str:
 
 
 def anonymous_bytes(pid: int | None = None) -> int | None:
-    """Memory of a process (None: of this one) that no file stands behind, swapped out or not.
+    """Anonymous memory of a process (None: of this one), swapped out or not.
 
-    None where the system does not say.
+    None if the system does not say.
     """
     status = _read(f"/proc/{'self' if pid is None else pid}/status")
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
@@ -61,7 +61,7 @@ def anonymous_bytes(pid: int | None = None) -> int | None:
 
 
 def _read(path: str) -> str:
-    """A file of the system; "" where it has none."""
+    """A system file; "" if it does not exist."""
     try:
         return pathlib.Path(path).read_text(encoding="utf-8")
     except OSError:

@@ -17,7 +17,7 @@ from step3_jax.layout.weight_form import GROUP_COLUMNS, form_bytes
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.quant import Form, quantise
 
-# Weights widened to float32, and as they are.
+# Weights widened to float32, and unchanged.
 PLAIN_FORMS = ("none", "stored")
 
 
@@ -25,7 +25,7 @@ def bench_config(hidden_size: int, num_layers: int) -> ModelConfig:
     """A text-only model with Step3's proportions: one dense layer, then layers of 16 experts, 3 of them chosen.
 
     Raises:
-      ValueError: If `hidden_size` is no multiple of 128, or there is not at least one layer.
+      ValueError: If `hidden_size` is not a multiple of 128, or there is not at least one layer.
     """
     if hidden_size < 128 or hidden_size % 128:
         raise ValueError(f"--hidden is {hidden_size}; a multiple of 128 is needed")
@@ -65,9 +65,9 @@ def random_model(config: ModelConfig) -> Step3:
 
 
 def hold_as(model: Step3, form: str) -> Step3:
-    """A model of its own with its weights as one of `PLAIN_FORMS` or quantised; arrays that stay are shared.
+    """A copy of the model with its weights as one of `PLAIN_FORMS` or quantised; unchanged arrays are shared.
 
-    Quantised is what the release has in FP8; embedding and head are then in bfloat16, as there.
+    The weights that the release has in FP8 are quantised; embedding and head are then in bfloat16, as there.
     """
     graphdef, state = nnx.split(model)
     change = {"none": jnp.float32, "stored": None}.get(form, jnp.bfloat16)
@@ -80,7 +80,7 @@ def hold_as(model: Step3, form: str) -> Step3:
 
 
 def weight_sizes(dtype: str, form: str) -> tuple[float, float]:
-    """Bytes that a weight takes, scales counted: of the layers, and of the head.
+    """Bytes per weight, including scales: for the layers, and for the head.
 
     On a CPU without kernels all are widened to float32.
     """

@@ -20,19 +20,19 @@ from step3_jax.bench.loop import Ours
 from step3_jax.checkpoint.save import save_model
 from step3_jax.model.step3 import Step3
 
-# Sums in float32 differ by rounding alone; in bfloat16 an expert may also change places with one as likely.
+# Sums in float32 differ only by rounding; in bfloat16 two almost equally likely experts may also swap.
 MAX_ERROR = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 class TorchPeer:
-    """tools/torch_decoder.py in a process of its own, with our weights; a context manager."""
+    """tools/torch_decoder.py in a separate process, with our weights; a context manager."""
 
     def __init__(self, python: str, model: Step3, dtypes: Sequence[str], threads: int) -> None:
-        """Starts the process and hands it the weights through a temporary folder.
+        """Starts the process and passes it the weights through a temporary folder.
 
         Args:
           python: Interpreter that has torch and numpy.
-          model: In float32.
+          model: The model, in float32.
           dtypes: What to measure.
           threads: Threads it may use.
 
@@ -48,7 +48,7 @@ class TorchPeer:
             )
         try:
             self._process = subprocess.Popen(
-                # A group of its own: Ctrl-C is ours to answer.
+                # Its own process group: this process handles Ctrl-C.
                 [python, str(script)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -104,11 +104,11 @@ class TorchPeer:
             return np.load(file)
 
     def prefill(self, dtype: str, ids: Int[np.ndarray, "B T"], room: int) -> float:
-        """Seconds of reading prompts."""
+        """Seconds of prefilling prompts."""
         return cast(float, self.ask("prefill", dtype=dtype, ids=ids.tolist(), room=room)["seconds"])
 
     def decode(self, dtype: str, steps: int) -> float:
-        """Seconds of making `steps` tokens of each row."""
+        """Seconds of generating `steps` tokens for each row."""
         return cast(float, self.ask("decode", dtype=dtype, steps=steps)["seconds"])
 
 
@@ -116,7 +116,7 @@ def check_agreement(ours: Ours, peer: TorchPeer, dtype: str, ids: Int[np.ndarray
     """The median over tokens of |ours - peer| / |peer|, both in the euclidean norm over the vocabulary.
 
     Raises:
-      ValueError: If it is above `MAX_ERROR`: then the two do not run the same model, and no time means anything.
+      ValueError: If it is above `MAX_ERROR`: then the two do not run the same model, and the times are meaningless.
     """
     mine, theirs = ours.logits(ids), peer.logits(dtype, ids)
     errors = np.linalg.norm(mine - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)

@@ -1,4 +1,4 @@
-"""The waits of a load as curves: which share of the requests waited at most how long."""
+"""The latencies of a load as curves: the share of requests that waited at most this long."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from step3_jax.bench.serve import TARGETS, find_waits
 
 
 def require_plot() -> None:
-    """Raises ValueError if what draws is not installed: to be known before the load, not after it."""
+    """Raises ValueError if the plotting library is not installed: better known before the load than after it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'step3-jax[plot]'")
 
@@ -22,9 +22,9 @@ def draw_waits(records: Sequence[Record], path: pathlib.Path, title: str) -> Non
     """Draws three curves side by side.
 
     Args:
-      records: Of a load.
-      path: The file; its ending says the format: .png, .svg, .pdf.
-      title: Above them.
+      records: A load's records.
+      path: The file; its suffix gives the format: .png, .svg, .pdf.
+      title: Title above them.
 
     Raises:
       ValueError: Without matplotlib, or for a format that it does not write.

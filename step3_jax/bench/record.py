@@ -1,4 +1,4 @@
-"""Records what an engine asks of its executor, to do the same again without the engine."""
+"""Records an engine's calls to its executor, to replay them without the engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Recording:
     """Calls in the order in which they were dispatched and waited for.
 
     Attributes:
-      calls: With the arrays as the engine gave them; the cache apart.
+      calls: The calls with the engine's arrays, without the cache.
       events: The order.
     """
 
@@ -61,7 +61,7 @@ class Recording:
 
 
 class RecordingExecutor(Executor):
-    """Hands every call on to another executor, and writes it down while `record` is entered."""
+    """Passes every call on to another executor, and records it while `record` is entered."""
 
     def __init__(self, executor: Executor) -> None:
         """Takes the executor that does the work."""
@@ -81,7 +81,7 @@ class RecordingExecutor(Executor):
 
     @contextlib.contextmanager
     def record(self) -> Iterator[Recording]:
-        """What is called inside goes to the recording."""
+        """Calls made inside are added to the recording."""
         recording = Recording()
         self._recording = recording
         try:
@@ -90,7 +90,7 @@ class RecordingExecutor(Executor):
             self._recording = None
 
     def new_cache(self) -> Cache:
-        """An empty cache of the size that was asked for last.
+        """An empty cache of the size that was requested last.
 
         Raises:
           ValueError: If none was.
@@ -139,12 +139,12 @@ class RecordingExecutor(Executor):
 
 @dataclasses.dataclass
 class Replay:
-    """What calls gave when they were made again.
+    """The results of replayed calls.
 
     Attributes:
-      cache: After the last one.
+      cache: The cache after the last one.
       seconds: From the first dispatch to the last wait.
-      reports: Of the decode calls, in order.
+      reports: Reports of the decode calls, in order.
     """
 
     cache: Cache
@@ -153,12 +153,12 @@ class Replay:
 
 
 def replay(executor: Executor, recording: Recording, cache: Cache) -> Replay:
-    """Makes recorded calls again, each dispatched and waited for when it was, and nothing else.
+    """Replays recorded calls, dispatching and waiting in the recorded order, and nothing else.
 
     Args:
-      executor: The one that made them, or its like.
-      recording: The calls. All that they find in the cache must have been written by one of them, or be in `cache`.
-      cache: Of the same size; it is consumed.
+      executor: The one that made them, or a similar one.
+      recording: The calls. Everything they read from the cache must have been written by one of them, or be in `cache`.
+      cache: A cache of the same size; it is consumed.
     """
     under_way: dict[int, Started[ExpertTokens] | Started[Report]] = {}
     reports: list[Report] = []
@@ -179,7 +179,7 @@ def replay(executor: Executor, recording: Recording, cache: Cache) -> Replay:
 
 
 def call_seconds(executor: Executor, recording: Recording, cache: Cache) -> tuple[Cache, list[float]]:
-    """Makes recorded calls again, one after the other has ended; arguments as of `replay`.
+    """Replays recorded calls, each after the previous one has ended; arguments as for `replay`.
 
     Returns:
       The cache after the last one, and the seconds of each.
@@ -200,7 +200,7 @@ def call_seconds(executor: Executor, recording: Recording, cache: Cache) -> tupl
 def dispatch(
     executor: Executor, cache: Cache, call: Call
 ) -> tuple[Cache, Started[ExpertTokens] | Started[Report] | None]:
-    """Makes a recorded call; None where there is nothing to wait for."""
+    """Makes a recorded call; None if there is nothing to wait for."""
     if isinstance(call, PrefillBatch):
         return executor.prefill(cache, call)
     if isinstance(call, DecodeCall):
@@ -209,7 +209,7 @@ def dispatch(
 
 
 class _Noted(Started[T]):
-    """Writes down when it is waited for."""
+    """Records when it is waited for."""
 
     def __init__(self, started: Started[T], recording: Recording, number: int) -> None:
         self._started, self._recording, self._number = started, recording, number

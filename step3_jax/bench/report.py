@@ -23,10 +23,10 @@ def format_report(found: Mapping[str, object]) -> str:
 
 
 def write_section(path: str | pathlib.Path, name: str, found: object) -> None:
-    """Puts figures under a name into a JSON file, beside what other names have there.
+    """Puts figures under a name into a JSON file, keeping those under other names.
 
     Raises:
-      ValueError: If the file holds something else than a JSON object.
+      ValueError: If the file does not hold a JSON object.
     """
     target = pathlib.Path(path)
     sections = _read_object(target) if target.exists() else {}
@@ -42,7 +42,7 @@ def _read_object(path: pathlib.Path) -> dict[str, object]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object: give a file of this benchmark, or one that is not there yet")
+        raise ValueError(f"{path} does not hold a JSON object: give a file of this benchmark, or a new one")
     return found
 
 

@@ -13,7 +13,7 @@ from step3_jax.bench.machine import anonymous_bytes
 from step3_jax.bench.throughput import Bench, Row
 from step3_jax.bench.workload import Lengths
 
-# How often memory is looked at while requests run.
+# How often memory is sampled while requests run.
 _SAMPLE_S = 0.05
 
 
@@ -25,14 +25,14 @@ def measure_sequences(
     rounds: int,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """As many equal requests as run at once, beside a replay of their calls.
+    """As many equal requests as run at once, and a replay of their calls.
 
     Args:
-      make_bench: An engine for so many sequences.
+      make_bench: Makes an engine for this many sequences.
       counts: Sequences.
       each: Tokens of each.
       rounds: Rounds; figures are medians over them.
-      tell: Gets a line of text about each part before it is measured.
+      tell: Called with a line of text about each part before it is measured.
     """
     rows: list[Row] = []
     for count in counts:
@@ -49,7 +49,7 @@ def measure_sequences(
                 "ms_per_generated_token": seconds / (count * each.output) * 1e3,
                 "preemptions": max(one.stats.num_preemptions for one in found),
                 "engine_overhead": statistics.median(one.overhead for one in found),
-                # What the engine itself takes: its time without that of its calls.
+                # The engine's overhead: its time without that of its calls.
                 "engine_ms_per_call": statistics.median(
                     (one.engine_s - one.replay_s) / max(1, one.recording.num_decodes) * 1e3 for one in found
                 ),
@@ -67,7 +67,7 @@ def measure_prompts(
       bench: The engine.
       lengths: Tokens of the prompts.
       rounds: Rounds; figures are medians over them.
-      tell: Gets a line of text about each part before it is measured.
+      tell: Called with a line of text about each part before it is measured.
     """
     rows: list[Row] = []
     for length in lengths:
@@ -99,13 +99,13 @@ def measure_memory(
 
     Args:
       bench: The engine.
-      lengths: Of the requests; taken from the start again and again.
+      lengths: Lengths of the requests, used cyclically.
       counts: Requests of each call of `generate`, one after the other.
-      warm_up: Requests before all these: programs that they compile are in all readings.
-      tell: Gets a line of text about each part before it is measured.
+      warm_up: Requests before all of these: the programs that they compile are in all readings.
+      tell: Called with a line of text about each part before it is measured.
 
     Returns:
-      A row of each call: anonymous memory in MiB after it, and the most while it ran (None where the system does not say),
+      A row for each call: anonymous memory in MiB after it, and the peak while it ran (None if the system does not say),
       and the programs that it compiled, which stay in memory.
     """
     tell(f"scaling: {warm_up} requests that do not count ...")
@@ -137,7 +137,7 @@ def _cycle(lengths: Sequence[Lengths], count: int) -> list[Lengths]:
 
 
 class _Peak:
-    """The most anonymous memory seen inside, looked at from a thread of its own."""
+    """The peak of anonymous memory inside, sampled from another thread."""
 
     def __init__(self) -> None:
         self.most: int | None = None

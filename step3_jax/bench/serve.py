@@ -1,4 +1,4 @@
-"""What a load on a service comes to: throughput, percentiles of what was waited for, and how much of it was good enough."""
+"""The figures of a load on a service: throughput, percentiles of latencies, and goodput."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from step3_jax.bench.load import Record
 
 PERCENTILES = (50, 90, 99)
-# What can be waited for, and what it is called in a target.
+# The latencies, and their names in a target.
 TARGETS = {
     "ttft": "first token",
     "itl": "between tokens",
@@ -23,12 +23,12 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Waits:
-    """What one request waited for, in milliseconds.
+    """The latencies of one request, in milliseconds.
 
     Attributes:
       first: Time to first token, from when the request was due.
-      between: Between two pieces of the answer; a piece may hold several tokens.
-      each: Mean time of each token behind the first; None for answers of one.
+      between: Times between two pieces of the answer; a piece may hold several tokens.
+      each: Mean time of each token after the first; None for answers of one.
       whole: From when the request was due to its end.
     """
 
@@ -39,7 +39,7 @@ class Waits:
 
 
 def find_waits(record: Record) -> Waits | None:
-    """Waits of a request; None if it was not answered."""
+    """Latencies of a request; None if it was not answered."""
     if record.error is not None or not record.piece_s:
         return None
     span = record.piece_s[-1] - record.piece_s[0]
@@ -55,12 +55,12 @@ def summarise(records: Sequence[Record], targets_ms: Mapping[str, float]) -> dic
     """Figures of one load.
 
     Args:
-      records: Of all its requests, refused ones too.
-      targets_ms: Of each of some `TARGETS`, the longest that is good; for "itl" the request's 99th percentile counts.
+      records: Records of all its requests, including refused ones.
+      targets_ms: For some of the `TARGETS`, the longest that is good; for "itl" the request's 99th percentile counts.
 
     Returns:
       Counts, rates over the time from the first request to the last end, errors by kind, rows of percentiles, and with
-      targets the requests a second that met them all.
+      targets the requests per second that met them all.
     """
     duration_s = max((one.end_s for one in records), default=0.0) - min((one.sent_s for one in records), default=0.0)
     rate = 1 / duration_s if duration_s > 0 else 0.0

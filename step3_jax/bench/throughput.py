@@ -1,4 +1,4 @@
-"""Requests of mixed lengths through `LLM.generate`, beside a replay of its calls and a peer that batches statically."""
+"""Requests of mixed lengths through `LLM.generate`, next to a replay of its calls and a peer with static batches."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class StaticPeer(Protocol):
     """A decoder that runs one batch at a time, all its sequences equally long."""
 
     def prefill(self, dtype: str, ids: Int[np.ndarray, "B T"], room: int) -> float:
-        """Seconds until the first token of each; `room` is the tokens that may follow."""
+        """Seconds until the first token of each; `room` is the number of tokens that may follow."""
 
     def decode(self, dtype: str, steps: int) -> float:
-        """Seconds of `steps` more tokens of each."""
+        """Seconds of `steps` more tokens for each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Round:
 
     Attributes:
       engine_s: `LLM.generate`, without compiling.
-      replay_s: Such calls of the executor without the engine, dispatched and waited for in the same order.
+      replay_s: The same calls of the executor without the engine, dispatched and waited for in the same order.
       compile_s: Compiling inside `LLM.generate`.
-      stats: What the engine counted in this round.
+      stats: The engine's counts in this round.
       recording: The calls.
     """
 
@@ -54,26 +54,26 @@ class Round:
 
     @property
     def overhead(self) -> float:
-        """Time with the engine over that without."""
+        """Time with the engine, relative to that without."""
         return self.engine_s / self.replay_s
 
 
 class Bench:
-    """An engine whose calls are recorded. What it compiled, it keeps from round to round."""
+    """An engine whose calls are recorded. It keeps its compiled programs from round to round."""
 
     def __init__(self, executor: Executor, config: EngineConfig) -> None:
-        """Takes what runs the model.
+        """Takes the executor that runs the model.
 
         Args:
-          executor: Of a model without images.
+          executor: Executor of a model without images.
           config: The engine's settings.
         """
         self.config = config
         self.vocab_size = executor.config.text.vocab_size
         self.executor = RecordingExecutor(executor)
-        # With text, as users have it.
+        # With text, as for users.
         self.llm = LLM.from_model(self.executor, word_tokenizer(self.vocab_size), config=config)
-        # Of the replays, kept as the engine keeps its own: new memory is slower at first.
+        # The replays' cache, kept like the engine's own: new memory is slower at first.
         self._cache: Cache | None = None
 
     def generate(self, lengths: Sequence[Lengths], *, seed: int, use_tqdm: bool = False) -> list[RequestOutput]:
@@ -90,17 +90,17 @@ class Bench:
     def run_alternating(
         self, lengths: Sequence[Lengths], rounds: int, *, seed: int, after: Callable[[int, Round], None] | None = None
     ) -> list[Round]:
-        """Rounds with prompts of their own in each, after one that does not count.
+        """Rounds with different prompts in each, after one that does not count.
 
-        What comes first after other work is slower, as the machine has to get the weights back. So every second round
-        starts with the replay, which then is of the round before: the calls differ a little, as their length depends on
+        The first one after other work is slower, as the machine has to read the weights again. So every second round
+        starts with the replay, then of the previous round: the calls differ slightly, as their length depends on
         measured times.
 
         Args:
-          lengths: Of the requests.
-          rounds: Rounds; of an even number both sides come first equally often.
-          seed: Of the prompts.
-          after: Called with each round's number and what it measured, for what else is to be measured in it.
+          lengths: Lengths of the requests.
+          rounds: Rounds; with an even number both sides come first equally often.
+          seed: Seed of the prompts.
+          after: Called with each round's number and its measurement, for other measurements in the same round.
         """
         last = self.run_round(lengths, seed=seed + rounds)[0].recording
         found = []
@@ -117,11 +117,11 @@ class Bench:
         return found
 
     def warm_up(self, lengths: Sequence[Lengths], *, seed: int) -> None:
-        """Runs requests, so that programs are compiled. What still is compiled later is taken off the time."""
+        """Runs requests, so that programs are compiled. Later compiling is subtracted from the time."""
         self.generate(lengths, seed=seed)
 
     def time_calls(self, recording: Recording) -> list[float]:
-        """Seconds of recorded calls, each made again by itself."""
+        """Seconds of recorded calls, each replayed separately."""
         self._cache, seconds = call_seconds(self.executor, recording, self._take_cache())
         return seconds
 
@@ -156,16 +156,16 @@ def measure_throughput(
     seed: int = 0,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, object]:
-    """Engine, replay and peer in turn, each once a round.
+    """Engine, replay and peer in turn, each once per round.
 
     Args:
       bench: The engine.
-      lengths: Of the requests.
+      lengths: Lengths of the requests.
       rounds: Rounds; figures are medians over them.
       peer: Runs the same requests in batches of `max_num_seqs` in their order, prompts padded to the longest of the batch,
-        until the longest output of the batch has ended; its numbers count what was asked for, and not the padding.
-      peer_dtypes: Of the peer's weights.
-      seed: Of the prompts.
+        until the longest output of the batch has ended; its numbers count the requested tokens, not the padding.
+      peer_dtypes: Dtypes of the peer's weights.
+      seed: Seed of the prompts.
       tell: Gets a line of text about each part before it is measured.
 
     Returns:
@@ -232,7 +232,7 @@ def run_static(peer: StaticPeer, dtype: str, lengths: Sequence[Lengths], batch_s
     for first in range(0, len(lengths), batch_size):
         batch = lengths[first : first + batch_size]
         steps = max(one.output for one in batch)
-        # What stands in the padding does not change how long it takes.
+        # The contents of the padding do not affect the time.
         ids = rng.integers(2, vocab_size, (len(batch), max(one.prompt for one in batch)))
         seconds += peer.prefill(dtype, ids, steps)
         if steps > 1:
@@ -251,7 +251,7 @@ def _rates(side: str, lengths: Sequence[Lengths], seconds: float) -> Row:
 
 
 def _difference(after: EngineStats, before: EngineStats) -> EngineStats:
-    # What is not a plain number, or unknown to most executors.
+    # Fields that are not plain numbers, or unknown to most executors.
     others = ("expert_tokens", "num_accepted_tokens_per_pos", "afd_wait_s")
     names = [field.name for field in dataclasses.fields(EngineStats) if field.name not in others]
     return EngineStats(**{name: getattr(after, name) - getattr(before, name) for name in names})

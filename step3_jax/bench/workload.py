@@ -13,7 +13,7 @@ from step3_jax.planner.trace_file import parse_request, read_trace
 from step3_jax.text.tokenizer import Tokenizer
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-# What a byte-level vocabulary writes for a space.
+# A byte-level vocabulary's letter for a space.
 _SPACE = "Ġ"
 
 
@@ -25,13 +25,13 @@ class Lengths(NamedTuple):
 
 
 def draw_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], *, seed: int = 0) -> list[Lengths]:
-    """Lengths of `count` requests, each drawn evenly from its range, both ends included.
+    """Lengths of `count` requests, each drawn uniformly from its range, including both ends.
 
     Raises:
-      ValueError: If there is not at least one request, or a range is empty or begins below 1.
+      ValueError: If there is not at least one request, or a range is empty or starts below 1.
     """
     if count < 1:
-        raise ValueError(f"{count} requests are asked for; at least 1 is needed")
+        raise ValueError(f"{count} requests; at least 1 is needed")
     for name, (low, high) in (("prompt", prompt), ("output", output)):
         if not 1 <= low <= high:
             raise ValueError(f"{name} tokens are {low} to {high}; a range that starts at 1 or more is needed")
@@ -42,32 +42,32 @@ def draw_lengths(count: int, prompt: tuple[int, int], output: tuple[int, int], *
 
 
 def read_lengths(path: str | pathlib.Path) -> list[Lengths]:
-    """Lengths from a trace, see `step3_jax.planner.trace_file.read_trace`; how long they may be is the model's to say.
+    """Lengths from a trace, see `step3_jax.planner.trace_file.read_trace`; the model limits them.
 
     Raises:
-      ValueError: If the file cannot be read, is empty, or has a line of another form.
+      ValueError: If the file cannot be read, is empty, or has a malformed line.
     """
     return [Lengths(one.prompt_tokens, one.output_tokens) for one in read_trace(path, max_tokens=None)]
 
 
 def parse_lengths(entry: object, where: str) -> Lengths:
-    """Lengths from an object of JSON, as a line of a trace has it.
+    """Lengths from a JSON object, a line of a trace.
 
     Raises:
-      ValueError: For another form; the message begins with `where`.
+      ValueError: If it is malformed; the message starts with `where`.
     """
     request = parse_request(entry, where, max_tokens=None)
     return Lengths(request.prompt_tokens, request.output_tokens)
 
 
 def random_prompts(lengths: Sequence[Lengths], vocab_size: int, *, seed: int = 0) -> list[list[int]]:
-    """Token ids of a prompt for each request. Ids 0 and 1 are left out: the models measured give them a meaning."""
+    """Token ids of a prompt for each request. Ids 0 and 1 are left out: they have a meaning in the measured models."""
     rng = np.random.default_rng(seed)
     return [rng.integers(2, vocab_size, one.prompt).tolist() for one in lengths]
 
 
 def word_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer whose every id is a word of its own, so that a random model's output is text.
+    """A tokenizer in which every id is a separate word, so that a random model's output is text.
 
     Args:
       vocab_size: V.

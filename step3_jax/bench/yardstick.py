@@ -1,4 +1,4 @@
-"""What a machine can do: the rate at which memory is read, and that of bare matrix products."""
+"""What a machine can do: the rates of reading memory and of bare matrix products."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jaxtyping import Array, Float
 
 from step3_jax.config import TextConfig
 
-# Bigger than the caches of any CPU the benchmark is likely to run on.
+# Larger than the caches of any CPU that the benchmark is likely to run on.
 READ_BYTES = 512 * 2**20
 
 
 def read_meter(num_threads: int) -> Callable[[], float]:
     """A function that measures the best rate, bytes/s, at which this process reads memory it does not write.
 
-    Two ways are tried at each call and the better one counts: a sum in XLA, and numpy's dot product of each thread's
+    Each call tries two ways and the better one counts: a sum in XLA, and numpy's dot product of each thread's
     part with itself.
     """
     data = np.ones(READ_BYTES // 4, np.float32)
@@ -42,10 +42,10 @@ def read_meter(num_threads: int) -> Callable[[], float]:
 
 
 def prefill_products(config: TextConfig, length: int) -> dict[tuple[int, int, int], int]:
-    """The matrix products of reading a prompt: how often each (M, N, K) occurs.
+    """The matrix products of prefilling a prompt: how often each (M, N, K) occurs.
 
-    Experts have the even share of rows each. The products of attention itself, which depend on the data's length twice,
-    are not among them.
+    Each expert has an even share of rows. The products of attention itself, which depend quadratically on the length,
+    are not included.
     """
     hidden, rank, head = config.hidden_size, config.share_q_dim, config.head_dim
     products: collections.Counter[tuple[int, int, int]] = collections.Counter()
@@ -69,7 +69,7 @@ def prefill_products(config: TextConfig, length: int) -> dict[tuple[int, int, in
 
 
 def product_rate(dtype: str, products: Mapping[tuple[int, int, int], int], repeats: int = 5) -> float:
-    """FLOP/s of these products, each by itself at the best rate seen: XLA's, and for float32 also numpy's."""
+    """FLOP/s of these products, each at its best measured rate: XLA's, and for float32 also numpy's."""
     rng = np.random.default_rng(0)
     product = jax.jit(_product)
     operations, seconds = 0.0, 0.0

@@ -1,7 +1,7 @@
-"""The KV cache of all layers: one pool of pages of 64 tokens, and one page table a sequence that all layers share.
+"""The KV cache of all layers: one pool of pages of 64 tokens, and one page table per sequence, shared by all layers.
 
-A page number p < P means the same place in every layer: page p + layer * P of the pool. What is written to a number outside
-the pool is dropped, which is where rows that idle write to.
+A page number p < P means the same place in every layer: page p + layer * P of the pool. Writes to a number outside
+the pool are dropped, which is where idle rows write to.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pallas_kernels.storage import Storage, bytes_per_token
 from step3_jax.config import TextConfig
 from step3_jax.layout.page import KV_CACHE_CHOICES
 
-# The pool of all layers. Where it is in shards, each has P pages of every layer, one layer's after the other's.
+# The pool of all layers. If it is sharded, each shard has P pages of every layer, layer after layer.
 Cache = KVPages
-# Where there is none, or none in this process.
+# Stands for no cache, or none in this process.
 NO_CACHE = cast(Cache, ())
 
 
@@ -28,7 +28,7 @@ def choose_storage(kv_cache_dtype: str, dtype: jnp.dtype, head_dim: int) -> Stor
 
     Args:
       kv_cache_dtype: One of `KV_CACHE_CHOICES`; "auto" is that of the activations.
-      dtype: Of the activations.
+      dtype: The dtype of the activations.
       head_dim: K.
 
     Raises:
@@ -53,7 +53,7 @@ def empty_cache(config: TextConfig, num_pages: int, storage: Storage, *, as_bits
 
     Args:
       config: Layers and head size.
-      num_pages: P, of each layer.
+      num_pages: P, pages per layer.
       storage: The format.
       as_bits: For CPUs, see `pallas_kernels.pages.empty_pages`.
     """
@@ -61,7 +61,7 @@ def empty_cache(config: TextConfig, num_pages: int, storage: Storage, *, as_bits
 
 
 def count_pages(cache: Cache, num_layers: int) -> int:
-    """Pages that each layer has of the pool."""
+    """Pages per layer of the pool."""
     return cache.num_pages // num_layers
 
 

@@ -19,21 +19,21 @@ def root_key(cache_format: str, salt: str = "") -> bytes:
     """The parent of a sequence's first page.
 
     Args:
-      cache_format: What else the bytes of a page depend on: its storage.
+      cache_format: The other thing that the bytes of a page depend on: its storage.
       salt: Requests with different salts share no pages.
     """
     return _digest(b"root", cache_format.encode(), salt.encode("utf-8", "surrogatepass"))
 
 
 def image_marks(places: Sequence[int], images: Sequence[tuple[bytes, int]]) -> dict[int, bytes]:
-    """What the keys of pages with image places are made of besides token ids.
+    """What goes into the keys of pages with image places besides token ids.
 
     Args:
       places: Positions of image features in the prompt, in order.
       images: For each image, in the order of the places, the digest of its pixels and geometry, and its number of places.
 
     Returns:
-      By page number: which part of which image lies where in the page.
+      By page number: which part of which image is where in the page.
 
     Raises:
       ValueError: If the images do not fill the places.
@@ -59,8 +59,8 @@ def extend_keys(keys: list[bytes], token_ids: Sequence[int], root: bytes, marks:
     """Appends the keys of whole pages that `keys` lacks.
 
     Args:
-      keys: Of the sequence's first pages.
-      token_ids: Of the sequence; what lies behind its last whole page has no key yet.
+      keys: Keys of the sequence's first pages.
+      token_ids: The sequence's tokens; those after its last whole page have no key yet.
       root: See `root_key`.
       marks: See `image_marks`.
     """
@@ -72,7 +72,7 @@ def extend_keys(keys: list[bytes], token_ids: Sequence[int], root: bytes, marks:
 def _digest(*parts: bytes) -> bytes:
     found = hashlib.sha256()
     for part in parts:
-        # With its length, so that no two lists of parts are the same bytes.
+        # With its length, so that no two lists of parts give the same bytes.
         found.update(len(part).to_bytes(8, "little"))
         found.update(part)
     return found.digest()

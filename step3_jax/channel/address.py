@@ -18,9 +18,9 @@ class ChannelAddress:
     """Where the ends of a run meet.
 
     Attributes:
-      host: Of rank 0, as the others reach it.
-      port: There.
-      secret: What only this run's processes know; None on one machine, where the port is bound to the loopback address.
+      host: Rank 0's host, as the others reach it.
+      port: Its port.
+      secret: Known only to this run's processes; None on one machine, where the port is bound to the loopback address.
     """
 
     host: str
@@ -29,10 +29,10 @@ class ChannelAddress:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> ChannelAddress:
-        """What the environment says; without STEP3_CHANNEL the port beside the coordinator's.
+        """The address from the environment; without STEP3_CHANNEL the port after the coordinator's.
 
         Raises:
-          ValueError: If neither address is there or one cannot be read, or there is no secret and rank 0 is reached over a
+          ValueError: If neither address is set or one is malformed, or there is no secret and rank 0 is reached over a
             network.
         """
         name = CHANNEL if environment.get(CHANNEL) else COORDINATOR
@@ -63,9 +63,9 @@ class ChannelAddress:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def listening(self) -> list[str]:
-        """Endpoints to listen at, the narrowest first: the address itself, and all of this machine's.
+        """Endpoints to listen at, the narrowest first: the address itself, then all of this machine's.
 
-        A name may be known to the others alone, or belong to what forwards to this machine.
+        A name may be known only to the others, or belong to something that forwards to this machine.
         """
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
@@ -76,12 +76,12 @@ class ChannelAddress:
 
     @property
     def endpoint(self) -> str:
-        """What the other ranks connect to."""
+        """The endpoint that the other ranks connect to."""
         return _endpoint(self.host, self.port)
 
 
 def port_beside(port: int) -> int:
-    """The port beside one that was given."""
+    """The port after a given one."""
     return port + 1 if port < _MAX_PORT else port - 1
 
 

@@ -1,4 +1,4 @@
-"""Rank 0's end: sends each call to all workers, and hears when one of them fails or is gone."""
+"""Rank 0's end: sends each call to all workers, and notices when one of them fails or is lost."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from step3_jax.channel.end import End, left_ms
 from step3_jax.channel.failure import RunLostError
 from step3_jax.channel.message import Decoder, Encoder, Fields, Message, MessageError
 
-# A rank that fails may only be the first to lose another one: so long it is waited for one that is gone.
+# A rank that fails may only be the first to lose another one: wait this long for a lost connection.
 _DOUBT_S = 1.0
-# A connection's end is heard of a little before the socket knows whose it was.
+# The end of a connection is known slightly before the socket knows whose it was.
 _PROBES, _PROBE_S = 20, 0.01
-# A port of a channel before this one may need a moment to be free.
+# The port of a previous channel may need a moment to become free.
 _BIND_S = 5.0
 _MAX_ANSWER_BYTES = 2**20
 
 
 @dataclasses.dataclass
 class _Worker:
-    """A worker that has come.
+    """A worker that has connected.
 
     Attributes:
-      name: What messages call it.
-      takes_batches: Whether calls are sent to it whole, or their sizes alone.
+      name: Its name in messages.
+      takes_batches: Whether it gets whole calls, or only their sizes.
       is_ready: Whether it has loaded its weights.
     """
 
@@ -46,22 +46,22 @@ class _Worker:
 class DriverChannel:
     """Rank 0's end. Any thread may use it, one at a time.
 
-    A thread of its own listens to the workers, so that a rank that is lost is known although the device is waited for.
+    Its own thread listens to the workers, so that a lost rank is noticed even while waiting for the device.
     """
 
     def __init__(self, address: ChannelAddress, num_workers: int) -> None:
-        """Begins to listen.
+        """Starts to listen.
 
         Args:
-          address: Where.
-          num_workers: How many will come: the ranks from 1.
+          address: Where to listen.
+          num_workers: How many will connect: the ranks from 1.
 
         Raises:
-          ValueError: If the address cannot be had.
+          ValueError: If the address cannot be bound.
         """
         self._end = End(zmq.ROUTER, address, is_driver=True)
         self._socket = self._end.socket
-        # Sending to a worker that is gone is an error.
+        # Sending to a lost worker is an error.
         self._socket.router_mandatory = True
         self._socket.maxmsgsize = _MAX_ANSWER_BYTES
         _bind(self._end)
@@ -72,17 +72,17 @@ class DriverChannel:
         self._failure: RunLostError | None = None
         self._suspect: tuple[float, str] | None = None
         self._on_failure: Callable[[RunLostError], None] = lambda failure: None
-        # Guards the socket and all of the above; told of all that changes.
+        # Guards the socket and all of the above; notified of every change.
         self._news = threading.Condition(threading.RLock())
         self._is_closed = False
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._listen, name="step3-channel", daemon=True)
         self._thread.start()
-        # The workers are to leave in order also where a program just ends.
+        # The workers should leave in order even if a program just ends.
         atexit.register(self.close)
 
     def on_failure(self, call: Callable[[RunLostError], None]) -> None:
-        """What to call, from any thread, as soon as the run is lost; at once if it is."""
+        """Sets a callback, from any thread, for when the run is lost; called immediately if it already is."""
         with self._news:
             self._on_failure = call
             if self._failure is not None:
@@ -95,10 +95,10 @@ class DriverChannel:
                 raise self._failure
 
     def wait_for_workers(self, timeout_s: float) -> None:
-        """Waits until all workers have come.
+        """Waits until all workers have connected.
 
         Raises:
-          TimeoutError: If they do not within the time; the message names them.
+          TimeoutError: If some do not in time; the message names them.
           RunLostError: If one of them fails.
         """
         if self._wait(lambda: len(self._workers) == self._num_workers, timeout_s):
@@ -110,7 +110,7 @@ class DriverChannel:
         )
 
     def wait_until_ready(self) -> None:
-        """Waits until all workers have loaded their weights, as long as that takes: those that are gone are heard of.
+        """Waits until all workers have loaded their weights, however long that takes: lost workers are noticed.
 
         Raises:
           RunLostError: If one of them fails.
@@ -121,8 +121,8 @@ class DriverChannel:
         """Sends a call to all workers.
 
         Args:
-          message: The whole call. Its arrays must not be changed any more.
-          sizes: The same for those that take no batches; None if it is not for them.
+          message: The whole call. Its arrays must not change afterwards.
+          sizes: The same for workers that take no batches; None if it is not for them.
 
         Raises:
           RunLostError: If the run is lost.
@@ -136,11 +136,11 @@ class DriverChannel:
                     self._send(rank, frames)
                 elif small:
                     self._send(rank, small)
-            # What came meanwhile may have been noticed by sending, and would wake no thread.
+            # Sending may have consumed the signal of a message that arrived, so that no thread would wake.
             self._drain()
 
     def ask(self, message: Message, timeout_s: float) -> list[Fields]:
-        """Sends a question to all workers, and waits for their answers, in no order.
+        """Sends a question to all workers, and waits for their answers, in any order.
 
         Raises:
           TimeoutError: If one does not answer in time; the message names it.
@@ -155,15 +155,15 @@ class DriverChannel:
             return list(self._answers.values())
 
     def suspect(self, text: str) -> None:
-        """Says that something has failed here: the run is lost, if not by another rank's failure then by this."""
+        """Reports a failure here: the run is lost, because of this unless another rank failed first."""
         with self._news:
             if not self._is_closed and self._suspect is None:
                 self._suspect = time.monotonic() + _DOUBT_S, text
-                # The thread is to look at the clock.
+                # Makes the thread check the clock.
                 self._wake.send(b"x")
 
     def close(self) -> None:
-        """Tells the workers that the run has ended, and closes the channel; nothing happens the second time."""
+        """Tells the workers that the run has ended, and closes the channel; does nothing the second time."""
         with self._news:
             if self._is_closed:
                 return
@@ -193,7 +193,7 @@ class DriverChannel:
             self.check()
 
     def _listen(self) -> None:
-        """The thread: waits for the socket's own signal, as only one thread at a time may touch the socket itself."""
+        """The thread's loop: waits for the socket's signal, as only one thread at a time may touch the socket itself."""
         monitor, waker = self._end.monitor, self._woken.fileno()
         poller = zmq.Poller()
         for one in (self._socket.getsockopt(zmq.FD), monitor, waker):
@@ -215,23 +215,23 @@ class DriverChannel:
                     self._fail(self._suspect[1])
 
     def _drain(self) -> None:
-        """Takes all that has come. Until there is no more, or the socket's signal is not given again."""
+        """Takes all messages that have arrived; it must take all, or the socket's signal is not raised again."""
         while True:
             try:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            # A stranger's words are no news, and one that has left again needs no answer.
+            # Ignore messages from strangers; one that has left again needs no answer.
             with contextlib.suppress(MessageError, ValueError, KeyError, zmq.ZMQError):
                 self._take(identity, Decoder().decode(frames))
 
     def _take(self, identity: bytes, message: Message) -> None:
         rank, fields = int(identity.removeprefix(b"rank ")), message.fields
         if message.kind == "hello" and 0 < rank <= self._num_workers:
-            # It says hello again until it is answered.
+            # It repeats its hello until it gets an answer.
             worker = self._workers.setdefault(rank, _Worker(str(fields["name"])))
             if fields["version"] != __version__:
-                self._fail(f"{worker.name} has step3-jax {fields['version']}, and rank 0 {__version__}")
+                self._fail(f"{worker.name} has step3-jax {fields['version']}, but rank 0 has {__version__}")
             self._socket.send_multipart([identity, *Encoder().encode(Message("welcome", {}))])
         elif message.kind == "ready":
             worker = self._workers[rank]
@@ -243,7 +243,7 @@ class DriverChannel:
         self._news.notify_all()
 
     def _find_lost(self) -> None:
-        """Finds the workers whose connection has ended: nothing can be sent to them. Strangers are of no interest."""
+        """Finds the workers whose connection has ended: nothing can be sent to them. Ignores strangers."""
         for _ in range(_PROBES):
             with self._news:
                 for rank in self._workers:
@@ -256,7 +256,7 @@ class DriverChannel:
             time.sleep(_PROBE_S)
 
     def _lose(self, rank: int) -> None:
-        """A worker is gone. One that said why it failed has left for that reason."""
+        """Handles a lost worker. One that reported a failure has left because of it."""
         self._drain()
         said, name = "" if self._suspect is None else self._suspect[1], self._workers[rank].name
         self._fail(said if said.startswith(name) else f"{name} is gone")

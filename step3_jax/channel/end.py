@@ -1,4 +1,4 @@
-"""What both ends of the channel have in common: the socket's options, and hearing that a connection has ended."""
+"""What both ends of the channel share: the socket's options, and noticing that a connection has ended."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from zmq.utils.monitor import recv_monitor_message
 from step3_jax.channel.address import ChannelAddress
 from step3_jax.channel.key import derive_keys
 
-# ZeroMQ's own thread asks the other end so often whether it is there, and gives the connection up after so long: a host
+# How often ZeroMQ's own thread pings the other end, and after how long it gives the connection up: a host
 # that is off, a network that is cut, a process that is stopped. It answers while Python computes. Together less than
 # `distributed.HEARTBEAT_TIMEOUT_S`, after which JAX ends rank 0 before its clients have been told.
 _ASK_MS, _LOST_MS = 5_000, 20_000
-# Time for the last messages to leave when an end is closed.
+# Time to send the last messages when an end is closed.
 _LINGER_MS = 2_000
-# Longest wait for a message to be taken by the operating system.
+# Longest wait for the operating system to take a message.
 _SEND_MS = 60_000
 
 
 class End:
-    """A socket and what tells of its connections."""
+    """A socket and the monitor of its connections."""
 
     def __init__(self, kind: int, address: ChannelAddress, *, is_driver: bool) -> None:
-        """Opens neither: see `driver` and `worker`."""
+        """Does not open them: see `driver` and `worker`."""
         self.address = address
         self._context = zmq.Context()
         self.socket = self._context.socket(kind)
@@ -44,7 +44,7 @@ class End:
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def has_lost_connection(self) -> bool:
-        """Whether a connection has ended since this was asked last."""
+        """Whether a connection has ended since the last call."""
         has_lost = False
         while self.monitor.poll(0):
             recv_monitor_message(self.monitor)
@@ -52,12 +52,12 @@ class End:
         return has_lost
 
     def close(self) -> None:
-        """Lets the last messages leave, for a bounded time."""
+        """Sends the last messages, for a bounded time."""
         with contextlib.suppress(zmq.ZMQError):
             self.socket.disable_monitor()
         self.monitor.close(linger=0)
         self.socket.close()
-        # Waits for the socket's last messages, at most as long as it lingers.
+        # Waits for the socket's last messages, at most for its linger time.
         self._context.term()
 
 

@@ -1,7 +1,7 @@
-"""The error of a run that cannot go on."""
+"""The error of a run that cannot continue."""
 
 from __future__ import annotations
 
 
 class RunLostError(RuntimeError):
-    """A rank of the run has failed or is gone, so that no call can be made any more. The message says which and why."""
+    """A rank of the run has failed or is lost, so that no more calls can be made. The message says which and why."""

@@ -12,7 +12,7 @@ from zmq.utils import z85
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """CURVE keys of one end, and the public one of the other, as ZeroMQ writes them."""
+    """CURVE keys of one end, and the public key of the other, in ZeroMQ's format."""
 
     public: bytes
     secret: bytes
@@ -22,10 +22,10 @@ class Keys:
 def derive_keys(secret: bytes, *, is_driver: bool) -> Keys:
     """The keys of an end.
 
-    The public keys are secret too, as both are derived: whatever completes the handshake knows the run's secret.
+    The public keys are secret too, as both are derived: any peer that completes the handshake knows the run's secret.
 
     Args:
-      secret: Of the run.
+      secret: The run's secret.
       is_driver: Whether the end is rank 0's.
     """
     secrets = [_derive(secret, label) for label in (b"driver", b"worker")]

@@ -1,7 +1,7 @@
-"""Messages as frames: a head in MessagePack with small arrays in it, and behind it the bytes of each large one.
+"""Messages as frames: a MessagePack header with small arrays in it, followed by the bytes of each large array.
 
-Where a message says so, an array that is the same object as the last one of its name is not sent again. Nothing that is
-received is executed, and no size is taken on trust: what does not fit is refused.
+If a message says so, an array that is the same object as the last one of its name is not sent again. Nothing that is
+received is executed, and no size is trusted: anything that does not fit is refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 
 Value = None | bool | int | float | str | list[int] | np.ndarray
 Fields = Mapping[str, Value]
-# Extension types of MessagePack: an array that follows, one that the receiver has, and one with its bytes.
+# MessagePack extension types: an array that follows, one that the receiver has, and one with its bytes.
 _ARRAY, _SAME, _SMALL = 1, 2, 3
-# Copying so many bytes costs less than a frame of their own, for each receiver.
+# Copying this many bytes costs less than a separate frame, for each receiver.
 _SMALL_BYTES = 4096
 _DTYPES = {
     np.dtype(kind).name: np.dtype(kind)
@@ -28,16 +28,16 @@ _MAX_HEAD_BYTES = 2**20
 
 
 class MessageError(ValueError):
-    """Frames that are no message."""
+    """Frames that are not a message."""
 
 
 class Message(NamedTuple):
     """A message.
 
     Attributes:
-      kind: What it is.
-      fields: What it says.
-      keeps: Whether its arrays are kept at both ends, so that those that are the same in the next one of its kind need not
+      kind: Its kind.
+      fields: Its contents.
+      keeps: Whether both ends keep its arrays, so that those that are the same in the next one of its kind need not
         be sent again.
     """
 
@@ -47,17 +47,17 @@ class Message(NamedTuple):
 
 
 class Encoder:
-    """Makes frames of messages, all of which go to the same receivers in their order."""
+    """Encodes messages as frames, all of which go to the same receivers in order."""
 
     def __init__(self) -> None:
-        """Starts as a `Decoder` does: no array is known."""
+        """Starts like a `Decoder`: no array is known."""
         self._known: dict[tuple[str, str], np.ndarray] = {}
 
     def encode(self, message: Message) -> list[bytes | memoryview]:
         """The frames of a message. Its arrays must not be changed afterwards.
 
         Raises:
-          ValueError: If an array has a dtype that is not sent.
+          ValueError: If an array has an unsupported dtype.
         """
         frames: list[bytes | memoryview] = [b""]
         head: dict[str, object] = {}
@@ -70,7 +70,7 @@ class Encoder:
                 head[name] = msgpack.ExtType(_SAME, b"")
                 continue
             if value.dtype.name not in _DTYPES:
-                raise ValueError(f"{name} has dtype {value.dtype}, which is not sent")
+                raise ValueError(f"{name} has dtype {value.dtype}, which is not supported")
             if message.keeps:
                 self._known[key] = value
             form: list[object] = [value.dtype.name, list(value.shape)]
@@ -85,17 +85,17 @@ class Encoder:
 
 
 class Decoder:
-    """Reads what one `Encoder` has made, in its order."""
+    """Reads one `Encoder`'s messages, in order."""
 
     def __init__(self) -> None:
-        """Starts as an `Encoder` does."""
+        """Starts like an `Encoder`."""
         self._known: dict[tuple[str, str], np.ndarray] = {}
 
     def decode(self, frames: Sequence[bytes | memoryview]) -> Message:
         """The message. Its arrays are views of the frames; one that was not sent again is the same object as before.
 
         Raises:
-          MessageError: If it is none.
+          MessageError: If the frames are not a message.
         """
         try:
             kind, head, keeps = msgpack.unpackb(frames[0], ext_hook=msgpack.ExtType, max_ext_len=_MAX_HEAD_BYTES)
@@ -125,7 +125,7 @@ class Decoder:
 
 
 def _read_array(form: bytes, frame: bytes | memoryview | None) -> np.ndarray:
-    """An array whose bytes are a frame, or the last part of its form."""
+    """An array whose bytes are a frame, or the last part of its header."""
     try:
         name, shape, *rest = msgpack.unpackb(form)
         if frame is None:
@@ -134,7 +134,7 @@ def _read_array(form: bytes, frame: bytes | memoryview | None) -> np.ndarray:
         if not all(isinstance(size, int) and size >= 0 for size in shape):
             raise MessageError("a shape is not a list of sizes")
         if math.prod(shape) * dtype.itemsize != memoryview(frame).nbytes:
-            raise MessageError(f"{memoryview(frame).nbytes} bytes are no {name} of shape {shape}")
+            raise MessageError(f"{memoryview(frame).nbytes} bytes are not {name} of shape {shape}")
         return np.frombuffer(frame, np.uint8).view(dtype).reshape(shape)
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
         raise MessageError(f"not an array: {error}") from None

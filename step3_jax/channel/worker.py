@@ -1,4 +1,4 @@
-"""The end of the ranks above 0: hears calls one after the other."""
+"""The end of the ranks above 0: receives calls one after the other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from step3_jax.channel.end import End, left_ms
 from step3_jax.channel.failure import RunLostError
 from step3_jax.channel.message import Decoder, Encoder, Fields, Message
 
-# What rank 0 sent last may be a moment behind the news that it is gone.
+# Rank 0's last message may arrive shortly after the news that it is gone.
 _LAST_MS = 200
-# What is said to a channel that is just being closed is lost: so often hello is said again until there is an answer.
+# A message to a channel that is just being closed is lost: how often hello is repeated until there is an answer.
 _HELLO_S = 1.0
 
 
@@ -22,12 +22,12 @@ class WorkerChannel:
     """A worker's end, for one thread."""
 
     def __init__(self, address: ChannelAddress, rank: int, name: str) -> None:
-        """Begins to connect, and says hello as soon as rank 0 listens.
+        """Starts to connect, and says hello as soon as rank 0 listens.
 
         Args:
           address: Where rank 0 listens.
-          rank: Of this process.
-          name: What messages call it.
+          rank: This process's rank.
+          name: Its name in messages.
         """
         self._end = End(zmq.DEALER, address, is_driver=False)
         self._socket = self._end.socket
@@ -57,10 +57,10 @@ class WorkerChannel:
                 self._say_hello()
 
     def ready(self, *, takes_batches: bool) -> None:
-        """Says that calls can be made.
+        """Reports that calls can be made.
 
         Args:
-          takes_batches: Whether calls are to come whole, or their sizes alone.
+          takes_batches: Whether to receive whole calls, or only their sizes.
         """
         self._send("ready", {"takes_batches": takes_batches})
 
@@ -69,19 +69,19 @@ class WorkerChannel:
         self._send("answer", fields)
 
     def fail(self, place: str, text: str) -> None:
-        """Says why this rank cannot go on, and in which call."""
+        """Reports why this rank cannot continue, and in which call."""
         self._send("error", {"place": place, "text": text})
 
     def has_message(self, timeout_s: float = 0.0) -> bool:
-        """Whether the next call has come, or does within a time."""
+        """Whether the next call has arrived, or does in time."""
         return bool(self._socket.poll(round(timeout_s * 1000)))
 
     def receive(self) -> Message:
-        """Waits for the next call, for as long as rank 0 is there.
+        """Waits for the next call, as long as rank 0 is alive.
 
         Raises:
-          RunLostError: If rank 0 is gone.
-          MessageError: If what came is no message.
+          RunLostError: If rank 0 is lost.
+          MessageError: If what arrived is not a message.
         """
         message = self._receive(None)
         while message is None or message.kind in ("welcome", "beat"):
@@ -102,7 +102,7 @@ class WorkerChannel:
                 return None
             if self._socket not in found and self._end.has_lost_connection() and self._is_welcome:
                 if not self._socket.poll(_LAST_MS):
-                    raise RunLostError("rank 0 is gone: it ended without a word, or the network to it is cut")
+                    raise RunLostError("rank 0 is gone: it ended without a message, or the network to it is cut")
                 found[self._socket] = zmq.POLLIN
             if self._socket in found:
                 frames = self._socket.recv_multipart(copy=False)

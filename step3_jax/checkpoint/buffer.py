@@ -1,4 +1,4 @@
-"""Memory that threads use again for band after band."""
+"""Memory that threads reuse for band after band."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Shaped
 
-# What XLA on CPU needs to take an array as it is, without a copy.
+# The alignment that XLA on CPU needs to take an array without a copy.
 ALIGNMENT = 64
 
 
 class Buffers:
-    """Named pieces of memory, each as large as the largest array it ever held; for one thread.
+    """Named buffers, each as large as the largest array it ever held; for one thread.
 
     Fresh memory costs as much as a copy: the system clears each page when it is first touched.
     """
@@ -23,7 +23,7 @@ class Buffers:
         self._memory: dict[str, Shaped[np.ndarray, "bytes"]] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
-        """An array with any content, which the next array of this name overwrites."""
+        """An uninitialised array, which the next array of this name overwrites."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if name not in self._memory or self._memory[name].size < num_bytes:
             self._memory[name] = empty_aligned((num_bytes,), np.dtype(np.uint8))
@@ -31,14 +31,14 @@ class Buffers:
 
 
 class BufferPool:
-    """Buffers for several threads; there come to be as many as were in use at once."""
+    """A pool of buffers for several threads; it grows to as many as were in use at once."""
 
     def __init__(self) -> None:
         self._free: list[Buffers] = []
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[Buffers]:
-        """Buffers for the caller alone until the context ends."""
+        """Buffers for the caller's exclusive use until the context ends."""
         try:
             buffers = self._free.pop()
         except IndexError:
@@ -50,7 +50,7 @@ class BufferPool:
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
-    """A new array with any content that begins at a multiple of `ALIGNMENT`."""
+    """A new uninitialised array that starts at a multiple of `ALIGNMENT`."""
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

@@ -1,8 +1,8 @@
-"""Conversion of a checkpoint: any form and dtype to any other, in bounded memory, and going on where it was stopped.
+"""Converts a checkpoint between any forms and dtypes, in bounded memory, resuming where it was stopped.
 
-The work is cut into units, one band of one tensor each (about 16 MiB), that threads read, change and write at their
-places in files of full length. `DST.partial` holds the result so far and the record of what is done; when all is done
-the result is renamed to `DST`, so that what has this name is always whole.
+The work is cut into units, one band of one tensor each (about 16 MiB), that threads read, convert and write at their
+offsets in files of full length. `DST.partial` holds the result so far and the record of what is done; at the end
+the result is renamed to `DST`, so that anything of this name is always complete.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from step3_jax.checkpoint.zarr_array import CACHE_BYTES, HEADER_FILE, StoredArra
 
 MANIFEST_FILE = "manifest.jsonl"
 DATA = "data"
-# A unit where tensorstore reads it whole; else parts of it in both dtypes, panels in float32; what the allocator keeps.
+# Memory of a worker: a unit if tensorstore reads it whole; else parts of it in both dtypes, float32 panels; what the
+# # allocator keeps.
 WORKER_BYTES = 6 * UNIT_BYTES
 # Headers, the record, compiled code, and a margin.
 RESERVED_BYTES = 2**27
-# Between two times that what is written is brought to the disk itself.
+# Between two syncs of the written data to the disk.
 SYNC_BYTES, SYNC_SECONDS = 2**32, 30.0
 
 
@@ -51,7 +52,7 @@ class Report:
       num_bytes: Their bytes.
       bytes_read: Bytes of the source that this run read; less than all in a resumed one.
       seconds: Duration of this run.
-      errors: For each tensor whose values changed, how much.
+      errors: How much the values changed, for each tensor whose values did.
     """
 
     num_tensors: int
@@ -75,25 +76,25 @@ def convert(
     max_memory: int | None = None,
     progress: bool = False,
 ) -> Report:
-    """Converts, or goes on with a conversion that was stopped.
+    """Converts, or resumes a conversion that was stopped.
 
     Args:
-      plan: What to do.
-      target: Folder to write; it must not exist, or be empty.
-      resume: Whether to go on where an earlier run was stopped; without one there is nothing to go on with, and it
-        starts. A conversion that is done already is found to be so.
+      plan: The conversion.
+      target: Folder to write; it must not exist or must be empty.
+      resume: Whether to continue where an earlier run was stopped; if there was none, it starts from the beginning. A
+        conversion that is already complete is recognised.
       num_workers: Threads; fewer are used if memory is short.
-      max_memory: Most bytes of anonymous memory of this process, what it has already included; mapped files are not
-        counted. By default 4 GiB more than it has: a process that holds a model can convert one.
-      progress: Whether to show a bar with bytes, rate and the time left.
+      max_memory: Most bytes of anonymous memory of this process, including what it has already; mapped files do not
+        count. By default 4 GiB more than it has: a process that holds a model can convert one.
+      progress: Whether to show a bar with bytes, rate and remaining time.
 
     Returns:
       What was done.
 
     Raises:
-      ValueError: If the target is in the way, an unfinished result is of another source or other options, memory is
-        too short, a source file is damaged, or a value is not finite and cannot be quantised.
-      OSError: If reading or writing fails (the disk is full, a file has vanished): all that was written is kept for
+      ValueError: If the target exists, an unfinished result has another source or other options, there is too little
+        memory, a source file is damaged, or a value is not finite and cannot be quantised.
+      OSError: If reading or writing fails (the disk is full, a file has vanished): everything written is kept for
         `resume`.
     """
     target = pathlib.Path(target).absolute()
@@ -124,18 +125,20 @@ def convert(
             shutil.rmtree(partial)
     except OSError as error:
         if not is_kept:
-            # Nothing is done that would be worth going on with.
+            # There is nothing worth resuming.
             shutil.rmtree(partial, ignore_errors=True)
         raise _explain(error, partial) from error
     return Report(len(plan.outputs), sum(plan.output_bytes), bytes_read, time.perf_counter() - start, errors)
 
 
 def _is_done(plan: Plan, target: pathlib.Path, partial: pathlib.Path, resume: bool) -> bool:
-    """Whether there is nothing left to do; refuses what is in the way."""
+    """Whether there is nothing left to do; refuses a target that is in the way."""
     has_target = target.exists() and (not target.is_dir() or any(target.iterdir()))
     check_free(partial / MANIFEST_FILE)
     if partial.exists() and not resume:
-        raise ValueError(f"{partial} holds an unfinished conversion: go on with --resume, or remove it to start over")
+        raise ValueError(
+            f"{partial} holds an unfinished conversion: continue it with --resume, or remove it to start over"
+        )
     if not has_target:
         return False
     if resume and target.is_dir() and not (partial / DATA).exists():
@@ -143,7 +146,7 @@ def _is_done(plan: Plan, target: pathlib.Path, partial: pathlib.Path, resume: bo
             result = open_source(target)
             found = {name: (place.dtype, place.shape) for name, place in result.tensors.items()}
             if result.form == plan.form and found == plan.outputs:
-                # Stopped between the renaming and the removal.
+                # Stopped between the rename and the removal.
                 shutil.rmtree(partial, ignore_errors=True)
                 return True
     raise ValueError(f"{target} exists; give another folder, or remove it")
@@ -164,29 +167,29 @@ def fit_workers(source: Source, num_workers: int, max_memory: int) -> int:
     """As many threads as memory allows, at most `num_workers`.
 
     Args:
-      source: What they will read.
-      num_workers: Wanted.
+      source: The checkpoint they will read.
+      num_workers: The number to use if there is memory for them.
       max_memory: Most bytes of anonymous memory of this process.
 
     Raises:
-      ValueError: If there is not memory enough for one.
+      ValueError: If there is not enough memory for one.
     """
     if num_workers < 1:
         raise ValueError(f"the number of workers is {num_workers}; at least 1 is needed")
     stored = [place.chunk_bytes for place in source.tensors.values() if isinstance(place, StoredArray)]
-    # tensorstore decodes a chunk whole, and keeps some.
+    # tensorstore decodes whole chunks, and caches some.
     each = WORKER_BYTES + 2 * max(stored, default=0)
     base = anonymous_bytes() + RESERVED_BYTES + (CACHE_BYTES if stored else 0)
     if max_memory < base + each:
         raise ValueError(
             f"--max-memory is {max_memory / 2**20:.0f} MiB; this conversion needs at least "
-            f"{-(-(base + each) // 2**20)} MiB ({-(-base // 2**20)} for the program, {-(-each // 2**20)} a worker)"
+            f"{-(-(base + each) // 2**20)} MiB ({-(-base // 2**20)} for the program, {-(-each // 2**20)} per worker)"
         )
     return min(num_workers, (max_memory - base) // each)
 
 
 def _lay_out(plan: Plan, data: pathlib.Path, manifest: Manifest) -> dict[str, Placement]:
-    """Makes the files that units are written to, of full length, and finds the units' places in them."""
+    """Creates the files that units are written to, at full length, and finds the units' places in them."""
     item = data / WEIGHTS
     if not manifest.is_laid_out:
         with contextlib.suppress(FileNotFoundError):
@@ -208,16 +211,16 @@ def _lay_out(plan: Plan, data: pathlib.Path, manifest: Manifest) -> dict[str, Pl
 
 
 def _check_space(plan: Plan, folder: pathlib.Path) -> None:
-    """Refuses what does not fit on the disk that `folder` is to be on."""
+    """Refuses a result that does not fit on the disk of `folder`."""
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     needed, free = sum(plan.output_bytes), shutil.disk_usage(place).free
     if needed > free:
-        text = f"the result needs {format_bytes(needed)}, and {format_bytes(free)} are free"
+        text = f"the result needs {format_bytes(needed)}, but {format_bytes(free)} are free"
         raise OSError(errno.ENOSPC, text, str(place))
 
 
 def _write_units(plan: Plan, places: dict[str, Placement], manifest: Manifest, num_workers: int, progress: bool) -> int:
-    """Does all units that are not done yet; gives the bytes read."""
+    """Does all units that are not done yet; returns the bytes read."""
     todo, done_bytes, total_bytes = [], 0, 0
     written: set[pathlib.Path] = set()
     buffers = BufferPool()
@@ -261,9 +264,9 @@ def _write_units(plan: Plan, places: dict[str, Placement], manifest: Manifest, n
                     fresh_bytes, last_sync = 0, time.monotonic()
     except ValueError as error:
         folder = manifest.path.parent
-        raise ValueError(f"{error}; what is done is kept in {folder}: mend this and run again with --resume") from None
+        raise ValueError(f"{error}; what is done is kept in {folder}: fix this and run again with --resume") from None
     finally:
-        # What is running is let finish, so that nothing writes behind the caller's back.
+        # Let running units finish, so that nothing writes behind the caller's back.
         pool.shutdown(cancel_futures=True)
     _sync(written)
     manifest.mark_synced()
@@ -271,7 +274,7 @@ def _write_units(plan: Plan, places: dict[str, Placement], manifest: Manifest, n
 
 
 def _finish(plan: Plan, places: dict[str, Placement], data: pathlib.Path, target: pathlib.Path) -> None:
-    """Adds what is not weights, brings all to the disk, and gives the result its name."""
+    """Adds the files other than weights, syncs everything to the disk, and gives the result its name."""
     files, folders = {data / CONFIG_FILE}, {data}
     for name, companion in plan.source.companion_names.items():
         path = data / name
@@ -284,7 +287,7 @@ def _finish(plan: Plan, places: dict[str, Placement], data: pathlib.Path, target
         write_item(places, item)
         folders |= {item, *(place.path for place in places.values())}
         files |= {item / TREE_FILE, item / ABOUT_FILE, *(place.path / HEADER_FILE for place in places.values())}
-    # Last, and so that a folder without it does not load.
+    # Last: a folder without it does not load.
     config = result_config(plan.source.config_path.read_bytes(), plan.tasks, plan.dtype, plan.source.block)
     (data / CONFIG_FILE).write_bytes(config)
     _sync(files | folders)
@@ -304,7 +307,7 @@ def _sync(paths: set[pathlib.Path]) -> None:
 def _explain(error: OSError, partial: pathlib.Path) -> OSError:
     """The same error with what to do next."""
     if partial.exists():
-        advice = f"what is done is kept in {partial}: mend this and run again with --resume"
+        advice = f"what is done is kept in {partial}: fix this and run again with --resume"
     else:
         advice = f"nothing was written to {partial.parent}"
     return OSError(error.errno, f"{error.strerror or error}; {advice}", error.filename)

@@ -1,4 +1,4 @@
-"""Which form weights are held in on a device: what was asked for, and what the device's kernels multiply."""
+"""The form in which weights are held on a device: from what was asked for and what the device's kernels multiply."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from step3_jax.layout.weight_form import CPU_FORMS, QUANTIZATIONS
 
 
 class Place(NamedTuple):
-    """Devices that a parameter lies on.
+    """The devices that hold a parameter.
 
     Attributes:
       platform: As `Device.platform` names it.
-      num_devices: Of the mesh; 1 without one.
+      num_devices: Devices of the mesh; 1 without one.
     """
 
     platform: str
@@ -21,7 +21,7 @@ class Place(NamedTuple):
 
     @property
     def is_host(self) -> bool:
-        """Whether it is this machine's memory, in one piece."""
+        """Whether it is this machine's memory, unsharded."""
         return self == ("cpu", 1)
 
 
@@ -31,7 +31,7 @@ class FormChoice:
 
     Attributes:
       quantization: One of `QUANTIZATIONS` but "auto".
-      keeps_bfloat16: Whether bfloat16 weights of linear layers stay so beside float32 activations.
+      keeps_bfloat16: Whether bfloat16 weights of linear layers stay bfloat16 with float32 activations.
       reason: Why, for the message of loading.
     """
 
@@ -45,12 +45,12 @@ def choose_form(asked: str, place: Place, *, cpu_obstacle: str | None, has_fp8: 
 
     Args:
       asked: One of `QUANTIZATIONS`.
-      place: Where they lie.
+      place: The devices that hold them.
       cpu_obstacle: Why the CPU kernels cannot run here; None if they can.
       has_fp8: Whether the checkpoint's linear weights are FP8.
 
     Raises:
-      ValueError: For a form that does not exist, or that nothing multiplies or makes there.
+      ValueError: For an unknown form, or one that cannot be multiplied or made there.
     """
     if asked not in QUANTIZATIONS:
         raise ValueError(f"quantization is {asked!r}; allowed: {', '.join(QUANTIZATIONS)}")
@@ -74,12 +74,12 @@ def choose_form(asked: str, place: Place, *, cpu_obstacle: str | None, has_fp8: 
 def _choose_accelerator(asked: str, platform: str, has_fp8: bool) -> FormChoice:
     if asked in CPU_FORMS:
         raise ValueError(
-            f"quantization {asked} is for CPUs: the GPU kernels multiply FP8 and bfloat16 weights, and no others; on "
-            f"{platform} take auto, stored or none"
+            f"quantization {asked} is for CPUs: the GPU kernels multiply only FP8 and bfloat16 weights; on "
+            f"{platform} use auto, stored or none"
         )
     if asked == "fp8" and not has_fp8:
         raise ValueError(
-            "quantization fp8 quantises at load on CPUs alone: for GPUs step3 convert SRC DST --to hf --dtype fp8 does it "
+            "quantization fp8 quantises at load only on CPUs: for GPUs, step3 convert SRC DST --to hf --dtype fp8 does it "
             "once, and DST loads unchanged"
         )
     return FormChoice("none" if asked == "none" else "stored", False, "widened" if asked == "none" else "as stored")
@@ -90,7 +90,7 @@ def _choose_shards(asked: str, has_fp8: bool) -> FormChoice:
     if asked in CPU_FORMS or (asked == "fp8" and not has_fp8):
         raise ValueError(
             f"quantization {asked} is for one CPU device: weights that are sharded over emulated devices are read part by "
-            "part; take none or auto"
+            "part; use none or auto"
         )
     if asked in ("stored", "fp8"):
         return FormChoice("stored", False, "as stored, in shards; each product widens its matrix first")

@@ -1,7 +1,7 @@
 """Weights in the memory of this machine, where a CPU multiplies them: as stored, quantised, or in one dtype.
 
-Threads read each band to its place in memory that JAX then takes without a copy: a model takes no more memory than its
-weights in the form they are held in. With `load_format` mmap what needs no change stays in its file (see `mapped`).
+Threads read each band into memory that JAX then takes without a copy: a model takes no more memory than its
+weights in the form they are held in. With `load_format` mmap, weights that need no change stay in their file (see `mapped`).
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ COPIED = "as stored"
 
 
 class HostLoader:
-    """Loads parameters to the memory of the machine.
+    """Loads parameters into this machine's memory.
 
     Attributes:
-      report: What became of the bytes.
+      report: How many bytes were mapped and copied.
     """
 
     def __init__(self, reader: TensorReader, files: MappedFiles | None, vision: VisionConfig | None) -> None:
-        """Takes what is read.
+        """Takes the reader.
 
         Args:
-          reader: Says in which form each parameter is held.
-          files: Where weights may stay; None copies all.
-          vision: Of the model, whose tensors may have more axes than on disk.
+          reader: Says which form each parameter is held in.
+          files: Files in which weights may stay; None copies all.
+          vision: The vision configuration; the tower's tensors may have more axes than on disk.
         """
         self._reader = reader
         self._files = files
@@ -63,10 +63,10 @@ class HostLoader:
         """Reads parameters, several bands at a time.
 
         Args:
-          flat: Parameters by their path; each gets its value.
-          shardings: Of one device each; None for the default device.
+          flat: Parameters by path; each gets its value.
+          shardings: Shardings on one device each; None for the default device.
           pool: Threads that read.
-          bar: Gets the bytes read.
+          bar: Updated with the bytes read.
 
         Raises:
           ValueError: If a file is missing, truncated, or cannot be read, or a value cannot be held.
@@ -114,7 +114,7 @@ class HostLoader:
                 return self._files.view(place)
             obstacle = found or obstacle
         self._count(name, obstacle)
-        # The system gives no memory before it is written to.
+        # The system allocates no memory before it is written to.
         array = empty_aligned(place.shape, dtype)
         pending.jobs += [pool.submit(reader.read_band, name, band, array, self._buffers) for band in reader.cut(name)]
         return array
@@ -129,11 +129,11 @@ class _Pending:
 
     Attributes:
       sharding: Its device.
-      arrays: Of a plain parameter one, of one that stays FP8 values and scales.
-      block: Of the latter.
-      quantised: What is quantised here.
-      jobs: Each gives the bytes that it has read.
-      mapped_bytes: Left in the file.
+      arrays: One for a plain parameter, values and scales for one that stays FP8.
+      block: The block size of the latter.
+      quantised: A weight that is quantised here.
+      jobs: Each returns the bytes that it has read.
+      mapped_bytes: Bytes left in the file.
     """
 
     sharding: NamedSharding | None
@@ -144,7 +144,7 @@ class _Pending:
     mapped_bytes: int = 0
 
     def place(self) -> Shaped[Array, "..."] | BlockScaled | PackedInt4:
-        """The parameter as JAX has it, in the memory it was read to; nothing is copied."""
+        """The parameter as a JAX array, in the memory it was read into; nothing is copied."""
         if self.quantised is not None:
             return self.quantised.place(self.sharding)
         arrays = [jax.device_put(array, self.sharding, may_alias=True) for array in self.arrays]

@@ -1,6 +1,6 @@
-"""What a checkpoint holds, and whether it is the model of its configuration. Only headers are read, never a weight.
+"""What a checkpoint holds, and whether it matches its configuration. Only headers are read, never weights.
 
-It takes the released layout, one safetensors file, and our Orbax form.
+Handles the released layout, a single safetensors file, and our Orbax form.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class WeightFile:
 
     Attributes:
       tensors: Names, in file order.
-      num_bytes: Length, headers included.
-      disk_bytes: What it takes of the disk; less than `num_bytes` if it has holes.
+      num_bytes: Length, including headers.
+      disk_bytes: Space it takes on the disk; less than `num_bytes` if it has holes.
     """
 
     tensors: tuple[str, ...]
@@ -48,12 +48,12 @@ class Inspection:
 
     Attributes:
       path: The folder or file.
-      config: The model that is meant; None if there is no usable `config.json`.
-      tensors: Name -> dtype, shape and place.
+      config: The intended model; None if there is no usable `config.json`.
+      tensors: Name -> dtype, shape and location.
       form: "released layout" or "Orbax".
       files: Weight files by name; for Orbax the folders of the arrays.
-      problems: What keeps the folder from being that model: a title for each kind, and all cases of it.
-      notes: What is worth knowing but no error.
+      problems: What keeps the folder from being that model: a title for each kind, and all its cases.
+      notes: Things worth knowing that are not errors.
     """
 
     path: pathlib.Path
@@ -71,7 +71,7 @@ class Inspection:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Parameters of each of `PARTS`, and their "total". Scales are none."""
+        """Parameters of each of `PARTS`, and their "total". Scales do not count."""
         counts = dict.fromkeys(PARTS, 0)
         for name, info in self.tensors.items():
             if not name.endswith(SCALE_SUFFIX):
@@ -89,7 +89,7 @@ class Inspection:
 
     @property
     def num_fp8(self) -> int:
-        """Tensors that are FP8."""
+        """The FP8 tensors."""
         return sum(info.dtype == FP8_DTYPE for info in self.tensors.values())
 
     @property
@@ -102,14 +102,14 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
     """Reads the headers of a checkpoint and compares them with its `config.json`.
 
     Args:
-      path: A model folder in the released layout or in our Orbax form; or one safetensors file, of which only what it
-        holds is checked, by the `config.json` beside it if there is one.
+      path: A model folder in the released layout or in our Orbax form; or one safetensors file, of which only the
+        contents are checked, against the `config.json` next to it if there is one.
 
     Returns:
-      What was found, damage included.
+      What was found, including damage.
 
     Raises:
-      ValueError: If there is nothing at `path`, or nothing that could be a checkpoint.
+      ValueError: If there is nothing at `path`, or it cannot be a checkpoint.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -122,13 +122,13 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
         is_whole = path.name == SINGLE_FILE
         return _report(path, path.parent, "released layout", tensors, files, damage, is_whole=is_whole)
     if path.exists():
-        raise ValueError(f"{path} is no checkpoint: give a model folder or a .safetensors file")
+        raise ValueError(f"{path} is not a checkpoint: give a model folder or a .safetensors file")
     advice = download_advice(path) or "; give a model folder or a .safetensors file"
     raise ValueError(f"there is nothing at {path}{advice}")
 
 
 def collapse(items: Iterable[str]) -> list[str]:
-    """Brings lines together that differ in their layer alone: "model.layers.{0-3,60}.mlp.up_proj.weight"."""
+    """Merges lines that differ only in their layer: "model.layers.{0-3,60}.mlp.up_proj.weight"."""
     groups: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
     result: dict[tuple[str, str], str | None] = {}
     for item in items:
@@ -164,7 +164,7 @@ def _report(
         except ValueError as error:
             problems["config.json"] = [str(error)]
     else:
-        notes.append("there is no config.json beside it, so nothing could be compared")
+        notes.append("there is no config.json next to it, so nothing could be compared")
     if config is not None:
         config = _compare(tensors, config, problems, notes, is_whole=is_whole)
     return Inspection(path, config, tensors, form, files, problems, notes)
@@ -198,7 +198,7 @@ def _read_orbax(folder: pathlib.Path) -> tuple[dict[str, TensorInfo], dict[str, 
     with OrbaxCheckpoint(folder) as checkpoint:
         for name, place in checkpoint.places.items():
             if isinstance(place, Placement):
-                # Reading a chunk that is not there would give zeros.
+                # Reading a missing chunk would give zeros.
                 files[place.path.name] = _read_chunks(name, place, damage)
             else:
                 files[name] = WeightFile((name,), place.num_bytes, place.num_bytes)
@@ -239,13 +239,13 @@ def _compare(
     *,
     is_whole: bool,
 ) -> ModelConfig:
-    """Adds what does not fit to `problems` and `notes`; gives the configuration of what is there."""
+    """Adds mismatches to `problems` and `notes`; returns the configuration of what is there."""
     if is_whole and config.vision is not None and not has_vision(tensors):
         notes.append("it has no vision tensors, so it loads as a text-only model")
         config = dataclasses.replace(config, vision=None)
     differences = find_differences(tensors, config)
     if not is_whole:
-        # The rest may be in other files, and so may the weights of these scales.
+        # The other tensors may be in other files, and so may the weights of these scales.
         for title, items in differences.items():
             kept = [] if title.endswith("missing") else [name for name in items if not name.endswith(SCALE_SUFFIX)]
             problems |= {title: kept} if kept else {}
@@ -253,7 +253,7 @@ def _compare(
         problems |= differences
     has_fp8 = any(info.dtype == FP8_DTYPE for info in tensors.values())
     if has_fp8 and config.quantization is None:
-        problems["FP8"] = ["config.json has no quantization_config, though there are FP8 tensors"]
+        problems["FP8"] = ["config.json has no quantization_config, although there are FP8 tensors"]
     if config.quantization is not None and not has_fp8 and is_whole:
         notes.append("config.json has a quantization_config, but no tensor is FP8")
     return config
@@ -262,18 +262,18 @@ def _compare(
 def _note_unread(folder: pathlib.Path, files: dict[str, WeightFile]) -> list[str]:
     unread = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in files)
     if (folder / SINGLE_FILE).exists() and (folder / INDEX_FILE).exists():
-        return [f"there are {SINGLE_FILE} and {INDEX_FILE}; the former is read, the shards are not"]
+        return [f"there are {SINGLE_FILE} and {INDEX_FILE}; the former is read, the shards are ignored"]
     if files and not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
-        return [f"there is no {INDEX_FILE}; the shards are known by their names"]
+        return [f"there is no {INDEX_FILE}; the shards are found by their names"]
     if not unread:
         return []
     more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
-    return [f"not read, for the index does not name them or they are damaged: {', '.join(unread[:5])}{more}"]
+    return [f"not read, because the index does not name them or they are damaged: {', '.join(unread[:5])}{more}"]
 
 
 def _note_holes(files: dict[str, WeightFile]) -> list[str]:
     held, length = sum(file.disk_bytes for file in files.values()), sum(file.num_bytes for file in files.values())
-    # Some file systems compress or count in other blocks: a little less is no hole.
+    # Some file systems compress or count in other blocks: slightly less does not mean a hole.
     if held >= 0.5 * length:
         return []
     return [f"the files have holes: {held:,} of {length:,} bytes are on the disk, the rest reads as zeros"]
@@ -291,7 +291,7 @@ def _is_quantisable(name: str) -> bool:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "{0-2,5}"; one number stays as it is."""
+    """[0, 1, 2, 5] -> "{0-2,5}"; a single number is unchanged."""
     if len(numbers) == 1:
         return str(numbers[0])
     runs: list[list[int]] = []

@@ -1,7 +1,7 @@
-"""Loading a checkpoint: everything is checked first, then tensors go band by band from the disk to their devices.
+"""Loads a checkpoint: everything is checked first, then tensors go band by band from the disk to their devices.
 
-To a CPU weights go as `host` says. For accelerators host memory never holds the model. What it holds at a time is, for each
-of the threads, one slice (one expert of a stack, one matrix, or a device's part of it) and its copy in the wanted dtype.
+`host` loads weights for a CPU. For accelerators, host memory never holds the whole model, only, for each
+thread, one slice (one expert of a stack, one matrix, or a device's part of it) and its copy in the target dtype.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ _LOGGER = logging.getLogger(__name__)
 
 NUM_READERS = 4
 PLAIN_DTYPES = ("BF16", "F32", "F16", "F64")
-# The release has float32; some tools store scales as the other tensors, or as powers of two. All become float32.
+# The release has float32; some tools store scales like other tensors, or as powers of two. All become float32.
 SCALE_DTYPES = (*PLAIN_DTYPES, "F8_E8M0")
-# Buffers that old tools store though they follow from the configuration.
+# Buffers that old tools store although they follow from the configuration.
 IGNORED_SUFFIXES = (
     "rotary_emb.inv_freq",
     "rotary_emb.cos_cached",
@@ -87,36 +87,37 @@ def load_model(
 
     Args:
       path: Folder with `config.json` and `model.safetensors`, or shards and their index, or `weights/`. A checkpoint
-        without any vision tensor gives a text-only model.
-      dtype: "float32" or "bfloat16", of activations, and of weights that are held in no form of their own; the
+        without any vision tensors gives a text-only model.
+      dtype: "float32" or "bfloat16", for activations and for weights without a quantised form; the
         configuration's if absent.
       quantization: How linear weights are held. "none": in `dtype`, dequantised here. "stored": FP8 and, on a CPU whose
-        kernels take it, bfloat16 as in the file. "fp8", "int8", "int4": quantised here, tensor by tensor, if they are not;
-        on CPUs alone. "auto": "stored" where the device's kernels multiply it, else "none".
-      load_format: "auto" copies. "mmap" leaves on a CPU what needs no change in its file, which must then stay unchanged.
+        kernels take it, bfloat16 as in the file. "fp8", "int8", "int4": quantised here, tensor by tensor, if they are
+        not yet; only on CPUs. "auto": "stored" where the device's kernels multiply it, else "none".
+      load_format: "auto" copies. "mmap", on a CPU, leaves weights that need no change in their file, which must not be
+        modified.
       shardings: Where each parameter goes, by its path in the model (see `names`); each host then reads only the parts
-        its devices hold. One with more axes than the tensor is for its heads, see `layout.table.view_shape`. If absent, all
-        goes to the default device.
-      layout: The same, from a parallel setting: head and vision tower are filled up with zeros where they do not divide.
-      arrangement: How the decoder's layers lie; by default whichever is best where the weights go, see `Arrangement.of`.
-      text_only: Whether the vision tower and the projector are left on the disk.
+        its devices hold. One with more axes than the tensor shards its heads, see `layout.table.view_shape`. If absent,
+        everything goes to the default device.
+      layout: The same, from a parallel setting: head and vision tower are padded with zeros where they do not divide.
+      arrangement: How the decoder's layers are arranged; by default as is best for the devices, see `Arrangement.of`.
+      text_only: Whether to skip the vision tower and the projector.
       progress: Whether to show a bar with bytes and rate.
 
     Returns:
-      The model; `model.config` tells its dtype, whether it is text-only and whether it is quantised.
+      The model; `model.config` says its dtype, whether it is text-only and whether it is quantised.
 
     Raises:
-      ValueError: If `path` is no model folder, the configuration is wrong, or tensors are missing, superfluous, damaged,
+      ValueError: If `path` is not a model folder, the configuration is wrong, or tensors are missing, superfluous, damaged,
         of the wrong shape or dtype: all of them are listed. Also if the layout does not divide the model.
     """
     claim_memory()
     if shardings is not None and layout is not None:
         raise ValueError("shardings and layout both say where parameters go: give one of them")
-    # Says what is missing where JAX_PLATFORMS asks for what is not there.
+    # Says what is missing if JAX_PLATFORMS names a platform that is not there.
     find_devices()
     folder = require_folder(resources.find_folder(path))
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is no model folder: it holds no config.json")
+        raise ValueError(f"{folder} is not a model folder: it has no config.json")
     config = ModelConfig.load(folder)
     dtype_name = _dtype_name(config.dtype if dtype is None else dtype)
     with OrbaxCheckpoint(folder) if is_orbax(folder) else Checkpoint(folder) as checkpoint:
@@ -127,7 +128,7 @@ def load_model(
             config = dataclasses.replace(config, vision=None)
         problems = find_problems(tensors, config)
         if problems:
-            raise ValueError(f"{folder} does not hold the model of its config.json: " + "; ".join(problems))
+            raise ValueError(f"{folder} does not match its config.json: " + "; ".join(problems))
         has_fp8 = any(info.dtype == FP8_DTYPE for info in tensors.values())
         block = config.quantization.weight_block_size if config.quantization is not None else (128, 128)
         config = dataclasses.replace(config, dtype=dtype_name)
@@ -175,14 +176,14 @@ def find_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> lis
     found = find_differences(tensors, config)
     problems = [summarise(title, items) for title, items in found.items()]
     if config.quantization is None and any(info.dtype == FP8_DTYPE for info in tensors.values()):
-        problems.append("config.json has no quantization_config, though there are FP8 tensors")
+        problems.append("config.json has no quantization_config, although there are FP8 tensors")
     return problems
 
 
 def find_differences(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, list[str]]:
-    """Every tensor that is missing, extra, or of the wrong shape or dtype, sorted, under a title for each kind.
+    """Every tensor that is missing, extra, or of the wrong shape or dtype, sorted, with a title for each kind.
 
-    FP8 goes by each tensor's own dtype, not by a rule: a checkpoint may quantise some of the linear weights only.
+    FP8 is decided by each tensor's own dtype, not by a rule: a checkpoint may quantise only some of the linear weights.
     """
     expected = expected_tensors(config)
     block = config.quantization.weight_block_size if config.quantization is not None else (128, 128)
@@ -204,7 +205,7 @@ def find_differences(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> 
             wrong_dtype.append(f"{name} is {tensors[name].dtype}, {' or '.join(SCALE_DTYPES)} needed")
     groups = {
         "tensors missing": missing,
-        "tensors it should not have (scales belong to FP8 tensors alone)": extra,
+        "tensors it should not have (only FP8 tensors have scales)": extra,
         "tensors of the wrong shape": wrong_shape,
         "tensors of the wrong dtype": wrong_dtype,
     }
@@ -230,7 +231,7 @@ def _place_of(sharding: NamedSharding | None) -> Place:
 
 
 def _find_obstacle(fp8_block: tuple[int, int] | None) -> str | None:
-    """Why the CPU kernels cannot multiply a checkpoint's weights, whose FP8 has scales of such blocks; None if they can."""
+    """Why the CPU kernels cannot multiply a checkpoint's weights, with FP8 scales of this block size; None if they can."""
     if fp8_block is not None and fp8_block not in FP8_BLOCKS:
         return f"they take FP8 in blocks of {FP8_BLOCKS[0]}, not of {fp8_block}"
     kernels = find_kernels()
@@ -238,13 +239,13 @@ def _find_obstacle(fp8_block: tuple[int, int] | None) -> str | None:
 
 
 def _held_dtype(place: Place, places: Iterable[Place], dtype: str) -> np.dtype:
-    """What weights without a form of their own are in; beside a GPU a CPU computes in float32."""
+    """The dtype of weights without a quantised form; next to a GPU, a CPU computes in float32."""
     is_beside = place.platform == "cpu" and any(other.platform != "cpu" for other in places)
     return np.dtype("float32" if is_beside else dtype)
 
 
 def _choose_arrangement(places: Collection[Place], dtype: str) -> Arrangement:
-    """How layers lie by default; beside weights on a CPU, whose kernels read them one by one, those of a GPU are apart."""
+    """How layers are arranged by default; if some weights are on a CPU, whose kernels read layers one by one, unstacked."""
     fastest = next((place.platform for place in places if place.platform != "cpu"), "cpu")
     arrangement = Arrangement.of(fastest, dtype)
     is_mixed = len({place.platform for place in places}) > 1
@@ -261,7 +262,7 @@ def _fill(
     stacks: bool,
     progress: bool,
 ) -> None:
-    """Reads every parameter; no memory is ever taken for random weights. Layers for accelerators go straight to stacks."""
+    """Reads every parameter; random weights are never allocated. Layers for accelerators go straight into stacks."""
     flat, vision = parameters_of(model), model.config.vision
     tensors = next(iter(readers.values())).checkpoint.tensors
     bar = tqdm(
@@ -283,7 +284,7 @@ def _fill(
                 value = _load_parameter(readers[places[path]], path, sharding, vision)
                 return value if filler is None else filler.put(path, value)
 
-            # Of what other processes hold alone nothing is read.
+            # Parameters that only other processes hold are not read.
             here = {path for path in flat if places[path].is_host and _is_held_here(shardings, path)}
             jobs = {pool.submit(load, path): path for path in flat if path not in here}
             for place, reader in readers.items():
@@ -304,7 +305,7 @@ def _fill(
 
 
 def _is_held_here(shardings: Mapping[Path, NamedSharding] | None, path: Path) -> bool:
-    """Whether devices of this process hold a part of a parameter."""
+    """Whether this process's devices hold a part of a parameter."""
     return shardings is None or bool(shardings[path].addressable_devices)
 
 
@@ -318,7 +319,7 @@ def _check_memory(
     reason: str,
     vision: VisionConfig | None,
 ) -> None:
-    """Refuses weights that this machine's memory cannot hold, where they go there: it would end the process."""
+    """Refuses weights that do not fit in this machine's memory, where they go there: the system would kill the process."""
     needed = 0
     for path in flat:
         place, name = places[path], released_name(path)
@@ -333,14 +334,14 @@ def _check_memory(
     if left is not None and needed > left:
         folder = next(iter(readers.values())).checkpoint.folder
         raise ValueError(
-            f"{folder}: its weights take {format_bytes(needed)} of memory ({reason}), and {format_bytes(left)} are left "
-            "here: a smaller quantization or load_format mmap needs less; else take a machine or devices with more, or a "
+            f"{folder}: its weights take {format_bytes(needed)} of memory ({reason}), but {format_bytes(left)} are left "
+            "here: a smaller quantization or load_format mmap needs less; else use a machine or devices with more, or a "
             "smaller checkpoint"
         )
 
 
 def _host_bytes(reader: TensorReader, name: str, load_format: str) -> int:
-    """Memory of this machine that a parameter takes, in one piece; none where it stays in its file."""
+    """Memory of this machine that an unsharded parameter takes; 0 where it stays in its file."""
     if load_format != "mmap" or not reader.is_unchanged(name):
         return reader.held_bytes(name)
     is_kept, places = reader.is_kept(name), reader.checkpoint.places
@@ -359,7 +360,7 @@ def _shard_bytes(
     itemsize = (reader.kept_dtype(name) if is_kept else reader.dtype).itemsize
     padded = padded_shape(view_shape(shape, path, len(sharding.spec), vision), sharding)
     found = math.prod(sharding.shard_shape(padded)) * itemsize * len(sharding.addressable_devices)
-    # Scales are few: they count whole.
+    # Scales are small: count them in full.
     return found + (4 * math.prod(reader.checkpoint.tensors[scale_name(name)].shape) if is_kept else 0)
 
 
@@ -383,7 +384,7 @@ def _place(
     sharding: NamedSharding | None,
     view: tuple[int, ...] | None = None,
 ) -> Shaped[Array, "..."]:
-    """Puts a tensor on its devices, part by part; `dtype` None leaves it as stored, `view` None in its own shape."""
+    """Puts a tensor on its devices, part by part; `dtype` None keeps the stored dtype, `view` None its own shape."""
     info = reader.checkpoint.tensors[name]
     read = (
         functools.partial(reader.stored, name)
@@ -401,7 +402,7 @@ def _place(
             array = _set_slice(array, read((expert, slice(None), slice(None))), expert)
     else:
         array = jax.device_put(read((slice(None),) * len(info.shape)))
-    # Waiting here is what bounds the host memory that transfers hold on to.
+    # Waiting here bounds the host memory that transfers hold.
     return array.block_until_ready()
 
 
@@ -413,20 +414,20 @@ def _place_parts(
     *,
     is_scale: bool,
 ) -> Shaped[Array, "..."]:
-    """Every device of this process asks for its part alone, and what several of them hold is read once."""
+    """Each device of this process gets only its own part, and a part that several of them hold is read once."""
     if is_scale:
         sharding, padded = _fit(sharding, shape), shape
     else:
         padded = padded_shape(shape, sharding)
     if not sharding.addressable_devices:
-        # `make_array_from_callback` would ask for all of an array that every device has a copy of.
+        # `make_array_from_callback` would request all of a replicated array from every device.
         return jax.make_array_from_single_device_arrays(padded, sharding, [], dtype=dtype)
     parts: dict[tuple[tuple[int, int, int], ...], Shaped[np.ndarray, "..."]] = {}
 
     def read_part(index: tuple[slice, ...] | None) -> Shaped[np.ndarray, "..."]:
         key = tuple(part.indices(size) for part, size in zip(index or (), padded, strict=True))
         if key not in parts:
-            # What lies behind the last row is filling.
+            # Everything after the last row is padding.
             bounds = zip(key, shape, strict=True)
             bounded = tuple(slice(min(start, size), min(stop, size)) for (start, stop, _), size in bounds)
             is_filling = any(part.start == part.stop for part in bounded)
@@ -446,7 +447,7 @@ def _set_slice(
 
 
 def _fit(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """`sharding`, or a full copy on each device for scales that are too few to be divided so."""
+    """`sharding`, or a full copy on each device for scales that are too few to be sharded so."""
     try:
         sharding.shard_shape(shape)
     except ValueError:

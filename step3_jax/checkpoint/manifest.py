@@ -1,8 +1,8 @@
-"""The record of a conversion that may be interrupted: what it is, and which parts are written.
+"""The record of an interruptible conversion: what it converts, and which parts are written.
 
-JSON lines. The first says what is converted and how; then one line for each written part, with checksums, and now and
-then a line "synced": all parts before it are on the disk itself. A killed process loses nothing that it wrote, so its
-parts count as they stand; a machine that lost power may have the line and not the data, so parts behind the last
+JSON lines. The first says what is converted and how; then there is one line for each written part, with checksums, and now
+and then a "synced" line: all parts before it are on the disk itself. A killed process loses nothing that it wrote, so
+its parts count without a check; after a power loss the line may be there without the data, so parts after the last
 "synced" are checked before they count.
 """
 
@@ -26,10 +26,10 @@ class Record:
     """One written part.
 
     Attributes:
-      tensor: Name of the tensor it was made from.
+      tensor: Name of the source tensor.
       band: Number of the band.
-      checksums: CRC-32 of what was written, for each tensor that was written to.
-      error: How far the written values are from the source's; None if they are the same.
+      checksums: CRC-32 of the written bytes, for each tensor written to.
+      error: The error of the written values against the source's; None if they are the same.
     """
 
     tensor: str
@@ -39,24 +39,24 @@ class Record:
 
 
 class Manifest:
-    """An open record; one process at a time has it.
+    """An open record, held by one process at a time.
 
     Attributes:
       path: The file.
       records: All parts written so far, by tensor and band.
-      unsynced: Those of them that no "synced" line has covered yet.
-      is_laid_out: Whether the files that parts are written to have been made.
+      unsynced: Those not yet covered by a "synced" line.
+      is_laid_out: Whether the files that parts are written to have been created.
     """
 
     def __init__(self, path: pathlib.Path, about: Mapping[str, object]) -> None:
-        """Opens the record, or begins it.
+        """Opens the record, or starts a new one.
 
         Args:
-          path: The file; it is made if it is not there, or if a kill left not even its first line.
-          about: What is converted and how, as JSON values; an existing record must be of the same.
+          path: The file; it is created if it does not exist, or if a kill left it without even its first line.
+          about: What is converted and how, as JSON values; an existing record must be about the same.
 
         Raises:
-          ValueError: If the record is of something else (the message tells what differs), is damaged, or another
+          ValueError: If the record is about something else (the message says what differs), is damaged, or another
             process has it.
         """
         self.path = path
@@ -79,7 +79,7 @@ class Manifest:
             raise
 
     def add(self, record: Record) -> None:
-        """Writes down a part."""
+        """Records a part."""
         line: dict[str, object] = {"tensor": record.tensor, "band": record.band, "checksums": record.checksums}
         if record.error is not None:
             line["error"] = dataclasses.astuple(record.error)
@@ -87,24 +87,24 @@ class Manifest:
         self.records[record.tensor, record.band] = self.unsynced[record.tensor, record.band] = record
 
     def forget(self, record: Record) -> None:
-        """A part that does not count after all; it is written anew, and its newer line then stands."""
+        """Discards a part that does not count after all; it is written again, and its newer line then counts."""
         self.records.pop((record.tensor, record.band), None)
         self.unsynced.pop((record.tensor, record.band), None)
 
     def mark_laid_out(self) -> None:
-        """Writes down that the files to write to are there."""
+        """Records that the files to write to exist."""
         self._write({"laid_out": True})
         os.fsync(self._descriptor)
         self.is_laid_out = True
 
     def mark_synced(self) -> None:
-        """Writes down that all parts so far are on the disk itself; the caller has seen to it."""
+        """Records that all parts so far are on the disk itself, as the caller has ensured."""
         self._write({"synced": True})
         os.fsync(self._descriptor)
         self.unsynced.clear()
 
     def close(self) -> None:
-        """Closes the file and gives it free."""
+        """Closes the file and releases its lock."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -116,7 +116,7 @@ class Manifest:
         self.close()
 
     def _read_lines(self) -> list[dict[str, object]]:
-        """The whole lines; a last one that a kill cut off is taken away."""
+        """The complete lines; a last one that a kill cut off is removed."""
         data = self.path.read_bytes()
         end = data.rfind(b"\n") + 1
         if end < len(data):
@@ -136,18 +136,18 @@ class Manifest:
     def _check(self, first: Mapping[str, object], about: Mapping[str, object]) -> None:
         folder = self.path.parent
         if first.get("version") != VERSION:
-            raise ValueError(f"{folder} was begun by another version of this tool; remove it to start over")
+            raise ValueError(f"{folder} was started by another version of this tool; remove it to start over")
         for title in about:
             was, now = first.get(title), about[title]
             if was == now:
                 continue
             if not isinstance(was, dict) or not isinstance(now, dict):
-                raise ValueError(f"{folder} was begun with {title} {was}, now it is {now}; remove it to start over")
+                raise ValueError(f"{folder} was started with {title} {was}, now it is {now}; remove it to start over")
             keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
             shown = ", ".join(f"{key} (was {was.get(key)}, is {now.get(key)})" for key in keys[:3])
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ValueError(
-                f"{folder} was begun with another {title}: {shown}{more}; give the same, or remove it to start over"
+                f"{folder} was started with another {title}: {shown}{more}; give the same, or remove it to start over"
             )
 
     def _apply(self, line: dict[str, object]) -> None:
@@ -169,14 +169,14 @@ class Manifest:
             if os.write(self._descriptor, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            # Half a line in the middle of the file would spoil it.
+            # Half a line in the middle would corrupt the file.
             os.ftruncate(self._descriptor, end)
             os.lseek(self._descriptor, end, os.SEEK_SET)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def check_free(path: pathlib.Path) -> None:
-    """Refuses a record that another process is writing; one that is not there is free.
+    """Refuses a record that another process is writing; a missing one is free.
 
     Raises:
       ValueError: If another process has it.

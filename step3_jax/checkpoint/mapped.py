@@ -1,8 +1,8 @@
-"""Weights that stay in their file: it is mapped, and JAX takes the mapped memory as an array of its own.
+"""Weights that stay in their file: it is mapped, and JAX takes the mapped memory as an array.
 
-Nothing is copied, so a model may be larger than memory, and several processes share what the system has read. What is
-given up is that a weight cannot change: whoever writes to the file writes to the model. A file that is cut short takes
-the process with it; `cpu_kernels.watch` has it say why.
+Nothing is copied, so a model may be larger than memory, and several processes share what the system has read. The
+price is that weights are no longer protected: writing to the file changes the model. Truncating the file kills
+the process; `cpu_kernels.watch` makes it say why.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ UNALIGNED = f"not at a multiple of {ALIGNMENT} bytes in its file (step3 convert 
 
 
 class MappedFiles:
-    """Files of a checkpoint, each mapped once, for as long as an array lies in it."""
+    """Files of a checkpoint, each mapped once, for as long as an array uses it."""
 
     def __init__(self) -> None:
         self._maps: dict[pathlib.Path, UInt8[np.ndarray, "bytes"]] = {}
 
     def view(self, place: Placement) -> Shaped[np.ndarray, "..."]:
-        """A tensor that has no obstacle, read-only, in the memory of the map.
+        """A tensor without an obstacle, read-only, in the mapped memory.
 
         Raises:
           ValueError: If the file cannot be mapped.
@@ -44,27 +44,27 @@ class MappedFiles:
 
 
 def find_obstacle(place: Placement | StoredArray, dtype: np.dtype) -> str | None:
-    """Why a tensor cannot be taken as it lies, in a few words; None if it can.
+    """Why a tensor cannot be used in place, in a few words; None if it can.
 
     Args:
-      place: Where it lies.
-      dtype: What it is wanted in.
+      place: Its location.
+      dtype: The dtype it is needed in.
     """
     if DTYPES[place.dtype] != dtype:
         return CAST
     if not isinstance(place, Placement) or place.chunk is not None:
         return CHUNKED
-    # A map begins at a page, so an address has the alignment of the position in the file.
+    # A map starts at a page, so an address has the alignment of its file offset.
     return UNALIGNED if place.offset % ALIGNMENT else None
 
 
 @dataclasses.dataclass
 class LoadReport:
-    """What became of a checkpoint's bytes.
+    """How many bytes of a checkpoint were mapped and copied.
 
     Attributes:
-      mapped_bytes: Left in their files.
-      copied_bytes: By the reason for it; "asked for" without `load_format` mmap.
+      mapped_bytes: Bytes left in their files.
+      copied_bytes: Bytes copied, by reason; "asked for" without `load_format` mmap.
     """
 
     mapped_bytes: int = 0

@@ -1,4 +1,4 @@
-"""Memory: what this process has taken, and what it can still take."""
+"""Memory: what this process uses, and what it can still allocate."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import pathlib
 import resource
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-# What a limit of a control group is above that says "none" in the older form.
+# A cgroup v1 limit above this means "none".
 _NO_LIMIT = 2**60
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process; a guess where the system does not tell."""
+    """Anonymous memory of this process; a guess where the system does not report it."""
     found = _read_table(pathlib.Path("/proc/self/status")).get("RssAnon")
     return 2**29 if found is None else found
 
 
 def available_bytes(root: pathlib.Path = pathlib.Path("/")) -> int | None:
-    """Bytes that this process can still take before the system ends it; None where the system does not tell.
+    """Bytes that this process can still allocate before the system kills it; None where the system does not report it.
 
-    The least of what the machine has left, what its control groups allow, and what `ulimit` does. Cached files count as
-    left, and so does swap.
+    The least of what the machine has left, what its control groups allow, and what `ulimit` allows. Cached files count as
+    free, and so does swap.
 
     Args:
       root: Where `proc` and `sys` are.
@@ -39,13 +39,13 @@ def available_bytes(root: pathlib.Path = pathlib.Path("/")) -> int | None:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """A size as disks are sold: "641.9 GB"."""
+    """A size in decimal units: "641.9 GB"."""
     power = min((len(str(num_bytes)) - 1) // 3, len(_UNITS) - 1)
     return f"{num_bytes / 1000**power:.1f} {_UNITS[power]}" if power else f"{num_bytes} B"
 
 
 def _group_bytes(root: pathlib.Path) -> list[int]:
-    """What each control group of this process has left, in the form of today and in the older one."""
+    """What each control group of this process has left, for cgroup v2 and v1."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -61,7 +61,7 @@ def _group_bytes(root: pathlib.Path) -> list[int]:
         elif controllers:
             continue
         parts = [part for part in path.split("/") if part not in ("", "..")]
-        # In a container the group may be mounted as the root, and the path be that of outside.
+        # In a container the group may be mounted as the root, while the path is the host's.
         for depth in range(len(parts) + 1):
             left = _group_left(base.joinpath(*parts[:depth]), *names)
             if left is not None:
@@ -83,7 +83,7 @@ def _group_left(folder: pathlib.Path, limit: str, usage: str, cached: tuple[str,
 
 
 def _read_table(path: pathlib.Path) -> dict[str, int]:
-    """A table of the system, "MemFree:  123 kB", in bytes; empty where there is none."""
+    """A system table of lines like "MemFree:  123 kB", in bytes; empty if it does not exist."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:

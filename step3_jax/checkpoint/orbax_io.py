@@ -1,11 +1,11 @@
-"""The Orbax form of a checkpoint: a model folder whose weights are an Orbax item in `weights/`.
+"""The Orbax form of a checkpoint: a model folder with the weights as an Orbax item in `weights/`.
 
-Orbax writes whole arrays only; a stack of experts is 3.5 GB. So the item is made here, in the plainest layout Orbax
-restores: one folder an array, uncompressed Zarr chunks, a list of the arrays. Chunks are cut along the axes that meshes
-divide, so that a process reads the bytes of its own shards and hardly more.
+Orbax writes only whole arrays; a stack of experts is 3.5 GB. So the item is made here, in the plainest layout that Orbax
+restores: one folder per array, uncompressed Zarr chunks, a list of the arrays. Chunks are cut along the axes that meshes
+shard, so that a process reads the bytes of its own shards and hardly more.
 
-The tree is that of `Step3`'s parameters, as nested dicts; a quantised weight is {"values", "scales"}. Items that Orbax
-wrote itself (a training run's) are read too, through tensorstore.
+The tree is `Step3`'s parameters as nested dicts; a quantised weight is {"values", "scales"}. Items that Orbax
+wrote itself (in a training run) are read too, through tensorstore.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from step3_jax.quant import BlockScaled
 WEIGHTS = "weights"
 TREE_FILE = "_METADATA"
 ABOUT_FILE = "_CHECKPOINT_METADATA"
-# Axes that meshes divide: experts, expert widths, dense and shared widths, query heads, vocabulary, the tower's MLP.
+# Axes that meshes shard: experts, expert widths, dense and shared widths, query heads, vocabulary, the tower's MLP.
 DIVIDED = frozenset("EFGIQVM")
 NUM_PARTS = 8
 SMALL_BYTES = 2**20
 MAX_CHUNK_BYTES = 2**25
-# Where an item may stand: the folder itself, ours, and what training and checkpoint managers call it.
+# Where an item may be: the folder itself, ours, and the names that training and checkpoint managers use.
 ITEM_NAMES = ("", WEIGHTS, "state", "default", "params")
 
 
 class OrbaxCheckpoint:
-    """The weights of an Orbax item, by their released names; reads like `shards.Checkpoint`.
+    """The weights of an Orbax item by their released names; has the interface of `shards.Checkpoint`.
 
     Attributes:
       folder: The item.
       tensors: Name -> dtype, shape and bytes.
-      places: Name -> where it lies.
+      places: Name -> its location.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -59,7 +59,7 @@ class OrbaxCheckpoint:
         """
         item = find_item(pathlib.Path(folder))
         if item is None:
-            raise ValueError(f"{folder} holds no Orbax checkpoint: there is no {TREE_FILE} in it or in {WEIGHTS}/")
+            raise ValueError(f"{folder} has no Orbax checkpoint: there is no {TREE_FILE} in it or in {WEIGHTS}/")
         self.folder = item
         tree = read_json(item / TREE_FILE)
         keys = _tree_keys(tree, item)
@@ -72,7 +72,7 @@ class OrbaxCheckpoint:
         }
 
     def read(self, name: str, index: Index = ...) -> Shaped[np.ndarray, "..."]:
-        """A tensor, or a part of it; only the chunks it lies in are read.
+        """A tensor, or a part of it; only the chunks that hold it are read.
 
         Raises:
           ValueError: If there is no such tensor, or a chunk of it is missing or truncated.
@@ -85,7 +85,7 @@ class OrbaxCheckpoint:
         return values[tuple(0 if dropped else slice(None) for dropped in drop)]
 
     def close(self) -> None:
-        """Nothing is kept open; for symmetry with `shards.Checkpoint`."""
+        """Does nothing, as nothing is kept open; for symmetry with `shards.Checkpoint`."""
 
     def __enter__(self) -> OrbaxCheckpoint:
         return self
@@ -95,7 +95,7 @@ class OrbaxCheckpoint:
 
 
 def is_orbax(folder: pathlib.Path) -> bool:
-    """Whether a folder's weights are read as an Orbax item: it has one, and nothing of the released layout."""
+    """Whether a folder's weights are read as an Orbax item: it has one, and nothing in the released layout."""
     return not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)) and find_item(folder) is not None
 
 
@@ -110,12 +110,12 @@ def find_item(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> Matrices:
-    """The chunk files of a tensor: divided axes in eight, no chunk over 32 MiB, nothing small divided.
+    """The chunk shape of a tensor: sharded axes in eight parts, no chunk over 32 MiB, small tensors in one piece.
 
     Args:
       name: Released name.
-      shape: Of the tensor.
-      itemsize: Bytes of an element.
+      shape: Shape of the tensor.
+      itemsize: Bytes per element.
     """
     matrices, rows, columns = as_matrices(shape)
     if matrices * rows * columns * itemsize <= SMALL_BYTES:
@@ -132,7 +132,7 @@ def chunk_shape(name: str, shape: tuple[int, ...], itemsize: int) -> Matrices:
 
 
 def tree_path(name: str) -> tuple[str, ...]:
-    """Keys of a released tensor in the Orbax tree; values and scales of an FP8 weight are told apart by `is_fp8`."""
+    """Keys of a released tensor in the Orbax tree; `is_fp8` distinguishes values and scales of an FP8 weight."""
     if name.endswith(SCALE_SUFFIX):
         return (*tree_path(name.removesuffix(SCALE_SUFFIX)), "scales")
     return tuple(str(part) for part in our_path(name))
@@ -154,9 +154,9 @@ def place_arrays(tensors: Mapping[str, tuple[str, tuple[int, ...]]], item: pathl
 
 
 def write_item(places: Mapping[str, Placement], item: pathlib.Path) -> None:
-    """Makes the item around the chunk files: array folders with their Zarr headers, and Orbax's list of the arrays.
+    """Creates the item around the chunk files: array folders with their Zarr headers, and Orbax's list of the arrays.
 
-    To be brought to the disk, and renamed, by the caller.
+    The caller syncs it to the disk and renames it.
     """
     entries = {}
     for place in places.values():
@@ -166,7 +166,7 @@ def write_item(places: Mapping[str, Placement], item: pathlib.Path) -> None:
         entries[str(keys)] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],
             "value_metadata": {
-                # What it becomes when no sharding is given; with "jax.Array" that would be an error.
+                # The type it is restored as without a sharding; with "jax.Array" that would be an error.
                 "value_type": "np.ndarray",
                 "skip_deserialize": False,
                 "write_shape": list(place.shape),
@@ -195,18 +195,18 @@ def write_item(places: Mapping[str, Placement], item: pathlib.Path) -> None:
 def restore_parameters(
     folder: str | os.PathLike[str], shardings: Mapping[Path, NamedSharding], *, block: tuple[int, int] = (128, 128)
 ) -> dict[Path, Array | BlockScaled]:
-    """Restores some parameters with Orbax, straight to their devices: a text-only model, or one role of several.
+    """Restores some parameters with Orbax, straight to their devices: a text-only model, or one of several roles.
 
     Args:
       folder: As for `OrbaxCheckpoint`; one of ours, whose tree is the model's.
       shardings: Where each wanted parameter goes, by its path in the model; the others are not read.
-      block: Rows and columns of a block of FP8 weights, as config.json has them.
+      block: Rows and columns of a block of FP8 weights, as in config.json.
 
     Returns:
-      The parameters in the dtype they are stored in.
+      The parameters in their stored dtype.
 
     Raises:
-      ValueError: If the checkpoint has no such parameter, or is none of ours.
+      ValueError: If the checkpoint has no such parameter, or is not one of ours.
     """
     checkpoint = OrbaxCheckpoint(folder)
     wanted: PyTree = {}
@@ -216,7 +216,7 @@ def restore_parameters(
             raise ValueError(f"{checkpoint.folder} has no tensor {name}")
         if len(sharding.spec) > len(checkpoint.tensors[name].shape):
             raise ValueError(
-                f"{name} is sharded across heads, which are no axis of what is stored; load_model reads it so"
+                f"{name} is sharded across heads, which are not an axis of the stored tensor; load_model can read it so"
             )
         scales = scale_name(name)
         for part in (name, scales) if scales in checkpoint.tensors else (name,):
@@ -255,7 +255,7 @@ def _insert(tree: PyTree, keys: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> 
 def _parameter_names(keys: Mapping[str, list[str]], item: pathlib.Path) -> dict[str, str]:
     """Entry of the tree -> released name, for the one part of the tree that is the model's parameters.
 
-    A training state has the optimiser's moments beside them, in trees of the same form.
+    A training state also has the optimiser's moments, in trees of the same structure.
     """
     groups: dict[tuple[str, ...], dict[str, str]] = {}
     for entry, path in keys.items():
@@ -265,17 +265,17 @@ def _parameter_names(keys: Mapping[str, list[str]], item: pathlib.Path) -> dict[
             groups.setdefault(prefix, {})[entry] = name
     groups = {prefix: names for prefix, names in groups.items() if "optimizer" not in prefix}
     if not groups:
-        raise ValueError(f"{item} holds no parameters of Step3")
+        raise ValueError(f"{item} has no parameters of Step3")
     most = max(len(names) for names in groups.values())
     best = [prefix for prefix, names in groups.items() if len(names) == most]
     if len(best) > 1:
         shown = ", ".join(".".join(prefix) or "(top)" for prefix in best)
-        raise ValueError(f"{item} holds several sets of parameters ({shown}), and nothing tells which is the model")
+        raise ValueError(f"{item} has several sets of parameters ({shown}), and nothing says which is the model")
     return groups[best[0]]
 
 
 def _released(path: list[str]) -> tuple[tuple[str, ...], str] | None:
-    """Prefix before the model's tree, and the released name; None for what is no parameter."""
+    """Prefix before the model's tree, and the released name; None for an entry that is not a parameter."""
     suffix = ""
     if path[-1] == "scales":
         path, suffix = path[:-1], SCALE_SUFFIX
@@ -290,7 +290,7 @@ def _released(path: list[str]) -> tuple[tuple[str, ...], str] | None:
 
 
 def _slices(index: Index, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[bool, ...]]:
-    """A basic index as one slice for each axis, and which axes a number has taken away."""
+    """A basic index as one slice per axis, and the axes that an integer removed."""
     items = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in items:
         place = next(number for number, item in enumerate(items) if item is Ellipsis)
@@ -315,7 +315,7 @@ def _newest_step(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def _tree_keys(tree: Mapping[str, object], item: pathlib.Path) -> dict[str, list[str]]:
-    """Entry of the tree -> its keys, which become file names here and may come from anyone."""
+    """Entry of the tree -> its keys, which become file names here and are untrusted."""
     entries = tree.get("tree_metadata")
     if not isinstance(entries, dict):
         raise ValueError(f"{item / TREE_FILE} is damaged: it has no tree_metadata")
@@ -324,7 +324,7 @@ def _tree_keys(tree: Mapping[str, object], item: pathlib.Path) -> dict[str, list
         try:
             keys[entry] = [str(key) for key in ast.literal_eval(entry)]
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            raise ValueError(f"{item / TREE_FILE} is damaged: {entry[:100]!r} is no list of keys") from None
+            raise ValueError(f"{item / TREE_FILE} is damaged: {entry[:100]!r} is not a list of keys") from None
         if not keys[entry] or any(mark in key for key in keys[entry] for mark in "/\\\0"):
             raise ValueError(f"{item / TREE_FILE} names {entry[:100]!r}; only plain names are allowed")
     return keys

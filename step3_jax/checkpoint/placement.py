@@ -1,10 +1,10 @@
-"""Where a tensor's bytes lie on disk, and reading and writing them band by band.
+"""Where a tensor's bytes are on disk, and how to read and write them band by band.
 
-A tensor is seen as a stack of matrices [M, R, C]: (n,) is one row, (r, c) one matrix, (e, r, c) a stack, and anything
-with more axes one matrix of all that follows the first axis. It lies in one piece in a file (a safetensors shard), or
+A tensor is viewed as a stack of matrices [M, R, C]: (n,) is one row, (r, c) one matrix, (e, r, c) a stack, and anything
+with more axes is one matrix, with all axes after the first merged. It is contiguous in a file (a safetensors shard), or
 in chunk files that are pieces of the same view (uncompressed Zarr). A band is whole matrices, or rows of one matrix:
-contiguous in the first case, one contiguous range of each chunk in the second. So both forms are read with `pread` and
-written with `pwrite` alone, by any number of threads, and what is written twice is written equal.
+contiguous in the first case, one contiguous range of each chunk in the second. So both forms are read with just `pread`
+and written with just `pwrite`, by any number of threads, and bytes written twice are equal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Matrices = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """A part of a tensor: rows `start` to `stop` of each of the matrices `first` to `last` (the ends not included).
+    """A part of a tensor: rows `start` to `stop` of each of the matrices `first` to `last` (half-open ranges).
 
     With more than one matrix the rows are all rows.
     """
@@ -40,17 +40,17 @@ class Band:
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """Its place in the tensor, without the columns."""
+        """Its index in the tensor, without the columns."""
         return slice(self.first, self.last), slice(self.start, self.stop)
 
     def within(self, other: Band) -> Band:
-        """The same rows, counted from the beginning of another band."""
+        """The same rows, counted from the start of another band."""
         return Band(
             self.first - other.first, self.last - other.first, self.start - other.start, self.stop - other.start
         )
 
     def scaled(self, rows: int) -> Band:
-        """The band of the scales, one row for each `rows` rows of the values."""
+        """The band of the scales, one row per `rows` rows of the values."""
         return Band(self.first, self.last, self.start // rows, -(-self.stop // rows))
 
     def cut(self, row_bytes: int, *, max_bytes: int, multiple: int = 1) -> list[Band]:
@@ -83,9 +83,9 @@ def cut_bands(shape: tuple[int, ...], itemsize: int, *, max_bytes: int, multiple
     """Cuts a tensor into bands of at most `max_bytes`, in order.
 
     Args:
-      shape: Of the tensor.
-      itemsize: Bytes of an element; the larger one, if it is read in one dtype and written in another.
-      max_bytes: Of a band; a band has at least `multiple` rows all the same.
+      shape: Shape of the tensor.
+      itemsize: Bytes per element; the larger one, if it is read in one dtype and written in another.
+      max_bytes: Most bytes of a band, which nevertheless has at least `multiple` rows.
       multiple: Rows that must stay together: a band starts at a multiple of it.
     """
     matrices, rows, columns = as_matrices(shape)
@@ -102,7 +102,7 @@ class Placement:
       shape: Lengths of the axes.
       path: The file, or with `chunk` the folder of the chunk files.
       offset: First byte in the file; 0 with `chunk`.
-      chunk: Matrices, rows and columns of a chunk file; None if all is in one piece. Columns divide the tensor's; a
+      chunk: Matrices, rows and columns of a chunk file; None if the tensor is contiguous. Columns divide the tensor's; a
         chunk of several matrices has all their rows.
     """
 
@@ -117,7 +117,7 @@ class Placement:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def read(self, band: Band, buffers: Buffers | None = None, name: str = "values") -> Shaped[np.ndarray, "M R C"]:
-        """A band in memory of its own, or in that of `buffers`, where it stays until `name` is read again.
+        """A band in new memory, or in that of `buffers`, where it stays until `name` is read again.
 
         Raises:
           ValueError: If a file is shorter than it must be.
@@ -142,7 +142,7 @@ class Placement:
             piece[...] = buffer
 
     def write(self, band: Band, values: Shaped[np.ndarray, "M R C"], buffers: Buffers | None = None) -> None:
-        """Writes a band; chunk files that are not there yet are made.
+        """Writes a band; creates chunk files that do not exist yet.
 
         Raises:
           OSError: If a file cannot be written.
@@ -160,21 +160,21 @@ class Placement:
             _write_all(path, offset, piece, file_bytes)
 
     def start_writeback(self, band: Band) -> None:
-        """Lets the system begin to bring a written band to the disk, while others are made; nothing is waited for."""
+        """Lets the system start writing a band to the disk, while others are made; does not wait."""
         for path, offset, place in self._pieces(band):
             _advise(path, offset, _num_bytes(place), "POSIX_FADV_DONTNEED")
 
     def start_reading(self, band: Band) -> None:
-        """Lets the system begin to read a band from the disk; nothing is waited for."""
+        """Lets the system start reading a band from the disk; does not wait."""
         for path, offset, place in self._pieces(band):
             _advise(path, offset, _num_bytes(place), "POSIX_FADV_WILLNEED")
 
     def files(self, band: Band) -> list[pathlib.Path]:
-        """The files that a band lies in."""
+        """The files that hold a band."""
         return sorted({path for path, _, _ in self._pieces(band)})
 
     def _pieces(self, band: Band) -> Iterator[tuple[pathlib.Path, int, tuple[slice, slice, slice]]]:
-        """File, first byte there, and place in the band (columns counted in bytes), for each contiguous range."""
+        """File, first byte there, and index in the band (columns counted in bytes), for each contiguous range."""
         itemsize = DTYPES[self.dtype].itemsize
         sizes = as_matrices(self.shape)
         chunk_matrices, chunk_rows, chunk_columns = self.chunk or sizes
@@ -199,7 +199,7 @@ class Placement:
                         )
 
     def _chunk_name(self, i: int, j: int, k: int) -> str:
-        """Zarr's name of a chunk file: one number an axis."""
+        """Zarr's name of a chunk file: one number per axis."""
         if len(self.shape) > 3:
             return ".".join(str(number) for number in (j, *(0,) * (len(self.shape) - 1)))
         return ".".join(str(number) for number in (i, j, k)[3 - len(self.shape) :]) or "0"
@@ -215,7 +215,7 @@ def _num_bytes(place: tuple[slice, slice, slice]) -> int:
 
 
 def _advise(path: pathlib.Path, offset: int, num_bytes: int, advice: str) -> None:
-    """Tells the system what to expect, where it can be told; a missing file is found by who uses it."""
+    """Advises the system where that is possible; a missing file is reported when it is used."""
     if not hasattr(os, advice):
         return
     with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
@@ -235,7 +235,7 @@ def _read_exactly(path: pathlib.Path, offset: int, out: UInt8[np.ndarray, "..."]
 
 
 def _write_all(path: pathlib.Path, offset: int, data: UInt8[np.ndarray, "..."], file_bytes: int | None) -> None:
-    """Writes at a place; a file that may be new gets its full length first."""
+    """Writes at an offset; a file that may be new gets its full length first."""
     buffer = memoryview(data.reshape(-1).data)
     descriptor = os.open(path, os.O_WRONLY | (os.O_CREAT if file_bytes is not None else 0), 0o644)
     try:

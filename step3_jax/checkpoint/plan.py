@@ -1,4 +1,4 @@
-"""What a conversion writes: one task for each tensor of the source, and the configuration that belongs to the result."""
+"""What a conversion writes: one task for each tensor of the source, and the result's configuration."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ UNIT_BYTES = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One tensor of the source, and what becomes of it.
+    """One tensor of the source, and what is done with it.
 
     Attributes:
       name: Released name of the tensor, in the source and in the result.
       action: "copy" of the bytes; "cast" between plain dtypes; "quantise" gives values and scales of a plain tensor;
         "dequantise" takes both.
-      shape: Of the tensor.
-      source_dtype: Its dtype, as safetensors names it.
-      dtype: That of the result.
+      shape: Shape of the tensor.
+      source_dtype: Its dtype, by its safetensors name.
+      dtype: The dtype of the result.
     """
 
     name: str
@@ -49,19 +49,19 @@ class Task:
     @property
     def is_lossy(self) -> bool:
         """Whether values may change."""
-        # Of two dtypes of one size (BF16 and F16) neither holds all values of the other.
+        # Of two dtypes of the same size (BF16 and F16), neither holds all values of the other.
         wider = DTYPES[self.dtype].itemsize > DTYPES[self.source_dtype].itemsize
         return self.action == "quantise" or (self.action == "cast" and not wider)
 
     def outputs(self, block: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> dtype and shape of what is written."""
+        """Name -> dtype and shape of the written tensors."""
         written = {self.name: (self.dtype, self.shape)}
         if self.action == "quantise":
             written[scale_name(self.name)] = ("F32", scale_shape(self.shape, block))
         return written
 
     def bands(self, max_bytes: int, block: tuple[int, int]) -> list[Band]:
-        """The parts it is done in: no more than `max_bytes` read or written, whole blocks."""
+        """The bands it is done in: at most `max_bytes` read or written, whole blocks."""
         matrices, rows, _ = as_matrices(self.shape)
         return self.cut(Band(0, matrices, 0, rows), max_bytes, block)
 
@@ -73,7 +73,7 @@ class Task:
         return band.cut(row_bytes, max_bytes=max_bytes, multiple=multiple)
 
     def num_bytes(self, band: Band) -> int:
-        """Bytes of a band in the source; scales are not counted."""
+        """Bytes of a band in the source, without scales."""
         columns = as_matrices(self.shape)[2]
         return (band.last - band.first) * (band.stop - band.start) * columns * DTYPES[self.source_dtype].itemsize
 
@@ -83,12 +83,12 @@ class Plan:
     """What a conversion will do.
 
     Attributes:
-      source: What is read.
+      source: The checkpoint to read.
       form: "orbax" or "hf".
       dtype: "bf16", "fp8", "float32", or None to keep each tensor's own.
       tasks: One for each tensor of the source.
       shard_bytes: Most bytes of a shard ("hf").
-      unit_bytes: Of a unit of work.
+      unit_bytes: Bytes of a unit of work.
     """
 
     source: Source
@@ -120,11 +120,11 @@ class Plan:
 
 
 def plan_tasks(source: Source, dtype: str | None) -> list[Task]:
-    """The tasks of a conversion, in the order of the model's layers; scales stand behind their values.
+    """The tasks of a conversion, in the order of the model's layers; scales come after their values.
 
     Args:
-      source: What is converted.
-      dtype: "bf16", "fp8", "float32", or None to leave every tensor as it is.
+      source: The checkpoint to convert.
+      dtype: "bf16", "fp8", "float32", or None to keep each tensor's own.
 
     Raises:
       ValueError: For another dtype.
@@ -136,7 +136,7 @@ def plan_tasks(source: Source, dtype: str | None) -> list[Task]:
         tasks.append(_plan(name, source.tensors[name], dtype))
         scales = source.tensors.get(scale_name(name))
         if scales is not None and tasks[-1].action == "copy":
-            # Where FP8 is asked for, it is the release's, whose scales are float32.
+            # If FP8 is asked for, it is the release's, whose scales are float32.
             target = scales.dtype if dtype is None else "F32"
             action: Action = "copy" if target == scales.dtype else "cast"
             tasks.append(Task(scale_name(name), action, scales.shape, scales.dtype, target))
@@ -154,14 +154,14 @@ def plan_conversion(
     """Plans a conversion.
 
     Args:
-      source: What is read.
-      form: "orbax", "hf", or None for the one that the source has not.
-      dtype: "bf16", "fp8" (with bf16 beside it), "float32", or None to keep each tensor as it is.
-      shard_bytes: A shard's tensors have at most that many bytes; a larger tensor gets a shard of its own.
-      unit_bytes: Of a unit of work; the same for all runs of one conversion.
+      source: The checkpoint to read.
+      form: "orbax", "hf", or None for the one that the source does not have.
+      dtype: "bf16", "fp8" (and bf16 for the rest), "float32", or None to keep each tensor's own.
+      shard_bytes: A shard's tensors have at most this many bytes; a larger tensor gets its own shard.
+      unit_bytes: Bytes of a unit of work; the same in all runs of one conversion.
 
     Raises:
-      ValueError: For a form or dtype that is not known, or sizes that are not positive.
+      ValueError: For an unknown form or dtype, or sizes that are not positive.
     """
     form = form or {"hf": "orbax", "orbax": "hf"}[source.form]
     if form not in FORMS:
@@ -173,7 +173,7 @@ def plan_conversion(
 
 
 def compare_tasks(source: Tensors, result: Tensors) -> list[Task]:
-    """The tasks that make `result` of `source`, as the dtypes of both tell.
+    """The tasks that make `result` from `source`, derived from the dtypes of both.
 
     Raises:
       ValueError: If the two do not have the same tensors.
@@ -198,16 +198,16 @@ def compare_tasks(source: Tensors, result: Tensors) -> list[Task]:
     made = {name for task in tasks for name in (task.name, scale_name(task.name))}
     extra = sorted(name for name in result if name not in made)
     if extra:
-        raise ValueError(f"the result has {len(extra)} tensors that the source has not: {', '.join(extra[:20])}")
+        raise ValueError(f"the result has {len(extra)} tensors that the source does not have: {', '.join(extra[:20])}")
     return tasks
 
 
 def result_config(text: bytes, tasks: list[Task], dtype: str | None, block: tuple[int, int]) -> bytes:
-    """config.json of the result: the source's, byte for byte where nothing changes; keys we do not know stay.
+    """config.json of the result: the source's, byte for byte where nothing changes; unknown keys are kept.
 
     Args:
       text: config.json of the source.
-      tasks: Of the conversion.
+      tasks: The conversion's tasks.
       dtype: As for `plan_tasks`.
       block: Rows and columns that share a scale.
     """

@@ -24,9 +24,9 @@ class QuantisedParts:
     Attributes:
       form: "fp8", "int8" or "int4".
       block: Rows and columns that share a scale.
-      num_columns: Of the weight; int4 packs them.
-      values: Of all of it.
-      scales: Of all of it.
+      num_columns: Columns of the weight; int4 packs them.
+      values: Values of the whole weight.
+      scales: Scales of the whole weight.
     """
 
     form: str
@@ -37,9 +37,9 @@ class QuantisedParts:
 
     @classmethod
     def empty(cls, form: str, shape: tuple[int, ...], fp8_block: tuple[int, int]) -> QuantisedParts:
-        """Memory for a weight of a shape; the system gives none before it is written to."""
+        """Memory for a weight of this shape; the system allocates none before it is written to."""
         block = block_of(form, fp8_block) or fp8_block
-        # What `quantise` makes of a weight of this shape.
+        # The result of `quantise` for a weight of this shape.
         like = jax.eval_shape(
             lambda weight: quantise(weight, cast(Form, form)).values, jax.ShapeDtypeStruct(shape, np.float32)
         )
@@ -48,7 +48,7 @@ class QuantisedParts:
         return cls(form, block, shape[-1], values, scales)
 
     def fill(self, name: str, band: Band, weight: Float[np.ndarray, "..."]) -> None:
-        """Quantises a band, which starts at a block, to its place.
+        """Quantises a band, which starts at a block boundary, into its place.
 
         Raises:
           ValueError: If a value is not finite: its block would be lost.

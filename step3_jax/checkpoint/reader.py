@@ -1,4 +1,4 @@
-"""Reading the tensors of an open checkpoint in the form they are wanted in, in parts."""
+"""Reads the tensors of an open checkpoint in the form they are needed in, in parts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from step3_jax.layout.weight_form import form_bytes
 
 FP8_DTYPE = "F8_E4M3"
 BAND_BYTES = 2**24
-# Of what is quantised, which is float32 meanwhile.
+# Bytes of a part that is quantised, which is float32 meanwhile.
 QUANTISED_BAND_BYTES = 2**22
-# Of what is cast: it stays in the processor's cache from its reading to its writing.
+# Bytes of a part that is cast: it stays in the processor's cache from reading to writing.
 PART_BYTES = 2**20
 # A table is several times faster than the element-wise cast, and exact.
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
@@ -31,17 +31,17 @@ _FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astyp
 
 @dataclasses.dataclass(frozen=True)
 class TensorReader:
-    """Reads parts of tensors into memory of their own.
+    """Reads parts of tensors into new memory.
 
-    The copy is on purpose: JAX on CPU may use numpy's memory directly, and a weight must not change, or crash the
-    process, when the file is changed.
+    The copy is deliberate: JAX on CPU may use numpy's memory directly, and a weight must not change, or crash the
+    process, when the file changes.
 
     Attributes:
-      checkpoint: What is read.
-      dtype: Of activations, and of tensors that are held plain.
-      block: Rows and columns that share a scale of FP8.
-      quantization: What becomes of linear weights: one of `layout.weight_form.QUANTIZATIONS` but "auto".
-      keeps_bfloat16: Whether plain weights of linear layers that are bfloat16 stay so, whatever `dtype` is.
+      checkpoint: The checkpoint to read.
+      dtype: The dtype of activations, and of plain tensors.
+      block: Rows and columns that share an FP8 scale.
+      quantization: How linear weights are held: one of `layout.weight_form.QUANTIZATIONS` but "auto".
+      keeps_bfloat16: Whether plain bfloat16 weights of linear layers stay bfloat16, whatever `dtype` is.
     """
 
     checkpoint: Checkpoint | OrbaxCheckpoint
@@ -54,7 +54,7 @@ class TensorReader:
         return self.checkpoint.tensors[name].dtype == FP8_DTYPE
 
     def form(self, name: str) -> str:
-        """How a parameter is held: "plain", "fp8", "int8" or "int4"; scales by themselves are plain."""
+        """How a parameter is held: "plain", "fp8", "int8" or "int4"; separate scales are plain."""
         if name.endswith(SCALE_SUFFIX):
             return "plain"
         if self.quantization == "stored":
@@ -62,7 +62,7 @@ class TensorReader:
         return self.quantization if self.quantization != "none" and is_fp8_tensor(name) else "plain"
 
     def is_kept(self, name: str) -> bool:
-        """Whether an FP8 tensor stays FP8: values and scales as they are in the file."""
+        """Whether an FP8 tensor stays FP8: values and scales as in the file."""
         return self.form(name) == "fp8" and self.is_fp8(name)
 
     def is_quantised_here(self, name: str) -> bool:
@@ -70,28 +70,28 @@ class TensorReader:
         return self.form(name) != "plain" and not self.is_kept(name)
 
     def is_unchanged(self, name: str) -> bool:
-        """Whether a parameter is on the device unchanged from the file."""
+        """Whether a parameter on the device is the same as in the file."""
         if self.form(name) != "plain":
             return self.is_kept(name)
         return DTYPES[self.checkpoint.tensors[name].dtype] == self.plain_dtype(name)
 
     def kept_dtype(self, name: str) -> np.dtype:
-        """What an FP8 tensor that stays FP8, or its scales, are on the device."""
+        """Dtype on the device of an FP8 tensor that stays FP8, or of its scales."""
         return DTYPES[FP8_DTYPE] if self.is_fp8(name) else np.dtype(np.float32)
 
     def plain_dtype(self, name: str) -> np.dtype:
-        """What a parameter that is held plain is on the device."""
+        """Dtype on the device of a parameter that is held plain."""
         stored = DTYPES[self.checkpoint.tensors[name].dtype]
         is_left = self.keeps_bfloat16 and stored == ml_dtypes.bfloat16 and is_linear_tensor(name)
         return stored if is_left else self.dtype
 
     def held_bytes(self, name: str) -> int:
-        """Bytes of a parameter on the device, its scales counted."""
+        """Bytes of a parameter on the device, including its scales."""
         form, shape = self.form(name), self.checkpoint.tensors[name].shape
         return form_bytes(shape, self.plain_dtype(name).name if form == "plain" else form, self.block)
 
     def stored(self, name: str, index: tuple[slice | int, ...]) -> Shaped[np.ndarray, "..."]:
-        """A part in the dtype of the file."""
+        """A part in the file's dtype."""
         return np.array(self.checkpoint.read(name, index))
 
     def converted(
@@ -111,22 +111,22 @@ class TensorReader:
         return values.astype(dtype, copy=False)
 
     def cut(self, name: str) -> list[Band]:
-        """The bands that `read_band` and `quantise_band` take a tensor in; those of the latter start at a block."""
+        """The bands in which `read_band` and `quantise_band` process a tensor; the latter's start at block boundaries."""
         place, is_quantised = self.checkpoint.places[name], self.is_quantised_here(name)
         max_bytes = QUANTISED_BAND_BYTES if is_quantised else BAND_BYTES
-        # What tensorstore decodes, a chunk at a time, is read once.
+        # tensorstore decodes whole chunks: read each once.
         if isinstance(place, StoredArray):
             max_bytes = max(max_bytes, place.chunk_bytes)
         multiple = self.block[0] if is_quantised else 1
         return cut_bands(place.shape, DTYPES[place.dtype].itemsize, max_bytes=max_bytes, multiple=multiple)
 
     def quantise_band(self, name: str, band: Band, parts: QuantisedParts) -> int:
-        """Reads a band, quantises it and writes it to its place.
+        """Reads a band, quantises it and writes it into its place.
 
         Args:
-          name: Of the tensor.
-          band: Which part; one of `cut`.
-          parts: Of the whole tensor.
+          name: Name of the tensor.
+          band: The part; one of `cut`.
+          parts: Values and scales of the whole tensor.
 
         Returns:
           The bytes read.
@@ -141,13 +141,13 @@ class TensorReader:
         return math.prod(part) * DTYPES[self.checkpoint.tensors[name].dtype].itemsize
 
     def read_band(self, name: str, band: Band, whole: Shaped[np.ndarray, "..."], buffers: BufferPool) -> int:
-        """Reads a band to its place in an array of the whole tensor, and casts it to that array's dtype.
+        """Reads a band into its place in an array of the whole tensor, cast to that array's dtype.
 
         Args:
-          name: Of the tensor.
-          band: Which part; one of `cut`.
+          name: Name of the tensor.
+          band: The part; one of `cut`.
           whole: Array of the tensor's shape, in the tensor's dtype or in the model's.
-          buffers: Memory for what is cast.
+          buffers: Memory for casts.
 
         Returns:
           The bytes read.
@@ -185,9 +185,9 @@ def check_fp8(source: str, name: str, values: Shaped[np.ndarray, "M R C"], buffe
     """Refuses FP8 values that are not numbers: the CPU kernels would take them for 480.
 
     Args:
-      source: Where they were read, for the message.
-      name: Of the tensor.
-      values: Without gaps.
+      source: Where they were read from, for the message.
+      name: Name of the tensor.
+      values: A contiguous array.
       buffers: Memory to work in.
 
     Raises:

@@ -1,7 +1,7 @@
 """Safetensors files, read through a memory map and written as a stream.
 
-Our own reader, because the numpy side of the `safetensors` package cannot give FP8 arrays, and because a checkpoint of
-642 GB must never be held in memory: a read touches the pages of the tensor (or the slice of it) that is asked for.
+Our own reader, because the numpy side of the `safetensors` package cannot return FP8 arrays, and because a checkpoint of
+642 GB must never be held in memory: a read touches only the pages of the requested tensor (or slice of it).
 
 The format: 8 bytes with the length of the header (little endian), the header (a JSON object: name -> dtype, shape,
 data_offsets), then the data, tensor after tensor without gaps.
@@ -54,7 +54,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# What else the format has: numpy has no arrays of these, so such a tensor is listed, and never read.
+# The format's other dtypes: numpy has no arrays of these, so such a tensor is listed, and never read.
 SMALL_DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -68,7 +68,7 @@ class TensorInfo:
     Attributes:
       dtype: Name of the dtype, one of `DTYPES` or `SMALL_DTYPE_BITS`.
       shape: Lengths of the axes.
-      start: First byte, counted from the beginning of the file.
+      start: First byte, counted from the start of the file.
       stop: Byte after the last.
     """
 
@@ -113,10 +113,10 @@ class SafetensorsFile:
             raise ValueError(f"{self.path} cannot be read: {error.strerror or error}") from None
 
     def read(self, name: str, index: Index = ...) -> Shaped[np.ndarray, "..."]:
-        """A tensor, or a part of it, as a read-only view of the map: nothing is copied.
+        """A tensor, or a part of it, as a read-only view of the mapping: nothing is copied.
 
         Args:
-          name: Of the tensor.
+          name: Name of the tensor.
           index: Basic numpy index (numbers and slices).
 
         Raises:
@@ -133,7 +133,7 @@ class SafetensorsFile:
         return np.frombuffer(self._map, dtype, count, info.start).reshape(info.shape)[index]
 
     def close(self) -> None:
-        """Unmaps the file; with views of it still alive, the map stays until the last of them is gone."""
+        """Unmaps the file; while views of it are alive, the mapping stays until the last one is gone."""
         with contextlib.suppress(BufferError):
             self._map.close()
 
@@ -153,7 +153,7 @@ def _read_header(
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise ValueError(
-            f"{path} is no safetensors file: its header would be {length} bytes, the limit is {MAX_HEADER_BYTES}"
+            f"{path} is not a safetensors file: its header would be {length} bytes, the limit is {MAX_HEADER_BYTES}"
         )
     if 8 + length > size:
         raise ValueError(f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}")
@@ -167,33 +167,33 @@ def _read_header(
 
 
 def parse_json(text: bytes) -> object:
-    """JSON from a file that anyone may have written.
+    """JSON from an untrusted file.
 
     Raises:
-      ValueError: If it is no UTF-8 or no JSON, is nested too deep, or an object has a name twice.
+      ValueError: If it is not UTF-8 or not JSON, is nested too deeply, or an object has a name twice.
     """
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def check_regular(path: pathlib.Path) -> None:
-    """Refuses what is no plain file: a pipe would be waited for, a device has no end.
+    """Refuses anything but a regular file: a pipe would block, a device has no end.
 
     Raises:
-      ValueError: If `path` is missing, cannot be reached, or is no plain file; the message names it.
+      ValueError: If `path` is missing, cannot be reached, or is not a regular file; the message names it.
     """
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} cannot be read: it is no plain file")
+        raise ValueError(f"{path} cannot be read: it is not a regular file")
 
 
 def check_name(where: str, name: str) -> None:
-    """Refuses a tensor's name that would flood a message or steer the terminal it is shown on.
+    """Refuses a tensor name that would flood a message or control the terminal that shows it.
 
     Raises:
       ValueError: If it is longer than `MAX_NAME_LENGTH` or has a character that cannot be printed.
@@ -211,7 +211,7 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise ValueError(f"the name {reprlib.repr(name)} stands there twice")
+                raise ValueError(f"the name {reprlib.repr(name)} appears twice")
             seen.add(name)
     return result
 
@@ -225,7 +225,7 @@ def _parse_header(
     for name in header:
         check_name(str(path), name)
     tensors = {name: _parse_entry(f"{path}: tensor {name}", entry, data_start) for name, entry in header.items()}
-    # An empty tensor stands before the one that begins where it does.
+    # An empty tensor sorts before the one that starts at the same byte.
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
     end = data_start
     for name, info in tensors.items():
@@ -236,7 +236,7 @@ def _parse_header(
             raise ValueError(f"{path}: tensor {name} {problem}")
         end = info.stop
     if end != size:
-        raise ValueError(f"{path} has {size - end} bytes behind its last tensor")
+        raise ValueError(f"{path} has {size - end} bytes after its last tensor")
     return tensors, metadata
 
 
@@ -269,19 +269,19 @@ def _parse_entry(where: str, entry: object, data_start: int) -> TensorInfo:
 
 
 def _are_sizes(items: list[object]) -> bool:
-    # `type`, for a JSON true is a bool and that an int.
+    # `type`, because a JSON true is a bool, which is an int.
     return all(type(item) is int and item >= 0 for item in items)
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array to be written that is made piece by piece, so that it is never held whole.
+    """An array to write that is made piece by piece, so that it is never whole in memory.
 
     Attributes:
-      shape: Of the whole array.
-      dtype: Of the whole array.
-      pieces: Gives the pieces in order; their bytes one after the other are the array's. None leaves zeros, as a hole
-        in the file: no disk is taken where the file system can do so.
+      shape: Shape of the whole array.
+      dtype: Dtype of the whole array.
+      pieces: Yields the pieces in order; their concatenated bytes are the array's. None leaves zeros, as a hole
+        in the file, which takes no disk space where the file system supports it.
     """
 
     shape: tuple[int, ...]
@@ -305,10 +305,10 @@ def write_safetensors(
       metadata: Strings for the header.
 
     Raises:
-      ValueError: For a dtype the format does not have, a name given twice, or a `LazyArray` of another size than said.
+      ValueError: For a dtype the format does not have, a duplicate name, or a `LazyArray` of another size than declared.
     """
     path = pathlib.Path(path)
-    # Those that would move what follows from its alignment come last, see below; at full size there are none.
+    # Those that would misalign what follows come last, see below; at full size there are none.
     tensors = sorted(tensors, key=lambda item: num_bytes(item[1]) % ALIGNMENT != 0)
     header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
     position = 0
@@ -319,7 +319,7 @@ def write_safetensors(
         header[name] = {"dtype": _dtype_name(name, array), "shape": list(array.shape), "data_offsets": [position, stop]}
         position = stop
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    # Where the data begin at a multiple of it, tensors do: they can then be used as they lie, see `mapped`.
+    # If the data start at a multiple of it, so do the tensors, which can then be used in place, see `mapped`.
     encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -328,12 +328,14 @@ def write_safetensors(
             for name, array in tensors:
                 start = file.tell()
                 for piece in _pieces(array):
-                    # FP8 and BF16 have no buffer protocol: their bytes go out as bytes.
+                    # FP8 and BF16 have no buffer protocol: write them as bytes.
                     file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
                 if isinstance(array, LazyArray) and array.pieces is None:
                     file.truncate(file.seek(num_bytes(array), os.SEEK_CUR))
                 if file.tell() - start != num_bytes(array):
-                    raise ValueError(f"{path}: the pieces of {name} have not the {num_bytes(array)} bytes it needs")
+                    raise ValueError(
+                        f"{path}: the pieces of {name} do not add up to the {num_bytes(array)} bytes it needs"
+                    )
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -1,4 +1,4 @@
-"""Writing a model in the released layout, so that other tools, and `load_model`, read it."""
+"""Writes a model in the released layout, so that other tools, and `load_model`, can read it."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def save_model(
     Args:
       model: The model.
       folder: Where to write; must not exist, or be empty.
-      dtype: "float32" or "bfloat16", of what is not FP8; the dtype of the model's embedding if absent.
+      dtype: "float32" or "bfloat16", for what is not FP8; the dtype of the model's embedding if absent.
       quantise_fp8: Whether the weights that the FP8 release quantises are written as FP8.
-      max_shard_bytes: Above it the weights are split in several files with an index.
-      overwrite: Whether an existing model folder is replaced: its weights and its config.json go, its other files
-        (tokenizer, chat template) stay.
+      max_shard_bytes: Above this size the weights are split into several files with an index.
+      overwrite: Whether to replace an existing model folder: its weights and its config.json are removed, its other
+        files (tokenizer, chat template) stay.
 
     Raises:
-      ValueError: If `folder` is in the way, for an unknown dtype, or for weights in INT8 or INT4, which the released layout
-        has no form for.
+      ValueError: If `folder` is in the way, for an unknown dtype, or for weights in INT8 or INT4, for which the released
+        layout has no form.
     """
     folder = pathlib.Path(folder)
     _check_target(folder, overwrite)
@@ -105,7 +105,7 @@ def save_model(
 
 
 def _list_values(model: Step3) -> Iterator[tuple[str, Value]]:
-    """Every parameter by its released name; what lies in a stack as a place in it."""
+    """Every parameter by its released name; a stacked one as its layer of the stack."""
     for path, parameter in parameters_of(model).items():
         value = parameter.get_value()
         for index, own in enumerate(layer_paths(model.text.layers, path)):
@@ -117,7 +117,7 @@ def _check_forms(flat: Mapping[str, Value]) -> None:
         is_packed = isinstance(stored, PackedInt4)
         if is_packed or (isinstance(stored, BlockScaled) and stored.values.dtype != FP8):
             raise ValueError(
-                f"{name} is in {'INT4' if is_packed else 'INT8'}, of which the released layout has no form: load the model "
+                f"{name} is in {'INT4' if is_packed else 'INT8'}, for which the released layout has no form: load the model "
                 "with quantization stored, fp8 or none to save it"
             )
 
@@ -125,7 +125,7 @@ def _check_forms(flat: Mapping[str, Value]) -> None:
 def _saved_config(config: ModelConfig, flat: dict[str, Value], dtype: str, quantise_fp8: bool) -> ModelConfig:
     blocks = {stack.block for stack, _ in map(parts, flat.values()) if isinstance(stack, BlockScaled)}
     if len(blocks) > 1:
-        raise ValueError(f"the model mixes FP8 blocks of {sorted(blocks)}; config.json can tell of one size")
+        raise ValueError(f"the model mixes FP8 blocks of {sorted(blocks)}; config.json can name only one size")
     quantization = None
     if blocks or quantise_fp8:
         quantization = config.quantization or QuantConfig()
@@ -146,11 +146,11 @@ def _entries(
     """What is written for one parameter: one tensor, or FP8 values and their scales.
 
     Args:
-      name: Of the tensor.
-      value: The parameter, filled up behind `view` perhaps; what is or becomes FP8 never is.
-      dtype: Of a tensor that is not FP8.
-      block: For what is to be quantised.
-      shape: Of the tensor.
+      name: Name of the tensor.
+      value: The parameter, possibly padded beyond `view`, unless it is or becomes FP8.
+      dtype: Dtype of a tensor that is not FP8.
+      block: Block of a tensor that is quantised here.
+      shape: Shape of the tensor.
       view: The same with the axes of `value`.
     """
     stack, layer = parts(value)
@@ -173,7 +173,7 @@ def _entries(
                 value.shape, np.dtype(ml_dtypes.float8_e4m3fn), functools.partial(_quantised, own, block, "values")
             ),
         ),
-        # Quantised a second time: cheaper than holding a layer's scales until their turn comes.
+        # Quantised a second time: cheaper than keeping a layer's scales until their turn.
         (
             scale_name(name),
             LazyArray(scales, np.dtype(np.float32), functools.partial(_quantised, own, block, "scales")),
@@ -223,11 +223,11 @@ def _check_target(folder: pathlib.Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"{folder} is not empty; give another folder, or overwrite=True to replace the model in it")
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is not empty and holds no config.json, so it is no model folder to overwrite")
+        raise ValueError(f"{folder} is not empty and has no config.json, so it is not a model folder to overwrite")
 
 
 def _replace(new: pathlib.Path, folder: pathlib.Path) -> None:
-    """Puts `new` in the place of `folder`; files that are not part of the model move over."""
+    """Replaces `folder` with `new`; files that are not part of the model move over."""
     if not folder.exists():
         new.rename(folder)
         return

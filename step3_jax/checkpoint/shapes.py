@@ -1,4 +1,4 @@
-"""The model that `load_model` reads, as shapes: what is compiled and counted without any weights."""
+"""The model that `load_model` reads, as shapes: for compiling and counting without any weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from step3_jax.quant import FP8, BlockScaled
 
 
 def abstract_model(config: ModelConfig) -> Step3:
-    """The module with shapes for arrays, its layers apart; `model.arrangement.arrange` does what loading does to them.
+    """The module with shapes for arrays, unstacked; `model.arrangement.arrange` does what loading does to them.
 
     Args:
-      config: Its `dtype` is that of weights and activations; with `quantization` the decoder's linear weights are FP8.
+      config: Its `dtype` is for weights and activations; with `quantization` the decoder's linear weights are FP8.
     """
     model = abstract_step3(config)
     if config.quantization is not None:

@@ -39,17 +39,17 @@ class Checkpoint:
     """All tensors of a folder, mapped for reading.
 
     Attributes:
-      folder: Where they lie.
-      tensors: Name -> dtype, shape and place.
-      places: Name -> where it lies.
+      folder: The folder that holds them.
+      tensors: Name -> dtype, shape and location.
+      places: Name -> its location.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Opens the files of `folder` and checks all their headers.
 
         Raises:
-          ValueError: If there are no weights, a file is damaged, or the index does not fit its shards; all damage that
-            is found is named.
+          ValueError: If there are no weights, a file is damaged, or the index does not match its shards; the message lists
+            all damage.
         """
         self.folder = pathlib.Path(folder)
         self._files, problems = open_files(self.folder)
@@ -98,11 +98,11 @@ class Checkpoint:
 
 
 def open_files(folder: pathlib.Path) -> tuple[dict[str, SafetensorsFile], list[str]]:
-    """Opens the one weight file of a folder, or all shards that its index names, or without one all that are there.
+    """Opens the single weight file of a folder, or all shards that its index names, or all shards if it has none.
 
     Returns:
-      The files that could be opened, by name, and all that is wrong: files that cannot be read or are damaged, tensors
-      that are in two files, what index and files do not agree on.
+      The files that could be opened, by name, and all problems: files that cannot be read or are damaged, tensors
+      that are in two files, disagreements between index and files.
 
     Raises:
       ValueError: If there are no weights, or the index cannot be used.
@@ -137,7 +137,7 @@ def _find_shards(folder: pathlib.Path) -> list[str]:
     """Names of all shards of a folder without an index.
 
     Raises:
-      ValueError: If there are none, some are missing, or they are of several sets.
+      ValueError: If there are none, some are missing, or they belong to several sets.
     """
     found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     matches = [match for match in map(_SHARD_NAME.fullmatch, found) if match is not None]
@@ -145,7 +145,7 @@ def _find_shards(folder: pathlib.Path) -> list[str]:
     if len(sets) == 1:
         ((stem, total),) = sets
         names = [match[0] for match in matches]
-        # The number may be anything: what is there is counted, not what it promises.
+        # The number is untrusted: count the files that exist, not what it promises.
         numbers = {int(match["number"]) for match in matches}
         if numbers == set(range(1, len(numbers) + 1)) and len(numbers) == int(total):
             return names
@@ -171,7 +171,7 @@ def write_checkpoint(
     Args:
       folder: An existing folder.
       tensors: Names and arrays; brought to the host one at a time.
-      max_shard_bytes: A shard's tensors have at most that many bytes; a larger tensor gets a shard of its own.
+      max_shard_bytes: A shard's tensors have at most this many bytes; a larger tensor gets its own shard.
       metadata: Strings for the headers.
 
     Returns:
@@ -199,7 +199,7 @@ def write_checkpoint(
 
 
 def plan_shards(sizes: Sequence[int], max_bytes: int) -> list[slice]:
-    """Cuts tensors of `sizes` bytes, in order, into shards of at most `max_bytes`; a larger one stands alone."""
+    """Cuts tensors of `sizes` bytes, in order, into shards of at most `max_bytes`; a larger one gets its own."""
     if max_bytes <= 0:
         raise ValueError(f"max_shard_bytes is {max_bytes}; a positive number of bytes is needed")
     shards, start, total = [], 0, 0
@@ -226,7 +226,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def summarise(title: str, items: Sequence[str]) -> str:
-    """ "3 missing: a, b, c"; beyond 20 items the rest is counted."""
+    """ "3 missing: a, b, c"; items after the first 20 are only counted."""
     text = f"{len(items)} {title}: " + ", ".join(items[:MAX_LISTED])
     return text if len(items) <= MAX_LISTED else f"{text} ... and {len(items) - MAX_LISTED} more"
 
@@ -259,18 +259,18 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _check_file_name(index: pathlib.Path, name: str) -> None:
-    """Refuses a shard that the index names outside the folder: the index may come from anyone.
+    """Refuses a shard that the index names outside the folder: the index is untrusted.
 
-    A link in the folder is followed, wherever it leads: who can put it there can put the file there.
+    A link in the folder is followed, wherever it leads: anyone who can put it there can put the file there.
     """
     if name in ("", ".", "..") or any(mark in name for mark in "/\\:") or len(name) > 255 or not name.isprintable():
         raise ValueError(
-            f"{index} names the file {reprlib.repr(name)}; only plain file names beside the index are allowed"
+            f"{index} names the file {reprlib.repr(name)}; only plain file names next to the index are allowed"
         )
 
 
 def _compare_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], opened: set[str]) -> list[str]:
-    """What the index and the shards that could be opened do not agree on."""
+    """Disagreements between the index and the shards that could be opened."""
     problems = [
         f"the index has tensor {tensor} in {name}, where it is not"
         for tensor, name in weight_map.items()

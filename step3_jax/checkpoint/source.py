@@ -1,4 +1,4 @@
-"""A checkpoint as conversion sees it: recognised by what lies in its folder, read band by band."""
+"""A checkpoint as conversion sees it: recognised by the files in its folder, read band by band."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from step3_jax.config import ModelConfig
 from step3_jax.stored_file import START_BYTES, TEMPLATE_FOLDERS, describe_stand_in, require_folder
 
 CONFIG_FILE = "config.json"
-# What stands beside the weights is small; anything else is the user's own, or weights in another form.
+# Files that belong to the weights are small; anything else is the user's own, or weights in another form.
 MAX_COMPANION_BYTES = 100 * 10**6
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -28,13 +28,13 @@ class Source:
     """An opened checkpoint.
 
     Attributes:
-      folder: As it was given.
+      folder: As given.
       form: "hf" for the released layout, "orbax".
-      config: Of the model; text-only if there is no vision tensor.
+      config: The model's; text-only if there are no vision tensors.
       config_path: The file it was read from.
-      tensors: Released name -> where to read it; what the model has no use for is left out.
-      companions: Tokenizer, templates and other files that travel along.
-      left_out: Names of entries beside them that do not.
+      tensors: Released name -> where to read it, without tensors that the model does not use.
+      companions: Tokenizer, templates and other files that are copied.
+      left_out: Names of entries next to them that are not.
     """
 
     folder: pathlib.Path
@@ -56,7 +56,7 @@ class Source:
 
     @property
     def companion_names(self) -> dict[str, pathlib.Path]:
-        """The companions by their names in the folder that they are in."""
+        """The companions by their names in their folder."""
         return {path.relative_to(self.config_path.parent).as_posix(): path for path in self.companions}
 
     def describe(self) -> str:
@@ -67,7 +67,7 @@ class Source:
         return f"{form}, {dtypes}, {len(self.tensors)} tensors"
 
     def fingerprint(self) -> dict[str, str]:
-        """One text for each weight file (each array, for Orbax) and the configuration, that changes when it does.
+        """One text for each weight file (each array, for Orbax) and for the configuration, which changes when the file does.
 
         Raises:
           OSError: If a file has vanished.
@@ -96,7 +96,7 @@ class Source:
 
 
 def open_source(folder: str | os.PathLike[str], companions: str | os.PathLike[str] | None = None) -> Source:
-    """Recognises a checkpoint and checks that it is the model of its configuration.
+    """Recognises a checkpoint and checks that it matches its configuration.
 
     Args:
       folder: A model folder in the released layout or in our Orbax form, or a training run's folder.
@@ -106,7 +106,7 @@ def open_source(folder: str | os.PathLike[str], companions: str | os.PathLike[st
       The checkpoint; only headers have been read.
 
     Raises:
-      ValueError: If it is nothing of the kind, or tensors are missing, superfluous, damaged or of the wrong shape.
+      ValueError: If it is not a checkpoint, or tensors are missing, superfluous, damaged or of the wrong shape.
     """
     folder = require_folder(folder)
     beside = folder if companions is None else pathlib.Path(companions)
@@ -121,21 +121,21 @@ def open_source(folder: str | os.PathLike[str], companions: str | os.PathLike[st
             tensors, infos = dict(checkpoint.places), checkpoint.tensors
     if not (beside / CONFIG_FILE).exists():
         raise ValueError(
-            f"{beside} holds no {CONFIG_FILE}; name a folder that has it and the tokenizer (--companions FOLDER)"
+            f"{beside} has no {CONFIG_FILE}; name a folder that has it and the tokenizer (--companions FOLDER)"
         )
     config = ModelConfig.load(beside)
     if config.vision is not None and not has_vision(tensors):
         config = dataclasses.replace(config, vision=None)
     problems = find_problems(infos, config)
     if problems:
-        raise ValueError(f"{folder} does not hold the model of its {CONFIG_FILE}: " + "; ".join(problems))
+        raise ValueError(f"{folder} does not match its {CONFIG_FILE}: " + "; ".join(problems))
     tensors = {name: place for name, place in tensors.items() if not name.endswith(IGNORED_SUFFIXES)}
     travelling, left_out = _find_companions(beside)
     return Source(folder, form, config, beside / CONFIG_FILE, tensors, travelling, left_out)
 
 
 def _find_companions(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], tuple[str, ...]]:
-    """Files that travel along, and the names of what is left behind. Weights and their folders are neither."""
+    """Files that are copied, and the names of those left out. Weights and their folders are neither."""
     travelling, left_out = [], []
     entries = sorted(folder.iterdir())
     for name in TEMPLATE_FOLDERS:
@@ -160,10 +160,10 @@ def _find_companions(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], tu
 
 
 def _leads_out(entry: pathlib.Path, folder: pathlib.Path) -> bool:
-    """Whether a link leads to a file that is not the folder's: a downloaded one must not take others along."""
+    """Whether a link leads outside the folder: a downloaded folder must not take other files along."""
     folder, target = folder.resolve(), entry.resolve()
     if folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs":
-        # The hub's cache: the files of a snapshot are links into blobs/ beside snapshots/.
+        # The hub's cache: the files of a snapshot are links into blobs/, next to snapshots/.
         return False
     return not target.is_relative_to(folder)
 

@@ -1,4 +1,4 @@
-"""Layers that go straight into stacks: what is loaded of one is copied to its place and given up.
+"""Layers that go straight into stacks: each loaded parameter is copied to its place and freed.
 
 So a device holds the stacks and, for each thread that loads, one parameter of one layer.
 """
@@ -29,14 +29,14 @@ _LAYERS = ("text", "layers")
 
 
 class StackFiller:
-    """The stacks of a model under way. `put` may be called by several threads at once."""
+    """The stacks of a model that is being loaded. Several threads may call `put` at once."""
 
     def __init__(self, model: Step3, is_quantised: Callable[[Path], bool]) -> None:
         """Decides which layers make a stack: neighbours whose parameters are the same, in the same form.
 
         Args:
-          model: With layers apart; their arrays may be shapes. It is changed by `finish`.
-          is_quantised: Whether a parameter is going to be loaded as values and scales.
+          model: A model with unstacked layers; their arrays may be shapes. `finish` changes it.
+          is_quantised: Whether a parameter will be loaded as values and scales.
         """
         self._model = model
         forms: list[list[tuple[Path, bool]]] = [[] for _ in model.text.layers]
@@ -50,14 +50,14 @@ class StackFiller:
         self._stacks = {(group[0], path): _Stack(len(group)) for group in self._groups for path, _ in forms[group[0]]}
 
     def put(self, path: Path, value: Value) -> Value | None:
-        """Takes what is loaded of a layer.
+        """Takes a loaded parameter of a layer.
 
         Args:
-          path: Of the parameter, in the model whose layers are apart.
-          value: The parameter where it is to lie.
+          path: The parameter's path in the unstacked model.
+          value: The parameter on its devices.
 
         Returns:
-          None, or the value if it belongs to no layer.
+          None, or the value itself if it does not belong to a layer.
         """
         if path[:2] != _LAYERS:
             return value
@@ -67,7 +67,7 @@ class StackFiller:
         return None
 
     def finish(self) -> None:
-        """Gives the model its stacks, all layers having been put."""
+        """Gives the model its stacks, once all layers have been put."""
         layers: list[DecoderLayer | LayerStack[DecoderLayer]] = []
         for group in self._groups:
             module = cast(DecoderLayer, self._model.text.layers[group[0]])
@@ -78,7 +78,7 @@ class StackFiller:
 
 
 class _Stack:
-    """One parameter of all layers of a stack; of a quantised one values and scales."""
+    """One parameter of all layers of a stack; values and scales if it is quantised."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -97,17 +97,17 @@ class _Stack:
 
     def finish(self) -> Value:
         if self._treedef is None:
-            raise ValueError("a stack is finished before any of its layers is loaded")
+            raise ValueError("a stack is finished before any of its layers are loaded")
         return jax.tree.unflatten(self._treedef, [leaf.finish() for leaf in self._leaves])
 
 
 class _StackLeaf:
-    """A stacked array: on each device of this process the part of all layers that the device has."""
+    """A stacked array: on each device of this process, the device's part of all layers."""
 
     def __init__(self, count: int, like: Array) -> None:
         self._shape = (count, *like.shape)
         self._sharding, self._dtype = like.sharding, like.dtype
-        # All at once and first, so that what is loaded meanwhile leaves no gaps between the stacks.
+        # All at once and first, so that temporary arrays leave no gaps between the stacks.
         self._parts = {
             shard.device: jnp.zeros((count, *shard.data.shape), like.dtype, device=shard.device)
             for shard in like.addressable_shards

@@ -1,11 +1,11 @@
-"""What conversion does to a band: change of dtype, block-FP8 and back, and the error this leaves.
+"""What conversion does to a band: casts, block-FP8 and back, and the error that results.
 
-The FP8 scheme is that of `quant` (scale = max|block| / 448, 1 for a block of zeros, round to nearest even). Here it
-works on panels of one block row, which stay in the processor's cache, and at the disk's speed: XLA compiles reductions
-over blocks, and numpy casts to FP8, ten times slower than this.
+The FP8 scheme is the one in `quant` (scale = max|block| / 448, 1 for a block of zeros, round to nearest even). Here it
+works on panels of one block row, which stay in the processor's cache, and at the disk's speed: XLA's reductions
+over blocks, and numpy's casts to FP8, are ten times slower than this.
 
-Programs are given numpy's memory as it is where that is aligned (see `buffer`); each result is waited for before the
-memory is used again.
+Programs get numpy's memory without a copy where it is aligned (see `buffer`); each result is waited for before the
+memory is reused.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from step3_jax.checkpoint.buffer import empty_aligned
 from step3_jax.quant import FP8_MAX
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-# XLA takes subnormal numbers for zeros. With scales from here on all that is lost so is a zero in FP8 anyway.
+# XLA flushes subnormal numbers to zero. With scales of at least this, the lost numbers are zeros in FP8 anyway.
 SMALLEST_SCALE = np.float32(2**-100)
 _ZERO = np.zeros((), np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
 class BandError:
-    """How far stored values are from the source's; errors of several bands add up.
+    """The error of stored values against the source's; errors of several bands add up.
 
     Attributes:
       largest: Largest absolute difference.
-      error_squares: Sum of the squared differences.
+      error_squares: Sum of squared differences.
       value_squares: Sum of the source's squares.
     """
 
@@ -45,7 +45,7 @@ class BandError:
 
     @property
     def relative_rms(self) -> float:
-        """Root mean square of the error over that of the values."""
+        """Root mean square of the error, relative to that of the values."""
         return math.sqrt(self.error_squares / self.value_squares) if self.value_squares else 0.0
 
     def __add__(self, other: BandError) -> BandError:
@@ -64,7 +64,7 @@ def cast_band(values: Shaped[np.ndarray, "M R C"], dtype: np.dtype) -> Shaped[np
 def quantise_band(
     values: Float[np.ndarray, "M R C"], block: tuple[int, int]
 ) -> tuple[Float[np.ndarray, "M R C"], Float[np.ndarray, "M row_blocks column_blocks"]]:
-    """Block-FP8 values and float32 scales of a band that starts at a block.
+    """Block-FP8 values and float32 scales of a band that starts at a block boundary.
 
     Raises:
       ValueError: If a value is not finite: its block would be lost.
@@ -94,7 +94,7 @@ def dequantise_band(
     dtype: np.dtype,
     out: Float[np.ndarray, "M R C"] | None = None,
 ) -> Float[np.ndarray, "M R C"]:
-    """Value * scale of a band that starts at a block, multiplied in float32, in `dtype`; into `out` if it is given."""
+    """Value * scale of a band that starts at a block boundary, multiplied in float32, as `dtype`; into `out` if given."""
     if out is None:
         out = np.empty(values.shape, dtype)
     for matrix in range(values.shape[0]):
@@ -110,7 +110,7 @@ def measure_error(
     scales: Float[np.ndarray, "M row_blocks column_blocks"] | None = None,
     block: tuple[int, int] = (128, 128),
 ) -> BandError:
-    """Difference of stored values (times their scales, if there are any) from the source."""
+    """Error of stored values (times their scales, if any) against the source."""
     total = BandError()
     for matrix in range(values.shape[0]):
         for index, start in enumerate(range(0, values.shape[1], block[0])):
@@ -167,7 +167,7 @@ def _expand(scale: Float[np.ndarray, "column_blocks"], width: int, columns: int)
 def _dequantise(
     panel: Float[np.ndarray, "R C"], scale: Float[np.ndarray, "column_blocks"], width: int, dtype: np.dtype
 ) -> Float[np.ndarray, "R C"]:
-    # Conversion stays on the CPU where there is an accelerator too: the way there is slower than the work.
+    # Conversion stays on the CPU even with an accelerator: the transfer is slower than the work.
     with jax.default_device("cpu"):
         return np.asarray(_decode(panel.view(np.uint8), _expand(scale, width, panel.shape[1]), dtype))
 
@@ -176,15 +176,15 @@ def _dequantise(
 def _encode(panel: Float[Array, "R C"], row: Float[Array, "C"]) -> UInt8[Array, "R C"]:
     """Bits of panel / row in E4M3, rounded to nearest even; quotients are at most 448 (and a rounding): none overflows.
 
-    With integers, for XLA's own conversion to FP8 is many times slower on CPUs.
+    With integers, because XLA's own conversion to FP8 is many times slower on CPUs.
     """
     panel = panel.astype(jnp.float32)
-    # A divisor that varies, for of one that is repeated XLA takes the reciprocal, and ties go the wrong way. (The bits
-    # of the value that are joined to it are zero: without its sign it has 31.)
+    # A divisor that varies, because XLA multiplies by the reciprocal of a repeated one, and ties go the wrong way. (The
+    # bits of the value that are joined to it are zero: without its sign it has 31.)
     nothing = _bits(jnp.abs(panel)) >> 31
     bits = _bits(panel / _float(_bits(row) | nothing))
-    # The sum of a value and the power of two 20 binades above rounds it to 3 bits behind its leading one. Below 2^-6 the
-    # step is 2^-9, as it is for values from 2^-6 on.
+    # Adding the power of two 20 binades above a value rounds it to 3 bits after its leading one. Below 2^-6 the
+    # step is 2^-9, the same as just above 2^-6.
     power = jnp.maximum(bits & 0x7F800000, 121 << 23) + (20 << 23)
     steps = _bits(_float(bits & 0x7FFFFFFF) + _float(power)) - power
     # Eight steps from one exponent to the next, and the bias goes from 127 to 7.
@@ -202,15 +202,15 @@ def _decode(codes: UInt8[Array, "R C"], row: Float[Array, "C"], dtype: np.dtype)
 def _decode_error(
     codes: UInt8[Array, "R C"], row: Float[Array, "C"], exact: Float[Array, "R C"], zero: UInt32[np.ndarray, ""]
 ) -> Float[Array, "R C"]:
-    """Absolute difference of what `_decode` gives from the exact values.
+    """Absolute difference between the result of `_decode` and the exact values.
 
-    `zero` is 0, which the compiler cannot know: it would join product and difference, and leave out a rounding.
+    `zero` is 0, which the compiler cannot know: otherwise it would fuse product and difference, and skip a rounding.
     """
     return jnp.abs(_float(_bits(_values(codes) * row) ^ zero) - exact.astype(jnp.float32))
 
 
 def _values(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """E4M3 as float32. With integers, as `_encode`."""
+    """E4M3 as float32. With integers, like `_encode`."""
     magnitude = codes.astype(jnp.uint32) & 0x7F
     normal = _float((magnitude << 20) + (120 << 23))
     values = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * jnp.float32(2**-9), normal)

@@ -1,4 +1,4 @@
-"""One unit of a conversion: a band of a tensor, read, changed and written."""
+"""One unit of a conversion: a band of a tensor, read, converted and written."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from step3_jax.checkpoint.safetensors_io import DTYPES
 from step3_jax.checkpoint.transform import BandError, cast_band, dequantise_band, measure_error, quantise_band
 from step3_jax.checkpoint.zarr_array import StoredArray
 
-# Of a part of a unit: what is read, changed, summed and written while it is in the processor's cache.
+# Bytes of a part of a unit, which is read, converted, summed and written while it is in the processor's cache.
 PART_BYTES = 2**21
 
 
 def read_input(
     task: Task, band: Band, tensors: Tensors, block: tuple[int, int], buffers: Buffers
 ) -> Iterator[tuple[Band, Shaped[np.ndarray, "M R C"], Shaped[np.ndarray, "M row_blocks column_blocks"] | None]]:
-    """Reads a band of the source in parts that stay in the processor's cache until they are done with.
+    """Reads a band of the source in parts that stay in the processor's cache until they are done.
 
     Args:
-      task: What is to be done with it.
-      band: Which part of the tensor.
-      tensors: Of the source.
+      task: What to do with it.
+      band: The part of the tensor.
+      tensors: The source's tensors.
       block: Rows and columns that share a scale.
-      buffers: Where to read to; each part overwrites the one before it.
+      buffers: Where to read into; each part overwrites the previous one.
 
     Yields:
-      Part, its values, and their scales if the task takes them.
+      The part, its values, and their scales if the task takes them.
     """
     parts = task.cut(band, PART_BYTES, block)
     values = _read_parts(tensors[task.name], band, parts, buffers, "values")
@@ -58,7 +58,7 @@ def _read_parts(
         for part in parts:
             yield place.read(part, buffers, name)
     else:
-        # What tensorstore decodes, a chunk at a time, is read once.
+        # tensorstore decodes whole chunks: read each once.
         whole = place.read(band)
         for part in parts:
             yield whole[part.within(band).slices]
@@ -70,7 +70,7 @@ def apply_task(
     scales: Shaped[np.ndarray, "M row_blocks column_blocks"] | None,
     block: tuple[int, int],
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """What belongs at the same place of the result, by name.
+    """What to write at the same place of the result, by name.
 
     Raises:
       ValueError: If a value is not finite and cannot be quantised; the message names the tensor.
@@ -96,14 +96,14 @@ def do_unit(
 
     Args:
       plan: The conversion.
-      places: Of the result's tensors.
-      task: Of the unit.
-      number: Of the band in the task.
-      band: Which part.
+      places: Locations of the result's tensors.
+      task: The unit's task.
+      number: The band's number in the task.
+      band: The part of the tensor.
       buffers: Memory to use.
 
     Returns:
-      What to write down, and the files written to.
+      What to record, and the files written to.
     """
     block = plan.source.block
     outputs = _outputs(plan, places, task, band)
@@ -142,5 +142,5 @@ def _outputs(plan: Plan, places: Mapping[str, Placement], task: Task, band: Band
 
 
 def _checksum(values: Shaped[np.ndarray, "..."], before: int = 0) -> int:
-    """CRC-32 of the bytes, going on with that of what stands before them."""
+    """CRC-32 of the bytes, continuing that of the bytes before them."""
     return zlib.crc32(as_bytes(values).reshape(-1).data, before)

@@ -1,4 +1,4 @@
-"""Comparison of a conversion's result with its source, tensor by tensor, both read from the disk."""
+"""Compares a conversion's result with its source, tensor by tensor, both read from the disk."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from step3_jax.checkpoint.unit import apply_task, read_input
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One tensor of the source, and what the result has for it.
+    """One tensor of the source, compared with the result's.
 
     Attributes:
-      task: What was to be done with it.
+      task: What the conversion did with it.
       num_wrong_bytes: Bytes of the result that are not what they should be.
-      error: How far the values found are from the source's; zero where they are the same.
+      error: The error of the values against the source's; zero where they are the same.
     """
 
     task: Task
@@ -34,13 +34,13 @@ class Comparison:
 
 
 def verify(source: Source, result: Source, *, num_workers: int = 2, progress: bool = False) -> list[Comparison]:
-    """Reads source and result again and compares each tensor with what it should be: every bit of it.
+    """Reads source and result again and compares each tensor with what it should be, bit by bit.
 
     Args:
-      source: What was converted.
-      result: What became of it.
+      source: The source of the conversion.
+      result: Its result.
       num_workers: Threads.
-      progress: Whether to show a bar with bytes, rate and the time left.
+      progress: Whether to show a bar with bytes, rate and remaining time.
 
     Returns:
       A comparison for each tensor, in the order of the source's.
@@ -75,7 +75,7 @@ def verify(source: Source, result: Source, *, num_workers: int = 2, progress: bo
 
 
 def _compare(source: Source, result: Source, task: Task, band: Band, block: tuple[int, int]) -> tuple[int, BandError]:
-    """Wrong bytes of a band, and the error of its values as they are stored."""
+    """Wrong bytes of a band, and the error of its stored values."""
     wrong, error = 0, BandError()
     for part, values, scales in read_input(task, band, source.tensors, block, Buffers()):
         stored: dict[str, Shaped[np.ndarray, "..."]] = {}

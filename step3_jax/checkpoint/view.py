@@ -1,4 +1,4 @@
-"""A tensor with more axes than it has on disk, for what a sharded model cuts inside of an axis.
+"""A tensor with more axes than it has on disk, for a sharded model that cuts within an axis.
 
 The elements and their order are the same: a tensor of shape (3 * 16 * 112, 1792) has the view (3, 16, 112, 1792).
 """
@@ -20,19 +20,19 @@ def read_view(
     view: Sequence[int],
     index: Sequence[slice],
 ) -> Shaped[np.ndarray, "..."]:
-    """Reads a part of a view, and nothing else of the tensor.
+    """Reads a part of a view, and nothing more of the tensor.
 
     Args:
-      read: Reads a part of the tensor, given a slice of each of its axes.
-      shape: Of the tensor.
+      read: Reads a part of the tensor, given a slice for each of its axes.
+      shape: Shape of the tensor.
       view: Each axis of `shape`, or in its place several whose product it is.
-      index: A slice of each axis of `view`, with start and stop inside of it.
+      index: A slice for each axis of `view`, with start and stop inside it.
 
     Returns:
       The part, with the axes of `view`.
 
     Raises:
-      ValueError: If `view` is no such shape.
+      ValueError: If `view` is not such a shape.
     """
     ends, last = [], 0
     for size in shape:
@@ -41,7 +41,7 @@ def read_view(
             last += 1
         ends.append((first, last))
     if last != len(view) or [math.prod(view[first:last]) for first, last in ends] != list(shape):
-        raise ValueError(f"{tuple(view)} is no view of an array of shape {tuple(shape)}")
+        raise ValueError(f"{tuple(view)} is not a view of an array of shape {tuple(shape)}")
     runs = [_find_runs(view[first:last], index[first:last]) for first, last in ends]
     return _read_runs(read, runs).reshape([part.stop - part.start for part in index])
 
@@ -49,12 +49,12 @@ def read_view(
 def leave_view(
     array: Shaped[np.ndarray, "..."], shape: Sequence[int], view: Sequence[int]
 ) -> Shaped[np.ndarray, "..."]:
-    """The tensor of `shape` again, without what an array in the form of `view` was filled up with behind its rows."""
+    """The tensor of `shape` again, without the padding after the rows of an array in the form of `view`."""
     return array[tuple(slice(size) for size in view)].reshape(shape)
 
 
 def _find_runs(sizes: Sequence[int], index: Sequence[slice]) -> list[slice]:
-    """The pieces of one axis that a part of several axes lies in."""
+    """The pieces of one axis that contain a part of several axes."""
     inner = math.prod(sizes[1:])
     rest = index[1:]
     if all(part.stop - part.start == size for part, size in zip(rest, sizes[1:], strict=True)):

@@ -26,18 +26,18 @@ class StoredArray:
     Attributes:
       dtype: Name of the dtype, one of `safetensors_io.DTYPES`.
       shape: Lengths of the axes.
-      chunk_bytes: Of a chunk as it is stored, but for the compression: so much is read at a time.
+      chunk_bytes: Uncompressed bytes of a stored chunk, the unit of reading.
     """
 
     def __init__(self, store: ts.TensorStore) -> None:
         """Takes an open array.
 
         Raises:
-          ValueError: For a dtype that no model has.
+          ValueError: For an unsupported dtype.
         """
         dtype = np.dtype(store.dtype.numpy_dtype)
         if dtype not in DTYPE_NAMES:
-            raise ValueError(f"dtype {dtype} is none of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
         self._store = store
         self.dtype = DTYPE_NAMES[dtype]
         self.shape = tuple(int(length) for length in store.shape)
@@ -49,7 +49,7 @@ class StoredArray:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def read(self, band: Band) -> Shaped[np.ndarray, "M R C"]:
-        """A band in memory of its own."""
+        """A band in new memory."""
         columns = as_matrices(self.shape)[2]
         if len(self.shape) == 3:
             part = self._store[band.first : band.last, band.start : band.stop]
@@ -61,13 +61,13 @@ class StoredArray:
         return values.reshape(band.last - band.first, band.stop - band.start, columns)
 
     def read_index(self, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
-        """A part by slices with both ends, one for each axis."""
+        """A part, given by one slice per axis, each with both ends."""
         return np.asarray(self._store[index].read().result())
 
 
 @functools.cache
 def _context() -> ts.Context:
-    """One cache for all arrays: several bands lie in a chunk, which is decoded whole."""
+    """One cache for all arrays: a chunk holds several bands and is decoded as a whole."""
     return ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
@@ -76,8 +76,8 @@ def open_array(item: pathlib.Path, name: str, tree: Mapping[str, object]) -> Pla
 
     Args:
       item: Folder of the item.
-      name: Of the array: its keys, joined by dots.
-      tree: What Orbax's `_METADATA` says; it tells the layout.
+      name: The array's keys, joined by dots.
+      tree: The contents of Orbax's `_METADATA`, which say the layout.
 
     Raises:
       ValueError: If the array is missing or damaged.
@@ -100,7 +100,7 @@ def open_array(item: pathlib.Path, name: str, tree: Mapping[str, object]) -> Pla
 
 
 def _plain_array(folder: pathlib.Path) -> Placement | None:
-    """An uncompressed array of ours; None for one that only tensorstore reads."""
+    """An uncompressed array of ours; None for one that only tensorstore can read."""
     header = read_json(folder / HEADER_FILE)
     dtypes = {written: name for name, written in ZARR_DTYPES.items()}
     shape, chunks, dtype = _lengths(header, folder, "shape"), _lengths(header, folder, "chunks"), header.get("dtype")
@@ -117,7 +117,7 @@ def _plain_array(folder: pathlib.Path) -> Placement | None:
 
 
 def zarr_header(place: Placement) -> dict[str, object]:
-    """The header of an array that is to be written plain."""
+    """The header of an array that is written plain."""
     return {
         "zarr_format": 2,
         "shape": list(place.shape),
@@ -132,10 +132,10 @@ def zarr_header(place: Placement) -> dict[str, object]:
 
 
 def read_chunks(place: Placement, slices: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
-    """Reads a part by slices with both ends, one for each axis; only the chunk files it lies in are touched.
+    """Reads a part, given by one slice per axis, each with both ends; only the chunk files that hold it are touched.
 
     Returns:
-      A view of the mapped file where the part lies in one chunk, otherwise a copy.
+      A view of the mapped file where the part is in one chunk, otherwise a copy.
 
     Raises:
       ValueError: If a chunk file is missing or truncated.
@@ -153,7 +153,7 @@ def read_chunks(place: Placement, slices: tuple[slice, ...]) -> Shaped[np.ndarra
             target.append(slice(start - part.start, stop - part.start))
         path = place.path / (".".join(str(number) for number in numbers) or "0")
         try:
-            # A map for a moment: a model has more chunks than a process may have maps.
+            # Mapped only briefly: a model has more chunks than a process may have mappings.
             chunk = np.memmap(path, np.uint8, "r", 0, math.prod(chunks) * dtype.itemsize).view(dtype).reshape(chunks)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None

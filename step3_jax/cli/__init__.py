@@ -1,1 +1,1 @@
-"""The command `step3`: `main` finds the sub-command, one file each."""
+"""The command `step3`: `main` finds the sub-command; each has its own file."""

@@ -1,4 +1,4 @@
-"""`step3 afd trace`: records which side computes which micro-batch of which layer when, and draws it."""
+"""`step3 afd trace`: records when each side computes which micro-batch of which layer, and draws it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Makes a trace, or reads one, and draws it.
 
     Raises:
-      ValueError: For sizes that cannot be, and whatever the executor refuses.
+      ValueError: For impossible sizes, and for whatever the executor refuses.
     """
     for name in ("batch", "prompt_tokens", "max_tokens", "layers_shown"):
         if getattr(arguments, name) < 1:
@@ -57,7 +57,7 @@ def _load(arguments: argparse.Namespace) -> tuple[HostExecutor, LLM]:
     choice = engine.afd
     if choice is not None and choice.executor != "host":
         raise ValueError(
-            "a trace is of executor host, whose one process sees all stages: start it without step3 launch"
+            "a trace needs executor host, whose single process sees all stages: start it without step3 launch"
         )
     enable_compile_cache()
     config = engine.config.replace(max_num_seqs=arguments.batch)

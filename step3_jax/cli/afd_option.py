@@ -14,7 +14,7 @@ from step3_jax.engine.executor import NO_SPECULATION
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, Deployment, Topology, check_microbatches, read_afd
 from step3_jax.mesh import force_cpu_devices
 
-# Options that mean nothing without --afd, with the value that stands for "not given".
+# Options that mean nothing without --afd, with the value that means "not given".
 _NEEDS_AFD: dict[str, object] = {
     "afd_devices": None,
     "afd_ffn_device": None,
@@ -28,34 +28,36 @@ _NEEDS_AFD: dict[str, object] = {
 def read_afd_choice(
     arguments: argparse.Namespace, config: EngineConfig | None = None, deployment: Deployment | None = None
 ) -> AfdChoice | None:
-    """Reads the options, and makes a CPU look like as many devices: to be called before the first use of a device.
+    """Reads the options, and makes a CPU look like as many devices as needed: call it before the first use of a device.
 
     Args:
-      arguments: With the options of `add_afd`.
-      config: The settings, of which the tensor and expert parallel sizes are the FFN side's; None for the defaults.
-      deployment: Of a configuration file, where `--afd` says nothing.
+      arguments: The options of `add_afd`.
+      config: The settings, whose tensor and expert parallel sizes are for the FFN side; None for the defaults.
+      deployment: A configuration file's, used if `--afd` is not given.
 
     Returns:
       The choice; None without `--afd`.
 
     Raises:
-      ValueError: For options that mean nothing without `--afd` or not together with it, a topology that cannot be read,
-        or one that the devices do not fit.
+      ValueError: For options that need `--afd` or exclude it, a topology that cannot be read,
+        or one that does not fit the devices.
     """
     if arguments.afd is not None:
         deployment = read_afd(arguments.afd, arguments.afd_devices)
     if deployment is None or deployment.topology is None:
         for name, default in _NEEDS_AFD.items():
             if getattr(arguments, name) != default:
-                raise ValueError(f"--{name.replace('_', '-')} is for attention and FFN apart: add --afd xAyF")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for attention and FFN on separate devices: add --afd xAyF"
+                )
         return None
     config = config or EngineConfig()
     if config.speculative_config is not None:
         raise ValueError(NO_SPECULATION)
     if config.data_parallel_size != 1 or config.attention_parallelism != "data":
         raise ValueError(
-            "--data-parallel-size and --attention-parallelism have no place beside --afd: attention is data parallel over "
-            "the devices of its instances; --tensor-parallel-size and --expert-parallel-size divide the FFN side"
+            "--data-parallel-size and --attention-parallelism cannot be combined with --afd: attention is data parallel "
+            "over the devices of its instances; --tensor-parallel-size and --expert-parallel-size shard the FFN side"
         )
     instances, parallel = deployment.topology, deployment.parallel
     tp, ep = config.tensor_parallel_size, config.expert_parallel_size
@@ -63,7 +65,7 @@ def read_afd_choice(
         tp = parallel.tp if tp == 1 else tp
         ep = parallel.ep if ep is None else ep
         parallel = dataclasses.replace(parallel, dp=max(instances.num_ffn_devices // tp, 1), tp=tp, ep=ep)
-    # What a configuration file says is in the settings; of a file of --afd it is not.
+    # A configuration file's value is in the settings; that of a file given with --afd is not.
     is_copied = config.mm_encoder_tp_mode == "data" or (arguments.afd is not None and parallel.vision == "data")
     parallel = dataclasses.replace(parallel, vision="data" if is_copied else "weights")
     given = arguments.afd_microbatches
@@ -84,12 +86,12 @@ def _choose_executor(asked: str, instances: Topology, ffn_device: str) -> str:
     """The executor that the number of processes calls for.
 
     Raises:
-      ValueError: If another one was asked for, or the FFN side is on the CPUs of several processes.
+      ValueError: If another one was requested, or the FFN side is on the CPUs of several processes.
     """
     count = jax.process_count()
     if count > 1 and ffn_device == "cpu":
         raise ValueError(
-            f"--afd-ffn-device cpu is for one process, whose memory has the experts, and there are {count}: leave out "
+            f"--afd-ffn-device cpu is for one process, whose memory holds the experts, but there are {count}: leave out "
             "step3 launch"
         )
     fitting = "host" if count == 1 else "program"
@@ -97,10 +99,10 @@ def _choose_executor(asked: str, instances: Topology, ffn_device: str) -> str:
         return fitting
     if asked == "program":
         raise ValueError(
-            f"--afd-executor program runs {instances.spec} in a process for each device, and this is one process: start "
+            f"--afd-executor program runs {instances.spec} in a process for each device, but this is one process: start "
             f"it with step3 launch --local {instances.num_devices} -- ..., or leave the option out"
         )
     raise ValueError(
-        f"--afd-executor host runs {instances.spec} in one process, and there are {count}: leave the option out, or start "
+        f"--afd-executor host runs {instances.spec} in one process, but there are {count}: leave the option out, or start "
         "it without step3 launch"
     )

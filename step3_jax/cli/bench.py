@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, and prints tables.
 
     Raises:
-      ValueError: For sizes that cannot be, a peer that does not start, or logits that differ from the peer's.
+      ValueError: For impossible sizes, a peer that does not start, or logits that differ from the peer's.
     """
     if arguments.what != "decode":
         return run_engine_bench(arguments, *PRESETS[arguments.preset])

@@ -1,4 +1,4 @@
-"""`step3 bench throughput` and `step3 bench latency`: the model, the peer, and what is printed and written."""
+"""`step3 bench throughput` and `step3 bench latency`: the model, the peer, and the output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from step3_jax.config import ModelConfig
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.runner import Runner
 
-# Of --scaling: what each of so many sequences has, and what of the requests whose memory is looked at.
+# For --scaling: tokens of each sequence as their number grows, and of the requests whose memory is measured.
 _SEQUENCE = Lengths(32, 16)
 _MEMORY_PROMPT, _MEMORY_OUTPUT = (8, 64), (1, 16)
 # Hidden size and layers.
@@ -37,12 +37,12 @@ def run_engine_bench(arguments: argparse.Namespace, hidden_size: int, num_layers
     """Measures, and prints tables.
 
     Args:
-      arguments: Of `add_engine_benches`.
+      arguments: The options of `add_engine_benches`.
       hidden_size: D.
       num_layers: L.
 
     Raises:
-      ValueError: For sizes that cannot be, several processes, a peer that does not start, or logits that differ from the
+      ValueError: For impossible sizes, several processes, a peer that does not start, or logits that differ from the
         peer's.
     """
     for name in ("rounds", "prompt", "output", "arriving", "cached"):
@@ -93,7 +93,7 @@ def _throughput(arguments: argparse.Namespace, config: ModelConfig, engine: Engi
 
 
 def _latency(arguments: argparse.Namespace, config: ModelConfig, engine: EngineConfig) -> dict[str, object]:
-    # Each piece one token, so that what is between two is one decode step.
+    # One token per piece, so that there is one decode step between two pieces.
     if arguments.stream_interval is None:
         engine = engine.replace(stream_interval=1)
     config = _with_positions(
@@ -104,7 +104,7 @@ def _latency(arguments: argparse.Namespace, config: ModelConfig, engine: EngineC
     _tell("latency: a stream alone ...")
     alone = measure_alone(bench, prompt_tokens=arguments.prompt, output_tokens=arguments.output, rounds=rounds)
     arrival = []
-    # The longest that a stream may wait is one chunk, so a smaller one is shown too.
+    # A stream waits for one chunk at most, so a smaller chunk is measured too.
     for chunk in sorted({max(1, engine.max_num_batched_tokens // 8), engine.max_num_batched_tokens}):
         _tell(f"latency: a stream while {arguments.arriving} tokens arrive, in chunks of {chunk} ...")
         own = (
@@ -129,7 +129,7 @@ def _scaling(arguments: argparse.Namespace, config: ModelConfig, engine: EngineC
 
     sequences = measure_sequences(make_bench, arguments.sequences, _SEQUENCE, rounds=rounds, tell=_tell)
     prompts = measure_prompts(Bench(runner, engine), arguments.prompts, rounds=rounds, tell=_tell)
-    # Memory is the engine's question, not the model's: a small one answers it sooner.
+    # This measures the engine's memory, not the model's: a small model is quicker.
     small = Bench(Runner(random_model(bench_config(*_MEMORY_MODEL))), engine)
     counts = arguments.memory_requests
     lengths = draw_lengths(max(counts), _MEMORY_PROMPT, _MEMORY_OUTPUT)

@@ -1,4 +1,4 @@
-"""`step3 bench serve`: a load on a service, the figures as tables, in a file, and drawn."""
+"""`step3 bench serve`: puts load on a service; the figures go to tables, a file and a plot."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _REQUESTS = 64
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Sends the load, and prints what it came to.
+    """Sends the load, and prints the figures.
 
     Returns:
-      0; 1 if nothing was answered.
+      0, or 1 if nothing was answered.
 
     Raises:
       ValueError: For options that do not go together, or a dataset that cannot be read.
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         "rate": load.rate,
         "seed": arguments.seed,
         "extra_body": arguments.extra_body,
-        # On the service's own machine it had so much less.
+        # On the same machine, the load generator takes this much from the service.
         "client_cpu_s": time.process_time() - client_s,
     }
     machine = conditions() | before | {"cpu_pressure_after": cpu_pressure()}
@@ -64,13 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_section(arguments.json, "serve", found)
     if arguments.plot:
-        how = f"{load.concurrency} at a time" if load.rate is None else f"{load.rate:g} a second"
+        how = f"{load.concurrency} at a time" if load.rate is None else f"{load.rate:g} per second"
         draw_waits(records, pathlib.Path(arguments.plot), f"{model}: {len(records)} requests, {how}")
     return 0 if found["answered"] else 1
 
 
 def _read(arguments: argparse.Namespace) -> list[LoadRequest]:
-    """The requests, those of the warm-up first. A file that is too short begins anew."""
+    """The requests, starting with those of the warm-up. A file that is too short is repeated."""
     count, warm_up = arguments.requests, arguments.warm_up
     if (count is not None and count < 1) or warm_up < 0:
         raise ValueError(f"--requests {count} and --warm-up {warm_up}: at least 1 and 0 are needed")
@@ -99,7 +99,7 @@ async def _measure(
             first = await run_load(client, path, bodies[:warm_up], Load(concurrency=1))
             refused = next((one.error for one in first if one.error is not None), None)
             if refused is not None:
-                # The reason is worth more than a table of refusals.
+                # The reason is more useful than a table of refusals.
                 async for _ in client.stream(path, bodies[0]):
                     pass
                 raise ServiceError(f"a request of the warm-up was not answered: {refused}", refused)

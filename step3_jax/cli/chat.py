@@ -1,4 +1,4 @@
-"""`step3 chat`: a conversation in the terminal, or over a pipe with one question a line."""
+"""`step3 chat`: a conversation in the terminal, or over a pipe with one question per line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.text.tool_call import Tool
 
-# Of the context, what an answer gets at least before older turns are dropped for it.
+# The tokens of context that an answer gets at least; older turns are dropped to make room for it.
 _ANSWER_SHARE = 4
 
 
@@ -55,7 +55,7 @@ class Conversation(Talk):
         show_reasoning: bool,
         tools: Sequence[Tool] = (),
     ) -> None:
-        """Begins a conversation.
+        """Starts a conversation.
 
         Args:
           llm: The model.
@@ -77,7 +77,7 @@ class Conversation(Talk):
         is_thinking = starts_thinking(self._folder, messages)
         display = Display(starts_thinking=is_thinking, show_reasoning=self._show_reasoning, tools=self._tools)
         params, finish_reason = stop_in_answer(params, starts_thinking=is_thinking), None
-        # Interrupted, the answer ends where it is, and the conversation goes on from there.
+        # If interrupted, the answer ends where it is, and the conversation continues from there.
         with contextlib.suppress(KeyboardInterrupt), interruptible():
             for piece in show_until_first(self._llm.chat(messages, params, tools=self._tools or None, stream=True)):
                 display.push(piece.text)
@@ -98,14 +98,14 @@ class Conversation(Talk):
         first, last = len(self._begin), len(messages) - 1
         start = first
         room = self._room_after(messages)
-        # A question that has no room even alone is the engine's to refuse.
+        # The engine refuses a question that does not fit even alone.
         if room < least and self._room_after([*self._begin, messages[last]]) > 0:
             while room < least and start < last:
                 start += 2
                 room = self._room_after([*self._begin, *messages[start:]])
         if start > first:
             turns = "turn was" if start == first + 2 else f"{(start - first) // 2} turns were"
-            write_note(f"(the conversation is full, {limit:,} tokens: the oldest {turns} left out; /reset begins anew)")
+            write_note(f"(the conversation is full, {limit:,} tokens: the oldest {turns} left out; /reset starts over)")
         params = self._params
         if room > 0 and (wanted is None or wanted > room):
             params = dataclasses.replace(params, max_tokens=room)

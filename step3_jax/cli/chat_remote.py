@@ -24,9 +24,9 @@ from step3_jax.text.message import collect_images, replace_images
 from step3_jax.text.output_parser import OutputDelta, ToolCallDelta
 from step3_jax.text.tool_call import Tool
 
-# Of a file that is sent unchanged; a larger one is sent as JPEG.
+# The largest file that is sent unchanged; a larger one is sent as JPEG.
 _MAX_FILE_BYTES = 8 * 2**20
-# Options with a meaning for this project and a few other services: sent only where they were given.
+# Options that only this project and a few other services know: sent only if given.
 _EXTENSIONS = {"top_k": 0, "min_p": 0.0, "ignore_eos": False}
 
 
@@ -34,11 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Talks until the input ends; see `run_talk`.
 
     Raises:
-      ValueError: For options that are of a model loaded here, or an address that is none.
+      ValueError: For options that need a model loaded here, or an invalid address.
       ServiceError: If the service cannot be reached.
     """
     if arguments.model is not None:
-        raise ValueError(f"--url names a service, and {arguments.model} a model to load here: give one of them")
+        raise ValueError(f"--url names a service, and {arguments.model} is a model to load here: give one of them")
     key = read_key(arguments)
     model = arguments.served_model or asyncio.run(_find_model(arguments.url, key))
     show_reasoning = default_show_reasoning() if arguments.reasoning is None else arguments.reasoning
@@ -54,11 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_request(arguments: argparse.Namespace, model: str) -> dict[str, object]:
-    """The fields of each request but its messages.
+    """The fields of each request, except its messages.
 
     Args:
-      arguments: With the options of `add_sampling`.
-      model: Its name.
+      arguments: The options of `add_sampling`.
+      model: The model's name.
     """
     request: dict[str, object] = {
         "model": model,
@@ -87,12 +87,12 @@ class RemoteTalk(Talk):
         show_reasoning: bool,
         tools: Sequence[Tool] = (),
     ) -> None:
-        """Begins a conversation.
+        """Starts a conversation.
 
         Args:
-          url: Of the service.
-          request: The fields of each request but its messages and tools.
-          api_key: Of the service.
+          url: The service's address.
+          request: The fields of each request, except its messages and tools.
+          api_key: The service's key.
           system: A system message.
           show_reasoning: Whether reasoning is shown.
           tools: As in `Talk`.
@@ -104,12 +104,12 @@ class RemoteTalk(Talk):
             self._request["tools"] = list(tools)
 
     def _check_vision(self) -> None:
-        """The service knows, and says so."""
+        """Nothing to check: the service knows, and says so."""
 
     def _answer(self, messages: list[dict[str, object]]) -> None:
         display = Display(starts_thinking=False, show_reasoning=self._show_reasoning)
         reasons: list[str] = []
-        # Interrupted, the answer ends where it is, and the conversation goes on from there.
+        # If interrupted, the answer ends where it is, and the conversation continues from there.
         try:
             with contextlib.suppress(KeyboardInterrupt), interruptible():
                 asyncio.run(self._receive(messages, display, reasons))
@@ -121,7 +121,7 @@ class RemoteTalk(Talk):
             write_cut(display, "--max-tokens or the end of the context")
 
     async def _receive(self, messages: list[dict[str, object]], display: Display, reasons: list[str]) -> None:
-        """Shows an answer as it comes; the reason why it ends goes into `reasons`."""
+        """Shows an answer as it arrives; the reason why it ends goes into `reasons`."""
         body = {**self._request, "messages": _encode_messages(messages)}
         async with ServiceClient(self._url, api_key=self._api_key) as client:
             with contextlib.ExitStack() as waiting:
@@ -163,7 +163,7 @@ def _read_chunk(chunk: Mapping[str, object]) -> tuple[OutputDelta | None, str | 
 
 
 def _encode_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """Messages as the API has them: images as data URLs."""
+    """Messages in the API's form: images as data URLs."""
     urls = [{"url": _read_data_url(pathlib.Path(str(path)))} for path in collect_images(messages)]
     encoded = replace_images(messages, ["" for _ in urls])
     left = iter(urls)
@@ -178,7 +178,7 @@ def _encode_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str,
 
 
 def _read_data_url(path: pathlib.Path) -> str:
-    """An image file as services take it: unchanged, or if it is large or of a rarer format, encoded anew."""
+    """An image file as services take it: unchanged, or re-encoded if it is large or of a rarer format."""
     data = path.read_bytes()
     try:
         data = read_image(data, formats=WEB_FORMATS, max_bytes=_MAX_FILE_BYTES)

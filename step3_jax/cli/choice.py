@@ -1,4 +1,4 @@
-"""What the options of `option` ask for: the model's folder and the sampling parameters."""
+"""The values of the options in `option`: the model's folder and the sampling parameters."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ DEFAULT_MODEL = "models/step3-tiny"
 
 
 def read_sampling(arguments: argparse.Namespace, *, n: int = 1, logprobs: int | None = None) -> SamplingParams:
-    """The sampling parameters that were asked for.
+    """The requested sampling parameters.
 
     Args:
-      arguments: With the options of `add_sampling`.
-      n: Answers wanted.
-      logprobs: Likeliest tokens whose log-probabilities are wanted.
+      arguments: The options of `add_sampling`.
+      n: Number of answers.
+      logprobs: Number of likeliest tokens whose log-probabilities are returned.
 
     Returns:
-      Parameters. They always hold a seed, so that what was said can be said again.
+      Parameters. They always have a seed, so that an answer can be reproduced.
 
     Raises:
       ValueError: For a value out of its range.
@@ -42,7 +42,7 @@ def read_sampling(arguments: argparse.Namespace, *, n: int = 1, logprobs: int | 
 
 
 def find_model(arguments: argparse.Namespace) -> pathlib.Path:
-    """Folder of the model that was asked for, or of the one that ships.
+    """Folder of the requested model, or of the one that ships.
 
     Raises:
       ValueError: If there is no such folder.

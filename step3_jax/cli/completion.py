@@ -1,4 +1,4 @@
-"""`step3 completion`: a script by which a shell completes commands, options, files and folders."""
+"""`step3 completion`: a script with which a shell completes commands, options, files and folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write_completion(shell: str) -> str:
-    """The script for a shell, one of `SHELLS`; it does not start step3 when it completes.
+    """The script for a shell, one of `SHELLS`; completing does not start step3.
 
     Raises:
       ValueError: If shtab, which writes it, is not installed.
@@ -34,7 +34,7 @@ def write_completion(shell: str) -> str:
 
 
 def _complete_paths(parser: argparse.ArgumentParser, file: object, folder: object) -> None:
-    """Tells shtab which options take files and folders: their metavar says so."""
+    """Tells shtab which options take files and folders, as their metavars show."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():

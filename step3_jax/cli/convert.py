@@ -21,13 +21,13 @@ from step3_jax.checkpoint.verify import Comparison, verify
 from step3_jax.cli.process import interrupt_note
 
 MAX_SHOWN = 10
-INTERRUPTED = "interrupted; what has been converted is kept: the same command with --resume goes on from there"
+INTERRUPTED = "interrupted; what has been converted is kept: the same command with --resume continues from there"
 FORM_TITLES = {"hf": "released layout", "orbax": "Orbax"}
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Converts, and verifies if asked to."""
-    # An accelerator has nothing to do here, and would only be kept from others.
+    # Conversion does not use an accelerator; holding one would only keep it from others.
     jax.config.update("jax_platforms", "cpu")
     source = open_source(resources.find_folder(arguments.source), arguments.companions)
     plan = plan_conversion(source, form=arguments.to, dtype=arguments.dtype, shard_bytes=arguments.shard_size)
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     is_there = arguments.target.is_dir() and any(arguments.target.iterdir())
     if is_there and arguments.verify and not arguments.resume:
-        print("DST is there: comparing only")
+        print("DST exists: only comparing")
     else:
         with interrupt_note(INTERRUPTED):
             report = convert(
@@ -87,7 +87,7 @@ def _describe_result(plan: Plan) -> str:
 
 
 def _free_bytes(target: pathlib.Path) -> int:
-    """Free on the disk that the result goes to."""
+    """Free bytes on the disk that the result goes to."""
     folder = target.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -1,4 +1,4 @@
-"""What a reader at the terminal sees: the answer on stdout, everything about it on stderr."""
+"""What a user sees in the terminal: the answer on stdout, everything about it on stderr."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ ANSWERING = "reading the prompt (the first of its size compiles programs)"
 _T = TypeVar("_T")
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
-# Of the control characters a terminal gets line ends and tabs; the others become the symbols that stand for them.
+# A terminal gets line ends and tabs unchanged; other control characters become visible symbols.
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _SYMBOLS = _CONTROLS | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
 class Display:
-    """Shows an output as it comes: reasoning dimmed on stderr, the answer on stdout, and tool calls in lines behind it."""
+    """Shows an output as it arrives: reasoning dimmed on stderr, the answer on stdout, then tool calls one per line."""
 
     def __init__(self, *, starts_thinking: bool, show_reasoning: bool, tools: Sequence[Tool] = ()) -> None:
-        """Begins one output.
+        """Starts one output.
 
         Args:
           starts_thinking: Whether the prompt ended inside the reasoning.
-          show_reasoning: Whether the reasoning is shown at all.
+          show_reasoning: Whether to show the reasoning at all.
           tools: The tools that the model was offered.
         """
         self._parser = OutputParser(tools, starts_thinking=starts_thinking)
@@ -39,7 +39,7 @@ class Display:
 
     @property
     def answer(self) -> str:
-        """The answer so far, without blanks around it."""
+        """The answer so far, without surrounding whitespace."""
         return join_deltas(self._deltas).content
 
     @property
@@ -52,7 +52,7 @@ class Display:
         self.show(self._parser.push(text))
 
     def finish(self) -> None:
-        """Shows what was held back and the tool calls, and ends the line."""
+        """Shows the text held back and the tool calls, and ends the line."""
         self.show(self._parser.finish())
         self._end_reasoning()
         calls = [f"{call.name}({call.arguments})" for call in self.tool_calls]
@@ -63,7 +63,7 @@ class Display:
         print(make_visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
     def show(self, deltas: Sequence[OutputDelta]) -> None:
-        """Shows what is told apart already, as services do it."""
+        """Shows what a service has already split into reasoning, content and calls."""
         for delta in deltas:
             self._deltas.append(delta)
             if delta.reasoning and self._show_reasoning:
@@ -81,7 +81,7 @@ class Display:
 
 
 def show_until_first(pieces: Iterator[_T]) -> Iterator[_T]:
-    """The same pieces; a terminal is told what is waited for until the first one comes."""
+    """The same pieces; until the first one arrives, a terminal shows what it waits for."""
     with show_progress(ANSWERING):
         first = next(pieces, None)
     if first is not None:
@@ -90,12 +90,12 @@ def show_until_first(pieces: Iterator[_T]) -> Iterator[_T]:
 
 
 def default_show_reasoning() -> bool:
-    """Reasoning is for a person who watches, not for a log."""
+    """Reasoning is for someone watching, not for a log."""
     return sys.stderr.isatty()
 
 
 def make_visible(text: str) -> str:
-    """The text for a terminal, which must not take what a model wrote for a command: escape sequences become visible."""
+    """The text for a terminal, which must not interpret a model's output as commands: escape sequences become visible."""
     return text.translate(_SYMBOLS)
 
 

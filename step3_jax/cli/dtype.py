@@ -13,13 +13,13 @@ _SAME = (
 
 
 def dtype_name(choices: Sequence[str]) -> Callable[[str], str]:
-    """What reads an option's value, for argparse's `type`.
+    """A parser of an option's value, for argparse's `type`.
 
     Args:
       choices: The names that the command itself uses.
 
     Returns:
-      Gives the one of `choices` that a name means, or the name unchanged, which argparse then refuses.
+      A function that returns the one of `choices` that a name means, or the name unchanged, which argparse then refuses.
     """
 
     def dtype(text: str) -> str:

@@ -1,6 +1,6 @@
-"""The engine that a command's options ask for: on one device, on several, or with attention and FFN apart.
+"""The engine for a command's options: on one device, on several, or with attention and FFN on separate devices.
 
-The options are the fields of `EngineConfig`. A file (`--config`) stands behind what the command line says.
+The options are the fields of `EngineConfig`. The command line takes precedence over a file (`--config`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from step3_jax.mesh import find_devices, force_cpu_devices
 
 @dataclasses.dataclass(frozen=True)
 class EngineChoice:
-    """What a command's options ask for.
+    """The values of a command's options.
 
     Attributes:
       config: The settings.
       parallel: How the model is spread over several devices; None for one device or with `afd`.
-      afd: Attention and FFN on devices of their own; None for together.
+      afd: Attention and FFN on separate devices; None if they share devices.
     """
 
     config: EngineConfig
@@ -39,7 +39,7 @@ class EngineChoice:
 
 
 def print_config(arguments: argparse.Namespace) -> bool:
-    """Prints the settings if that is what was asked for; True then.
+    """Prints the settings and returns True if `--print-config` was given.
 
     Raises:
       ValueError: As `read_engine`, before the first use of a device.
@@ -52,14 +52,14 @@ def print_config(arguments: argparse.Namespace) -> bool:
 
 
 def read_engine(arguments: argparse.Namespace) -> EngineChoice:
-    """Reads the options of `add_engine`: to be called before the first use of a device.
+    """Reads the options of `add_engine`: call it before the first use of a device.
 
     Raises:
-      ValueError: For values that are not allowed, options that do not go together, or that the devices do not fit; if
-        JAX_PLATFORMS asks for what is not there.
+      ValueError: For values that are not allowed, conflicting options, or ones that do not fit the devices; if
+        JAX_PLATFORMS names a platform that is not there.
     """
     config, deployment, _ = _read_settings(arguments)
-    # With it the tensor and expert parallel sizes are the FFN side's.
+    # With AFD the tensor and expert parallel sizes are for the FFN side.
     afd = read_afd_choice(arguments, config, deployment)
     parallel = read_parallel(config) if afd is None else None
     if parallel is not None:
@@ -69,14 +69,14 @@ def read_engine(arguments: argparse.Namespace) -> EngineChoice:
     find_devices()
     if afd is None and parallel is None and jax.process_count() > 1:
         raise ValueError(
-            f"there are {jax.process_count()} processes, and the model is to run on one device: spread it with "
+            f"there are {jax.process_count()} processes, but the model is set to run on one device: spread it with "
             "--tensor-parallel-size, --data-parallel-size or --afd, or leave out step3 launch"
         )
     return EngineChoice(config, parallel, afd)
 
 
 def read_config(arguments: argparse.Namespace) -> EngineConfig:
-    """The settings of the file and the command line.
+    """The settings from the file and the command line.
 
     Raises:
       ValueError: For values that are not allowed.
@@ -85,16 +85,16 @@ def read_config(arguments: argparse.Namespace) -> EngineConfig:
 
 
 def load_llm(choice: EngineChoice, folder: pathlib.Path) -> LLM:
-    """The model in `folder`, loaded as the options say; in a rank above 0 it does not return, see `LLM`.
+    """The model in `folder`, loaded as the options say; on a rank above 0 it does not return, see `LLM`.
 
     Raises:
       ValueError: For everything that the checkpoint or the engine refuses.
       RunLostError: If another process of the run fails.
-      SystemExit: In a rank above 0, when rank 0 has ended.
+      SystemExit: On a rank above 0, when rank 0 has ended.
     """
     if choice.afd is None:
         return LLM(folder, config=choice.config)
-    # They say how the FFN side is divided, which the executor does.
+    # They say how the FFN side is sharded, which the executor does.
     config = choice.config.replace(tensor_parallel_size=1, expert_parallel_size=None)
     load = functools.partial(load_afd_executor, choice.afd, folder, choice.config)
     return LLM(folder, config=config, executor=load)
@@ -103,7 +103,7 @@ def load_llm(choice: EngineChoice, folder: pathlib.Path) -> LLM:
 def _read_settings(
     arguments: argparse.Namespace,
 ) -> tuple[EngineConfig, Deployment | None, str | Mapping[str, object] | None]:
-    """Settings of the file and the command line, and the file's deployment, read and as it stands there."""
+    """Settings from the file and the command line, and the file's deployment, both parsed and as written."""
     fields, section = ({}, None) if arguments.config is None else read_config_file(arguments.config)
     deployment = None
     if section is not None:

@@ -1,4 +1,4 @@
-"""`step3 env`: what this machine and this installation are, for a report of a problem."""
+"""`step3 env`: describes this machine and this installation, for a problem report."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.mesh import find_devices
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "ml-dtypes", "orbax-checkpoint", "tensorstore", "tokenizers", "pyzmq")
-# Of extras: named where they are installed.
+# Packages of extras: listed if they are installed.
 OPTIONAL = ("jax-cuda12-plugin", "jax-cuda13-plugin", "fastapi", "uvicorn", "pydantic", "llguidance", "matplotlib")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the environment; 1 if the devices that JAX_PLATFORMS asks for are not there."""
+    """Prints the environment; returns 1 if the devices that JAX_PLATFORMS names are not there."""
     found = describe_environment()
     code = 1 if found["backend"] is None else 0
     if arguments.json:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 def describe_environment() -> dict[str, object]:
     """Versions, devices, memory, folders and variables, by name; memory in bytes, None where it cannot be read.
 
-    Without the devices that JAX_PLATFORMS asks for, `backend` is None and `problem` says what to do.
+    Without the devices that JAX_PLATFORMS names, `backend` is None and `problem` says what to do.
     """
     devices: list[dict[str, object]] = []
     problem, backend = None, None
@@ -91,7 +91,7 @@ def _version(name: str) -> str | None:
 
 
 def _find_commit() -> str | None:
-    """The commit of a checkout, and whether files were changed since; None outside of one."""
+    """The commit of a checkout, and whether files have changed since; None outside a checkout."""
     folder = pathlib.Path(step3_jax.__file__).parents[1]
     if not (folder / ".git").exists():
         return None
@@ -104,7 +104,7 @@ def _find_commit() -> str | None:
 
 
 def _find_processor() -> str | None:
-    """The processor's name; None where /proc does not tell."""
+    """The processor's name; None if /proc does not say."""
     try:
         text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -122,7 +122,7 @@ def _host_memory() -> int | None:
 def _describe_device(device: jax.Device) -> dict[str, object]:
     try:
         stats = device.memory_stats() or {}
-    except (NotImplementedError, jax.errors.JaxRuntimeError):  # The CPU backend counts nothing.
+    except (NotImplementedError, jax.errors.JaxRuntimeError):  # The CPU backend has no memory statistics.
         stats = {}
     return {"id": device.id, "kind": device.device_kind, "memory_bytes": stats.get("bytes_limit")}
 
@@ -130,11 +130,11 @@ def _describe_device(device: jax.Device) -> dict[str, object]:
 def _kernels() -> str:
     if importlib.util.find_spec("pallas_kernels") is None:
         return "pallas kernels: not installed; XLA alone"
-    return "pallas kernels: installed (for GPUs of compute capability 9.0; XLA alone elsewhere)"
+    return "pallas kernels: installed (for GPUs of compute capability 9.0; only XLA elsewhere)"
 
 
 def _find_shipped_model() -> str | None:
-    """Folder of the tiny model that commands use by default."""
+    """Folder of the tiny model, the commands' default."""
     try:
         return str(resources.find(DEFAULT_MODEL))
     except ValueError:

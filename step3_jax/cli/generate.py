@@ -1,6 +1,6 @@
-"""`step3 generate`: one prompt, with or without pictures, answered once.
+"""`step3 generate`: answers one prompt, with or without images.
 
-The answer goes to stdout, everything about it to stderr; with --json all of it is one object on stdout's last line.
+The answer goes to stdout, everything about it to stderr; with --json it is all one object on stdout's last line.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Answers the prompt.
 
     Raises:
-      ValueError: For options that do not go together, and for everything the engine refuses.
+      ValueError: For conflicting options, and for everything the engine refuses.
     """
     if print_config(arguments):
         return 0
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Call:
-    """The prompt as the engine takes it."""
+    """The prompt in the engine's form."""
 
     def __init__(
         self, llm: LLM, folder: pathlib.Path, prompt: str, arguments: argparse.Namespace, tools: Sequence[Tool]
@@ -116,7 +116,7 @@ class _Call:
         )
 
     def stream(self, params: SamplingParams, load_s: float) -> None:
-        """Prints the answer while it comes."""
+        """Prints the answer as it arrives."""
         if self._is_raw:
             pieces = self._llm.generate(self._prompt, params, images=self._images or None, stream=True)
         else:
@@ -144,9 +144,11 @@ def _check_together(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None:
         raise ValueError("there is nothing to answer: give the prompt with -p TEXT, or -p - to read it from stdin")
     if arguments.stream and (arguments.json or arguments.n > 1):
-        raise ValueError("--stream shows one answer as text: leave it out with --json or --n, which come whole")
+        raise ValueError(
+            "--stream shows one answer as text: leave it out with --json or --n, which print whole answers"
+        )
     if arguments.logprobs is not None and not arguments.json:
-        raise ValueError("--logprobs has no place in plain text: add --json")
+        raise ValueError("--logprobs cannot be shown as plain text: add --json")
     if arguments.raw and arguments.system is not None:
         raise ValueError("--system is part of the chat template, which --raw leaves out: write it into the prompt")
     if arguments.raw and arguments.tools is not None:

@@ -1,6 +1,6 @@
-"""`step3 inspect`: what a checkpoint holds, and whether it is the model of its config.json.
+"""`step3 inspect`: what a checkpoint holds, and whether it matches its config.json.
 
-Exit code 0 if it fits, 1 if it does not, 2 if there is no checkpoint.
+Exit code 0 if it matches, 1 if it does not, 2 if there is no checkpoint.
 """
 
 from __future__ import annotations

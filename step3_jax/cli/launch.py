@@ -1,4 +1,4 @@
-"""`step3 launch`: one command as many processes, on this machine, over ssh, or under a scheduler."""
+"""`step3 launch`: runs one command as many processes, on this machine, over ssh, or under a scheduler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from step3_jax.server.config import ServerConfig
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Starts the command and stays with it."""
+    """Starts the command and waits for it."""
     options = LaunchOptions(
         local=arguments.local,
         hosts=() if arguments.hosts is None else parse_hosts(arguments.hosts),
@@ -34,13 +34,13 @@ def run(arguments: argparse.Namespace) -> int:
         remote_python=arguments.python,
         remote_directory=arguments.directory,
     )
-    # Interrupted before the launcher handles signals itself, it still ends what it has started.
+    # If interrupted before the launcher handles signals itself, it still ends the processes it has started.
     with interruptible():
         return launch(arguments.words, options, module=arguments.module)
 
 
 def _read_shutdown(words: Sequence[str]) -> float:
-    """Seconds that the service needs to end in good order; 0 for other commands.
+    """Seconds that the service needs to shut down cleanly; 0 for other commands.
 
     Raises:
       ValueError: If they cannot be read.
@@ -63,7 +63,7 @@ def _read_shutdown(words: Sequence[str]) -> float:
 
 
 def _read_variable(text: str) -> tuple[str, str]:
-    """NAME=VALUE, or NAME with its value here.
+    """NAME=VALUE, or NAME with its value in this environment.
 
     Raises:
       ValueError: If it is not set here.

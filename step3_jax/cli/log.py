@@ -1,4 +1,4 @@
-"""The log of a command: what the package logs goes to stderr, from a level on. Nothing here imports jax."""
+"""The log of a command: the package's log goes to stderr, from a given level. Nothing here imports jax."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DEFAULT = "warning"
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --debug and --log-level to a command, and to what is before its name: neither may overwrite the other."""
+    """Adds --debug and --log-level both to a command and before its name: neither may overwrite the other."""
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the log, and where an error comes from"
     )
@@ -26,14 +26,14 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_level(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The level that was asked for; None if it was not.
+    """The requested level; None if not given.
 
     Args:
-      arguments: With `debug` and `log_level`, if they were given.
-      environment: Where `STEP3_LOG_LEVEL` is looked for.
+      arguments: Has `debug` and `log_level`, if they were given.
+      environment: Where `STEP3_LOG_LEVEL` is looked up.
 
     Raises:
-      ValueError: If the variable has another value than those of `LEVELS`.
+      ValueError: If the variable's value is not one of `LEVELS`.
     """
     if getattr(arguments, "debug", False):
         return "debug"
@@ -54,5 +54,5 @@ def start_log(level: str | None) -> None:
     logger = logging.getLogger("step3_jax")
     logger.addHandler(handler)
     logger.setLevel((level or _DEFAULT).upper())
-    # Orbax gives the root logger a handler of its own.
+    # Orbax adds a handler to the root logger.
     logger.propagate = False

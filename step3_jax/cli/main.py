@@ -1,6 +1,6 @@
-"""The command `step3`: finds the sub-command, runs it, and turns what goes wrong into one line and an exit code.
+"""The command `step3`: finds the sub-command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 1 it failed; 2 a mistake in what was given; 75 another process of the run failed; 130 interrupted; 141
+Exit codes: 0 done; 1 failed; 2 a usage error; 75 another process of the run failed; 130 interrupted; 141
 the reader of the output left.
 """
 
@@ -31,8 +31,8 @@ from step3_jax.cli.process import (
 from step3_jax.gpu import claim_memory
 from step3_jax.rank import COORDINATOR, CPU_DEVICES, NUM_PROCESSES, PROCESS_ID
 
-# Each has two modules of its name: in `arguments` one with `add_arguments(parser)`, free of jax so that `--help` need not
-# wait for it, and here one with `run(arguments) -> exit code`. Only those of the chosen command are imported.
+# Each has two modules of its name: one in `arguments` with `add_arguments(parser)`, free of jax so that `--help` need not
+# wait for it, and one here with `run(arguments) -> exit code`. Only those of the chosen command are imported.
 COMMANDS = {
     "generate": "answer one prompt, with or without images",
     "chat": "talk with the model in the terminal",
@@ -49,9 +49,9 @@ COMMANDS = {
 }
 
 
-# Where one is set, this is a process of several, or has several CPU devices.
+# If one is set, this is one of several processes, or has several CPU devices.
 PROCESS_VARIABLES = (COORDINATOR, NUM_PROCESSES, PROCESS_ID, CPU_DEVICES)
-# Of several processes, rank 0 runs these commands, and the others work for it.
+# With several processes, rank 0 runs these commands, and the others work for it.
 _DRIVEN = ("generate", "chat", "run-batch", "serve")
 # EX_TEMPFAIL of sysexits.h: another process of the run failed.
 LOST_CODE = 75
@@ -62,7 +62,7 @@ class UsageError(ValueError):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is an exception and not five lines of usage, and names the command that it is in."""
+    """argparse, except that an error is an exception instead of five lines of usage, and names its command."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -70,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's, but refuses words that are left over: the innermost command knows its options best."""
+        """Like argparse's, but refuses leftover words: the innermost command knows its options best."""
         found, left = super().parse_known_args(args, namespace)
         if left:
             self.error(_describe_left_over(left, self.prog, self.format_help()))
@@ -81,7 +81,7 @@ def build_parser(*wanted: str | None) -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
     Args:
-      *wanted: The sub-commands whose options are wanted; the others are only named. None stands for none.
+      *wanted: The sub-commands whose options are needed; the others are only named. None means none.
     """
     parser = _Parser(prog="step3", description="Run Step3, a vision-language mixture of experts, in JAX.")
     parser.add_argument("--version", action="version", version=f"step3-jax {__version__}")
@@ -99,15 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-      argv: Arguments without the program's name. If absent this process is the command: its own arguments are taken,
-        its standard streams are repaired, and an interrupt ends it without the interpreter's clean-up.
+      argv: Arguments without the program's name. If absent, this process is the command: it uses its own arguments,
+        repairs its standard streams, and an interrupt ends it without the interpreter's clean-up.
 
     Returns:
       The exit code.
     """
     if argv is not None:
         return _run_guarded(list(argv))
-    # First: what the handler opens must not land in the place of a closed stream.
+    # First: a file that the handler opens must not get the descriptor of a closed stream.
     repair_streams()
     handler = handle_interrupts()
     code = _run_guarded(sys.argv[1:], has_log=True)
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_guarded(argv: list[str], *, has_log: bool = False) -> int:
-    """The exit code, whatever happens; `has_log` says that the log may be shown, as this process is the command."""
+    """The exit code, whatever happens; `has_log` says that the log may be shown, because this process is the command."""
     try:
         code = _run(argv, has_log=has_log)
         sys.stdout.flush()
@@ -132,7 +132,7 @@ def _run_guarded(argv: list[str], *, has_log: bool = False) -> int:
         return 141
     except RunLostError as error:
         say(f"error: {error}")
-        # Native code may wait for the other ranks as long as it likes.
+        # Native code may wait for the other ranks indefinitely.
         leave_at_once(LOST_CODE)
     except Exception as error:
         if "--debug" in argv:
@@ -147,11 +147,11 @@ def _run(argv: list[str], *, has_log: bool) -> int:
     is_rank = command != "launch" and any(os.environ.get(name) for name in PROCESS_VARIABLES)
     try:
         arguments = build_parser(command).parse_args(argv)
-    except SystemExit as leave:  # --help and --version have printed what was asked.
+    except SystemExit as leave:  # --help and --version have printed their text.
         return leave.code if isinstance(leave.code, int) else 0
     if has_log:
         start_log(read_level(arguments))
-    # Where the work is done by a service elsewhere, nothing here is to load a model or touch a device.
+    # If a service elsewhere does the work, nothing here may load a model or touch a device.
     remote = getattr(arguments, "remote_module", None)
     if remote is not None:
         return int(importlib.import_module(f"step3_jax.cli.{remote}").run(arguments))
@@ -170,7 +170,7 @@ def _run(argv: list[str], *, has_log: bool) -> int:
 
 
 def _find_command(argv: Sequence[str]) -> str | None:
-    """The sub-command: the first word that is the name of one, as no option before it takes such a word."""
+    """The sub-command: the first word that names one, as no option before it takes such a word."""
     return next((word for word in argv if word in COMMANDS), None)
 
 
@@ -179,13 +179,13 @@ def _module_name(command: str) -> str:
 
 
 def _describe_left_over(words: Sequence[str], prog: str, help_text: str) -> str:
-    """What is wrong with words that a command does not take, and the option that was probably meant."""
+    """What is wrong with words that a command does not take, and the probably intended option."""
     given = words[0].partition("=")[0]
     if not given.startswith("-"):
-        return f"{given!r} is one word too many"
+        return f"{given!r} is an unexpected argument"
     if prog == "step3 launch":
         return (
-            f"{given} is no option of step3 launch: the command that it starts comes after --, as in "
+            f"{given} is not an option of step3 launch: the command to start comes after --, as in "
             "step3 launch --local 2 -- generate -p Hello"
         )
     known = sorted(set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", help_text)))

@@ -1,4 +1,4 @@
-"""Messages of a conversation, and whether the model's answer to them begins with reasoning."""
+"""Messages of a conversation, and whether the model's answer to them starts with reasoning."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from step3_jax.text.tool_call import Tool, collect_schemas
 
 
 def user_message(text: str, images: Sequence[str] = ()) -> dict[str, object]:
-    """What the user says: pictures first, as the released model was shown them.
+    """The user's message: images first, as in the released model's training.
 
     Args:
       text: The question.
-      images: Paths of pictures.
+      images: Paths of images.
     """
     if not images:
         return {"role": "user", "content": text}
@@ -35,13 +35,13 @@ def system_messages(text: str | None) -> list[dict[str, object]]:
 
 
 def check_images(images: Sequence[str]) -> None:
-    """Raises ValueError if a picture cannot be opened; cheap beside loading a model for nothing."""
+    """Raises ValueError if an image cannot be opened; cheap compared with loading a model for nothing."""
     for image in images:
         open_image(image)
 
 
 def stop_in_answer(params: SamplingParams, *, starts_thinking: bool) -> SamplingParams:
-    """The same parameters with stop strings that end the answer and not the reasoning before it."""
+    """The same parameters with stop strings that end the answer, not the reasoning before it."""
     return dataclasses.replace(params, stop_after=THINK_END) if params.stop and starts_thinking else params
 
 
@@ -49,7 +49,7 @@ def read_tools(path: str | None) -> list[Tool]:
     """The tools of a file: a JSON list of them, as in OpenAI's interface; none without a file.
 
     Raises:
-      ValueError: If the file cannot be read or is not of this form.
+      ValueError: If the file cannot be read or does not have this form.
     """
     if path is None:
         return []
@@ -61,7 +61,7 @@ def read_tools(path: str | None) -> list[Tool]:
         raise ValueError(f"--tools {path} is not valid JSON: {error}") from None
     if not isinstance(stored, list) or len(collect_schemas(filter(_is_object, stored))) != len(stored):
         raise ValueError(
-            f"--tools {path} must hold a list of tools with names of their own, each "
+            f"--tools {path} must hold a list of tools with distinct names, each "
             '{"type": "function", "function": {"name": ..., "parameters": {...}}}'
         )
     return stored

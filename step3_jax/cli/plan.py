@@ -1,4 +1,4 @@
-"""`step3 plan`: finds what is to be planned, and imports nothing for the rest."""
+"""`step3 plan`: finds the kind of plan, and imports nothing for the others."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import importlib
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the module of its name, `cli/plan_<what>.py`."""
+    """Runs the module `cli/plan_<what>.py`."""
     return int(importlib.import_module(f"step3_jax.cli.plan_{arguments.what}").run(arguments))

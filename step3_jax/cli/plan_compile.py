@@ -1,10 +1,11 @@
-"""The decode programs of a deployment, compiled from shapes alone: no weights, no accelerator.
+"""The decode programs of a deployment, compiled only from shapes: no weights, no accelerator.
 
-A deployment whose devices do everything has the decode loop of the engine's own executor. With AFD each role's whole decode
-step of one micro-batch is compiled for as many devices as it has; what the other role sends in it is an argument and what
-goes to it a result, so that each role stands for itself. Weights and cache lie as in the running system: on GPUs, layers of
-one form stacked. The bytes of arguments and of aliases are those of the real parameter tree and cache; those of temporaries
-would mislead, since it is CPU devices that is compiled for, where layers are copied out of their stacks and FP8 is widened.
+A deployment whose devices do everything uses the decode loop of the engine's own executor. With AFD, each role's whole
+decode step of one micro-batch is compiled for as many devices as it has; what the other role sends is an argument and
+what goes to it is a result, so that each role is independent. Weights and cache are arranged as in the running system: on
+GPUs, layers of the same structure are stacked. The bytes of arguments and aliases are those of the real parameter tree and
+cache; those of temporaries would mislead, as the programs are compiled for CPU devices, where layers are copied out of
+their stacks and FP8 is widened.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from step3_jax.planner.memory import CacheShape, CompiledBytes, rows_at_once
 from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 
-# Only the bytes are wanted, not a fast program.
+# Only the bytes matter, not a fast program.
 COMPILER_OPTIONS: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
@@ -61,12 +62,12 @@ def compile_alone(config: ModelConfig, deployment: Deployment, cache: CacheShape
     """Compiles in this process, which has used no device yet; arguments as for `plan_process.compile_deployment`.
 
     Raises:
-      ValueError: If the deployment does not divide the model; the message says what would.
+      ValueError: If the deployment does not divide the model; the message says which would.
     """
     # Before the first use of a device. A number of devices in XLA_FLAGS would contradict ours.
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if "force_host_platform_device_count" not in flag)
-    # A program out of the cache need not tell its aliases.
+    # A program from the cache may not report its aliases.
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", deployment.num_devices)
@@ -95,7 +96,7 @@ def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape)
 
 
 def _place(config: ModelConfig, places: Places) -> Step3:
-    """Shapes of the model as GPUs at these places have it."""
+    """Shapes of the model as GPUs hold it, with these shardings."""
     return arrange(place_shapes(abstract_model(config), places), Arrangement.of("gpu", config.dtype))
 
 
@@ -203,7 +204,7 @@ def _compile_ffn(model: Step3, layout: Layout, form: PayloadFormat, rows: int) -
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """Arrays of a role: outside the layers, and of its halves of the layers, stack by stack."""
+    """Arrays of a role: those outside the layers, and those of its halves of the layers, stack by stack."""
 
     ends: list[Array]
     layers: list[list[Array]]
@@ -212,7 +213,7 @@ class _Weights:
 def _compile(
     step: Callable[..., object], layout: Layout, arguments: tuple[object, ...], outputs: object
 ) -> jax.stages.Compiled:
-    """A step of weights, pool and inputs, the same on each device's own part."""
+    """A step as a function of weights, pool and inputs, run on each device's own part."""
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
     mapped = jax.shard_map(step, mesh=layout.mesh, in_specs=specs, out_specs=outputs, check_vma=False)
     return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile(COMPILER_OPTIONS)
@@ -225,7 +226,7 @@ def _vision_leaves(model: Step3) -> list[Array]:
 
 
 def _shape_cache(model: Step3, layout: Layout, deployment: Deployment, cache: CacheShape) -> KVPages:
-    """The pool of all layers and devices, as it lies."""
+    """The pool of all layers and devices, in its real layout."""
     text, sharding = model.config.text, layout.sharding("rows")
     count = cache.num_pages * layout.size("rows")
     storage = cast(Storage, deployment.kv_cache)
@@ -256,35 +257,35 @@ def _read_bytes(
     inputs: object,
     num_tokens: int,
 ) -> CompiledBytes:
-    """What a compiled program says of the bytes of one device.
+    """The bytes of one device, according to a compiled program.
 
     Args:
-      program: Of weights, pool and inputs.
-      weights: Shapes of what it multiplies with.
-      others: Shapes of weights that are on the devices besides.
+      program: A function of weights, pool and inputs.
+      weights: Shapes of the weights that it uses.
+      others: Shapes of other weights on the devices.
       pool: The cache; None on a side that has none.
       inputs: What else it takes; what it has no use for it may have left out.
       num_tokens: That the pool has room for.
 
     Raises:
-      RuntimeError: If the program takes other arguments than it is given, which would make its bytes worthless.
+      RuntimeError: If the program's arguments are not the ones given, which would make its bytes worthless.
     """
     memory = program.memory_analysis()
     if memory is None:
-        raise RuntimeError("this version of jax does not tell the memory of a program for CPUs")
+        raise RuntimeError("this version of jax does not report the memory of a program for CPUs")
     kv_cache = memory.alias_size_in_bytes
     found = memory.argument_size_in_bytes - kv_cache
     given, given_cache, most = _device_bytes(weights), _device_bytes(pool), _device_bytes(inputs)
     if kv_cache != given_cache or not given <= found <= given + most:
         raise RuntimeError(
-            f"the compiled program has {found:,} bytes of weights and inputs and {kv_cache:,} of cache on a device, and was "
+            f"the compiled program has {found:,} bytes of weights and inputs and {kv_cache:,} of cache on a device, but was "
             f"given {given:,} of weights, {most:,} of inputs and {given_cache:,} of cache"
         )
     return CompiledBytes(given + _device_bytes(others), kv_cache, num_tokens)
 
 
 def _device_bytes(tree: object) -> int:
-    """Bytes of the arrays of a tree on one device; what has no sharding is there whole."""
+    """Bytes of the arrays of a tree on one device; an array without a sharding counts in full."""
 
     def size(leaf: jax.ShapeDtypeStruct | np.ndarray) -> int:
         sharding = getattr(leaf, "sharding", None)

@@ -1,6 +1,6 @@
-"""`step3 plan cost`: what a million tokens cost on which hardware.
+"""`step3 plan cost`: what a million tokens cost on each kind of hardware.
 
-Exit code 0, or 2 for a mistake in what was given.
+Exit code 0, or 2 for a usage error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read_prices(words: Sequence[str]) -> Prices:
     """Prices from `--price NAME=USD`.
 
     Raises:
-      ValueError: If one is not of that form, names unknown hardware, or is not above 0.
+      ValueError: If one does not have that form, names unknown hardware, or is not above 0.
     """
     given = {}
     for word in words:
@@ -55,13 +55,13 @@ def read_prices(words: Sequence[str]) -> Prices:
         except ValueError:
             value = 0.0
         if not 0 < value < float("inf"):
-            raise ValueError(f"--price {word}: USD an hour of one device is needed, a number above 0")
+            raise ValueError(f"--price {word}: USD per hour of one device, a number above 0, is needed")
         given[load_hardware(name).name] = value
     return Prices(given)
 
 
 def read_candidates(words: Sequence[str], prices: Prices) -> list[Hardware]:
-    """Hardware from `--hardware`; without it, all that has a price.
+    """Hardware from `--hardware`; without it, all hardware that has a price.
 
     Raises:
       ValueError: If a name is unknown.

@@ -1,6 +1,6 @@
-"""`step3 plan memory`: whether a deployment of a large model fits, without its weights and without its devices.
+"""`step3 plan memory`: whether a deployment of a large model fits, without needing its weights or its devices.
 
-Exit code 0 if it fits, 1 if it does not, 2 for a mistake in what was given.
+Exit code 0 if it fits, 1 if it does not, 2 for a usage error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from step3_jax.layout.weight_form import CPU_FORMS
 from step3_jax.planner.memory import CacheShape, MemoryPlan, plan_memory, shape_cache
 from step3_jax.planner.memory_table import to_dict, to_lines
 
-# What is compiled for a deployment that names no workload: the bytes of weights do not depend on it.
+# Compiled for a deployment that names no workload: the bytes of weights do not depend on it.
 _SMALL_CACHE = CacheShape(rows=4, pages_per_row=4)
 
 
@@ -48,10 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
             compiled=None if compilation is None else compilation.roles,
         )
 
-    # First without, so that wrong numbers are refused at once.
+    # First without compiling, so that wrong numbers are refused immediately.
     found, compilation = plan(None), None
     if deployment.weights in CPU_FORMS:
-        write_note(f"weights {deployment.weights} are for CPUs: arithmetic alone, nothing is compiled")
+        write_note(f"weights {deployment.weights} are for CPUs: only arithmetic, nothing is compiled")
     elif not arguments.no_compile:
         write_note(f"compiling the decode step for {deployment.num_devices} devices from shapes (about a minute) ...")
         with interruptible():
@@ -75,7 +75,7 @@ def _compile(config: ModelConfig, deployment: Deployment) -> Compilation:
 
 
 def _change(deployment: Deployment, arguments: argparse.Namespace) -> Deployment:
-    """The deployment with what the command line says instead.
+    """The deployment, with the command line's values in place of its own.
 
     Raises:
       ValueError: If only one of the two numbers of a workload is known, or one is not positive.
@@ -108,7 +108,7 @@ def _change_workload(workload: Workload | None, sequences: int | None, context_t
 
 
 def _find_memory(deployment: Deployment, hardware: str | None) -> float | None:
-    """What a device has: the file's number, but no more than the hardware that it is of."""
+    """A device's memory: the file's number, but no more than its hardware has."""
     known = [] if deployment.device_memory_gib is None else [deployment.device_memory_gib]
     if hardware is not None:
         known.append(load_hardware(hardware).memory_gib)

@@ -1,4 +1,4 @@
-"""The model that `step3 plan memory` and `step3 plan search` are asked about."""
+"""The model for `step3 plan memory` and `step3 plan search`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def load_config(name: str) -> ModelConfig:
     """The configuration of a preset, or of a folder or file in Step3's form.
 
     Raises:
-      ValueError: If there is none, or it is a model that only `step3 plan cost` knows.
+      ValueError: If it is not found, or only `step3 plan cost` knows it.
     """
     if name in PRESETS:
         return ModelConfig.preset(name)
@@ -22,7 +22,7 @@ def load_config(name: str) -> ModelConfig:
         return ModelConfig.load(path)
     if name in list_shapes():
         raise ValueError(
-            f"--model {name}: memory is planned for models of Step3's form alone; for this one there is step3 plan cost "
+            f"--model {name}: memory can be planned only for models of Step3's form; for this one there is step3 plan cost "
             f"--model {name}"
         )
     raise ValueError(f"--model {name}: give a folder with a config.json, or a name{describe_known(name, PRESETS)}")

@@ -1,4 +1,4 @@
-"""The process that compiles the decode programs of a deployment. It alone imports jax, so that arithmetic need not wait."""
+"""The process that compiles the decode programs of a deployment. Only it imports jax, so that arithmetic is immediate."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from step3_jax.config import ModelConfig
 from step3_jax.layout.deployment import Deployment
 from step3_jax.planner.memory import CacheShape, CompiledBytes
 
-# What the process runs.
+# The command that the process runs.
 _COMPILER = "step3_jax.cli.plan_compile"
 
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-    """What compiling gave, and what it took.
+    """The result of compiling, and its cost.
 
     Attributes:
-      roles: Bytes by the name of the role.
-      seconds: From the start of the process.
-      peak_bytes: Most memory of the process.
+      roles: Bytes by role name.
+      seconds: Since the start of the process.
+      peak_bytes: Peak memory of the process.
     """
 
     roles: dict[str, CompiledBytes]
@@ -40,12 +40,12 @@ def compile_deployment(config: ModelConfig, deployment: Deployment, cache: Cache
     """Compiles in a process of its own, as the number of devices is fixed once jax computes.
 
     Args:
-      config: As `layout.role.deployed_config` gives it.
+      config: From `layout.role.deployed_config`.
       deployment: What runs where.
       cache: Of each device that has one.
 
     Raises:
-      ValueError: If the deployment does not divide the model; the message says what would.
+      ValueError: If the deployment does not divide the model; the message says which would.
       RuntimeError: If the process dies.
     """
     start = time.perf_counter()
@@ -55,13 +55,13 @@ def compile_deployment(config: ModelConfig, deployment: Deployment, cache: Cache
     try:
         with _deferred_interrupts():
             process.start()
-        # What is left is the child's alone, so that its end is the end of the pipe.
+        # Then only the child holds the other end, so that its exit closes the pipe.
         sender.close()
         found: Compilation | Exception = receiver.recv()
     except EOFError:
         raise RuntimeError("the compiling process has died: is there enough memory for it (2 GiB)?") from None
     finally:
-        # Interrupted, it would compile on for seconds, if it has been started.
+        # On an interrupt, a started process would keep compiling for seconds.
         if process.pid is not None:
             process.kill()
             process.join()
@@ -73,10 +73,10 @@ def compile_deployment(config: ModelConfig, deployment: Deployment, cache: Cache
 
 @contextlib.contextmanager
 def _deferred_interrupts() -> Iterator[None]:
-    """A Ctrl-C that comes here is handled at the end, and a process that is started here never notices one.
+    """Delays a Ctrl-C in this block to its end, and shields a process that is started here from it.
 
-    It is its parent's to answer, and half started it would complain of what the parent has not sent. Outside of the main
-    thread nothing.
+    The parent handles it; a half-started process would complain about data that the parent has not sent. Does nothing
+    outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -89,7 +89,7 @@ def _deferred_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
-        # A signal that only this thread could take is handled as the mask goes, still by the list.
+        # A signal that only this thread can take is delivered as the mask is removed, still to the list.
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
         if came:

@@ -1,6 +1,6 @@
-"""`step3 plan report`: the Step-3 report's tables and figures, computed again beside the printed ones.
+"""`step3 plan report`: the Step-3 report's tables and figures, recomputed and compared with the printed ones.
 
-Exit code 0 if every cell agrees but for those known to differ, else 1.
+Exit code 0 if every cell agrees, except those known to differ, else 1.
 """
 
 from __future__ import annotations

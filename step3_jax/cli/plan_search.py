@@ -1,6 +1,6 @@
-"""`step3 plan search`: which deployment decodes at least cost within a target time.
+"""`step3 plan search`: finds the deployment that decodes at the lowest cost within a target time.
 
-Exit code 0 if one meets the target, 1 if none does, 2 for a mistake in what was given.
+Exit code 0 if one meets the target, 1 if none does, 2 for a usage error.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_query(arguments: argparse.Namespace) -> Query:
-    """What the options ask for.
+    """The search for the given options.
 
     Raises:
       ValueError: For a value that is not allowed.
@@ -103,13 +103,11 @@ def _read_pools(words: Sequence[str], prices: Prices) -> list[Pool]:
     """The inventory.
 
     Raises:
-      ValueError: If there is none, a kind is named twice, or one cannot be read.
+      ValueError: If it is empty, a kind is named twice, or one cannot be read.
     """
     pools = [parse_pool(word, prices) for text in words for word in text.split(",") if word.strip()]
     if not pools:
-        raise ValueError(
-            f"give the devices that there are, such as --hardware h800:32; known: {', '.join(list_hardware())}"
-        )
+        raise ValueError(f"give the devices you have, such as --hardware h800:32; known: {', '.join(list_hardware())}")
     names = [pool.hardware.name for pool in pools]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

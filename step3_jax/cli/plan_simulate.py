@@ -1,6 +1,6 @@
-"""`step3 plan simulate`: a deployment with attention and FFN apart, event by event.
+"""`step3 plan simulate`: simulates a deployment with attention and FFN on separate devices, event by event.
 
-Exit code 0, or 2 for a mistake in what was given.
+Exit code 0, or 2 for a usage error.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ _OF_BATCH = ("batch", "steps")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints what came out."""
+    """Prints the result."""
     has_requests = arguments.decode_only or any(getattr(arguments, name) is not None for name in _OF_REQUESTS)
     for name in _OF_BATCH:
         if has_requests and getattr(arguments, name) is not None:
-            raise ValueError(f"--{name} is of a batch that stays full, and requests come and go: leave one of them out")
+            raise ValueError(
+                f"--{name} is for a batch that stays full, but requests come and go: leave one of them out"
+            )
     if arguments.exchange_on_core and not arguments.lockstep:
-        raise ValueError("--exchange-on-core is a way to go in lockstep: add --lockstep")
+        raise ValueError("--exchange-on-core is a kind of lockstep: add --lockstep")
     case = read_case(arguments)
     is_recorded = bool(arguments.trace or arguments.picture)
     if has_requests:
@@ -130,7 +132,7 @@ def _run_batch(arguments: argparse.Namespace, case: Case, is_recorded: bool) -> 
     values |= {"kv_cache_tokens": cache_tokens, "fits": None if cache_tokens is None else needed <= cache_tokens}
     if values["fits"] is False:
         lines.append(
-            f"DOES NOT FIT: {needed:,} tokens of KV cache, and {cache_tokens:,} fit by the "
+            f"DOES NOT FIT: {needed:,} tokens of KV cache, but {cache_tokens:,} fit by the "
             "arithmetic of step3 plan memory"
         )
     summary = summarise_batch(found, num_sequences=num_sequences, num_devices=case.topology.num_devices)
@@ -141,7 +143,7 @@ def _run_lockstep(arguments: argparse.Namespace, case: Case, work: Work, steps: 
     topology = case.topology
     if topology.num_attention != 1 or topology.num_ffn != 1:
         raise ValueError(
-            f"--lockstep is simulated for 1A1F, and this is {topology.num_attention}A{topology.num_ffn}F: leave it out"
+            f"--lockstep is simulated for 1A1F, but this is {topology.num_attention}A{topology.num_ffn}F: leave it out"
         )
     return simulate_lockstep(
         Schedule(case.shape.num_layers, case.deployment.num_microbatches),
@@ -193,7 +195,7 @@ def _run_requests(arguments: argparse.Namespace, case: Case, is_recorded: bool) 
 
 
 def _first_stages(case: Case, work: Work) -> StageTimes:
-    """Times of the first micro-batch, which has the sequences that are left over when a batch is cut."""
+    """Times of the first micro-batch, which has the extra sequences when a batch does not divide evenly."""
     pace_s = case.pipeline.way_s
     return StageTimes(
         max(work.attention_s[0]),

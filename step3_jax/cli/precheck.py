@@ -1,4 +1,4 @@
-"""What can be told before the weights are read, which takes minutes for a large model."""
+"""Checks before the weights are read, which takes minutes for a large model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def check_before_loading(
 
     Args:
       folder: The model.
-      max_model_len: Most tokens that were asked for; None for the model's own limit.
+      max_model_len: The requested limit; None for the model's own.
       num_images: Images of the prompt.
-      needs_template: Whether messages are to be made a prompt.
+      needs_template: Whether messages are rendered to a prompt.
 
     Returns:
       The model's configuration.
@@ -40,7 +40,7 @@ def check_before_loading(
 
 
 def _has_vision(folder: pathlib.Path, config: ModelConfig) -> bool:
-    """Whether there is a vision tower, by the names of the tensors, as the loader sees it."""
+    """Whether there is a vision tower, judging by tensor names, like the loader."""
     if config.vision is None or not any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
         return config.vision is not None
     with Checkpoint(folder) as checkpoint:

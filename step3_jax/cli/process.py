@@ -1,4 +1,4 @@
-"""The process of a command: streams that can always be written to, and Ctrl-C that always ends it.
+"""The process of a command: streams that can always be written to, and a Ctrl-C that always ends it.
 
 Nothing here imports jax.
 """
@@ -19,12 +19,12 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 INTERRUPTED_CODE = 130
-# Back to the start of the terminal's line, and nothing on it.
+# Returns to the start of the terminal's line and clears it.
 ERASE = "\r\x1b[K"
 INTERRUPTED = "interrupted"
 # Native code (a compiler, a collective) may keep the main thread from noticing a signal; after this it is not waited for.
 NOTICE_S = 2.0
-# UTF-32 begins as UTF-16 does, so it comes first.
+# UTF-32's mark starts with UTF-16's, so it comes first.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -32,17 +32,17 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-# Handled shortly before the watching thread woke up.
+# Handled just before the watching thread woke up.
 _SLACK_S = 0.5
 
 
 def repair_streams() -> None:
-    """Makes standard streams usable whatever the process was started with.
+    """Makes the standard streams usable, whatever the process was started with.
 
-    Characters that an encoding lacks are shown as "?". A closed standard output behaves as one whose reader has left, a
-    closed standard error as the null device, and a closed standard input as an empty one.
+    Characters that an encoding lacks are shown as "?". A closed standard output behaves like one whose reader has left, a
+    closed standard error like the null device, and a closed standard input like an empty one.
     """
-    # In the order of their numbers: what is opened next must not land in a closed stream's place.
+    # In the order of their numbers: the next file opened must not get a closed stream's number.
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123
     if sys.stdout is None:
@@ -60,19 +60,19 @@ def repair_streams() -> None:
 class InterruptHandler:
     """What Ctrl-C does in a command's process: it ends it at once, with one line.
 
-    No exception is raised for it but where one is expected (`interruptible`): in the middle of an import or a callback of
-    native code it would be lost, or taken for a crash.
+    It raises an exception only where one is expected (`interruptible`): in the middle of an import or a callback of
+    native code it would be lost, or look like a crash.
 
     Attributes:
-      text: What is said.
-      was_raised: Whether there was an exception: what it stopped may go on in native threads, so the process is to leave by
-        `leave_at_once`.
+      text: The message.
+      was_raised: Whether there was an exception: work it stopped may continue in native threads, so the process must leave
+        by `leave_at_once`.
     """
 
     def __init__(self) -> None:
         self.text = INTERRUPTED
         self.was_raised = False
-        # The innermost place where an exception is expected, by its number; 0 where none is.
+        # The number of the innermost block where an exception is expected; 0 outside any.
         self._place, self._num_places = 0, 0
         self._noticed_at = -1.0
         reader, writer = socket.socketpair()
@@ -90,7 +90,7 @@ class InterruptHandler:
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
-        """Where an exception is raised."""
+        """A block in which an exception is raised."""
         outer = self._place
         self._num_places += 1
         self._place = self._num_places
@@ -103,14 +103,14 @@ class InterruptHandler:
         return signal.getsignal(signal.SIGINT) is self
 
     def _leave(self) -> NoReturn:
-        # The main thread may be in the middle of writing: no stream is used.
+        # The main thread may be in the middle of a write: do not use streams.
         start = b"\n" if sys.stderr.isatty() else b""
         with contextlib.suppress(OSError):
             os.write(2, start + f"step3: {self.text}\n".encode())
         leave_at_once(INTERRUPTED_CODE)
 
     def _watch(self, reader: socket.socket, writer: socket.socket) -> None:
-        """A thread: signals come here too, while the main thread may be in native code that runs no Python."""
+        """A thread that also sees signals, while the main thread may be in native code that runs no Python."""
         is_last = False
         with writer:
             while numbers := reader.recv(64):
@@ -134,7 +134,7 @@ class InterruptHandler:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Where Ctrl-C raises KeyboardInterrupt, as it does in any Python; does nothing outside of a command's own process."""
+    """A block in which Ctrl-C raises KeyboardInterrupt, as usual in Python; does nothing outside a command's own process."""
     handler = signal.getsignal(signal.SIGINT)
     if not isinstance(handler, InterruptHandler):
         yield
@@ -161,13 +161,13 @@ def interrupt_note(text: str) -> Iterator[None]:
 
 
 def handle_interrupts() -> InterruptHandler | None:
-    """Sets up what Ctrl-C does; None where SIGINT is ignored (background jobs of a shell) or handled by another."""
+    """Sets up Ctrl-C handling; None where SIGINT is ignored (background jobs of a shell) or already handled."""
     is_free = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     return InterruptHandler() if is_free else None
 
 
 def read_stdin() -> str:
-    """All of standard input as text, without the byte order mark that some shells put in front of what they pipe."""
+    """All of standard input as text, without the byte order mark that some shells put before piped text."""
     data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
@@ -176,15 +176,15 @@ def read_stdin() -> str:
 
 
 def say(text: str) -> None:
-    """Writes a line of the command's own on stderr, in place of what a terminal shows of its progress."""
+    """Writes a line of the command's own to stderr, replacing the progress that a terminal shows."""
     start = ERASE if sys.stderr.isatty() else ""
     print(f"{start}step3: {text}", file=sys.stderr, flush=True)
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """Ends the process without the interpreter's clean-up, in which a compiler that still runs would crash."""
+    """Ends the process without the interpreter's clean-up, in which a still running compiler would crash."""
     for stream in (sys.stdout, sys.stderr):
-        # A RuntimeError where the interrupt came in the middle of a flush.
+        # A RuntimeError if the interrupt came in the middle of a flush.
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             stream.flush()
     os._exit(code)
@@ -197,6 +197,6 @@ def _move(descriptor: int, number: int) -> None:
 
 
 def _is_lossy(stream: TextIO) -> bool:
-    """Whether a character that the encoding lacks would be an error. What the user chose (`:backslashreplace`) stays."""
+    """Whether a character that the encoding lacks would be an error. The user's choice (`:backslashreplace`) is kept."""
     is_unicode = stream.encoding.lower().replace("-", "").startswith("utf")
     return stream.errors == "strict" or (stream.errors == "surrogateescape" and not is_unicode)

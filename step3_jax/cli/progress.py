@@ -1,4 +1,4 @@
-"""Says on a terminal that something long is under way, and for how long it has been."""
+"""Shows on a terminal that something slow is running, and for how long."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 from step3_jax.cli.process import ERASE
 
-# What takes less is not worth a line.
+# Anything shorter is not worth a line.
 _PATIENCE_S = 0.5
 _EVERY_S = 0.5
 
 
 @contextlib.contextmanager
 def show_progress(what: str) -> Iterator[None]:
-    """Shows `what` and the seconds so far in a line on stderr, and removes the line at the end; on a terminal alone."""
+    """Shows `what` and the seconds so far in a line on stderr, and removes the line at the end; only on a terminal."""
     if not sys.stderr.isatty():
         yield
         return

@@ -10,7 +10,7 @@ KEY_VARIABLE = "STEP3_API_KEY"
 
 
 class _NameService(argparse.Action):
-    """Stores the address, and which module does the work instead of the command's own."""
+    """Stores the address, and the module that does the work instead of the command's own."""
 
     def __call__(
         self,
@@ -24,11 +24,11 @@ class _NameService(argparse.Action):
 
 
 def add_service(parser: argparse.ArgumentParser, *, module: str) -> None:
-    """Adds --url and what goes with it.
+    """Adds --url and its related options.
 
     Args:
       parser: Gets the options.
-      module: Of `step3_jax.cli`; it does the work where there is an address.
+      module: A module of `step3_jax.cli` that does the work if there is an address.
     """
     group = parser.add_argument_group("a service instead of a local model")
     group.add_argument(
@@ -53,5 +53,5 @@ def add_key(parser: argparse._ActionsContainer) -> None:
 
 
 def read_key(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The key of the command line, or else of the environment. A key that is meant for others is never sent."""
+    """The key from the command line, or else from the environment. A key meant for another service is never sent."""
     return arguments.api_key or environment.get(KEY_VARIABLE) or None

@@ -1,4 +1,4 @@
-"""`step3 run-batch`: answers a file of requests with the model, and goes on where it was stopped."""
+"""`step3 run-batch`: answers a file of requests with the model, and resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from step3_jax.cli.progress import show_progress
 from step3_jax.cli.serve import read_server_config, require_libraries
 from step3_jax.server.batch_file import BatchInput, BatchOutput
 
-_GO_ON = "interrupted; the same command goes on where it was"
-# Requests at a time for each slot of the engine: the next ones are ready when one is free.
+_GO_ON = "interrupted; the same command resumes where it was"
+# Requests at a time per slot of the engine: the next ones are ready when one becomes free.
 _PER_SLOT = 2
-# For the engine's step under way.
+# For the engine's current step.
 _CLOSE_S = 10
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answers what has no answer yet.
+    """Answers the requests that have no answer yet.
 
     Returns:
-      0, also if there were errors: they are lines of the output.
+      0, even if there were errors: they are lines of the output.
 
     Raises:
       ValueError: For files that cannot be used, and everything that the checkpoint or the engine refuses.
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         unknown = output.done - {line.custom_id for line in given.lines}
         if unknown:
             raise ValueError(
-                f"{arguments.output_file} has an answer to {min(unknown)!r}, which {arguments.input_file} does not ask: "
+                f"{arguments.output_file} has an answer to {min(unknown)!r}, which is not in {arguments.input_file}: "
                 "give another file"
             )
         num_left = len(given.lines) - len(output.done)

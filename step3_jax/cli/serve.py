@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
       0 after a signal; 70 if the engine stopped.
 
     Raises:
-      ValueError: For settings that are not allowed, an address that cannot be had, a library that is missing, and
+      ValueError: For settings that are not allowed, an address that cannot be used, a missing library, and
         everything that the checkpoint or the engine refuses.
     """
     config = read_server_config(arguments)
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             llm.warm_up(_tell_progress)
         return llm
 
-    # A log that cannot be written, as on a full disk, must not hold up answers.
+    # A log that cannot be written, for example on a full disk, must not hold up answers.
     with contextlib.suppress(OSError):
         say(f"loading {folder}; listening on {process.describe_address(opened, config)}")
     listener = log.start_log(read_level(arguments))
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     if ending.error is not None:
         raise ending.error
     if ending.has_threads or ending.code == process.DEAD_CODE:
-        # They are inside of a compiler or a device; or native code waits for a process that is lost.
+        # They are inside a compiler or a device call, or native code waits for a lost process.
         for llm in loaded:
             llm.close()
         leave_at_once(ending.code)
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tell_progress(num_ready: int, num_all: int) -> None:
-    """Shows how many programs are ready: on a terminal each time, elsewhere at the start alone."""
+    """Shows how many programs are ready: on a terminal each time, elsewhere only at the start."""
     text = f"compiling programs: {num_ready} of {num_all}"
     with contextlib.suppress(OSError):
         if sys.stderr.isatty():
@@ -91,11 +91,11 @@ def _tell_progress(num_ready: int, num_all: int) -> None:
 
 
 def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | None = None) -> ServerConfig:
-    """The settings of the service that were given, by an option or in the file; a key may be in the environment.
+    """The service's settings that were given, by an option or in the file; a key may be in the environment.
 
     Args:
-      arguments: With their options.
-      names: Of the settings that have options; all if absent.
+      arguments: Has their options.
+      names: Names of the settings that have options; all if absent.
 
     Raises:
       ValueError: For values that are not allowed.
@@ -106,7 +106,7 @@ def read_server_config(arguments: argparse.Namespace, names: Iterable[str] | Non
     values = section | {name: value for name, value in given.items() if value is not None}
     key = os.environ.get(KEY_VARIABLE)
     if key and "api_key" in given:
-        # A command line can be read by every user of the machine.
+        # Every user of the machine can read a command line.
         values.setdefault("api_key", (key,))
     return ServerConfig.of(values)
 

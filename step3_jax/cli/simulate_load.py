@@ -1,4 +1,4 @@
-"""What the options of `step3 plan simulate` mean that are about requests: arrivals, and the engine's settings."""
+"""The options of `step3 plan simulate` about requests: arrivals, and the engine's settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from step3_jax.planner.simulation.stage_time import RooflineTimer
 from step3_jax.planner.trace_file import MAX_TOKENS, read_trace
 
 DEFAULT_NUM_REQUESTS = 100
-# What a service allows to run or wait, times those that may run.
+# A service allows this many times the running requests to run or wait.
 _QUEUE_FACTOR = 4
 _ENGINE_SETTINGS = (
     "max_num_seqs",
@@ -35,7 +35,7 @@ def read_arrivals(arguments: argparse.Namespace, shape: ModelShape) -> Arrivals:
     """Reads the requests.
 
     Raises:
-      ValueError: If they are not said, or said twice, or a line of the file is wrong.
+      ValueError: If they are missing or given twice, or a line of the file is wrong.
     """
     limit = shape.max_context_tokens or MAX_TOKENS
     lengths = (read_count(arguments, "prompt_tokens"), read_count(arguments, "output_tokens"))
@@ -59,7 +59,7 @@ def read_arrivals(arguments: argparse.Namespace, shape: ModelShape) -> Arrivals:
         count = DEFAULT_NUM_REQUESTS if arguments.num_requests is None else arguments.num_requests
         requests = repeat_lengths(prompt, output, count)
     if arguments.rate is not None and arguments.concurrency is not None:
-        raise ValueError("--rate is of an open loop and --concurrency of a closed one: give one of them")
+        raise ValueError("--rate is for an open loop and --concurrency for a closed one: give one of them")
     if arguments.concurrency is not None:
         return Arrivals(requests, arguments.concurrency)
     if arguments.rate is not None:
@@ -68,10 +68,10 @@ def read_arrivals(arguments: argparse.Namespace, shape: ModelShape) -> Arrivals:
 
 
 def read_scheduler(arguments: argparse.Namespace, case: Case) -> tuple[Scheduler, CallLimits]:
-    """The engine's settings as the simulation takes them.
+    """The engine's settings in the simulation's form.
 
     Raises:
-      ValueError: For a value that the engine does not allow, or a cache of which nothing says how large it is.
+      ValueError: For a value that the engine does not allow, or a cache of unknown size.
     """
     shards = case.topology.num_attention_devices
     workload = case.deployment.workload
@@ -101,19 +101,19 @@ def read_scheduler(arguments: argparse.Namespace, case: Case) -> tuple[Scheduler
         max_queued=_QUEUE_FACTOR * config.max_num_seqs if queued is None else queued,
         has_prefill=not arguments.decode_only,
     )
-    # Attention and FFN apart are several processes, in which the engine's default does not count.
+    # Attention and FFN on separate devices are several processes, where the engine's default does not apply.
     call_s = None if arguments.max_call_ms is None else config.max_call_ms / 1e3
     return scheduler, CallLimits(config.stream_interval, call_s)
 
 
 def count_cache_tokens(case: Case) -> int | None:
-    """Tokens that the KV cache of a deployment holds by the arithmetic of `plan memory`; None where it cannot say."""
+    """Tokens that a deployment's KV cache holds by the arithmetic of `plan memory`; None where it cannot say."""
     timer, name = case.timer, case.shape.name
     if not isinstance(timer, RooflineTimer) or name not in PRESETS:
         return None
     deployment = dataclasses.replace(case.deployment, kv_cache=timer.kv_dtype)
     memory_gib = timer.attention.memory_gib
-    # Another device than the file's has its own memory.
+    # A device other than the file's has its own memory.
     if deployment.device_memory_gib is not None and timer.attention.name == deployment.hardware:
         memory_gib = min(memory_gib, deployment.device_memory_gib)
     return plan_memory(ModelConfig.preset(name), deployment, memory_gib=memory_gib, has_remedies=False).kv_tokens

@@ -1,4 +1,4 @@
-"""What the options of `step3 plan simulate` mean: the deployment, and the times of its stages."""
+"""The options of `step3 plan simulate`: the deployment, and the times of its stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from step3_jax.planner.simulation.measured import MeasuredStages, read_stages
 from step3_jax.planner.simulation.stage_time import FixedTimer, RooflineTimer
 from step3_jax.timeline.event import Lane
 
-# An instance of the paper's deployments.
+# Devices of an instance in the paper's deployments.
 DEFAULT_INSTANCE_DEVICES = 8
 _SPEC = re.compile(r"\d+a\d+f", re.IGNORECASE)
 _STAGES = ("attention_us", "to_ffn_us", "ffn_us", "to_attention_us")
@@ -30,15 +30,15 @@ class Case:
     """What is simulated.
 
     Attributes:
-      deployment: With what the command line says instead.
+      deployment: With the command line's values in place of its own.
       topology: Its instances.
       shape: The model.
       pipeline: Lanes and links.
       timer: Times of the stages.
-      draws: Their spread.
-      head_s: Between two steps.
-      context_tokens: Mean of the sequences; None where nothing says so.
-      notes: What the times rest on, for people.
+      draws: Their random variation.
+      head_s: Time of the head, between two steps.
+      context_tokens: Mean context of the sequences; None if unknown.
+      notes: What the times are based on, for people.
     """
 
     deployment: Deployment
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def stage_times(self) -> StageTimes | None:
-        """The times, where they were given; None where they follow from the batch."""
+        """The times if they were given; None if they follow from the batch."""
         timer = self.timer
         if not isinstance(timer, FixedTimer):
             return None
@@ -61,10 +61,10 @@ class Case:
 
 
 def read_case(arguments: argparse.Namespace) -> Case:
-    """Reads what is simulated.
+    """Reads what to simulate.
 
     Raises:
-      ValueError: For a mistake in what was given; the message says what is allowed.
+      ValueError: For a usage error; the message says what is allowed.
     """
     if arguments.seed < 0:
         raise ValueError(f"--seed {arguments.seed}: a whole number of at least 0 is needed")
@@ -102,7 +102,7 @@ def read_case(arguments: argparse.Namespace) -> Case:
 
 
 def read_count(arguments: argparse.Namespace, name: str) -> int | None:
-    """A number of tokens of the command line; None without it."""
+    """A number of tokens from the command line; None without it."""
     value = getattr(arguments, name)
     return None if value is None else parse_tokens(value, f"--{name.replace('_', '-')}")
 
@@ -121,12 +121,12 @@ def _read_deployment(arguments: argparse.Namespace) -> tuple[Deployment, Topolog
     else:
         if devices is not None:
             raise ValueError(
-                f"--devices-per-instance: {name} is a file's deployment, which says itself how many there are"
+                f"--devices-per-instance: {name} is a deployment file, which already says how many there are"
             )
     topology = deployment.topology
     if topology is None:
         raise ValueError(
-            f"{name} does attention and FFN on the same devices: only a deployment with both apart is simulated"
+            f"{name} has attention and FFN on the same devices: only a deployment with separate devices is simulated"
         )
     if arguments.microbatches is not None:
         check_microbatches(arguments.microbatches)
@@ -145,12 +145,12 @@ def _read_context(arguments: argparse.Namespace, deployment: Deployment, shape: 
 
 
 def _read_given(arguments: argparse.Namespace, num_layers: int, num_microbatches: int) -> FixedTimer | None:
-    """Times of the command line; None where there are none."""
+    """Times from the command line; None if there are none."""
     given = {name: getattr(arguments, name) for name in _STAGES if getattr(arguments, name) is not None}
     ways = [
         name
         for name, is_used in (
-            ("--attention-us and its like", bool(given)),
+            ("--attention-us and the like", bool(given)),
             ("--tpot-ms", arguments.tpot_ms is not None),
             ("--stage-times", arguments.stage_times is not None),
             ("--times", arguments.times is not None),
@@ -163,17 +163,15 @@ def _read_given(arguments: argparse.Namespace, num_layers: int, num_microbatches
         if not (math.isfinite(arguments.tpot_ms) and arguments.tpot_ms > 0):
             raise ValueError(f"--tpot-ms {arguments.tpot_ms:g}: a number above 0 is needed")
         own_s = stage_budget_s(arguments.tpot_ms / 1e3, num_layers, num_microbatches)
-        source = (
-            f"stages of {own_s * 1e6:.1f} us, so that a token takes {arguments.tpot_ms:g} ms: arithmetic, no prediction"
-        )
-        # With one micro-batch in flight both sides take their turns.
+        source = f"stages of {own_s * 1e6:.1f} us, for {arguments.tpot_ms:g} ms per token: arithmetic, not a prediction"
+        # With one micro-batch in flight the sides alternate.
         return FixedTimer(own_s, 0.0, own_s if num_microbatches > 1 else 0.0, 0.0, (source,))
     if not given:
         return None
     for name in ("attention_us", "ffn_us"):
         if name not in given:
             raise ValueError(
-                f"--{name.replace('_', '-')} is missing: both sides' times are needed; the ways take 0 if left out"
+                f"--{name.replace('_', '-')} is missing: both sides' times are needed; the transfers take 0 if left out"
             )
     for name, value in given.items():
         if not (math.isfinite(value) and value >= 0):

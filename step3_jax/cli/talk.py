@@ -1,4 +1,4 @@
-"""A conversation in the terminal: its commands, its images, and the loop around it, whoever answers."""
+"""A conversation in the terminal: its commands, its images and its loop, whatever answers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from step3_jax.text.tool_call import Tool
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401
 
-HELP = "/image FILE shows an image with the next question, /reset begins anew, /quit leaves"
+HELP = "/image FILE shows an image with the next question, /reset starts over, /quit leaves"
 
 
 class Talk(abc.ABC):
-    """What was said so far, and the images that wait for the next question."""
+    """The conversation so far, and the images waiting for the next question."""
 
     def __init__(self, *, system: str | None, show_reasoning: bool, tools: Sequence[Tool] = ()) -> None:
-        """Begins a conversation.
+        """Starts a conversation.
 
         Args:
           system: A system message.
@@ -42,15 +42,15 @@ class Talk(abc.ABC):
 
     @property
     def messages(self) -> list[dict[str, object]]:
-        """What was said so far."""
+        """The conversation so far."""
         return list(self._messages)
 
     def take(self, line: str) -> None:
-        """Does what a line says: a command that begins with /, or a question.
+        """Handles a line: a command that starts with /, or a question.
 
         Raises:
-          ValueError: For an unknown command, an image that cannot be opened, or a question that is refused; what was said
-            before stays.
+          ValueError: For an unknown command, an image that cannot be opened, or a question that is refused; the
+            conversation stays as before.
           ServiceError: If a service does not answer.
         """
         command, _, rest = line.partition(" ")
@@ -68,7 +68,7 @@ class Talk(abc.ABC):
         elif command.startswith("/"):
             raise ValueError(f"unknown command {command}: {HELP}")
         else:
-            # An image that is refused must not come back with the next question.
+            # A refused image must not come back with the next question.
             images, self._images = self._images, []
             self._answer([*self._messages, user_message(line, images)])
 
@@ -78,7 +78,7 @@ class Talk(abc.ABC):
 
     @abc.abstractmethod
     def _answer(self, messages: list[dict[str, object]]) -> None:
-        """Shows the answer to messages, the last of which is the question, and remembers both."""
+        """Shows the answer to messages, the last of which is the question, and stores both."""
 
     def _remember(self, messages: list[dict[str, object]], display: Display) -> None:
         # Reasoning is not part of the history: the template would drop it too.
@@ -94,12 +94,12 @@ class Talk(abc.ABC):
 def run_talk(talk: Talk, name: str) -> int:
     """Talks until the input ends.
 
-    A mistake in one turn is told and forgotten, so that the conversation goes on; over a pipe, where no user can
-    react, it shows in the exit code.
+    An error in one turn is reported and then ignored, so that the conversation continues; over a pipe, where no user
+    can react, the exit code reflects it.
 
     Args:
       talk: The conversation.
-      name: Of the model, for a person.
+      name: The model's name, for display.
 
     Returns:
       The exit code.
@@ -110,8 +110,8 @@ def run_talk(talk: Talk, name: str) -> int:
     code = 0
     while True:
         try:
-            # Some shells put a byte order mark in front of what they pipe.
-            with interruptible():  # An exit in the middle of it would leave the terminal as line editing has set it.
+            # Some shells put a byte order mark before piped text.
+            with interruptible():  # An exit in the middle of it would leave the terminal in line editing's mode.
                 line = input("> " if is_interactive else "").removeprefix("\ufeff").strip()
         except EOFError:
             break
@@ -129,16 +129,16 @@ def find_pasted_path(text: str) -> str:
     """A path as terminals paste or drop it: in quotes, with blanks escaped, or as a file:// address.
 
     Args:
-      text: What stands after /image.
+      text: What follows /image.
 
     Returns:
-      The path. Text that names a file as it stands is never changed.
+      The path. Text that names an existing file is never changed.
     """
     text = text.strip()
     plain = pathlib.Path(text).expanduser()
     if text and plain.exists():
         return str(plain)
-    with contextlib.suppress(ValueError):  # An apostrophe in a name is no quotation.
+    with contextlib.suppress(ValueError):  # An apostrophe in a name is not a quotation mark.
         words = shlex.split(text)
         if len(words) == 1:
             text = words[0]

@@ -32,6 +32,6 @@ _SECRET = ("STEP3_SECRET", "STEP3_API_KEY")
 
 
 def read_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """Values of `VARIABLES`, None where one is not set; of a secret only that it is set."""
+    """Values of `VARIABLES`, None if not set; for a secret only that it is set."""
     found: dict[str, str | None] = {name: environment.get(name) for name in VARIABLES}
     return found | {name: "(set)" for name in _SECRET if found[name] is not None}

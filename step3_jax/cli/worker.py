@@ -1,4 +1,4 @@
-"""A rank above 0 of a command that runs a model: it works for rank 0, and of the words reads what they say of the model."""
+"""A rank above 0 of a command that runs a model: it works for rank 0, and reads only the options about the model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from step3_jax.cli.engine import load_llm, read_engine
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs rank 0's calls until that says goodbye.
+    """Runs rank 0's calls until rank 0 says goodbye.
 
     Raises:
       ValueError: For options that do not fit the processes, and for everything that the checkpoint refuses.
-      RunLostError: If rank 0 is gone.
+      RunLostError: If rank 0 is lost.
     """
     if arguments.print_config:
         return 0

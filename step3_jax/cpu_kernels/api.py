@@ -19,7 +19,7 @@ from step3_jax.quant import FP8, GROUP, BlockScaled, PackedInt4
 # Rows and columns of FP8 weights that share a scale.
 FP8_BLOCKS = ((GROUP, GROUP), (1, GROUP))
 
-# Sizes differ from weight to weight, so the axes have no names that would bind.
+# Sizes differ from weight to weight, so the axes have no names, which would be bound.
 Stored = Float[Array, "..."] | BlockScaled | PackedInt4
 MAX_PRODUCTS = 8
 
@@ -70,7 +70,7 @@ def experts(
     stacks: Sequence[Stored],
     shared: Sequence[Stored] = (),
 ) -> Float[Array, "N D"]:
-    """The sum over each token's experts, in the order of their numbers, of factor * SwiGLU, in one call.
+    """The sum of factor * SwiGLU over each token's experts, in the order of their numbers, in one call.
 
     Args:
       kernels: See `loader.find_kernels`.

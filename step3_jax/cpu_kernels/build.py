@@ -1,8 +1,8 @@
-"""Compiling the kernels' C source to a library, once for each instruction set and version of the source.
+"""Compiles the kernels' C source to a library, once for each instruction set and version of the source.
 
-A compiler of the machine is taken (`$CC`, cc, gcc, clang), or that of the package `ziglang`, which installs where there is
-none. The library goes to the user's cache. It is not part of the wheel: it is compiled against the header of the jaxlib
-that is installed, which a wheel would have to guess.
+It uses the machine's compiler (`$CC`, cc, gcc, clang), or that of the package `ziglang`, which can be installed if there is
+none. The library goes to the user's cache. It is not part of the wheel: it is compiled against the header of the installed
+jaxlib, which a wheel would have to guess.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ NEEDED: dict[InstructionSet, frozenset[str]] = {
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "plain": frozenset(),
 }
-# No contraction: a product and a sum are one rounding only where the source says so.
+# No contraction: a product and a sum are rounded once only where the source says so.
 _COMMON = ("-std=c11", "-D_GNU_SOURCE", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 _MAX_COMPILE_S = 300
 
 
 class BuildError(Exception):
-    """The library cannot be had; the message says why, and what to do."""
+    """The library is unavailable; the message says why, and what to do."""
 
 
 def find_library(instruction_set: InstructionSet, include: str, cache: pathlib.Path | None) -> pathlib.Path:
     """The compiled library: the one in the cache, or a new one.
 
     Args:
-      instruction_set: What the processor has.
+      instruction_set: The processor's.
       include: Folder of XLA's headers.
-      cache: Where libraries are kept; None or a folder that cannot be written gives one in a temporary folder.
+      cache: Where libraries are kept; with None or an unwritable folder a temporary folder is used.
 
     Raises:
-      BuildError: Without a compiler, or if none of those that are there can compile it.
+      BuildError: If there is no compiler, or none that can compile it.
     """
     name = f"{instruction_set}-{hash_source(instruction_set, include)}.so"
     if cache is not None and (cache / name).is_file():
@@ -69,7 +69,7 @@ def find_library(instruction_set: InstructionSet, include: str, cache: pathlib.P
 
 
 def hash_source(instruction_set: InstructionSet, include: str) -> str:
-    """A name for what a library is made of: source, XLA's header, and flags."""
+    """A hash of what a library is made from: source, XLA's header, and flags."""
     digest = hashlib.sha256(" ".join((*_COMMON, *FLAGS[instruction_set])).encode())
     for path in (*sorted(SOURCE.iterdir()), pathlib.Path(include) / "xla" / "ffi" / "api" / "c_api.h"):
         digest.update(path.name.encode() + path.read_bytes())
@@ -77,14 +77,14 @@ def hash_source(instruction_set: InstructionSet, include: str) -> str:
 
 
 def compile_library(instruction_set: InstructionSet, include: str, target: pathlib.Path) -> None:
-    """Compiles to `target`, which is written whole or not at all; the first compiler that can does it.
+    """Compiles to `target`, which is written whole or not at all, with the first compiler that succeeds.
 
     Raises:
       BuildError: As `find_library`.
     """
     said = []
     for compiler in find_compilers():
-        # Beside the target, so that the rename stays in one file system; others may compile the same.
+        # Next to the target, so that the rename stays in one file system; other processes may compile the same.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
             new = pathlib.Path(folder) / target.name
             command = [
@@ -132,12 +132,12 @@ def find_compilers() -> Iterator[list[str]]:
 
 
 def choose_instruction_set(flags: frozenset[str]) -> InstructionSet:
-    """The best one for a processor with these names in /proc/cpuinfo."""
+    """The best one for a processor with these flags in /proc/cpuinfo."""
     return next(name for name, needed in NEEDED.items() if needed <= flags)
 
 
 def read_cpu_flags() -> frozenset[str]:
-    """What this processor can do, as Linux on x86-64 says it; empty where it does not."""
+    """This processor's features, as Linux on x86-64 lists them; empty elsewhere."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

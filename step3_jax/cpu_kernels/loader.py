@@ -1,4 +1,4 @@
-"""The compiled kernels as targets of XLA's foreign function interface, and whether they can be had here."""
+"""The compiled kernels as targets of XLA's foreign function interface, and whether they are available here."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ OPERATIONS = ("products", "swiglu", "experts")
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Kernels that compiled programs may call.
+    """Kernels that compiled programs can call.
 
     Attributes:
-      instruction_set: What they were compiled for.
+      instruction_set: The one they were compiled for.
       path: The library.
     """
 
@@ -57,12 +57,12 @@ class Unavailable:
 
 
 def find_kernels() -> Kernels | Unavailable:
-    """The kernels of this processor, compiled if they are not yet.
+    """The kernels for this processor, compiled if necessary.
 
     `$STEP3_CPU_KERNELS` names another instruction set, or is "off".
 
     Raises:
-      ValueError: If the variable names nothing that there is, or what the processor lacks.
+      ValueError: If the variable names an unknown instruction set, or one that the processor lacks.
     """
     wanted = os.environ.get(VARIABLE) or "auto"
     if wanted == "off":
@@ -75,7 +75,7 @@ def find_kernels() -> Kernels | Unavailable:
         return load_kernels(best)
     if wanted not in sets:
         raise ValueError(f"{VARIABLE} is {wanted!r}; allowed: auto, off, {', '.join(sets)}")
-    # From the most demanding on, each set includes those after it.
+    # Most demanding first: each set includes those after it.
     if sets.index(wanted) < sets.index(best):
         raise ValueError(f"{VARIABLE} is {wanted}, which this processor does not have: its best is {best}")
     return load_kernels(next(name for name in sets if name == wanted))
@@ -83,7 +83,7 @@ def find_kernels() -> Kernels | Unavailable:
 
 @functools.cache
 def load_kernels(instruction_set: InstructionSet) -> Kernels | Unavailable:
-    """Loads and registers the kernels for one instruction set, which the processor must have; once in a process."""
+    """Loads and registers the kernels for one instruction set, which the processor must have; once per process."""
     try:
         path, library = _open_library(instruction_set)
     except (BuildError, OSError) as error:
@@ -97,7 +97,7 @@ def load_kernels(instruction_set: InstructionSet) -> Kernels | Unavailable:
 
 
 def _open_library(instruction_set: InstructionSet) -> tuple[pathlib.Path, ctypes.CDLL]:
-    """The library's file and the library; a damaged file in the cache is compiled once more."""
+    """The library's file and the library; a damaged file in the cache is recompiled."""
     find = functools.partial(find_library, instruction_set, jax.ffi.include_dir(), resources.find_cache("cpu-kernels"))
     path = find()
     try:
@@ -110,7 +110,7 @@ def _open_library(instruction_set: InstructionSet) -> tuple[pathlib.Path, ctypes
 
 
 def describe_kernels() -> str:
-    """One line: which way products go on this machine's CPU, and why."""
+    """One line: how this machine's CPU multiplies, and why."""
     try:
         found = find_kernels()
     except ValueError as error:

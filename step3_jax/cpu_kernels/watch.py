@@ -1,4 +1,4 @@
-"""Mapped files that weights lie in: the process says which one is gone, and pieces are read ahead of their use."""
+"""Mapped files that hold weights: the process says which one was cut short, and pieces are read ahead of use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from step3_jax.cpu_kernels.loader import Unavailable, find_kernels
 
 @dataclasses.dataclass(frozen=True)
 class ReadCounts:
-    """Reads of mapped weights by the kernels, since the process began.
+    """Reads of mapped weights by the kernels, since the process started.
 
     Attributes:
       used_bytes: Asked for, by whole pages of the system.
@@ -29,16 +29,16 @@ class ReadCounts:
 
     @property
     def hit_rate(self) -> float:
-        """The share that was in memory; 1 where nothing was read."""
+        """The share that was in memory; 1 if nothing was read."""
         return self.resident_bytes / self.used_bytes if self.used_bytes else 1.0
 
     def since(self, before: ReadCounts) -> ReadCounts:
-        """What came after an earlier count."""
+        """The reads since an earlier count."""
         return ReadCounts(self.used_bytes - before.used_bytes, self.resident_bytes - before.resident_bytes)
 
 
 def map_file(path: pathlib.Path) -> UInt8[np.ndarray, "bytes"]:
-    """A file's bytes, read-only, mapped for as long as an array lies in them.
+    """A file's bytes, read-only, mapped for as long as an array uses them.
 
     If the file is cut short meanwhile, a read of what is missing ends the process with a message that names it.
 

@@ -1,8 +1,8 @@
-"""The sizes that programs come in. Scheduler and packer choose from this table, and the warm-up compiles all of it; no jax.
+"""The sizes that programs are compiled for. Scheduler and packer choose from this table; the warm-up compiles all of it.
 
-Each size costs seconds of compiling, and whatever lies between two sizes is padded. So there are many sizes only where
-padding is dear: a chunk of twice the tokens takes twice as long. A page table as wide as the longest sequence costs
-nothing, as attention reads the pages that are in use; nor do sampling parameters, which are data.
+Each size costs seconds of compiling, and anything between two sizes is padded. So there are many sizes only where
+padding is expensive: a chunk of twice the tokens takes twice as long. A page table as wide as the longest sequence costs
+nothing, as attention reads only the pages in use; nor do sampling parameters, which are data. No jax here.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from step3_jax.engine.config import EngineConfig
 from step3_jax.layout.admission import STEPS_PER_CALL
 
 MIN_CHUNK_TOKENS = 32
-# Of a chunk with image places: the smallest image of Step3 has 169.
+# Smallest chunk with image places: the smallest image of Step3 has 169.
 MIN_IMAGE_CHUNK_TOKENS = 256
-# Views or windows in one call of the tower, for each shard; more would only take more memory, as four fill a device.
+# Views or windows per shard in one call of the tower; more would only take more memory, as four fill a device.
 IMAGES_PER_CALL = (1, 4)
-# Pages that one call copies in each shard: the last page of a prompt, for each sequence that shares it.
+# Pages that one call copies per shard: the last page of a prompt, for each sequence that shares it.
 PAGE_COPIES = 16
 
 
@@ -37,7 +37,7 @@ class PrefillProgram(NamedTuple):
 
 
 class EncodeProgram(NamedTuple):
-    """A call of the vision tower for `num_images` squares of `image_size` pixels a side."""
+    """A call of the vision tower for `num_images` squares with sides of `image_size` pixels."""
 
     num_images: int
     image_size: int
@@ -52,16 +52,16 @@ Program = DecodeProgram | PrefillProgram | EncodeProgram | CopyProgram
 
 @dataclasses.dataclass(frozen=True)
 class BucketTable:
-    """All sizes of an engine's calls, the smallest first. Those of sequences and tokens are of each shard.
+    """All sizes of an engine's calls, the smallest first. Sequences and tokens are counted per shard.
 
     Attributes:
       seqs: Sequences of a decode call, powers of two.
       chunks: Tokens of a chunk without image places.
       image_chunks: Tokens of a chunk with image places; each has as many rows of features.
-      images: Squares in one call of the vision tower, of all its shards.
+      images: Squares in one call of the vision tower, over all its shards.
       image_sizes: Their sides in pixels; empty for a text-only model.
       max_pages: Width of all page tables.
-      max_steps: Tokens of a sequence that a decode call has room for.
+      max_steps: The most tokens per sequence that a decode call has room for.
       num_shards: Shards of the cache.
     """
 
@@ -96,7 +96,7 @@ class BucketTable:
         max_num_seqs = max(1, config.max_num_seqs // num_shards)
         max_num_tokens = max(1, config.max_num_batched_tokens // num_shards)
         return cls(
-            # The batch never has more, also where this is no power of two.
+            # The batch never has more, even where this is not a power of two.
             seqs=tuple(size for size in _double(1, max_num_seqs) if power_of_two(size) == size),
             chunks=_double(MIN_CHUNK_TOKENS, max_num_tokens),
             image_chunks=_double(min(MIN_IMAGE_CHUNK_TOKENS, max_num_tokens), max_num_tokens),
@@ -118,15 +118,15 @@ class BucketTable:
         return self.chunks[-1]
 
     def fit_seqs(self, count: int) -> int:
-        """The size of a decode call for so many sequences."""
+        """The size of a decode call for this many sequences."""
         return fit(count, self.seqs)
 
     def fit_chunk(self, num_tokens: int, *, has_images: bool) -> int:
-        """The size of a chunk for so many tokens."""
+        """The size of a chunk for this many tokens."""
         return fit(num_tokens, self.image_chunks if has_images else self.chunks)
 
     def programs(self) -> tuple[Program, ...]:
-        """All programs there are. Those of the vision tower come first: their features go into chunks."""
+        """All programs. Those of the vision tower come first: their features go into chunks."""
         programs: list[Program] = [EncodeProgram(count, size) for size in self.image_sizes for count in self.images]
         programs += [PrefillProgram(size, has_images=False) for size in self.chunks]
         if self.image_sizes:
@@ -136,7 +136,7 @@ class BucketTable:
 
 
 def fit(size: int, sizes: Sequence[int]) -> int:
-    """The first of `sizes`, which grow, that holds `size`.
+    """The first of `sizes`, in ascending order, that holds `size`.
 
     Raises:
       ValueError: If none does.
@@ -148,7 +148,7 @@ def fit(size: int, sizes: Sequence[int]) -> int:
 
 
 def split_images(count: int, sizes: Sequence[int]) -> list[int]:
-    """Numbers of squares that calls of these sizes take, so that few are padding: 7 in calls of 1 and 4 are 4 and 3."""
+    """How many squares each call takes, with these call sizes and little padding: 7 with sizes 1 and 4 gives 4 and 3."""
     parts = []
     smallest, largest = sizes[0], sizes[-1]
     while count > 0:
@@ -165,7 +165,7 @@ def power_of_two(size: int) -> int:
 
 
 def _double(smallest: int, largest: int) -> tuple[int, ...]:
-    """`smallest` doubled again and again, and at last `largest`, which may be below it."""
+    """`smallest` doubled repeatedly, then `largest`, which may be below it."""
     sizes = []
     while smallest < largest:
         sizes.append(smallest)

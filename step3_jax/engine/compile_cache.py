@@ -1,4 +1,4 @@
-"""The compile cache on disk, so that a program is compiled once for all runs."""
+"""The on-disk compile cache, so that a program is compiled once for all runs."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _LOG = logging.getLogger(__name__)
 
 # JAX's own variables; both are read by JAX when it is imported.
 FOLDER_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
-# Entries that were found whole, so that each is checked once.
+# Entries that were found intact, so that each is checked once.
 CHECKED = "step3-checked.json"
 _ENTRIES = "*-cache"
-# Checking may take so long at a start; what is left over has its turn at the next one.
+# Checking may take this long at start-up; the rest is checked at the next one.
 _MAX_CHECK_S = 2.0
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _PIECE_BYTES = 2**20
 
 
 def enable_compile_cache(folder: str | pathlib.Path | None = None) -> str | None:
-    """Keeps compiled programs on disk, before the first computation. Damaged entries are removed, to be made anew.
+    """Keeps compiled programs on disk; call it before the first computation. Damaged entries are removed and recompiled.
 
-    Nothing happens if the program has set a folder of its own with `jax.config`, or JAX_ENABLE_COMPILATION_CACHE is 0.
+    Does nothing if the program has set its own folder with `jax.config`, or JAX_ENABLE_COMPILATION_CACHE is 0.
 
     Args:
-      folder: Where. By default `$JAX_COMPILATION_CACHE_DIR`, else `step3-jax/xla` in `$XDG_CACHE_HOME` or `~/.cache`. An
-        address such as gs://bucket/xla is left to JAX as it stands.
+      folder: Where to keep them. By default `$JAX_COMPILATION_CACHE_DIR`, else `step3-jax/xla` in `$XDG_CACHE_HOME` or
+        `~/.cache`. An address such as gs://bucket/xla is passed to JAX unchanged.
 
     Returns:
-      The folder or address, or None where there is no cache: then programs are compiled at every run, and nothing else
+      The folder or address, or None without a cache: then programs are compiled in every run, and nothing else
       changes.
     """
     if not jax.config.values["jax_enable_compilation_cache"]:
@@ -66,13 +66,13 @@ def enable_compile_cache(folder: str | pathlib.Path | None = None) -> str | None
 
 
 def remove_damaged(folder: pathlib.Path) -> list[str]:
-    """Removes entries that cannot be unpacked, which JAX would complain of at every start and never replace.
+    """Removes entries that cannot be unpacked, which JAX would warn about at every start and never replace.
 
     Args:
       folder: The cache.
 
     Returns:
-      Names of what was removed.
+      Names of the removed entries.
     """
     checked = _read_checked(folder)
     found: dict[str, list[int]] = {}
@@ -85,11 +85,11 @@ def remove_damaged(folder: pathlib.Path) -> list[str]:
             if _is_whole(path):
                 found[path.name] = stamp
             else:
-                # Another process may have been faster, or the file may be another user's.
+                # Another process may have been faster, or the file may belong to another user.
                 with contextlib.suppress(OSError):
                     path.unlink()
                 removed.append(path.name)
-                _LOG.warning("%s was damaged: it is removed, and its program compiled anew", path)
+                _LOG.warning("%s was damaged: removed it; its program is compiled again", path)
     if found != checked:
         _write_checked(folder, found)
     return removed
@@ -105,7 +105,7 @@ def _is_writable(folder: pathlib.Path) -> bool:
 
 
 def _list_entries(folder: pathlib.Path) -> list[tuple[pathlib.Path, list[int]]]:
-    """Entries with their size and time of change, the newest first."""
+    """Entries with their size and modification time, the newest first."""
     found = []
     for path in folder.glob(_ENTRIES):
         with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ def _list_entries(folder: pathlib.Path) -> list[tuple[pathlib.Path, list[int]]]:
 
 
 def _is_whole(path: pathlib.Path) -> bool:
-    """Whether an entry can be unpacked. What cannot be told (zstd, a file of another user) is taken to be whole."""
+    """Whether an entry can be unpacked. If that cannot be told (zstd, another user's file) it counts as intact."""
     try:
         with path.open("rb") as file:
             data = file.read(_PIECE_BYTES)

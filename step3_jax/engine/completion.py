@@ -1,4 +1,4 @@
-"""One completion in front of the core: text, stop strings and log-probabilities of the tokens that come in."""
+"""One completion as users see it: text, stop strings and log-probabilities of the tokens that the core generates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Completion:
     """Collects one completion of a request.
 
     Attributes:
-      num_tokens: Tokens taken so far, the one that ended it counted.
+      num_tokens: Tokens taken so far, including the one that ended it.
       finish_reason: None while it goes on.
     """
 
@@ -26,9 +26,9 @@ class Completion:
         """Starts an empty completion.
 
         Args:
-          request: What it belongs to.
+          request: The request it belongs to.
           index: Its number among the `n` of the request.
-          place: The prompt's place in the call.
+          place: The prompt's index in the call.
           tokenizer: None gives no text.
           eos_ids: The model's own end tokens.
         """
@@ -55,14 +55,14 @@ class Completion:
         """Takes what the core generated.
 
         Returns:
-          What is new; None if nothing is, or the completion has ended before.
+          The new output; None if there is none, or the completion had ended already.
         """
         if self.finish_reason is not None:
             return None
         ids = output.token_ids
         kept = ids[:-1] if output.finish == "stop" else ids
         text, num_kept = self._push_text(kept)
-        # Tokens behind a stop string were generated, but are not part of the completion.
+        # Tokens after a stop string were generated, but are not part of the completion.
         kept = kept[:num_kept]
         self.num_tokens += num_kept
         if self.finish_reason is None and output.finish:
@@ -105,7 +105,7 @@ class Completion:
         )
 
     def _push_text(self, ids: Sequence[int]) -> tuple[str, int]:
-        """New text, and how many of `ids` belong to it: all but those behind a stop string."""
+        """New text, and how many of `ids` belong to it: all but those after a stop string."""
         if self._detokenizer is None:
             return "", len(ids)
         if self._stops is None:
@@ -119,7 +119,7 @@ class Completion:
         return text, len(ids)
 
     def _finish_text(self) -> str:
-        """What was held back, once no more tokens come."""
+        """The text that was held back, once there are no more tokens."""
         if self._detokenizer is None:
             return ""
         rest = self._detokenizer.finish()
@@ -139,7 +139,7 @@ class Completion:
     def _read_logprobs(
         self, ids: Sequence[int], logprobs: StepLogprobs | None
     ) -> tuple[dict[int, Logprob], ...] | None:
-        """vLLM's form: for each token the chosen one and the likeliest ones, by id."""
+        """vLLM's format: for each position the chosen token and the likeliest ones, by id."""
         width = self.request.params.logprobs
         if width is None or logprobs is None:
             return None

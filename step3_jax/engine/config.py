@@ -18,7 +18,7 @@ from step3_jax.layout.page import KV_CACHE_CHOICES
 from step3_jax.layout.weight_form import LOAD_FORMATS, QUANTIZATIONS
 from step3_jax.sampling.speculation import Speculation
 
-# In the order in which help and docs show them.
+# In the order of the help and the docs.
 GROUPS = {
     "model": "loading",
     "batch": "batches",
@@ -26,7 +26,7 @@ GROUPS = {
     "devices": "several devices",
 }
 
-# Names of version 0.1 and of transformers, for the hint alone.
+# Names from version 0.1 and from transformers, used only for the hint.
 _FORMER_NAMES = {"max_batch_size": "max_num_seqs", "max_length": "max_model_len", "torch_dtype": "dtype"}
 
 
@@ -34,7 +34,7 @@ _FORMER_NAMES = {"max_batch_size": "max_num_seqs", "max_length": "max_model_len"
 class EngineConfig:
     """The settings of an engine; `LLM(model, **fields)` takes them by name.
 
-    `settings()` has the meaning, the range and the default of each; `docs/configuration.md` shows them as a table.
+    `settings()` has the meaning, range and default of each; `docs/configuration.md` shows them as a table.
 
     Raises:
       ValueError: For a value that is not allowed; the message names the field, the value and what is allowed.
@@ -179,10 +179,10 @@ class EngineConfig:
 
         Args:
           values: The fields that are not at their defaults.
-          source: Where they come from, put before messages.
+          source: Where they come from; prefixed to error messages.
 
         Raises:
-          ValueError: For a value that is not allowed, or a name that does not exist; the message has the nearest one.
+          ValueError: For a value that is not allowed, or an unknown name; the message suggests the nearest one.
         """
         prefix = f"{source}: " if source else ""
         for name in values:
@@ -198,17 +198,17 @@ class EngineConfig:
 
     @property
     def num_devices(self) -> int:
-        """Devices that the model is spread over."""
+        """Number of devices that the model is spread over."""
         return self.data_parallel_size * self.tensor_parallel_size
 
     @property
     def speculation(self) -> Speculation | None:
-        """How tokens are guessed; None if they are not."""
+        """How tokens are guessed; None without speculation."""
         return None if self.speculative_config is None else Speculation.of(self.speculative_config)
 
     @property
     def is_parallel(self) -> bool:
-        """Whether any field asks for a model that is spread over devices."""
+        """Whether any field spreads the model over devices."""
         return self.num_devices > 1 or self.expert_parallel_size is not None
 
     def to_dict(self) -> dict[str, object]:
@@ -217,46 +217,44 @@ class EngineConfig:
 
 
 def settings() -> dict[str, tuple[dataclasses.Field[object], Setting]]:
-    """All fields of `EngineConfig` with what there is to say of them, in order."""
+    """All fields of `EngineConfig` with their descriptions, in order."""
     return settings_of(EngineConfig)
 
 
 def read_config_file(path: str | pathlib.Path) -> tuple[dict[str, object], str | dict[str, object] | None]:
-    """Reads a configuration file: YAML with fields of `EngineConfig`, and a section `deployment` for devices.
+    """Reads a configuration file: YAML with fields of `EngineConfig`, and a `deployment` section for devices.
 
-    Dashes in names stand for underscores, as on the command line. A section `server` is the service's, see
+    Dashes in names stand for underscores, as on the command line. The `server` section configures the service, see
     `read_server_section`.
 
     Args:
       path: The file.
 
     Returns:
-      The fields, and the deployment: the name or path of a deployment file, or what such a file would hold
+      The fields, and the deployment: the name or path of a deployment file, or the contents of one
       (see `step3_jax.layout.deployment.parse_deployment`); None without one.
 
     Raises:
-      ValueError: If the file cannot be read or has a name that does not exist.
+      ValueError: If the file cannot be read or has an unknown name.
     """
     fields = _read_mapping(path)
     fields.pop("server", None)
     deployment = fields.pop("deployment", None)
     if deployment is not None and not isinstance(deployment, str | dict):
-        raise ValueError(
-            f"{path}: deployment is {deployment!r}; a mapping, or the name of a deployment file, is needed"
-        )
+        raise ValueError(f"{path}: deployment is {deployment!r}; it must be a mapping or the name of a deployment file")
     EngineConfig.of(fields, source=str(path))
     return fields, deployment
 
 
 def read_server_section(path: str | pathlib.Path) -> dict[str, object]:
-    """The section `server` of a configuration file, with underscores in its names; empty if there is none.
+    """The `server` section of a configuration file, with underscores in its names; empty if absent.
 
     Raises:
-      ValueError: If the file cannot be read, or the section is no mapping.
+      ValueError: If the file cannot be read, or the section is not a mapping.
     """
     section = _read_mapping(path).get("server")
     if section is not None and not isinstance(section, Mapping):
-        raise ValueError(f"{path}: server is {section!r}; a mapping of the service's settings is needed")
+        raise ValueError(f"{path}: server is {section!r}; it must be a mapping of the service's settings")
     return {str(name).replace("-", "_"): value for name, value in (section or {}).items()}
 
 
@@ -272,7 +270,7 @@ def _read_mapping(path: str | pathlib.Path) -> dict[str, object]:
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ValueError(
-            f"{file} holds {type(values).__name__}; a mapping of settings is needed, as --print-config prints"
+            f"{file} holds {type(values).__name__}; a mapping of settings is needed, like the one that --print-config prints"
         )
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 

@@ -12,22 +12,22 @@ from jaxtyping import Int
 from step3_jax.engine.scheduler import Scheduler
 from step3_jax.engine.sequence import Sequence
 
-# Fewer tokens than this that must come next are decoded one by one: a chunk costs more than a step.
+# Fewer forced tokens than this are decoded one by one: a chunk costs more than a step.
 MIN_FORCED_TOKENS = 4
 _MAX_THREADS = 8
 
 
 class Constrainer:
-    """Asks the matchers of sequences, several at once; they are expected to let other threads run meanwhile."""
+    """Queries the matchers of sequences, several at once; they should release the interpreter lock meanwhile."""
 
     def __init__(self) -> None:
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
     def advance(self, scheduler: Scheduler) -> Iterator[tuple[Sequence, list[int], str]]:
-        """Shows constraints the tokens that their sequences got.
+        """Feeds constraints the tokens that their sequences got.
 
         Yields:
-          Sequences with tokens that must come next, for which they have pages; and sequences that cannot go on, with the
+          Sequences with forced tokens, for which they have pages; and sequences that cannot continue, with the
           reason.
         """
         for sequence in scheduler.running:
@@ -48,10 +48,11 @@ class Constrainer:
     def fill_masks(
         self, scheduler: Scheduler, vocab_size: int
     ) -> tuple[Int[np.ndarray, "B words"] | None, list[tuple[Sequence, str]]]:
-        """Which tokens the sequences in slots may get next.
+        """The tokens that the sequences in slots may get next.
 
         Returns:
-          Masks, see `DecodeBatch.mask`; None if all may get any token. And the sequences that cannot go on, with the reason.
+          Masks, see `DecodeBatch.mask`, or None if all may get any token; and the sequences that cannot continue, with the
+          reason.
         """
         rows = [
             (slot, one)
@@ -78,9 +79,9 @@ class Constrainer:
 
 
 def _find_forced(sequence: Sequence) -> list[int]:
-    """The tokens that must come next and need not be decoded: the last one and those that end the sequence are."""
+    """Forced tokens that need not be decoded; the last one, and any that end the sequence, are decoded."""
     params = sequence.sampling.params
-    # The model's log-probabilities of them come from decode steps alone.
+    # Only decode steps give their log-probabilities.
     if sequence.constraint is None or not sequence.is_ready or params.logprobs is not None:
         return []
     forced = sequence.constraint.find_forced()
@@ -97,12 +98,12 @@ def _fill(sequence: Sequence, mask: Int[np.ndarray, " words"]) -> None:
         kept = mask.view(np.uint32).copy()
         for token in sequence.sampling.stop_ids:
             kept[token // 32] &= ~np.uint32(1 << token % 32)
-        # An output that can only end does, however short it is.
+        # An output that can only end does end, however short it is.
         if kept.any():
             mask.view(np.uint32)[:] = kept
     if not mask.any():
-        raise ValueError("no token may come next")
+        raise ValueError("no token is allowed next")
 
 
 def _describe(error: Exception) -> str:
-    return f"its structured output cannot go on: {error or type(error).__name__}"
+    return f"its structured output cannot continue: {error or type(error).__name__}"

@@ -10,23 +10,23 @@ from jaxtyping import Int
 
 
 class Matcher(Protocol):
-    """Follows one output. Each of its functions raises ValueError if the output cannot go on."""
+    """Follows one output. Each of its methods raises ValueError if the output cannot continue."""
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """Takes the next tokens."""
 
     def fill(self, mask: Int[np.ndarray, " words"]) -> None:
-        """Sets the bit of each token that may come next and clears the others; the lowest of the first word is token 0's."""
+        """Sets the bit of each allowed next token and clears the others; the lowest bit of the first word is token 0."""
 
     def find_forced(self) -> list[int]:
-        """The tokens that must come next, end tokens left out; they are not taken yet."""
+        """The forced next tokens, without end tokens; they are not taken yet."""
 
 
 class Constraint(Protocol):
     """What the outputs of a request must be.
 
     Attributes:
-      begins_after: The token of the output that it begins after, such as the end of the reasoning; None if it begins with
+      begins_after: The output token after which it starts, such as the end of the reasoning; None if it starts with
         the first token.
     """
 
@@ -38,10 +38,10 @@ class Constraint(Protocol):
 
 
 class SequenceConstraint:
-    """The constraint of one sequence, which may go back to an earlier token when it is computed again."""
+    """The constraint of one sequence, which may go back to an earlier token when the sequence is recomputed."""
 
     def __init__(self, constraint: Constraint) -> None:
-        """Begins with an empty output."""
+        """Starts with an empty output."""
         self._constraint = constraint
         self._matcher: Matcher | None = None
         self._num_seen = 0
@@ -52,10 +52,10 @@ class SequenceConstraint:
         return self._matcher is not None
 
     def follow(self, output: Sequence[int]) -> None:
-        """Takes what is new of an output; of a shorter one than before all.
+        """Takes the new tokens of an output; all of them if it is shorter than before.
 
         Raises:
-          ValueError: If the output cannot go on.
+          ValueError: If the output cannot continue.
         """
         if len(output) < self._num_seen:
             self._matcher, self._num_seen = None, 0
@@ -72,11 +72,11 @@ class SequenceConstraint:
         self._matcher.accept(new)
 
     def find_forced(self) -> list[int]:
-        """The tokens that must come next; none while nothing is constrained."""
+        """The forced next tokens; none while nothing is constrained."""
         return [] if self._matcher is None else self._matcher.find_forced()
 
     def fill(self, mask: Int[np.ndarray, " words"]) -> None:
-        """Writes which tokens may come next, see `Matcher.fill`; all may while nothing is constrained."""
+        """Writes which tokens are allowed next, see `Matcher.fill`; all of them while nothing is constrained."""
         if self._matcher is None:
             mask[:] = -1
         else:

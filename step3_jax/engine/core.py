@@ -1,8 +1,8 @@
-"""The engine core: one owner steps it, any thread may hand it requests or abort them. Plain data in and out, no text.
+"""The engine core: one owner steps it, any thread may add requests or abort them. Plain data in and out, no text.
 
-Each step takes what has arrived, collects the decode call under way, dispatches the next one, and only then hands over
-what was generated, so that text is made while the device works. A call that fails ends the requests that ran in it; all
-others are computed again, with the same tokens.
+Each step takes new requests, collects the decode call in flight, dispatches the next one, and only then delivers
+the generated tokens, so that detokenizing overlaps with the device's work. A call that fails ends the requests that ran in
+it; all others are recomputed, with the same tokens.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from step3_jax.layout.page import count_pages, page_bytes, pages_for
 from step3_jax.sampling.batch import SamplingRow, check_token_ids, seed_words
 from step3_jax.sampling.sampler import StepLogprobs
 
-# The cache's memory where devices do not say what is left, unless one sequence needs more.
+# The cache's memory where devices do not report what is free, unless one sequence needs more.
 DEFAULT_CACHE_BYTES = 2**28
 
 _FINISH = {STOPPED: "stop", FULL: "length"}
 
 
 class EngineCore:
-    """Runs requests on an executor, as many at once as slots and pages allow; new ones join while others run.
+    """Runs requests on an executor, as many at once as slots and pages allow, with continuous batching.
 
     `step` must be called by one thread at a time; `check`, `add`, `abort` and the properties may be used from any.
 
@@ -54,8 +54,8 @@ class EngineCore:
       max_model_len: Most tokens of prompt and output together.
       stats: Counts and times so far.
       buckets: The sizes of its calls.
-      allocator: Of the cache's pages.
-      scheduler: Of the sequences.
+      allocator: Allocates the cache's pages.
+      scheduler: Schedules the sequences.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EngineCore:
         eos_ids: tuple[int, ...] = (),
         image_sizes: tuple[int, ...] = (),
     ) -> None:
-        """Prepares an engine. The cache itself is made with the first request.
+        """Prepares an engine. The cache itself is allocated with the first request.
 
         Args:
           executor: Runs the model.
@@ -120,7 +120,7 @@ class EngineCore:
         self._cache: Cache | None = None
         self._flight: Flight | None = None
         self._pace = Pace(max_steps=self.buckets.max_steps, max_call_ms=config.max_call_ms, step_width=width)
-        # What other threads hand over, and what they may read meanwhile.
+        # What other threads pass in, and what they may read meanwhile.
         self._lock = threading.Lock()
         self._inbox: collections.deque[Group | Abort] = collections.deque()
         self._sinks: dict[str, OutputSink] = {}
@@ -144,11 +144,11 @@ class EngineCore:
 
     @property
     def num_traced(self) -> int:
-        """Programs traced so far, the one that is being compiled included."""
+        """Programs traced so far, including one that is being compiled."""
         return sum(tuple(self._executor.num_traces.values()))
 
     def check_executor(self) -> None:
-        """Raises RunLostError if one of several processes is lost, so that no call can be made any more."""
+        """Raises RunLostError if one of several processes is lost, so that no more calls can be made."""
         self._executor.check()
 
     def check(self, request: Request) -> None:
@@ -157,11 +157,11 @@ class EngineCore:
         check_token_ids(self._sampling_row(request, 0), self._vocab_size)
 
     def add(self, request: Request, sink: OutputSink) -> None:
-        """Hands a request over; it joins with the next step.
+        """Adds a request; it joins with the next step.
 
         Args:
-          request: What is asked for.
-          sink: Gets its outputs, from the thread that steps. The last one of each sequence has a `finish`.
+          request: The request.
+          sink: Receives its outputs, on the thread that steps. The last one of each sequence has a `finish`.
 
         Raises:
           ValueError: As `check`, or if another request has the same id.
@@ -175,23 +175,23 @@ class EngineCore:
         self._inbox.append(group)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request, or one of its sequences, with the next step; nothing happens if it has ended.
+        """Ends a request, or one of its sequences, with the next step; does nothing if it has ended.
 
         Args:
-          request_id: Of the request.
-          index: The sequence's number; all of them if None.
+          request_id: The request's id.
+          index: The sequence's number; None for all of them.
         """
         self._inbox.append(Abort(request_id, index))
 
     def step(self) -> None:
         """One step: admits sequences, prefills a chunk, and makes one decode call for those whose prompt is prefilled.
 
-        While prompts are prefilled the sequences that decode get one token a step, so that neither waits for the other.
+        While prompts are prefilled, decoding sequences get one token per step, so that neither waits for the other.
 
         Raises:
-          BaseException: What interrupted it, such as KeyboardInterrupt; all sequences are then computed again. A call that
+          BaseException: What interrupted it, such as KeyboardInterrupt; all sequences are then recomputed. A call that
             fails raises nothing: its requests end with the reason.
-          RunLostError: If one of several processes is lost, so that no call can be made any more.
+          RunLostError: If one of several processes is lost, so that no more calls can be made.
         """
         try:
             self._take_inbox()
@@ -217,7 +217,7 @@ class EngineCore:
             self._deliver()
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Compiles all programs that requests can need, see `engine.warm_up`; like `step`, by one thread at a time."""
+        """Compiles every program a request can need, see `engine.warm_up`; like `step`, for one thread at a time."""
         try:
             self._cache = warm_up(self._executor, self._take_cache(), self.buckets, self._packer, progress)
         except BaseException:
@@ -226,7 +226,7 @@ class EngineCore:
         self.stats.count_compilations(self._executor.compile_s, self._executor.num_traces)
 
     def settle(self) -> None:
-        """Takes what has arrived without computing anything, so that aborted requests free their pages; as `step` else."""
+        """Takes new requests and aborts without computing, so that aborted ones free their pages; otherwise like `step`."""
         try:
             self._take_inbox()
         finally:
@@ -237,7 +237,7 @@ class EngineCore:
             given = self._inbox.popleft()
             if isinstance(given, Group):
                 self._groups[given.request.request_id] = given
-                # The others share the prompt once the first has prefilled it.
+                # The others share the prompt's pages once the first has prefilled it.
                 self.scheduler.add(given.sequences[:1])
                 continue
             group = self._groups.get(given.request_id)
@@ -296,7 +296,7 @@ class EngineCore:
         return flight if flight.prefill is not None or flight.decode is not None else None
 
     def _constrain(self) -> None:
-        """Gives constrained sequences the tokens that must come next, to be prefilled; ends those that cannot go on."""
+        """Gives constrained sequences their forced tokens, to be prefilled; ends those that cannot continue."""
         for sequence, forced, error in self._constrainer.advance(self.scheduler):
             if error:
                 self._fail(sequence.group, error)
@@ -306,7 +306,7 @@ class EngineCore:
             self._send(sequence, forced, "", None)
 
     def _encode_images(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The chunks whose images, if they have any, are encoded; a request whose images fail ends."""
+        """The chunks whose images, if any, are encoded; a request whose images fail ends."""
         kept = []
         for chunk in chunks:
             group = chunk.sequence.group
@@ -342,7 +342,7 @@ class EngineCore:
         scheduler = self.scheduler
         for sequence in scheduler.running:
             if sequence.is_ready:
-                # Those that share its prompt may join; they do with the next round.
+                # Those that share its prompt may join, in the next round.
                 scheduler.fork(sequence)
         size = self._pace.choose((one for one in scheduler.running if one.is_ready), has_prefill=scheduler.has_prefill)
         num_tokens, stuck = scheduler.make_room(size.num_tokens)
@@ -364,14 +364,14 @@ class EngineCore:
         flight.slots, flight.num_steps = slots, num_steps
 
     def _may_lead(self) -> bool:
-        """Whether the next calls may be dispatched before what was generated is looked at.
+        """Whether the next calls may be dispatched before the generated tokens are examined.
 
-        A stop string ends its sequence only once the text has been made; until then no step is spent on it.
+        A stop string ends its sequence only once the text is known; until then no step is spent on it.
         """
         return not any(one.sampling.params.stop for one in self.scheduler.running)
 
     def _collect(self, flight: Flight) -> None:
-        """Waits for a round's calls and takes what they generated."""
+        """Waits for a round's calls and takes the generated tokens."""
         stats = self.stats
         if flight.prefill is not None:
             with blame([chunk.sequence for chunk in flight.chunks]):
@@ -396,7 +396,7 @@ class EngineCore:
         stats.prefix_cache_hits = self.scheduler.num_hits
 
     def _take(self, sequence: Sequence, report: Report, slot: int) -> None:
-        """Takes what a decode call generated of a sequence."""
+        """Takes the tokens that a decode call generated for a sequence."""
         count = int(report.num_new[slot])
         new = report.tokens[slot, :count].tolist()
         logprobs = None
@@ -436,7 +436,7 @@ class EngineCore:
                 del self._sinks[group.request.request_id]
             self.stats.num_requests += 1
             return
-        # If it was the one that prefilled the prompt for the others, the next one does.
+        # If it was prefilling the prompt for the others, the next one takes over.
         if all(one.is_finished or not one.pages for one in group.sequences):
             waiting = [one for one in group.sequences if not one.is_finished]
             if not any(self.scheduler.is_queued(one) for one in waiting):
@@ -467,24 +467,24 @@ class EngineCore:
             sink.put(output)
 
     def _recover(self) -> None:
-        """Drops what the cache holds, which is unknown after a failure; all sequences are computed again."""
+        """Drops the cache's contents, which are unknown after a failure; all sequences are recomputed."""
         self._cache = None
         self._flight = None
         self.scheduler.preempt_all()
         for group in self._groups.values():
             group.features = None
             for sequence in group.sequences:
-                # What was not handed over is generated again.
+                # Tokens that were not delivered are generated again.
                 del sequence.token_ids[sequence.num_prompt + sequence.num_sent :]
                 del sequence.page_keys[len(sequence.token_ids) // PAGE_SIZE :]
 
     def _take_cache(self) -> Cache:
-        """The cache for a call that consumes it."""
+        """The cache, for a call that consumes it."""
         if self._cache is None:
             return self._executor.allocate_cache(self.allocator.num_pages, self._storage)
         cache, self._cache = self._cache, None
         return cache
 
     def _now(self) -> float:
-        """A clock that stands still while programs are compiled."""
+        """A clock that stops while programs are compiled."""
         return time.perf_counter() - self._executor.compile_s

@@ -28,7 +28,7 @@ from step3_jax.layers.attention import CacheStep
 from step3_jax.sampling.batch import SamplingBatch
 from step3_jax.sampling.speculation import Speculation
 
-# One decoder step: (tokens [B, T], cache, where they stand) -> (float32 logits [B, T, V], new cache).
+# One decoder step: (tokens [B, T], cache, their positions) -> (float32 logits [B, T, V], new cache).
 Forward = Callable[[Int[Array, "B T"], Cache, CacheStep], tuple[Float[Array, "B T V"], Cache]]
 
 
@@ -37,7 +37,7 @@ class _Loop(NamedTuple):
 
     Attributes:
       step: Steps so far.
-      cache: Of all layers.
+      cache: Pages of all layers.
       rows: The sequences.
     """
 
@@ -77,11 +77,11 @@ def decode_loop(
       batch: The sequences.
       sampling: Parameters of the rows.
       num_steps: A traced number, at most `max_steps`, so that one program serves streaming and whole outputs.
-      leave_early: Whether to return as soon as any row has ended, as others wait for its place.
+      leave_early: Whether to return as soon as any row has ended, because others wait for its slot.
       vocab_size: V.
-      max_steps: Tokens of a row that the report has room for.
-      speculation: How tokens are guessed; None makes one token a step.
-      any_row: Whether something holds for any row, also of those on other devices, so that all of them go on as long.
+      max_steps: The most tokens per row that the report has room for.
+      speculation: How tokens are guessed; None generates one token per step.
+      any_row: Whether something holds for any row, including those on other devices, so that all devices loop equally long.
     """
     rows = begin_rows(batch, vocab_size=vocab_size, max_steps=max_steps, speculation=speculation)
     start = _Loop(jnp.zeros((), jnp.int32), cache, rows)
@@ -108,7 +108,7 @@ def decode_loop(
             return _Guessing(loop, tokens, any_row(tokens.num_ids > 1))
 
     def take_steps(now: _Guessing) -> _Guessing:
-        # Loops and no choice between two programs: a loop's buffers are its own, and nothing of the cache is copied.
+        # Loops, not a choice between two programs: a loop's buffers are its own, so nothing of the cache is copied.
         now = jax.lax.while_loop(
             lambda now: is_unfinished(now.loop) & ~now.has_guess,
             lambda now: guess(take_step(now.loop, last_tokens(now.loop.rows))),

@@ -1,4 +1,4 @@
-"""Calls of many threads on one core: each waits for its own outputs, and whoever waits steps for all."""
+"""Calls from many threads on one core: each waits for its own outputs, and one that waits steps for all."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Refused(NamedTuple):
     """A prompt that never becomes a request.
 
     Attributes:
-      prompt: What is known of it; None if nothing is.
-      error: Why.
+      prompt: What is known of it, or None.
+      error: The reason.
     """
 
     prompt: Prompt | None
@@ -62,20 +62,20 @@ class Engine:
     def __init__(
         self, core: EngineCore, tokenizer: Tokenizer | None, eos_ids: tuple[int, ...], constraints: ConstraintMaker
     ) -> None:
-        """Takes a core that nothing else steps.
+        """Takes a core, of which it is the only stepper.
 
         Args:
           core: The core.
-          tokenizer: Makes text; None gives token ids alone.
+          tokenizer: Makes text; None gives only token ids.
           eos_ids: The model's own end tokens.
-          constraints: Makes those of requests.
+          constraints: Makes the requests' constraints.
         """
         self.core = core
         self._constraints = constraints
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
-        # Told whenever a step has ended. A lock that is held while stepping would not do: whoever steps would have it again
-        # before others wake, and they would get their outputs late.
+        # Notified whenever a step has ended. A lock held while stepping would not do: the stepping thread would take it
+        # again before others wake, and they would get their outputs late.
         self._turn = threading.Condition()
         self._is_stepping = False
         self._numbers = itertools.count()
@@ -86,7 +86,7 @@ class Engine:
         self.core.check(request)
 
     def new_processor(self) -> OutputProcessor:
-        """What makes text of the core's outputs, for one thread."""
+        """Turns the core's outputs into text, for one thread."""
         return OutputProcessor(self._tokenizer, self._eos_ids)
 
     def new_request(
@@ -95,24 +95,24 @@ class Engine:
         """A request with an id of its own.
 
         Raises:
-          ValueError: If its output's form cannot be enforced. Compiling that may take seconds.
+          ValueError: If its output format cannot be enforced. Compiling it may take seconds.
         """
         constraint = self._constraints.make(prompt, params)
         return Request(str(next(self._numbers)), prompt, params, seed, steps_per_call, must_fit, constraint)
 
     def run(self, requests: Iterable[Request | Refused]) -> Iterator[Event]:
-        """Runs requests; leaving the iterator early ends those under way.
+        """Runs requests; leaving the iterator early aborts the unfinished ones.
 
         Args:
-          requests: In order. They are taken as there is room for them, so that making them may take long and need memory.
+          requests: In order. They are taken only as there is room for them, as making one may take long and need memory.
 
         Yields:
-          Events of all requests, as they come. A request that cannot be served has one output, with its error.
+          Events of all requests, as they arrive. A request that cannot be served has one output, with its error.
         """
         processor = self.new_processor()
         outputs: queue.SimpleQueue[SequenceOutput] = queue.SimpleQueue()
         source = enumerate(requests)
-        # Enough for all slots, and for those that follow while the next are made.
+        # Enough for all slots, and as many to follow while the next are made.
         most = 2 * self.core.config.max_num_seqs
         try:
             is_exhausted = False
@@ -140,7 +140,7 @@ class Engine:
         processor: OutputProcessor,
         outputs: queue.SimpleQueue[SequenceOutput],
     ) -> RequestOutput | None:
-        """Hands a request to the core; the output of one that it refuses."""
+        """Adds a request to the core; returns the output of one that it refuses."""
         if isinstance(request, Refused):
             return _refused_output(str(next(self._numbers)), place, request)
         try:
@@ -152,11 +152,11 @@ class Engine:
         return None
 
     def _take(self, processor: OutputProcessor, outputs: queue.SimpleQueue[SequenceOutput]) -> Iterator[Event]:
-        """Waits until there are outputs, stepping unless another thread does; then all of them as events."""
+        """Waits until there are outputs, stepping unless another thread does; returns them all as events."""
         with self._stepping(outputs.empty) as has_turn:
             if has_turn:
                 if not self.core.has_work:
-                    raise RuntimeError("the engine has no work, yet requests have not ended: this is a bug")
+                    raise RuntimeError("the engine has no work, but some requests have not ended: this is a bug")
                 self.core.step()
         while not outputs.empty():
             output = outputs.get()
@@ -170,19 +170,19 @@ class Engine:
                 yield Event(piece, whole)
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Compiles all programs that requests can need; calls under way wait meanwhile."""
+        """Compiles every program a request can need; calls in progress wait meanwhile."""
         with self._stepping(lambda: True):
             self.core.warm_up(progress)
 
     def _settle(self) -> None:
-        """Lets the core see what was aborted, so that its pages are free before the next call."""
+        """Lets the core process aborts, so that their pages are free before the next call."""
         with self._stepping(lambda: not self._is_stepping) as has_turn:
             if has_turn:
                 self.core.settle()
 
     @contextlib.contextmanager
     def _stepping(self, is_wanted: Callable[[], bool]) -> Iterator[bool]:
-        """Waits for the turn to step while it is wanted; yields whether this thread has it, and passes it on at the end."""
+        """Waits for the turn to step while it is needed; yields whether this thread has it, and passes it on at the end."""
         has_turn = False
         try:
             with self._turn:

@@ -1,4 +1,4 @@
-"""What the engine asks of whatever runs the model: plain data in, plain data out, and a cache that it only hands back."""
+"""The interface between the engine and what runs the model: plain data in and out, and a cache that it only passes back."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Started(Generic[T_co]):
         self._value = value
 
     def result(self) -> T_co:
-        """Waits for the call; its values on the host.
+        """Waits for the call; returns its values on the host.
 
         Raises:
-          Exception: What the call failed with.
+          Exception: Whatever the call failed with.
         """
         return jax.device_get(self._value)
 
@@ -56,7 +56,7 @@ class Started(Generic[T_co]):
         """Waits for the call, and leaves its values where they are.
 
         Raises:
-          Exception: What the call failed with.
+          Exception: Whatever the call failed with.
         """
         jax.block_until_ready(self._value)
 
@@ -67,16 +67,16 @@ class Started(Generic[T_co]):
 
 
 class ModelPart:
-    """What every process that has a model, or a part of one, has in common.
+    """Base of every process that holds a model, or a part of one.
 
     Attributes:
       config: The model's sizes.
-      devices: Those of this process that run the model; the first one says of which kind they are.
-      dtype: Of activations, and of the cache unless another is asked for. A CPU computes in float32: XLA:CPU decodes one
-        sequence faster so than in bfloat16, though it reads twice the bytes (see benchmarks/README.md).
-      num_shards: Shards that the cache and the batch are in. Page numbers count through: those of one shard follow the
-        other's. A batch has equally many sequences of each shard, and a sequence's pages are of its own shard.
-      num_image_shards: Shards that the squares of a call of the vision tower are in, as many in each; one if all devices
+      devices: The devices of this process that run the model; all are of the first one's kind.
+      dtype: The dtype of activations, and of the cache unless another is given. A CPU computes in float32: XLA:CPU decodes
+        one sequence faster in it than in bfloat16, though it reads twice the bytes (see benchmarks/README.md).
+      num_shards: Shards of the cache and the batch. Pages are numbered consecutively, one shard after the
+        other. A batch has equally many sequences of each shard, and a sequence's pages are in its own shard.
+      num_image_shards: Shards that the squares of a vision tower call are divided into, evenly; one if all devices
         encode each square together. `num_shards` if not given.
       compile_s: Seconds spent in calls that had to trace, up to their dispatch.
       num_traces: How often each call was traced, by name.
@@ -110,12 +110,12 @@ class ModelPart:
         return 1
 
     def run_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
-        """The dtype that weights or activations of `dtype` are held in: one rule for all executors."""
+        """The dtype in which weights or activations of `dtype` are held: one rule for all executors."""
         return jnp.dtype(jnp.float32) if self.is_cpu and dtype == jnp.bfloat16 else jnp.dtype(dtype)
 
 
 class Executor(ModelPart, abc.ABC):
-    """Runs a model's calls, and holds what all that do so have in common.
+    """Runs a model's calls; the base of all executors.
 
     `runner.Runner` runs them on one device; others spread a model over many. The engine decides which pages belong to which
     sequence and hands the cache back at each call, which consumes it. Between calls an executor remembers nothing of a
@@ -136,12 +136,12 @@ class Executor(ModelPart, abc.ABC):
 
     @property
     def role(self) -> Role:
-        """What of the model the devices that hold the cache have, and how many of them there are."""
+        """The part of the model on the devices that hold the cache, and how many of these devices there are."""
         return Role(BOTH, 1, Parallel(ep=1))
 
     @property
     def num_microbatches(self) -> int:
-        """Parts of a batch in flight between attention and FFN; 0 where every device does both."""
+        """Micro-batches in flight between attention and FFN; 0 where every device does both."""
         return 0
 
     @property
@@ -151,18 +151,18 @@ class Executor(ModelPart, abc.ABC):
 
     @property
     def afd_wait_s(self) -> float | None:
-        """Seconds that attention devices had nothing to do but wait for FFN devices; None where that is not known.
+        """Seconds that attention devices spent only waiting for FFN devices; None where that is not known.
 
-        It is known where a host hands out each step. Where a program of many steps runs by itself (AFD's executor
-        `program`), nothing but the whole call's time reaches the host.
+        It is known where a host dispatches each step. Where one program runs many steps (AFD's executor
+        `program`), the host sees only the whole call's time.
         """
         return None
 
     def check(self) -> None:
-        """Raises RunLostError if no call can be made any more, as one of several processes is lost."""
+        """Raises RunLostError if no more calls can be made because one of several processes is lost."""
 
     def close(self) -> None:
-        """Lets the other processes of a run leave; nothing happens where there are none."""
+        """Lets the other processes of a run leave; does nothing where there are none."""
 
     def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
         """Memory left for each shard of the cache, by the rule of `step3 plan memory`; None where devices do not say.
@@ -183,10 +183,10 @@ class Executor(ModelPart, abc.ABC):
 
     @abc.abstractmethod
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
-        """Empty pages of all layers, to be handed to `prefill` and `decode`."""
+        """Empty pages of all layers, to be passed to `prefill` and `decode`."""
 
     def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[np.ndarray, "images tokens D"]:
-        """Features of views, or of windows: one size a call.
+        """Features of views, or of windows: one size per call.
 
         Raises:
           ValueError: If the model has no vision tower.
@@ -200,12 +200,12 @@ class Executor(ModelPart, abc.ABC):
         """Computes the keys and values of a chunk of prompts.
 
         Args:
-          cache: Of the last call; it is consumed.
+          cache: From the last call; it is consumed.
           batch: The chunk.
 
         Returns:
-          The cache with the chunk's tokens, and the call, which counts the experts' tokens. No logits: a prompt's last token
-          is left to `decode`.
+          The cache with the chunk's tokens, and the call, which counts the tokens per expert. No logits: a prompt's
+          last token is left to `decode`.
         """
 
     @abc.abstractmethod
@@ -213,7 +213,7 @@ class Executor(ModelPart, abc.ABC):
         """Generates up to `call.num_steps` tokens of each active sequence.
 
         Args:
-          cache: Of the last call; it is consumed.
+          cache: From the last call; it is consumed.
           call: What to do.
 
         Returns:
@@ -225,30 +225,30 @@ class Executor(ModelPart, abc.ABC):
         """Copies whole pages inside their shards, in all layers.
 
         Args:
-          cache: Of the last call; it is consumed.
-          sources: Pages to copy, at most `PAGE_COPIES` of each shard for the program that is compiled ahead.
-          targets: Where each goes: different pages, none of them a source.
+          cache: From the last call; it is consumed.
+          sources: Pages to copy, at most `PAGE_COPIES` per shard for the program that is compiled ahead.
+          targets: Where each goes: distinct pages, none of them a source.
         """
 
     def wait(self, cache: Cache) -> Cache:
-        """Waits until all calls that the cache has gone through have ended; the cache."""
+        """Waits until all calls that the cache has gone through have ended; returns the cache."""
         return jax.block_until_ready(cache)
 
     def lower(self, cache: Cache, call: PrefillBatch | DecodeCall) -> jax.stages.Lowered | None:
-        """Traces a call's program, to be compiled while others are; the call itself then finds it.
+        """Traces a call's program, to be compiled in parallel with others; the call itself then finds it.
 
         Args:
           cache: As for the call; it is not consumed.
-          call: What would be done.
+          call: The call that would be made.
 
         Returns:
-          None where a program is only made by calling it.
+          None where only calling makes the program.
         """
         return None
 
     @abc.abstractmethod
     def _encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """`encode_images` of a number of images that is a multiple of `num_image_shards`."""
+        """`encode_images`, for a multiple of `num_image_shards` images."""
 
     def _timed(self, name: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Makes a call; its time counts as compiling if it traced anything. Each traced function counts its traces."""
@@ -259,12 +259,12 @@ class Executor(ModelPart, abc.ABC):
         return result
 
     def _place_call(self, call: DecodeCall) -> tuple[DecodeBatch, SamplingBatch, np.int32, np.bool_]:
-        """What the decode loop of a runner takes, save what is static."""
+        """The arguments of a runner's decode loop, except the static ones."""
         sampling = self._place_sampling(call.sampling)
         return self._place_wide(call.batch), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
 
     def _place_sampling(self, sampling: SamplingBatch) -> SamplingBatch:
-        """Sampling parameters on the devices; the engine gives the same ones again until a sequence joins or leaves."""
+        """Sampling parameters on the devices; the engine passes the same ones until a sequence joins or leaves."""
         if self._placed is None or self._placed[0] is not sampling:
             self._placed = sampling, jax.tree.map(self._place, sampling)
         return self._placed[1]
@@ -281,39 +281,39 @@ class Executor(ModelPart, abc.ABC):
         return batch
 
     def _place(self, array: np.ndarray) -> Array:
-        """An array of the host as the calls take it: where every device of the model has all of it, or its own rows."""
+        """A host array as the calls take it: replicated on every device of the model, or sharded by rows."""
         return jax.device_put(array)
 
 
 def num_copies(pages: Sequence[int]) -> int:
-    """Pages that the program for so many copies takes in each shard."""
+    """Pages per shard that the program for this many copies takes."""
     return max(PAGE_COPIES, power_of_two(len(pages)))
 
 
 def own_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
-    """Those of this process; all of them where none is, as when a program is compiled for other machines."""
+    """The devices of this process; all of them where it has none, as when a program is compiled for other machines."""
     every = list(devices)
     return [device for device in every if device.process_index == jax.process_index()] or every
 
 
 def widen_weights(model: Step3) -> Step3:
-    """A module of its own that computes in float32, so that `model` stays whole.
+    """A copy of the module that computes in float32, so that `model` stays unchanged.
 
-    Of a bfloat16 model the weights become float32; bfloat16 weights beside float32 activations are meant to be so, and
-    all that need not change is shared.
+    The weights of a bfloat16 model become float32; bfloat16 weights with float32 activations are intended and stay so, and
+    everything that need not change is shared.
     """
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.tree.map(_widen, state) if model.text.dtype == jnp.bfloat16 else state)
 
 
 def local_pages(pages: Iterable[int], shard_pages: int, num_shards: int, size: int) -> np.ndarray:
-    """Page numbers by shard, as each counts its own, filled up with a number that no shard has.
+    """Shard-local page numbers, grouped by shard and padded with a number that no shard has.
 
     Args:
-      pages: Page numbers that count through all shards.
+      pages: Page numbers, consecutive over all shards.
       shard_pages: Pages of a shard.
       num_shards: Shards.
-      size: Numbers of each shard in the result.
+      size: Numbers per shard in the result.
 
     Returns:
       int32 [num_shards * size].

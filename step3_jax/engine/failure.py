@@ -19,7 +19,7 @@ class CallError(Exception):
 
 @contextlib.contextmanager
 def blame(sequences: list[Sequence]) -> Iterator[None]:
-    """Turns an error of a call into one that names the sequences in it."""
+    """Turns a call's error into one that names the sequences in it."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the core has under way, and what it is told."""
+"""What the core has in flight, and what it is told."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Flight:
     """The calls of one step that were dispatched.
 
     Attributes:
-      start_s: When, on the engine's clock.
-      chunks: What is prefilled.
+      start_s: When they were dispatched, on the engine's clock.
+      chunks: The chunks that are prefilled.
       prefill: The call that does it.
-      slots: The sequences of the decode call at their places; None where there is nothing to do.
+      slots: The sequences of the decode call in their slots; None where there is nothing to do.
       decode: The decode call.
-      num_steps: Most steps of it.
+      num_steps: The most steps it takes.
     """
 
     start_s: float
@@ -33,7 +33,7 @@ class Flight:
 
 @dataclasses.dataclass(frozen=True)
 class Abort:
-    """A request, or one of its sequences, that is to end."""
+    """A request, or one of its sequences, to abort."""
 
     request_id: str
     index: int | None

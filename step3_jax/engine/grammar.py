@@ -1,4 +1,4 @@
-"""Constraints of requests that ask for an output's form, with the model's own tokenizer and ends."""
+"""Constraints of requests with structured outputs, with the model's own tokenizer and end tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GrammarConstraint:
 
 
 class ConstraintMaker:
-    """Makes constraints for one model. Safe to share between threads; the tokenizer is read with the first one."""
+    """Makes constraints for one model. Safe to share between threads; the first one reads the tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Sequence[int]) -> None:
         """Takes the model's parts.
@@ -47,20 +47,20 @@ class ConstraintMaker:
         self._lock = threading.Lock()
 
     def make(self, prompt: Prompt, params: SamplingParams) -> Constraint | None:
-        """The constraint of a request; None for one that may say anything.
+        """The constraint of a request; None for an unconstrained one.
 
         Args:
-          prompt: If it ends inside the reasoning, the constraint begins after that.
-          params: Its `structured_outputs` say what is wanted.
+          prompt: If it ends inside the reasoning, the constraint starts after that.
+          params: Their `structured_outputs` say what the output must be.
 
         Raises:
-          ValueError: If that cannot be enforced, the model has no tokenizer or end token, or llguidance is not installed.
+          ValueError: If it cannot be enforced, the model has no tokenizer or end token, or llguidance is not installed.
         """
         form = params.structured_outputs
         if form is None:
             return None
         if self._tokenizer is None:
-            raise ValueError("structured_outputs need a tokenizer, and this model has none: add its tokenizer.json")
+            raise ValueError("structured_outputs need a tokenizer, but this model has none: add its tokenizer.json")
         grammar = self._get_compiler(self._tokenizer).compile(form)
         marks = [self._tokenizer.control_tokens.get(name) for name in (THINK_BEGIN, THINK_END)]
         last = next((token for token in reversed(prompt.token_ids) if token in marks), None)

@@ -53,7 +53,7 @@ ParamsInput = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """A model that answers prompts; it may be used from several threads at once.
+    """A model that answers prompts; several threads may use it at once.
 
     Attributes:
       config: The model's sizes.
@@ -61,9 +61,9 @@ class LLM:
       tokenizer: None if its folder has none.
       max_model_len: Most tokens of prompt and output together.
       eos_ids: The tokens that end an output.
-      default_sampling_params: What is used where none are given: vLLM's defaults, with those of the model's
-        `generation_config.json` instead where it has them.
-      sampling_defaults: What that file says, by the names of `SamplingParams`.
+      default_sampling_params: Used where none are given: vLLM's defaults, overridden by the model's
+        `generation_config.json`.
+      sampling_defaults: The values from that file, under the names of `SamplingParams`.
       prompts: Makes prompts for this model.
       stats: Counts and times so far.
     """
@@ -79,19 +79,19 @@ class LLM:
     ) -> None:
         """Loads a model's folder.
 
-        Of several processes (see `distributed.initialise_distributed`) that share a model, that of rank 0 goes on. In the
-        others this does not return: they run its calls, and end when it does.
+        Where several processes (see `distributed.initialise_distributed`) share a model, only rank 0 returns from here. The
+        others run its calls, and end when it does.
 
         Args:
           model: Folder with `config.json`, the weights and, for text, `tokenizer.json`.
-          executor: Runs the model instead of loading it here, or a function that loads it; its weights must be those of the
-            folder.
-          parallel: How the model is spread over devices, in place of the settings for it.
-          config: Settings that were made before; None starts from the defaults.
+          executor: An executor that has the model already, or a function that loads one; its weights must be the
+            folder's.
+          parallel: How the model is spread over devices, instead of the settings for it.
+          config: Settings to start from; the defaults if None.
           **settings: Fields of `EngineConfig`, such as `max_model_len=4096`.
 
         Raises:
-          ValueError: If a file is missing or unusable, or a value is not allowed or not known; if the model does not divide
+          ValueError: If a file is missing or unusable, or a value is not allowed or unknown; if the model does not divide
             over the devices, or there are too few, before anything is loaded.
           RunLostError: If another process of the run fails.
           SystemExit: In a process above rank 0, when rank 0 has ended.
@@ -101,7 +101,7 @@ class LLM:
         parallel = parallel or (read_parallel(own) if executor is None else None)
         if executor is not None and parallel is not None:
             raise ValueError("an executor has its devices already: give either executor or parallel")
-        # Before the first use of a device: afterwards the number of CPU devices is fixed.
+        # Before the first use of a device: it fixes the number of CPU devices.
         find_devices(1 if parallel is None else parallel.num_devices)
         enable_compile_cache()
         folder = require_folder(resources.find_folder(model))
@@ -111,7 +111,7 @@ class LLM:
         with contextlib.ExitStack() as stack:
             if channel is not None:
                 stack.callback(channel.close)
-            # What is small is read first, so that a mistake is told before the weights are loaded.
+            # Small files are read first, so that a mistake is reported before the weights are loaded.
             choose_length(own, ModelConfig.load(folder), str(model))
             tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
             image_settings, generation = ImageSettings.load(folder), read_json_object(folder / "generation_config.json")
@@ -141,17 +141,17 @@ class LLM:
         """The same from parts in memory.
 
         Args:
-          model: A module, or an executor that has its weights. One that several processes share is driven by rank 0; in the
-            others this does not return, see `LLM`.
-          tokenizer: None serves token ids alone.
+          model: A module, or an executor that has its weights. If several processes share it, rank 0 drives it and the
+            others do not return from here, see `LLM`.
+          tokenizer: None serves only token ids.
           template: None serves no chats.
-          image_settings: Of the image processor; None for the released ones.
-          generation_config: What `generation_config.json` would hold.
+          image_settings: Settings of the image processor; None for the released ones.
+          generation_config: The contents that `generation_config.json` would have.
           config: As for `LLM`.
           **settings: As for `LLM`.
 
         Raises:
-          ValueError: If a value is not allowed or not known.
+          ValueError: If a value is not allowed or unknown.
         """
         executor = Runner(model) if isinstance(model, Step3) else model
         channel = take_part(lambda: executor) if is_shared(executor) else None
@@ -209,9 +209,9 @@ class LLM:
             )
 
     def close(self) -> None:
-        """Ends the run where several processes share the model: the others leave. Nothing can be generated any more.
+        """Ends the run where several processes share the model: the others leave. Nothing can be generated afterwards.
 
-        At the end of the interpreter it happens by itself.
+        It happens by itself when the interpreter exits.
         """
         self._executor.close()
 
@@ -222,7 +222,7 @@ class LLM:
           ValueError: If the model has none.
         """
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer.json: it takes and gives token ids")
+            raise ValueError("this model has no tokenizer.json: it takes and returns token ids")
         return self.tokenizer
 
     @property
@@ -231,37 +231,37 @@ class LLM:
         return self._engine.core.stats
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Compiles all programs that requests can need, or reads them from the compile cache: none is compiled later.
+        """Compiles every program a request can need, or reads it from the compile cache: none is compiled later.
 
-        Without it each is compiled when it is first needed, which is quicker for a few calls.
+        Without this, each is compiled when it is first needed, which is quicker for a few calls.
 
         Args:
-          progress: Called with the number of programs that are ready and of all, before the first and after each.
+          progress: Called with the numbers of ready programs and of all programs, before the first and after each.
         """
         self._engine.warm_up(progress)
 
     @property
     def core(self) -> EngineCore:
-        """The engine core. `generate` and `chat` step it too, so what steps it by itself must be its only user."""
+        """The engine core. `generate` and `chat` step it too, so any other code that steps it must be its only user."""
         return self._engine.core
 
     def new_processor(self) -> OutputProcessor:
-        """What makes text of the core's outputs, for one thread."""
+        """Turns the core's outputs into text, for one thread."""
         return self._engine.new_processor()
 
     def new_request(
         self, prompt: Prompt, params: SamplingParams, *, steps_per_call: int = STEPS_PER_CALL, must_fit: bool = False
     ) -> Request:
-        """A request for the core, checked. From any thread; compiling the form of its output may take seconds.
+        """A checked request for the core. Any thread may call it; compiling structured outputs may take seconds.
 
         Args:
           prompt: What is continued.
-          params: How it is sampled; without a seed the next of this model's is drawn.
+          params: How it is sampled; without a seed, the model draws its next one.
           steps_per_call: Most decode steps between two of its outputs.
           must_fit: See `Request`.
 
         Raises:
-          ValueError: If it cannot be served; the message says what would be.
+          ValueError: If it cannot be served; the message says what could be.
         """
         seed = self._draw_seed(params)
         request = self._engine.new_request(prompt, params, seed, steps_per_call, must_fit=must_fit)
@@ -305,20 +305,20 @@ class LLM:
           prompts: One prompt or a list of them. A prompt is text (control tokens in it count, and BOS is prepended), a
             list of token ids (taken unchanged), or {"prompt": text} or {"prompt_token_ids": ids}, either with
             {"multi_modal_data": {"image": image or list}} and {"cache_salt": text}.
-          sampling_params: For all prompts, or one for each; `default_sampling_params` if None. `max_tokens` is an upper
+          sampling_params: For all prompts, or one per prompt; `default_sampling_params` if None. `max_tokens` is an upper
             bound: an output also ends, with finish_reason "length", where the context does.
-          images: For one prompt its images; for several a list for each (None for none). The prompt has one
-            `<im_patch>` for each image.
+          images: One prompt's images, or for several prompts a list each (None for none). The prompt has one
+            `<im_patch>` per image.
           stream: Whether to return an iterator of pieces as they are generated, instead of whole outputs.
-          use_tqdm: Whether to show a progress bar, where stderr is a terminal; streams have none.
+          use_tqdm: Whether to show a progress bar if stderr is a terminal; streams have none.
 
         Returns:
-          Outputs in the order of the prompts, or the iterator. Where some of several prompts cannot be answered, the
-          others are, and theirs say why in `RequestOutput.error`.
+          Outputs in the order of the prompts, or the iterator. If some of several prompts cannot be answered, the
+          others are, and the outputs of the failed ones say why in `RequestOutput.error`.
 
         Raises:
-          ValueError: If no prompt can be used: none of the outputs would be an answer. For streams, if any cannot.
-          RuntimeError: If the calls on the device failed for all prompts (of a stream: for its only one).
+          ValueError: If no prompt can be used, so that there would be no answer at all; for streams, if any cannot.
+          RuntimeError: If the calls on the device failed for all prompts (for a stream, its only one).
         """
         pairs = split_prompts(prompts, images)
         build = [functools.partial(self.prompts.from_input, prompt, own_images) for prompt, own_images in pairs]
@@ -361,10 +361,10 @@ class LLM:
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput] | Iterator[StreamPiece]:
-        """Answers conversations by the model's chat template; control tokens typed in messages stay text.
+        """Answers conversations with the model's chat template; control tokens typed in messages stay text.
 
         Args:
-          messages: One conversation (a list of {"role": ..., "content": ...}) or a list of them. Pictures are items of
+          messages: One conversation (a list of {"role": ..., "content": ...}) or a list of them. Images are items of
             a content list: {"type": "image", "image": source} or {"type": "image_url", "image_url": {"url": source}}.
           sampling_params: As in `generate`.
           tools: JSON schemas of functions the model may call.
@@ -410,7 +410,7 @@ class LLM:
     def _make_requests(
         self, build: Sequence[Callable[[], Prompt]], params: Sequence[SamplingParams], steps: int = STEPS_PER_CALL
     ) -> Iterator[Request | Refused]:
-        """Requests one by one, so that their prompts (and images) need not be in memory all at once."""
+        """Yields requests one by one, so that their prompts (and images) need not be in memory all at once."""
         for make, own in zip(build, params, strict=True):
             seed = self._draw_seed(own)
             prompt = None
@@ -486,5 +486,5 @@ def _configure(config: EngineConfig | None, settings: Mapping[str, object]) -> E
 
 
 def _named(place: int, count: int, error: str) -> str:
-    """An error of one prompt, which it names where there are several."""
+    """An error of one prompt; it names the prompt if there are several."""
     return error if count == 1 else f"prompt {place} of {count}: {error}"

@@ -1,4 +1,4 @@
-"""What `LLM` reads before it has an engine: how a model is spread, how long it may go on, what ends it."""
+"""What `LLM` determines before it has an engine: how the model is spread, its context length, its end tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from step3_jax.layout.role import fp8_block
 from step3_jax.mesh import make_layout
 from step3_jax.text.tokenizer import Tokenizer
 
-# An executor, or what loads one. Of several processes those above rank 0 may have another kind of worker.
+# An executor, or a function that loads one. With several processes, ranks above 0 may have another kind of worker.
 ExecutorInput = Executor | Worker | Callable[[], Executor | Worker] | None
 
 
@@ -30,7 +30,7 @@ def read_parallel(config: EngineConfig) -> Parallel | None:
         return None
     dp, tp, ep = config.data_parallel_size, config.tensor_parallel_size, config.expert_parallel_size
     if ep is not None and dp * tp == 1:
-        # As in vLLM: experts are spread over the devices there are, and nothing else is said of them.
+        # As in vLLM: experts are spread over all the devices, with no other setting for them.
         dp = ep
     forms = config.attention_parallelism, config.expert_exchange, config.mm_encoder_tp_mode
     return Parallel(dp, tp, ep, *forms)  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ def choose_length(config: EngineConfig, sizes: ModelConfig, source: str) -> int:
     """Most tokens of prompt and output together.
 
     Raises:
-      ValueError: If more are asked for than the model has positions for.
+      ValueError: If it is more than the model has positions for.
     """
     limit = sizes.text.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
@@ -51,7 +51,7 @@ def choose_length(config: EngineConfig, sizes: ModelConfig, source: str) -> int:
 def load_executor(
     folder: pathlib.Path, config: EngineConfig, parallel: Parallel | None, executor: ExecutorInput
 ) -> Executor | Worker:
-    """The executor that was given, or one for the model in `folder`."""
+    """The given executor, or one for the model in `folder`."""
     if executor is not None:
         return executor() if callable(executor) else executor
     wanted = None if config.dtype == "auto" else jnp.dtype(config.dtype)

@@ -1,4 +1,4 @@
-"""Images of prompts: encoded once for the same pixels, and kept on the host while there is room."""
+"""Images of prompts: equal pixels are encoded once, and their features kept on the host while there is room."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ CACHE_BYTES = 2**28
 
 
 class FeatureCache:
-    """Features of images by the digest of their pixels; the least recently used ones are dropped."""
+    """Image features by the digest of the pixels; the least recently used ones are dropped."""
 
     def __init__(
         self, executor: Executor, sizes: Sequence[int], stats: EngineStats, max_bytes: int = CACHE_BYTES
     ) -> None:
-        """Takes what encodes.
+        """Takes the executor that encodes.
 
         Args:
           executor: Runs the tower.
-          sizes: Squares that one call of it takes, see `BucketTable.images`.
-          stats: Counts images, and those that were known.
-          max_bytes: Of all features that are kept.
+          sizes: Numbers of squares that one call of it takes, see `BucketTable.images`.
+          stats: Counts images, and those found here.
+          max_bytes: The most bytes of features to keep.
         """
         self._executor = executor
         self._sizes = sizes
@@ -39,7 +39,7 @@ class FeatureCache:
         self._features: collections.OrderedDict[bytes, Float[np.ndarray, "tokens D"]] = collections.OrderedDict()
 
     def encode(self, images: Sequence[ProcessedImage]) -> Float[np.ndarray, "places D"]:
-        """Features of a prompt's images in the order of their places: for each its windows, then its view."""
+        """Features of a prompt's images in the order of their places; for each image, its windows and then its view."""
         found = {image.digest: self._features[image.digest] for image in images if image.digest in self._features}
         missing = list({image.digest: image for image in images if image.digest not in found}.values())
         self._stats.num_images += len(images)

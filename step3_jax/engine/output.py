@@ -1,6 +1,6 @@
-"""From what the core generates to what users get: text, stop strings and whole outputs, by request id.
+"""Turns what the core generates into what users get: text, stop strings and whole outputs, by request id.
 
-It runs in front of the core, on any one thread, and tells it nothing but which sequences a stop string has ended.
+It runs outside the core, on any one thread, and only tells it which sequences a stop string has ended.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from step3_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass
 class _Entry:
-    """A request under way.
+    """A request in progress.
 
     Attributes:
-      request: What was asked for.
-      place: The prompt's place in its call.
+      request: The request.
+      place: The prompt's index in its call.
       completions: Its completions.
-      first_token_s, last_token_s: Of each completion, since the request arrived.
+      first_token_s, last_token_s: For each completion, seconds since the request arrived.
       compile_s: Seconds of compiling since then.
       num_cached_tokens: See `RequestOutput`.
       error: See `RequestOutput`.
@@ -52,31 +52,31 @@ class OutputProcessor:
         self._entries: dict[str, _Entry] = {}
 
     def __len__(self) -> int:
-        """Requests under way."""
+        """Number of unfinished requests."""
         return len(self._entries)
 
     def check(self, request: Request) -> None:
-        """Raises ValueError if a request needs text that cannot be made."""
+        """Raises ValueError if a request needs text but there is no tokenizer."""
         if request.params.stop and self._tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this model has none: give stop_token_ids")
+            raise ValueError("stop strings need a tokenizer, but this model has none: give stop_token_ids")
 
     def add(self, request: Request, place: int = 0) -> None:
-        """Starts a request; `place` is the prompt's place in its call."""
+        """Starts a request; `place` is the prompt's index in its call."""
         completions = [
             Completion(request, index, place, self._tokenizer, self._eos_ids) for index in range(request.params.n)
         ]
         self._entries[request.request_id] = _Entry(request, place, completions)
 
     def request_ids(self) -> list[str]:
-        """Ids of the requests under way."""
+        """Ids of the unfinished requests."""
         return list(self._entries)
 
     def push(self, output: SequenceOutput) -> tuple[StreamPiece | None, bool]:
-        """Takes what the core generated of a request that may have ended.
+        """Takes what the core generated for a request, which may have ended.
 
         Returns:
-          What is new of the completion, None if nothing is; and whether the core is to abort the sequence, which goes on
-          there though a stop string has ended it.
+          The completion's new output, None if there is none; and whether the core should abort the sequence, which it still
+          runs although a stop string has ended it.
         """
         entry = self._entries.get(output.request_id)
         if entry is None:
@@ -92,7 +92,7 @@ class OutputProcessor:
         return piece, completion.finish_reason is not None and not output.finish
 
     def take(self, request_id: str) -> RequestOutput | None:
-        """The whole output of a request once all its completions have ended, which takes it out; else None."""
+        """Removes and returns the whole output of a request once all its completions have ended; else None."""
         entry = self._entries[request_id]
         if any(completion.finish_reason is None for completion in entry.completions):
             return None

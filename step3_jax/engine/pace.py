@@ -1,4 +1,4 @@
-"""How much one decode call does: by what waits for it, and by how long steps took lately."""
+"""How much one decode call does: depends on what waits for it, and on how long recent steps took."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 from step3_jax.engine.sequence import Sequence
 from step3_jax.engine.state import Report
 
-# A call whose result comes faster had ended before it was asked for.
+# A call whose result arrives faster had ended before it was waited for.
 _READY_S = 1e-3
 
 
 class CallSize(NamedTuple):
-    """The most that a decode call does: steps, and tokens of each sequence, which are more where tokens are guessed."""
+    """The most that a decode call does: steps, and tokens per sequence, which are more where tokens are guessed."""
 
     num_steps: int
     num_tokens: int
@@ -26,9 +26,9 @@ class Pace:
         """Takes the bounds.
 
         Args:
-          max_steps: Tokens of a sequence that a call has room for.
-          max_call_ms: Longest call.
-          step_width: Most tokens of a sequence that a step makes.
+          max_steps: The most tokens per sequence that a call has room for.
+          max_call_ms: The longest call, in milliseconds.
+          step_width: The most tokens per sequence that a step generates.
         """
         self._max_steps = max_steps
         self._max_call_s = max_call_ms / 1000
@@ -36,7 +36,7 @@ class Pace:
         self._step_s = 0.0
 
     def choose(self, ready: Iterable[Sequence], *, has_prefill: bool) -> CallSize:
-        """The next call: one step while a prompt or a first token is waited for, else what fits its time.
+        """The size of the next call: one step while a prompt or a first token waits, else as many as fit in its time.
 
         Args:
           ready: The sequences that decode, at least one.
@@ -49,11 +49,11 @@ class Pace:
             num_steps = 1
         elif self._step_s > 0:
             num_steps = min(num_steps, max(1, int(self._max_call_s / self._step_s)))
-        # A piece of a stream has no more tokens than it may, but of one step's tokens the first is always taken.
+        # A streamed piece never exceeds its limit, except that the first token of a step is always taken.
         return CallSize(num_steps, max(1, min(num_steps * self._step_width, shortest)))
 
     def measure(self, report: Report, elapsed_s: float, waited_s: float) -> float:
-        """Takes how long a call took.
+        """Records how long a call took.
 
         Args:
           report: What it generated.
@@ -61,7 +61,7 @@ class Pace:
           waited_s: How long it was waited for.
 
         Returns:
-          Its time, by the steps before where it had ended before it was waited for, so that `elapsed_s` does not measure it.
+          Its time; estimated from earlier steps if it had ended before it was waited for, when `elapsed_s` says too much.
         """
         num_steps = max(1, report.num_steps)
         if waited_s < _READY_S and self._step_s:

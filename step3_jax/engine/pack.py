@@ -1,4 +1,4 @@
-"""From sequences to the arrays of a call: numpy, which executors place on their devices."""
+"""Packs sequences into the arrays of a call: numpy, which executors place on their devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sampling.speculation import Speculation
 
-# What stands in a slot that is free.
+# The contents of a free slot.
 _IDLE = SamplingRow(SamplingParams(temperature=0.0), 0, (0, 0), ())
 
 
@@ -31,10 +31,10 @@ class _History(NamedTuple):
 
 
 class Packer:
-    """Makes the arrays of an engine's calls; what depends on slots alone is kept until they change."""
+    """Makes the arrays of an engine's calls; what depends only on slot assignment is cached until it changes."""
 
     def __init__(self, buckets: BucketTable, vocab_size: int, speculation: Speculation | None = None) -> None:
-        """Takes the sizes that arrays come in, V, and how tokens are guessed."""
+        """Takes the sizes of the arrays, V, and how tokens are guessed."""
         self._buckets = buckets
         self._vocab_size = vocab_size
         self._speculation = speculation
@@ -49,7 +49,7 @@ class Packer:
         return pack_chunk(chunks, self._buckets, shards)
 
     def idle_chunk(self, length: int, features: Float[np.ndarray, "_ D"] | None) -> PrefillBatch:
-        """A chunk of `length` tokens of each shard, all of them padding; `features` are any, or None without images."""
+        """A chunk of `length` tokens per shard, all of them padding; `features` may be any, or None without images."""
         buckets = self._buckets
         num_tokens, num_seqs = length * buckets.num_shards, buckets.max_num_seqs * buckets.num_shards
         starts = np.zeros((num_seqs + buckets.num_shards,), np.int32)
@@ -74,7 +74,7 @@ class Packer:
           scheduler: Has the slots.
           num_steps: Most steps.
           masks: See `Constrainer`.
-          max_new: Most tokens of a sequence, where tokens are guessed; `num_steps` if absent.
+          max_new: The most tokens per sequence, where tokens are guessed; `num_steps` if absent.
         """
         if self._slots is None or self._slots[0] != scheduler.version:
             self._slots = scheduler.version, pack_sampling(scheduler.slots, self._vocab_size)
@@ -91,7 +91,7 @@ class Packer:
         return self._call(scheduler.slots, batch, self._slots[1], num_steps, most, leave_early=leave_early)
 
     def idle_decode(self, num_seqs: int) -> DecodeCall:
-        """A decode call for `num_seqs` sequences of each shard, without any."""
+        """A decode call for `num_seqs` sequences per shard, all slots empty."""
         slots = [None] * (num_seqs * self._buckets.num_shards)
         batch = pack_decode(slots, pack_table(slots, self._buckets.max_pages))
         batch = batch._replace(history=self._pack_history(slots), mask=self._no_masks(slots))
@@ -108,7 +108,7 @@ class Packer:
         leave_early: bool = False,
     ) -> DecodeCall:
         if self._speculation is not None:
-            # A mask is that of one token.
+            # A mask is for one token.
             most = [1 if one is not None and one.is_masked else max_new for one in slots]
             batch = batch._replace(max_new=np.array(most, np.int32))
         return DecodeCall(batch, sampling, num_steps, self._buckets.max_steps, leave_early, self._speculation)
@@ -150,12 +150,12 @@ class Packer:
 
 
 def pack_chunk(chunks: Seq[Chunk], buckets: BucketTable, shards: Seq[int] | None = None) -> PrefillBatch:
-    """One array of all tokens, as long as its bucket; sequences and table width are always the most there can be.
+    """One array of all tokens, as long as its bucket; the number of sequences and the table width are always the maximum.
 
-    Where the cache is in shards, each array is that of one shard behind the other, all of the longest one's bucket.
+    With a sharded cache, each array is the concatenation of the shards' arrays, all in the bucket of the longest one.
 
     Args:
-      chunks: What to prefill. Groups with image places in them have their features.
+      chunks: What to prefill. Groups with image places in a chunk have their features.
       buckets: The sizes of chunks.
       shards: Shard of each chunk; 0 if absent.
     """
@@ -194,7 +194,7 @@ def pack_chunk(chunks: Seq[Chunk], buckets: BucketTable, shards: Seq[int] | None
         starts.reshape(-1),
         lengths.reshape(-1),
         table.reshape(-1, buckets.max_pages),
-        # A place has one row of features, so there are never more of them than tokens.
+        # A place has one row of features, so there are never more rows than tokens.
         _fill_up(features, rows.size) if features else None,
         rows.reshape(-1) if features else None,
     )
@@ -216,7 +216,7 @@ def pack_sampling(slots: Seq[Sequence | None], vocab_size: int) -> SamplingBatch
 
 
 def pack_decode(slots: Seq[Sequence | None], table: Int[np.ndarray, "B max_pages"]) -> DecodeBatch:
-    """Where the sequences in slots stand; those whose prompt is not prefilled yet do nothing. `table` is `pack_table`'s."""
+    """The state of the sequences in slots; those whose prompt is not prefilled yet do nothing. `table`: see `pack_table`."""
     batch_size = len(slots)
     last, cached, num_generated = (np.zeros((batch_size,), np.int32) for _ in range(3))
     is_active = np.zeros((batch_size,), bool)
@@ -230,7 +230,7 @@ def pack_decode(slots: Seq[Sequence | None], table: Int[np.ndarray, "B max_pages
 
 
 def _fill_up(parts: Seq[Float[np.ndarray, "_ D"]], num_rows: int) -> Float[np.ndarray, "M D"]:
-    """Features one after the other, filled up with zeros."""
+    """Concatenated features, padded with zeros."""
     filled = np.zeros((num_rows, parts[0].shape[1]), parts[0].dtype)
     end = 0
     for part in parts:

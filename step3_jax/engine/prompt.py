@@ -1,4 +1,4 @@
-"""Prompts as users give them to prompts ready for the model."""
+"""Turns prompts as users give them into prompts ready for the model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from step3_jax.text.images import ProcessedImage, expand_image_tokens, process
 from step3_jax.text.message import Message, collect_images
 from step3_jax.text.tokenizer import Tokenizer
 
-# A text, token ids, or a mapping as vLLM has it: {"prompt": text} or {"prompt_token_ids": ids}, either with
-# {"multi_modal_data": {"image": picture or list of pictures}}.
+# Text, token ids, or a mapping as in vLLM: {"prompt": text} or {"prompt_token_ids": ids}, either with
+# {"multi_modal_data": {"image": image or list of images}}.
 PromptInput = str | Sequence[int] | Mapping[str, object]
 ImagesInput = Sequence[ImageSource | Sequence[ImageSource] | None]
 
-# Sequences of whole numbers, and yet no token ids: text comes as str.
+# Sequences of whole numbers, but not token ids: text must be str.
 _BYTES = bytes | bytearray | memoryview
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt")
 
@@ -41,10 +41,10 @@ class PromptBuilder:
 
         Args:
           config: The model's sizes.
-          tokenizer: None serves token ids alone.
+          tokenizer: None serves only token ids.
           template: None serves no chats.
-          settings: Of the image processor; None for the released ones.
-          source: What messages call the model.
+          settings: Settings of the image processor; None for the released ones.
+          source: The model's name in messages.
         """
         self._config = config
         self._tokenizer = tokenizer
@@ -54,7 +54,7 @@ class PromptBuilder:
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
-        """Sides in pixels of views and windows; none where no prompt can have images."""
+        """Sides of views and windows in pixels; empty where no prompt can have images."""
         if self._config.vision is None or self._tokenizer is None:
             return ()
         try:
@@ -67,11 +67,11 @@ class PromptBuilder:
         """A prompt from text, in which control tokens are control tokens.
 
         Args:
-          text: With one `<im_patch>` for each picture; BOS is prepended unless it is there.
-          images: The pictures, in the order of their places.
+          text: With one `<im_patch>` per image; BOS is prepended unless it is there.
+          images: The images, in the order of their places.
 
         Raises:
-          ValueError: Without a tokenizer, or if the pictures do not match their places or cannot be read.
+          ValueError: Without a tokenizer, or if the images do not match their places or cannot be read.
         """
         tokenizer = self._require_tokenizer("a prompt of text")
         ids = tokenizer.encode(text)
@@ -83,15 +83,15 @@ class PromptBuilder:
     def from_ids(
         self, token_ids: Sequence[int], images: Sequence[ImageSource] = (), *, text: str | None = None
     ) -> Prompt:
-        """A prompt from token ids, as they are but for image places.
+        """A prompt from token ids, unchanged except for image places.
 
         Args:
-          token_ids: With one `<im_patch>` for each picture.
-          images: The pictures, in the order of their places.
-          text: What the ids stand for, to be given back with the output.
+          token_ids: With one `<im_patch>` per image.
+          images: The images, in the order of their places.
+          text: The text of the ids, returned with the output.
 
         Raises:
-          ValueError: If an id is no whole number, or the pictures do not match their places or cannot be read.
+          ValueError: If an id is not a whole number, or the images do not match their places or cannot be read.
         """
         for token in token_ids:
             if not isinstance(token, int) or isinstance(token, bool):
@@ -107,7 +107,7 @@ class PromptBuilder:
             raise ValueError(f"{self._source} is a text-only model: it takes no images")
         tokens = self._require_tokenizer("a prompt with images").image_token_ids()
         if ids.count(tokens.im_patch) != len(images):
-            # Said before any picture is opened.
+            # Checked before any image is opened.
             raise ValueError(
                 f"the prompt has {ids.count(tokens.im_patch)} image place(s) for {len(images)} image(s); write exactly "
                 "one <im_patch> for each image"
@@ -131,15 +131,15 @@ class PromptBuilder:
         """A prompt from a conversation; control tokens typed in messages stay text.
 
         Args:
-          messages: See `ChatTemplate.render`; pictures are taken from their items.
+          messages: See `ChatTemplate.render`; images are taken from their items.
           tools: JSON schemas of functions the model may call.
           add_generation_prompt: Whether the prompt ends with the start of the assistant's turn.
-          continue_final_message: Whether the model goes on with the text of the last message, an assistant's.
+          continue_final_message: Whether the model continues the text of the last message, an assistant's.
           template_kwargs: Further variables of the template.
-          allow_paths: Whether a picture may be named by a path; a server says no.
+          allow_paths: Whether an image may be given by its path; False on a server.
 
         Raises:
-          ValueError: Without tokenizer or template, or if messages or pictures cannot be used.
+          ValueError: Without tokenizer or template, or if messages or images cannot be used.
         """
         tokenizer = self._require_tokenizer("a chat")
         if self._template is None:
@@ -178,7 +178,7 @@ class PromptBuilder:
         return names.get(self._config.im_patch_token, self._config.image_token_id)
 
     def _check_settings(self) -> None:
-        """The processor's sizes must be the tower's, or features would not fit their places."""
+        """The processor's sizes must match the tower's, or features would not fit their places."""
         config, settings = self._config, self._settings
         size = config.vision.image_size if config.vision is not None else 0
         ours = (size, config.image_token_len, config.patch_token_len)
@@ -198,7 +198,7 @@ class PromptBuilder:
 
 
 def check_form(prompt: object) -> None:
-    """Raises ValueError if a prompt is in none of the forms of `PromptInput`; what it says is not looked at."""
+    """Raises ValueError if a prompt is in none of the forms of `PromptInput`; its content is not checked."""
     if isinstance(prompt, str):
         return
     if not isinstance(prompt, Mapping):
@@ -230,11 +230,11 @@ def split_prompts(
 
     Args:
       prompts: One prompt or a list of them; a list of numbers is one prompt of token ids.
-      images: For one prompt its picture or a list of its pictures; for a list of prompts an entry for each: a picture,
-        a list of pictures, or None.
+      images: For one prompt, its image or a list of its images; for a list of prompts, an entry for each: an image,
+        a list of images, or None.
 
     Raises:
-      ValueError: If there are no prompts, one is in none of the forms, or images are not one entry a prompt.
+      ValueError: If there are no prompts, one is in none of the forms, or images are not one entry per prompt.
     """
     if not isinstance(prompts, Sequence | Mapping) or isinstance(prompts, _BYTES):
         raise ValueError(f"prompts is {prompts!r}; text, a list of token ids, a mapping, or a list of them is needed")
@@ -267,7 +267,7 @@ def _is_ids(prompts: object) -> bool:
 
 
 def _as_images(value: object) -> list[ImageSource]:
-    """One picture or several as a list; what is no picture is refused when it is opened."""
+    """One or several images as a list; anything that is not an image is refused when it is opened."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [cast(ImageSource, value)]
@@ -276,5 +276,5 @@ def _as_images(value: object) -> list[ImageSource]:
 def _begin_token(tokenizer: Tokenizer) -> int | None:
     try:
         return tokenizer.bos_id
-    except ValueError:  # The checkpoint names none, so none is put in front.
+    except ValueError:  # The checkpoint names none, so none is prepended.
         return None

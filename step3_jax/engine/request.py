@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it."""
+"""The engine's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Prompt:
       text: The prompt as text, if there is one.
       images: The images, in the order of their places.
       image_places: Where in `token_ids` image features go, in order; empty without images.
-      cache_salt: Prompts with different salts share nothing of the prefix cache.
+      cache_salt: Prompts with different salts share nothing in the prefix cache.
     """
 
     token_ids: tuple[int, ...]
@@ -35,13 +35,13 @@ class Request:
     """One prompt with its parameters.
 
     Attributes:
-      request_id: Its name, unique among the requests of an engine at one time.
+      request_id: Its name, unique among an engine's current requests.
       prompt: What is continued.
       params: How it is sampled.
-      seed: Of its random numbers.
+      seed: Seed of its random numbers.
       steps_per_call: Most decode steps between two of its outputs.
-      must_fit: Whether `max_tokens` must fit into the context; otherwise it is an upper bound.
-      constraint: What `params.structured_outputs` ask for, see `engine.grammar`; None if they ask for nothing.
+      must_fit: Whether `max_tokens` must fit in the context; otherwise it is an upper bound.
+      constraint: Enforces `params.structured_outputs`, see `engine.grammar`; None without them.
     """
 
     request_id: str
@@ -54,17 +54,17 @@ class Request:
 
     @property
     def pause_id(self) -> int:
-        """See `SamplingBatch.pause_ids`: the token that the constraint begins after."""
+        """See `SamplingBatch.pause_ids`: the token after which the constraint starts."""
         mark = None if self.constraint is None else self.constraint.begins_after
         return -1 if mark is None else mark
 
 
 class ContextLengthError(ValueError):
-    """The prompt and the output asked for are longer than the context."""
+    """The prompt and the requested output are longer than the context."""
 
 
 def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> None:
-    """Raises ValueError (ContextLengthError) if a request cannot be served; the message says what would be.
+    """Raises ValueError (ContextLengthError) if a request cannot be served; the message says what could be.
 
     Args:
       request: The request.
@@ -79,7 +79,7 @@ def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> N
     if outside:
         raise ValueError(f"the prompt has token ids {outside[:8]}; allowed: 0 to {vocab_size - 1}")
     if num_tokens - 1 in prompt.image_places:
-        raise ValueError("the prompt ends with an image's place; at least one token is needed behind it")
+        raise ValueError("the prompt ends with an image's place; at least one token is needed after it")
     num_output = max(1, params.min_tokens)
     if request.must_fit:
         num_output = params.max_tokens or num_output
@@ -91,7 +91,7 @@ def check_request(request: Request, *, max_model_len: int, vocab_size: int) -> N
         )
     if params.structured_outputs is not None and request.constraint is None:
         raise ValueError(
-            "the request asks for structured_outputs and has no constraint: make it with Engine.new_request"
+            "the request asks for structured_outputs but has no constraint: make it with Engine.new_request"
         )
 
 
@@ -101,17 +101,17 @@ ABORTED, FAILED = "aborted", "failed"
 
 @dataclasses.dataclass(frozen=True)
 class SequenceOutput:
-    """What one sequence got since its last output.
+    """What one sequence has generated since its last output.
 
     Attributes:
-      request_id: Of the request.
-      index: The sequence's number among the request's.
-      token_ids: New tokens, the one that ended it included.
+      request_id: The request's id.
+      index: The sequence's number within the request.
+      token_ids: New tokens, including the one that ended it.
       finish: "" while it goes on; "stop" (its last token ended it), "length", "aborted" or "failed".
-      logprobs: Of the new tokens, if asked for.
+      logprobs: Log-probabilities of the new tokens, if requested.
       error: Why it failed.
       num_cached_tokens: Prompt tokens that came from the prefix cache.
-      time_s: When the tokens were there: seconds since the request arrived, without compiling.
+      time_s: When the tokens were ready: seconds since the request arrived, without compiling.
       compile_s: Seconds of compiling since then.
       admitted_s: When its request first got a slot, on `time.monotonic`; None if it never did.
     """
@@ -129,7 +129,7 @@ class SequenceOutput:
 
 
 class OutputSink(Protocol):
-    """Where a request's outputs go: a `queue.SimpleQueue`, or whatever has its `put`. It must not block or raise."""
+    """Where a request's outputs go: a `queue.SimpleQueue`, or anything with its `put`. It must not block or raise."""
 
     def put(self, output: SequenceOutput) -> None: ...
 
@@ -140,7 +140,7 @@ class Logprob:
 
     Attributes:
       logprob: Natural logarithm, of the model's own distribution (before temperature, bias and penalties).
-      rank: The token's place among all, from 1.
+      rank: The token's rank among all, from 1.
       decoded_token: Its text; None without a tokenizer.
     """
 
@@ -155,12 +155,12 @@ class CompletionOutput:
 
     Attributes:
       index: Its number among the `n` of its prompt.
-      text: The text, without the stop string unless that was asked for; "" without a tokenizer.
-      token_ids: What was sampled, without the token that ended it.
+      text: The text, without the stop string unless that was requested; "" without a tokenizer.
+      token_ids: The sampled tokens, without the one that ended it.
       finish_reason: "stop" (an end token or a stop string), "length", or "error" (see `RequestOutput.error`).
       stop_reason: The stop string, or the id from `stop_token_ids`; None for the model's own end or "length".
-      logprobs: For each of `token_ids` the chosen token and the likeliest ones; None if not asked for.
-      cumulative_logprob: Sum over `token_ids`; None if not asked for.
+      logprobs: For each of `token_ids`, the chosen token and the likeliest ones; None if not requested.
+      cumulative_logprob: Sum over `token_ids`; None if not requested.
     """
 
     index: int
@@ -177,11 +177,11 @@ class RequestMetrics:
     """How one request went.
 
     Attributes:
-      num_prompt_tokens: Image places counted.
-      num_generated_tokens: Of all its completions, end tokens counted.
+      num_prompt_tokens: Tokens of the prompt, including image places.
+      num_generated_tokens: Tokens of all its completions, including end tokens.
       time_to_first_token_s: From the call to the first token, without compiling.
       decode_s: From the first token to the last one of the longest completion, without compiling.
-      compile_s: Time the call spent compiling up to this request's end.
+      compile_s: Time that the call spent compiling until this request ended.
     """
 
     num_prompt_tokens: int
@@ -192,7 +192,7 @@ class RequestMetrics:
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens a second after the first, all completions together; 0 if there was one token."""
+        """Tokens per second after the first, over all completions; 0 if there was only one token."""
         return self.num_generated_tokens / self.decode_s if self.decode_s > 0 else 0.0
 
 
@@ -202,9 +202,9 @@ class RequestOutput:
 
     Attributes:
       request_id: The request's name.
-      index: The prompt's place in the call.
-      prompt: The prompt as text, None if it was given as token ids.
-      prompt_token_ids: What the model saw, image places expanded.
+      index: The prompt's index in the call.
+      prompt: The prompt as text; None if it was given as token ids.
+      prompt_token_ids: What the model saw, with image places expanded.
       outputs: `n` completions.
       metrics: Counts and times.
       num_cached_tokens: Prompt tokens whose keys and values came from the prefix cache.
@@ -223,16 +223,16 @@ class RequestOutput:
 
 @dataclasses.dataclass(frozen=True)
 class StreamPiece:
-    """New output of one completion. The pieces of a completion, put together, are its `CompletionOutput`.
+    """New output of one completion. The pieces of a completion add up to its `CompletionOutput`.
 
     Attributes:
-      index: The prompt's place in the call.
+      index: The prompt's index in the call.
       completion: The completion's number among the `n` of its prompt.
-      text: New text, complete characters only.
+      text: New text, only complete characters.
       token_ids: New tokens.
       finish_reason: None until the last piece.
       stop_reason: As in `CompletionOutput`.
-      logprobs: Of the new tokens, if asked for.
+      logprobs: Log-probabilities of the new tokens, if requested.
       request_id: The request's name.
       error: Why it failed, where `finish_reason` is "error".
     """

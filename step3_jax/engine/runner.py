@@ -32,7 +32,7 @@ Weights = list[Array]
 class Runner(Executor):
     """Runs a `Step3` module on the default device.
 
-    The module is split once. What is compiled is keyed by shapes and by nothing else: those of the cache, and for decode
+    The module is split once. Programs are keyed only by shapes: the cache's, and for decode
     the sequences, the width of the table and the most steps; for prefill the tokens of the chunk and its rows of image
     features.
     """
@@ -125,7 +125,7 @@ class Runner(Executor):
 
 
 class SplitModel:
-    """A module as bare leaves, which cross a jit's border, and what makes a module of them again.
+    """A module as bare leaves, which cross the jit boundary, and the function that makes a module of them again.
 
     Attributes:
       weights: The leaves. Flattening `nnx.State` in Python at every call would cost more than the dispatch.
@@ -142,7 +142,7 @@ class SplitModel:
 
 
 class TracedCalls:
-    """The functions that executors of whole models compile; each counts its traces by a side effect of Python."""
+    """The functions that executors of whole models compile; each counts its traces by a Python side effect."""
 
     def __init__(
         self,
@@ -151,12 +151,12 @@ class TracedCalls:
         config: TextConfig,
         any_row: Callable[[Bool[Array, " B"]], Bool[Array, ""]] = jnp.any,
     ) -> None:
-        """Takes what makes the module.
+        """Takes the function that builds the module.
 
         Args:
           build: See `SplitModel.build`.
           num_traces: Counts the traces by name.
-          config: Of the decoder.
+          config: The decoder's sizes.
           any_row: See `decode_loop`.
         """
         self._build = build
@@ -170,12 +170,12 @@ class TracedCalls:
         return self._build(weights).encode_images(pixels)
 
     def copy_pages(self, cache: Cache, sources: Int[Array, " copies"], targets: Int[Array, " copies"]) -> Cache:
-        """The cache with copied pages."""
+        """The cache with the pages copied."""
         self._num_traces["copy_pages"] += 1
         return copy_pages(cache, sources, targets, self._config.num_hidden_layers)
 
     def prefill(self, weights: Weights, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Int[Array, "1 layers E"]]:
-        """The cache with a chunk, and how many of its tokens each expert got."""
+        """The cache with a chunk's tokens, and how many of them each expert got."""
         self._num_traces["prefill"] += 1
         decoder = self._build(weights).text
         embeddings = decoder.embed(batch.token_ids[None])
@@ -189,7 +189,7 @@ class TracedCalls:
 
         _, filled, counts = decoder.run(embeddings, cache=cache, step=step, observe=count)
         if self._config.is_moe_layer(self._config.num_hidden_layers - 1):
-            # The hidden states have no reader, so what only they need of the last layer is not computed: neither is its
+            # The hidden states are unused, so the parts of the last layer that only they need are not computed; nor is its
             # routing.
             counts[-1] = counts[-1][:-1]
         joined = jnp.concatenate(counts) if counts else jnp.zeros((0, num_experts), jnp.int32)

@@ -1,13 +1,13 @@
 """Which sequences run: they wait, get a slot and pages, are prefilled in chunks, and decode until they end.
 
-First come, first served, but a sequence whose pages are not free is passed by smaller ones, at most `MAX_PASSES` times. It
+First come, first served, but smaller sequences may overtake one whose pages are not free, at most `MAX_PASSES` times. It
 is admitted with pages for its tokens and the first `RESERVED_OUTPUT` tokens of output, and gets more as it grows. When
 pages run out, the sequence with the fewest tokens in the cache goes back to the head of the queue (preemption) and is
-computed again later; after `MAX_PREEMPTIONS` times it is admitted with all the pages that it may ever need, and is left
-alone from then on. So something always goes on, and every sequence ends.
+recomputed later; after `MAX_PREEMPTIONS` times it is admitted with all the pages that it may ever need, and is never
+preempted again. So there is always progress, and every sequence ends.
 
-Where the cache is in shards, so are slots and chunks: a sequence has its slot and its pages in one shard, the one that has
-the most of its prompt cached, and of those the one with the fewest sequences.
+With a sharded cache, slots and chunks are sharded too: a sequence has its slot and its pages in one shard, the one that
+has the most of its prompt cached, and among equals the one with the fewest sequences.
 
 Nothing here touches a device.
 """
@@ -37,7 +37,7 @@ from step3_jax.layout.page import pages_for
 
 
 class Chunk(NamedTuple):
-    """Tokens of one sequence to prefill next: `num_tokens` from `start` on."""
+    """The tokens of one sequence to prefill next: `num_tokens`, starting at `start`."""
 
     sequence: Sequence
     start: int
@@ -45,7 +45,7 @@ class Chunk(NamedTuple):
 
 
 class PageCopy(NamedTuple):
-    """A page whose content another one is to get."""
+    """A page to copy to another one."""
 
     source: int
     target: int
@@ -55,13 +55,13 @@ class Scheduler:
     """Slots and a queue.
 
     Attributes:
-      slots: The sequences that run, each at its place in the batch; None where a place is free. Shards have equally many,
+      slots: The running sequences, each in its slot of the batch; None where a slot is free. Shards have equally many,
         zero or a power of two, shard after shard.
-      version: Changes whenever a sequence comes to a slot or moves to another; when one ends, its slot only becomes free.
+      version: Changes whenever a sequence gets a slot or moves to another; when one ends, its slot only becomes free.
       table_version: Changes whenever a sequence in a slot gets pages.
       num_preemptions: Sequences that lost their pages so far.
-      num_queries: Prompt tokens looked for in the prefix cache so far.
-      num_hits: Those that were there.
+      num_queries: Prompt tokens looked up in the prefix cache so far.
+      num_hits: Those that were found.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Scheduler:
         """Starts with nothing to do.
 
         Args:
-          allocator: Of the cache's pages.
-          buckets: Slots, and tokens that are prefilled at once.
-          long_prefill_tokens: Most of those for one sequence while others wait for theirs; half of them if None.
+          allocator: Allocator of the cache's pages.
+          buckets: Sizes: slots, and tokens that are prefilled at once.
+          long_prefill_tokens: The most of those for one sequence while others wait; half of them if None.
           has_prefix_cache: Whether pages are published for later sequences.
         """
         self.slots: list[Sequence | None] = []
@@ -93,14 +93,14 @@ class Scheduler:
         self._long_prefill_tokens = long_prefill_tokens or max(1, buckets.max_num_batched_tokens // 2)
         self._has_prefix_cache = has_prefix_cache
         self._waiting: collections.deque[Sequence] = collections.deque()
-        # In the order they were admitted in.
+        # In the order of admission.
         self._running: list[Sequence] = []
         # Groups that hold pages of their prompt.
         self._holding: list[Group] = []
 
     @property
     def running(self) -> tuple[Sequence, ...]:
-        """The sequences in slots, in the order they were admitted in."""
+        """The sequences in slots, in the order of admission."""
         return tuple(self._running)
 
     @property
@@ -118,11 +118,11 @@ class Scheduler:
         self._waiting.extend(sequences)
 
     def admit(self) -> list[PageCopy]:
-        """Gives slots and pages to sequences of the queue, as far as they go.
+        """Gives slots and pages to queued sequences, as far as they go.
 
         Returns:
-          Copies of pages to make before anything else: a sequence that shares its prompt's pages has the last one, which
-          is not full, to itself.
+          Page copies to make before anything else: a sequence that shares its prompt's pages gets its own copy of the last
+          one, which is not full.
         """
         admitted: list[Sequence] = []
         copies: list[PageCopy] = []
@@ -146,7 +146,7 @@ class Scheduler:
         if admitted:
             self._give_slots(admitted)
         elif not self._running and self._waiting and self._holding:
-            # What is held for sequences that wait may be all that keeps any of them from running.
+            # Pages held for waiting sequences may be all that keeps any of them from running.
             self._drop(self._holding[-1])
             return self.admit()
         return copies
@@ -154,9 +154,9 @@ class Scheduler:
     def plan_chunk(self) -> list[Chunk]:
         """The next tokens to prefill, oldest sequences first; nothing if there are none.
 
-        While several sequences of a shard wait for a part, none gets more than `long_prefill_tokens` before all have had
-        theirs. Chunks end where pages end, so that the same pages are computed the same way with and without cached ones
-        before them.
+        While several sequences of a shard wait to be prefilled, none gets more than `long_prefill_tokens` before all
+        have had their share. Chunks end where pages end, so that the same pages are computed the same way with and
+        without cached ones before them.
         """
         unfinished = [sequence for sequence in self._running if sequence.num_to_prefill]
         counts = divide_chunk(
@@ -169,13 +169,13 @@ class Scheduler:
         return [Chunk(sequence, sequence.num_computed, count) for sequence, count in chunks if count]
 
     def make_room(self, num_steps: int) -> tuple[int, list[Sequence]]:
-        """Gives pages to the sequences that decode, for as many as `num_steps` more tokens of each.
+        """Gives pages to the decoding sequences, for up to `num_steps` more tokens each.
 
-        Preempts others where pages run out.
+        Preempts others if pages run out.
 
         Returns:
           How many steps there is room for, at least 1 if anything is ready, and sequences that fill a shard's cache alone
-          and cannot go on.
+          and cannot continue.
         """
         stuck: list[Sequence] = []
         for sequence in tuple(self._running):
@@ -190,11 +190,11 @@ class Scheduler:
         return num_steps, stuck
 
     def extend(self, sequence: Sequence, num_tokens: int) -> int:
-        """Gives a sequence that decodes pages for more tokens, as far as pages are free; returns for how many."""
+        """Gives a decoding sequence pages for more tokens, as far as pages are free; returns for how many."""
         return max(0, self._grow(sequence, num_tokens)) if num_tokens else 0
 
     def publish(self, sequence: Sequence) -> None:
-        """Makes the whole pages that a sequence has written known to others."""
+        """Publishes the whole pages that a sequence has written."""
         if not self._has_prefix_cache or not sequence.pages:
             return
         num_whole = sequence.num_computed // PAGE_SIZE
@@ -220,7 +220,7 @@ class Scheduler:
         return sequence in self._waiting
 
     def release(self, sequence: Sequence) -> None:
-        """Takes a sequence out, whether it runs, waits or is out already, and frees its pages."""
+        """Removes a sequence, whether it runs, waits or is gone already, and frees its pages."""
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         sequence.is_finished = True
@@ -228,13 +228,13 @@ class Scheduler:
         self._let_go(sequence.group)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Puts a sequence that runs back to the head of the queue; what it computed is computed again or found cached."""
+        """Puts a running sequence back at the head of the queue; its tokens are recomputed or found in the prefix cache."""
         self._take_out(sequence)
         sequence.num_computed = 0
         self._waiting.appendleft(sequence)
 
     def preempt_all(self) -> None:
-        """Puts all sequences back into the queue, in order, as when what the cache holds is lost."""
+        """Puts all sequences back into the queue, in order, for when the cache's contents are lost."""
         for group in tuple(self._holding):
             self._drop(group)
         for sequence in reversed(self._running.copy()):
@@ -242,11 +242,11 @@ class Scheduler:
         self._allocator.unpublish_all()
 
     def shard_of(self, sequence: Sequence) -> int:
-        """The shard of a sequence that runs."""
+        """The shard of a running sequence."""
         return self._allocator.shard_of(sequence.pages[0])
 
     def _take_pages(self, sequence: Sequence) -> list[PageCopy] | None:
-        """Pages for a sequence, if there are enough in any shard; returns the copies to make."""
+        """Allocates pages for a sequence, if any shard has enough; returns the copies to make."""
         count = count_admitted_pages(
             len(sequence.token_ids),
             sequence.max_cached,
@@ -263,7 +263,7 @@ class Scheduler:
         if best is None:
             return None
         shard, hits = best
-        # Shared first, so that allocating does not evict them.
+        # Share first, so that allocating does not evict them.
         self._allocator.share(hits)
         sequence.pages = [*hits, *self._allocator.allocate(count - len(hits), shard)]
         sequence.num_computed = len(hits) * PAGE_SIZE
@@ -281,7 +281,7 @@ class Scheduler:
         return copies
 
     def _choices(self, sequence: Sequence) -> list[tuple[int, list[int]]]:
-        """Shards with a free slot, the best first, each with the pages there that the sequence can share."""
+        """Shards with a free slot, the best first, each with its pages that the sequence can share."""
         held = sequence.group.held_pages
         if self._has_prefix_cache:
             # The last token is left to the decode step, so its page is never whole.
@@ -321,7 +321,7 @@ class Scheduler:
         return count_room(tokens, num_steps, most, num_pages=len(sequence.pages))
 
     def _reclaim(self, sequence: Sequence) -> bool:
-        """Frees pages for a sequence that needs one; False if there are none to free, and it cannot go on."""
+        """Frees pages for a sequence that needs one; False if there are none to free, so that it cannot continue."""
         shard = self.shard_of(sequence)
         holding = [group for group in self._holding if self._allocator.shard_of(group.held_pages[0]) == shard]
         if holding:
@@ -330,7 +330,7 @@ class Scheduler:
         own = self._sequences_of_shards()[shard]
         if len(own) == 1:
             return False
-        # Of those with equally few the one that came last. What is pinned has all its pages, so `sequence` is not.
+        # Among equals, the latest. Pinned sequences have all their pages, so `sequence` is not one.
         victim = min((one for one in reversed(own) if not _is_pinned(one)), key=lambda one: one.num_computed)
         victim.num_preemptions += 1
         self.num_preemptions += 1
@@ -346,7 +346,7 @@ class Scheduler:
         pages, sequence.pages = sequence.pages, []
         self._allocator.free(pages)
         sequence.num_published = 0
-        # Free slots cost little, another batch size a program of its own: so the batch shrinks late.
+        # Free slots cost little, another batch size costs another program: so the batch shrinks late.
         parts = self._sequences_of_shards()
         most = max(map(len, parts))
         if 4 * most * len(parts) <= len(self.slots):
@@ -356,7 +356,7 @@ class Scheduler:
             self.table_version += 1
 
     def _let_go(self, group: Group) -> None:
-        """Frees what a group holds of its prompt once no sequence waits for it."""
+        """Frees the prompt pages that a group holds once no sequence waits for them."""
         if group.held_pages and not group.is_waiting_for_prompt:
             self._drop(group)
 
@@ -371,7 +371,7 @@ class Scheduler:
             extend_keys(sequence.page_keys, sequence.token_ids[: num_pages * PAGE_SIZE], group.root, group.marks)
 
     def _sequences_of_shards(self) -> list[list[Sequence]]:
-        """The sequences that run, by shard."""
+        """The running sequences, by shard."""
         found: list[list[Sequence]] = [[] for _ in range(self._allocator.num_shards)]
         for sequence in self._running:
             found[self.shard_of(sequence)].append(sequence)
@@ -384,5 +384,5 @@ class Scheduler:
 
 
 def _is_pinned(sequence: Sequence) -> bool:
-    """Whether a sequence was preempted so often that it is admitted with all its pages and then left alone."""
+    """Whether a sequence was preempted so often that it is admitted with all its pages and never preempted again."""
     return sequence.num_preemptions >= MAX_PREEMPTIONS

@@ -1,4 +1,4 @@
-"""What the scheduler and the executors know of a request: token ids, pages and counts. No tokenizer and no text."""
+"""A request as scheduler and executors know it: token ids, pages and counts. No tokenizer and no text."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Sequence:
 
     Attributes:
       group: The sequences of its request.
-      index: Its number among them.
-      sampling: Its parameters; `max_tokens` is at most what the context has room for.
+      index: Its number in the group.
+      sampling: Its parameters, with `max_tokens` capped to what fits in the context.
       steps_per_call: Most decode steps between two of its outputs.
       token_ids: Prompt and output so far.
       num_prompt: Tokens of the prompt.
       num_computed: Tokens in the cache.
-      num_sent: Output tokens that were handed over.
-      pages: Its pages of the cache; empty while it waits and after it has ended.
+      num_sent: Output tokens that were delivered.
+      pages: Its cache pages; empty while it waits and after it has ended.
       page_keys: Keys of its first whole pages, see `cache.prefix`.
-      num_published: Pages that other sequences may find.
+      num_published: Pages that were published.
       num_preemptions: How often it lost its pages to others.
-      num_passed: How often a later one was admitted before it.
+      num_passed: How often a later sequence was admitted before it.
       is_finished: Whether it has ended.
-      constraint: What may come next; None for anything.
+      constraint: Which tokens are allowed next; None for any.
     """
 
     group: Group
@@ -53,12 +53,12 @@ class Sequence:
 
     @property
     def output(self) -> list[int]:
-        """Tokens generated so far, the one that ended it included."""
+        """Tokens generated so far, including the one that ended it."""
         return self.token_ids[self.num_prompt :]
 
     @property
     def is_masked(self) -> bool:
-        """Whether not every token may come next."""
+        """Whether some tokens are not allowed next."""
         return self.constraint is not None and self.constraint.is_active
 
     @property
@@ -78,7 +78,7 @@ class Sequence:
 
     @property
     def max_cached(self) -> int:
-        """Most tokens that it ever has in the cache: the last one of the output is never written."""
+        """The most tokens it can ever have in the cache: the last output token is never written."""
         return self.num_prompt + self.sampling.max_tokens - 1
 
 
@@ -87,14 +87,14 @@ class Group:
     """The sequences of one request, which share its prompt.
 
     Attributes:
-      request: What was asked for.
+      request: The request.
       sequences: One for each completion.
-      root: Parent of the first page's key, see `cache.prefix`.
-      marks: Of the pages with image places, see `cache.prefix`.
+      root: The parent of the first page's key, see `cache.prefix`.
+      marks: Marks of the pages with image places, see `cache.prefix`.
       start_s: When it arrived, on the engine's clock.
       compile_start_s: Seconds of compiling until then.
-      num_cached_tokens: Prompt tokens that were in the prefix cache when it was first admitted; None before.
-      admitted_s: When a sequence of it first got a slot, on `time.monotonic`; None before.
+      num_cached_tokens: Prompt tokens found in the prefix cache at its first admission; None before that.
+      admitted_s: When its first sequence got a slot, on `time.monotonic`; None before that.
       held_pages: The prompt's pages, kept until all sequences have been admitted.
       features: Image features of the whole prompt while it is prefilled.
     """
@@ -122,7 +122,7 @@ class Group:
 
 
 def feature_rows(group: Group, start: int, end: int) -> Int[np.ndarray, " tokens"]:
-    """Row of the group's image features for each token of [start, end), -1 for those that are no image place."""
+    """The row of the group's image features for each token in [start, end); -1 where it is not an image place."""
     places = np.asarray(group.request.prompt.image_places, np.int32)
     first, last = np.searchsorted(places, (start, end))
     rows = np.full((end - start,), -1, np.int32)

@@ -1,4 +1,4 @@
-"""What there is to say of a setting, once: checks, options of the command line and tables of the docs read it here.
+"""The description of a setting, once: checks, command-line options and tables in the docs all read it here.
 
 A configuration is a frozen dataclass whose fields are made with `define`. Nothing here imports jax.
 """
@@ -22,18 +22,18 @@ _KINDS: dict[str, type] = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What help, docs and checks need to know of a field.
+    """What help, docs and checks need to know about a field.
 
     Attributes:
       help: One sentence, without the default.
-      group: Of the settings that are shown together.
-      choices: All allowed values; empty if there are others.
+      group: The group of settings it is shown with.
+      choices: All allowed values; empty if they cannot be listed.
       least: The smallest allowed number.
       most: The largest allowed number.
-      auto: What None stands for; empty if None is not allowed.
-      metavar: What stands for the value in help.
+      auto: What None means; empty if None is not allowed.
+      metavar: The placeholder for the value in help.
       flags: Short spellings on the command line.
-      takes_several: Whether several texts may stand behind one option; otherwise it is repeated.
+      takes_several: Whether several texts may follow one option; otherwise the option is repeated.
     """
 
     help: str
@@ -54,12 +54,12 @@ def define(default: object, help: str, group: str, **values: object) -> typing.A
 
 
 def settings_of(config: type) -> dict[str, tuple[dataclasses.Field[object], Setting]]:
-    """All fields of a configuration with what there is to say of them, in order."""
+    """All fields of a configuration with their descriptions, in order."""
     return {field.name: (field, field.metadata["setting"]) for field in dataclasses.fields(config)}
 
 
 def kind_of(field: dataclasses.Field[object]) -> type:
-    """The type of a field's values: bool, int, float, str, tuple for texts, or dict for names with values; None is apart."""
+    """The type of a field's values: bool, int, float, str, tuple for texts, or dict for names with values; ignoring None."""
     return _KINDS[str(field.type).removesuffix(" | None")]
 
 
@@ -84,19 +84,19 @@ def format_table(config: type) -> str:
 
 
 def check_values(config: object) -> None:
-    """Raises ValueError if a field of a configuration has a value that is not allowed, naming both and what is."""
+    """Raises ValueError if a field has a value that is not allowed; the message names both and what is allowed."""
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         _check(field, getattr(config, field.name))
 
 
 def check_name(name: str, names: Iterable[str], *, prefix: str = "", former: Mapping[str, str] | None = None) -> None:
-    """Raises ValueError if a name is none of a configuration's; the message has the nearest one.
+    """Raises ValueError if a name is unknown; the message suggests the nearest one.
 
     Args:
       name: The name.
-      names: Those that there are.
+      names: The known names.
       prefix: Put before the message.
-      former: Names of today for some that were others once.
+      former: The current names of settings that have been renamed.
     """
     known = list(names)
     if name in known:
@@ -109,7 +109,7 @@ def check_name(name: str, names: Iterable[str], *, prefix: str = "", former: Map
 def _check(field: dataclasses.Field[object], value: object) -> None:
     setting: Setting = field.metadata["setting"]
     kind = kind_of(field)
-    # Of texts an empty tuple stands for none.
+    # For texts, an empty tuple means none.
     may_be_none = bool(setting.auto) and kind is not tuple
     if value is None and may_be_none:
         return

@@ -32,7 +32,7 @@ class ShardedRunner(Executor):
     """Runs a model that is spread over the devices of a layout.
 
     Each device runs the single-device program on its own sequences and pages; what the layers exchange is in
-    `model.parallel`. Of several processes each makes the same calls in the same order (`engine/drive`), and gets the same
+    `model.parallel`. Every process makes the same calls in the same order (`engine/drive`), and gets the same
     report.
 
     Attributes:
@@ -40,7 +40,7 @@ class ShardedRunner(Executor):
     """
 
     def __init__(self, model: Step3, layout: Layout) -> None:
-        """Takes a model whose weights lie as `layout.parameter` says (`load_model` and `place_model` put them so).
+        """Takes a model whose weights are placed as `layout.parameter` says (`load_model` and `place_model` do that).
 
         The weights may be abstract, for `prefill_program` and `decode_program`. On a CPU a bfloat16 model is held in
         float32, see `Executor.dtype`.
@@ -53,7 +53,7 @@ class ShardedRunner(Executor):
             num_image_shards=layout.size("images"),
         )
         self.layout = layout
-        # Of shapes, that a program for GPUs has been asked for, the bytes are wanted as they are.
+        # Abstract weights stand for a GPU program, whose bytes must be unchanged.
         is_abstract = isinstance(model.text.embed_tokens.weight.get_value(), jax.ShapeDtypeStruct)
         if self.is_cpu and not is_abstract:
             model = widen_weights(model)
@@ -79,7 +79,7 @@ class ShardedRunner(Executor):
         spec = layout.spec("rows")
         self._copy = self._jit(
             jax.shard_map(self._traced.copy_pages, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False),
-            # Whole on every device, as each process has them; `shard_map` gives each its own.
+            # Replicated on every device, as each process has all of them; `shard_map` gives each device its own.
             in_shardings=(rows, copies, copies),
             out_shardings=rows,
             donate_argnums=0,
@@ -162,13 +162,13 @@ class ShardedRunner(Executor):
         return self._decode_calls.lower(self._split.weights, cache, *given, max_steps, speculation)
 
     def encode_program(self, pixels: Float[Array, "images 3 S S"]) -> jax.stages.Compiled:
-        """The compiled vision tower for as many images, for reading; the pixels may be abstract."""
+        """The compiled vision tower for this many images, for reading; the pixels may be abstract."""
         return self._encode.lower(self._split.weights, pixels).compile()
 
     def _place(self, array: np.ndarray) -> Array:
         return jax.make_array_from_callback(array.shape, self._copies, array.__getitem__)
 
-    # The functions below are traced. A batch comes whole to every device, which takes its own rows.
+    # The functions below are traced. Every device gets the whole batch, and takes its own rows.
 
     def _prefill_shards(
         self, weights: Weights, cache: Cache, batch: PrefillBatch
@@ -237,11 +237,11 @@ class ShardedRunner(Executor):
         return [weight.sharding.spec for weight in self._split.weights]  # type: ignore[attr-defined]
 
     def _with_local_pages(self, cache: Cache, batch: Batch) -> Batch:
-        """Page numbers as each shard counts its own."""
+        """Shard-local page numbers."""
         return batch._replace(table=batch.table % self._pages_of_shard(cache))
 
     def _pages_of_shard(self, cache: Cache) -> int:
-        """Pages that each layer has in a shard."""
+        """Pages per layer in a shard."""
         return count_pages(cache, self.config.text.num_hidden_layers) // self.num_shards
 
     def _gather_rows(self, own: Array) -> Array:

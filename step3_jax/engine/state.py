@@ -1,4 +1,4 @@
-"""What goes to the device and comes back, and the pure functions of a decode step: what any executor shares.
+"""What goes to the device and comes back, and the pure functions of a decode step, shared by all executors.
 
 Between two calls the device keeps the KV cache and nothing else. All that is known of a sequence stands on the host, and
 each call brings it along: a few numbers a row. Batches are numpy on the host; the same classes hold arrays and tracers on
@@ -27,20 +27,20 @@ from step3_jax.sampling.speculation import Speculation
 RUNNING, STOPPED, FULL, IDLE = range(4)
 
 # Tokens of a chunk that each expert got, by shard and MoE layer: int32 [shards, layers, E]. The model's last layer is left
-# out, as its FFN is not needed for a cache. None where the executor does not count them.
+# out, as the cache does not need its FFN. None where the executor does not count them.
 ExpertTokens = np.ndarray | None
 
 
 class PrefillBatch(NamedTuple):
-    """A chunk of prompts: tokens of several sequences one after the other, filled up to a bucket.
+    """A chunk of prompts: concatenated tokens of several sequences, padded to a bucket.
 
     Attributes:
-      token_ids: Ids; what stands after the last sequence is padding.
+      token_ids: Ids, with padding after the last sequence.
       query_starts: First token of each sequence, and the end of the last one: B + 1 numbers.
-      lengths: Tokens of each sequence in the cache once the chunk is read; 0 for none.
+      lengths: Tokens of each sequence in the cache once the chunk is prefilled; 0 for none.
       table: Pages of each sequence.
-      features: Image features of the chunk; None without pictures.
-      feature_rows: Row of `features` for each token, -1 for none; None without pictures.
+      features: Image features of the chunk; None without images.
+      feature_rows: Row of `features` for each token, -1 for none; None without images.
     """
 
     token_ids: Int[Array, " N"]
@@ -58,7 +58,7 @@ class DecodeBatch(NamedTuple):
       last: Last token of each sequence, not in the cache yet.
       cached: Tokens in the cache: all before `last`.
       num_generated: Output tokens so far; 0 where `last` ends the prompt.
-      is_active: Rows that have something to do. The others write to no page.
+      is_active: Rows with work to do. The others write to no page.
       table: Pages of each sequence, with room for all tokens it may get.
       history: Prompt and output so far, `last` included, filled up with V; not read unless some row has penalties or the
         call speculates. None if none ever does.
@@ -80,13 +80,13 @@ class DecodeBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DecodeCall:
-    """What one decode call is to do.
+    """The arguments of one decode call.
 
     Attributes:
       batch: The sequences.
       sampling: Parameters of the rows.
       num_steps: Steps to take at most.
-      max_steps: Tokens of a row that the report has room for; a part of the compiled program's key.
+      max_steps: The most tokens per row that the report has room for; part of the compiled program's key.
       leave_early: Whether to return as soon as a row has ended.
       speculation: How tokens are guessed; a part of the compiled program's key. None: each step makes one token.
     """
@@ -99,7 +99,7 @@ class DecodeCall:
     speculation: Speculation | None = None
 
     def cut_report(self, report: Report) -> Report:
-        """A report without log-probabilities that no row asked for, so that they are not copied to the host."""
+        """A report without log-probabilities if no row asked for them, so that they are not copied to the host."""
         return report if np.any(self.sampling.has_logprobs) else report._replace(logprobs=None)
 
 
@@ -108,8 +108,8 @@ class DraftCounts(NamedTuple):
 
     Attributes:
       steps: Steps of each row.
-      drafted: How often a row's step had a guess at each place after its last token.
-      accepted: How often that was the token that was chosen.
+      drafted: How often a row's step had a guess at each position after its last token.
+      accepted: How often the guess was the token that was chosen.
     """
 
     steps: Int[Array, " B"]
@@ -118,15 +118,15 @@ class DraftCounts(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the host reads after a decode call. M is the most tokens that a row gets of it.
+    """What the host reads after a decode call. M is the most tokens that a row can get from it.
 
     Attributes:
-      tokens: New tokens; the one that ended a row is the last of it.
+      tokens: New tokens, ending with the one that ended the row.
       num_new: Valid tokens of each row.
       finish: RUNNING, STOPPED (an end token, or the row's `pause_ids`), FULL (max_tokens) or IDLE.
       logprobs: Log-probabilities of each new token, zeros in a step in which no row asks for them; None once
-        `DecodeCall.cut_report` has found that none does.
-      drafts: Of guessed tokens; None in a call that does not speculate.
+        `DecodeCall.cut_report` has found that no row does.
+      drafts: Counts of guessed tokens; None in a call that does not speculate.
     """
 
     tokens: Int[Array, "B M"]
@@ -137,16 +137,16 @@ class Report(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        """Steps that the call took, of a report on the host."""
+        """Steps that the call took; for a report on the host."""
         return int((self.num_new if self.drafts is None else self.drafts.steps).max(initial=0))
 
 
 class RowState(NamedTuple):
-    """What changes of the sequences from step to step.
+    """The part of the sequences' state that changes from step to step.
 
     Attributes:
       last: Last token of each, not in the cache yet.
-      report: What was made so far.
+      report: The report so far.
       history: Prompt and output so far, where guesses are looked up; None without speculation.
     """
 
@@ -156,11 +156,11 @@ class RowState(NamedTuple):
 
 
 class StepTokens(NamedTuple):
-    """What one step computes of each sequence.
+    """The tokens that one step computes for each sequence.
 
     Attributes:
       ids: Padding, any tokens, then its last token and the guesses after it.
-      num_ids: How many these are; 1 without guesses.
+      num_ids: The number of tokens after the padding; 1 without guesses.
     """
 
     ids: Int[Array, "B T"]
@@ -205,7 +205,7 @@ def last_tokens(rows: RowState) -> StepTokens:
 
 
 def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, speculation: Speculation) -> StepTokens:
-    """The tokens of a step with guesses, no more of them than the row may get.
+    """The tokens of a step with guesses, at most as many as the row may get.
 
     Args:
       rows: As `begin_rows` made them for this speculation.
@@ -229,7 +229,7 @@ def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, sp
 
 
 def place_tokens(rows: RowState, batch: DecodeBatch, tokens: StepTokens) -> CacheStep:
-    """Where a step's tokens stand in the cache."""
+    """The cache positions of a step's tokens."""
     if tokens.ids.shape[1] == 1:
         return CacheStep(batch.table, step_lengths(rows, batch))
     return CacheStep(batch.table, step_lengths(rows, batch, tokens.num_ids), num_new=tokens.num_ids)
@@ -244,10 +244,10 @@ def step_lengths(rows: RowState, batch: DecodeBatch, num_ids: Int[Array, " B"] |
 def verify_tokens(
     rows: RowState, logits: Float[Array, "B T V"], tokens: StepTokens, batch: DecodeBatch, sampling: SamplingBatch
 ) -> RowState:
-    """Takes a step's logits: a token for each running row, and more while its guesses are what is chosen.
+    """Takes a step's logits: a token for each running row, and more as long as its guesses are the chosen tokens.
 
-    Each token is chosen as without guesses, from the logits that follow the tokens before it. So guesses change how many
-    tokens a step makes, and never which.
+    Each token is chosen as without guesses, from the logits after the tokens before it. So guesses change how many
+    tokens a step generates, and never which.
     """
     width = tokens.ids.shape[1]
     if width == 1:
@@ -256,7 +256,7 @@ def verify_tokens(
     every = jnp.arange(tokens.num_ids.shape[0])
 
     def column(place: Int[Array, ""]) -> Int[Array, " B"]:
-        """Of each row's token at `place` after its padding; its last one where it has no such."""
+        """The entry of each row's token at `place` after its padding; of its last token if it has fewer."""
         return jnp.minimum(width - tokens.num_ids + place, width - 1)
 
     def choose(now: _Verified) -> _Verified:
@@ -280,7 +280,7 @@ def choose_tokens(
     *,
     is_open: Bool[Array, " B"] | None = None,
 ) -> RowState:
-    """Chooses a token for each running row, or of these for each that is open; writes it down, and ends rows."""
+    """Chooses a token for each running row, or only for the open ones; records it, and ends rows."""
     report, history = rows.report, batch.history
     is_running = report.finish == RUNNING
     if is_open is not None:
@@ -298,7 +298,7 @@ def choose_tokens(
             vocab_size=logits.shape[1],
         )
 
-    # As many tokens stand before the new one.
+    # The number of tokens before the new one.
     positions = batch.cached + 1 + report.num_new
     with jax.named_scope("sample"):
         tokens = sample(
@@ -311,7 +311,7 @@ def choose_tokens(
         )
     tokens = jnp.where(is_running, tokens, rows.last)
     places = jnp.arange(tokens.shape[0])
-    # Rows that do not run write past the buffer, which drops it.
+    # Rows that do not run write past the end of the buffer, where writes are dropped.
     columns = jnp.where(is_running, report.num_new, report.tokens.shape[1])
     logprobs = report.logprobs
     if logprobs is not None:

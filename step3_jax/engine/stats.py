@@ -1,4 +1,4 @@
-"""What an engine has done so far."""
+"""Counts and times of an engine."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from step3_jax.engine.state import Report
 
 @dataclasses.dataclass
 class EngineStats:
-    """Counts and times since the engine was made; compiling is apart from the other times.
+    """Counts and times since the engine was made; the other times exclude compiling.
 
     Attributes:
       num_requests: Requests that have ended.
       num_prompt_tokens: Tokens of the prompts that were prefilled or found cached, each prompt once.
       num_generated_tokens: Tokens generated.
-      num_preemptions: Sequences that lost their pages to others and were computed again.
-      prefix_cache_queries: Prompt tokens looked for in the prefix cache.
-      prefix_cache_hits: Those that were there.
-      num_images: Images of prompts.
-      num_known_images: Those whose features were kept from before.
+      num_preemptions: Sequences that lost their pages to others and were recomputed.
+      prefix_cache_queries: Prompt tokens looked up in the prefix cache.
+      prefix_cache_hits: Those that were found.
+      num_images: Images in prompts.
+      num_known_images: Those whose features were cached.
       image_encode_s: Time of the vision tower.
-      prefill_s: Time of prefill, images included.
+      prefill_s: Time of prefill, including images.
       decode_s: Time of the decode loop.
       num_decode_calls: Decode calls.
       num_decode_steps: Their steps.
       num_drafts: Steps of sequences for which tokens were guessed.
       num_draft_tokens: Tokens that were guessed, and verified by the model.
       num_accepted_tokens: Those that were right.
-      num_accepted_tokens_per_pos: The same by their place after the last token: how often the first was, the second, ...
-      mask_s: Time of finding which tokens constrained sequences may get.
+      num_accepted_tokens_per_pos: The same by position after the last token: how often the first was right, the second, ...
+      mask_s: Time spent finding which tokens constrained sequences may get.
       compile_s: Time of tracing and compiling.
       num_compilations: Programs traced; each is then compiled, or found in the compile cache.
-      afd_wait_s: Time that attention devices waited for FFN devices, compiling included; None where that is not known.
-      expert_tokens: Prompt tokens that each expert got, int64 [layers, E]: of the MoE layers, without the model's last
+      afd_wait_s: Time that attention devices waited for FFN devices, including compiling; None where that is not known.
+      expert_tokens: Prompt tokens that each expert got, int64 [layers, E], in the MoE layers except the model's last
         layer. None before the first chunk, and where the executor does not count them.
     """
 
@@ -69,11 +69,11 @@ class EngineStats:
         self.compile_s, self.num_compilations = compile_s, sum(num_traces.values())
 
     def count_experts(self, counts: Int[np.ndarray, "layers E"]) -> None:
-        """Takes the tokens that each expert got of a chunk."""
+        """Takes the number of a chunk's tokens that each expert got."""
         self.expert_tokens = counts.astype(np.int64) + (0 if self.expert_tokens is None else self.expert_tokens)
 
     def count_decode(self, report: Report, elapsed_s: float) -> None:
-        """Takes what a decode call generated, and how long it took."""
+        """Takes a decode call's report, and how long it took."""
         self.decode_s += elapsed_s
         self.num_decode_calls += 1
         self.num_decode_steps += report.num_steps
@@ -89,12 +89,12 @@ class EngineStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Guessed tokens that were right; 0 before the first."""
+        """Share of guessed tokens that were right; 0 before the first."""
         return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
     @property
     def expert_load(self) -> list[float]:
-        """Tokens of the busiest expert over the mean of all, for each MoE layer; 1 is even, E the worst."""
+        """Tokens of the busiest expert divided by the mean over all, for each MoE layer; 1 is even, E the worst."""
         counts = self.expert_tokens
         if counts is None or not counts.size or not counts.sum():
             return []
@@ -102,10 +102,10 @@ class EngineStats:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens a second; 0 before the first prompt."""
+        """Prompt tokens per second; 0 before the first prompt."""
         return self.num_prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Generated tokens a second, all rows together; 0 before the first."""
+        """Generated tokens per second, over all rows; 0 before the first."""
         return self.num_generated_tokens / self.decode_s if self.decode_s > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Makes every call of a table once, on nothing, so that no program is left to compile when requests come."""
+"""Makes every call of a table once, without work, so that no program is left to compile when requests arrive."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from step3_jax.engine.executor import Executor
 from step3_jax.engine.pack import Packer
 from step3_jax.engine.state import DecodeCall, PrefillBatch
 
-# Gets the number of programs that are ready, and of all.
+# Called with the numbers of ready programs and of all programs.
 Progress = Callable[[int, int], None]
-# Programs that are compiled at once: each takes memory, and the compiler has threads of its own.
+# Programs that are compiled in parallel: each takes memory, and the compiler has its own threads.
 MAX_THREADS = 8
 
 
@@ -35,15 +35,15 @@ class _Started(NamedTuple):
 def warm_up(
     executor: Executor, cache: Cache, buckets: BucketTable, packer: Packer, progress: Progress | None = None
 ) -> Cache:
-    """Makes every call that an engine can make, each with rows that idle: what the cache holds stays as it is.
+    """Makes every call that an engine can make, with idle rows only: the cache's contents do not change.
 
-    Where the executor can trace a program without calling it, they are compiled side by side before they are called.
-    The calls are made in any case: each executor then has all that it needs, which may be several programs a call and
-    buffers of their own, and so has each of several processes.
+    Where the executor can trace a program without calling it, programs are compiled in parallel before they are called.
+    The calls are made in any case: each executor, in each of several processes, then has all that it needs, which may be
+    several programs per call and their buffers.
 
     Args:
       executor: Runs the model.
-      cache: Of the last call; it is consumed.
+      cache: From the last call; it is consumed.
       buckets: All sizes of the calls.
       packer: Makes their arrays.
       progress: Called before the first program and after each.

@@ -1,9 +1,9 @@
-"""Runs a module as `python -m` does, in a process that beats, does not outlive its parent and keeps its output apart.
+"""Runs a module like `python -m`, in a process that beats, does not outlive its parent and separates native output.
 
     python -m step3_jax.launch.child PARENT_ID NATIVE MODULE [WORDS ...]
 
-NATIVE is a descriptor that takes what native code writes. The keeper ends its processes itself; the kernel does where the
-keeper is killed and cannot.
+NATIVE is a descriptor that receives the output of native code. The keeper ends its processes itself; the kernel does if
+the keeper is killed and cannot.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(parent_id: int) -> None:
-    """Has the kernel kill this process when its parent dies. Linux alone can; elsewhere nothing happens."""
+    """Has the kernel kill this process when its parent dies. Works only on Linux; does nothing elsewhere."""
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # It may have died before it was asked for.
+    # The parent may have died before this was set.
     if os.getppid() != parent_id:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def keep_output_apart(native: int) -> None:
-    """Leaves standard output and error to Python: what native code writes there (gloo does when it connects) goes to
+    """Reserves standard output and error for Python: what native code writes there (gloo does when it connects) goes to
     `native`."""
     sys.stdout, sys.stderr = (_move(number, stream) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
     os.dup2(native, 1)
@@ -40,14 +40,14 @@ def keep_output_apart(native: int) -> None:
 
 
 def _move(number: int, stream: TextIO) -> TextIO:
-    """A stream of Python's to where the descriptor leads now."""
+    """A Python stream to the descriptor's current target."""
     return os.fdopen(os.dup(number), "w", buffering=1, encoding=stream.encoding, errors=stream.errors)
 
 
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[1]))
     keep_output_apart(int(sys.argv[2]))
-    # From here on it beats, whatever the module is.
+    # It beats from here on, whatever the module is.
     Beacon.from_environment()
     sys.argv = sys.argv[3:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,6 +1,6 @@
-"""Where this process stands in a job that Slurm, Open MPI or Kubernetes started, from the variables they set.
+"""This process's place in a job started by Slurm, Open MPI or Kubernetes, from the variables they set.
 
-Under these the launcher itself runs once per task; each starts the ranks of its own task alone.
+Under these the launcher itself runs once per task; each starts only its own task's ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from step3_jax.launch.options import LOOPBACK
 
-# The last 4,096 ports: a job's id picks one, so that jobs that share a host seldom meet. JAX picks in the same range.
+# The last 4,096 ports: a job's id picks one, so that jobs that share a host rarely collide. JAX uses the same range.
 _FIRST_PORT, _NUM_PORTS = 61440, 4096
 KUBERNETES_PORT = 8476
 HOW = "give --local N for processes on this machine, or --hosts a,b,c for others over ssh"
@@ -28,8 +28,8 @@ class Task:
       num_tasks: All of them.
       local_index: Number of this task on its host.
       num_local: Tasks on this host.
-      coordinator: Host of task 0; None where the scheduler does not tell.
-      port: The port that all tasks agree on without talking.
+      coordinator: Host of task 0; None if the scheduler does not say.
+      port: The port that all tasks derive without communicating.
     """
 
     scheduler: str
@@ -47,15 +47,15 @@ def detect_task(environment: Mapping[str, str], hostname: str, coordinator: str 
     Args:
       environment: Variables of this process.
       hostname: This machine's name; in a pod of an indexed Job it ends with the pod's number.
-      coordinator: Host of task 0, if it is known; it is looked for otherwise.
+      coordinator: Host of task 0, if known; otherwise it is looked up.
 
     Returns:
-      The task; None outside of the three schedulers.
+      The task; None outside the three schedulers.
 
     Raises:
-      ValueError: If the variables are there, but not all of them, or do not fit together.
+      ValueError: If only some of the variables are set, or they are inconsistent.
     """
-    # mpirun inside a Slurm job shows both; the ranks are then Open MPI's.
+    # mpirun inside a Slurm job sets both; the ranks are then Open MPI's.
     if "OMPI_COMM_WORLD_RANK" in environment:
         task = _detect_open_mpi(environment)
     elif "JOB_COMPLETION_INDEX" in environment:
@@ -67,7 +67,7 @@ def detect_task(environment: Mapping[str, str], hostname: str, coordinator: str 
     if not (0 <= task.index < task.num_tasks and 0 <= task.local_index < task.num_local <= task.num_tasks):
         raise ValueError(
             f"{task.scheduler} calls this task {task.index} of {task.num_tasks}, {task.local_index} of "
-            f"{task.num_local} on its host, which cannot be"
+            f"{task.num_local} on its host, which is impossible"
         )
     return task if coordinator is None else dataclasses.replace(task, coordinator=coordinator)
 
@@ -94,7 +94,7 @@ def tasks_per_node(text: str) -> list[int]:
 def _detect_slurm(environment: Mapping[str, str]) -> Task:
     if "SLURM_STEP_NODELIST" not in environment or "SLURM_PROCID" not in environment:
         raise ValueError(
-            f"this is a Slurm job, but no step of it: start it as `srun step3 launch -- ...` (one task per GPU), or {HOW}"
+            f"this is a Slurm job, but not a step of it: start it as `srun step3 launch -- ...` (one task per GPU), or {HOW}"
         )
     num_tasks = _number(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     local_index = _number(environment, "SLURM_LOCALID")
@@ -117,7 +117,7 @@ def _detect_slurm(environment: Mapping[str, str]) -> Task:
 def _detect_open_mpi(environment: Mapping[str, str]) -> Task:
     num_tasks = _number(environment, "OMPI_COMM_WORLD_SIZE")
     num_local = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE")
-    # Such as "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": where mpirun runs, which is rank 0's host as a rule.
+    # Such as "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": where mpirun runs, usually rank 0's host.
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
     match = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", uri)
     coordinator = LOOPBACK if num_local == num_tasks else match and (match[1] or match[2])
@@ -137,7 +137,7 @@ def _detect_kubernetes(environment: Mapping[str, str], hostname: str, coordinato
     index = _number(environment, "JOB_COMPLETION_INDEX")
     if "STEP3_NUM_HOSTS" not in environment:
         raise ValueError(
-            "this is a pod of an indexed Job, but nothing says of how many: set STEP3_NUM_HOSTS to its completions "
+            "this is a pod of an indexed Job, but nothing says how many there are: set STEP3_NUM_HOSTS to its completions "
             "(configs/launch/kubernetes.yaml does)"
         )
     num_tasks = _number(environment, "STEP3_NUM_HOSTS")
@@ -147,7 +147,7 @@ def _detect_kubernetes(environment: Mapping[str, str], hostname: str, coordinato
         service, ending = environment.get("STEP3_SERVICE", ""), f"-{index}"
         if not service:
             raise ValueError(
-                "the pods of a Job find each other by a headless service: make one, name it as the pods' subdomain, "
+                "the pods of a Job find each other through a headless service: create one, name it as the pods' subdomain, "
                 "and set STEP3_SERVICE to its name (configs/launch/kubernetes.yaml does)"
             )
         job, dash, number = hostname.partition(".")[0].rpartition("-")
@@ -164,7 +164,7 @@ def _number(environment: Mapping[str, str], *names: str) -> int:
     for name in names:
         if name in environment:
             if not environment[name].isdecimal():
-                raise ValueError(f"{name} is {environment[name]!r}, which is no number")
+                raise ValueError(f"{name} is {environment[name]!r}, which is not a number")
             return int(environment[name])
     raise ValueError(f"the scheduler has not set {names[0]}: {HOW}")
 

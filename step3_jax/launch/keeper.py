@@ -1,9 +1,9 @@
-"""The keeper of one host: starts the ranks of its machine, passes on what they write, and never leaves one behind.
+"""The keeper of one host: starts the ranks on its machine, forwards their output, and never leaves one behind.
 
     python -m step3_jax.launch.keeper [--deadline SECONDS] [--grace SECONDS]
 
-Runs beside the ranks, here or at the other end of ssh, and talks with the launcher over standard input and output
-(`line.py`). When the launcher goes away (end of input), falls silent for the deadline (a cut cable shows no end of
+Runs next to the ranks, here or at the other end of ssh, and talks to the launcher over standard input and output
+(`line.py`). When the launcher goes away (end of input), is silent for the deadline (a cut cable gives no end of
 input), or the keeper itself is told to stop, the ranks get SIGTERM and after the grace period SIGKILL.
 """
 
@@ -37,17 +37,17 @@ from step3_jax.launch.watch import Report
 from step3_jax.rank import BEACON
 
 _CHUNK_BYTES = 2**15
-# Time for the last output after a process ended; only something that fled its session can hold the pipe longer.
+# Time for the last output after a process ended; only a process that left its session can hold the pipe longer.
 _LAST_OUTPUT_S = 2.0
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-# What waits to be sent; ranks that write faster than the launcher reads are held up.
+# Messages that wait to be sent; ranks that write faster than the launcher reads are blocked.
 _MAX_WAITING = 1000
 _LAST_WORDS_S = 2.0
-# How often the clock is looked at while ranks are being ended.
+# How often the clock is checked while ranks are being ended.
 _STEP_S = 0.1
 # How often the launcher is told where the ranks are.
 _REPORT_S = 0.5
-# What a shell says of a command that it cannot start.
+# A shell's exit code for a command that it cannot start.
 _NOT_STARTED_CODE = 127
 
 
@@ -58,7 +58,7 @@ class RankProcess:
         """Starts it.
 
         Args:
-          start: What to run.
+          start: The process to start.
           send: Takes messages; called from other threads, and may block.
 
         Raises:
@@ -70,10 +70,10 @@ class RankProcess:
         self._is_reaped = False
         self._is_over = False
         self._beats, self._still_s = -1, 0.0
-        # Output is shown as it comes, whether or not a terminal is at its end.
+        # Output is shown as it arrives, whether or not it goes to a terminal.
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | start["environment"]
         reading, native = os.pipe()
-        # Without a name, so that nothing of it can stay behind.
+        # Without a name, so that nothing is left behind.
         with tempfile.TemporaryFile() as file, os.fdopen(native, "wb"):
             self._beacon = BeaconFile(file)
             program = [sys.executable, "-m", "step3_jax.launch.child", str(os.getpid()), str(native), start["module"]]
@@ -97,11 +97,11 @@ class RankProcess:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended and everything about it was sent."""
+        """Whether it has ended and everything about it has been sent."""
         return self._is_over
 
     def report(self, elapsed_s: float) -> Report:
-        """Where it is, and how long it has not moved; `elapsed_s` have passed since the last report."""
+        """Where it is, and how long it has made no progress; `elapsed_s` have passed since the last report."""
         reading = self._beacon.read()
         self._still_s = 0.0 if reading.beats != self._beats else self._still_s + elapsed_s
         self._beats = reading.beats
@@ -111,14 +111,14 @@ class RankProcess:
         )
 
     def give_input(self, data: bytes) -> None:
-        """Hands on what comes on the launcher's standard input; nothing for its end."""
+        """Passes on data from the launcher's standard input; empty at its end."""
         self._input.put(data)
 
     def send_signal(self, number: int) -> None:
-        """Signals the process and all that it started; nothing if it is over."""
+        """Signals the process and everything it started; does nothing if it has ended."""
         with self._lock:
             if not self._is_reaped:
-                # Its session has its id. A zombie that cannot be signalled is as good as gone.
+                # Its session has its id. A zombie that cannot be signalled counts as gone.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._process.pid, number)
 
@@ -126,7 +126,7 @@ class RankProcess:
         pipe = self._process.stdin
         if pipe is None:
             return
-        # A rank that reads no more, or has ended, has no use for the rest.
+        # A rank that has stopped reading, or has ended, does not need the rest.
         with contextlib.suppress(OSError), pipe:
             while data := self._input.get():
                 pipe.write(data)
@@ -139,7 +139,7 @@ class RankProcess:
 
     def _wait(self) -> None:
         if hasattr(os, "waitid"):
-            # Not reaped yet, so that its id still names its group, and no other one, when the rest is killed.
+            # Not reaped yet, so that its id still names its own group when the rest is killed.
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
             self.send_signal(signal.SIGKILL)
         else:
@@ -157,11 +157,11 @@ class Keeper:
     """Runs until the launcher leaves, and then until the last rank has ended."""
 
     def __init__(self, *, deadline_s: float, grace_s: float) -> None:
-        """Begins to listen; `run` does the rest.
+        """Starts to listen; `run` does the rest.
 
         Args:
           deadline_s: Silence of the launcher after which it counts as lost.
-          grace_s: From SIGTERM to SIGKILL when it is.
+          grace_s: Time from SIGTERM to SIGKILL then.
         """
         self._deadline_s = deadline_s
         self._grace_s = grace_s
@@ -170,7 +170,7 @@ class Keeper:
         self._ranks: list[RankProcess] = []
         self._listener: socket.socket | None = None
         self._kill_at = float("inf")
-        # Sending blocks when the line is stuck, so that neither it nor reading may be on the main thread.
+        # Sending blocks when the line is stuck, so neither it nor reading may be on the main thread.
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
         threading.Thread(target=self._read, daemon=True).start()
@@ -179,7 +179,7 @@ class Keeper:
         """Serves the launcher. Returns the exit code: 0 if it left as agreed."""
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._stop)
-        # Ctrl-C is the launcher's to handle. A handler, since the ranks would inherit that it is ignored.
+        # The launcher handles Ctrl-C. A handler, since ranks would inherit SIG_IGN.
         signal.signal(signal.SIGINT, _ignore)
         self._outbox.put(_hello())
         heard_at = reported_at = time.monotonic()
@@ -189,7 +189,7 @@ class Keeper:
         while not is_leaving or not all(rank.is_over for rank in self._ranks):
             now = time.monotonic()
             if now >= beat_at:
-                # A full outbox has no need of a beat.
+                # A full outbox needs no beat.
                 with contextlib.suppress(queue.Full):
                     self._outbox.put_nowait(self._report(min(now - reported_at, 2 * beat_s)))
                 beat_at, reported_at = now + beat_s, now
@@ -208,7 +208,7 @@ class Keeper:
                 is_leaving = True
             else:
                 self._obey(message)
-        # The line may be dead: what cannot be sent soon is not sent.
+        # The line may be dead: anything that cannot be sent soon is dropped.
         with contextlib.suppress(queue.Full):
             self._outbox.put(None, timeout=_LAST_WORDS_S)
             self._writer.join(_LAST_WORDS_S)
@@ -259,7 +259,7 @@ class Keeper:
             self._listener = None
 
     def _report(self, elapsed_s: float) -> Message:
-        """A beat, with what is known of the ranks; time in which this process was stopped itself is not counted."""
+        """A beat, with the state of the ranks; time in which this process itself was stopped is not counted."""
         running = [rank for rank in self._ranks if not rank.is_over]
         return Message(kind="reports", reports=[(rank.rank, rank.report(elapsed_s)) for rank in running])
 
@@ -291,7 +291,7 @@ class Keeper:
 
 
 def list_gpus() -> list[str]:
-    """Ids of the GPUs that JAX could use here, as CUDA_VISIBLE_DEVICES takes them; JAX itself is not started."""
+    """Ids of the GPUs that JAX could use here, in the form of CUDA_VISIBLE_DEVICES; does not start JAX."""
     if not any(importlib.util.find_spec(name) for name in _GPU_PLUGINS):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -340,5 +340,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    # The reading thread may still wait for input, which the interpreter would wait for at its end.
+    # The reading thread may still wait for input, and the interpreter would wait for it at exit.
     os._exit(code)

@@ -1,8 +1,8 @@
-"""Starts a command as many processes and stays with them to the end.
+"""Starts a command as many processes and supervises them to the end.
 
-One keeper runs on each host (`keeper.py`), here or behind ssh; the launcher asks them what the hosts have, tries the
-coordinator's port, places the ranks, starts them, and supervises. Under a scheduler each task does this for its own
-ranks alone.
+One keeper runs on each host (`keeper.py`), here or over ssh; the launcher asks them what the hosts have, tries the
+coordinator's port, places the ranks, starts them, and supervises. Under a scheduler each task does this only for its own
+ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from step3_jax.launch.supervisor import Supervisor, catch_signals, send_beats
 from step3_jax.rank import CHANNEL, SECRET
 
 MODULE = "step3_jax.cli.main"
-# Over the slowest ssh, and Python's own start on a shared file system.
+# Enough for the slowest ssh, and for starting Python from a shared file system.
 _HELLO_S = 60.0
 _INPUT_BYTES = 2**15
 
@@ -48,29 +48,29 @@ def launch(
     stdout: BinaryIO | None = None,
     stderr: TextIO | None = None,
 ) -> int:
-    """Runs `python -m MODULE WORDS` as many processes that know of each other.
+    """Runs `python -m MODULE WORDS` as many processes that know about each other.
 
     Each gets STEP3_COORDINATOR (host:port), STEP3_NUM_PROCESSES and STEP3_PROCESS_ID, its device, and settings of XLA
-    and NCCL (`options.py`). Rank 0 has our standard input where the command reads it
-    (`place.reads_input`), the others have none. No process is left behind, whatever happens.
+    and NCCL (`options.py`). Rank 0 gets our standard input if the command reads it
+    (`place.reads_input`), the others get none. No process is left behind, whatever happens.
 
     Args:
       words: The command, such as `["generate", "-p", "Hello"]`.
       options: Where and how.
       module: The program that takes the words.
-      stdout: Takes rank 0's standard output untouched; ours if absent.
-      stderr: Takes all other output, line by line with the rank in front; ours if absent.
+      stdout: Receives rank 0's standard output unchanged; ours if absent.
+      stderr: Receives all other output, line by line, prefixed with the rank; ours if absent.
 
     Returns:
-      0 if all ranks ended with 0, else the code of the one that failed (128 + n for signal n), or 75 if it did not move;
-      255 for a lost host; 128 + n if signal n ended the launcher itself, but 0 if that ended `serve` in good order.
+      0 if all ranks ended with 0, else the code of the one that failed (128 + n for signal n), or 75 if it made no progress;
+      255 for a lost host; 128 + n if signal n ended the launcher itself, but 0 if that shut `serve` down cleanly.
 
     Raises:
-      ValueError: Before anything is started: if the options do not fit together, a host cannot be reached or has
+      ValueError: Before anything is started: if options conflict, a host cannot be reached or has
         another version, the port is taken, or the number of processes does not fit the command's devices.
       BrokenPipeError: If the reader of standard output left; all ranks have ended then.
     """
-    # A module of the user's need not take words.
+    # A user's own module may take no words.
     check_options(words if module == MODULE else [module, *words], options)
     need = read_need(words)
     task = None
@@ -103,7 +103,7 @@ def launch(
 
 
 class _Launch:
-    """The steps from open lines to the exit code."""
+    """The steps from connecting to the exit code."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class _Launch:
         channel = {}
         if num_processes > 1 and CHANNEL not in self._user:
             channel[CHANNEL] = choose_channel(lines, options, task, hellos, coordinator)
-        # The tasks of a scheduler have no way to agree on one.
+        # A scheduler's tasks have no way to agree on one.
         if num_processes > 1 and task is None:
             channel[SECRET] = self._user.get(SECRET) or secrets.token_hex(16)
         if task is None:
@@ -173,7 +173,7 @@ class _Launch:
             return supervisor.run()
 
     def _place(self, hosts: list[place.Host], platform: str) -> tuple[list[place.Rank], int]:
-        """The ranks that are started from here, and the number of all."""
+        """The ranks that are started from here, and the total number."""
         options, task, need, topology = self._options, self._task, self._need, self._topology
         devices = options.devices_per_process
         if task is None:
@@ -203,7 +203,7 @@ class _Launch:
                 f"{task.scheduler} starts {task.num_local} tasks on this host, each for one process: leave out "
                 "--processes-per-host, or start one task on each host"
             )
-        # The other tasks' hosts are taken to be like this one.
+        # The other tasks' hosts are assumed to be like this one.
         per_task = place.count_processes(
             hosts * task.num_tasks,
             per_host=1 if task.num_local > 1 else options.processes_per_host,
@@ -247,7 +247,7 @@ class _Launch:
 
 
 def _pass_input(connection: Connection) -> None:
-    """Hands our standard input on to rank 0, to its end."""
+    """Forwards our standard input to rank 0, up to its end."""
     data = b"more"
     while data:
         try:
@@ -258,7 +258,7 @@ def _pass_input(connection: Connection) -> None:
 
 
 def _leave(connections: Sequence[Connection], grace_s: float) -> None:
-    """Closes all lines. The keepers end whatever still runs; the time for that is bounded."""
+    """Closes all lines. The keepers end anything that still runs, in bounded time."""
     for connection in connections:
         connection.close()
     give_up_at = time.monotonic() + grace_s + 5

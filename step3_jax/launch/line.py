@@ -1,6 +1,6 @@
-"""The launcher's line to the keeper of one host: a pipe to a process here, or ssh to one elsewhere.
+"""The launcher's line to the keeper of one host: a pipe to a local process, or ssh to a remote one.
 
-Both ends exchange JSON behind a mark, a message a line. What a login shell prints on its way (a message of the day) has no
+Both ends exchange JSON after a mark, one message per line. Anything a login shell prints (a message of the day) has no
 mark, and is passed on as text.
 """
 
@@ -23,12 +23,12 @@ from typing import IO, TypedDict
 from step3_jax.launch.watch import Report
 
 _MARK = b"\x1estep3 "
-# Text of a host that is kept for a message about it.
+# Text from a host that is kept for an error message.
 _MAX_NOISE = 20
 
 
 class Start(TypedDict):
-    """A process to start. `environment` is laid over that of the host; `has_input` says whether any will be given."""
+    """A process to start. `environment` is added to the host's; `has_input` says whether it will get any input."""
 
     rank: int
     module: str
@@ -38,7 +38,7 @@ class Start(TypedDict):
 
 
 class Message(TypedDict, total=False):
-    """One line. `kind` says which of the fields there are.
+    """One line. `kind` says which of the fields are present.
 
     To the keeper: listen (port, host), reach (host, port, seconds), release, start (processes), signal (rank, signal),
     input (rank, data; none for its end), end (signal, seconds), beat, leave. From it: hello (host, address, gpus,
@@ -70,7 +70,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(line: bytes) -> Message:
-    """Reads a line; one that holds no message is noise."""
+    """Reads a line; one without a message is noise."""
     _, mark, text = line.partition(_MARK)
     if mark:
         try:
@@ -99,22 +99,22 @@ def unpack_bytes(message: Message) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What came from a host. `connection` is None for what arose here, such as a signal."""
+    """An event from a host. `connection` is None for a local event, such as a signal."""
 
     connection: Connection | None
     message: Message
 
 
 class Connection:
-    """One host. Everything that comes from it goes to the inbox, at last a `closed`."""
+    """One host. Everything it sends goes to the inbox, ending with `closed`."""
 
     def __init__(self, host: str, command: Sequence[str], inbox: queue.SimpleQueue[Event]) -> None:
         """Starts the keeper.
 
         Args:
-          host: Name to show.
+          host: Name to display.
           command: Starts the keeper, here or there.
-          inbox: Takes the events.
+          inbox: Receives the events.
 
         Raises:
           ValueError: If the command is not on this machine.
@@ -126,7 +126,7 @@ class Connection:
         self._inbox = inbox
         self._lock = threading.Lock()
         try:
-            # A session of its own: Ctrl-C is for the launcher, which ends all in order.
+            # Its own session: Ctrl-C is for the launcher, which ends everything in order.
             self._process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.PIPE,
@@ -142,7 +142,7 @@ class Connection:
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
 
     def send(self, message: Message) -> None:
-        """Sends a message. What can no longer be sent is dropped: `closed` is then on its way."""
+        """Sends a message. If that is no longer possible it is dropped: `closed` is then on its way."""
         pipe = self._process.stdin
         with self._lock, contextlib.suppress(OSError, ValueError):
             if pipe is not None:
@@ -150,7 +150,7 @@ class Connection:
                 pipe.flush()
 
     def close(self) -> None:
-        """Leaves: the keeper ends what still runs and goes."""
+        """Leaves: the keeper ends anything still running and exits."""
         self.send(Message(kind="leave"))
         with self._lock, contextlib.suppress(OSError):
             if self._process.stdin is not None:
@@ -165,14 +165,14 @@ class Connection:
         return True
 
     def kill(self) -> None:
-        """Ends the line itself. The far end notices, or misses the beats."""
+        """Closes the line itself. The far end notices, or misses the beats."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def last_noise(self) -> str:
-        """The last text that came outside the protocol, in one line."""
+        """The last text from outside the protocol, in one line."""
         return " / ".join(line for line in self.noise[-3:] if line.strip())
 
     def _read(self, pipe: IO[bytes]) -> None:
@@ -200,7 +200,7 @@ class Connection:
 
 
 def _own_environment() -> dict[str, str]:
-    """This environment, in which this package can be imported: it may run from a checkout that is not installed."""
+    """This environment, extended so that this package can be imported: it may run from an uninstalled checkout."""
     root = pathlib.Path(__file__).resolve().parents[2]
     environment = dict(os.environ)
     if root.name not in ("site-packages", "dist-packages"):

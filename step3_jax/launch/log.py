@@ -1,7 +1,7 @@
-"""What the ranks write: rank 0's standard output untouched, all else line by line on stderr with its rank in front.
+"""The ranks' output: rank 0's standard output unchanged, the rest line by line on stderr, prefixed with its rank.
 
-What native code writes (C++ of XLA, gloo, NCCL) comes apart from what Python does, and is shown a little later: when a rank
-is lost, that of the others is pages of consequences, which go to a file.
+The output of native code (C++ of XLA, gloo, NCCL) is separate from Python's, and is shown a little later: when a rank
+is lost, the others write pages of consequences, which go to a file.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import tempfile
 import time
 from typing import BinaryIO, NamedTuple, TextIO
 
-# Lines of a rank kept for the message about its failure.
+# Lines of a rank that are kept for the message about its failure.
 _TAIL_LINES = 20
-# A line without an end is shown when it is this long.
+# An unfinished line is shown when it is this long.
 _MAX_LINE_BYTES = 2**16
 NATIVE = "native"
-# How long native code's lines are held back: longer than it takes to hear of a rank's end, and to judge it.
+# How long native code's lines are held back: longer than it takes to learn of a rank's end, and to judge it.
 HOLD_S = 3.0
 _MAX_HELD_LINES = 2000
 
@@ -34,11 +34,11 @@ class Log:
     """Shows the output of all ranks."""
 
     def __init__(self, stdout: BinaryIO, stderr: TextIO) -> None:
-        """Begins with nothing shown.
+        """Starts with nothing shown.
 
         Args:
-          stdout: Takes rank 0's standard output, byte by byte.
-          stderr: Takes everything else.
+          stdout: Receives rank 0's standard output, byte by byte.
+          stderr: Receives everything else.
         """
         self._stdout = stdout
         self._stderr = stderr
@@ -50,11 +50,11 @@ class Log:
         self._blamed: int | None = None
 
     def interrupt(self) -> None:
-        """From now on only rank 0 is shown: what the others write of peers that are being ended is of no use."""
+        """Shows only rank 0 from now on: what the others write about peers that are being ended is useless."""
         self._is_interrupted = True
 
     def blame(self, rank: int | None) -> None:
-        """All is being ended because of a rank: what its native code writes is shown, and that of the others no more."""
+        """Called when everything ends because of a rank: shows its native output, and no longer the others'."""
         self._is_judged, self._blamed = True, rank
         own = [held for held in self._held if held.rank == rank]
         self._held = collections.deque((held for held in self._held if held.rank != rank), _MAX_HELD_LINES)
@@ -62,7 +62,7 @@ class Log:
             self._print(held.rank, held.host, held.text)
 
     def show_native(self, *, hold_s: float = HOLD_S) -> None:
-        """Shows what native code wrote so long ago, unless all is being ended because of a rank."""
+        """Shows native output that was held back long enough, unless everything is ending because of a rank."""
         if self._is_judged:
             return
         before = time.monotonic() - hold_s
@@ -71,7 +71,7 @@ class Log:
             self._print(held.rank, held.host, held.text)
 
     def keep_native(self) -> pathlib.Path | None:
-        """Writes what the others' native code had written until then to a file, in the folder for temporary files.
+        """Writes the others' native output up to then to a file, in the folder for temporary files.
 
         Returns:
           The file; None if there was nothing, or it could not be written.
@@ -87,7 +87,7 @@ class Log:
         return pathlib.Path(name)
 
     def push(self, rank: int, host: str, stream: str, data: bytes) -> None:
-        """Shows bytes that a rank wrote to "stdout" or "stderr"; holds back those of native code ("native").
+        """Shows bytes that a rank wrote to "stdout" or "stderr"; holds back those from native code ("native").
 
         Raises:
           BrokenPipeError: If the reader of our standard output has left.
@@ -105,25 +105,25 @@ class Log:
             self._show(rank, host, stream, line)
 
     def finish(self, rank: int, host: str) -> None:
-        """Shows what a rank wrote without an end of line; it will write no more."""
+        """Shows a rank's last, unterminated line; it will write no more."""
         for stream in ("stdout", "stderr", NATIVE):
             if rest := self._parts.pop((rank, stream), b""):
                 self._show(rank, host, stream, rest)
 
     def note(self, text: str) -> None:
-        """Writes a line of the launcher's own."""
+        """Writes one of the launcher's own lines."""
         print(f"step3 launch: {text}", file=self._stderr, flush=True)
 
     def note_host(self, host: str, text: str) -> None:
-        """Writes a line that a host itself printed, such as one of ssh."""
+        """Writes a line that a host itself printed, such as one from ssh."""
         print(f"[{host}] {text}", file=self._stderr, flush=True)
 
     def tail(self, rank: int) -> list[str]:
-        """The last lines of a rank, of both its streams."""
+        """The last lines of a rank, from both its streams."""
         return list(self._tails.get(rank, ()))
 
     def _show(self, rank: int, host: str, stream: str, line: bytes) -> None:
-        # A progress bar writes its states over one another: the last one is what a reader would see.
+        # A progress bar overwrites its states: the last one is what a reader would see.
         text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
         self._tails.setdefault(rank, collections.deque(maxlen=_TAIL_LINES)).append(text)
         if stream == NATIVE and not self._is_judged:

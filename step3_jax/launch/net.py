@@ -1,4 +1,4 @@
-"""Hosts and ports before anything starts: reading them, and trying them until there is a coordinator that all reach."""
+"""Hosts and ports before anything starts: parses them, and tries them until all hosts can reach a coordinator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from step3_jax.launch.options import LOOPBACK, SSH, LaunchOptions, check_port
 
 _KEEPER = "step3_jax.launch.keeper"
 _THIS_MACHINE = ("localhost", LOOPBACK, "::1")
-# Kubernetes may keep for half a minute that a name is not known.
+# Kubernetes may cache for half a minute that a name is unknown.
 _NAME_S = 120.0
 
 
@@ -28,17 +28,17 @@ def parse_hosts(text: str) -> tuple[str, ...]:
     """Splits "a,user@b,c".
 
     Raises:
-      ValueError: If a name is empty, begins with a dash (ssh would read an option), holds blanks, or comes twice.
+      ValueError: If a name is empty, starts with a dash (ssh would read an option), holds blanks, or appears twice.
     """
     hosts = tuple(name.strip() for name in text.split(","))
     for name in hosts:
         if not name or name.startswith("-") or any(letter.isspace() for letter in name):
             raise ValueError(
-                f"--hosts {text}: {name!r} is no host; give names that ssh knows, such as a,b or me@a,me@b"
+                f"--hosts {text}: {name!r} is not a host; give names that ssh knows, such as a,b or me@a,me@b"
             )
     twice = sorted({name for name in hosts if hosts.count(name) > 1})
     if twice:
-        raise ValueError(f"--hosts {text}: {twice[0]} comes twice; --processes-per-host starts several on each")
+        raise ValueError(f"--hosts {text}: {twice[0]} appears twice; --processes-per-host starts several on each")
     return hosts
 
 
@@ -56,7 +56,7 @@ def split_coordinator(text: str) -> tuple[str, int | None]:
     """Splits "host", "host:port" or "[v6 address]:port".
 
     Raises:
-      ValueError: If there is no host, or the port is none.
+      ValueError: If there is no host, or the port is invalid.
     """
     if text.startswith("["):
         host, _, port = text[1:].partition("]")
@@ -76,11 +76,11 @@ def join_address(host: str, port: int) -> str:
 
 
 def listen(port: int, host: str | None = None) -> socket.socket:
-    """Takes a port on this machine, so that others can try to reach it.
+    """Binds a port on this machine, so that others can try to reach it.
 
     Args:
       port: The port; 0 for a free one.
-      host: Address of this machine that must be its own; None for all of its addresses.
+      host: An address that must be this machine's; None for all of its addresses.
 
     Raises:
       ValueError: If the port is taken, or the address is not this machine's.
@@ -89,7 +89,7 @@ def listen(port: int, host: str | None = None) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
         raise ValueError(f"{host} is not known on {socket.gethostname()} ({error.strerror})") from None
-    # All of version 6 takes version 4 with it.
+    # Binding all of version 6 includes version 4.
     wanted = sorted(found, key=_prefers_version_6) if host is None else found
     problem: OSError | None = None
     for family, _, _, _, where in wanted:
@@ -105,7 +105,7 @@ def listen(port: int, host: str | None = None) -> socket.socket:
         raise ValueError(f"port {port} on {socket.gethostname()} is in use: choose another with --port")
     if problem is not None and problem.errno == errno.EADDRNOTAVAIL:
         raise ValueError(
-            f"{host} is no address of {socket.gethostname()}, where rank 0 runs: name one of its own with --coordinator"
+            f"{host} is not an address of {socket.gethostname()}, where rank 0 runs: name one of its own with --coordinator"
         )
     raise ValueError(f"cannot listen on {host or 'port'} {port} of {socket.gethostname()}: {problem}")
 
@@ -128,10 +128,10 @@ def reach(host: str, port: int, *, timeout_s: float) -> str | None:
 
 
 def wait_for_name(host: str, *, timeout_s: float) -> None:
-    """Waits until a host's name is known here: under Kubernetes that takes some seconds after its pod has started.
+    """Waits until a host name resolves here: under Kubernetes that takes some seconds after its pod has started.
 
     Raises:
-      ValueError: If it never is.
+      ValueError: If it never does.
     """
     give_up_at = time.monotonic() + timeout_s
     while True:
@@ -149,7 +149,7 @@ def wait_for_name(host: str, *, timeout_s: float) -> None:
 
 
 def own_address(environment: dict[str, str]) -> str | None:
-    """The address by which the one who came over ssh reached this machine; None without ssh.
+    """The address at which the ssh client reached this machine; None without ssh.
 
     ssh's own names (aliases of its configuration) mean nothing to the other hosts, and a host's name often resolves to
     its own loopback address there.
@@ -168,9 +168,9 @@ class Lines:
     """The lines to all hosts.
 
     Attributes:
-      connections: One for each, in the order of the ranks.
-      inbox: Gets what comes from all of them.
-      log: Shows what they print.
+      connections: One per host, in the order of the ranks.
+      inbox: Receives the events of all of them.
+      log: Shows their output.
     """
 
     connections: list[Connection]
@@ -180,13 +180,13 @@ class Lines:
     def ask(
         self, connections: Sequence[Connection], question: Message | None, answer: str | None, timeout_s: float
     ) -> list[Message]:
-        """Sends a question to hosts and waits for one answer of each.
+        """Sends a question to hosts and waits for one answer from each.
 
         Args:
           connections: The hosts.
-          question: What to send; None to wait alone.
-          answer: Kind of the answer; None to wait for none.
-          timeout_s: For all answers together.
+          question: What to send; None to only wait.
+          answer: Kind of the answer; None to not wait.
+          timeout_s: Time for all answers together.
 
         Returns:
           The answers, in the order of the hosts.
@@ -222,11 +222,11 @@ class Lines:
 
 
 def check_versions(hosts: Sequence[str], hellos: Sequence[Message]) -> None:
-    """Refuses hosts on which the ranks would not be the same program.
+    """Refuses hosts on which the ranks would not run the same program.
 
     Args:
       hosts: Their names.
-      hellos: What they said of themselves.
+      hellos: Their hello messages.
 
     Raises:
       ValueError: If a version differs from the first host's.
@@ -247,9 +247,9 @@ def choose_coordinator(lines: Lines, options: LaunchOptions, task: Task | None, 
 
     Args:
       lines: The hosts; rank 0 is on the first.
-      options: With an address or port, where the user gave one.
-      task: This task of a scheduler, which alone is tried.
-      hellos: What the hosts said of themselves.
+      options: Has an address or port, if the user gave one.
+      task: This task of a scheduler, the only one that is tried.
+      hellos: The hosts' hello messages.
 
     Raises:
       ValueError: If the port is taken, or a host cannot reach it.
@@ -264,10 +264,10 @@ def choose_coordinator(lines: Lines, options: LaunchOptions, task: Task | None, 
             raise ValueError(f"{task.scheduler} does not say where task 0 runs: name its host with --coordinator")
         port = port or task.port
         if task.index == 0:
-            # The other tasks start at times of their own, so that only this one can try.
+            # The other tasks start at other times, so only this one can try.
             listen = Message(kind="listen", port=port)
             if task.scheduler != "Kubernetes":
-                # A pod's name comes from the service, and may not be known even to the pod itself yet.
+                # A pod's name comes from the service, and may not even resolve in the pod itself yet.
                 listen["host"] = host
             lines.ask([first], listen, "listening", timeout_s + 5)
             lines.ask([first], Message(kind="release"), None, timeout_s)
@@ -302,11 +302,11 @@ def choose_channel(
     """Chooses where rank 0 listens for the other ranks, and tries it as `choose_coordinator` does.
 
     Args:
-      lines: As for `choose_coordinator`, and so are `options`, `task` and `hellos`.
-      options: With a port of the user's, or a task's, it is the one beside it.
+      lines: As for `choose_coordinator`, like `options`, `task` and `hellos`.
+      options: If the user or a task gives a port, the next one is used.
       task: See there.
       hellos: See there.
-      coordinator: What `choose_coordinator` has found.
+      coordinator: The result of `choose_coordinator`.
 
     Raises:
       ValueError: As `choose_coordinator`.
@@ -316,7 +316,7 @@ def choose_channel(
     is_given = task is not None or options.port is not None or given is not None
     beside = port_beside(port) if is_given and port is not None else None
     options = dataclasses.replace(options, coordinator=host if ":" not in host else f"[{host}]", port=beside)
-    # A free port that was tried is free again, so the same one may be found.
+    # A free port that was tried is free again, so it may be found again.
     while (found := choose_coordinator(lines, options, task, hellos)) == coordinator:
         pass
     return found
@@ -336,7 +336,7 @@ def keeper_command(
     Args:
       host: A name for ssh; "localhost" and its addresses need none.
       deadline_s: Silence of the launcher after which the keeper ends its ranks.
-      grace_s: From SIGTERM to SIGKILL then.
+      grace_s: Time from SIGTERM to SIGKILL then.
       ssh: ssh with its options.
       python: The interpreter there; this one's path if absent.
       directory: Where it runs there; the same as here if absent.

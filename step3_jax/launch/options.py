@@ -1,4 +1,4 @@
-"""What the caller of the launcher chooses, what of it does not fit together, and the environment of a rank."""
+"""The launcher's options, their checks, and the environment of a rank."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from step3_jax.rank import COORDINATOR, CPU_DEVICES, NUM_PROCESSES, PROCESS_ID, 
 
 LOOPBACK = "127.0.0.1"
 PLATFORMS = ("auto", "cpu", "cuda")
-# No questions, as no user may be there to answer; no wait of minutes for a host that is off.
+# No prompts, as there may be no user to answer; no wait of minutes for a host that is off.
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-T")
 _MIN_DEADLINE_S, _MIN_RANK_DEADLINE_S = 1.0, 2.0
-# Settings that a user makes here and expects there; a host's own devices and paths are not among them.
+# Settings that a user makes here and expects there, excluding a host's own devices and paths.
 FORWARDED = ("STEP3_", "JAX_", "XLA_", "NCCL_", "HF_", "TF_CPP_")
 # All of them exist in every jaxlib that this project supports: XLA ends a process that has one it does not know.
 _XLA_GPU_FLAGS = {
-    # The processes compile different programs (one per role), so they cannot divide the tuning of one among them.
+    # The processes compile different programs (one per role), so they cannot share the tuning of one.
     "--xla_gpu_shard_autotuning": "false",
-    # Starts collectives early and waits late, so that the exchange hides behind the compute.
+    # Starts collectives early and waits late, so that the exchange overlaps with compute.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
-    # A lost peer ends the process; it would wait for ever.
+    # A lost peer ends the process, which would otherwise wait for ever.
     "--xla_gpu_nccl_terminate_on_error": "true",
 }
 
@@ -35,12 +35,12 @@ class LaunchOptions:
       processes_per_host: Processes on each host, or in each task of a scheduler.
       devices_per_process: Devices of a process, on CPU. On GPU a process has one.
       platform: "auto", "cpu" or "cuda".
-      coordinator: Address at which all hosts reach rank 0's host, if it cannot be found out.
-      port: Of the coordinator; a free one if absent.
-      grace_s: From SIGTERM to SIGKILL.
+      coordinator: Address at which all hosts reach rank 0's host, if it cannot be determined.
+      port: Port of the coordinator; a free one if absent.
+      grace_s: Time from SIGTERM to SIGKILL.
       deadline_s: Silence after which a host counts as lost, in either direction.
-      rank_deadline_s: Longest time that a rank may not move, and that others may wait for one that has ended.
-      shutdown_s: After a signal, rank 0 alone gets it, and has so long to end before the others do; 0: all get it at once.
+      rank_deadline_s: The longest a rank may make no progress, and others may wait for one that has ended.
+      shutdown_s: Only rank 0 gets a signal, and has this long to end before the others get it; 0: all get it at once.
       environment: Variables for all ranks.
       ssh: ssh with its options.
       remote_python: The interpreter on the other hosts; this one's path if absent.
@@ -65,10 +65,10 @@ class LaunchOptions:
 
 
 def check_options(words: Sequence[str], options: LaunchOptions) -> None:
-    """Refuses what cannot be meant.
+    """Refuses conflicting or impossible options.
 
     Raises:
-      ValueError: That, with what to type instead.
+      ValueError: For these; the message says what to type instead.
     """
     if not words:
         raise ValueError("what to start? Give a command after --, such as: step3 launch --local 2 -- generate -p Hello")
@@ -93,20 +93,20 @@ def check_options(words: Sequence[str], options: LaunchOptions) -> None:
     if options.rank_deadline_s < _MIN_RANK_DEADLINE_S:
         raise ValueError(
             f"--rank-deadline is {options.rank_deadline_s:g}: give {_MIN_RANK_DEADLINE_S:g} s or more; on a busy machine a "
-            "rank may not be heard for a second"
+            "rank may be silent for a second"
         )
     if options.grace_s < 0:
         raise ValueError(f"--grace is {options.grace_s:g}: give 0 s or more")
 
 
 def check_port(port: str | int) -> int:
-    """Reads a port.
+    """Parses a port.
 
     Raises:
-      ValueError: If it is none.
+      ValueError: If it is not a valid port.
     """
     if not str(port).isdecimal() or not 1 <= int(port) <= 65535:
-        raise ValueError(f"{port} is no port: give a number from 1 to 65535")
+        raise ValueError(f"{port} is not a port: give a number from 1 to 65535")
     return int(port)
 
 
@@ -125,22 +125,22 @@ def rank_environment(
     cpu_devices: int = 1,
     user: Mapping[str, str],
 ) -> dict[str, str]:
-    """What is set for one rank.
+    """The variables set for one rank.
 
     Args:
       rank: Its number.
-      role: What messages call it: "attention 0", "ffn 1", "rank 3".
+      role: Its name in messages: "attention 0", "ffn 1", "rank 3".
       num_processes: All of them.
       coordinator: "host:port" of rank 0's coordination service.
-      gpu: The one GPU of the rank, as CUDA_VISIBLE_DEVICES takes it; None for CPU.
+      gpu: The rank's only GPU, in the form of CUDA_VISIBLE_DEVICES; None for CPU.
       cpu_devices: Devices of the rank on CPU.
-      user: The user's environment. Settings of XLA and NCCL made there win over ours.
+      user: The user's environment. Its settings of XLA and NCCL take precedence.
 
     Returns:
-      The variables, without those of `user` that stay as they are.
+      The variables, without those of `user` that are unchanged.
     """
     host = coordinator.rpartition(":")[0].strip("[]")
-    # The coordinator is reached over gRPC, which would go through a web proxy.
+    # gRPC would go through a web proxy to reach the coordinator.
     direct = [part for part in user.get("no_proxy", user.get("NO_PROXY", "")).split(",") if part]
     found = {
         COORDINATOR: coordinator,

@@ -1,7 +1,7 @@
 """How many processes a command needs, which rank runs on which host with which device, and the table that shows it.
 
-The only place of this room that reads words of the command: `--afd`, `--dp`, `--tp` and `--ep`, and `--config`. What a
-topology means and which ranks are which role is said in `step3_jax/layout/deployment.py`.
+The only module here that reads words of the command: `--afd`, `--dp`, `--tp` and `--ep`, and `--config`. What a
+topology means and which ranks have which role is defined in `step3_jax/layout/deployment.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from step3_jax.engine.config import read_config_file
 from step3_jax.layout.deployment import Deployment, Topology, load_deployment, parse_deployment, read_afd
 
-# As `step3_jax/engine/config.py` has them: groups, devices of a group, groups of experts.
+# As in `step3_jax/engine/config.py`: groups, devices of a group, groups of experts.
 _SIZES = {
     "dp": ("--dp", "--data-parallel-size"),
     "tp": ("--tp", "--tensor-parallel-size"),
@@ -25,12 +25,12 @@ _MAX_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """The devices that a command asks for.
+    """The devices that a command needs.
 
     Attributes:
-      option: The words that ask for them, such as "--afd 2a2f" or "--dp 2 --tp 4".
+      option: The words that say so, such as "--afd 2a2f" or "--dp 2 --tp 4".
       num_devices: All of them.
-      topology: Instances of the two roles, where they are apart.
+      topology: Instances of the two roles, if they are on separate devices.
     """
 
     option: str
@@ -38,10 +38,10 @@ class Need:
     topology: Topology | None = None
 
     def processes(self, devices_per_process: int = 1) -> int:
-        """Processes that hold the devices, `devices_per_process` each.
+        """The number of processes that hold the devices, `devices_per_process` each.
 
         Raises:
-          ValueError: If they cannot share them out, or a process would hold parts of two instances (one process for a
+          ValueError: If they do not divide evenly, or a process would hold parts of two instances (one process for a
             whole topology is fine).
         """
         topology = self.topology
@@ -54,7 +54,7 @@ class Need:
             )
         if topology is not None and topology.devices_per_instance % devices_per_process:
             raise ValueError(
-                f"{self.option} has {topology.devices_per_instance} device(s) an instance, which processes of "
+                f"{self.option} has {topology.devices_per_instance} device(s) per instance, which processes of "
                 f"{devices_per_process} devices do not divide evenly: give a divisor of {topology.devices_per_instance}, or "
                 f"{self.num_devices} with one process"
             )
@@ -62,7 +62,7 @@ class Need:
 
 
 def read_need(words: Sequence[str]) -> Need | None:
-    """Finds what a command asks for; None if it runs on any number of processes.
+    """Finds the devices that a command needs; None if it runs on any number of processes.
 
     Args:
       words: Words of the command, such as `["generate", "--dp", "2", "-p", "Hello"]`.
@@ -91,9 +91,9 @@ def read_need(words: Sequence[str]) -> Need | None:
 
 
 def reads_input(words: Sequence[str]) -> bool:
-    """Whether a command reads standard input: `chat`, or one with the word - for it, as in `generate -p -`.
+    """Whether a command reads standard input: `chat`, or one with the word -, as in `generate -p -`.
 
-    Others have none, so that a terminal stays the shell's, and a loop in a script keeps its own.
+    Others get none, so that the shell keeps its terminal, and a loop in a script its input.
     """
     return words[:1] == ["chat"] or "-" in words
 
@@ -105,7 +105,7 @@ def read_topology(words: Sequence[str]) -> Topology | None:
       words: Words of the command, such as `["generate", "--afd", "2a2f", "-p", "Hello"]`.
 
     Returns:
-      The topology; None where the words name none.
+      The topology; None if the words do not name one.
 
     Raises:
       ValueError: If `--afd` or `--afd-devices` cannot be read.
@@ -166,10 +166,10 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """A machine that takes part.
+    """A machine of the run.
 
     Attributes:
-      name: As it was given.
+      name: As given.
       gpus: Ids of its GPUs.
     """
 
@@ -185,8 +185,8 @@ class Rank:
       rank: Its number.
       host: Index of its host.
       gpu: Its GPU there; None on CPU.
-      devices: For the table.
-      role: What messages call it: "attention 0", "ffn 1", "rank 3" where all do the same.
+      devices: Its devices, for the table.
+      role: Its name in messages: "attention 0", "ffn 1", "rank 3" where all do the same.
     """
 
     rank: int
@@ -200,7 +200,7 @@ def choose_platform(platform: str, hosts: Sequence[Host], user: Mapping[str, str
     """ "cpu" or "cuda".
 
     Raises:
-      ValueError: If some hosts have GPUs that JAX can use and some have none, or cuda is asked for where there are none.
+      ValueError: If only some hosts have GPUs that JAX can use, or cuda is requested where there are none.
     """
     named = user.get("JAX_PLATFORMS", "").partition(",")[0] if platform == "auto" else platform
     if named == "cpu":
@@ -210,7 +210,7 @@ def choose_platform(platform: str, hosts: Sequence[Host], user: Mapping[str, str
         raise ValueError(f"{without[0]} has no GPU that JAX can use (is JAX's CUDA plugin installed there?)")
     if without and len(without) < len(hosts):
         raise ValueError(
-            f"{without[0]} has no GPU that JAX can use and others have: leave it out, or give --platform cpu"
+            f"{without[0]} has no GPU that JAX can use, but others have: leave it out, or give --platform cpu"
         )
     return "cpu" if without else "cuda"
 
@@ -222,14 +222,14 @@ def count_processes(
 
     Args:
       hosts: The machines.
-      per_host: What was asked for. If absent, what the command needs, divided over the hosts; if it does not say, the
+      per_host: The requested number. If absent, what the command needs, divided over the hosts; if it does not say, the
         GPUs, or 1.
       platform: "cpu" or "cuda".
-      need: Of the launched command.
+      need: The launched command's needs.
       devices_per_process: Devices of each.
 
     Raises:
-      ValueError: If the number does not fit the command, or the hosts cannot share it out.
+      ValueError: If the number does not fit the command, or does not divide evenly over the hosts.
     """
     if per_host is None and need is not None:
         needed = need.processes(devices_per_process)
@@ -249,7 +249,7 @@ def check_count(num_processes: int, need: Need | None, devices_per_process: int)
     """Refuses a number of processes that does not fit the command.
 
     Raises:
-      ValueError: That.
+      ValueError: If it does not.
     """
     if need is None or num_processes == (needed := need.processes(devices_per_process)):
         return
@@ -284,16 +284,16 @@ def place_ranks(
       first_rank: Number of its first rank here.
       count: Ranks that are started here.
       platform: "cpu" or "cuda".
-      topology: Of the launched command.
+      topology: The launched command's topology.
       devices_per_process: Devices of each, on CPU.
       first_local: Ranks that others start on the same host before these (tasks of a scheduler).
       num_local: All ranks on that host; `count` if absent.
 
     Raises:
-      ValueError: If the host has not enough GPUs.
+      ValueError: If the host does not have enough GPUs.
     """
     num_local = count if num_local is None else num_local
-    # Slurm may show each of its tasks one GPU of its own.
+    # Slurm may show each task only its own GPU.
     is_own = len(host.gpus) == count < num_local
     if platform == "cuda" and not is_own and len(host.gpus) < num_local:
         raise ValueError(
@@ -317,7 +317,7 @@ def place_ranks(
 
 
 def format_table(ranks: Sequence[Rank], hosts: Sequence[Host]) -> list[str]:
-    """Rows of host, device and role for each rank, with a heading; those of a large job in part."""
+    """Rows of host, device and role for each rank, with a heading; shortened for a large job."""
     rows = [("rank", "host", "device", "role")]
     rows += [(str(rank.rank), hosts[rank.host].name, rank.devices, rank.role) for rank in ranks[:_MAX_ROWS]]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

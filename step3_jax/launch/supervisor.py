@@ -1,4 +1,4 @@
-"""Stays with running ranks: shows what they write, ends all when one fails, and says which one and why (`watch.py`)."""
+"""Supervises running ranks: shows their output, ends all when one fails, and says which one and why (`watch.py`)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from step3_jax.launch.place import Rank
 from step3_jax.launch.watch import Failure, Report, Watch
 from step3_jax.rank import name_rank
 
-# What ssh says of a host that it lost, and so do we.
+# ssh's exit code for a lost host, and ours.
 LOST_HOST_CODE = 255
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # How often the ranks are judged.
 _TICK_S = 0.25
-# Nothing that happens to another rank causes these.
+# Signals that another rank's failure does not cause.
 _SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTERM, signal.SIGINT}
-# Ranks whose places are told when another one fails.
+# Ranks whose places are reported when another one fails.
 _MAX_PLACES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class _Cause:
-    """Why all are ended. `rank` is None where a host failed and not one rank."""
+    """Why everything ends. `rank` is None if a host failed and not one rank."""
 
     text: str
     code: int
@@ -52,17 +52,17 @@ class Supervisor:
         grace_s: float,
         shutdown_s: float = 0.0,
     ) -> None:
-        """Begins after the ranks were started.
+        """Starts after the ranks have been started.
 
         Args:
-          connections: The hosts, in the order that the ranks name them.
-          ranks: All that were started.
-          inbox: Gets the events of the connections.
+          connections: The hosts, in the order in which the ranks refer to them.
+          ranks: All started ranks.
+          inbox: Receives the events of the connections.
           log: Shows the output.
           deadline_s: Silence after which a host counts as lost.
-          rank_deadline_s: Longest time that a rank may not move, see `Watch`.
-          grace_s: From the first signal to SIGKILL.
-          shutdown_s: After a signal, rank 0 alone gets it, and has so long to end before the others do. 0: all get it.
+          rank_deadline_s: The longest a rank may make no progress, see `Watch`.
+          grace_s: Time from the first signal to SIGKILL.
+          shutdown_s: Only rank 0 gets a signal, and has this long to end before the others get it. 0: all get it.
         """
         self._connections = list(connections)
         self._ranks = {rank.rank: rank for rank in ranks}
@@ -85,8 +85,8 @@ class Supervisor:
         """Watches to the end.
 
         Returns:
-          0 if all ranks ended with 0; the code of the rank that failed (128 + n if signal n ended it), or 75 if it did
-          not move; 128 + n if signal n ended the launcher; 255 if a host was lost.
+          0 if all ranks ended with 0; the code of the rank that failed (128 + n if signal n ended it), or 75 if it made
+          no progress; 128 + n if signal n ended the launcher; 255 if a host was lost.
 
         Raises:
           BrokenPipeError: If the reader of standard output left.
@@ -96,13 +96,13 @@ class Supervisor:
             try:
                 self._take(self._inbox.get(timeout=_TICK_S))
             except queue.Empty:
-                # Only now: what came while this thread was busy has been counted.
+                # Only now: events that arrived while this thread was busy have been counted.
                 self._check_silence()
             if self._inbox.empty():
                 self._check_silence()
             self._log.show_native()
             now = time.monotonic()
-            # Time in which this process was stopped itself tells nothing about the ranks.
+            # Time in which this process itself was stopped says nothing about the ranks.
             self._watch.pass_time(min(now - before, 2 * _TICK_S))
             before = now
             self._judge()
@@ -110,7 +110,7 @@ class Supervisor:
                 self._end_others_at = float("inf")
                 self._end_all(signal.SIGTERM, self._grace_s)
         while not self._has_to_end() and self._watch.has_failure():
-            # All have ended, and no cause will be heard of any more.
+            # All have ended, and no cause will be reported any more.
             self._watch.pass_time(_TICK_S)
             self._judge()
         for connection in self._connections:
@@ -157,12 +157,12 @@ class Supervisor:
             self._watch.end(rank)
 
     def _explain(self, rank: int, code: int) -> Failure:
-        """Why a rank has ended, as far as its code and last place tell."""
+        """Why a rank has ended, as far as its exit code and last place say."""
         where = self._watch.where(rank)
         if code < 0:
             text = f"was killed ({_signal_name(-code)}{'; out of memory?' if -code == signal.SIGKILL else ''}), {where}"
             return Failure(rank, text, 128 - code, is_consequence=-code not in _SUDDEN)
-        # A mistake in the command; inside of a call it may be JAX's word for a lost peer.
+        # A usage error; inside a call it may be JAX's exit code for a lost peer.
         is_mistake = code == 2 and not self._watch.is_inside(rank)
         return Failure(rank, f"failed with exit code {code}, {where}", code, is_consequence=not is_mistake)
 
@@ -190,7 +190,7 @@ class Supervisor:
                 connection.kill()
                 self._lose(
                     connection,
-                    f"{connection.host} has not been heard for {silence_s:.0f} s while rank {_join(left)} ran there: the "
+                    f"{connection.host} has been silent for {silence_s:.0f} s while rank {_join(left)} ran there: the "
                     f"machine or the network to it is gone (if it still runs, it ends its ranks by itself within "
                     f"{self._deadline_s + self._grace_s:.0f} s)",
                 )
@@ -214,8 +214,8 @@ class Supervisor:
         self._signal = number
         self._log.interrupt()
         if self._shutdown_s and 0 in self._running:
-            self._log.note(f"{name}: rank 0 has {self._shutdown_s:g} s to end, and then the others")
-            # It ends by itself once that is over, which takes a moment.
+            self._log.note(f"{name}: rank 0 has {self._shutdown_s:g} s to end, then the others end")
+            # It ends by itself after that, which takes a moment.
             self._end_others_at = time.monotonic() + self._shutdown_s + self._grace_s
             self._connections[self._ranks[0].host].send(Message(kind="signal", rank=0, signal=number))
             return
@@ -223,7 +223,7 @@ class Supervisor:
         self._end_all(number, self._grace_s)
 
     def _end_all(self, number: int, grace_s: float) -> None:
-        # JAX's coordination service makes ranks deaf to SIGTERM: the keeper kills after the grace period.
+        # JAX's coordination service makes ranks ignore SIGTERM: the keeper kills them after the grace period.
         for connection in self._connections:
             if not connection.is_closed:
                 connection.send(Message(kind="end", signal=number, seconds=grace_s))
@@ -246,7 +246,7 @@ class Supervisor:
         if self._ended_by_us:
             self._log.note(f"ended the other {self._ended_by_us} rank(s)")
         if path := self._log.keep_native():
-            self._log.note(f"what native code of the others wrote then is in {path}")
+            self._log.note(f"the native output of the others at that time is in {path}")
         if self._watch.has_called():
             self._log.note("requests that had not been answered are lost: start the command again")
         return cause.code
@@ -254,7 +254,7 @@ class Supervisor:
 
 @contextlib.contextmanager
 def catch_signals(inbox: queue.SimpleQueue[Event]) -> Iterator[None]:
-    """Turns signals that would end this process into events. Does nothing outside of the main thread."""
+    """Turns signals that would end this process into events. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -272,7 +272,7 @@ def catch_signals(inbox: queue.SimpleQueue[Event]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def send_beats(connections: Sequence[Connection], every_s: float) -> Iterator[None]:
-    """Tells the keepers that we live, from a thread of its own: showing output may block for as long as it likes."""
+    """Tells the keepers that the launcher is alive, in its own thread: showing output may block indefinitely."""
     is_over = threading.Event()
 
     def beat() -> None:

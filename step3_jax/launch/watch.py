@@ -1,6 +1,6 @@
-"""What is known of the ranks of a run, and which is to blame when one fails. Pure: no clock, no network, no process.
+"""The state of a run's ranks, and which one is to blame for a failure. Pure: no clock, no network, no process.
 
-The first to be heard of is often not the one that failed: a rank that loses a peer dies of it, and may be reported earlier.
+The first report is often not about the rank that failed: a rank that loses a peer dies of it, and may be reported earlier.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# Another process failed, or none of them moves; that of EX_TEMPFAIL, "try again".
+# Another process failed, or none makes progress; the value of EX_TEMPFAIL, "try again".
 LOST_PEER_CODE = 75
-# From the first failure to the judgement, so that its cause is heard of too.
+# From the first failure to the verdict, so that its cause is reported too.
 SETTLE_S = 1.0
-# A rank that has not moved for so long when another loses its peers is the one that they have lost.
+# A rank that has made no progress for this long when another loses its peers is the one that was lost.
 _SUSPECT_S = 2.0
-# Deadlines that all ranks may be inside of calls without any of them making progress: a batch of a new size is compiled.
+# Deadlines that all ranks may spend inside calls without any progress: a batch of a new size is compiled.
 _STALL_DEADLINES = 10
 
 
 class Report(NamedTuple):
-    """What a keeper says of a rank.
+    """A keeper's report on a rank.
 
     Attributes:
       where: Place and last call, in words.
       changes: Grows whenever the rank makes progress.
-      is_inside: Whether it is inside of a call that waits for others.
+      is_inside: Whether it is inside a call that waits for others.
       is_repeated: Whether a call of that kind has returned before.
       call: Number of its last call; 0 before the first.
-      still_s: How long its process has not moved at all.
+      still_s: How long its process has made no progress at all.
     """
 
     where: str = "at the start"
@@ -45,8 +45,8 @@ class Failure:
 
     Attributes:
       rank: Its number.
-      text: What happened to it, as it follows its name.
-      code: What the run ends with if this is its cause.
+      text: What happened to it, to follow its name.
+      code: The run's exit code if this is its cause.
       is_consequence: Whether it may have ended because another did.
     """
 
@@ -65,14 +65,14 @@ class _Rank:
 
 
 class Watch:
-    """The table of a launcher. Times are seconds of `now_s`, which grows by `pass_time` alone."""
+    """A launcher's table of ranks. Times are seconds of `now_s`, which only `pass_time` advances."""
 
     def __init__(self, names: Mapping[int, str], *, deadline_s: float) -> None:
-        """Begins when all ranks have been started.
+        """Starts when all ranks have been started.
 
         Args:
-          names: Of each rank that this launcher has started, as messages call it: "ffn 0 (rank 1 on host b)".
-          deadline_s: Longest time that a rank may not move, and longest wait for one that has ended.
+          names: Names in messages of the ranks that this launcher has started: "ffn 0 (rank 1 on host b)".
+          deadline_s: The longest a rank may make no progress, and the longest wait for one that has ended.
         """
         self.now_s = 0.0
         self._names = dict(names)
@@ -82,23 +82,23 @@ class Watch:
         self._failed_at = 0.0
 
     def pass_time(self, seconds: float) -> None:
-        """Lets time pass. Time in which the launcher itself did not run is not to be counted."""
+        """Lets time pass. Time in which the launcher itself did not run must not be counted."""
         self.now_s += seconds
 
     def name(self, rank: int) -> str:
-        """A rank as messages call it."""
+        """A rank's name in messages."""
         return self._names[rank]
 
     def where(self, rank: int) -> str:
-        """Where a rank was when it was last heard of."""
+        """Where a rank was at its last report."""
         return self._ranks[rank].report.where
 
     def is_inside(self, rank: int) -> bool:
-        """Whether a rank was inside of a call that waits for others when it was last heard of."""
+        """Whether a rank was inside a call that waits for others at its last report."""
         return self._ranks[rank].report.is_inside
 
     def has_called(self) -> bool:
-        """Whether some rank has made a call: then there may be requests that are lost."""
+        """Whether some rank has made a call, so that requests may be lost."""
         return any(rank.report.call > 0 for rank in self._ranks.values())
 
     def hear(self, rank: int, report: Report) -> None:
@@ -120,37 +120,37 @@ class Watch:
         self._failures.append(failure)
 
     def has_failure(self) -> bool:
-        """Whether some rank has failed, be it by itself or because another did."""
+        """Whether some rank has failed, by itself or because of another."""
         return bool(self._failures)
 
     def judge(self) -> Failure | None:
-        """Why the run is to end; None if it is not, or a failure's cause may still be heard of."""
+        """Why the run must end; None if it need not, or if a failure's cause may still be reported."""
         if not self._failures:
             return self._find_still() or self._find_deserted() or self._find_stall()
         is_settled = self.now_s - self._failed_at >= SETTLE_S
         return self._find_cause() if is_settled or not all(one.is_consequence for one in self._failures) else None
 
     def _find_cause(self) -> Failure:
-        # One that ended because of another knows it, and may be quicker.
+        # A rank that ended because of another knows of it, and may be quicker.
         found = min(self._failures, key=lambda failure: (failure.is_consequence, failure.code == LOST_PEER_CODE))
         if found.is_consequence:
             has_failed = {failure.rank for failure in self._failures}
             still = {rank: self._still_s(rank) for rank in self._running() if rank not in has_failed}
             if still and max(still.values()) >= _SUSPECT_S:
                 rank = max(still, key=lambda rank: still[rank])
-                return Failure(rank, f"has not moved for {still[rank]:.0f} s (stopped?), {self.where(rank)}")
+                return Failure(rank, f"has made no progress for {still[rank]:.0f} s (stopped?), {self.where(rank)}")
         return found
 
     def _find_still(self) -> Failure | None:
         for rank in self._running():
             still_s = self._ranks[rank].report.still_s
             if still_s > self._deadline_s:
-                text = f"has not moved for {still_s:.0f} s (stopped, or no processor for it), {self.where(rank)}"
+                text = f"has made no progress for {still_s:.0f} s (stopped, or starved of CPU time), {self.where(rank)}"
                 return Failure(rank, text)
         return None
 
     def _find_deserted(self) -> Failure | None:
-        """A rank that has ended as if all were done while another waits for it, or has worked for rank 0 and is left."""
+        """A rank that has ended normally while another waits for it, or a worker that is left without rank 0."""
         ended = [rank for rank, found in self._ranks.items() if found.has_ended]
         if not ended:
             return None
@@ -174,11 +174,11 @@ class Watch:
             is_waiting = found.report.is_inside and found.report.is_repeated
             if not is_waiting or self.now_s - found.changed_at <= limit_s:
                 return None
-        # The one that is furthest behind.
+        # The rank that is furthest behind.
         rank = min(running, key=lambda rank: self._ranks[rank].report.call)
         others = "; ".join(f"{self.name(other)} is {self.where(other)}" for other in running if other != rank)
         text = f"is {self.where(rank)}, and no rank has made progress for {limit_s:.0f} s ({others})"
-        return Failure(rank, f"{text}. If the devices are only slow, raise --rank-deadline")
+        return Failure(rank, f"{text}. If the devices are merely slow, raise --rank-deadline")
 
     def _running(self) -> list[int]:
         return [rank for rank, found in self._ranks.items() if not found.has_ended]

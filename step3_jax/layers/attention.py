@@ -26,23 +26,23 @@ from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.rope import apply_rope, rope_table
 from step3_jax.layers.rows import Rows
 
-# A page that no cache has: what is written to it is dropped.
+# A page that no cache has: writes to it are dropped.
 NO_PAGE = 2**30
 
 
 class CacheStep(NamedTuple):
-    """Where the tokens of one step stand in the paged cache.
+    """The positions of one step's tokens in the paged cache.
 
     A decode step has T tokens of each sequence, the last T of its `lengths`. A chunk of prompts is packed: one row of N
-    tokens, in which those of sequence b are [query_starts[b], query_starts[b + 1]), the last of its `lengths`; what
-    stands behind query_starts[-1] is padding.
+    tokens, in which those of sequence b are [query_starts[b], query_starts[b + 1]), the last of its `lengths`; rows
+    from query_starts[-1] on are padding.
 
     Attributes:
-      table: Page ids of each sequence in order; entries behind its last page may be any page.
-      lengths: Tokens of each sequence in the cache once this step's are written; 0 for a row that is idle.
-      query_starts: Of a chunk; None in a decode step.
-      num_new: Of a decode step: how many of the T tokens of each sequence are new, the last ones. Those before them are
-        padding, whose keys and values are written nowhere. None: all of them are new.
+      table: Page ids of each sequence in order; entries after its last page may be any page.
+      lengths: Tokens of each sequence in the cache once this step's are written; 0 for an idle row.
+      query_starts: Row starts of a chunk; None in a decode step.
+      num_new: In a decode step, how many of the T tokens of each sequence are new, the last ones. Those before them are
+        padding, whose keys and values are not written. None: all of them are new.
     """
 
     table: Int[Array, "B max_pages"]
@@ -52,17 +52,17 @@ class CacheStep(NamedTuple):
 
 
 class AttentionContext(NamedTuple):
-    """What all layers of one step share.
+    """Shared by all layers of one step.
 
     Attributes:
       cos, sin: Rotary table, [B, T, K/2].
       mask: Which tokens each token may see, [B, T, T]; None with a cache.
-      step: Where the tokens stand in the cache; None without one.
+      step: The tokens' positions in the cache; None without one.
       page_ids: Page that each new token is written to, [N]; `NO_PAGE` for none. None without a cache.
       slots: Its place in the page, [N]; None without a cache.
-      first_page: Where the layer's pages start in the pool, from which the numbers above count; None for pages of one
-        layer alone. See `at_layer`.
-      plan: Of a decode step, what each worker reads: the same in all layers. None where each makes its own. See `with_plan`.
+      first_page: Where the layer's pages start in the pool; the numbers above are relative to it. None for pages of a
+        single layer. See `at_layer`.
+      plan: In a decode step, what each worker reads: the same in all layers. None if each makes its own. See `with_plan`.
     """
 
     cos: Float[Array, "B T half"]
@@ -79,7 +79,7 @@ class MFA(nnx.Module):
     """q = wq RMS(q_proj x), H heads; k, v = k_proj x, v_proj x, one head; o_proj(attention).
 
     Attributes:
-      qkv_down_proj: The three products of x as one, in their place, if `model.fuse.fuse` has joined them.
+      qkv_down_proj: The three products of x joined into one, replacing them, if `model.fuse.fuse` has done so.
     """
 
     def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -96,16 +96,16 @@ class MFA(nnx.Module):
 
     @property
     def takes_rows(self) -> bool:
-        """Whether quantised rows are what its first products multiply."""
+        """Whether its first products multiply quantised rows."""
         first = (self.qkv_down_proj,) if self.qkv_down_proj is not None else (self.q_proj, self.k_proj, self.v_proj)
         return all(projection is not None and projection.takes_rows for projection in first)
 
     def __call__(
         self, hidden: Float[Array, "B T D"] | Rows, context: AttentionContext, pages: KVPages | None = None
     ) -> tuple[Float[Array, "B T D"], KVPages | None]:
-        """Attends to the cache (with the new rows written into it), or to `hidden` alone when `pages` is None.
+        """Attends to the cache (with the new rows written into it), or only to `hidden` if `pages` is None.
 
-        `pages` are the pool of all layers; the context says where this one's begin.
+        `pages` are the pool of all layers; the context says where this one's start.
         """
         batch, length, half = context.cos.shape
         low, keys, values = self._project(hidden)
@@ -152,7 +152,7 @@ class MFA(nnx.Module):
 
 
 class Columns(NamedTuple):
-    """Some columns of an array, left where they are: a kernel reads them in place.
+    """Some columns of an array, not copied: a kernel reads them in place.
 
     Attributes:
       array: [N, columns].
@@ -165,7 +165,7 @@ class Columns(NamedTuple):
     size: int
 
     def take(self) -> Float[Array, "N size"]:
-        """The columns by themselves."""
+        """The columns as a separate array."""
         return self.array[:, self.start : self.start + self.size]
 
 
@@ -182,10 +182,10 @@ def attention_context(
     Args:
       config: Head size and rotary base.
       shape: Sequences and query tokens; [1, N] for a chunk of prompts.
-      step: Where the tokens stand in the cache; without one they see each other.
-      page_size: Tokens of a page.
-      positions: Rotary positions, if they are not the tokens' places in their sequences. Who sees whom goes by place,
-        not by position.
+      step: The tokens' positions in the cache; without one they see each other.
+      page_size: Tokens per page.
+      positions: Rotary positions, if they differ from the tokens' places in their sequences. The mask depends on the
+        places, not on these.
     """
     batch, length = shape
     if step is None:
@@ -203,7 +203,7 @@ def attention_context(
         rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length)
     else:
         tokens = jnp.arange(length, dtype=jnp.int32)
-        # The last sequence that begins at or before a token is the one it belongs to: empty ones have no tokens.
+        # A token belongs to the last sequence that starts at or before it: empty ones have no tokens.
         rows = jnp.searchsorted(step.query_starts, tokens, side="right", method="compare_all").astype(jnp.int32) - 1
         rows = jnp.minimum(rows, step.lengths.shape[0] - 1)
         places = step.lengths[rows] - step.query_starts[rows + 1] + tokens
@@ -218,18 +218,18 @@ def attention_context(
 
 
 def at_layer(context: AttentionContext, layer: Int[Array, ""] | int, layer_pages: int) -> AttentionContext:
-    """The context for one layer of a pool in which each has `layer_pages` pages, one layer's after the other's."""
+    """The context for one layer of a pool with `layer_pages` pages per layer, layer after layer."""
     return context._replace(first_page=layer * layer_pages)
 
 
 def with_plan(context: AttentionContext, pages: KVPages | None, tokens: int, heads: int) -> AttentionContext:
-    """The context of a decode step with the division of its work among the attention kernel's workers, if there is a kernel.
+    """The context of a decode step with the plan that divides its work among the attention kernel's workers, if any.
 
     Args:
       context: Of the step.
       pages: The cache; None without one.
-      tokens: Of each sequence.
-      heads: That a device has of each token.
+      tokens: Tokens of each sequence.
+      heads: Heads of each token on a device.
     """
     step = context.step
     if (
@@ -246,7 +246,7 @@ def with_plan(context: AttentionContext, pages: KVPages | None, tokens: int, hea
 
 
 def query_dtype(dtype: jnp.dtype, pages: KVPages) -> jnp.dtype:
-    """What rotated queries of a decode step are best rounded to: what is multiplied with these pages, if it is as wide."""
+    """The best dtype for rotated queries of a decode step: the one multiplied with these pages, if it is as wide."""
     is_half = dtype == jnp.bfloat16 and pages.storage == "fp8"
     return jnp.dtype(jnp.float16) if is_half else dtype
 
@@ -262,10 +262,10 @@ def attend_pages(
     """Attention of a decode step or of a packed chunk over the cache, which has the step's own rows already.
 
     Args:
-      queries: Rotated.
+      queries: Rotated queries.
       pages: The pool of all layers.
-      context: Of the step and the layer.
-      dtype: Of the heads; that of the queries if None.
+      context: The context of the step and the layer.
+      dtype: The dtype of the heads; that of the queries if None.
       quantise: Whether the heads of a decode step come out as quantised rows, one for each token.
     """
     step, wanted = context.step, queries.dtype if dtype is None else dtype
@@ -298,7 +298,7 @@ def _first_page(context: AttentionContext) -> Int[Array, ""] | int:
 
 
 def _implementation(pages: KVPages) -> Implementation:
-    """No kernel takes pages of bits, which are for CPUs."""
+    """Kernels do not take pages of bits, which are for CPUs."""
     return "reference" if pages.is_bits else "auto"
 
 

@@ -1,7 +1,7 @@
-"""Layers whose weights are sharded over devices: the same call on each device's own tokens, exchanges inside.
+"""Layers whose weights are sharded over devices: the same call on each device's own tokens, with exchanges inside.
 
 They run inside `jax.shard_map` with all axes of the mesh manual, and wrap a layer that holds this device's part of the
-weights. Tokens come first in every array here, and a "group" is the devices that share a weight out between them.
+weights. Tokens are the first axis of every array here, and a "group" is the devices that a weight is sharded across.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from step3_jax.layers.rows import Rows, map_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The devices that share a weight out between them, as axes of the mesh.
+    """The devices that a weight is sharded across, as axes of the mesh.
 
     Attributes:
-      split: Axes along which each device has tokens of its own.
+      split: Axes along which each device has its own tokens.
       copies: Axes along which all devices have the same tokens.
     """
 
@@ -35,7 +35,7 @@ class Group:
         return self.split + self.copies
 
     def gather_rows(self, hidden: Float[Array, "N D"] | Rows) -> Float[Array, "M D"] | Rows:
-        """The tokens of all devices of the group, quantised rows in the bytes that they are."""
+        """The tokens of all devices of the group; quantised rows are gathered as bytes."""
         if not self.split or not isinstance(hidden, Rows):
             return hidden if isinstance(hidden, Rows) else self.gather(hidden)
         return map_tokens(hidden, self.gather)
@@ -45,26 +45,26 @@ class Group:
         return jax.lax.all_gather(rows, self.split, axis=0, tiled=True) if self.split else rows
 
     def reduce(self, parts: Float[Array, "M D"]) -> Float[Array, "N D"]:
-        """The sum over the group of each device's own tokens; the inverse of `gather` where parts of sums are made."""
+        """The sum over the group for each device's own tokens; the inverse of `gather` for partial sums."""
         if self.split:
             parts = jax.lax.psum_scatter(parts, self.split, scatter_dimension=0, tiled=True)
         return jax.lax.psum(parts, self.copies) if self.copies else parts
 
     def join_columns(self, part: Float[Array, "M part"]) -> Float[Array, "N whole"]:
-        """All columns of a device's own tokens, where each device has made a part of the columns for all."""
+        """All columns of a device's own tokens, where each device has computed some columns for all tokens."""
         if self.split:
             part = jax.lax.all_to_all(part, self.split, split_axis=0, concat_axis=1, tiled=True)
         return jax.lax.all_gather(part, self.copies, axis=1, tiled=True) if self.copies else part
 
     def split_columns(self, whole: Float[Array, "N whole"]) -> Float[Array, "M part"]:
-        """This device's part of the columns of all tokens, where each device has all columns of its own."""
+        """This device's columns of all tokens, where each device has all columns of its own tokens."""
         if not self.split:
             return whole
         return jax.lax.all_to_all(whole, self.split, split_axis=1, concat_axis=0, tiled=True)
 
 
 class ShardedEmbedding(nnx.Module):
-    """An embedding table of which each device has some columns."""
+    """An embedding table sharded by columns."""
 
     def __init__(self, inner: Embedding, group: Group) -> None:
         self.inner = inner
@@ -76,7 +76,7 @@ class ShardedEmbedding(nnx.Module):
 
 
 class ShardedHead(nnx.Module):
-    """The head, of which each device has some rows; `vocab_size` of them all are tokens, the rest is filling."""
+    """The head, sharded by rows; `vocab_size` rows in all are tokens, the rest is padding."""
 
     def __init__(self, inner: Linear, group: Group, vocab_size: int) -> None:
         self.inner = inner
@@ -90,9 +90,9 @@ class ShardedHead(nnx.Module):
 
 
 class ShardedOutput(nnx.Module):
-    """The o-projection, of which each device has some columns.
+    """The o-projection, sharded by columns.
 
-    With tensor parallel attention a device has made the values of just these columns. Else it has made all values of its
+    With tensor parallel attention a device has computed just the values of its columns. Otherwise it has all values of its
     own tokens, and the group first exchanges tokens for columns: fewer bytes than all values of all tokens.
     """
 
@@ -102,7 +102,7 @@ class ShardedOutput(nnx.Module):
 
     @property
     def takes_rows(self) -> bool:
-        """Whether quantised rows may come in; to exchange columns they must be plain."""
+        """Whether the input may be quantised rows; to exchange columns they must be plain."""
         return self.inner.takes_rows and not self.group.split
 
     def __call__(self, heads: Float[Array, "B T Q"] | Rows) -> Float[Array, "*batch D"]:
@@ -113,9 +113,9 @@ class ShardedOutput(nnx.Module):
 
 
 class SummedLinear(nnx.Module):
-    """A projection of which each device has some columns, where each has just these columns of the same tokens.
+    """A projection sharded by columns, where each device has just its columns of the same tokens.
 
-    The columns may be more axes than one. The bias, which every device has, is added once, to the sum.
+    The columns may be several axes. The bias, which every device has, is added once, to the sum.
     """
 
     def __init__(self, inner: Linear, group: Group) -> None:

@@ -15,7 +15,7 @@ class Embedding(nnx.Module):
     """A table with one row for each id of the vocabulary; no scaling.
 
     Attributes:
-      cpu_kernels: What the layers after it use, if `model.cpu` has set them: rows are then widened to float32.
+      cpu_kernels: The kernels that the following layers use, if `model.cpu` has set them: rows are then widened to float32.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -40,8 +40,8 @@ def merge_image_features(
 
     Args:
       embeddings: Token embeddings.
-      features: Image features of all pictures, one under the other.
-      rows: Row of `features` for each token; -1 where the token is no image place.
+      features: Concatenated features of all images.
+      rows: Row of `features` for each token; -1 where the token is not an image place.
     """
     picked = jnp.take(features, jnp.maximum(rows, 0), axis=0, mode="clip").astype(embeddings.dtype)
     return jnp.where((rows >= 0)[..., None], picked, embeddings)

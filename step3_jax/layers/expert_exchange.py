@@ -1,9 +1,9 @@
-"""Routed experts spread over devices: each has whole experts, or parts of their width, or both.
+"""Routed experts sharded over devices: each has whole experts, or parts of their width, or both.
 
-Two ways for tokens to come to their experts. Gathered: every device gets all tokens, adds up what its experts make of
-them, and a reduce-scatter takes the sums back. All-to-all: a token goes once to each group of devices that has one of its
-experts, and one sum comes back from each; a group takes a fixed number of tokens of each sender, and where one step has
-more than that for some group, all of it is gathered instead: no token is ever dropped.
+Tokens reach their experts in one of two ways. Gathered: every device gets all tokens, adds up its experts'
+outputs, and a reduce-scatter takes the sums back. All-to-all: a token goes once to each group of devices that has one of
+its experts, and one sum comes back from each; a group takes a fixed number of tokens from each sender, and if a step has
+more than that for some group, the whole step is gathered instead: no token is ever dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from step3_jax.layers.moe import Experts
 from step3_jax.layers.router import Routing
 from step3_jax.layers.rows import Rows, as_plain
 
-# Room for tokens of one sender for one group, over the number to expect if all experts are equally likely.
+# Room for one sender's tokens for one group, relative to the expected number if all experts are equally likely.
 CAPACITY_FACTOR = 2.0
 CAPACITY_MULTIPLE = 8
 
@@ -40,15 +40,15 @@ class ShardedExperts(nnx.Module):
         num_experts: int,
         use_all_to_all: bool,
     ) -> None:
-        """Wraps a part.
+        """Wraps a device's part.
 
         Args:
           inner: The part.
-          everyone: All devices that share the layer out.
+          everyone: All devices that the layer is sharded across.
           expert_axes: Mesh axes along which devices have different experts.
           width: Devices that have parts of the width of the same experts.
           num_experts: Experts of the layer.
-          use_all_to_all: Which way tokens take; all tokens must then be split over `everyone`.
+          use_all_to_all: Whether to use the all-to-all; tokens must then be split over `everyone`.
         """
         self.inner = inner
         self.everyone = everyone
@@ -62,7 +62,7 @@ class ShardedExperts(nnx.Module):
         tokens = (hidden, routing.weights, routing.experts)
         if not self.use_all_to_all or not self.expert_axes:
             return self._gathered(*tokens)
-        # What an all-to-all leaves empty is zeros, so rows go plain, and are quantised where they arrive.
+        # An all-to-all leaves zeros in empty places, so rows are sent plain, and quantised where they arrive.
         tokens = (as_plain(hidden), routing.weights, routing.experts)
         hidden, weights, experts = gather_tokens(self.width, *tokens)
         num_groups = jax.lax.axis_size(self.expert_axes)
@@ -73,7 +73,7 @@ class ShardedExperts(nnx.Module):
         if room == hidden.shape[0]:
             return self._exchanged(hidden, weights, experts, is_wanted, room)
         overflows = jnp.max(jnp.sum(is_wanted, axis=0)) > room
-        # The same answer on all devices, as the two ways exchange differently.
+        # The same decision on all devices, as the two ways exchange differently.
         overflows = jax.lax.pmax(overflows.astype(jnp.int32), self.everyone.axes) > 0
         return jax.lax.cond(
             overflows,
@@ -84,12 +84,12 @@ class ShardedExperts(nnx.Module):
     def sum_part(
         self, hidden: Float[Array, "N D"] | Rows, weights: Float[Array, "N top_k"], experts: Int[Array, "N top_k"]
     ) -> Float[Array, "N D"]:
-        """What this device's part adds for any tokens; expert ids are counted over all devices."""
+        """The contribution of this device's part for any tokens; expert ids are global."""
         count = self.inner.gate_proj[...].shape[0]
         first = jax.lax.axis_index(self.expert_axes) * count if self.expert_axes else 0
         local = experts - first
         is_here = (local >= 0) & (local < count)
-        # `count` is no expert of this part.
+        # `count` stands for an expert outside this part.
         return self.inner(
             hidden, jnp.where(is_here, weights, 0), jnp.where(is_here, local, count), all_experts=self.num_experts
         )
@@ -111,7 +111,7 @@ class ShardedExperts(nnx.Module):
         num_tokens, num_groups = is_wanted.shape
         places = jnp.where(is_wanted, jnp.cumsum(is_wanted, axis=0) - 1, room)
         numbers = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], places.shape)
-        # Token of each place; places that are empty point behind the last token.
+        # Token of each place; empty places point past the last token.
         picked = jnp.full((num_groups, room), num_tokens, jnp.int32)
         picked = picked.at[jnp.arange(num_groups), places].set(numbers, mode="drop").reshape(-1)
 
@@ -127,7 +127,7 @@ class ShardedExperts(nnx.Module):
 
 
 def capacity(num_tokens: int, top_k: int, num_groups: int) -> int:
-    """Tokens that a sender may have for one group: those to expect, and as many again; at most all there are."""
+    """Tokens that a sender may have for one group: twice the expected number, at most all of them."""
     expected = num_tokens * (1 - (1 - 1 / num_groups) ** top_k)
     room = math.ceil(CAPACITY_FACTOR * expected / CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
     return min(room, num_tokens)

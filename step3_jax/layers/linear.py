@@ -19,8 +19,8 @@ from step3_jax.layers.stored import multiply
 from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
-# XLA:CPU has no bfloat16 product of a vector: it writes the whole matrix out in float32 first. From two rows on it calls
-# a library that reads bfloat16 as it is, best from four rows.
+# XLA:CPU has no bfloat16 matrix-vector product: it writes the whole matrix out in float32 first. From two rows on it calls
+# a library that reads bfloat16 directly, best from four rows.
 MIN_CPU_ROWS = 4
 
 
@@ -28,8 +28,8 @@ class Linear(nnx.Module):
     """y = x W^T (+ b). The weight is [out, in], as the checkpoint stores it.
 
     Attributes:
-      quantises: Whether activations are quantised before they meet a weight in FP8, and both multiplied in FP8; see
-        `model.fuse.set_quantised`. Else such a weight is dequantised.
+      quantises: Whether activations are quantised before a product with a weight in FP8, and both multiplied in FP8; see
+        `model.fuse.set_quantised`. Otherwise such a weight is dequantised.
       cpu_kernels: Multiply with the weight as stored, if `model.cpu` has set them.
     """
 
@@ -49,11 +49,11 @@ class Linear(nnx.Module):
 
     @property
     def takes_rows(self) -> bool:
-        """Whether quantised rows are what it multiplies."""
+        """Whether it multiplies quantised rows."""
         return self.quantises and is_fp8(self.weight.get_value())
 
     def __call__(self, hidden: Float[Array, "*batch features_in"] | Rows) -> Float[Array, "*batch features_out"]:
-        """The product; of `Rows` it has one leading axis."""
+        """The product; for `Rows` it has one leading axis."""
         weight = self.weight[...]
         if self.cpu_kernels is not None:
             (out,) = multiply(self.cpu_kernels, as_plain(hidden), [weight])
@@ -67,7 +67,7 @@ class Linear(nnx.Module):
 def project(
     hidden: Float[Array, "*batch features_in"] | Rows, linears: Sequence[Linear]
 ) -> list[Float[Array, "*batch _"]]:
-    """The outputs of several layers without bias for the same input; the CPU kernels compute them in one call."""
+    """The outputs of several bias-free layers for the same input; the CPU kernels compute them in one call."""
     kernels = linears[0].cpu_kernels
     if kernels is None or any(one.cpu_kernels != kernels or one.bias is not None for one in linears):
         return [one(hidden) for one in linears]
@@ -85,7 +85,7 @@ def linear(
     """x W^T in the dtype of `hidden`, summed in float32.
 
     Leading axes are flattened first: on XLA:CPU the gradient of a weight contracted over two axes misses the fast
-    matrix product (3x slower). On CPUs a few rows in bfloat16 are filled up with zeros (see `MIN_CPU_ROWS`).
+    matrix product (3x slower). On CPUs a few rows in bfloat16 are padded with zeros (see `MIN_CPU_ROWS`).
 
     A quantised weight is dequantised first.
     """
@@ -101,7 +101,7 @@ def linear(
 
 
 def linear_rows(rows: Rows, weight: Float[Array, "..."] | BlockScaled | LayerOf) -> Float[Array, "N features_out"]:
-    """The product of quantised rows with a weight in FP8, one layer or a place in a stack; summed in float32."""
+    """The product of quantised rows with a weight in FP8, of one layer or in a stack; summed in float32."""
     stored, layer = fp8_parts(weight)
     return fp8_matmul(
         rows.values,
@@ -115,18 +115,18 @@ def linear_rows(rows: Rows, weight: Float[Array, "..."] | BlockScaled | LayerOf)
 
 
 def fp8_parts(weight: Float[Array, "..."] | BlockScaled | LayerOf) -> tuple[BlockScaled, Int[Array, ""] | None]:
-    """A weight for which `is_fp8` holds, or the stack that it lies in, and the number of the layer there.
+    """A weight for which `is_fp8` holds, or its stack, and the number of the layer there.
 
     Raises:
       ValueError: For any other weight.
     """
     stored, layer = parts(weight)
     if not isinstance(stored, BlockScaled):
-        raise ValueError(f"a weight in FP8 has values and scales, this is a {type(stored).__name__}")
+        raise ValueError(f"a weight in FP8 has values and scales, but this is a {type(stored).__name__}")
     return stored, layer
 
 
 def is_fp8(weight: Float[Array, "..."] | BlockScaled | LayerOf) -> bool:
-    """Whether a weight is in FP8 with scales of the blocks that the FP8 products take."""
+    """Whether a weight is in FP8 with the block size that the FP8 products take."""
     stored, _ = parts(weight)
     return isinstance(stored, BlockScaled) and stored.values.dtype == FP8 and stored.block == (FP8_BLOCK, FP8_BLOCK)

@@ -18,8 +18,8 @@ class SwiGLU(nnx.Module):
     """down(silu(gate x) * up x).
 
     Attributes:
-      gate_up_proj: Gate and up as one product, in their place, if `model.fuse.fuse` has joined them.
-      cpu_kernels: Compute all of it from weights as they are stored, if `model.cpu` has set them.
+      gate_up_proj: Gate and up joined into one product, replacing them, if `model.fuse.fuse` has done so.
+      cpu_kernels: Compute all of it from weights in their stored form, if `model.cpu` has set them.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -31,13 +31,13 @@ class SwiGLU(nnx.Module):
 
     @property
     def takes_rows(self) -> bool:
-        """Whether quantised rows are what its first products multiply."""
+        """Whether its first products multiply quantised rows."""
         first = self.gate_up_proj or self.gate_proj
         return first is not None and first.takes_rows
 
     @property
     def stored(self) -> list[Stored]:
-        """The weights of gate, up and down, as the CPU kernels take them."""
+        """The weights of gate, up and down, in the CPU kernels' form."""
         return [linear.weight[...] for linear in (self.gate_proj, self.up_proj, self.down_proj)]
 
     def __call__(self, hidden: Float[Array, "*batch D"] | Rows) -> Float[Array, "*batch D"]:

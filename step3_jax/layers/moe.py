@@ -1,4 +1,4 @@
-"""Routed experts: three forms of one sum, chosen by the number of tokens.
+"""Routed experts: three ways to compute one sum, chosen by the number of tokens.
 
 out[n] = sum_j weights[n, j] * down_e(silu(gate_e x_n) * up_e x_n), e = experts[n, j]
 
@@ -30,15 +30,15 @@ from step3_jax.layers.stored import Stored
 from step3_jax.quant import BlockScaled, PackedInt4, Quantised, dequantise
 from step3_jax.stack import LayerOf, parts, pick
 
-# Up to this many (token, expert) pairs each pair is computed by itself: only chosen experts are read. Of separate stacks
-# more: XLA:CPU's product of eight rows costs about three times as much as that of one.
+# Up to this many (token, expert) pairs, each pair is computed separately: only chosen experts are read. More for separate
+# stacks: XLA:CPU's product of eight rows costs about three times as much as that of one.
 MAX_SINGLE_PAIRS, MAX_SINGLE_PAIRS_SEPARATE = 12, 48
 # Rows of a block in the grouped form. Reading an expert for a block costs about as much as 26 rows do, so few large blocks
-# are best; what is left over goes to at most so many small ones.
+# are best; the rest goes to at most this many small ones.
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 8, 256
 MAX_SMALL_BLOCKS = 2
 
-# An expert's matrix below this size is as well copied: it stays in the processor's cache, and the program is smaller.
+# An expert's matrix below this size may as well be copied: it stays in the processor's cache, and the program is smaller.
 MIN_SEPARATE_BYTES = 2**20
 STACKS = ("gate_proj", "up_proj", "down_proj")
 
@@ -48,7 +48,7 @@ STACKS = ("gate_proj", "up_proj", "down_proj")
 class SeparateStack:
     """One array for each expert, instead of one stack of all.
 
-    XLA:CPU copies whatever is sliced out of a stack before it multiplies; an array of its own is read where it is.
+    XLA:CPU copies a slice of a stack before it multiplies; a separate array is read in place.
 
     Attributes:
       parts: Each [rows, columns].
@@ -61,13 +61,13 @@ class SeparateStack:
         return (len(self.parts), *self.parts[0].shape)
 
     def __getitem__(self, index: types.EllipsisType) -> SeparateStack:
-        """`array[...]` is the array itself: so reads `nnx.Param` its value."""
+        """`array[...]` is the array itself: `nnx.Param` reads its value like this."""
         if index is not ...:
             raise ValueError(f"a separate stack takes no index but [...]; {index!r} was given")
         return self
 
 
-# The sizes of gate and up are those of down the other way round, so the axes have no names that would bind.
+# Gate and up have the sizes of down swapped, so the axes have no names that would bind.
 Stack = Float[Array, "E _ _"] | SeparateStack
 
 
@@ -75,10 +75,10 @@ class Experts(nnx.Module):
     """The routed experts of one layer.
 
     Attributes:
-      capacity_factor: For training: each expert takes at most that many times the even share of tokens, and what overflows
+      capacity_factor: For training: each expert takes at most this many times the even share of tokens, and the overflow
         is dropped. None (the default) never drops a token.
-      quantises: As of `Linear`.
-      cpu_kernels: Compute the sum from weights as they are stored, if `model.cpu` has set them.
+      quantises: As in `Linear`.
+      cpu_kernels: Compute the sum from weights in their stored form, if `model.cpu` has set them.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Experts(nnx.Module):
 
     @property
     def takes_rows(self) -> bool:
-        """Whether quantised rows are what it multiplies."""
+        """Whether it multiplies quantised rows."""
         return self.quantises and all(is_fp8(getattr(self, name).get_value()) for name in STACKS)
 
     def __call__(
@@ -110,7 +110,7 @@ class Experts(nnx.Module):
     ) -> Float[Array, "N D"]:
         """The sum for N tokens.
 
-        `all_experts` says that the stacks are a part of so many experts: an id of E then stands for one that is not
+        `all_experts` says that the stacks are a part of this many experts: an id of E then stands for one that is not
         here, whose weight must be 0. `shared` are the weights of an expert for all tokens, which the CPU kernels add in the
         same call.
         """
@@ -135,15 +135,15 @@ class Experts(nnx.Module):
 
 
 def separate_experts(model: nnx.Module) -> None:
-    """Takes the stacks of experts in `model` apart, for inference on CPUs; see `SeparateStack`.
+    """Splits the stacks of experts in `model`, for inference on CPUs; see `SeparateStack`.
 
     The arrays of the parts are copied only where jax cannot share host memory. Quantised stacks, small ones, and those
-    that the CPU kernels read stay as they are.
+    that the CPU kernels read are unchanged.
     """
     for _, module in nnx.iter_modules(model):
         for name in STACKS if isinstance(module, Experts) and module.cpu_kernels is None else ():
             stack = getattr(module, name).get_value()
-            # An axis more is one of layers.
+            # An additional axis is the layers.
             if isinstance(stack, jax.Array) and stack.ndim == 3 and stack.nbytes >= len(stack) * MIN_SEPARATE_BYTES:
                 host = np.asarray(stack)
                 parts = tuple(jax.device_put(host[expert], may_alias=True) for expert in range(len(host)))
@@ -161,7 +161,7 @@ def experts_by_pair(
 ) -> Float[Array, "N D"]:
     """One (token, expert) pair after the other: for decoding a few tokens, where reading weights is all the cost."""
     top_k = experts.shape[1]
-    # Pairs of one expert follow each other: its weights are still in the processor's cache. A token has no expert twice.
+    # Pairs of one expert are consecutive: its weights are still in the processor's cache. A token has no expert twice.
     order = jnp.argsort(experts.reshape(-1)) if len(hidden) > 1 else jnp.arange(top_k)
 
     def add_pair(index: int | Int[Array, ""], total: Float[Array, "N D"]) -> Float[Array, "N D"]:
@@ -171,7 +171,7 @@ def experts_by_pair(
 
     total = jnp.zeros(hidden.shape, jnp.float32)
     if isinstance(gate, SeparateStack):
-        # A loop, so that the choice among all experts is compiled once and not once a pair.
+        # A loop, so that the choice among all experts is compiled once and not once per pair.
         return jax.lax.fori_loop(0, experts.size, add_pair, total).astype(hidden.dtype)
     for index in range(experts.size):
         total = add_pair(index, total)
@@ -188,17 +188,17 @@ def experts_by_block(
     *,
     all_experts: int | None = None,
 ) -> Float[Array, "N D"]:
-    """Pairs sorted by expert and cut in blocks of one expert each; a loop over blocks picks the block's expert.
+    """Pairs sorted by expert and cut into blocks of one expert each; a loop over blocks picks the block's expert.
 
-    No token is dropped: there are at most ceil(pairs / rows) + E blocks, the padding of each expert's last block
-    being all that is wasted. Pairs of an expert that is not here (see `Experts.__call__`) take no block.
+    No token is dropped: there are at most ceil(pairs / rows) + E blocks, and only the padding of each expert's last block
+    is wasted. Pairs of an expert that is not here (see `Experts.__call__`) take no block.
     """
     num_tokens, top_k = experts.shape
     num_experts, num_pairs = gate.shape[0], experts.size
     large, small = block_rows(num_pairs, all_experts or num_experts)
     flat = experts.reshape(-1)
     counts = jnp.bincount(flat, length=num_experts)
-    # A rest that small blocks would fill three times or more is as well one large block.
+    # A remainder that would fill three small blocks or more may as well be one large block.
     rest = counts % large
     is_large = (rest > MAX_SMALL_BLOCKS * small) | (small == large)
     num_small = jnp.where(is_large, 0, -(-rest // small))
@@ -208,11 +208,11 @@ def experts_by_block(
     order = jnp.argsort(flat, stable=True)
     sorted_experts = flat[order]
     rank = jnp.arange(num_pairs) - (jnp.cumsum(counts) - counts)[sorted_experts]
-    # What an expert's last block may be padded with, and no block is without a pair.
+    # The most padding of an expert's last block; no block is without a pair.
     padding = max(large - MAX_SMALL_BLOCKS * small, small)
     num_slots = num_pairs + min(num_experts, num_pairs) * padding
     slots = jnp.where(sorted_experts < num_experts, first_slots[sorted_experts] + rank, num_slots)
-    # Slot -> token; empty slots point at a row of zeros behind the last token.
+    # Slot -> token; empty slots point at a row of zeros after the last token.
     tokens = jnp.full((num_slots,), num_tokens, jnp.int32)
     tokens = tokens.at[slots].set((order // top_k).astype(jnp.int32), mode="drop")
     padded = jnp.concatenate([hidden, jnp.zeros((1, hidden.shape[1]), hidden.dtype)])
@@ -220,7 +220,7 @@ def experts_by_block(
     def run_blocks(
         rows: int, blocks_each: Int[Array, " E"], skipped: Int[Array, " E"], outputs: Float[Array, "slots D"]
     ) -> Float[Array, "slots D"]:
-        """All blocks of one size; an expert's stand behind the slots that are `skipped`."""
+        """All blocks of one size; an expert's come after the slots that are `skipped`."""
         ends = jnp.cumsum(blocks_each)
 
         def run_block(block: Int[Array, ""], outputs: Float[Array, "slots D"]) -> Float[Array, "slots D"]:
@@ -235,7 +235,7 @@ def experts_by_block(
 
     outputs = jnp.zeros((num_slots, hidden.shape[1]), hidden.dtype)
     outputs = run_blocks(large, num_large, jnp.zeros_like(counts), outputs)
-    # A loop for each size: a choice between them inside one loop would copy `outputs` for every block.
+    # A loop for each size: choosing between sizes inside one loop would copy `outputs` for every block.
     if small < large:
         outputs = run_blocks(small, num_small, num_large * large, outputs)
     slot_of_pair = jnp.zeros((num_pairs,), jnp.int32).at[order].set(slots.astype(jnp.int32))
@@ -244,7 +244,7 @@ def experts_by_block(
 
 
 def block_rows(num_pairs: int, num_experts: int) -> tuple[int, int]:
-    """Rows of a large block, which holds an expert's even share and a little more, and of a small one."""
+    """Rows of a large block, which holds slightly more than an expert's even share, and of a small one."""
     share = -(-num_pairs * 9 // (num_experts * 8))
     large = min(max(-(-share // MIN_BLOCK_ROWS) * MIN_BLOCK_ROWS, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
     return large, max(large // 4, MIN_BLOCK_ROWS)
@@ -260,7 +260,7 @@ def experts_by_capacity(
     *,
     capacity: int,
 ) -> Float[Array, "N D"]:
-    """All experts at once, each with `capacity` rows: for training, where a fixed shape and a fast gradient count.
+    """All experts at once, each with `capacity` rows: for training, where a fixed shape and a fast gradient matter.
 
     Pairs beyond an expert's capacity contribute nothing (GShard, arXiv 2006.16668).
     """
@@ -313,7 +313,7 @@ def _experts_plain(
     all_experts: int | None,
 ) -> Float[Array, "N D"]:
     plain = [_plain(stack, hidden.dtype) for stack in stacks]
-    # One by one, pairs whose expert is elsewhere would cost as much as the others.
+    # Computed one by one, pairs whose expert is elsewhere would cost as much as the others.
     most = MAX_SINGLE_PAIRS_SEPARATE if isinstance(plain[0], SeparateStack) else MAX_SINGLE_PAIRS
     if experts.size <= most and all_experts is None:
         return experts_by_pair(hidden, weights, experts, *plain)
@@ -351,7 +351,7 @@ def _experts_fp8(
     *,
     all_experts: int | None,
 ) -> Float[Array, "N D"]:
-    """The sum with every product in FP8, on any device: what is quantised is the model's to say, not the platform's."""
+    """The sum with every product in FP8, on any device: the model decides what is quantised, not the platform."""
     found = [fp8_parts(stack) for stack in stacks]
     out = moe_ffn(
         (rows.values, rows.scales),
@@ -365,14 +365,14 @@ def _experts_fp8(
 
 
 def _kernel_unsupported(dtype: jnp.dtype, stacks: list[Stack | BlockScaled | LayerOf]) -> str | None:
-    """Why the GPU kernels cannot serve these experts, whose activations stay as they are; None if they can."""
+    """Why the GPU kernels cannot serve these experts with unquantised activations; None if they can."""
     gate, _ = parts(stacks[0])
     if isinstance(gate, SeparateStack):
-        return "the kernels take the experts as stacks, and these are taken apart for a CPU"
+        return "the kernels take the experts as stacks, but these are split for a CPU"
     if dtype != jnp.bfloat16:
         return f"the kernels take bfloat16 tokens, not {dtype}"
     if not isinstance(gate, jax.Array) or gate.dtype != dtype:
-        return "the kernels take experts in bfloat16, or in FP8 with activations that are quantised too"
+        return "the kernels take experts in bfloat16, or in FP8 with quantised activations"
     if any(size % FP8_BLOCK for size in gate.shape[-2:]):
         return f"the kernels take sizes that are multiples of {FP8_BLOCK}, not {gate.shape[-2:]}"
     return None

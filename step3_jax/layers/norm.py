@@ -16,8 +16,8 @@ class RMSNorm(nnx.Module):
     """w * cast(x / sqrt(mean(x^2) + eps)): statistics in float32, cast back before the multiplication.
 
     Attributes:
-      quantises: Whether it gives quantised rows, for products that take them; see `model.fuse.set_quantised`.
-      keeps_plain: Whether quantised rows come with the plain ones.
+      quantises: Whether it returns quantised rows, for products that take them; see `model.fuse.set_quantised`.
+      keeps_plain: Whether quantised rows also carry the plain ones.
     """
 
     def __init__(self, size: int, *, eps: float, dtype: jnp.dtype = jnp.float32) -> None:
@@ -65,7 +65,7 @@ def rms_norm(hidden: Float[Array, "*batch D"], weight: Float[Array, " D"], *, ep
 def pick_row(weight: Float[Array, " D"] | LayerOf) -> Float[Array, " D"]:
     """One layer's weight of a norm.
 
-    Out of a stack it is gathered in pieces: a plain slice would be a launch whose address the host computes anew in each
+    From a stack it is gathered in pieces: a plain slice would be a launch whose address the host recomputes in each
     layer.
     """
     if not isinstance(weight, LayerOf):

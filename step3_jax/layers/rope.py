@@ -22,6 +22,6 @@ def apply_rope(
     shape = cos.shape[:2] + (1,) * (heads.ndim - 3) + cos.shape[-1:]
     cos, sin = cos.reshape(shape).astype(heads.dtype), sin.reshape(shape).astype(heads.dtype)
     first, second = jnp.split(heads, 2, axis=-1)
-    # Stacked, not concatenated: XLA:CPU then writes both halves in one loop, by itself in a quarter of the time.
+    # Stacked, not concatenated: XLA:CPU then writes both halves in one loop, in a quarter of the time.
     rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2)
     return rotated.reshape(heads.shape)

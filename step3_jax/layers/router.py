@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and with what weight."""
+"""The router: which experts a token goes to, and with what weights."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def count_tokens(routing: Routing, num_tokens: Int[Array, ""], num_experts: int)
     """Tokens that each expert gets in a layer.
 
     Args:
-      routing: Of the layer.
-      num_tokens: Those at the front that count; the others are padding.
+      routing: The layer's routing.
+      num_tokens: The leading tokens that count; the others are padding.
       num_experts: E.
     """
     is_token = jnp.arange(routing.experts.shape[0]) < num_tokens
@@ -106,7 +106,7 @@ def choose(logits: Float[Array, "N E"], *, top_k: int, renormalise: bool = False
       ValueError: If `top_k` is not in [1, E].
     """
     if not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(f"top_k is {top_k}; allowed: 1 to the {logits.shape[1]} experts there are")
+        raise ValueError(f"top_k is {top_k}; allowed: 1 to {logits.shape[1]}, the number of experts")
     weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
     if renormalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

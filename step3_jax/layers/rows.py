@@ -1,4 +1,4 @@
-"""Quantised rows: what a norm hands to the products after it, so that they quantise nothing themselves."""
+"""Quantised rows: what a norm passes to the products after it, so that they need not quantise."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Rows:
     Attributes:
       values: e4m3.
       scales: float32, the scales of a row as a column, N rounded up to 4: the layout "columns" of `pallas_kernels.quantise`,
-        of which what is past N may be anything.
-      plain: The same rows before they were quantised, if something needs them too (the router).
-      dtype: Of the activations that they stand for, and so of what a product makes of them.
+        in which entries past N may be anything.
+      plain: The same rows before quantisation, if something else needs them (the router).
+      dtype: The dtype of the activations that they represent, and so of a product's result.
     """
 
     values: Float[Array, "N D"]
@@ -36,7 +36,7 @@ class Rows:
 
 
 def as_rows(hidden: Float[Array, "*batch D"] | Rows) -> Rows:
-    """`hidden` quantised, if it is not."""
+    """`hidden`, quantised if it is not yet."""
     if isinstance(hidden, Rows):
         return hidden
     values, scales = quantise_rows(hidden.reshape(-1, hidden.shape[-1]), scales_layout="columns")
@@ -44,26 +44,24 @@ def as_rows(hidden: Float[Array, "*batch D"] | Rows) -> Rows:
 
 
 def as_plain(hidden: Float[Array, "*batch D"] | Rows) -> Float[Array, "*batch D"]:
-    """`hidden` as it was before it was quantised.
+    """`hidden` before quantisation.
 
     Raises:
-      ValueError: For rows that are left in their quantised form alone.
+      ValueError: For rows of which only the quantised form is left.
     """
     if not isinstance(hidden, Rows):
         return hidden
     if hidden.plain is None:
-        raise ValueError(
-            "these rows are there in their quantised form alone: let what makes them keep the plain one too"
-        )
+        raise ValueError("only the quantised form of these rows exists: make their norm keep the plain form too")
     return hidden.plain
 
 
 def map_tokens(rows: Rows, gather: Callable[[Num[Array, "N _"]], Num[Array, "M _"]]) -> Rows:
-    """Rows of other tokens. `gather` is applied to arrays whose first axis is the tokens, of unsigned bytes or float32.
+    """Rows of other tokens. `gather` is applied to arrays of unsigned bytes or float32 whose first axis is the tokens.
 
     Args:
-      rows: Their plain form is left out.
-      gather: What becomes of the tokens, for example an exchange between devices. Bytes, since not every exchange knows
+      rows: The rows, without their plain form.
+      gather: Applied to the tokens, for example an exchange between devices. Bytes, since not every exchange supports
         8-bit floats.
     """
     num_rows = rows.shape[0]

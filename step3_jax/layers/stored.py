@@ -1,4 +1,4 @@
-"""Products of layers with weights as they are stored, by the CPU kernels. `model.cpu` says which layers use them."""
+"""Products of layers with weights in their stored form, by the CPU kernels. `model.cpu` decides which layers use them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_swiglu(
 
 
 def take_rows(table: Stored, ids: Int[Array, "*batch"]) -> Float[Array, "*batch columns"]:
-    """Rows of a table, widened to float32; only they are read."""
+    """Rows of a table, widened to float32; nothing else of it is read."""
     if isinstance(table, PackedInt4):
         picked = PackedInt4(_take(table.values, ids), _take(table.scales, ids), table.num_columns)
         return dequantise(picked)
@@ -44,7 +44,7 @@ def take_rows(table: Stored, ids: Int[Array, "*batch"]) -> Float[Array, "*batch 
 
 
 def _take(table: Shaped[Array, "rows columns"], ids: Int[Array, "*batch"]) -> Shaped[Array, "*batch columns"]:
-    """Rows of an array. XLA:CPU turns a whole array of small floats to float32 for that; of their bits it takes the rows."""
+    """Rows of an array, read as bits: XLA:CPU would convert a whole array of small floats to float32 for that."""
     if table.dtype.itemsize > 2:
         return jnp.take(table, ids, axis=0, mode="clip")
     bits = jax.lax.bitcast_convert_type(table, jnp.uint8 if table.dtype.itemsize == 1 else jnp.uint16)

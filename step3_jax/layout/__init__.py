@@ -1,1 +1,1 @@
-"""What a deployment is, and what it holds, moves and computes, as plain numbers: no jax, and no device."""
+"""A deployment, and what it holds, moves and computes, as plain numbers: no jax, and no device."""

@@ -10,11 +10,11 @@ from step3_jax.layout.page import PAGE_SIZE, pages_for
 # Output tokens that a sequence has pages for when it is admitted, and pages that it grows by.
 RESERVED_OUTPUT = 512
 GROWTH_PAGES = 8
-# How often a sequence whose pages are not free is passed by smaller ones.
+# How often smaller sequences may overtake one whose pages are not free.
 MAX_PASSES = 8
 # Preemptions after which a sequence is admitted with all its pages, and keeps them.
 MAX_PREEMPTIONS = 3
-# Most decode steps of a call: the longest that the host does not look at what is generated.
+# Most decode steps of a call: the longest that the host does not see the generated tokens.
 STEPS_PER_CALL = 32
 
 
@@ -24,7 +24,7 @@ class Unfinished(NamedTuple):
     Attributes:
       num_computed: Tokens in the cache.
       num_to_prefill: Tokens still to prefill.
-      shard: Of the cache.
+      shard: Its shard of the cache.
     """
 
     num_computed: int
@@ -36,10 +36,10 @@ def count_admitted_pages(num_tokens: int, max_cached: int, *, is_pinned: bool, s
     """Pages that a sequence is admitted with.
 
     Args:
-      num_tokens: Of prompt and output so far.
-      max_cached: Most tokens that it ever has in the cache.
-      is_pinned: Whether it was preempted `MAX_PREEMPTIONS` times: it then gets all that it may ever need.
-      shard_pages: Pages of a shard, which is all that it can have.
+      num_tokens: Tokens of prompt and output so far.
+      max_cached: The most tokens it ever has in the cache.
+      is_pinned: Whether it was preempted `MAX_PREEMPTIONS` times: it then gets all the pages that it may ever need.
+      shard_pages: Pages of a shard, the most it can have.
     """
     needed = max_cached if is_pinned else min(max_cached, num_tokens - 1 + RESERVED_OUTPUT)
     return min(pages_for(needed), shard_pages)
@@ -49,11 +49,11 @@ def count_growth(num_tokens: int, num_steps: int, max_cached: int, *, num_pages:
     """Pages that a sequence gets for its next tokens, as far as they are free.
 
     Args:
-      num_tokens: Of prompt and output so far.
-      num_steps: Tokens that it is to generate.
+      num_tokens: Tokens of prompt and output so far.
+      num_steps: Tokens to generate.
       max_cached: Most tokens that it ever has in the cache.
       num_pages: Its pages.
-      num_free: Pages of its shard that are free.
+      num_free: Free pages of its shard.
     """
     needed = pages_for(min(num_tokens - 1 + num_steps, max_cached)) - num_pages
     if needed <= 0:
@@ -62,7 +62,7 @@ def count_growth(num_tokens: int, num_steps: int, max_cached: int, *, num_pages:
 
 
 def count_room(num_tokens: int, num_steps: int, max_cached: int, *, num_pages: int) -> int:
-    """Steps that a sequence has pages for, `num_steps` at most; 0 or less if it has none for the next token."""
+    """Steps that a sequence has pages for, at most `num_steps`; 0 or less if it has none for the next token."""
     if num_pages >= pages_for(max_cached):
         return num_steps
     return min(num_steps, num_pages * PAGE_SIZE - (num_tokens - 1))
@@ -73,12 +73,12 @@ def divide_chunk(
 ) -> list[int]:
     """Tokens of each sequence to prefill next, oldest sequences first.
 
-    While several sequences of a shard wait for a part, none gets more than `long_prefill_tokens` before all have had theirs.
+    While several sequences of a shard wait, none gets more than `long_prefill_tokens` before all have had their share.
     Chunks end where pages end.
 
     Args:
       unfinished: Sequences with tokens to prefill, the oldest first.
-      num_shards: Of the cache.
+      num_shards: Shards of the cache.
       max_num_batched_tokens: Most tokens of a chunk in each shard.
       long_prefill_tokens: Most of those for one sequence while others wait.
     """

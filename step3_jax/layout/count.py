@@ -19,7 +19,7 @@ VISION, PROJECTOR = "vision tower", "projector"
 DENSE, SHARED_EXPERTS, ROUTED_EXPERTS = "dense layers", "shared experts", "routed experts"
 # Products of queries with keys, and of their weights with values; no weights.
 CORE_ATTENTION = "core attention"
-# A word of each path -> part, the first that fits; what fits none is a norm.
+# A word of each path -> part, the first that matches; anything else is a norm.
 _PART_OF_WORD = {
     "vision": VISION,
     "projector": PROJECTOR,
@@ -75,10 +75,10 @@ def count_parts(config: ModelConfig) -> dict[str, int]:
 
 
 def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int]:
-    """Bytes on one device of a role, by part of the model; related parts are one.
+    """Bytes on one device of a role, by part of the model; related parts are merged.
 
     Args:
-      config: As `role.deployed_config` gives it.
+      config: From `role.deployed_config`.
       weights: One of `weight_form.WEIGHTS`.
       role: One of `role.roles_of`.
     """
@@ -93,9 +93,9 @@ def weight_bytes(config: ModelConfig, weights: str, role: Role) -> dict[str, int
 
 
 def active_parameters(config: TextConfig, num_tokens: int = 1) -> tuple[int, int]:
-    """Weights of the layers, and of the head, that a step of `num_tokens` tokens multiplies with.
+    """Weights of the layers and the head that a step of `num_tokens` tokens uses.
 
-    For several tokens the number of chosen experts is the expected one if all are equally likely: E (1 - (1 - k/E)^n).
+    For several tokens, the number of chosen experts is the expectation if all are equally likely: E (1 - (1 - k/E)^n).
     """
     parts = _multiplied(config, num_tokens)
     head = parts.pop(HEAD)
@@ -103,14 +103,14 @@ def active_parameters(config: TextConfig, num_tokens: int = 1) -> tuple[int, int
 
 
 def prefill_flops(config: TextConfig, length: int) -> int:
-    """Operations of reading a prompt: 2 a weight and token, the head once, and causal attention."""
+    """Operations of prefilling a prompt: 2 per weight and token, the head once, and causal attention."""
     layers, head = active_parameters(config)
     attention = 2 * length**2 * config.query_size * config.num_hidden_layers
     return 2 * layers * length + 2 * head + attention
 
 
 def decode_flops(config: TextConfig, context_tokens: int) -> dict[str, int]:
-    """Operations of generating one token, by part: 2 a weight, and 4 a head's column and token of context.
+    """Operations of generating one token, by part: 2 per weight, and 4 per head column and token of context.
 
     Args:
       config: The decoder's sizes.
@@ -121,7 +121,7 @@ def decode_flops(config: TextConfig, context_tokens: int) -> dict[str, int]:
 
 
 def _multiplied(config: TextConfig, num_tokens: int) -> dict[str, float]:
-    """Weights of each part that a step multiplies with: no norms, no rows of the embedding."""
+    """Weights of each part that a step uses in products: no norms, no rows of the embedding."""
     parts = count_parts(ModelConfig(text=config, vision=None, image_token_id=0))
     multiplied: dict[str, float] = {part: size for part, size in parts.items() if part not in (NORMS, EMBEDDING)}
     if ROUTED_EXPERTS in multiplied:
@@ -135,7 +135,7 @@ def _part(row: Row) -> str:
 
 
 def _tensor_bytes(config: ModelConfig, weights: str, row: Row, shape: tuple[int, ...]) -> int:
-    """Of what a device has of a tensor; what the FP8 release leaves in bfloat16 stays so in all quantised forms."""
+    """Bytes of a device's part of a tensor; what the FP8 release keeps in bfloat16 stays so in all quantised forms."""
     if weights == "float32" or not row.is_fp8:
         return form_bytes(shape, weights if weights == "float32" else "bfloat16")
     quantization = config.quantization or QuantConfig()

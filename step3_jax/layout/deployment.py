@@ -1,6 +1,6 @@
-"""What runs on which devices: the instances of attention and FFN, and the file that describes a deployment.
+"""What runs on which devices: the instances of attention and FFN, and the deployment file.
 
-Pure: no device is needed to read one. `configs/afd/` holds those that ship.
+Pure: reading one needs no device. `configs/afd/` holds the shipped ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from step3_jax.nearest import describe_known
 
 _SPEC = re.compile(r"([1-9][0-9]*)a([1-9][0-9]*)f", re.IGNORECASE)
 WITHOUT = "off"
-# Where the FFN side may be: on devices as the attention side's, or on the CPU devices of the same process.
+# Where the FFN side may be: on the same kind of devices as attention, or on the CPU devices of the same process.
 FFN_DEVICES = ("same", "cpu")
 MIN_MICROBATCHES, MAX_MICROBATCHES = 1, 4
 DEFAULT_MICROBATCHES = 3
@@ -35,7 +35,7 @@ class Topology:
     """Instances of the two roles, attention first.
 
     Attributes:
-      spec: As it was given, such as "2a1f".
+      spec: As given, such as "2a1f".
       num_attention: Attention instances.
       num_ffn: FFN instances.
       devices_per_instance: Devices of each.
@@ -70,11 +70,11 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a deployment is to hold.
+    """What a deployment must hold.
 
     Attributes:
-      sequences: At once, in all.
-      context_tokens: Of each.
+      sequences: Sequences at once, in total.
+      context_tokens: Tokens of each.
     """
 
     sequences: int
@@ -86,22 +86,22 @@ class Deployment:
     """One deployment file.
 
     Attributes:
-      name: The file's, without its ending.
+      name: The file's name, without its suffix.
       description: One line for people.
-      topology: The instances; None where every device does both roles.
-      num_devices: Devices of all.
-      parallel: Of the FFN side with a topology, of all devices without; its ep is known. Attention is data parallel: every
-        attention device (every device, without a topology) has sequences and KV cache of its own. Its `vision` (the file's
-        `mm_encoder_tp_mode`) is the attention side's with a topology: the devices of an instance are a group.
-      weights: One of `weight_form.WEIGHTS`; a quantised one with bfloat16 for what the FP8 release leaves so.
+      topology: The instances; None if every device has both roles.
+      num_devices: Total number of devices.
+      parallel: For the FFN side with a topology, for all devices without; its ep is known. Attention is data parallel: every
+        attention device (every device, without a topology) has its own sequences and KV cache. Its `vision` (the file's
+        `mm_encoder_tp_mode`) is for the attention side with a topology: the devices of an instance are a group.
+      weights: One of `weight_form.WEIGHTS`; quantised ones keep in bfloat16 what the FP8 release does.
       kv_cache: Format of the KV pages.
-      num_microbatches: In flight, 1 to 4.
+      num_microbatches: Micro-batches in flight, 1 to 4.
       payload: What crosses from attention to FFN, one of `PAYLOADS`.
       hardware: Name of a file in `configs/hardware`; None for any.
       device_memory_gib: Memory of a device; None for unlimited.
-      workload: What it is to hold; None if the file does not say.
-      ffn_hardware: As `hardware`, where the devices of the FFN side are of another kind; None for the same.
-      ffn_device: "cpu" for an FFN side in the memory of the host, on its CPU devices; "same" for devices of the same kind as
+      workload: What it must hold; None if the file does not say.
+      ffn_hardware: Like `hardware`, if the FFN side's devices are of another kind; None for the same.
+      ffn_device: "cpu" for an FFN side in the host's memory, on its CPU devices; "same" for the same kind of devices as
         the attention side's.
     """
 
@@ -129,7 +129,7 @@ def parse_topology(spec: str, devices_per_instance: int = 1) -> Topology:
       devices_per_instance: Devices of each instance.
 
     Raises:
-      ValueError: If the spec is not of that form, or an instance has no device.
+      ValueError: If the spec does not have that form, or an instance has no devices.
     """
     match = _SPEC.fullmatch(spec.strip())
     if match is None:
@@ -140,16 +140,16 @@ def parse_topology(spec: str, devices_per_instance: int = 1) -> Topology:
 
 
 def default_ffn_parallel(topology: Topology) -> Parallel:
-    """How the FFN side is divided unless a user says otherwise: experts over instances, and widths inside one."""
+    """How the FFN side is sharded by default: experts across instances, and their widths within one."""
     return Parallel(topology.num_ffn, topology.devices_per_instance, topology.num_ffn)
 
 
 def read_afd(value: str, devices_per_instance: int | None = None) -> Deployment | None:
-    """What `--afd` asks for.
+    """The deployment for `--afd`.
 
     Args:
       value: "off", xAyF, or the path of a deployment file that ends in `.yaml`.
-      devices_per_instance: Of xAyF; 1 if absent. A file has its own.
+      devices_per_instance: For xAyF; 1 if absent. A file has its own.
 
     Returns:
       The deployment; None for "off".
@@ -163,15 +163,15 @@ def read_afd(value: str, devices_per_instance: int | None = None) -> Deployment 
         topology = parse_topology(value, 1 if devices_per_instance is None else devices_per_instance)
         return parse_deployment(value, {"afd": value, "devices_per_instance": topology.devices_per_instance})
     if devices_per_instance is not None:
-        raise ValueError(f"--afd-devices is for xAyF: {value} says itself how many devices an instance has")
+        raise ValueError(f"--afd-devices is for xAyF: {value} already says how many devices an instance has")
     deployment = load_deployment(value)
     if deployment.topology is None:
-        raise ValueError(f"--afd {value}: this deployment has no instances, every device does both roles")
+        raise ValueError(f"--afd {value}: this deployment has no instances, every device has both roles")
     return deployment
 
 
 def check_microbatches(num_microbatches: int) -> None:
-    """Raises ValueError for a number of micro-batches that is not served."""
+    """Raises ValueError for an unsupported number of micro-batches."""
     if not MIN_MICROBATCHES <= num_microbatches <= MAX_MICROBATCHES:
         raise ValueError(
             f"{num_microbatches} micro-batches; allowed: {MIN_MICROBATCHES} to {MAX_MICROBATCHES} "
@@ -180,10 +180,10 @@ def check_microbatches(num_microbatches: int) -> None:
 
 
 def find_deployment(name: str | pathlib.Path) -> pathlib.Path:
-    """The file of a deployment, given its path or the name of one that ships, such as "2a2f".
+    """The file of a deployment, given its path or the name of a shipped one, such as "2a2f".
 
     Raises:
-      ValueError: If there is neither; the message lists those that ship.
+      ValueError: If there is neither; the message lists the shipped ones.
     """
     path = pathlib.Path(name).expanduser()
     if path.is_file():
@@ -203,13 +203,13 @@ def load_deployment(name: str | pathlib.Path) -> Deployment:
       name: As for `find_deployment`.
 
     Raises:
-      ValueError: If there is no such file, or it says something that cannot be; the message names file and key.
+      ValueError: If there is no such file, or it has an impossible value; the message names file and key.
     """
     path = find_deployment(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds {type(values).__name__}; a mapping with the key 'afd' is needed")
     try:
@@ -224,7 +224,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
     `configs/afd/2a2f.yaml` and `configs/afd/16gpu-bf16-80gb.yaml` have all keys.
 
     Raises:
-      ValueError: For a key or a value that is not known, or numbers that do not fit together.
+      ValueError: For an unknown key or value, or inconsistent numbers.
     """
     _check_keys(
         values,
@@ -257,13 +257,13 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
         _check_absent(
             values,
             ("devices_per_instance", "ffn", "ffn_hardware", "ffn_device", "microbatches", "payload"),
-            "with afd: off it means nothing",
+            "with afd: off it has no effect",
         )
         topology, num_devices = None, _whole(values, "devices", 1)
         parallel = _parallel(values, "parallel", num_devices, Parallel(dp=num_devices, ep=num_devices))
     else:
         _check_absent(values, ("devices",), "afd and devices_per_instance give the number")
-        _check_absent(values, ("parallel",), "attention is data parallel, and ffn says how the FFN side is divided")
+        _check_absent(values, ("parallel",), "attention is data parallel, and ffn says how the FFN side is sharded")
         topology = parse_topology(str(afd), _whole(values, "devices_per_instance", 1))
         num_devices = topology.num_devices
         default = default_ffn_parallel(topology)
@@ -271,7 +271,7 @@ def parse_deployment(name: str, values: Mapping[str, object]) -> Deployment:
     weights = _choice(values, "weights", WEIGHTS, "bfloat16")
     if topology is not None and weights in CPU_FORMS:
         allowed = ", ".join(one for one in WEIGHTS if one not in CPU_FORMS)
-        raise ValueError(f"weights is {weights!r}; allowed: {allowed} with afd, as {weights} is for CPUs alone")
+        raise ValueError(f"weights is {weights!r}; allowed: {allowed} with afd, as {weights} is only for CPUs")
     vision = _choice(values, "mm_encoder_tp_mode", get_args(VisionForm), parallel.vision)
     parallel = dataclasses.replace(parallel, vision=vision)  # type: ignore[arg-type]
     num_microbatches = _whole(values, "microbatches", DEFAULT_MICROBATCHES)
@@ -328,7 +328,7 @@ def _check_keys(values: Mapping[str, object], prefix: str, allowed: tuple[str, .
 def _check_absent(values: Mapping[str, object], keys: tuple[str, ...], reason: str) -> None:
     for key in keys:
         if key in values:
-            raise ValueError(f"{key} has no place here: {reason}")
+            raise ValueError(f"{key} is not allowed here: {reason}")
 
 
 def _whole(values: Mapping[str, object], key: str, default: int, prefix: str = "") -> int:

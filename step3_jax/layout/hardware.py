@@ -21,19 +21,19 @@ class Hardware:
     """One device.
 
     Attributes:
-      name: The file's, without its ending.
+      name: The file's name, without its suffix.
       description: One line for people.
-      memory_gib: As the driver reports it, in GiB.
-      bandwidth_tb_s: Of its memory, in TB/s.
-      bf16_tflops: Peak of BF16 products, dense, in 1e12 operations a second.
-      fp8_tflops: Of FP8 products; None where the device has none.
-      link_gb_s: To the other devices of its machine, in GB/s in each direction.
-      int8_tops: Peak of INT8 products, dense, in 1e12 operations a second; None where it has none, or it is not known.
-      network_gb_s: To other machines, by the network interfaces that one device has, in GB/s in each direction; None where
+      memory_gib: Memory as the driver reports it, in GiB.
+      bandwidth_tb_s: Memory bandwidth, in TB/s.
+      bf16_tflops: Peak of dense BF16 products, in 1e12 operations per second.
+      fp8_tflops: The same for FP8; None if the device has no FP8 products.
+      link_gb_s: Bandwidth to the other devices of its machine, in GB/s in each direction.
+      int8_tops: Peak of dense INT8 products, in 1e12 operations per second; None if it has none, or it is not known.
+      network_gb_s: Bandwidth to other machines over one device's network interfaces, in GB/s in each direction; None if
         it is not known.
       devices_per_machine: Devices that the links connect.
-      usd_per_hour: Price of one device; None where no source has one.
-      sources: Where each figure is from, in words, by the figure's name here.
+      usd_per_hour: Price of one device; None if no source has one.
+      sources: The source of each figure, in words, by the figure's name here.
     """
 
     name: str
@@ -56,14 +56,14 @@ def list_hardware() -> list[str]:
 
 
 def load_hardware(name: str) -> Hardware:
-    """Reads a device of the table, or a file of the same form.
+    """Reads a device of the table, or a file in the same format.
 
     Args:
-      name: As in `list_hardware`, without what follows a hyphen where that leaves one device ("h100" is "h100-sxm"), or
-        the path of a YAML file.
+      name: As in `list_hardware`, optionally without what follows a hyphen if that is unambiguous ("h100" is "h100-sxm"),
+        or the path of a YAML file.
 
     Raises:
-      ValueError: If there is none of that name, or the file lacks a number.
+      ValueError: If there is no such device, or the file lacks a number.
     """
     path = pathlib.Path(name).expanduser()
     if not path.is_file():
@@ -78,7 +78,7 @@ def load_hardware(name: str) -> Hardware:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds {type(values).__name__}; a mapping is needed")
     unknown = sorted(str(key) for key in values.keys() - {*_NUMBERS, *_OPTIONAL_NUMBERS, *_OTHERS})
@@ -108,7 +108,7 @@ def _sources(path: pathlib.Path, values: Mapping[str, object]) -> dict[str, str]
     for key in sources:
         if key not in _NUMBERS + _OPTIONAL_NUMBERS:
             raise ValueError(
-                f"{path}: sources.{key} is of no figure; there are {', '.join(_NUMBERS + _OPTIONAL_NUMBERS)}"
+                f"{path}: sources.{key} does not name a figure; there are {', '.join(_NUMBERS + _OPTIONAL_NUMBERS)}"
             )
     return {str(key): str(text) for key, text in sources.items()}
 

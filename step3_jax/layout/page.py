@@ -1,4 +1,4 @@
-"""The KV cache as bytes: the formats that it may be kept in, and what a token takes."""
+"""The KV cache in bytes: its formats, and the size of a token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 KV_CACHE_DTYPES: tuple[str, ...] = STORAGES
-# What an engine may be asked for; "auto" is the dtype of the activations.
+# The values of an engine's setting; "auto" is the dtype of the activations.
 KV_CACHE_CHOICES = ("auto", *KV_CACHE_DTYPES)
 
 
@@ -31,7 +31,7 @@ def kv_bytes_per_token(text: TextConfig, kv_cache: str) -> int:
       kv_cache: One of `KV_CACHE_DTYPES`.
 
     Raises:
-      ValueError: For a format that does not exist, or heads that int4 cannot cut in groups.
+      ValueError: For an unknown format, or heads that int4 cannot divide into groups.
     """
     if kv_cache not in KV_CACHE_DTYPES:
         raise ValueError(f"kv_cache is {kv_cache!r}; allowed: {', '.join(KV_CACHE_DTYPES)}")
@@ -47,24 +47,24 @@ def page_bytes(text: TextConfig, kv_cache: str) -> int:
 
 
 def pages_for(num_tokens: int) -> int:
-    """Pages that so many tokens of one sequence take."""
+    """Pages for this many tokens of one sequence."""
     return -(-num_tokens // PAGE_SIZE)
 
 
 def count_pages(
     config: TextConfig, storage: str, *, max_model_len: int, max_num_seqs: int, memory_bytes: int | None
 ) -> int:
-    """How many pages a cache gets: room for every sequence at its longest, or as many as the memory holds.
+    """How many pages a cache gets: room for all sequences at full length, or as many as the memory holds.
 
     Args:
       config: Layers and head size.
       storage: Format of the pages.
       max_model_len: Tokens of the longest sequence.
       max_num_seqs: Sequences at once.
-      memory_bytes: What the cache may take; None for no limit.
+      memory_bytes: Limit for the cache; None for no limit.
 
     Raises:
-      ValueError: If the memory does not hold one sequence at its longest.
+      ValueError: If the memory does not hold one sequence at full length.
     """
     longest, size = pages_for(max_model_len), page_bytes(config, storage)
     wanted = max_num_seqs * longest
@@ -72,7 +72,7 @@ def count_pages(
         return wanted
     if memory_bytes < longest * size:
         raise ValueError(
-            f"the KV cache may take {max(memory_bytes, 0) / 2**20:.0f} MiB, and one sequence of max_model_len = "
+            f"the KV cache may take {max(memory_bytes, 0) / 2**20:.0f} MiB, but one sequence of max_model_len = "
             f"{max_model_len} tokens needs {longest * size / 2**20:.0f} MiB in {storage}: lower max_model_len, take a "
             "smaller kv_cache_dtype, or raise kv_cache_memory_bytes"
         )

@@ -1,4 +1,4 @@
-"""How a model is spread over devices: the setting, what keeps it from dividing a model, and the nearest that divides it."""
+"""How a model is spread over devices: the setting, why it does not divide a model, and the nearest one that does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from step3_jax.config import TextConfig
 AttentionForm = Literal["data", "tensor"]
 ExchangeForm = Literal["auto", "gather", "all_to_all"]
 VisionForm = Literal["weights", "data"]
-# Which part of a model devices hold: all of it, or with attention and FFN on devices of their own one of the two.
+# Which part of a model devices hold: all of it, or with attention and FFN on separate devices one of the two.
 RoleName = Literal["both", "attention", "ffn"]
 BOTH: RoleName = "both"
 ATTENTION: RoleName = "attention"
@@ -21,20 +21,20 @@ FFN: RoleName = "ffn"
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How a model, or the part of it that a role has, is spread over dp x tp devices.
+    """How a model, or a role's part of it, is spread over dp x tp devices.
 
     Attributes:
-      dp: Groups of devices that have the weights outside the routed experts once each.
+      dp: Groups of devices, each with one copy of the weights outside the routed experts.
       tp: Devices of such a group; these weights are sharded across them.
-      ep: Groups that the routed experts are sharded across, a divisor of dp x tp; inside such a group the width of each
-        expert is. None takes the most that the model allows.
-      attention: "data": every device has sequences of its own. "tensor": the query heads are sharded across the tp devices
+      ep: Groups that the routed experts are sharded across, a divisor of dp x tp; the width of each expert is sharded
+        within such a group. None takes the most that the model allows.
+      attention: "data": every device has its own sequences. "tensor": the query heads are sharded across the tp devices
         of a group, and each has a copy of the group's KV cache.
-      exchange: How tokens come to their experts. "gather": every device gets all tokens, and what each expert adds is
-        summed by the reduce-scatter that takes them back. "all_to_all": tokens go only where one of their experts is.
-        "auto": the latter where the experts are spread over several hosts.
+      exchange: How tokens reach their experts. "gather": every device gets all tokens, and the reduce-scatter that takes
+        them back sums the experts' outputs. "all_to_all": tokens go only where one of their experts is.
+        "auto": the latter if the experts are spread over several hosts.
       vision: "weights": vision tower and projector are sharded across the tp devices of a group, which encode each image
-        together. "data": every device has all of them, and images of its own.
+        together. "data": every device has all of them, and its own images.
     """
 
     dp: int = 1
@@ -57,7 +57,7 @@ class Parallel:
                 raise ValueError(f"{name} is {text!r}; allowed: {', '.join(allowed)}")
         if self.attention == "tensor" and self.exchange == "all_to_all":
             raise ValueError(
-                "exchange='all_to_all' sends each token from the one device that has it, and with attention='tensor' "
+                "exchange='all_to_all' sends each token from the one device that has it, but with attention='tensor' "
                 "tp devices have it: give exchange='gather' or attention='data'"
             )
 
@@ -70,7 +70,7 @@ class Parallel:
         """The value of ep.
 
         Raises:
-          ValueError: If it is not known yet, or is no divisor of dp x tp.
+          ValueError: If it is not known yet, or is not a divisor of dp x tp.
         """
         if self.ep is None or self.num_devices % self.ep:
             raise ValueError(f"ep is {self.ep}; a divisor of dp x tp = {self.num_devices} is needed")
@@ -89,8 +89,8 @@ class Parallel:
     def mesh_shape(self) -> tuple[int, int, int, int]:
         """Devices along each of `table.AXES`.
 
-        The largest part that the tensor groups and the width groups have in common is an axis of both; what is left of
-        the two then has no common factor, so that every divisor of dp x tp fits as ep.
+        The greatest common divisor of the tensor groups and the width groups is an axis of both; the rest of the
+        two then has no common factor, so that every divisor of dp x tp works as ep.
 
         Raises:
           ValueError: As `expert_groups`.
@@ -104,7 +104,7 @@ class Parallel:
 
 
 def list_parallels(num_devices: int) -> list[Parallel]:
-    """Every way to divide so many devices, by tp and then by ep; whether a model is divided is not looked at."""
+    """Every way to divide this many devices, by tp and then by ep; does not check whether it divides a model."""
     parts = _divisors(num_devices)
     return [Parallel(num_devices // tp, tp, ep) for tp in parts for ep in parts]
 
@@ -112,16 +112,16 @@ def list_parallels(num_devices: int) -> list[Parallel]:
 def fit_parallel(
     parallel: Parallel, config: TextConfig, *, fp8_block: tuple[int, int] | None = None, role: RoleName = BOTH
 ) -> Parallel:
-    """`parallel` with its ep filled in, once it is known to divide the model.
+    """`parallel` with its ep filled in, after checking that it divides the model.
 
     Args:
-      parallel: What is asked for.
+      parallel: The requested setting.
       config: The decoder's sizes.
       fp8_block: Rows and columns that share an FP8 scale, where weights stay in FP8: no block is cut.
-      role: What of the model the devices hold.
+      role: The part of the model that the devices hold.
 
     Raises:
-      ValueError: If the model is not divided by it; the message names what is not, and the nearest that would do.
+      ValueError: If it does not divide the model; the message says why, and names the nearest setting that does.
     """
     for candidate in _with_ep(parallel, config):
         if not find_problems(candidate, config, fp8_block, role):
@@ -137,14 +137,14 @@ def fit_parallel(
 def find_problems(
     parallel: Parallel, config: TextConfig, fp8_block: tuple[int, int] | None = None, role: RoleName = BOTH
 ) -> list[str]:
-    """What keeps `parallel`, whose ep is known, from dividing the part of the model that a role has.
+    """Why `parallel`, whose ep is known, does not divide a role's part of the model.
 
     Args:
       parallel: The setting.
       config: The decoder's sizes.
       fp8_block: As for `fit_parallel`.
-      role: What of the model the devices hold. Embedding, attention and head are no matter of "ffn", nor the layers'
-        dense and expert weights of "attention".
+      role: The part of the model that the devices hold. "ffn" ignores embedding, attention and head, and "attention"
+        the layers' dense and expert weights.
 
     Returns:
       One line each; empty if nothing does.
@@ -154,7 +154,7 @@ def find_problems(
     has_moe = bool(config.moe_layers)
     has_dense = len(config.moe_layers) < config.num_hidden_layers
     problems = []
-    # Name, size, what cuts it, into how many parts, what a part must be a multiple of.
+    # Name, size, the setting that divides it, the number of parts, and what a part must be a multiple of.
     cuts: list[tuple[str, int, str, int, int]] = []
     if role != FFN:
         cuts += [
@@ -168,7 +168,7 @@ def find_problems(
             ("share_expert_dim", config.share_expert_dim, "tp", tp if has_moe else 1, block),
         ]
         if has_moe and parallel.num_devices % ep:
-            problems.append(f"ep = {ep} is no divisor of the dp x tp = {parallel.num_devices} devices")
+            problems.append(f"ep = {ep} is not a divisor of the dp x tp = {parallel.num_devices} devices")
         elif has_moe:
             width_parts = parallel.num_devices // ep
             cuts += [
@@ -176,9 +176,9 @@ def find_problems(
                 ("moe_intermediate_size", config.moe_intermediate_size, "dp x tp / ep", width_parts, block),
             ]
         elif ep > 1:
-            problems.append(f"ep is {ep}, and the model has no experts")
+            problems.append(f"ep is {ep}, but the model has no experts")
     for name, size, setting, parts, unit in cuts:
-        # Whole, an array may end in a partial block.
+        # An unsharded array may end in a partial block.
         if parts > 1 and size % (parts * unit):
             of_blocks = f" of whole FP8 blocks of {unit}" if unit > 1 else ""
             problems.append(f"{name} is {size}, which {setting} = {parts} does not cut into equal parts{of_blocks}")
@@ -196,7 +196,7 @@ def nearest_parallel(
         pairs = ((parallel.dp, other.dp), (parallel.tp, other.tp), (ep, other.expert_groups))
         return abs(math.log(other.num_devices / wanted)), sum(abs(math.log(a / b)) for a, b in pairs)
 
-    # One device always does, and so never more than twice the devices have to be looked at.
+    # One device always divides it, so at most twice the devices have to be searched.
     for count in sorted(range(1, 2 * wanted + 1), key=lambda count: (abs(math.log(count / wanted)), count)):
         candidates = [
             dataclasses.replace(parallel, dp=one.dp, tp=one.tp, ep=one.ep)
@@ -210,7 +210,7 @@ def nearest_parallel(
 
 
 def _with_ep(parallel: Parallel, config: TextConfig) -> Iterator[Parallel]:
-    """The setting with each ep it may mean, the best first: reading few whole experts beats reading parts of many."""
+    """The setting with each possible ep, the best first: reading few whole experts beats reading parts of many."""
     if parallel.ep is not None:
         yield parallel
     elif not config.moe_layers:

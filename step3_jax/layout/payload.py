@@ -1,4 +1,4 @@
-"""What crosses between the roles as bytes: one row a token in each direction.
+"""What crosses between the roles, as bytes: one row per token in each direction.
 
 | part | fp8 | bfloat16, float32 |
 | --- | --- | --- |
@@ -7,7 +7,7 @@
 | mixing weights | top_k of float32 | the same |
 | back: FFN output | D values of bfloat16 | D values of the payload's dtype |
 
-Rows of dense layers have the same form, with zeros for the experts, so that one program serves every exchange.
+Rows of dense layers have the same layout, with zeros for the experts, so that one program serves every exchange.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from step3_jax.config import TextConfig
 
 # What crosses from attention to FFN; "auto" is float32 for float32 activations, else fp8.
 PAYLOADS = ("auto", "fp8", "bfloat16", "float32")
-# Bytes of a value on its way there, and back.
+# Bytes of a value in each direction.
 _HIDDEN_BYTES = {"fp8": 1, "bfloat16": 2, "float32": 4}
 _OUTPUT_BYTES = {"fp8": 2, "bfloat16": 2, "float32": 4}
 _SCALE_BYTES, _EXPERT_BYTES = 4, 2 + 4
 
 
 def choose_payload(payload: str, dtype: str) -> str:
-    """The payload that "auto" stands for: exact for float32 activations, FP8 for others.
+    """The payload that "auto" means: exact for float32 activations, FP8 for others.
 
     Args:
       payload: One of `PAYLOADS`.
       dtype: Name of the activations' dtype.
 
     Raises:
-      ValueError: For a payload that does not exist.
+      ValueError: For an unknown payload.
     """
     if payload not in PAYLOADS:
         raise ValueError(f"the payload is {payload!r}; allowed: {', '.join(PAYLOADS)}")
@@ -50,7 +50,7 @@ class PayloadSize:
     Attributes:
       payload: "fp8", "bfloat16" or "float32".
       hidden_size: D.
-      top_k: Experts a token; 0 for a model without experts.
+      top_k: Experts per token; 0 for a model without experts.
     """
 
     payload: str
@@ -59,10 +59,10 @@ class PayloadSize:
 
     @classmethod
     def of(cls, config: TextConfig, payload: str) -> Self:
-        """Those of a model; `payload` is not "auto".
+        """The sizes for a model; `payload` must not be "auto".
 
         Raises:
-          ValueError: For a payload that does not exist.
+          ValueError: For an unknown payload.
         """
         if payload not in _HIDDEN_BYTES:
             raise ValueError(f"the payload is {payload!r}; allowed: {', '.join(_HIDDEN_BYTES)}")

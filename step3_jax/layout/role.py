@@ -12,13 +12,13 @@ from step3_jax.layout.parallel import ATTENTION, BOTH, FFN, Parallel, RoleName, 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """Devices that hold the same.
+    """Devices that hold the same part of the model.
 
     Attributes:
       name: `BOTH`, `ATTENTION` or `FFN`.
       num_devices: How many.
       parallel: How the weights of their role are spread over them; its ep is known.
-      tower: How vision tower and projector are; None for as all else.
+      tower: How vision tower and projector are spread; None for like everything else.
     """
 
     name: RoleName
@@ -83,7 +83,7 @@ def deployed_config(config: ModelConfig, weights: str, *, text_only: bool = Fals
     """The configuration as a deployment runs it.
 
     Args:
-      config: Of the model; whether its release is quantised does not matter.
+      config: The model's configuration; whether its release is quantised does not matter.
       weights: One of `weight_form.WEIGHTS`.
       text_only: Whether vision tower and projector are left out.
     """
@@ -105,7 +105,7 @@ def check_deployment(config: ModelConfig, deployment: Deployment) -> Parallel:
     """How the weights are sharded: over all devices, or over those of the FFN side.
 
     Args:
-      config: As `deployed_config` gives it.
+      config: From `deployed_config`.
       deployment: What runs where.
 
     Raises:

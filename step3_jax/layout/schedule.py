@@ -1,7 +1,7 @@
-"""What each side computes in which tick, and when it crosses: fixed before anything runs, so nothing has to be agreed on.
+"""What each side computes in which tick, and when it crosses: fixed before anything runs, so nothing is negotiated.
 
-Time goes in ticks. In each, attention computes one item (a layer of a micro-batch), the FFN side one, and there is one
-exchange that carries both directions. A rotation is the ticks of one step: all layers of all micro-batches.
+Time is divided into ticks. In each, attention computes one item (a layer of a micro-batch), the FFN side one, and there
+is one exchange that carries both directions. A rotation is the ticks of one step: all layers of all micro-batches.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-# Ticks that what attention, and what the FFN side has computed waits for its exchange, by the number of micro-batches.
-# Without waiting a side computes and then sends in the same tick; with it, it sends what it computed in the tick before
-# while it computes, which takes a tick longer and so one micro-batch more to fill.
+# Ticks that attention's, and the FFN side's, results wait for their exchange, by the number of micro-batches.
+# Without waiting, a side computes and then sends in the same tick; with it, it sends the previous tick's result
+# while it computes, which takes one tick longer and so needs one more micro-batch to fill.
 _LAGS = {1: (0, 0), 2: (0, 0), 3: (1, 0), 4: (1, 1)}
 
 
@@ -27,8 +27,8 @@ class Schedule:
     """The order of work for L layers and n micro-batches.
 
     Attention computes item (l, m) in tick l * period + m. It crosses `attention_lag` ticks later, the FFN side computes
-    it in the tick after that, and its output crosses `ffn_lag` ticks later: `depth` ticks after the item the next layer
-    of the micro-batch can be computed.
+    it in the tick after that, and its output crosses `ffn_lag` ticks later: the micro-batch's next layer can be computed
+    `depth` ticks after the item.
 
     Attributes:
       num_layers: L.
@@ -60,12 +60,12 @@ class Schedule:
 
     @property
     def num_idle_ticks(self) -> int:
-        """Ticks beside each item in which nothing is computed: only a lone micro-batch has any."""
+        """Idle ticks for each item: only a single micro-batch has any."""
         return self.period - self.num_microbatches
 
     @property
     def num_late_items(self) -> int:
-        """Items of the last layer that the FFN side computes in the next rotation, before that one's own."""
+        """Items of the last layer that the FFN side computes in the next rotation, before that rotation's own."""
         return sum(self.is_from_before(tick) and self.ffn_item(tick) is not None for tick in range(self.period))
 
     @property
@@ -75,7 +75,7 @@ class Schedule:
 
     @property
     def num_last_exchanges(self) -> int:
-        """Exchanges after the last rotation until all that is on its way has come back."""
+        """Exchanges after the last rotation until everything in flight has come back."""
         return self.num_microbatches - 1 + self.depth - self.period
 
     def attention_item(self, tick: int) -> Item | None:
@@ -83,11 +83,11 @@ class Schedule:
         return self._item(tick)
 
     def ffn_item(self, tick: int) -> Item | None:
-        """What the FFN side computes in a tick of the rotation; in the first ones, what the rotation before has sent."""
+        """What the FFN side computes in a tick of the rotation; in the first ones, what the previous rotation sent."""
         return self._item((tick - 1 - self.attention_lag) % self.num_ticks)
 
     def is_from_before(self, tick: int) -> bool:
-        """Whether what the FFN side computes in a tick was sent by the rotation before."""
+        """Whether the previous rotation sent what the FFN side computes in a tick."""
         return tick <= self.attention_lag
 
     def _item(self, slot: int) -> Item | None:

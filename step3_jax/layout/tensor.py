@@ -1,4 +1,4 @@
-"""ONE table: each tensor's released name, its place in our modules, its shape, and whether the FP8 release quantises it.
+"""ONE table: each tensor's released name, its path in our modules, its shape, and whether the FP8 release quantises it.
 
 Shapes are written in the project's alphabet (`layers/attention.py`); the rest: I dense FFN width · G shared expert width ·
 Q all query heads · W tower width · M tower MLP width · O width of the first convolution · C colours · Z patch side ·
@@ -21,9 +21,9 @@ class Row(NamedTuple):
 
     Attributes:
       released: Name in the released checkpoint; `{}` stands for the layer's number.
-      ours: Place in `Step3`, dotted.
-      shape: One symbol an axis.
-      layers: Which layers have it: "text", "dense", "moe", "tower"; "" if it stands outside the layers.
+      ours: Path in `Step3`, dotted.
+      shape: One symbol per axis.
+      layers: Which layers have it: "text", "dense", "moe", "tower"; "" if it is outside the layers.
       is_fp8: Whether the FP8 release quantises it.
     """
 
@@ -39,7 +39,7 @@ class Row(NamedTuple):
         return self.ours.startswith(("vision.", "projector."))
 
     def sizes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape in numbers, of one layer in the BF16 layout; `symbols` as `symbol_sizes` gives them."""
+        """The shape in numbers, of one layer in the BF16 layout; `symbols` come from `symbol_sizes`."""
         return tuple(_size(symbol, symbols) for symbol in self.shape.split())
 
 
@@ -102,7 +102,7 @@ TABLE = (
 
 
 def list_rows(config: ModelConfig) -> Iterator[tuple[Row, list[int]]]:
-    """The rows that a model has, with the layers that have them; [0] for what stands outside the layers."""
+    """The rows that a model has, with the layers that have them; [0] for tensors outside the layers."""
     text, vision = config.text, config.vision
     every = range(text.num_hidden_layers)
     layers: dict[str, list[int]] = {
@@ -119,7 +119,7 @@ def list_rows(config: ModelConfig) -> Iterator[tuple[Row, list[int]]]:
 
 
 def list_tensors(config: ModelConfig) -> Iterator[tuple[Row, int]]:
-    """Every tensor of a model as its row and the number of its layer, layer by layer in file order."""
+    """Every tensor of a model as its row and its layer number, layer by layer in file order."""
     for stack, group in itertools.groupby(list_rows(config), key=lambda found: _stack(found[0])):
         rows = list(group)
         if stack is None:
@@ -142,7 +142,7 @@ def _stack(row: Row) -> str | None:
 
 
 def symbol_sizes(config: ModelConfig) -> dict[str, int]:
-    """What the symbols of `Row.shape` stand for in a model."""
+    """The values of the symbols of `Row.shape` in a model."""
     text, vision = config.text, config.vision
     sizes = {
         "V": text.vocab_size,

@@ -1,4 +1,4 @@
-"""The forms that linear weights are held in, what may be asked for, and their bytes. Nothing here needs a device.
+"""The forms of linear weights, the options for them, and their bytes. Nothing here needs a device.
 
 | form | values | scales, float32 |
 | --- | --- | --- |
@@ -14,9 +14,9 @@ import math
 
 from step3_jax.layout.tensor import scale_shape
 
-# What may be asked for at load: "stored" leaves weights as in the file, "none" widens them to the dtype of activations.
+# Options at load: "stored" keeps weights as in the file, "none" widens them to the dtype of activations.
 QUANTIZATIONS = ("auto", "none", "stored", "fp8", "int8", "int4")
-# How weights come to a CPU: "auto" copies them.
+# How a CPU gets its weights: "auto" copies them.
 LOAD_FORMATS = ("auto", "mmap")
 # Forms that a deployment may have its linear weights in.
 WEIGHTS = ("float32", "bfloat16", "fp8", "int8", "int4")
@@ -37,10 +37,10 @@ def block_of(form: str, fp8_block: tuple[int, int] = (128, 128)) -> tuple[int, i
 
 
 def form_bytes(shape: tuple[int, ...], form: str, fp8_block: tuple[int, int] = (128, 128)) -> int:
-    """Bytes of a tensor in a form, its scales counted.
+    """Bytes of a tensor in a form, including its scales.
 
     Args:
-      shape: Of the tensor; the last two axes are rows and columns.
+      shape: Shape of the tensor; the last two axes are rows and columns.
       form: One of `WEIGHTS`.
       fp8_block: Rows and columns that share a scale in FP8.
     """

@@ -1,8 +1,8 @@
 """Memory for activations, estimated from shapes: what one call needs besides weights and cache.
 
-No program that is compiled for a CPU tells it: XLA:CPU widens FP8 and BF16 and has none of the GPU's kernels. The sums
-below count the arrays that the GPU's path holds at once, each expert's rows at their worst (all tokens choose experts
-of one device, as no token is dropped), and of the phases the largest. They are estimates, and are labelled so.
+A program compiled for a CPU does not show it: XLA:CPU widens FP8 and BF16 and has none of the GPU's kernels. The sums
+below count the arrays that the GPU's path holds at once, each expert's rows in the worst case (all tokens choose experts
+of one device, as no token is dropped), and take the largest phase. They are estimates, and are labelled so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from step3_jax.config import NUM_CLASS_TOKENS, ModelConfig
 from step3_jax.layout.parallel import ATTENTION, FFN
 from step3_jax.layout.role import Role
 
-# Rows that the last tile of each expert is filled up to.
+# Rows that the last tile of each expert is padded to.
 TILE_ROWS = 128
 # Prompt tokens that each device reads at once, unless a user says otherwise.
 DEFAULT_CHUNK_TOKENS = 1024
@@ -58,7 +58,7 @@ def estimate_workspace(
     """The estimate for one device of a role.
 
     Args:
-      config: As `role.deployed_config` gives it.
+      config: From `role.deployed_config`.
       weights: One of `weight_form.WEIGHTS`.
       role: What the device holds.
       rows: Sequences that each device with a cache decodes at once; of a micro-batch where there are several.

@@ -1,4 +1,4 @@
-"""How the layers of a loaded model lie: a setting of loading, which means the same to what loads, counts and compiles it."""
+"""How the layers of a loaded model are arranged: a setting of loading, shared by loading, counting and compiling."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from step3_jax.model.step3 import Step3, stack_model, unstack_model
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
-    """What is done to the decoder's layers when they are loaded. Nothing, unless a field says so.
+    """What is done to the decoder's layers when they are loaded; by default nothing.
 
     Attributes:
-      stacks: Whether neighbouring layers of one form lie stacked and run in a loop, see `model.layers`.
-      fuses: Whether products of one input are joined, see `model.fuse`.
+      stacks: Whether neighbouring layers of the same structure are stacked and run in a loop, see `model.layers`.
+      fuses: Whether products of the same input are joined, see `model.fuse`.
       quantises: Whether activations are quantised before products with weights in FP8, see `model.fuse`.
     """
 
@@ -29,21 +29,21 @@ class Arrangement:
 
     @classmethod
     def of(cls, platform: str, dtype: jax.typing.DTypeLike) -> Arrangement:
-        """By default all of it on GPUs, and none elsewhere.
+        """The default: everything on GPUs, and nothing elsewhere.
 
         Args:
-          platform: Of the devices, as `jax.Device.platform` names it.
-          dtype: Of activations: wider ones than 16 bits are asked for by those who do not want them quantised.
+          platform: The devices' platform, named as by `jax.Device.platform`.
+          dtype: The dtype of activations: if wider than 16 bits, they are not quantised.
         """
         is_fast = is_gpu(platform)
         return cls(is_fast, is_fast, is_fast and jnp.dtype(dtype).itemsize <= 2)
 
 
 def arrange(model: Step3, arrangement: Arrangement) -> Step3:
-    """A model like `model` with its layers so arranged; layers that are stacked already stay so.
+    """A model like `model` with its layers arranged so; layers that are stacked already stay stacked.
 
     Args:
-      model: With arrays, which are copied where they are stacked or joined, or with shapes.
+      model: A model with arrays, which are copied where they are stacked or joined, or with shapes.
       arrangement: What to do.
     """
     model = stack_model(model) if arrangement.stacks else nnx.merge(*nnx.split(model))
@@ -54,7 +54,7 @@ def arrange(model: Step3, arrangement: Arrangement) -> Step3:
 
 
 def unstack(model: Step3) -> Step3:
-    """A model like `model` as a checkpoint has it, for training: layers apart, products separate, nothing quantised anew."""
+    """A model like `model` in the checkpoint's form, for training: unstacked, products separate, activations unquantised."""
     model = unstack_model(model)
     separate(model)
     set_quantised(model, wanted=False)

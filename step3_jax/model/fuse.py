@@ -1,4 +1,4 @@
-"""The layers in the form that GPUs are quick with: products of one input joined, and activations quantised on their way.
+"""The layers in the form that is fast on GPUs: products of the same input joined, and activations quantised in between.
 
 `fuse` joins the first products of attention (q, k and v) and of a feed-forward network (gate and up), so that one product
 reads their weights in one stream. `separate` is its inverse, for saving and for training. `set_quantised` says whether
@@ -26,16 +26,16 @@ from step3_jax.quant import BlockScaled
 # An array, or the shape of one.
 Leaf = Shaped[Array, "..."] | jax.ShapeDtypeStruct
 Weight = Leaf | BlockScaled
-# Of each kind of module: the products that are joined, in this order, and what they become.
+# For each kind of module: the products that are joined, in this order, and the name of the result.
 JOINED = ((MFA, ("q_proj", "k_proj", "v_proj"), "qkv_down_proj"), (SwiGLU, ("gate_proj", "up_proj"), "gate_up_proj"))
 
 
 def fuse(model: nnx.Module) -> None:
-    """Joins products of one input in all layers of `model`, wherever their weights are of one kind.
+    """Joins products of the same input in all layers of `model`, wherever their weights are of the same kind.
 
-    Where they are to be on several devices they must lie there already: each device joins its own parts.
-    Layers may be apart or stacked, arrays may be shapes. A weight in FP8 is joined if each device's part of it is whole
-    blocks. While a weight is joined there are two of it.
+    If they belong on several devices they must be there already: each device joins its own parts.
+    Layers may be stacked or not, arrays may be shapes. A weight in FP8 is joined if each device's part of it is whole
+    blocks. While a weight is being joined there are two copies of it.
     """
     for module, names, joined in _find(model):
         parts = [getattr(module, name) for name in names]
@@ -51,7 +51,7 @@ def fuse(model: nnx.Module) -> None:
 
 
 def separate(model: nnx.Module) -> None:
-    """Undoes `fuse`: the products of `model` stand by themselves again, with the weights they had."""
+    """Undoes `fuse`: the products of `model` are separate again, with their own weights."""
     for module, names, joined in _find(model):
         found = getattr(module, joined)
         if found is None:
@@ -63,20 +63,20 @@ def separate(model: nnx.Module) -> None:
 
 
 def set_quantised(model: nnx.Module, *, wanted: bool) -> None:
-    """Says whether activations are quantised before products with weights in FP8.
+    """Sets whether activations are quantised before products with weights in FP8.
 
     They are quantised to e4m3 with a scale for each 128 columns of a row, and multiplied in FP8, on any device: by kernels
-    or by their references. Otherwise weights in FP8 are dequantised. Weights in other forms are multiplied as ever.
+    or by their references. Otherwise weights in FP8 are dequantised. Weights in other forms are multiplied as usual.
 
     Args:
       model: Changed in place.
-      wanted: Whether they are.
+      wanted: Whether to quantise them.
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear | Experts):
             module.quantises = wanted
     for _, module in nnx.iter_modules(model):
-        # What follows a norm says in which form it gives its rows.
+        # The products after a norm decide the form of its rows.
         if isinstance(module, MFA):
             module.inter_norm.quantises = module.wq.takes_rows
         elif isinstance(module, DecoderLayer):
@@ -94,7 +94,7 @@ def is_quantised(model: nnx.Module) -> bool:
 
 
 def _find(model: nnx.Module) -> Iterator[tuple[nnx.Module, tuple[str, ...], str]]:
-    """Modules with products to join, the names of these, and that of what they become."""
+    """Modules with products to join, the names of these, and the name of the result."""
     for _, module in list(nnx.iter_modules(model)):
         for kind, names, joined in JOINED:
             if isinstance(module, kind):
@@ -102,14 +102,14 @@ def _find(model: nnx.Module) -> Iterator[tuple[nnx.Module, tuple[str, ...], str]
 
 
 def _like(linear: Linear, weight: Weight) -> Linear:
-    """A projection as `linear` with another weight."""
+    """A projection like `linear` with another weight."""
     made = nnx.merge(*nnx.split(linear))
     made.weight = nnx.Param(weight)
     return made
 
 
 def _can_join(weights: Sequence[Weight]) -> bool:
-    """Whether weights are of one kind, and each device's parts of them can stand under one another."""
+    """Whether weights are of the same kind, and each device's parts of them can be concatenated by rows."""
     first = weights[0]
     if isinstance(first, BlockScaled):
         is_one_kind = all(isinstance(weight, BlockScaled) and weight.block == first.block for weight in weights)
@@ -147,7 +147,7 @@ def _sizes(module: nnx.Module, weight: Weight) -> list[int]:
 
 
 def _stack_rows(arrays: Sequence[Leaf]) -> Leaf:
-    """Arrays under one another (next to last axis), on each device the parts that it has."""
+    """Concatenates arrays by rows (next to last axis), on each device the parts that it has."""
     first = arrays[0]
     shape = (*first.shape[:-2], sum(array.shape[-2] for array in arrays), first.shape[-1])
     return _on_each_device(arrays, shape, lambda *parts: jnp.concatenate(parts, axis=-2))
@@ -165,11 +165,11 @@ def _split_rows(array: Leaf, sizes: Sequence[int]) -> list[Leaf]:
 
 
 def _on_each_device(arrays: Sequence[Leaf], shape: tuple[int, ...], run: Callable[..., jax.Array]) -> Leaf:
-    """`run` of what each device has of `arrays`, which lie alike, as one array of `shape` that lies as they do."""
+    """Applies `run` to each device's parts of `arrays`, which are sharded alike; one array of `shape`, sharded the same."""
     first = arrays[0]
     if isinstance(first, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, first.dtype, sharding=first.sharding)
-    # Device by device, not as a program for all: this process may have none of them.
+    # Device by device, not as one program for all: this process may have none of them.
     found = [{shard.device: shard.data for shard in array.addressable_shards} for array in arrays]
     made = [run(*(parts[device] for parts in found)) for device in found[0]]
     return jax.make_array_from_single_device_arrays(shape, first.sharding, made, dtype=first.dtype)

@@ -1,8 +1,8 @@
-"""The decoder's layers one after the other: separate modules, or neighbours of one form whose arrays lie stacked.
+"""The decoder's layers in sequence: separate modules, or neighbours of the same structure with stacked arrays.
 
-On CPUs and in training each layer is a module of its own, and a program has all of them. On GPUs neighbours of one form are
-a `LayerStack`: a program has one such layer, in a loop that gives the kernels the stack and the layer's number. So 61 layers
-compile in the time of three.
+On CPUs and in training each layer is a separate module, and a program has all of them. On GPUs neighbours of the same
+structure are a `LayerStack`: a program has one such layer, in a loop that passes the stack and the layer's number to the
+kernels. So 61 layers compile in the time of three.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Layer(Protocol):
 
 
 class LayerStack(nnx.Module, Generic[M]):
-    """Neighbouring layers of one form, every array of them stacked.
+    """Neighbouring layers of the same structure, with all their arrays stacked.
 
     Attributes:
-      stacked: The module of one layer; its arrays are those of all, [count, ...].
+      stacked: The module of one layer, with the arrays of all layers, [count, ...].
       count: Layers.
     """
 
@@ -88,7 +88,7 @@ def over_layers(
       hidden: The residual stream before the first.
       context: What they share.
       pages: The pool of all layers; None without a cache.
-      observe: What is wanted of a routing, a pytree of arrays.
+      observe: Applied to each routing; returns a pytree of arrays.
 
     Returns:
       The residual stream after the last layer, the pool with the new rows, and what `observe` gave: an entry for each
@@ -138,7 +138,7 @@ def _run_stack(
 
 
 def stack_layers(layers: Sequence[M | LayerStack[M]]) -> list[LayerStack[M]]:
-    """Stacks neighbours of one form, whose modules and arrays have the same structure, shapes and dtypes.
+    """Stacks neighbours whose modules and arrays have the same structure, shapes and dtypes.
 
     The stacks of arrays are copies; `checkpoint.load` fills stacks without any. Of shapes (`jax.ShapeDtypeStruct`) they are
     shapes, with the sharding of one layer after the axis of layers. What is a stack already stays so.

@@ -1,4 +1,4 @@
-"""A model for `jax.shard_map`: the same modules, those whose weights are sharded wrapped in their exchanges."""
+"""A model for `jax.shard_map`: the same modules, with sharded ones wrapped in their exchanges."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ShardedFfn(nnx.Module):
             if inner.moe is not None
             else None
         )
-        # Where routed and shared experts are sharded over the same devices, one exchange serves both.
+        # If routed and shared experts are sharded over the same devices, one exchange serves both.
         self.is_joint = self.tensor == everyone and not (self.moe is not None and self.moe.use_all_to_all)
 
     def __call__(self, normed: Float[Array, "N D"] | Rows, routing: Routing | None) -> Float[Array, "N D"]:
@@ -69,7 +69,7 @@ def parallelise(model: Step3, layout: Layout) -> Step3:
     """The model as one device runs it inside `jax.shard_map`.
 
     Args:
-      model: With weights that lie as `layout.parameter` says, or abstract ones. It stays as it is; the weights are
+      model: A model whose weights are placed as `layout.parameter` says, or abstract. It is not changed; the weights are
         shared.
       layout: The devices.
     """
@@ -90,10 +90,10 @@ def parallelise(model: Step3, layout: Layout) -> Step3:
 
 
 def parallelise_vision(vision: VisionTower, projector: Projector, layout: Layout) -> None:
-    """Makes tower and projector those of one device inside `jax.shard_map`; what is given is changed.
+    """Turns tower and projector into those of one device inside `jax.shard_map`, in place.
 
-    What comes first of each pair of products (q, k and v, `fc1`, the second convolution) has some heads or columns on
-    each device and exchanges nothing; one sum behind the second product makes all devices of a group equal again.
+    The first of each pair of products (q, k and v, `fc1`, the second convolution) has some heads or columns on
+    each device and exchanges nothing; one sum after the second product makes all devices of a group equal again.
     """
     heads, width = (find_group(layout, name, tokens="images") for name in ("vision_heads", "vision_width"))
     for layer in vision.layers:
@@ -108,7 +108,7 @@ def find_group(layout: Layout, *logical: str, tokens: str = "rows") -> Group:
     Args:
       layout: The devices.
       logical: Axes of weights.
-      tokens: The logical axis of what the weights are applied to.
+      tokens: The logical axis of the input.
     """
     wanted = {axis for name in logical for axis in layout.axes(name)}
     rows = layout.axes(tokens)
@@ -120,23 +120,23 @@ def find_group(layout: Layout, *logical: str, tokens: str = "rows") -> Group:
 
 @runtime_checkable
 class Places(Protocol):
-    """What knows where parameters lie: a layout, or the devices of several roles."""
+    """Anything that knows the placement of parameters: a layout, or the devices of several roles."""
 
     def parameter(self, path: Path) -> NamedSharding:
-        """Where the parameter at `path` lies, in the shape of `sharding.view_shape`."""
+        """The sharding of the parameter at `path`, in the shape of `sharding.view_shape`."""
 
 
 def place_model(model: Step3, places: Places) -> Step3:
-    """A copy of a model in memory on its devices; head and vision tower are filled up with zeros where they do not divide.
+    """A copy of a model in memory on its devices; head and vision tower are padded with zeros where they do not divide.
 
-    Of several processes each has the same model. From a checkpoint, `load_model(..., layout=...)` never holds all of it.
+    Every process has the same model. From a checkpoint, `load_model(..., layout=...)` never holds all of it.
     """
 
     def place(path: Path, leaf: Array, sharding: NamedSharding) -> Array:
         view = view_shape(leaf.shape, path, len(sharding.spec), model.config.vision)
         shape = padded_shape(view, sharding)
         if not sharding.addressable_devices:
-            # `make_array_from_callback` would ask for all of an array that every device has a copy of.
+            # `make_array_from_callback` would request all of a replicated array from every device.
             return jax.make_array_from_single_device_arrays(shape, sharding, [], dtype=leaf.dtype)
         host = np.pad(np.asarray(leaf).reshape(view), [(0, new - old) for new, old in zip(shape, view, strict=True)])
         return jax.make_array_from_callback(shape, sharding, host.__getitem__)
@@ -145,7 +145,7 @@ def place_model(model: Step3, places: Places) -> Step3:
 
 
 def place_shapes(model: Step3, places: Places) -> Step3:
-    """The same for an abstract model, as `nnx.eval_shape` gives it: shapes with shardings, to compile for."""
+    """The same for an abstract model from `nnx.eval_shape`: shapes with shardings, to compile for."""
 
     def place(path: Path, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         view = view_shape(leaf.shape, path, len(sharding.spec), model.config.vision)
@@ -155,7 +155,7 @@ def place_shapes(model: Step3, places: Places) -> Step3:
 
 
 def _map_parameters(model: Step3, places: Places, place: Callable[..., object]) -> Step3:
-    """A module like `model`, each array of it (FP8 weights have two) placed where its parameter lies."""
+    """A module like `model`, with each array (FP8 weights have two) placed where its parameter belongs."""
     graphdef, state = nnx.split(model)
     placed = []
     for path, variable in nnx.to_flat_state(state):
@@ -164,6 +164,6 @@ def _map_parameters(model: Step3, places: Places, place: Callable[..., object]) 
             sharding = stack_sharding(sharding)
         leaves, treedef = jax.tree.flatten(variable.get_value())
         leaves = [place(path, leaf, sharding) for leaf in leaves]
-        # New variables: those of `state` are the model's own.
+        # New variables: those of `state` belong to the model.
         placed.append((path, variable.replace(jax.tree.unflatten(treedef, leaves))))
     return nnx.merge(graphdef, nnx.from_flat_state(placed))

@@ -48,12 +48,12 @@ class Step3(nnx.Module):
         Args:
           input_ids: Token ids, image places already expanded.
           positions: Rotary positions; 0..T-1 if absent.
-          pixel_values: Whole pictures, all of the batch in row order.
-          patch_pixel_values: Windows of the pictures, in the same order; may be absent if there are none.
-          num_patches: Windows of each picture, on the host; zeros if absent.
+          pixel_values: Whole images, all of the batch in row order.
+          patch_pixel_values: Windows of the images, in the same order; may be absent if there are none.
+          num_patches: Windows of each image, on the host; zeros if absent.
 
         Raises:
-          ValueError: If the counts of pictures, windows and image places do not match, or pictures are given to a
+          ValueError: If the counts of images, windows and image places do not match, or images are given to a
             text-only model. Under `jax.jit` the image places cannot be counted.
         """
         input_ids = jnp.asarray(input_ids)
@@ -68,12 +68,12 @@ class Step3(nnx.Module):
             rows = jnp.cumsum(is_place.reshape(-1)).reshape(is_place.shape) - 1
             embeddings = merge_image_features(embeddings, features, jnp.where(is_place, rows, -1))
         elif patch_pixel_values is not None or num_patches is not None:
-            raise ValueError("patch_pixel_values and num_patches need pixel_values: every picture has a whole view")
+            raise ValueError("patch_pixel_values and num_patches need pixel_values: every image has a whole view")
         hidden, _ = self.text(embeddings, positions=positions)
         return self.text.logits(hidden)
 
     def encode_images(self, pixels: Float[Array | np.ndarray, "B 3 S S"]) -> Float[Array, "B image_tokens D"]:
-        """Features of whole pictures, or of windows: one size a call."""
+        """Features of whole images, or of windows: one size per call."""
         if self.vision is None or self.projector is None:
             raise ValueError("this is a text-only model: its checkpoint has no vision tower, so it takes no images")
         with jax.named_scope("vision"):
@@ -85,15 +85,15 @@ class Step3(nnx.Module):
         patch_pixel_values: Float[Array | np.ndarray, "windows 3 W W"] | None,
         num_patches: Sequence[int] | None,
     ) -> Float[Array, "M D"]:
-        """Features in prompt order: for each picture its windows, then the whole view."""
+        """Features in prompt order: for each image its windows, then the whole view."""
         pixel_values = jnp.asarray(pixel_values)
         num_images = pixel_values.shape[0]
         counts = [int(count) for count in num_patches] if num_patches is not None else [0] * num_images
         num_windows = 0 if patch_pixel_values is None else jnp.asarray(patch_pixel_values).shape[0]
         if len(counts) != num_images or sum(counts) != num_windows:
             raise ValueError(
-                f"{num_images} pictures and {num_windows} windows are given, but num_patches is {counts}: it needs one "
-                "number a picture, and they must sum to the windows"
+                f"{num_images} images and {num_windows} windows are given, but num_patches is {counts}: it needs one "
+                "number per image, and they must sum to the windows"
             )
         views = self.encode_images(pixel_values)
         width = views.shape[-1]
@@ -108,12 +108,12 @@ class Step3(nnx.Module):
 
 
 def stack_model(model: Step3) -> Step3:
-    """A model like `model`, neighbouring layers of one form stacked; see `model.layers.stack_layers`."""
+    """A model like `model`, neighbouring layers of the same structure stacked; see `model.layers.stack_layers`."""
     return _with_layers(model, stack_layers(model.text.layers))
 
 
 def unstack_model(model: Step3) -> Step3:
-    """A model like `model` with its layers apart; see `model.layers.unstack_layers`."""
+    """A model like `model` with its layers unstacked; see `model.layers.unstack_layers`."""
     return _with_layers(model, unstack_layers(model.text.layers))
 
 
@@ -127,8 +127,8 @@ def check_places(num_places: int, num_features: int) -> None:
     """Raises ValueError unless the prompt has one place for each image feature."""
     if num_places != num_features:
         raise ValueError(
-            f"the prompt has {num_places} image places, but the pictures give {num_features} features: expand one "
-            "image place for each picture (step3_jax.text.images), and give all pictures"
+            f"the prompt has {num_places} image places, but the images give {num_features} features: expand one "
+            "image place for each image (step3_jax.text.images), and give all images"
         )
 
 
@@ -140,5 +140,5 @@ class _OneKey(nnx.Rngs):
 
 
 def abstract_step3(config: ModelConfig, dtype: jax.typing.DTypeLike | None = None) -> Step3:
-    """The module with shapes in place of arrays, which takes no memory; arguments as of `Step3`."""
+    """The module with shapes in place of arrays, which takes no memory; arguments as for `Step3`."""
     return nnx.eval_shape(lambda: Step3(config, dtype=dtype, rngs=_OneKey(0)))

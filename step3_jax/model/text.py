@@ -1,4 +1,4 @@
-"""The decoder. A layer is two halves that later run on different devices: attention (with its router) and FFN."""
+"""The decoder. A layer is two halves, which may run on different devices: attention (with its router) and FFN."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class AttentionOutput(NamedTuple):
-    """What a layer's attention half hands on.
+    """The output of a layer's attention half.
 
     Attributes:
       residual: The residual stream after attention; it stays on the attention side.
@@ -116,7 +116,7 @@ class DecoderLayer(nnx.Module):
         context: AttentionContext,
         pages: KVPages | None = None,
     ) -> tuple[Float[Array, "B T D"], KVPages | None, Routing | None]:
-        """The residual stream after the layer, the pool with its rows, and the experts' choice if it has any."""
+        """The residual stream after the layer, the pool with its rows, and the choice of experts if it has any."""
         out = self.attention(hidden, context, pages)
         added = self.ffn(out.normed, out.routing).reshape(out.residual.shape)
         return out.residual + added, out.pages, out.routing
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
     """Embedding, layers, last norm and head.
 
     Attributes:
-      layers: Of type `DecoderLayer`, or stacks of them; see `model.layers`.
+      layers: `DecoderLayer`s, or stacks of them; see `model.layers`.
     """
 
     def __init__(self, config: TextConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
@@ -140,7 +140,7 @@ class Decoder(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of activations: norms have it, whatever form other weights are held in."""
+        """The dtype of activations: norms have it, whatever form other weights are in."""
         return self.norm.weight.get_value().dtype
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -175,20 +175,21 @@ class Decoder(nnx.Module):
         """Runs all layers.
 
         Args:
-          embeddings: Token embeddings, image features merged in; [1, N, D] for a packed chunk of prompts.
+          embeddings: Token embeddings with image features merged in; [1, N, D] for a packed chunk of prompts.
           cache: The pool of all layers, see `cache.paged`; None runs without a cache.
-          step: Where the tokens stand in the cache; given if and only if there is one.
-          positions: Rotary positions, if they are not the tokens' places in their sequences.
-          observe: What is wanted of the routing of each MoE layer, a pytree of arrays.
+          step: The tokens' positions in the cache; given if and only if there is one.
+          positions: Rotary positions, if they differ from the tokens' places in their sequences.
+          observe: Applied to the routing of each MoE layer; returns a pytree of arrays.
 
         Returns:
-          The normed hidden states (see `logits`), the cache with the new rows, and what `observe` gave, see `over_layers`.
+          The normed hidden states (see `logits`), the cache with the new rows, and the results of `observe`, see
+          `over_layers`.
 
         Raises:
           ValueError: If only one of `cache` and `step` is given.
         """
         if (cache is None) != (step is None):
-            raise ValueError("a cache needs the step that says where its tokens stand, and a step needs a cache")
+            raise ValueError("a cache needs a step, which has its tokens' positions, and a step needs a cache")
         page_size = PAGE_SIZE if cache is None else cache.page_size
         context = attention_context(
             self.config, embeddings.shape[:2], step=step, page_size=page_size, positions=positions

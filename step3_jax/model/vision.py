@@ -1,4 +1,4 @@
-"""The vision tower and the projector that makes decoder tokens of its patches."""
+"""The vision tower and the projector that turns its patches into decoder tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PatchEmbedding(nnx.Module):
         batch, channels, height, width = pixels.shape
         size, weight = self.patch_size, self.weight[...]
         if height != width or height % size:
-            raise ValueError(f"pictures are {height} x {width}; squares of a multiple of {size} are needed")
+            raise ValueError(f"images are {height} x {width}; squares of a multiple of {size} are needed")
         grid = height // size
         patches = pixels.astype(weight.dtype).reshape(batch, channels, grid, size, grid, size)
         patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(batch * grid * grid, -1)
@@ -55,7 +55,7 @@ def resize_positions(table: Float[Array, "rows width"], from_grid: int, to_grid:
 class VisionAttention(nnx.Module):
     """Full attention with biases; no mask, no rotary embedding.
 
-    Sharded, it has some of the heads, which are then an axis of its arrays (`view_shape` in `step3_jax/sharding.py`).
+    If sharded, it has some of the heads, which are then an axis of its arrays (`view_shape` in `step3_jax/sharding.py`).
     """
 
     def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -86,7 +86,7 @@ class VisionMLP(nnx.Module):
 
 
 class VisionLayer(nnx.Module):
-    """h + LN1(attention(h)), then h + LN2(mlp(h)): the norms stand after each branch."""
+    """h + LN1(attention(h)), then h + LN2(mlp(h)): the norms come after each branch."""
 
     def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.self_attn = VisionAttention(config, dtype=dtype, rngs=rngs)
@@ -146,7 +146,7 @@ class Convolution(nnx.Module):
 
 
 class Projector(nnx.Module):
-    """Two strided convolutions without activation between, then a linear map to the decoder's width."""
+    """Two strided convolutions without an activation in between, then a linear map to the decoder's width."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         if config.vision is None:

@@ -1,7 +1,7 @@
-"""What one decoded token costs in the attention of some layers, by design: bytes of cache, FLOPs, projection weights.
+"""The cost of one decoded token in the attention of some layers, by design: cache bytes, FLOPs, projection weights.
 
-The formulas are those behind Tables 2 and 3 of arXiv 2507.19427: one token, all layers of the group, the whole context
-attended to, two FLOPs for a multiply-add. Norms, rotary embedding and softmax are left out, as the report does.
+The formulas are those behind Tables 2 and 3 of arXiv 2507.19427: one token, all layers of the group, attending to the
+whole context, two FLOPs per multiply-add. Norms, rotary embedding and softmax are left out, as in the report.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Literal, Protocol
 
 from step3_jax.planner.data_file import Reader
 
-# How MLA's value product is counted: over latent and rotary columns, as the report's tables are, or over the latent ones
-# alone, which is all that the kernel has to compute.
+# How MLA's value product is counted: over latent and rotary columns, as in the report's tables, or only over the latent
+# ones, which is all that the kernel has to compute.
 CountRule = Literal["report", "exact"]
 
 
 class AttentionGroup(Protocol):
-    """Layers of a model whose attention is of one design."""
+    """Layers of a model with the same attention design."""
 
     @property
     def design(self) -> str:
-        """ "mfa", "gqa", "mla" or "linear": what measured efficiencies are looked up by."""
+        """ "mfa", "gqa", "mla" or "linear": the key for looking up measured efficiencies."""
         ...
 
     @property
@@ -48,7 +48,7 @@ class AttentionGroup(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class HeadAttention:
-    """Softmax attention with keys and values for each of a few heads: MHA, GQA, and MFA with one of them.
+    """Softmax attention with a few key/value heads: MHA, GQA, and MFA with one of them.
 
     Attributes:
       num_layers: Layers of the group.
@@ -56,9 +56,9 @@ class HeadAttention:
       num_kv_heads: Heads of keys and values.
       head_dim: Size of a head.
       query_rank: Width between the two query matrices of MFA; None for a single one.
-      chunk_tokens: A token attends to no more than these; None for the whole context. A full chunk is charged, not the
+      chunk_tokens: A token attends to at most this many; None for the whole context. A full chunk is charged, not the
         mean fill.
-      kv_element_bytes: Of a cached number where the model fixes it; None for what is asked for.
+      kv_element_bytes: Bytes of a cached number if the model fixes it; None for the requested dtype.
     """
 
     num_layers: int
@@ -71,16 +71,16 @@ class HeadAttention:
 
     @property
     def design(self) -> str:
-        """ "mfa" where queries are factorised, else "gqa"."""
+        """ "mfa" if queries are factorised, else "gqa"."""
         return "gqa" if self.query_rank is None else "mfa"
 
     def kv_bytes_held(self, context_tokens: float, element_bytes: float) -> float:
-        """Keys and values of the tokens that are attended to."""
+        """Keys and values of the tokens attended to."""
         size = self.kv_element_bytes or element_bytes
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * size * self._attended(context_tokens)
 
     def kv_bytes_read(self, context_tokens: float, element_bytes: float) -> float:
-        """All that is held is read once."""
+        """The whole cache is read once."""
         return self.kv_bytes_held(context_tokens, element_bytes)
 
     def flops(self, context_tokens: float, rule: CountRule) -> float:
@@ -106,10 +106,10 @@ class LatentAttention:
     Attributes:
       num_layers: Layers of the group.
       num_heads: Query heads.
-      latent_dim: Of the compressed keys and values.
-      rope_dim: Of the rotary part of keys.
-      nope_dim: Of the part of a query without rotary embedding.
-      value_dim: Of a head's values.
+      latent_dim: Size of the compressed keys and values.
+      rope_dim: Size of the rotary part of keys.
+      nope_dim: Size of the part of a query without rotary embedding.
+      value_dim: Size of a head's values.
       query_rank: Width between the two query matrices.
       kv_element_bytes: Of a cached number where the model fixes it; None for what is asked for.
     """
@@ -134,7 +134,7 @@ class LatentAttention:
         return self.num_layers * (self.latent_dim + self.rope_dim) * size * context_tokens
 
     def kv_bytes_read(self, context_tokens: float, element_bytes: float) -> float:
-        """All that is held is read once."""
+        """The whole cache is read once."""
         return self.kv_bytes_held(context_tokens, element_bytes)
 
     def flops(self, context_tokens: float, rule: CountRule) -> float:
@@ -153,17 +153,17 @@ class LatentAttention:
 
 @dataclasses.dataclass(frozen=True)
 class LinearAttention:
-    """Lightning attention: a square state for each head in place of a cache.
+    """Lightning attention: a square state for each head instead of a cache.
 
-    The report prints only its results; FLOPs for each element, passes and matrices are the integers that give them.
+    The report prints only its results; FLOPs per element, passes and matrices are the integers that reproduce them.
 
     Attributes:
       num_layers: Layers of the group.
       num_heads: Heads.
       head_dim: Size of a head.
-      state_bytes: Of one number of the state.
+      state_bytes: Bytes of one number of the state.
       state_passes: How often a token moves the state: it is read and written.
-      flops_per_state_element: Of one token.
+      flops_per_state_element: FLOPs of one token.
       num_matrices: Projections of hidden size by all heads.
     """
 
@@ -189,7 +189,7 @@ class LinearAttention:
         return self._state_elements * self.state_bytes * self.state_passes
 
     def flops(self, context_tokens: float, rule: CountRule) -> float:
-        """Of the state's update and of the product with the query."""
+        """FLOPs of the state's update and of the product with the query."""
         return self._state_elements * self.flops_per_state_element
 
     def projection_weights(self, hidden_size: int) -> int:

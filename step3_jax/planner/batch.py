@@ -21,10 +21,10 @@ from step3_jax.planner.stage import Arithmetic, Model, Numbers, Shares
 
 
 class BatchTable:
-    """Answers for the batches of all candidates; what several of them need is counted once."""
+    """Results for the batches of all candidates; shared quantities are computed once."""
 
     def __init__(self, query: Query) -> None:
-        """Starts with nothing counted."""
+        """Starts empty."""
         self.query = query
         self.config = deployed_config(query.config, query.weights, text_only=query.text_only)
         model = Model(self.config, query.weights, query.kv_cache, query.contexts, query.load)
@@ -35,7 +35,7 @@ class BatchTable:
         self._fitting: dict[tuple[Candidate, int, int], int] = {}
 
     def expect(self, candidate: Candidate) -> Expectation:
-        """The shares of the ideal that are expected of a candidate."""
+        """The shares of the ideal that a candidate is expected to reach."""
         machines = candidate.machines
         key = (machines.is_apart, machines.attention.name, machines.ffn.name)
         if key not in self._expectations:
@@ -46,7 +46,7 @@ class BatchTable:
         return self._expectations[key]
 
     def count_stages(self, candidate: Candidate, rows: Numbers, judge: Judge) -> Stages:
-        """The stages of a decode step for batches with so many sequences of a device in a micro-batch."""
+        """The stages of a decode step for batches with this many sequences per device in a micro-batch."""
         return count_decode(self._arithmetic[judge], candidate.machines, rows, self._shares(candidate, judge))
 
     def prefill_seconds(self, candidate: Candidate, num_microbatches: int, judge: Judge) -> tuple[int, float]:
@@ -65,19 +65,19 @@ class BatchTable:
     def first_token_seconds(
         self, candidate: Candidate, num_microbatches: int, step_s: Numbers, judge: Judge
     ) -> Numbers:
-        """Seconds to the first token of the mean prompt that waits for no other: chunks and decode calls take turns."""
+        """Seconds to the first token of the mean prompt that waits for no other: chunks and decode calls alternate."""
         chunks, chunk_s = self.prefill_seconds(candidate, num_microbatches, judge)
         return chunks * (chunk_s + step_s)
 
     def cost_rate(self, candidate: Candidate) -> float:
-        """USD for a million seconds, or devices where prices are missing: times seconds of a token this is its cost."""
+        """USD per million seconds, or the device count if prices are missing: times a token's seconds it is its cost."""
         usd = candidate.usd_per_hour
         if usd is None or not self.query.has_prices:
             return float(candidate.num_devices)
         return usd * TOKENS_PER_PRICE / SECONDS_PER_HOUR
 
     def bound_rows(self, candidate: Candidate) -> int:
-        """Sequences of a device for which weights and cache have room; workspace is left out, so fewer may fit."""
+        """Sequences of a device for which weights and cache have room; ignores the workspace, so fewer may fit."""
         machines = candidate.machines
         left = self._find_room(machines.attention, machines.attention_role)
         if self._find_room(machines.ffn, machines.ffn_role) < 0:
@@ -88,7 +88,7 @@ class BatchTable:
         """The most sequences of a device in a micro-batch, up to `rows`, that fit; 0 if not even one does."""
         key = (candidate, num_microbatches, rows)
         if key not in self._fitting:
-            # What is up to `low` fits, what is from `high` on does not.
+            # Up to `low` fits, from `high` on does not.
             low, high = 0, rows + 1
             middle = rows
             while high - low > 1:
@@ -124,13 +124,13 @@ class BatchTable:
         return candidate.deploy(query.weights, query.kv_cache, num_microbatches, rows, context)
 
     def find(self, candidate: Candidate, num_microbatches: int, rows: int, limit: str) -> Found:
-        """All that is to be said of a batch, which fits.
+        """The full result for a batch that fits.
 
         Args:
           candidate: The devices.
-          num_microbatches: In flight.
+          num_microbatches: Micro-batches in flight.
           rows: Sequences of a device in a micro-batch.
-          limit: What keeps the batch from being larger.
+          limit: What limits the batch.
         """
         ideal, expected = (self._describe(candidate, num_microbatches, rows, judge) for judge in ("ideal", "expected"))
         plan = self.plan(candidate, num_microbatches, rows)
@@ -157,6 +157,6 @@ class BatchTable:
         return Shares() if judge == "ideal" else self.expect(candidate).shares
 
     def _find_room(self, hardware: Hardware, role: Role) -> float:
-        """Bytes that weights leave of what may be used of a device."""
+        """Bytes that weights leave of a device's usable memory."""
         weights = sum(self._arithmetic[self.query.judge].weight_parts(role).values())
         return hardware.memory_gib * 2**30 * self.query.memory_share - weights

@@ -16,21 +16,21 @@ from step3_jax.layout.role import fp8_block
 from step3_jax.planner.cost import Prices
 from step3_jax.planner.pipeline import Machines, is_host
 
-# Attention and FFN on devices of their own; every device does both, in one group or in several.
+# Attention and FFN on separate devices; every device does both, in one group or in several.
 Kind = Literal["afd", "ep", "tp"]
-# Of a role that are looked at; the cost of larger deployments hardly changes, and several of them can be started.
+# Most devices of a role that are considered; the cost of larger deployments hardly changes, and several can be started.
 MAX_INSTANCES = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Devices of one kind that there are.
+    """The available devices of one kind.
 
     Attributes:
       hardware: The kind.
-      count: How many.
-      usd_per_hour: Of one; None for unknown.
-      price_source: Where the price is from.
+      count: Number of devices.
+      usd_per_hour: Price of one; None if unknown.
+      price_source: The source of the price.
       given_as: The hardware's name, or its file.
     """
 
@@ -41,17 +41,17 @@ class Pool:
     given_as: str
 
 
-# Told apart by identity: prices and sources are mappings, and there are thousands.
+# Compared by identity: prices and sources are mappings, and there are thousands.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
     """A deployment without its batch.
 
     Attributes:
-      kind: Of its arrangement.
+      kind: The kind of arrangement.
       attention: The pool of the devices with the KV cache.
-      ffn: Of those with the experts; the same one where every device does both.
-      topology: Instances of the two roles; None where every device does both.
-      parallel: Of the FFN side, or of all devices.
+      ffn: The pool of those with the experts; the same one if every device does both.
+      topology: Instances of the two roles; None if every device does both.
+      parallel: How the FFN side is sharded, or all devices.
     """
 
     kind: Kind
@@ -67,12 +67,12 @@ class Candidate:
 
     @property
     def num_devices(self) -> int:
-        """All of them."""
+        """All devices."""
         return self.parallel.num_devices if self.topology is None else self.topology.num_devices
 
     @property
     def usd_per_hour(self) -> float | None:
-        """Of all devices; None where a price is missing."""
+        """Price of all devices; None if a price is missing."""
         own, other = self.attention.usd_per_hour, self.ffn.usd_per_hour
         if own is None or other is None:
             return None
@@ -80,7 +80,7 @@ class Candidate:
 
     @functools.cached_property
     def machines(self) -> Machines:
-        """What the arithmetic of time needs."""
+        """The input of the arithmetic of time."""
         return Machines.of(self.deploy("fp8", "fp8", 1, 1, 1), self.attention.hardware, self.ffn.hardware)
 
     @property
@@ -90,7 +90,7 @@ class Candidate:
 
     @property
     def devices(self) -> str:
-        """For people: how many of what."""
+        """For people: numbers and kinds of devices."""
         if self.topology is None:
             return f"{self.num_devices} {self.attention.hardware.name}"
         num_ffn = self.topology.num_ffn_devices
@@ -102,11 +102,11 @@ class Candidate:
         """The deployment with a batch.
 
         Args:
-          weights: Their format.
-          kv_cache: Of its pages.
-          num_microbatches: In flight; 1 where every device does both.
+          weights: Format of the weights.
+          kv_cache: Format of the pages.
+          num_microbatches: Micro-batches in flight; 1 if every device does both.
           rows: Sequences of each device with a cache, in a micro-batch.
-          context_tokens: Of each sequence.
+          context_tokens: Tokens of each sequence.
           description: One line for people.
         """
         own, other = self.attention.given_as, self.ffn.given_as
@@ -131,11 +131,11 @@ def parse_pool(text: str, prices: Prices) -> Pool:
     """Reads HARDWARE:COUNT, such as "h800:32".
 
     Args:
-      text: What was given; the hardware as `load_hardware` takes it.
-      prices: What an hour costs.
+      text: The given text; the hardware in the form of `load_hardware`.
+      prices: Prices per hour.
 
     Raises:
-      ValueError: If it is not of that form, the count is not at least 1, or there is no such hardware.
+      ValueError: If it does not have that form, the count is not at least 1, or there is no such hardware.
     """
     name, colon, count = text.rpartition(":")
     if not colon or not count.isdecimal() or int(count) < 1:
@@ -147,12 +147,12 @@ def parse_pool(text: str, prices: Prices) -> Pool:
 def list_candidates(config: ModelConfig, pools: Sequence[Pool]) -> Iterator[Candidate]:
     """All deployments of a model on the devices of one pool, or of two for the two roles.
 
-    Devices are whole machines, or parts of one. Between machines they need a network. With the processor of a machine as FFN
-    side the attention side are accelerators of that machine.
+    Devices are whole machines, or parts of one. Between machines they need a network. If the FFN side is a machine's
+    processor, the attention side is accelerators of that machine.
 
     Args:
-      config: As deployed.
-      pools: What there is.
+      config: The deployed configuration.
+      pools: The available devices.
     """
     ffn_parallels: dict[tuple[int, int], list[Parallel]] = {}
     for pool in pools:
@@ -176,7 +176,7 @@ def _list_joint(config: ModelConfig, pool: Pool) -> Iterator[Parallel]:
     for count in counts:
         for tp in _divisors(math.gcd(count, machine)):
             fitting = _list_fitting(config, count, tp, BOTH)
-            # Each device then has parts of the width of many experts, which have to be in its machine.
+            # Each device then has parts of the width of many experts, which must be within its machine.
             near = [one for one in fitting if one.expert_width_parts <= machine]
             if near:
                 yield near[-1]
@@ -196,7 +196,7 @@ def _list_instances(own: Pool, other: Pool) -> Iterator[tuple[int, int, int]]:
     if is_same:
         for size in _divisors(size_own)[:-1]:
             total = min(size_own, own.count) // size
-            # Those that would do with larger parts are left to them.
+            # Multiples of smaller deployments are left out.
             pairs = ((x, y) for x in range(1, total) for y in range(1, total - x + 1))
             yield from ((x, y, size) for x, y in pairs if x % 2 or y % 2)
     if own.hardware.network_gb_s is None or other.hardware.network_gb_s is None:
@@ -208,7 +208,7 @@ def _list_instances(own: Pool, other: Pool) -> Iterator[tuple[int, int, int]]:
 
 
 def _list_ffn(config: ModelConfig, num_instances: int, size: int) -> list[Parallel]:
-    """Experts over instances with their width inside one, whole experts on as many devices as possible, or between."""
+    """Experts across instances with their width within one, whole experts on as many devices as possible, or in between."""
     count = num_instances * size
     for tp in reversed(_divisors(size)):
         fitting = _list_fitting(config, count, tp, FFN)
@@ -219,7 +219,7 @@ def _list_ffn(config: ModelConfig, num_instances: int, size: int) -> list[Parall
 
 
 def _list_fitting(config: ModelConfig, count: int, tp: int, role: RoleName) -> list[Parallel]:
-    """Ways to shard a role's weights, with the experts in ever more groups."""
+    """Ways to shard a role's weights, with the experts in more and more groups."""
     groups = _divisors(math.gcd(count, config.text.moe_num_experts)) if config.text.moe_layers else [1]
     ways = [Parallel(count // tp, tp, ep) for ep in groups]
     return [one for one in ways if not find_problems(one, config.text, fp8_block(config), role)]

@@ -1,4 +1,4 @@
-"""How long the sequences of a batch are: one number, a distribution, or what a trace says."""
+"""How long the sequences of a batch are: one number, a distribution, or a trace."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from step3_jax.planner.trace_file import MAX_TOKENS, TraceRequest, count_context
 
 @dataclasses.dataclass(frozen=True)
 class Contexts:
-    """The contexts at which tokens are decoded, and with them the sequences of a batch at a random moment.
+    """The contexts at which tokens are decoded, and so the sequences of a batch at a random moment.
 
     Attributes:
-      text: What was given, for people.
-      mean: Tokens in the cache of a sequence.
+      text: As given, for people.
+      mean: Mean tokens in the cache of a sequence.
       deviation: Their standard deviation.
       page_mean: The same in whole pages, in tokens.
       page_deviation: Its standard deviation.
-      longest: The most.
-      prompt_tokens: Of the mean prompt.
+      longest: The longest context.
+      prompt_tokens: Tokens of the mean prompt.
     """
 
     text: str
@@ -39,7 +39,7 @@ class Contexts:
     def count_busiest(
         self, rows: Float[np.ndarray, " N"], num_devices: int, *, is_paged: bool = False
     ) -> Float[np.ndarray, " N"]:
-        """Tokens in the cache of the device that has most, if each has sequences of these contexts at random.
+        """Tokens in the cache of the fullest device, if each has sequences of these contexts at random.
 
         The sum of n contexts is close to a normal distribution, and the largest of N such sums is at most
         deviation * sqrt(2 n ln N) above the mean, on average.
@@ -61,7 +61,7 @@ def parse_contexts(text: str, *, max_tokens: int = MAX_TOKENS) -> Contexts:
       max_tokens: Positions of the model.
 
     Raises:
-      ValueError: If it is not of that form, a share is not above 0, or a context is longer than allowed.
+      ValueError: If it does not have that form, a share is not above 0, or a context is longer than allowed.
     """
     contexts, shares = [], []
     for part in text.split(","):
@@ -86,7 +86,7 @@ def trace_contexts(text: str, requests: Sequence[TraceRequest]) -> Contexts:
 
     Args:
       text: The file's name.
-      requests: At least one.
+      requests: At least one request.
     """
     contexts, counts = count_contexts(requests)
     found = _describe(text, contexts, counts)

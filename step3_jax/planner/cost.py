@@ -1,7 +1,7 @@
 """Device time and money of one decoded token: the ideal of arXiv 2507.19427 (section 4), and a roofline that reads weights.
 
 Ideal: attention and FFN each run at the peak or at the bandwidth of their device, whichever binds; weights are read for so
-many tokens that this costs nothing; there is no network and no waiting. The roofline has a batch, so weights are read.
+many tokens that they cost nothing; no network and no waiting. The roofline has a batch, so reading weights counts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ NETWORK_WINDOW_S = 0.0111
 
 @dataclasses.dataclass(frozen=True)
 class TokenWork:
-    """What one decoded token needs, in all layers of a model.
+    """The work of one decoded token, in all layers of a model.
 
     Attributes:
       kv_bytes: Bytes of KV cache moved.
       attention_flops: FLOPs of scores and values.
       projection_flops: FLOPs of the matrices before and after attention.
       ffn_flops: FLOPs of the feed-forward layers.
-      attention_dtype: What scores and values are computed in: "fp8", or "bfloat16" with a BF16 cache.
+      attention_dtype: Dtype in which scores and values are computed: "fp8", or "bfloat16" with a BF16 cache.
     """
 
     kv_bytes: float
@@ -41,20 +41,20 @@ class TokenWork:
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """What an hour of a device costs.
+    """Prices of devices per hour.
 
     Attributes:
-      given: USD by hardware name, of the user; they replace those of the files.
+      given: The user's USD by hardware name; they override the files.
     """
 
     given: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def usd_per_hour(self, hardware: Hardware) -> float | None:
-        """USD an hour of one device; None where neither the user nor the file has a price."""
+        """USD per hour of one device; None if neither the user nor the file has a price."""
         return self.given.get(hardware.name, hardware.usd_per_hour)
 
     def source(self, hardware: Hardware) -> str:
-        """Where the price is from."""
+        """The source of the price."""
         if hardware.name in self.given:
             return "given with --price"
         return hardware.sources.get("usd_per_hour", "the hardware's file") if hardware.usd_per_hour else "no price"
@@ -68,7 +68,7 @@ def count_token_work(
     Args:
       shape: The model.
       context_tokens: Tokens that it attends to.
-      kv_dtype: One of `KV_DTYPE_BYTES`. Four-bit numbers are computed with in 8 bits.
+      kv_dtype: One of `KV_DTYPE_BYTES`. Four-bit numbers are computed in 8 bits.
       rule: How MLA's value product is counted.
 
     Raises:
@@ -86,9 +86,9 @@ def count_token_work(
 
 
 def peak_flops(hardware: Hardware, dtype: str = "fp8") -> float:
-    """FLOPs a second of products in a dtype.
+    """FLOPs per second of products in a dtype.
 
-    A device without FP8 products keeps FP8 as storage and computes in 16 bits, as the report has it.
+    A device without FP8 products stores FP8 and computes in 16 bits, as in the report.
     """
     if dtype == "fp8" and hardware.fp8_tflops is not None:
         return hardware.fp8_tflops * 1e12
@@ -96,7 +96,7 @@ def peak_flops(hardware: Hardware, dtype: str = "fp8") -> float:
 
 
 def bandwidth_bytes_per_s(hardware: Hardware) -> float:
-    """Bytes a second of the device's memory."""
+    """Bytes per second of the device's memory."""
     return hardware.bandwidth_tb_s * 1e12
 
 
@@ -111,7 +111,7 @@ def ffn_seconds(work: TokenWork, hardware: Hardware) -> float:
 
 
 def attention_bound(work: TokenWork, hardware: Hardware) -> str:
-    """What binds scores and values: `MEMORY` or `COMPUTE`."""
+    """The bottleneck of scores and values: `MEMORY` or `COMPUTE`."""
     by_bytes, by_flops = _core_seconds(work, hardware)
     return MEMORY if by_bytes >= by_flops else COMPUTE
 
@@ -123,8 +123,8 @@ def attention_roofline_seconds(
 
     Args:
       shape: The model.
-      work: Of one token.
-      hardware: The attention side's.
+      work: The work of one token.
+      hardware: The attention side's hardware.
       sequences_per_device: Sequences that a device decodes together.
     """
     by_bytes = shape.projection_weights() / (bandwidth_bytes_per_s(hardware) * sequences_per_device)
@@ -132,9 +132,9 @@ def attention_roofline_seconds(
 
 
 def ffn_roofline_seconds(shape: ModelShape, hardware: Hardware, batch_tokens: float) -> float:
-    """Device seconds of one token's feed-forward layers where the experts are read once for a batch.
+    """Device seconds of one token's feed-forward layers if the experts are read once for a batch.
 
-    Over all devices that hold one copy of the FP8 experts together, spread evenly over them.
+    Over all devices that together hold one copy of the FP8 experts, spread evenly over them.
 
     Args:
       shape: The model.
@@ -146,16 +146,16 @@ def ffn_roofline_seconds(shape: ModelShape, hardware: Hardware, batch_tokens: fl
 
 
 def ffn_bound(shape: ModelShape, hardware: Hardware, batch_tokens: float) -> str:
-    """What binds the feed-forward layers of a batch: `MEMORY` or `COMPUTE`."""
+    """The bottleneck of the feed-forward layers of a batch: `MEMORY` or `COMPUTE`."""
     is_compute = ffn_roofline_seconds(shape, hardware, batch_tokens) <= shape.ffn_flops() / peak_flops(hardware)
     return COMPUTE if is_compute else MEMORY
 
 
 def smallest_active_share(shape: ModelShape, hardware: Hardware, *, window_s: float = NETWORK_WINDOW_S) -> float:
-    """The least share of active experts with which FFN devices can be busy while the network is hidden (section 5.4).
+    """The smallest share of active experts with which FFN devices can be busy while the network is hidden (section 5.4).
 
-    A machine takes in FP8 and returns BF16 tokens, 3 bytes a number, over its interfaces, both directions added up as in the
-    report. The tokens that arrive in the window must be enough for the experts' weights to be no bottleneck.
+    A machine receives FP8 and returns BF16 tokens, 3 bytes per number, over its interfaces, both directions added up as
+    in the report. The tokens that arrive in the window must be enough for the experts' weights not to be the bottleneck.
 
     Args:
       shape: The model.
@@ -166,24 +166,24 @@ def smallest_active_share(shape: ModelShape, hardware: Hardware, *, window_s: fl
       ValueError: If the network of the hardware is not known.
     """
     if hardware.network_gb_s is None:
-        raise ValueError(f"{hardware.name} has no network_gb_s: give a file of hardware that has")
+        raise ValueError(f"{hardware.name} has no network_gb_s: give a hardware file that has it")
     network = hardware.devices_per_machine * hardware.network_gb_s * 1e9
     ridge = peak_flops(hardware) / bandwidth_bytes_per_s(hardware)
-    # 3 bytes for each of ridge / 2 tokens in a stage are one for each of the ridge's in two thirds of it.
+    # 3 bytes for each of ridge / 2 tokens in a stage are 1 byte for each of ridge tokens in two thirds of it.
     return shape.hidden_size * shape.num_layers * ridge / (network * window_s)
 
 
 def usd_per_million_tokens(device_seconds: float, usd_per_hour: float) -> float:
-    """USD for a million tokens of which each takes some device seconds."""
+    """USD per million tokens that each take some device seconds."""
     return device_seconds * TOKENS_PER_PRICE * usd_per_hour / SECONDS_PER_HOUR
 
 
 def cheapest(seconds: Sequence[tuple[Hardware, float]], prices: Prices) -> Hardware:
-    """The device on which a part costs least; where one has no price, the one on which it takes least time.
+    """The device on which a part costs least; if a price is missing, the one on which it takes the least time.
 
     Args:
       seconds: Devices, and the seconds that the part takes on each.
-      prices: What they cost.
+      prices: Their prices.
 
     Raises:
       ValueError: If there are no devices.

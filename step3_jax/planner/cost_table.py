@@ -35,7 +35,7 @@ def to_lines(answer: CostAnswer) -> Iterator[str]:
 
 
 def to_dict(answer: CostAnswer) -> dict[str, object]:
-    """The answer as a JSON object: USD per million tokens, FLOPs and bytes of one token, tokens a second and device."""
+    """The answer as a JSON object: USD per million tokens, FLOPs and bytes of one token, tokens per second and device."""
     shape, work, pair = answer.shape, answer.work, answer.pair
     return {
         "model": shape.name,

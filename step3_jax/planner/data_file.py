@@ -1,4 +1,4 @@
-"""YAML files of the planner, read value by value: a mistake is named by file and key."""
+"""The planner's YAML files, read value by value: messages name file and key."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from step3_jax.nearest import describe_known
 
 
 def read_yaml(path: pathlib.Path) -> Mapping[str, object]:
-    """The mapping that a YAML file holds.
+    """The mapping in a YAML file.
 
     Raises:
-      ValueError: If the file is not YAML, or holds something else.
+      ValueError: If the file is not YAML, or does not hold a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -27,14 +27,14 @@ def read_yaml(path: pathlib.Path) -> Mapping[str, object]:
 
 
 class Reader:
-    """A mapping of a file, of which each value is asked for by its kind.
+    """A mapping from a file, whose values are read by kind.
 
     Attributes:
       where: File and place in it, for messages.
     """
 
     def __init__(self, values: Mapping[str, object], where: str) -> None:
-        """Starts with no key asked for."""
+        """Starts with no key read."""
         self._values = values
         self._asked: set[str] = set()
         self.where = where
@@ -45,19 +45,19 @@ class Reader:
         return [str(key) for key in self._values]
 
     def has(self, key: str) -> bool:
-        """Whether a key is there with a value."""
+        """Whether a key is present with a value."""
         self._asked.add(key)
         return self._values.get(key) is not None
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A text; `default` where it is missing."""
+        """A text; `default` if it is missing."""
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, "a text")
         return value
 
     def choice(self, key: str, allowed: Collection[str]) -> str:
-        """A text out of a few."""
+        """One of a few texts."""
         value = self.text(key)
         if value not in allowed:
             raise ValueError(f"{self.where}: {key} is {value!r}{describe_known(value, allowed)}")
@@ -71,7 +71,7 @@ class Reader:
         return value
 
     def count(self, key: str) -> int:
-        """A whole number; 0 where it is missing."""
+        """A whole number; 0 if it is missing."""
         value = self._get(key, 0)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise self._wrong(key, "a whole number, 0 or more,")
@@ -85,26 +85,26 @@ class Reader:
         return float(value)
 
     def texts(self, key: str) -> list[str]:
-        """A list of texts, with one at least."""
+        """A list of at least one text."""
         return [one for one in self._list(key, str, "a list of texts") if isinstance(one, str)]
 
     def counts(self, key: str) -> list[int]:
-        """A list of whole numbers, with one at least."""
+        """A list of at least one whole number."""
         return [one for one in self._list(key, int, "a list of whole numbers") if isinstance(one, int)]
 
     def numbers(self, key: str) -> list[float]:
-        """A list of numbers, with one at least."""
+        """A list of at least one number."""
         return [float(one) for one in self._list(key, int | float, "a list of numbers") if isinstance(one, int | float)]
 
     def section(self, key: str) -> Reader:
-        """A mapping inside."""
+        """A nested mapping."""
         value = self._get(key, None)
         if not isinstance(value, Mapping):
             raise self._wrong(key, "a mapping")
         return Reader(value, f"{self.where}: {key}")
 
     def sections(self, key: str) -> list[Reader]:
-        """A list of mappings, with one at least."""
+        """A list of at least one mapping."""
         values = self._list(key, Mapping, "a list of mappings")
         return [
             Reader(one, f"{self.where}: {key}[{number}]")
@@ -113,7 +113,7 @@ class Reader:
         ]
 
     def check_all_read(self) -> None:
-        """Raises ValueError for a key that was not asked for."""
+        """Raises ValueError for a key that was not read."""
         for key in self._values:
             if key not in self._asked:
                 raise ValueError(f"{self.where}: unknown key {key}{describe_known(str(key), sorted(self._asked))}")

@@ -1,12 +1,12 @@
-"""Which share of a roofline real decoding reaches, by attention design, hardware and arrangement, from published runs.
+"""The share of a roofline that real decoding reaches, by attention design, hardware and arrangement, from published runs.
 
 The roofline is that of `planner/cost.py` with a batch: weights are read once for it. A whole run gives the share of each
-part at the batch that it ran with: bubbles, network, imbalance and kernels together. Times of single layers say how designs
+part at its batch: bubbles, network, imbalance and kernels together. Times of single layers show how designs
 and devices differ, so a share is
 
     share(run) x kernel(design, hardware, context) / kernel(the run's design, hardware and context)
 
-but never more than the kernel alone reaches. Devices without a measurement take the place of a sibling's, and say so.
+but never more than the kernel alone reaches. Devices without a measurement use a sibling's, and say so.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from step3_jax.planner.published import (
 )
 from step3_jax.planner.shape import ModelShape, load_shape
 
-# The run that stands for an arrangement, by KV dtype. Four-bit caches were measured in none: the FP8 run stands for them.
+# The run that represents an arrangement, by KV dtype. No run measured four-bit caches: the FP8 run represents them.
 _BASE_RUNS: Mapping[tuple[str, str], str] = {
     (AFD, "fp8"): "step3-2a2f",
     (AFD, "int4"): "step3-2a2f",
@@ -47,10 +47,10 @@ _BASE_RUNS: Mapping[tuple[str, str], str] = {
     (EP, "int4"): "dsv3-profile",
     (EP, "bfloat16"): "dsv3-profile",
 }
-# Devices of whose layers nothing is known, and the sibling that stands for them; H800 for all others.
+# Devices without measured layers, and the sibling that represents them; H800 for all others.
 _SIBLINGS: Mapping[str, str] = {"a100-80gb": "a800"}
 _ANY_DEVICE = "h800"
-# Designs without a measured layer, and the one that stands for them.
+# Designs without a measured layer, and the one that represents them.
 _DESIGNS: Mapping[str, str] = {"hybrid": "gqa", "linear": "gqa"}
 
 
@@ -60,8 +60,8 @@ class Share:
 
     Attributes:
       value: Above 0, at most 1.
-      source: What it is from, for people.
-      is_measured: Whether that very design, device and arrangement was measured; else it is carried over.
+      source: Its source, for people.
+      is_measured: Whether exactly this design, device and arrangement was measured; else it is carried over.
     """
 
     value: float
@@ -71,12 +71,12 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """How many sequences meet at a device and at the experts; the roofline depends on it.
+    """How many sequences meet at a device and at the experts, on which the roofline depends.
 
     Attributes:
-      tokens: That pass one copy of the experts together: a micro-batch.
-      kv_bytes_per_device: Bytes of cache that an attention device reads for a micro-batch, in all layers. It is what a
-        deployment keeps when the context changes: more sequences of shorter ones, in the same time.
+      tokens: Tokens that pass one copy of the experts together: a micro-batch.
+      kv_bytes_per_device: Bytes of cache that an attention device reads for a micro-batch, in all layers. A
+        deployment keeps it when the context changes: more and shorter sequences, in the same time.
     """
 
     tokens: float
@@ -89,11 +89,11 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class PoolShares:
-    """Shares that a run reached, of the roofline at its batch.
+    """Shares of the roofline that a run reached, at its batch.
 
     Attributes:
-      attention: Of attention with its projections.
-      ffn: Of the feed-forward layers. Under `EP` the same number: one device does both, and only their sum is known.
+      attention: Share of attention with its projections.
+      ffn: Share of the feed-forward layers. Under `EP` the same number: one device does both, and only their sum is known.
     """
 
     attention: float
@@ -116,7 +116,8 @@ def base_batch(arrangement: str, kv_dtype: str = "fp8") -> Batch:
 def fit_shares(run: Run) -> PoolShares:
     """The shares that a run reached.
 
-    Under AFD the two pools' device seconds are known apart. Where one side waits for the other its share is a lower bound.
+    Under AFD the two pools' device seconds are known separately. If one side waits for the other, its share is a lower
+    bound.
     """
     attention, ffn = _roofline(run)
     rate = run.tokens_per_s_per_device * run.num_devices
@@ -127,7 +128,7 @@ def fit_shares(run: Run) -> PoolShares:
 
 
 def predict_rate(run: Run, shares: PoolShares) -> float:
-    """Tokens a second and device that a deployment would reach with some shares, at the run's batch."""
+    """Tokens per second and device that a deployment would reach with these shares, at the run's batch."""
     attention, ffn = _roofline(run)
     attention, ffn = attention / shares.attention, ffn / shares.ffn
     if run.arrangement == EP:
@@ -146,10 +147,10 @@ def attention_share(
     """The share of the roofline that attention with its projections is expected to reach.
 
     Args:
-      design: Of the model: "mfa", "mla", "gqa", "linear" or "hybrid".
+      design: The model's design: "mfa", "mla", "gqa", "linear" or "hybrid".
       hardware: The attention devices.
       context_tokens: Context of the sequences.
-      kv_dtype: Of the cache.
+      kv_dtype: Dtype of the cache.
       arrangement: `AFD` or `EP`.
     """
     run = base_run(arrangement, kv_dtype)
@@ -171,7 +172,7 @@ def ffn_share(hardware: Hardware, *, kv_dtype: str = "fp8", arrangement: str = A
 
     Args:
       hardware: The FFN devices.
-      kv_dtype: Of the cache: it chooses the run.
+      kv_dtype: Dtype of the cache, which chooses the run.
       arrangement: `AFD` or `EP`.
     """
     run = base_run(arrangement, kv_dtype)
@@ -193,12 +194,12 @@ def _layer_shares() -> Mapping[tuple[str, str], list[tuple[int, float]]]:
 
 
 def kernel_share(design: str, hardware: Hardware, context_tokens: float) -> Share:
-    """The share of the roofline that one attention layer reaches alone, between two measured contexts by their logarithm.
+    """The share of the roofline that one attention layer reaches alone, interpolated in the logarithm of the context.
 
     Args:
       design: "mfa", "mla", "gqa", "linear" or "hybrid".
       hardware: The device.
-      context_tokens: Context; outside those measured, the nearest.
+      context_tokens: Context; outside the measured range, the nearest one.
     """
     shares, wanted_design = _layer_shares(), _DESIGNS.get(design, design)
     device = hardware.name
@@ -215,22 +216,22 @@ def kernel_share(design: str, hardware: Hardware, context_tokens: float) -> Shar
 
 
 def base_kernel_share(run: Run) -> Share:
-    """What one attention layer reaches alone with the design, hardware and context of a run."""
+    """The share that one attention layer reaches alone with a run's design, hardware and context."""
     return kernel_share(load_shape(run.model).design, load_hardware(run.hardware), run.context_tokens)
 
 
 def layer_roofline_us(row: LayerTime, device: str) -> float:
-    """The least microseconds of a measured attention layer: weights read once, a BF16 cache, 8-bit products.
+    """The minimum microseconds of a measured attention layer: weights read once, a BF16 cache, 8-bit products.
 
     Args:
-      row: Which layer.
+      row: The layer.
       device: A hardware name of the row.
     """
     shape, hardware = load_shape(row.model), load_hardware(device)
     work = count_token_work(shape, row.context_tokens, "bfloat16", rule="exact")
     sequences = LAYER_SEQUENCES / LAYER_DEVICES
     if row.design == "gqa":
-        # Heads are divided over the devices: each has a part of every sequence and of the weights.
+        # Heads are sharded over the devices: each has a part of every sequence and of the weights.
         parts = LAYER_SEQUENCES / sequences
         work = dataclasses.replace(
             work,
@@ -248,7 +249,7 @@ def cross_check(arrangement: str) -> list[tuple[Run, Run, float]]:
     """How well shares fitted on one run of an arrangement predict the others.
 
     Returns:
-      The run fitted on, the run predicted, and the error of the predicted tokens a second: 0.1 is 10 % too many.
+      The fitted run, the predicted run, and the error of the predicted tokens per second: 0.1 is 10 % too many.
     """
     runs = [run for run in load_runs().values() if run.arrangement == arrangement]
     return [
@@ -260,7 +261,7 @@ def cross_check(arrangement: str) -> list[tuple[Run, Run, float]]:
 
 
 def _carry_over(fitted: Run, other: Run) -> PoolShares:
-    """The shares of one run as they are expected of another."""
+    """The shares of one run as expected for another."""
     shares = fit_shares(fitted)
     own, reference = base_kernel_share(other).value, base_kernel_share(fitted).value
     return PoolShares(min(shares.attention * own / reference, own), shares.ffn)

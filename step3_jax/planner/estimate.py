@@ -1,4 +1,4 @@
-"""What a decoded token costs on given hardware: the ideal of `planner/cost.py`, and what measured shares lead to expect."""
+"""The cost of a decoded token on given hardware: the ideal of `planner/cost.py`, and the expected one from measurements."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from step3_jax.planner.own_measurement import OwnMeasurement
 from step3_jax.planner.published import AFD, EP
 from step3_jax.planner.shape import ModelShape
 
-# Which of the two a target is held against.
+# Which of the two a target applies to.
 Judge = Literal["expected", "ideal"]
 JUDGES: tuple[Judge, ...] = ("expected", "ideal")
 
@@ -46,9 +46,9 @@ class PartEstimate:
       hardware: The device.
       usd_per_hour: Its price; None without one.
       ideal_seconds: Device seconds of one token at full use.
-      expected_seconds: As measured shares lead to expect.
-      bound_by: What binds: "memory" or "compute"; for attention in the ideal, for the FFN at the expected batch.
-      share: Of the roofline, that is expected.
+      expected_seconds: The expectation from measured shares.
+      bound_by: The bottleneck: "memory" or "compute"; for attention in the ideal, for the FFN at the expected batch.
+      share: The expected share of the roofline.
     """
 
     hardware: Hardware
@@ -85,38 +85,38 @@ class Estimate:
 
     @property
     def ideal_usd(self) -> float | None:
-        """USD per million tokens of both."""
+        """USD per million tokens for both."""
         return _add(self.attention.ideal_usd, self.ffn.ideal_usd)
 
     @property
     def expected_usd(self) -> float | None:
-        """USD per million tokens of both."""
+        """USD per million tokens for both."""
         return _add(self.attention.expected_usd, self.ffn.expected_usd)
 
     @property
     def ideal_tokens_per_s(self) -> float:
-        """Tokens a second and device, pools in proportion to their work."""
+        """Tokens per second and device, with pools in proportion to their work."""
         return 1 / (self.attention.ideal_seconds + self.ffn.ideal_seconds)
 
     @property
     def expected_tokens_per_s(self) -> float:
-        """Tokens a second and device, pools in proportion to their work."""
+        """Tokens per second and device, with pools in proportion to their work."""
         return 1 / (self.attention.expected_seconds + self.ffn.expected_seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class CostAnswer:
-    """All that `step3 plan cost` says.
+    """The result of `step3 plan cost`.
 
     Attributes:
       shape: The model.
       context_tokens: Tokens that the token attends to.
-      kv_dtype: Of the cache.
-      work: Of one token, counted as the report does.
-      pair: The hardware that was asked for, or the best found; attention and FFN on devices of their own.
+      kv_dtype: Dtype of the cache.
+      work: The work of one token, counted as in the report.
+      pair: The requested hardware, or the best found; attention and FFN on separate devices.
       one_kind: Each candidate doing both, best first.
-      is_by_price: Whether candidates were compared by USD; else by tokens a second and device, as a price is missing.
-      prices: What devices cost.
+      is_by_price: Whether candidates were compared by USD; else by tokens per second and device, as a price is missing.
+      prices: Prices of the devices.
       measurements: The user's own.
     """
 
@@ -148,10 +148,10 @@ def estimate_cost(
       shape: The model.
       context_tokens: Tokens that the token attends to.
       kv_dtype: Of the cache.
-      candidates: Hardware to choose from, one at least.
+      candidates: Hardware to choose from, at least one.
       attention: Hardware for attention; the best candidate if absent.
       ffn: Hardware for the FFN; the best candidate if absent.
-      prices: What devices cost; those of the files if absent.
+      prices: Prices of devices; those of the files if absent.
       measurements: The user's own, which replace published shares on their hardware.
 
     Raises:
@@ -201,7 +201,7 @@ def choose_attention_share(
       arrangement: `AFD` or `EP`.
       measurements: The user's own.
     """
-    # The kernels and the engine are those of MFA.
+    # The kernels and the engine are for MFA.
     for own in measurements if shape.design == "mfa" else ():
         if own.hardware.name == hardware.name and kv_dtype in own.attention:
             return _own_share(own, own.attention[kv_dtype], arrangement, kv_dtype)
@@ -216,7 +216,7 @@ def choose_ffn_share(
     """The share that the feed-forward layers are expected to reach: the user's own, else a published one.
 
     Args:
-      kv_dtype: Of the cache: it chooses the published run.
+      kv_dtype: Dtype of the cache, which chooses the published run.
       hardware: The FFN devices.
       arrangement: `AFD` or `EP`.
       measurements: The user's own.
@@ -265,7 +265,7 @@ def _estimate(
 def _own_share(own: OwnMeasurement, value: float, arrangement: str, kv_dtype: str) -> Share:
     if own.is_whole_engine:
         return Share(value, own.source, True)
-    # Around kernels a deployment loses what the published one lost around its own.
+    # Outside kernels, a deployment loses what the published one lost outside its own.
     run = base_run(arrangement, kv_dtype)
     around = min(fit_shares(run).attention / base_kernel_share(run).value, 1.0)
     return Share(

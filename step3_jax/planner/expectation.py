@@ -1,4 +1,4 @@
-"""The shares of the ideal that a deployment is expected to reach: published ones, in the terms of the stages' arithmetic."""
+"""The shares of the ideal that a deployment is expected to reach: published ones, in terms of the stages' arithmetic."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _NETWORK_SOURCE = "arXiv 2507.19427, section 5.4: 40 GB/s of an interface of 400
 
 @dataclasses.dataclass(frozen=True)
 class Expectation:
-    """What is expected of a deployment.
+    """The expected efficiency of a deployment.
 
     Attributes:
-      shares: Of the ideal.
-      sources: Where they come from, one line each.
-      is_measured: Whether that very design, devices and arrangement were measured.
+      shares: Shares of the ideal.
+      sources: Their sources, one line each.
+      is_measured: Whether exactly this design, these devices and this arrangement were measured.
     """
 
     shares: Shares
@@ -48,10 +48,10 @@ def expect(
     kv_cache: str,
     measurements: Sequence[OwnMeasurement] = (),
 ) -> Expectation:
-    """What is expected of devices.
+    """The expected efficiency of devices.
 
     Args:
-      machines: They.
+      machines: The devices.
       shape: The model.
       context_tokens: Mean context.
       kv_cache: Format of the pages.
@@ -69,10 +69,10 @@ def expect(
 
 @functools.cache
 def _convert(kv_dtype: str) -> tuple[float, float]:
-    """Factors from the shares of `efficiency.py` to those of the stages here, which have more in them.
+    """Factors from the shares of `efficiency.py` to those of the stages here, which include more.
 
-    The head, norms, scales, and one device that has more than the mean are work here and losses there. With these factors
-    the run that the shares were taken from comes out at the time that was measured.
+    The head, norms, scales, and one device with more than the mean count as work here and as losses there. With these
+    factors the run that the shares come from takes its measured time.
     """
     run = base_run(AFD, kv_dtype)
     hardware, config = load_hardware(run.hardware), deployed_config(ModelConfig.preset(run.model), "fp8")

@@ -1,4 +1,4 @@
-"""How evenly tokens choose their experts, and what of it the busiest device of a deployment gets."""
+"""How evenly tokens choose their experts, and the load of the busiest device of a deployment."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ExpertLoad:
 
     Attributes:
       shares: For each layer with experts (or one row for all of them) and expert; rows sum to 1.
-      top_k: Experts of a token.
-      source: Where they come from, for people.
+      top_k: Experts per token.
+      source: Their source, for people.
     """
 
     shares: Float[np.ndarray, "L E"]
@@ -35,9 +35,9 @@ class ExpertLoad:
         return self.shares.shape[1]
 
     def find_imbalance(self, num_groups: int) -> float:
-        """Pairs of the busiest group of experts over those of the mean group, as a mean over the layers.
+        """Pairs of the busiest group of experts relative to the mean group, averaged over the layers.
 
-        Groups have neighbouring experts, as the weights are sharded.
+        Groups have neighbouring experts, like the shards of the weights.
         """
         groups = self.shares.reshape(len(self.shares), num_groups, -1).sum(axis=2)
         return float(groups.max(axis=1).mean()) * num_groups
@@ -48,9 +48,9 @@ class ExpertLoad:
         """Pairs of the busiest group.
 
         Args:
-          tokens: That choose their experts.
-          num_groups: Of experts.
-          by_chance: Whether the batch is a random draw from the shares, and not the shares to the letter. The pairs of a
+          tokens: Tokens that choose their experts.
+          num_groups: Groups of experts.
+          by_chance: Whether the batch is a random draw from the shares, rather than exactly the shares. The pairs of a
             group then vary about as a binomial count does, and the largest of G such counts is at most
             sqrt(2 variance ln G) above the mean, on average.
         """
@@ -60,18 +60,18 @@ class ExpertLoad:
             return mean
         share = np.minimum(mean / pairs, 1.0)
         spread = np.sqrt(2 * math.log(num_groups) * mean * (1 - share))
-        # A token chooses an expert once, and the busiest group has one pair at least.
+        # A token chooses an expert once, and the busiest group has at least one pair.
         most = tokens * min(self.top_k, self.num_experts // num_groups)
         return np.maximum(np.minimum(mean + spread, most), np.minimum(tokens, 1.0))
 
     def find_touched(self, tokens: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-        """The share of the experts that at least one of so many tokens chooses: their weights are read."""
+        """The share of the experts that at least one of this many tokens chooses: their weights are read."""
         values, parts = self._classes
         return 1 - parts @ (1 - values[:, None]) ** np.asarray(tokens, float)[None, :]
 
     @functools.cached_property
     def _classes(self) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
-        """Probabilities that a token chooses an expert, and the parts of all experts that have them; a few classes."""
+        """Probabilities that a token chooses an expert, and the fraction of experts that have them; a few classes."""
         chosen = np.minimum(self.shares * self.top_k, 1.0).ravel()
         values, counts = np.unique(chosen, return_counts=True)
         if len(values) > _MAX_CLASSES:
@@ -81,18 +81,18 @@ class ExpertLoad:
 
 
 def even_load(config: TextConfig) -> ExpertLoad:
-    """Every expert as likely as every other."""
+    """All experts equally likely."""
     return ExpertLoad(
         np.full((1, config.moe_num_experts), 1 / config.moe_num_experts), config.moe_top_k, "all experts equally likely"
     )
 
 
 def read_load(path: str | pathlib.Path, config: TextConfig) -> ExpertLoad:
-    """Reads a measured distribution: a JSON file with the tokens of each expert, or a list of such lists, one a layer.
+    """Reads a measured distribution: a JSON file with the tokens of each expert, or a list of such lists, one per layer.
 
     Args:
       path: The file.
-      config: Of the model.
+      config: The model's configuration.
 
     Raises:
       ValueError: If it cannot be read, or does not have a number of at least 0 for each expert.

@@ -1,4 +1,4 @@
-"""Pareto fronts of cost against speed: deployments that no other one of their kind beats in both."""
+"""Pareto fronts of cost against speed: deployments that no other of their kind beats in both."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from step3_jax.planner.stage import Numbers
 
 
 def find_front(search: Search, *, is_apart: bool) -> list[Found]:
-    """The front over all batches of all deployments that were looked at, whatever the target.
+    """The front over all batches of all deployments considered, whatever the target.
 
     Args:
-      search: What was looked at.
-      is_apart: Whether the front of attention and FFN apart is wanted, or that of devices that do both.
+      search: The search.
+      is_apart: Whether to return the front of attention and FFN on separate devices, or of devices that do both.
 
     Returns:
-      Batches that fit, the fastest first: each next one is slower and cheaper.
+      Batches that fit, the fastest first: each one is slower and cheaper than the previous one.
     """
     batches = [one for one in search.batches if (one.candidate.topology is not None) == is_apart]
     if not batches:
@@ -44,9 +44,9 @@ def find_front(search: Search, *, is_apart: bool) -> list[Found]:
 
 
 def find_undominated(step_s: Numbers, cost: Numbers) -> list[int]:
-    """Indices of the points that no other one is at least as good as in both and better in one, the fastest first.
+    """Indices of the points that no other point dominates, the fastest first.
 
-    Of equal points there is one.
+    Equal points appear once.
     """
     order = np.lexsort((cost, step_s))
     least = np.minimum.accumulate(cost[order])

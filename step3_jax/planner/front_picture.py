@@ -1,4 +1,4 @@
-"""Cost against speed as a picture: a line for attention and FFN apart, one for devices that do both."""
+"""Cost against speed as a picture: a line for attention and FFN on separate devices, one for devices that do both."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ENDINGS = (".svg", ".png")
-# Told apart by people who do not see all colours (Okabe and Ito).
+# Distinguishable for colour-blind readers (Okabe and Ito).
 _COLOURS = {True: "#0072b2", False: "#d55e00"}
 _NAMES = {True: "attention and FFN apart (AFD)", False: "every device does both (EP, TP)"}
-# Deployments that are named on a line, and how far apart they are at least, as a factor of the cost.
+# Deployments to label on a line, and their minimum distance, as a factor of the cost.
 _MAX_LABELS, _LABEL_FACTOR = 6, 1.25
-# What counts as the same place, as a logarithm.
+# Points closer than this, as a logarithm, count as the same place.
 _NEAR = 0.2
-# Beyond this multiple of the least cost nothing is of interest, and the rest of the picture would be flat.
+# Beyond this multiple of the lowest cost nothing is of interest, and the rest of the picture would be flat.
 _MOST_TIMES_LEAST = 40.0
 
 
@@ -34,8 +34,8 @@ class Front:
 
     Attributes:
       found: The front, the fastest first.
-      is_apart: Whether attention and FFN are on devices of their own.
-      judge: Which times it is of.
+      is_apart: Whether attention and FFN are on separate devices.
+      judge: The kind of times.
     """
 
     found: Sequence[Found]
@@ -44,7 +44,7 @@ class Front:
 
 
 def check_picture(path: str) -> None:
-    """Raises ValueError if a picture cannot be drawn there: to be known before the search, not after it."""
+    """Raises ValueError if a picture cannot be drawn there: better known before the search than after it."""
     if pathlib.Path(path).suffix.lower() not in ENDINGS:
         raise ValueError(f"--picture {path}: the name has to end in {' or '.join(ENDINGS)}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -55,9 +55,9 @@ def draw_fronts(fronts: Sequence[Front], query: Query, best: Found | None, endin
     """Draws fronts.
 
     Args:
-      fronts: The lines. Those by whose times the search judges are drawn through, others dashed.
-      query: What was looked for.
-      best: Marked with a star; None where nothing meets the target.
+      fronts: The lines. Those with the times that the search judges by are solid, others dashed.
+      query: The query.
+      best: Marked with a star; None if nothing meets the target.
       ending: ".svg" or ".png".
 
     Returns:
@@ -139,7 +139,7 @@ def _draw_front(axes: Axes, front: Front, query: Query, best: Found | None, top:
 
 
 def _name_deployments(axes: Axes, front: Front, query: Query, best: Found | None, shown: Sequence[Found]) -> None:
-    """Writes the names of some deployments, from the cheapest on, where the name changes; not over the star."""
+    """Labels some deployments, starting with the cheapest, where the name changes; not on top of the star."""
     star = None if best is None else best.speed(query.judge)
     last, names = 0.0, [""]
     for one in reversed(shown):

@@ -35,11 +35,11 @@ class CacheShape:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledBytes:
-    """What the compiled program of a role says of one device.
+    """The bytes of one device, from a role's compiled program.
 
     Attributes:
-      weights: Arguments, less the cache and the step's own inputs.
-      kv_cache: Aliases: what comes in is given back in place.
+      weights: Arguments, without the cache and the step's own inputs.
+      kv_cache: Aliases: inputs that are returned in place.
       kv_tokens: Tokens that this cache holds.
     """
 
@@ -53,14 +53,14 @@ class RolePlan:
     """One role; all bytes are those of one device.
 
     Attributes:
-      role: Which devices.
+      role: The devices.
       parts: Weights by part of the model, by arithmetic.
-      weights: All of them: of the compiled program, where there is one.
-      kv_per_token: Cache of one token in all layers; 0 where there is no cache.
-      cache: Of the workload; None without a workload or a cache.
+      weights: All of them: from the compiled program, if there is one.
+      kv_per_token: Cache of one token in all layers; 0 without a cache.
+      cache: The workload's cache; None without a workload or a cache.
       workspace: The estimate.
-      budget: What may be used of the memory; None for unlimited.
-      compiled: What the compiled program said; None if nothing was compiled.
+      budget: The usable memory; None for unlimited.
+      compiled: The compiled program's bytes; None if nothing was compiled.
     """
 
     role: Role
@@ -74,17 +74,17 @@ class RolePlan:
 
     @property
     def kv_needed(self) -> int:
-        """Of the workload."""
+        """Bytes of the workload's cache."""
         return 0 if self.cache is None else self.cache.num_pages * PAGE_SIZE * self.kv_per_token
 
     @property
     def kept_free(self) -> int:
-        """For calls: the workspace, and of a limited memory no less than the engine leaves."""
+        """Bytes for calls: the workspace, and with limited memory no less than the engine leaves."""
         return self.workspace.total if self.budget is None else kept_free(self.budget, self.workspace.total)
 
     @property
     def left(self) -> int | None:
-        """For the cache, by the engine's own rule; negative if not even the weights fit. None for unlimited."""
+        """Bytes for the cache, by the engine's own rule; negative if not even the weights fit. None for unlimited."""
         return None if self.budget is None else self.budget - self.weights - self.kept_free
 
     @property
@@ -108,7 +108,7 @@ class MemoryPlan:
       chunk_tokens: Prompt tokens that each device with a cache reads at once.
       roles: One or two.
       problems: Why it does not fit; empty if it does.
-      remedies: What would make it fit, each by itself.
+      remedies: Single changes that would make it fit.
     """
 
     deployment: Deployment
@@ -123,7 +123,7 @@ class MemoryPlan:
 
     @property
     def kv_tokens(self) -> int | None:
-        """Tokens of KV cache that fit in all; None for unlimited."""
+        """Total tokens of KV cache that fit; None for unlimited."""
         return next(plan.kv_tokens for plan in self.roles if plan.role.has_cache)
 
 
@@ -150,10 +150,10 @@ def plan_memory(
     """Plans the memory of a deployment.
 
     Args:
-      config: Of the model.
-      deployment: What runs where. Whether it divides the model is not looked at.
-      memory_gib: Of a device, in GiB; None for unlimited.
-      ffn_memory_gib: The same of a device of the FFN side, where it is of another kind; None for the same.
+      config: The model's configuration.
+      deployment: What runs where. Does not check that it divides the model.
+      memory_gib: Memory of a device, in GiB; None for unlimited.
+      ffn_memory_gib: The same for a device of the FFN side, if it is of another kind; None for the same.
       text_only: Whether vision tower and projector are left out.
       memory_share: What of the memory may be used, above 0 and at most 1.
       chunk_tokens: Prompt tokens that each device with a cache reads at once.
@@ -169,7 +169,7 @@ def plan_memory(
         if given is not None and not given > 0:
             raise ValueError(f"a device has {given} GiB; a number above 0 is needed")
     if chunk_tokens < 1:
-        raise ValueError(f"prompts are read in chunks of {chunk_tokens} tokens; at least 1 is needed")
+        raise ValueError(f"prompts are prefilled in chunks of {chunk_tokens} tokens; at least 1 is needed")
     memory_bytes = None if memory_gib is None else int(memory_gib * 2**30)
     ffn_memory_bytes = memory_bytes if ffn_memory_gib is None else int(ffn_memory_gib * 2**30)
 
@@ -231,7 +231,7 @@ def _plan_role(
 
 
 def rows_at_once(deployment: Deployment) -> int:
-    """Sequences that a device with a cache decodes at once: a micro-batch of its own, or one if nothing is said."""
+    """Sequences that a device with a cache decodes at once: its part of a micro-batch, or one if not given."""
     cache = shape_cache(deployment, next(role for role in roles_of(deployment) if role.has_cache))
     if cache is None:
         return 1
@@ -266,7 +266,7 @@ def _find_problems(plan: RolePlan, deployment: Deployment) -> Iterator[str]:
 def _vary(
     deployment: Deployment, config: ModelConfig, text_only: bool, chunk_tokens: int
 ) -> Iterator[tuple[str, Deployment, bool, int]]:
-    """Changes that a user may make, one at a time: what it is called, and what to plan then."""
+    """Changes that a user may make, one at a time: their descriptions, and what to plan then."""
     load, limit = deployment.workload, config.text.max_position_embeddings
     if load is not None and load.context_tokens > limit:
         shorter = dataclasses.replace(deployment, workload=Workload(load.sequences, limit))

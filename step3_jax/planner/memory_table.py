@@ -13,7 +13,7 @@ _COLUMN = 18
 
 
 def to_lines(plan: MemoryPlan) -> Iterator[str]:
-    """The plan as a table: one column a role, GiB on one device."""
+    """The plan as a table: one column per role, GiB on one device."""
     deployment = plan.deployment
     yield f"{deployment.name}: {deployment.description or 'a deployment'}"
     yield (

@@ -1,4 +1,4 @@
-"""What users measured on their own machine: results of `tools/gpu_check`, and of `step3 bench decode`."""
+"""Users' own measurements: results of `tools/gpu_check`, and of `step3 bench decode`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from step3_jax.layout.hardware import Hardware, list_hardware, load_hardware
 
-# Of results.json, as `tools/gpu_check/report.py` writes it; a test holds the two together.
+# Version of results.json, as `tools/gpu_check/report.py` writes it; a test keeps the two in step.
 GPU_CHECK_SCHEMA = 2
-# What of a hardware's name is not in the name that its driver gives.
+# Parts of a hardware's name that are not in the driver's name.
 _FORM_FACTOR = re.compile(r"sxm|\d+gb")
 _DECODE_CASE = re.compile(r"mfa_decode/(\w+)/(\d+)x(\d+)")
 _MOE_CASE = re.compile(r"moe_ffn/fp8/(\d+)x\d+of\d+/uniform")
@@ -26,9 +26,9 @@ class OwnMeasurement:
     Attributes:
       hardware: The device.
       source: The file and the cases, for people.
-      is_whole_engine: Whether whole decode steps were measured; else kernels alone.
+      is_whole_engine: Whether whole decode steps were measured; else only kernels.
       attention: Share of attention by KV dtype; for whole steps one for all.
-      ffn: Share of the feed-forward layers; None where no case was timed.
+      ffn: Share of the feed-forward layers; None if no case was timed.
       figures: What was measured, for people.
     """
 
@@ -44,12 +44,12 @@ def read_measurement(path: str, hardware_name: str | None = None, *, context_tok
     """Reads a file of measurements.
 
     Args:
-      path: `results.json` of `python -m tools.gpu_check`, or what `step3 bench decode --json` wrote.
-      hardware_name: What it was measured on, as `load_hardware` takes it; None to find it by the name in the file.
-      context_tokens: Of the timed attention, the nearest context is taken.
+      path: `results.json` of `python -m tools.gpu_check`, or the file of `step3 bench decode --json`.
+      hardware_name: The measured hardware, in the form of `load_hardware`; None to find it by the name in the file.
+      context_tokens: The timed attention with the nearest context is used.
 
     Raises:
-      ValueError: If it is neither file, is of another version, or has no time that can be used.
+      ValueError: If it is neither file, has another version, or has no usable time.
     """
     file = pathlib.Path(path).expanduser()
     try:
@@ -81,7 +81,7 @@ def _read_gpu_check(
     conditions = _mapping(found.get("conditions"))
     if conditions.get("mode") != "gpu":
         raise ValueError(
-            f"--measured {path} is of mode {conditions.get('mode')!r}: only times of mode gpu say something of a GPU"
+            f"--measured {path} is of mode {conditions.get('mode')!r}: only times of mode gpu say something about a GPU"
         )
     hardware = _find_hardware(path, str(conditions.get("gpu", "")), hardware_name)
     results = _mapping(found.get("results"))
@@ -134,17 +134,17 @@ def _read_bench(path: str, found: Mapping[str, object], hardware_name: str | Non
 
 
 def _find_hardware(path: str, device: str, hardware_name: str | None) -> Hardware:
-    """The hardware of the table that a device is, checked against what the user says."""
+    """The table's hardware for a device, checked against the user's choice."""
     words = set(re.findall(r"[a-z0-9]+", device.lower()))
     if hardware_name is not None:
         hardware = load_hardware(hardware_name)
         if hardware.name in list_hardware() and "nvidia" in words and not _words(hardware.name) <= words:
-            raise ValueError(f"--measured {hardware_name}={path}: the file is of {device}, which is other hardware")
+            raise ValueError(f"--measured {hardware_name}={path}: the file is for {device}, which is other hardware")
         return hardware
     matching = [name for name in list_hardware() if _words(name) <= words]
     if not matching:
         raise ValueError(
-            f"--measured {path}: it is of {device or 'a device without a name'}, which no file of configs/hardware "
+            f"--measured {path}: it is for {device or 'a device without a name'}, which no file of configs/hardware "
             f"names; give --measured NAME={path}"
         )
     return load_hardware(max(matching, key=len))
@@ -155,7 +155,7 @@ def _words(name: str) -> set[str]:
 
 
 def _share(result: Mapping[str, object], hardware: Hardware, *, is_fp8: bool) -> float | None:
-    """Share of the data sheet's bandwidth or peak, whichever is nearer; None where nothing was timed."""
+    """Share of the data sheet's bandwidth or peak, whichever is nearer; None if nothing was timed."""
     gb_per_s, tflops = result.get("gb_per_s"), result.get("tflops")
     if not isinstance(gb_per_s, int | float) or not isinstance(tflops, int | float) or result.get("status") != "PASS":
         return None

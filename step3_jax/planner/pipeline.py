@@ -1,4 +1,4 @@
-"""How long a decode step takes, from the seconds of its stages, and which of them binds it."""
+"""How long a decode step takes, from the seconds of its stages, and which one is the bottleneck."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from step3_jax.layout.parallel import ATTENTION, BOTH, FFN
 from step3_jax.layout.role import Role, roles_of
 from step3_jax.planner.stage import Arithmetic, Numbers, Shares, Stage, stage_seconds
 
-# Names of what may bind a step, beside those of the work in a stage.
+# Names of a step's possible bottlenecks, besides those of the work in a stage.
 SEND, BACK, ROUND_TRIP, EXCHANGE = "network to the FFN side", "network back", "round trip", "exchange between devices"
 
 
 @dataclasses.dataclass(frozen=True)
 class Machines:
-    """Devices of one deployment and how the model lies on them.
+    """Devices of one deployment and how the model is spread over them.
 
     Attributes:
       attention: Hardware of the devices with the KV cache.
-      ffn: Of those with the experts; the same ones where every device does both.
-      attention_role: What of the model the former hold.
-      ffn_role: What the latter do.
-      num_instances: FFN instances; 0 where every device does both.
+      ffn: Hardware of those with the experts; the same ones if every device does both.
+      attention_role: The part of the model on the former.
+      ffn_role: The part on the latter.
+      num_instances: FFN instances; 0 if every device does both.
     """
 
     attention: Hardware
@@ -39,19 +39,19 @@ class Machines:
 
     @classmethod
     def of(cls, deployment: Deployment, attention: Hardware, ffn: Hardware) -> Self:
-        """Those of a deployment.
+        """The devices of a deployment.
 
         Args:
           deployment: What runs where.
           attention: Its hardware.
-          ffn: That of the FFN side.
+          ffn: The FFN side's hardware.
         """
         roles, topology = roles_of(deployment), deployment.topology
         return cls(attention, ffn, roles[0], roles[-1], 0 if topology is None else topology.num_ffn)
 
     @property
     def is_apart(self) -> bool:
-        """Whether attention and FFN are on devices of their own."""
+        """Whether attention and FFN are on separate devices."""
         return self.num_instances > 0
 
     @property
@@ -61,18 +61,18 @@ class Machines:
 
     @property
     def num_devices(self) -> int:
-        """All of them."""
+        """All devices."""
         return self.num_attention + (self.ffn_role.num_devices if self.is_apart else 0)
 
     @property
     def rates(self) -> tuple[float, float]:
-        """GB/s in each direction between the two sides, of an attention device and of an FFN device.
+        """GB/s in each direction between the two sides, for an attention device and for an FFN device.
 
         Raises:
           ValueError: If devices in several machines have no network.
         """
         if is_host(self.ffn):
-            # Each accelerator has lanes of its own to the processor.
+            # Each accelerator has its own lanes to the processor.
             return self.ffn.link_gb_s, self.ffn.link_gb_s * self.num_attention
         if self.attention.name == self.ffn.name and self.num_devices <= self.attention.devices_per_machine:
             return self.attention.link_gb_s, self.ffn.link_gb_s
@@ -83,21 +83,21 @@ class Machines:
 
 
 def is_host(hardware: Hardware) -> bool:
-    """Whether a device is the processor of a machine, which accelerators are linked to."""
+    """Whether a device is a machine's processor, to which accelerators are linked."""
     return hardware.devices_per_machine == 1 and hardware.network_gb_s is None
 
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The stages of one micro-batch over all layers, for all batches that were asked for.
+    """The stages of one micro-batch over all layers, for all requested batches.
 
     Attributes:
-      is_apart: Whether attention and FFN are on devices of their own.
+      is_apart: Whether attention and FFN are on separate devices.
       attention: Work of the attention side.
-      ffn: Of the FFN side.
-      send: Seconds to the FFN side; of devices that do both, those of all exchanges.
+      ffn: Work of the FFN side.
+      send: Seconds to the FFN side; for devices that do both, those of all exchanges.
       back: Seconds of the way back; zeros for devices that do both.
-      shares: What of the ideal is reached.
+      shares: The shares of the ideal that are reached.
     """
 
     is_apart: bool
@@ -108,12 +108,12 @@ class Stages:
     shares: Shares
 
     def find_busy(self, num_microbatches: int) -> dict[str, Numbers]:
-        """Seconds of a step that each resource needs; the largest is the step.
+        """Seconds of a step that each resource needs; the largest is the step's time.
 
-        With attention and FFN apart these are the circuits of a pipeline without jitter: each side and each direction of the
-        network serves all micro-batches, and a micro-batch goes around once a layer. With devices that do both, published
-        shares have the exchanges in them as far as they were hidden; no step is shorter than its ideal work with the
-        exchanges behind it, since nothing here hides them.
+        With attention and FFN on separate devices these are the cycles of a pipeline without jitter: each side and each
+        direction of the network serves all micro-batches, and a micro-batch goes round once per layer. With devices that do
+        both, published shares include the exchanges as far as they were hidden; no step is shorter than its ideal work plus
+        the exchanges, since nothing here hides them.
 
         Args:
           num_microbatches: 1 for devices that do both.
@@ -133,15 +133,15 @@ class Stages:
         return {BOTH: compute, EXCHANGE: attention * self.shares.attention + ffn * self.shares.ffn + self.send}
 
     def step_seconds(self, num_microbatches: int) -> Numbers:
-        """Of all micro-batches."""
+        """Seconds of all micro-batches."""
         return np.maximum.reduce(list(self.find_busy(num_microbatches).values()))
 
     def find_binding(self, num_microbatches: int, index: int) -> str:
-        """What binds the step of one batch, in words.
+        """The bottleneck of one batch's step, in words.
 
         Args:
           num_microbatches: As for `find_busy`.
-          index: Of the batch.
+          index: Index of the batch.
         """
         busy = {name: float(seconds[index]) for name, seconds in self.find_busy(num_microbatches).items()}
         name = max(busy, key=busy.__getitem__)
@@ -167,10 +167,10 @@ def count_decode(arithmetic: Arithmetic, machines: Machines, rows: Numbers, shar
     """The stages of decoding one token of each sequence.
 
     Args:
-      arithmetic: Of the model.
+      arithmetic: The model's arithmetic.
       machines: The devices.
       rows: Sequences of each device with a cache, in a micro-batch.
-      shares: Of the ideal.
+      shares: Shares of the ideal.
 
     Raises:
       ValueError: If devices in several machines have no network.
@@ -185,11 +185,11 @@ def count_prefill(
     """The stages of prefilling a part of a prompt on every device with a cache, halfway through the prompt.
 
     Args:
-      arithmetic: Of the model.
+      arithmetic: The model's arithmetic.
       machines: The devices.
-      tokens: Of each device in a micro-batch.
-      prompt_tokens: Of the whole prompt.
-      shares: Of the ideal.
+      tokens: Tokens of each device in a micro-batch.
+      prompt_tokens: Tokens of the whole prompt.
+      shares: Shares of the ideal.
 
     Raises:
       ValueError: If devices in several machines have no network.

@@ -10,30 +10,30 @@ from step3_jax import resources
 from step3_jax.planner.data_file import Reader, read_yaml
 from step3_jax.planner.shape import KV_DTYPE_BYTES
 
-# Attention and FFN on devices of their own; every device does both, experts spread over all.
+# Attention and FFN on separate devices; every device does both, with experts spread over all.
 AFD, EP = "afd", "ep"
 ARRANGEMENTS = (AFD, EP)
-# Sequences, and GPUs that share a KV-head-parallel layer, of every row of the layers' times.
+# Sequences, and GPUs that share a KV-head-parallel layer, in every row of the layers' times.
 LAYER_SEQUENCES, LAYER_DEVICES = 256, 4
 _FILE = "configs/planner/measured.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A deployment that was measured.
+    """A measured deployment.
 
     Attributes:
-      name: In the file.
-      model: As `load_shape` takes it.
-      hardware: As `load_hardware` takes it.
+      name: Its name in the file.
+      model: In the form of `load_shape`.
+      hardware: In the form of `load_hardware`.
       arrangement: `AFD` or `EP`.
       attention_devices: Devices that do attention.
       ffn_devices: Devices that hold experts; with `EP` the same ones.
       context_tokens: Mean context.
-      kv_dtype: Of the cache.
-      sequences: In flight, in all.
-      micro_batches: That they are divided into.
-      tokens_per_s_per_device: Output tokens over all devices.
+      kv_dtype: Dtype of the cache.
+      sequences: Total sequences in flight.
+      micro_batches: Micro-batches that they are divided into.
+      tokens_per_s_per_device: Output tokens per second, divided by all devices.
       source: Who measured it, and what is assumed.
     """
 
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def num_devices(self) -> int:
-        """Devices in all."""
+        """Total number of devices."""
         return self.attention_devices + (self.ffn_devices if self.arrangement == AFD else 0)
 
     @property
@@ -106,7 +106,7 @@ def load_layer_times() -> tuple[LayerTime, ...]:
 
 @functools.cache
 def layer_source() -> str:
-    """Where the layers' times are from."""
+    """The source of the layers' times."""
     return _reader().section("attention_layers").text("source")
 
 

@@ -1,4 +1,4 @@
-"""Numbers with units, as users write them."""
+"""Numbers with units, as in users' input."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _NUMBER = re.compile(r"(\d[\d_,]*(?:\.\d+)?)\s*([a-zA-Z]*)")
 
 
 def parse_tokens(text: str, name: str = "--context") -> int:
-    """Reads a number of tokens: "16384" as it stands, "8k" as 8,192.
+    """Reads a number of tokens: "16384" literally, "8k" as 8,192.
 
     Args:
-      text: What was given.
-      name: Of the option, for messages.
+      text: The given text.
+      name: The option's name, for messages.
 
     Raises:
       ValueError: If it is not a whole number of at least 1, or the unit is unknown.
@@ -36,13 +36,13 @@ def parse_tokens(text: str, name: str = "--context") -> int:
 def parse_assignment(text: str, name: str, value: str) -> tuple[str, str]:
     """Reads "name=value".
 
-    Args:
-      text: What was given.
-      name: Of the option, for messages.
-      value: What stands after the sign, for messages.
+        Args:
+          text: The given text.
+          name: The option's name, for messages.
+    value: A placeholder for the value, for messages.
 
-    Raises:
-      ValueError: If a part is missing.
+        Raises:
+          ValueError: If a part is missing.
     """
     left, sign, right = text.partition("=")
     if not sign or not left.strip() or not right.strip():

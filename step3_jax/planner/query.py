@@ -1,4 +1,4 @@
-"""What a search looks for, and what it finds."""
+"""The query of a search, and its results."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from step3_jax.planner.expectation import Expectation
 from step3_jax.planner.expert_load import ExpertLoad
 from step3_jax.planner.own_measurement import OwnMeasurement
 
-# What keeps a batch from being larger.
+# What limits a batch.
 TARGET, FIRST_TOKEN_TARGET, MEMORY = "target time per token", "target time to the first token", "memory"
 
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """What is looked for.
+    """The query.
 
     Attributes:
-      config: Of the model.
-      weights: Their format.
+      config: The model's configuration.
+      weights: Format of the weights.
       kv_cache: Format of the pages.
-      contexts: Of the sequences.
-      load: Of the experts.
+      contexts: Contexts of the sequences.
+      load: Load of the experts.
       pools: The inventory.
-      target_s: Most seconds of a token.
+      target_s: Most seconds per token.
       first_token_s: Most seconds to the first token of the mean prompt, without waiting for others; None for any.
-      judge: Which times are held against the targets, and which cost is the least.
+      judge: The times that targets and cost apply to.
       text_only: Whether the vision tower is left out.
       chunk_tokens: Prompt tokens that each device with a cache prefills at once.
-      memory_share: Of a device's memory that may be used.
+      memory_share: The usable share of a device's memory.
       measurements: The user's own, which replace published shares on their hardware.
 
     Raises:
@@ -71,7 +71,7 @@ class Query:
 
     @property
     def has_prices(self) -> bool:
-        """Whether all devices have a price; else the least device seconds of a token count as the least cost."""
+        """Whether all devices have a price; else the fewest device seconds of a token count as the lowest cost."""
         return all(pool.usd_per_hour is not None for pool in self.pools)
 
 
@@ -80,12 +80,12 @@ class Speed:
     """How fast a deployment is, and what it costs.
 
     Attributes:
-      step_s: Seconds of a token.
+      step_s: Seconds per token.
       first_token_s: Seconds to the first token of the mean prompt, without waiting for others.
-      tokens_per_s: Of all sequences.
-      tokens_per_s_per_device: Over all devices.
+      tokens_per_s: Tokens per second of all sequences.
+      tokens_per_s_per_device: The same divided by all devices.
       usd_per_million_tokens: None without prices.
-      binds: What the step's time comes from.
+      binds: The bottleneck of the step.
     """
 
     step_s: float
@@ -97,7 +97,7 @@ class Speed:
 
     @property
     def tokens_per_s_per_user(self) -> float:
-        """Of one sequence."""
+        """Tokens per second of one sequence."""
         return 1 / self.step_s
 
 
@@ -107,13 +107,13 @@ class Found:
 
     Attributes:
       candidate: Its devices.
-      deployment: What a deployment file says of it.
+      deployment: Its deployment file.
       rows: Sequences of a device with a cache, in a micro-batch.
-      kv_tokens: Tokens of KV cache that there is room for, on all devices.
-      ideal: With every device at its peak or bandwidth, and no device with more than the mean of all.
-      expected: From published shares of that.
+      kv_tokens: Tokens of KV cache that fit, on all devices.
+      ideal: With every device at its peak or bandwidth, and no device with more than the mean.
+      expected: With published shares of that.
       expectation: These shares.
-      limit: What keeps the batch from being larger: `TARGET`, `FIRST_TOKEN_TARGET` or `MEMORY`.
+      limit: What limits the batch: `TARGET`, `FIRST_TOKEN_TARGET` or `MEMORY`.
     """
 
     candidate: Candidate
@@ -127,7 +127,7 @@ class Found:
 
     @property
     def sequences(self) -> int:
-        """In flight, in all."""
+        """Total sequences in flight."""
         return self.rows * self.deployment.num_microbatches * self.candidate.num_attention
 
     def speed(self, judge: Judge) -> Speed:

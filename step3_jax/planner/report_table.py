@@ -19,8 +19,8 @@ def to_lines(tables: Tables, *, is_brief: bool) -> Iterator[str]:
     """The comparison as text.
 
     Args:
-      tables: As `compare_report` gives them.
-      is_brief: Whether tables in which all agrees are left out.
+      tables: From `compare_report`.
+      is_brief: Whether to leave out tables in which everything agrees.
     """
     if not is_brief:
         yield _HOW
@@ -62,7 +62,7 @@ def to_dict(tables: Tables) -> dict[str, object]:
 
 
 def is_reproduced(tables: Tables) -> bool:
-    """Whether every cell agrees, but for those with a known reason."""
+    """Whether every cell agrees, except those with a known reason."""
     return not any(cell.is_wrong for cell in _all_cells(tables))
 
 

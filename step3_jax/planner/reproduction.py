@@ -1,4 +1,4 @@
-"""The Step-3 report's tables and figures computed again: `configs/planner/report.yaml` beside the arithmetic.
+"""The Step-3 report's tables and figures, recomputed: compares `configs/planner/report.yaml` with the arithmetic.
 
 Rounded half up, once, from unrounded values; cells that do not follow are listed in the file with the reason.
 """
@@ -27,7 +27,7 @@ from step3_jax.planner.estimate import CostAnswer, estimate_cost
 from step3_jax.planner.shape import load_shape
 
 _FILE = "configs/planner/report.yaml"
-# Table 4: what the report compares.
+# The hardware compared in Table 4.
 HARDWARE = ("h800", "h20", "a800", "910b")
 _AFD = "afd"
 _SIGNIFICANT = 3
@@ -38,10 +38,10 @@ class PrintedRow:
     """A row of a printed table.
 
     Attributes:
-      label: For people, and what differences are listed by.
-      model: Of the row; None where it has none.
-      hardware: Of the row; None where it has none.
-      context_tokens: Of the row; 0 where it has none.
+      label: For people, and the key of differences.
+      model: The row's model; None without one.
+      hardware: The row's hardware; None without one.
+      context_tokens: The row's context; 0 without one.
       values: One for each column.
     """
 
@@ -57,11 +57,11 @@ class PrintedTable:
     """A table or figure of the report.
 
     Attributes:
-      name: As the report numbers it.
+      name: Its number in the report.
       title: What it shows.
       what: How it is computed.
-      columns: Their names.
-      decimals: Of each column; None for three significant digits.
+      columns: Names of its columns.
+      decimals: Decimals of each column; None for three significant digits.
       rows: Its rows.
     """
 
@@ -75,7 +75,7 @@ class PrintedTable:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was printed.
+    """The printed report.
 
     Attributes:
       tables: Tables and figures.
@@ -97,8 +97,8 @@ class Cell:
       printed: As printed.
       ours: Rounded as printed.
       exact: Unrounded.
-      expected: What measured shares lead to expect, or the smaller count of MLA; None where there is no such figure.
-      reason: Why it differs; None where it is expected to agree.
+      expected: The expectation from measured shares, or the smaller count of MLA; None without such a figure.
+      reason: Why it differs; None if it is expected to agree.
     """
 
     table: str
@@ -146,11 +146,11 @@ def compare_report(report: Report) -> list[tuple[PrintedTable, list[list[Cell]]]
 
 
 def round_half_up(value: float, decimals: int | None) -> decimal.Decimal:
-    """Rounds as the report does.
+    """Rounds like the report.
 
     Args:
-      value: Any number but 0.
-      decimals: Places behind the point; None for three significant digits.
+      value: Any number except 0.
+      decimals: Decimal places; None for three significant digits.
     """
     number = decimal.Decimal(value)
     place = -decimals if decimals is not None else number.adjusted() - _SIGNIFICANT + 1

@@ -1,8 +1,8 @@
-"""Which deployment decodes at least cost within a target time: all that an inventory allows, with all their batches.
+"""Finds the deployment with the lowest decoding cost within a target time, among all that an inventory allows.
 
-With a larger batch a step takes longer and a token costs less, so of each deployment the largest batch counts that meets
-the target and fits the memory. That gives a bound of its cost at once; in the order of the bounds, batches are then found to
-the sequence and checked by the rule of `step3 plan memory --no-compile`, until as many are found as are wanted.
+With a larger batch a step takes longer and a token costs less, so for each deployment the largest batch counts that meets
+the target and fits the memory. That gives a bound on its cost immediately; in the order of the bounds, exact batches are
+then found and checked by the rule of `step3 plan memory --no-compile`, until enough are found.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from step3_jax.planner.candidate import Candidate, list_candidates
 from step3_jax.planner.query import FIRST_TOKEN_TARGET, MEMORY, TARGET, Found, Query
 from step3_jax.planner.stage import Numbers
 
-# Batches of each deployment that are looked at first.
+# Number of batches of each deployment to evaluate first.
 _NUM_BATCHES = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Some batches of a deployment, smallest first; not yet checked for memory but by a bound.
+    """Some batches of a deployment, smallest first; memory is checked only by a bound.
 
     Attributes:
       candidate: The deployment.
-      num_microbatches: In flight.
+      num_microbatches: Micro-batches in flight.
       rows: Sequences of a device in a micro-batch.
-      step_s: Seconds of a token.
-      cost: Of a token, in the unit of `BatchTable.cost_rate`.
-      most_s: Most seconds of a token by both targets.
-      limit: Which target that is.
+      step_s: Seconds per token.
+      cost: Cost of a token, in the unit of `BatchTable.cost_rate`.
+      most_s: Most seconds per token by both targets.
+      limit: The target that determines it.
     """
 
     candidate: Candidate
@@ -53,15 +53,15 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a search found.
+    """The results of a search.
 
     Attributes:
-      query: What was looked for.
-      best: At least cost, and each on other devices; empty if nothing meets the target.
-      fewest: On the fewest devices; None if nothing meets the target.
-      nearest: Where nothing does, the fastest; None if nothing fits the memory.
-      num_candidates: Deployments that were looked at.
-      obstacle: Where nothing fits the memory, why the last one does not, and what would help.
+      query: The query.
+      best: The cheapest ones, each on different devices; empty if nothing meets the target.
+      fewest: The one on the fewest devices; None if nothing meets the target.
+      nearest: If nothing does, the fastest; None if nothing fits the memory.
+      num_candidates: Number of deployments considered.
+      obstacle: If nothing fits the memory, why the last one does not, and what would help.
     """
 
     query: Query
@@ -76,18 +76,18 @@ class Search:
     """A search over all candidates.
 
     Attributes:
-      query: What is looked for.
-      table: Answers for single batches.
-      candidates: Deployments that are looked at.
+      query: The query.
+      table: Results for single batches.
+      candidates: Deployments to consider.
       batches: Some batches of each.
     """
 
     def __init__(self, query: Query, only: Sequence[str] = ()) -> None:
-        """Counts the batches of all candidates.
+        """Evaluates the batches of all candidates.
 
         Args:
-          query: What is looked for.
-          only: Kinds ("afd", "ep", "tp") and names such as "2a2f" that are looked at; all if empty.
+          query: The query.
+          only: Kinds ("afd", "ep", "tp") and names such as "2a2f" to consider; all if empty.
         """
         self.query, self.table = query, BatchTable(query)
         self.candidates = [
@@ -98,7 +98,7 @@ class Search:
         self.batches = [batches for one in self.candidates for batches in self._count_batches(one)]
 
     def answer(self, num_best: int) -> Answer:
-        """Finds the deployments at least cost, and the one on the fewest devices."""
+        """Finds the cheapest deployments, and the one on the fewest devices."""
         best = list(itertools.islice(self._find_cheapest(self.batches), num_best))
         fewest = nearest = None
         obstacle: Sequence[str] = ()
@@ -127,17 +127,17 @@ class Search:
                 yield Batches(candidate, count, fitting, step_s, cost, most_s, which)
 
     def _find_most_seconds(self, candidate: Candidate, num_microbatches: int) -> tuple[float, str]:
-        """Most seconds of a token by both targets, and which of them it is."""
+        """Most seconds per token by both targets, and which target determines it."""
         query = self.query
         if query.first_token_s is None:
             return query.target_s, TARGET
         chunks, chunk_s = self.table.prefill_seconds(candidate, num_microbatches, query.judge)
-        # Of `BatchTable.first_token_seconds`.
+        # From `BatchTable.first_token_seconds`.
         most_s = query.first_token_s / chunks - chunk_s
         return (most_s, FIRST_TOKEN_TARGET) if most_s < query.target_s else (query.target_s, TARGET)
 
     def _find_cheapest(self, batches: Sequence[Batches]) -> Iterator[Found]:
-        """Deployments that meet the target, each on other devices, at least cost first."""
+        """Deployments that meet the target, each on different devices, cheapest first."""
         tickets = itertools.count()
         heap: list[tuple[float, int, Batches | Found]] = []
         for one in batches:
@@ -184,7 +184,7 @@ class Search:
         return None
 
     def _find_fastest(self) -> Found | None:
-        """The fastest deployment that fits: one sequence for each device and micro-batch."""
+        """The fastest deployment that fits: one sequence per device and micro-batch."""
         for one in sorted(self.batches, key=lambda one: one.step_s[0] - one.most_s):
             if self.table.fit_rows(one.candidate, one.num_microbatches, 1):
                 return self.table.find(one.candidate, one.num_microbatches, 1, one.limit)

@@ -1,4 +1,4 @@
-"""What a search found, for a reader and for scripts."""
+"""The results of a search, for a reader and for scripts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def to_lines(answer: Answer, seconds: float) -> Iterator[str]:
     """The answer as text.
 
     Args:
-      answer: What was found.
-      seconds: That the search took.
+      answer: The results.
+      seconds: Time of the search.
     """
     query = answer.query
     yield from _describe_query(query)
@@ -42,12 +42,12 @@ def to_lines(answer: Answer, seconds: float) -> Iterator[str]:
 
 
 def to_dict(answer: Answer, fronts: Mapping[str, Sequence[Found]], seconds: float) -> dict[str, object]:
-    """The answer as a JSON object: seconds, USD per million tokens, tokens a second.
+    """The answer as a JSON object: seconds, USD per million tokens, tokens per second.
 
     Args:
-      answer: What was found.
-      fronts: Of cost against speed, by arrangement.
-      seconds: That the search took.
+      answer: The results.
+      fronts: Fronts of cost against speed, by arrangement.
+      seconds: Time of the search.
     """
     query = answer.query
     return {
@@ -128,7 +128,7 @@ def _describe_shards(one: Found) -> str:
 
 
 def _describe_bound(one: Found, query: Query) -> str:
-    """What the step's time comes from, and what keeps the batch from being larger."""
+    """The bottleneck of the step, and what limits the batch."""
     speed = one.speed(query.judge)
     if one.limit == MEMORY:
         return f"{MEMORY} for the KV cache ({one.kv_tokens:,} tokens fit); the step: {speed.binds}"
@@ -182,7 +182,7 @@ def _describe_sources(answer: Answer) -> Iterator[str]:
 
 
 def _describe_imbalance(one: Found, query: Query) -> str:
-    """What the busiest group of experts of a deployment gets."""
+    """The load of the busiest group of experts of a deployment."""
     groups = one.candidate.parallel.expert_groups
     if groups == 1:
         return ""
@@ -193,7 +193,7 @@ def _describe_imbalance(one: Found, query: Query) -> str:
 
 
 def _find_busiest(one: Found, query: Query) -> float:
-    """Tokens of the busiest group of experts over those of the mean group, by chance and by the load's own imbalance."""
+    """Tokens of the busiest group of experts relative to the mean group, by chance and by the load's own imbalance."""
     groups, tokens = one.candidate.parallel.expert_groups, _count_tokens(one)
     busiest = query.load.count_busiest(np.array([float(tokens)]), groups, by_chance=True)
     return float(busiest[0]) * groups / (tokens * query.load.top_k)
@@ -214,7 +214,7 @@ def _describe_hardware(pool: Pool) -> Iterator[str]:
         (f"links {hardware.link_gb_s:g} GB/s", "link_gb_s"),
         ("no network" if hardware.network_gb_s is None else f"network {hardware.network_gb_s:g} GB/s", "network_gb_s"),
     )
-    # Figures of one source together.
+    # Group figures by source.
     by_source: dict[str, list[str]] = {}
     for text, name in figures:
         by_source.setdefault(hardware.sources.get(name, "its file"), []).append(text)

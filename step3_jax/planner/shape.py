@@ -1,4 +1,4 @@
-"""What the arithmetic of cost needs of a model, and the files that say so: `configs/planner/models/`."""
+"""The sizes of a model for the arithmetic of cost, and their files: `configs/planner/models/`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from step3_jax.nearest import describe_known
 from step3_jax.planner.attention import AttentionGroup, CountRule, HeadAttention, read_group
 from step3_jax.planner.data_file import Reader, read_yaml
 
-# Bytes of a cached number, without scales. Four-bit storage is computed with in 8 bits.
+# Bytes of a cached number, without scales. Four-bit storage is computed in 8 bits.
 KV_DTYPE_BYTES: Mapping[str, float] = {"fp8": 1.0, "bfloat16": 2.0, "int4": 0.5}
 _FOLDER = "configs/planner/models"
 _STEP3_SOURCE = "the released config.json (configs/models)"
@@ -20,17 +20,17 @@ _STEP3_SOURCE = "the released config.json (configs/models)"
 
 @dataclasses.dataclass(frozen=True)
 class FfnShape:
-    """Gated feed-forward layers: three matrices each.
+    """Gated feed-forward layers, with three matrices each.
 
     Attributes:
       num_moe_layers: Layers with a mixture of experts.
-      num_dense_layers: Layers without.
+      num_dense_layers: Layers without one.
       num_experts: Routed experts of a layer.
-      top_k: Routed experts that a token takes.
-      num_shared_experts: Experts that every token takes.
+      top_k: Routed experts per token.
+      num_shared_experts: Experts for every token.
       expert_width: Inner width of a routed expert.
-      shared_width: Of a shared one.
-      dense_width: Of a dense layer.
+      shared_width: Inner width of a shared one.
+      dense_width: Inner width of a dense layer.
     """
 
     num_moe_layers: int
@@ -45,19 +45,19 @@ class FfnShape:
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """A model as the planner sees it. Vision is not part of it.
+    """A model as the planner sees it, without vision.
 
     Attributes:
-      name: Of its file, or of the configuration.
-      printed_name: For people.
+      name: Name of its file, or of the configuration.
+      printed_name: Name for people.
       num_layers: All layers.
       hidden_size: Model width.
-      attention: Groups of layers of one attention design.
+      attention: Groups of layers with the same attention design.
       ffn: The feed-forward layers.
       vocab_size: Rows of the embedding and of the head.
-      max_context_tokens: Positions of the model; None where its file does not say.
-      source: Where the sizes are from.
-      inferred: Sizes that were seen in no file, and why they are believed; empty for none.
+      max_context_tokens: Positions of the model; None if its file does not say.
+      source: The source of the sizes.
+      inferred: Sizes that are not in any file, and why they are assumed; empty for none.
     """
 
     name: str
@@ -77,7 +77,7 @@ class ModelShape:
 
         Args:
           config: Its configuration.
-          name: What it is called.
+          name: Its name.
         """
         text = config.text
         group = HeadAttention(
@@ -112,13 +112,13 @@ class ModelShape:
 
     @property
     def design(self) -> str:
-        """Attention design of the model; "hybrid" where layers differ."""
+        """Attention design of the model; "hybrid" if layers differ."""
         designs = {group.design for group in self.attention}
         return designs.pop() if len(designs) == 1 else "hybrid"
 
     @property
     def active_share(self) -> float:
-        """Share of the experts that a token uses, the shared ones included; 1 for a dense model.
+        """Share of the experts that a token uses, including the shared ones; 1 for a dense model.
 
         For Step3 (3 + 1) / (48 + 1), the sparsity of the report's section 5.4.
         """
@@ -150,7 +150,7 @@ class ModelShape:
         return 2.0 * self.projection_weights()
 
     def ffn_active_weights(self) -> int:
-        """Weights of the feed-forward layers that one token is multiplied with; without the router."""
+        """Weights of the feed-forward layers that one token uses, without the router."""
         ffn = self.ffn
         moe = ffn.top_k * ffn.expert_width + ffn.num_shared_experts * ffn.shared_width
         return 3 * self.hidden_size * (ffn.num_moe_layers * moe + ffn.num_dense_layers * ffn.dense_width)
@@ -160,7 +160,7 @@ class ModelShape:
         return 2.0 * self.ffn_active_weights()
 
     def ffn_weights_read(self, num_tokens: float) -> float:
-        """Weights of the feed-forward layers that a batch of tokens reads, if each takes its experts at random.
+        """Weights of the feed-forward layers that a batch of tokens reads, if each chooses its experts at random.
 
         Args:
           num_tokens: Tokens that pass one copy of the experts together.
@@ -197,7 +197,7 @@ def kv_element_bytes(kv_dtype: str) -> float:
 
 
 def list_shapes() -> list[str]:
-    """Names of the models that ship: those of Step3's configurations, then those of the data files."""
+    """Names of the shipped models: Step3's configurations, then the data files."""
     return [*PRESETS, *sorted(file.stem for file in resources.find(_FOLDER).glob("*.yaml"))]
 
 
@@ -205,11 +205,11 @@ def load_shape(name: str) -> ModelShape:
     """The shape of a model.
 
     Args:
-      name: One of `list_shapes` (underscores may stand for hyphens), the path of a YAML file of the form of
+      name: One of `list_shapes` (underscores may replace hyphens), the path of a YAML file in the format of
         `configs/planner/models/`, or a config.json of Step3's form or its folder.
 
     Raises:
-      ValueError: If there is none of that name, or the file is wrong; the message names file and key.
+      ValueError: If there is no such model, or the file is wrong; the message names file and key.
     """
     path = pathlib.Path(name).expanduser()
     if path.suffix in (".yaml", ".yml") and path.is_file():
@@ -251,7 +251,7 @@ def _read_shape(path: pathlib.Path) -> ModelShape:
         ("ffn.moe_layers and ffn.dense_layers", ffn.num_moe_layers + ffn.num_dense_layers),
     ):
         if count != shape.num_layers:
-            raise ValueError(f"{path}: {what} have {count} layers in all, and layers is {shape.num_layers}")
+            raise ValueError(f"{path}: {what} have {count} layers in all, but layers is {shape.num_layers}")
     return shape
 
 
@@ -274,7 +274,7 @@ def _read_ffn(reader: Reader) -> FfnShape:
         needed = (*needed, ("dense_width", ffn.dense_width))
     for key, value in needed:
         if not value:
-            raise ValueError(f"{reader.where}: {key} is 0 or missing, and there are layers that need it")
+            raise ValueError(f"{reader.where}: {key} is 0 or missing, but there are layers that need it")
     if ffn.top_k > ffn.num_experts:
-        raise ValueError(f"{reader.where}: top_k is {ffn.top_k}, more than the {ffn.num_experts} experts there are")
+        raise ValueError(f"{reader.where}: top_k is {ffn.top_k}, more than the {ffn.num_experts} experts")
     return ffn

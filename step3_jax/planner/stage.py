@@ -1,10 +1,10 @@
-"""Seconds of the stages of a step on given devices: their work against what the devices can do.
+"""Seconds of the stages of a step on given devices: their work divided by the devices' rates.
 
 A stage is attention (with projections and head), the FFN, or an exchange between devices, over all layers of one
-micro-batch. Work is counted for the device that has most of it: bytes of weights, each read once, bytes of the cache, and
-operations. An exchange takes as long as the slowest of the links on its way, each direction by itself.
+micro-batch. Work is counted for the device with the most of it: bytes of weights, each read once, bytes of the cache, and
+operations. An exchange takes as long as the slowest link on its path, each direction separately.
 
-Everything takes the sequences of a device in a micro-batch as an array, so that one call answers for all batches.
+All functions take the sequences of a device in a micro-batch as an array, so that one call covers all batches.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ from step3_jax.planner.cost import bandwidth_bytes_per_s, peak_flops
 from step3_jax.planner.expert_load import ExpertLoad
 
 Numbers = Float[np.ndarray, " N"]
-# Kind of work beside those that `layout.count` names.
+# A kind of work besides those that `layout.count` names.
 PROJECTIONS = "projections"
-# Of activations where nothing quantises them for their way.
+# Bytes of activations that are not quantised to be sent.
 _ACTIVATION_BYTES = 2
-# All-to-all reserves so many rows for each group of experts, over those to expect (`layers/expert_exchange.py`).
+# All-to-all reserves this many rows for each group of experts, relative to the expected number
+# (`layers/expert_exchange.py`).
 _CAPACITY_FACTOR = 2.0
 
 
 class Shares(NamedTuple):
-    """What devices reach of the ideal, by kind of work; 1 is the ideal itself."""
+    """The share of the ideal that devices reach, by kind of work; 1 is the ideal itself."""
 
     attention: float = 1.0
     ffn: float = 1.0
@@ -56,7 +57,7 @@ class Shares(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Seconds of one kind of work, and whether reading memory is what takes them."""
+    """Seconds of one kind of work, and whether memory bandwidth is the bottleneck."""
 
     seconds: Numbers
     is_memory: Bool[np.ndarray, " N"]
@@ -66,7 +67,7 @@ Stage = Mapping[str, Work]
 
 
 def stage_seconds(stage: Stage) -> Numbers:
-    """Of all work of a stage, one kind after the other."""
+    """Seconds of all work of a stage, one kind after the other."""
     return functools.reduce(np.add, (work.seconds for work in stage.values()))
 
 
@@ -78,8 +79,8 @@ class Model:
       config: As deployed, see `layout.role.deployed_config`.
       weights: "float32", "bfloat16" or "fp8".
       kv_cache: Format of the pages.
-      contexts: Of the sequences.
-      load: Of the experts.
+      contexts: Contexts of the sequences.
+      load: Load of the experts.
     """
 
     config: ModelConfig
@@ -95,7 +96,7 @@ class Model:
 
     @functools.cached_property
     def kv_bytes(self) -> int:
-        """Of the cache of one token in all layers."""
+        """Bytes of cache of one token in all layers."""
         return kv_bytes_per_token(self.text, self.kv_cache)
 
     @functools.cached_property
@@ -110,7 +111,7 @@ class Model:
 
     @property
     def attention_dtype(self) -> str:
-        """What scores and values are computed in; four-bit numbers are in 8 bits."""
+        """The dtype in which scores and values are computed; four-bit numbers are computed in 8 bits."""
         return "fp8" if self.kv_cache in ("fp8", "int4") else "bfloat16"
 
 
@@ -118,11 +119,11 @@ class Arithmetic:
     """Counts the work of a model on devices, for all batches at once."""
 
     def __init__(self, model: Model, *, by_chance: bool) -> None:
-        """Starts with nothing counted.
+        """Starts empty.
 
         Args:
-          model: It.
-          by_chance: Whether contexts and experts are drawn at random, so that one device has more than the mean of all.
+          model: The model.
+          by_chance: Whether contexts and experts are drawn at random, so that one device has more than the mean.
         """
         self.model = model
         self.by_chance = by_chance
@@ -135,7 +136,7 @@ class Arithmetic:
         return self._parts[role]
 
     def cached_tokens(self, rows: Numbers, num_devices: int) -> Numbers:
-        """Tokens in the cache of the device that has most; `rows` are sequences of each."""
+        """Tokens in the cache of the fullest device; `rows` are the sequences of each."""
         if not self.by_chance:
             return rows * self.model.contexts.mean
         return self.model.contexts.count_busiest(rows, num_devices)
@@ -155,12 +156,12 @@ class Arithmetic:
 
         Args:
           hardware: The devices.
-          role: What of the model they hold.
+          role: The part of the model they hold.
           rows: Tokens of each device.
-          read: Tokens of the cache that a device reads.
+          read: Cached tokens that a device reads.
           attended: Pairs of a token and one that it attends to.
           has_head: Whether the tokens go through the head.
-          shares: Of the ideal.
+          shares: Shares of the ideal.
         """
         model, parts = self.model, self.weight_parts(role)
         flops = model.flops
@@ -182,7 +183,7 @@ class Arithmetic:
             ),
         }
         if has_head:
-            # As large as the embedding table, of which only rows are read; never quantised.
+            # As large as the embedding table, of which only a few rows are read; never quantised.
             head_bytes = parts["embedding and head"] / 2
             work[HEAD] = _work(head_bytes, rows * flops[HEAD], hardware, "bfloat16", shares.attention)
         return work
@@ -192,9 +193,9 @@ class Arithmetic:
 
         Args:
           hardware: The devices.
-          role: What of the model they hold.
-          tokens: Of the micro-batch, over all devices.
-          shares: Of the ideal.
+          role: The part of the model they hold.
+          tokens: Tokens of the micro-batch, over all devices.
+          shares: Shares of the ideal.
         """
         model, parts, parallel = self.model, self.weight_parts(role), role.parallel
         evenly = tokens / role.num_devices
@@ -227,21 +228,21 @@ class Arithmetic:
         *,
         share: float,
     ) -> Numbers:
-        """Seconds of one direction between attention and FFN on devices of their own, in all layers of a micro-batch.
+        """Seconds of one direction between attention and FFN on separate devices, in all layers of a micro-batch.
 
-        Each token crosses once for each FFN instance; the devices of an instance receive equal parts of the tokens, and give
-        them to one another over the links of their machine. On the way back the instance's sums take the same way, and the
+        Each token crosses once for each FFN instance; the devices of an instance receive equal parts of the tokens, and pass
+        them to one another over the links of their machine. On the way back the instance's sums take the same path, and the
         attention side adds up those of all instances.
 
         Args:
           rates: GB/s in each direction of an attention device, and of an FFN device.
-          link_gb_s: Inside a machine of the FFN side, of each device.
+          link_gb_s: Bandwidth of each device inside a machine of the FFN side.
           num_instances: FFN instances.
-          per_instance: Devices of one.
+          per_instance: Devices of one instance.
           rows: Tokens of each attention device.
-          tokens: Of the micro-batch.
-          row_bytes: Of a token.
-          share: Of the ideal.
+          tokens: Tokens of the micro-batch.
+          row_bytes: Bytes of a token.
+          share: Share of the ideal.
         """
         across = np.maximum(rows * num_instances / rates[0], tokens / per_instance / rates[1])
         inside = tokens * (per_instance - 1) / per_instance / link_gb_s
@@ -252,10 +253,10 @@ class Arithmetic:
     ) -> Numbers:
         """Seconds of all exchanges between devices that do both, in all layers of a micro-batch.
 
-        What is sharded across the devices of a group needs the tokens of all of them, and its sums go back: o-proj (which
-        takes columns of all instead), dense layers, the shared expert, the head. So do the routed experts inside a machine,
-        across all devices. Between machines a token goes to each group of devices that has one of its experts, with room for
-        twice the tokens to expect, as `layers/expert_exchange.py` has it.
+        Layers that are sharded across the devices of a group need the tokens of all of them, and their sums go back: o-proj
+        (which takes columns of all instead), dense layers, the shared expert, the head. So do the routed experts inside
+        a machine, across all devices. Between machines a token goes to each group of devices that has one of its
+        experts, with room for twice the expected tokens, as in `layers/expert_exchange.py`.
 
         Args:
           hardware: The devices; those of a tensor parallel group are in one machine.
@@ -269,9 +270,9 @@ class Arithmetic:
         """
         text, machine, devices, tp = self.model.text, hardware.devices_per_machine, parallel.num_devices, parallel.tp
         num_moe, width, groups = len(text.moe_layers), parallel.expert_width_parts, parallel.expert_groups
-        # All of it as numbers that a device receives for each of its own tokens.
+        # Everything as numbers that a device receives for each of its own tokens.
         others = text.num_hidden_layers * (text.query_size * (tp - 1) / tp + text.hidden_size * (tp - 1))
-        # Routed and shared experts that lie on the same devices have one exchange.
+        # Routed and shared experts on the same devices have one exchange.
         is_joint = parallel.dp == 1 and devices <= machine
         num_gathers = text.num_hidden_layers - (num_moe if is_joint else 0)
         others += 2 * num_gathers * text.hidden_size * (tp - 1)
@@ -279,9 +280,10 @@ class Arithmetic:
             others += text.hidden_size * (tp - 1) + text.vocab_size * (tp - 1) / tp
         inside, between = float(devices - 1), 0.0
         if devices > machine:
-            # Of a token, for each group: those that choose an expert there, and as many again; at most all.
+            # Tokens for each group: twice those expected to choose an expert there; at most all.
             room = min(_CAPACITY_FACTOR * (1 - (1 - 1 / groups) ** self.model.load.top_k), 1.0)
-            # The devices that share experts have one another's tokens, and each sends them all to its like in other groups.
+            # The devices that share experts have one another's tokens, and each sends them all to its counterparts in
+            # other groups.
             inside, between = width - 1 + room * max(machine - width, 0), room * (devices - machine)
         if between and hardware.network_gb_s is None:
             raise ValueError(f"{hardware.name} has no network to other machines: its file has no network_gb_s")

@@ -1,4 +1,4 @@
-"""Requests of the past as a workload: a file of prompt and output lengths, and the contexts that follow from them."""
+"""Past requests as a workload: a file of prompt and output lengths, and the contexts that follow from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-# Prompt and output together are cached; the released model has so many positions.
+# Prompt and output together are cached; the released model has this many positions.
 MAX_TOKENS = 65_536
 _LENGTHS = ("prompt_tokens", "output_tokens")
 _ARRIVAL = "arrival_s"
@@ -25,7 +25,7 @@ class TraceRequest:
     Attributes:
       prompt_tokens: At least 1.
       output_tokens: At least 1.
-      arrival_s: Seconds from the start of the trace; None where the file has no times.
+      arrival_s: Seconds from the start of the trace; None if the file has no times.
     """
 
     prompt_tokens: int
@@ -36,15 +36,15 @@ class TraceRequest:
 def read_trace(path: str | pathlib.Path, *, max_tokens: int | None = MAX_TOKENS) -> list[TraceRequest]:
     """Reads a trace: a JSON object on each line, such as {"prompt_tokens": 120, "output_tokens": 40, "arrival_s": 1.5}.
 
-    Other keys are ignored, and so are empty lines. `arrival_s` may be left out, in all lines or in none; the requests come
-    back in the order of their arrival.
+    Other keys and empty lines are ignored. `arrival_s` may be omitted, in all lines or in none; the requests are
+    returned in the order of their arrival.
 
     Args:
       path: The file.
       max_tokens: Most tokens of a prompt, and of prompt and output together; None for no limit.
 
     Raises:
-      ValueError: If the file cannot be read, has no requests, or has a line that is not of that form, is cut off, or is
+      ValueError: If the file cannot be read, has no requests, or has a line that is malformed, cut off, or
         longer than the model's context; the message names the line.
     """
     file = pathlib.Path(path).expanduser()
@@ -72,15 +72,15 @@ def read_trace(path: str | pathlib.Path, *, max_tokens: int | None = MAX_TOKENS)
 
 
 def parse_request(entry: object, where: str, *, max_tokens: int | None = MAX_TOKENS) -> TraceRequest:
-    """A request from an object of JSON.
+    """A request from a JSON object.
 
     Args:
-      entry: What stands in a line.
-      where: File and line, with which a message starts.
+      entry: The content of a line.
+      where: File and line, at the start of messages.
       max_tokens: As for `read_trace`.
 
     Raises:
-      ValueError: For an object of another form, lengths below 1, or a request that is too long.
+      ValueError: For a malformed object, lengths below 1, or a request that is too long.
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: {json.dumps(entry)[:80]} is not an object such as {_FORM}")
@@ -113,7 +113,7 @@ def count_contexts(requests: Sequence[TraceRequest]) -> tuple[Int[np.ndarray, " 
     in the batch as long as it decodes, so this is also how long the sequences of the batch are at a random moment.
 
     Args:
-      requests: At least one.
+      requests: At least one request.
 
     Returns:
       Contexts in ascending order, and how many tokens are decoded at each.
@@ -133,7 +133,7 @@ def _load(line: str, where: str, *, is_last: bool) -> object:
         return json.loads(line)
     except ValueError:
         pass
-    # A whole file ends with a line feed, so that its last line here is empty.
+    # A complete file ends with a line feed, so its last line here is empty.
     if is_last and line.lstrip().startswith("{") and not line.rstrip().endswith("}"):
         raise ValueError(f"{where}: {line[:80]!r} is cut off: the file is not complete")
     raise ValueError(f"{where}: {line[:80]!r} is not JSON; an object such as {_FORM} is needed")

@@ -10,28 +10,28 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from step3_jax.sampling.params import MAX_LOGPROBS, SamplingParams
 
-# If no row with a filter keeps more than this many of the likeliest tokens, they are picked without sorting the vocabulary.
+# If no row with a filter keeps more than this many of the likeliest tokens, they are found without sorting the vocabulary.
 NUM_CANDIDATES = 128
-# Ids that each row has room for, whatever it uses, so that requests share a program. More of them in one request make
-# these arrays wider, and with them a program of their own.
+# Ids that each row has room for, whatever it uses, so that requests share a program. A request with more makes
+# these arrays wider, which needs another program.
 NUM_STOP_IDS = 64
 NUM_BIASES = 1024
 _TINY = float(np.finfo(np.float32).tiny)
 
 
 class SamplingBatch(NamedTuple):
-    """Parameters of each row, on the host or on a device. Lists of token ids are filled up with V, which is no token.
+    """Parameters of each row, on the host or on a device. Lists of token ids are padded with V, which is not a token.
 
-    What a row does not use has a neutral value: options are data, so that they make no programs.
+    Unused parameters have a neutral value: options are data, so that they do not need other programs.
 
     Attributes:
       temperature: 0 for greedy rows.
       top_k: V for all.
       seeds: Two words of a threefry key.
-      max_tokens: 0 marks a row that only fills up the batch.
+      max_tokens: 0 marks a padding row.
       has_logprobs: Whether log-probabilities are recorded.
-      pause_ids: The token behind which a row makes no more in the same call, as what may follow is not known yet; -1 for
-        none.
+      pause_ids: The token after which a row generates no more in the same call, as the allowed tokens are not known yet; -1
+        for none.
       stop_ids: Tokens that end the row.
       bias_ids, bias_values: The logit bias.
     """
@@ -54,13 +54,13 @@ class SamplingBatch(NamedTuple):
 
 
 class SamplingRow(NamedTuple):
-    """One row's parameters, with what the engine adds.
+    """One row's parameters, with the engine's additions.
 
     Attributes:
-      params: The user's. `max_tokens` and `seed` are not read.
-      max_tokens: Tokens to make.
+      params: The user's. `max_tokens` and `seed` are ignored.
+      max_tokens: Tokens to generate.
       seed_words: See `seed_words`.
-      stop_ids: All tokens that end the row, the model's own too.
+      stop_ids: All tokens that end the row, including the model's own.
       pause_id: See `SamplingBatch.pause_ids`.
     """
 
@@ -93,15 +93,15 @@ def check_token_ids(row: SamplingRow, vocab_size: int) -> None:
 
 
 def logprob_width(vocab_size: int) -> int:
-    """Likeliest tokens that are recorded at each step where any row asks for them."""
+    """Number of likeliest tokens that are recorded at each step if any row asks for them."""
     return min(MAX_LOGPROBS, vocab_size)
 
 
 def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int) -> SamplingBatch:
-    """Puts rows in arrays, filled up to `batch_size` with rows that make no token."""
+    """Puts rows in arrays, padded to `batch_size` with rows that generate nothing."""
 
     def column(values: Sequence[float], fill: float, dtype: type[np.generic]) -> np.ndarray:
-        # Numbers of any size are allowed; beyond what the device holds they all mean the same.
+        # Numbers of any size are allowed; those that the device cannot hold all mean the same.
         limit = np.iinfo(np.int32).max if dtype is np.int32 else float(np.finfo(np.float32).max)
         kept = [min(max(value, -limit), limit) for value in values]
         return np.array([*kept, *[fill] * (batch_size - len(rows))], dtype)
@@ -113,7 +113,7 @@ def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int
     return SamplingBatch(
         temperature=column([0.0 if row.is_greedy else row.temperature for row in params], 0.0, np.float32),
         top_k=column([row.top_k if row.top_k > 0 else vocab_size for row in params], vocab_size, np.int32),
-        # The likeliest token is always kept, also where a probability is too small for float32.
+        # The likeliest token is always kept, even if a probability is too small for float32.
         top_p=column([max(row.top_p, _TINY) for row in params], 1.0, np.float32),
         min_p=column([row.min_p for row in params], 0.0, np.float32),
         seeds=seeds,
@@ -134,7 +134,7 @@ def sampling_batch(rows: Sequence[SamplingRow], vocab_size: int, batch_size: int
 def _ragged(
     lists: Sequence[Sequence[float]], least: int, fill: float, batch_size: int, dtype: type[np.generic]
 ) -> np.ndarray:
-    """Lists of different lengths in one array, its width `least`, doubled until it is enough."""
+    """Lists of different lengths in one array, its width `least` doubled until it suffices."""
     width = least
     while width < max(map(len, lists), default=0):
         width *= 2

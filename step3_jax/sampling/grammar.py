@@ -1,6 +1,6 @@
-"""Grammars that outputs must follow, by way of llguidance: compiled once, then matched token by token.
+"""Grammars that outputs must follow, using llguidance: compiled once, then matched token by token.
 
-llguidance is an optional library, so nothing imports this module unless an output's form is asked for.
+llguidance is an optional library, so this module is imported only for structured outputs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jaxtyping import Int
 from step3_jax.json_schema import BLANKS, subschemas
 from step3_jax.sampling.structured import StructuredOutputsParams
 
-# Longest wait for a grammar to be compiled.
+# Longest wait for a grammar to compile.
 DEADLINE_S = 5.0
-# At once, so that hostile ones leave processors to others.
+# Compilations at once, so that hostile ones leave processors to others.
 MAX_COMPILING = 2
 MAX_CACHED = 64
-# Of one grammar, about 1.5 kB each; as many as tokens of the longest output, as each may need one.
+# States of one grammar, about 1.5 kB each; as many as tokens of the longest output, as each may need one.
 MAX_LEXER_STATES = 65_536
 
 
@@ -45,15 +45,15 @@ class Grammar:
 
 
 class GrammarMatcher:
-    """Follows one output and says what may come next."""
+    """Follows one output and says which tokens are allowed next."""
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        """Takes a matcher that has seen no token, and that is used nowhere else."""
+        """Takes a matcher that has seen no token, and is not used elsewhere."""
         self._matcher = matcher
 
     @property
     def is_finished(self) -> bool:
-        """Whether the output is complete and can be no longer, so that only end tokens are allowed."""
+        """Whether the output is complete and cannot be longer, so that only end tokens are allowed."""
         return self._matcher.is_stopped()
 
     def accept(self, token_ids: Sequence[int]) -> None:
@@ -62,15 +62,15 @@ class GrammarMatcher:
         Raises:
           GrammarError: If they do not follow the grammar, or it needs more work than is allowed.
         """
-        # An end token behind the end is not the grammar's.
+        # An end token after the end is not part of the grammar.
         if token_ids and not self._matcher.consume_tokens(list(token_ids)):
             raise GrammarError(_shorten(self._matcher.get_error()))
 
     def fill(self, mask: Int[np.ndarray, " words"]) -> None:
-        """Writes which tokens may come next.
+        """Writes which tokens are allowed next.
 
         Args:
-          mask: A bit for each token of the model's vocabulary, the lowest of the first word that of token 0. End tokens are
+          mask: A bit for each token of the model's vocabulary, token 0 in the lowest bit of the first word. End tokens are
             allowed where the output may end.
 
         Raises:
@@ -81,7 +81,7 @@ class GrammarMatcher:
             raise GrammarError(_shorten(self._matcher.get_error()))
 
     def find_forced(self) -> list[int]:
-        """The tokens that must come next, without the end tokens; they are not accepted yet."""
+        """The forced next tokens, without end tokens; they are not accepted yet."""
         return self._matcher.compute_ff_tokens()
 
 
@@ -95,15 +95,15 @@ class GrammarCompiler:
 
         Args:
           tokenizer: Text of a `tokenizer.json`.
-          vocab_size: V, of the model's logits.
+          vocab_size: V, the size of the model's logits.
           eos_ids: The tokens that end an output.
-          deadline_s: Longest time for one grammar.
+          deadline_s: Time limit for one grammar.
 
         Raises:
           GrammarError: If the tokenizer cannot be used, or there is no end token.
         """
         if not eos_ids:
-            raise GrammarError("structured outputs need an end token, and this model names none: add eos_token_id")
+            raise GrammarError("structured outputs need an end token, but this model names none: add eos_token_id")
         try:
             self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_ids))
         except ValueError as error:
@@ -115,14 +115,14 @@ class GrammarCompiler:
         self._places = threading.Semaphore(MAX_COMPILING)
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
-        """The grammar of an output's form; the last 64 are kept.
+        """The grammar of a structured output; the last 64 are cached.
 
         Args:
-          params: The form.
+          params: The structured output.
 
         Raises:
-          GrammarError: If it is not valid, cannot be enforced exactly, or takes longer than the deadline. Of a JSON schema
-            the message has the place.
+          GrammarError: If it is not valid, cannot be enforced exactly, or takes longer than the deadline. For a JSON schema
+            the message gives the place.
         """
         key = params.kind, params.source
         with self._lock:
@@ -137,7 +137,7 @@ class GrammarCompiler:
         return grammar
 
     def _compile_in_time(self, kind: str, source: str) -> Grammar:
-        """Compiles in a thread, which is left to itself if it takes too long; it ends by llguidance's own limits."""
+        """Compiles in a thread, which is abandoned if it takes too long; llguidance's own limits end it."""
         found: list[Grammar | GrammarError] = []
 
         def run() -> None:
@@ -182,12 +182,12 @@ class GrammarCompiler:
         raise GrammarError(f"structured_outputs.{kind}: {_shorten(_name_line(problem, source))}")
 
     def _find_problem(self, text: str) -> str:
-        """Why a grammar cannot be used, "" if it can."""
+        """Why a grammar cannot be used; "" if it can."""
         _, messages = llguidance.LLMatcher.validate_grammar_with_warnings(text, self._tokenizer, limits=self._limits)
         return "; ".join(messages)
 
     def _find_place(self, schema: dict[str, object], problem: str) -> str:
-        """The place of the innermost schema that has the problem by itself, as a JSON pointer."""
+        """The place of the innermost schema with the problem, as a JSON pointer."""
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         place, node = "", schema
         while True:
@@ -209,7 +209,7 @@ def _to_llguidance(kind: str, source: str) -> str:
 
 
 def _name_line(problem: str, source: str) -> str:
-    """A problem with the start of the line that has it, in place of the lines around it that llguidance shows."""
+    """A problem with the start of its line, instead of the surrounding lines that llguidance shows."""
     found = re.match(r"at (\d+)\(\d+\): (.*?)\n\s+\d+ \|", problem, re.DOTALL)
     lines = source.splitlines()
     if found is None or not 0 < int(found[1]) <= len(lines):

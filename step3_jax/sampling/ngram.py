@@ -1,4 +1,4 @@
-"""Guesses of the next tokens from a sequence's own: those that followed its last n-gram when it came before.
+"""Guesses the next tokens from the sequence itself: those that followed an earlier occurrence of its last n-gram.
 
 Prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding), on the device: no host takes part in a step.
 """
@@ -19,13 +19,13 @@ def find_drafts(
 ) -> tuple[Int[Array, "B guesses"], Bool[Array, " B"]]:
     """Guesses what follows each row.
 
-    Of the n-grams that end the row the longest counts that came before, and of its places the latest. Where fewer tokens
-    follow it than are wanted, they are repeated: a row that ends in "a b a b" goes on so.
+    The longest n-gram at the row's end that occurred before counts, and its latest occurrence. If fewer tokens
+    follow it than are requested, they are repeated: a row that ends in "a b a b" continues so.
 
     Args:
-      history: Tokens of each row; what stands at or after its length is not read.
+      history: Tokens of each row; entries from its length on are not read.
       lengths: Tokens of each row.
-      speculation: How many tokens are wanted, and how long the n-grams are.
+      speculation: How many tokens to guess, and how long the n-grams are.
 
     Returns:
       The tokens, and whether there are any.

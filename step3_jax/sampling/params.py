@@ -1,4 +1,4 @@
-"""What a user may say of how tokens are chosen: names, defaults and ranges as vLLM has them."""
+"""The user's sampling parameters: names, defaults and ranges as in vLLM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GREEDY_TEMPERATURE = 1e-5
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 
-# generation_config.json's names of what may override the class defaults (vLLM's list), and ours.
+# Names in generation_config.json that may override the class defaults (vLLM's list), and ours.
 _MODEL_DEFAULTS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -34,24 +34,24 @@ class SamplingParams:
       top_k: Only the k likeliest tokens; 0 or -1 for all.
       top_p: Only the likeliest tokens that together reach this probability.
       min_p: Only tokens at least this fraction as likely as the likeliest.
-      seed: Of the request's random numbers; None, or -1 as in vLLM, draws one from the `LLM`'s own seed.
+      seed: Seed of the request's random numbers; None, or -1 as in vLLM, draws one from the `LLM`'s own seed.
       repetition_penalty: Logits of tokens in the prompt or the output are divided by it (multiplied, if negative).
-      presence_penalty: Taken from the logits of tokens in the output.
-      frequency_penalty: Taken from the logits of tokens in the output, once for each time they are in it.
+      presence_penalty: Subtracted from the logits of tokens in the output.
+      frequency_penalty: Subtracted from the logits of tokens in the output, once for each occurrence.
       logit_bias: Added to the logits of these token ids, -100 to 100.
-      max_tokens: Tokens of a completion; None goes on to the end of the context.
-      min_tokens: Before so many tokens nothing ends the completion but `max_tokens`.
-      stop: Strings that end the completion; a lone string is made a tuple of one.
-      stop_after: Text that must have come before `stop` counts: "</think>" for strings that end the answer and not the
+      max_tokens: Tokens of a completion; None continues to the end of the context.
+      min_tokens: Until this many tokens, only `max_tokens` ends the completion.
+      stop: Strings that end the completion; a single string becomes a tuple of one.
+      stop_after: Text that must come before `stop` counts: "</think>" for strings that end the answer and not the
         reasoning before it. "" counts from the start.
       stop_token_ids: Tokens that end the completion, besides the model's own.
       ignore_eos: Whether the model's own end tokens do not end the completion.
       include_stop_str_in_output: Whether the text keeps the stop string.
       skip_special_tokens: Whether special tokens are left out of the text.
-      detokenize: Whether there is text at all.
-      structured_outputs: The form that the output must have; None for any. In an output that begins with reasoning, that of
-        what follows `</think>`. Needs the extra `grammar`.
-      logprobs: Log-probabilities of this many likeliest tokens at each step, and the chosen one's; None for none.
+      detokenize: Whether to produce text at all.
+      structured_outputs: What the output must match; None for anything. In an output that starts with reasoning, it applies
+        after `</think>`. Needs the extra `grammar`.
+      logprobs: Log-probabilities of this many likeliest tokens at each step, and of the chosen one; None for none.
 
     Raises:
       ValueError: For a value out of its range; the message names it, the value and the range.
@@ -114,8 +114,8 @@ class SamplingParams:
         if form is not None and not isinstance(form, StructuredOutputsParams):
             raise ValueError(f"structured_outputs is {form!r}; StructuredOutputsParams(...) is needed")
         if form is not None and self.ignore_eos:
-            raise ValueError("ignore_eos does not go with structured_outputs, which say where the output ends")
-        # The class is frozen, so what is brought to one form is set past its guard.
+            raise ValueError("ignore_eos cannot be combined with structured_outputs, which say where the output ends")
+        # The class is frozen, so normalised values bypass its guard.
         if self.seed == -1:
             object.__setattr__(self, "seed", None)
         object.__setattr__(self, "stop", _strings(self.stop))
@@ -131,15 +131,15 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether tokens are counted."""
+        """Whether token counts are needed."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @classmethod
     def from_generation_config(cls, values: Mapping[str, object]) -> SamplingParams:
-        """The defaults of a model: those of this class, with what `generation_config.json` says instead.
+        """The defaults of a model: this class's, overridden by `generation_config.json`.
 
         Args:
-          values: The file's content; keys that are no sampling values (and nulls) are passed over, as in vLLM.
+          values: The file's content; keys that are not sampling values (and nulls) are ignored, as in vLLM.
 
         Raises:
           ValueError: For a value out of range.
@@ -151,7 +151,7 @@ class SamplingParams:
 
 
 def pick_defaults(values: Mapping[str, object]) -> dict[str, object]:
-    """What `generation_config.json` says of sampling, by the names of `SamplingParams`."""
+    """The sampling values of `generation_config.json`, by the names of `SamplingParams`."""
     return {ours: values[theirs] for theirs, ours in _MODEL_DEFAULTS.items() if values.get(theirs) is not None}
 
 

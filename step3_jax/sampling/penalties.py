@@ -1,4 +1,4 @@
-"""What is done to the logits before a token is chosen: ends masked, bias and penalties in vLLM's order, then masks."""
+"""Processing of the logits before a token is chosen: masked ends, bias and penalties in vLLM's order, then masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLOCK_TOKENS = 1024
 
 
 class TokenCounts(NamedTuple):
-    """Which tokens the prompt has, and how often the output has each."""
+    """Which tokens occur in the prompt, and how often each occurs in the output."""
 
     in_prompt: Bool[Array, "B V"]
     in_output: Int[Array, "B V"]
@@ -35,14 +35,14 @@ def count_tokens(
     *,
     vocab_size: int,
 ) -> TokenCounts:
-    """Counts of sequences so far. What it costs grows with the longest sequence, not with M.
+    """Counts of the sequences so far. Its cost grows with the longest sequence, not with M.
 
     Args:
-      history: Prompt and output of each row; what stands at or behind its length is padding.
+      history: Prompt and output of each row; entries from its length on are padding.
       lengths: Tokens of each row.
       num_output: How many of them, the last ones, are output.
-      new: Output behind those.
-      num_new: Tokens of it.
+      new: Output after those.
+      num_new: Number of its tokens.
       vocab_size: V.
     """
     batch, width = history.shape
@@ -50,7 +50,7 @@ def count_tokens(
     block = min(width, _BLOCK_TOKENS)
 
     def count_block(index: Int[Array, ""], counts: TokenCounts) -> TokenCounts:
-        # The last block is moved back to end with the last column; what it repeats is left out.
+        # The last block is moved back to end with the last column; repeated entries are left out.
         first = jnp.minimum(index * block, width - block)
         ids = jax.lax.dynamic_slice_in_dim(history, first, block, axis=1)
         places = first + jnp.arange(block)
@@ -73,7 +73,7 @@ def count_tokens(
 def apply_penalties(logits: Float[Array, "B V"], counts: TokenCounts, batch: SamplingBatch) -> Float[Array, "B V"]:
     """Repetition (CTRL, arXiv 1909.05858), then frequency and presence as in OpenAI's API.
 
-    Repetition looks at prompt and output, the other two at the output alone.
+    Repetition considers prompt and output, the other two only the output.
     """
     is_seen = counts.in_prompt | (counts.in_output > 0)
     factor = jnp.where(is_seen, batch.repetition_penalty[:, None], 1.0)
@@ -97,7 +97,7 @@ def mask_ends(logits: Float[Array, "B V"], num_tokens: Int[Array, " B"], batch: 
 
 
 def apply_mask(logits: Float[Array, "B V"], mask: Int[Array, "B words"]) -> Float[Array, "B V"]:
-    """Forbids the tokens whose bits are not set; those of a word stand for 32 tokens, the lowest for the first."""
+    """Forbids the tokens whose bits are not set; a word covers 32 tokens, the lowest bit the first."""
     bits = mask[:, :, None] >> jnp.arange(32, dtype=mask.dtype) & 1
     is_allowed = bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] != 0
     return jnp.where(is_allowed, logits, -jnp.inf)

@@ -1,8 +1,8 @@
-"""From logits to the next token of each row.
+"""Chooses the next token of each row from its logits.
 
-One program serves all sampling parameters. What costs more than a look at the logits stands under `jax.lax.cond`, with "some
-row uses it" as its condition: a greedy batch takes the likeliest tokens and does nothing else. The conditions are those of
-the rows at hand, which may differ between the devices of a mesh, so nothing in a branch may communicate.
+One program serves all sampling parameters. Anything that costs more than one pass over the logits is under `jax.lax.cond`,
+with "some row uses it" as its condition: a greedy batch takes the likeliest tokens and does nothing else. The conditions
+depend on the rows at hand, which may differ between the devices of a mesh, so branches must not communicate.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from step3_jax.sampling.batch import NUM_CANDIDATES, SamplingBatch
 from step3_jax.sampling.penalties import TokenCounts, apply_bias, apply_mask, apply_penalties, has_penalties, mask_ends
 
-# Named, so that a change of JAX's default generator does not change what a seed gives.
+# Explicit, so that a change of JAX's default generator does not change the result of a seed.
 _GENERATOR = "threefry2x32"
 
 
@@ -25,8 +25,8 @@ class StepLogprobs(NamedTuple):
     """Log-probabilities of one step, of the model's own logits: before bias, penalties and temperature.
 
     Attributes:
-      chosen: Of the chosen token.
-      rank: The chosen token's place among all, from 1.
+      chosen: Log-probability of the chosen token.
+      rank: The chosen token's rank among all, from 1.
       top_ids, top_values: The likeliest tokens.
     """
 
@@ -47,20 +47,21 @@ def sample(
 ) -> Int[Array, " B"]:
     """Chooses the next token of each row.
 
-    A row's choice depends on its own logits and parameters and on (seed, position) alone, never on its place in the
+    A row's choice depends only on its own logits and parameters and on (seed, position), never on its place in the
     batch.
 
     Args:
       logits: Float32 logits.
       batch: Parameters of the rows.
-      positions: Place of the new token in its sequence, prompt counted.
+      positions: Position of the new token in its sequence, including the prompt.
       num_tokens: Tokens of the output so far.
-      count_tokens: Counts the sequences' tokens, where some row has penalties; None if none ever has.
-      mask: Bits of the tokens that each row may get, see `DecodeBatch.mask`. A row that has one makes `min_tokens` by that.
+      count_tokens: Counts the sequences' tokens, if some row has penalties; None if no row ever has.
+      mask: Bits of the tokens that each row may get, see `DecodeBatch.mask`. For a row with a mask, the mask enforces
+      `min_tokens`.
     """
     is_drawn = batch.temperature > 0
     is_masked = jnp.zeros_like(is_drawn) if mask is None else jnp.any(mask != -1, axis=-1)
-    # What is left of a mask without the ends may be nothing; who made it has taken them out where it can be done.
+    # A mask without the end tokens may be empty; whoever made it has removed them where possible.
     num_tokens = jnp.where(is_masked, jnp.iinfo(jnp.int32).max, num_tokens)
     is_processed = is_masked | _is_processed(batch, num_tokens)
 
@@ -84,7 +85,7 @@ def process_logits(
     count_tokens: Callable[[], TokenCounts] | None,
     mask: Int[Array, "B words"] | None = None,
 ) -> Float[Array, "B V"]:
-    """All that changes which token is likeliest: ends masked, bias, penalties, masks. Arguments as for `sample`."""
+    """Everything that changes which token is likeliest: masked ends, bias, penalties, masks. Arguments as for `sample`."""
     processed = apply_bias(mask_ends(logits, num_tokens, batch), batch)
     if count_tokens is not None:
         biased = processed
@@ -111,7 +112,7 @@ def draw(
     logits = logits / jnp.where(is_greedy, 1.0, batch.temperature)[:, None]
     largest = jnp.take_along_axis(logits, likeliest[:, None], axis=-1)[:, 0]
     logits = _cut_below(logits, least_by_min_p(largest, batch.min_p))
-    # Greedy rows have no use for the filters.
+    # Greedy rows do not need the filters.
     is_filtered = ~is_greedy & _has_filter(batch, logits.shape[1])
     least = jax.lax.cond(
         jnp.any(is_filtered), lambda: _least_kept(logits, batch, is_filtered), lambda: jnp.full_like(largest, -jnp.inf)
@@ -129,15 +130,16 @@ def least_by_min_p(largest: Float[Array, " B"], min_p: Float[Array, " B"]) -> Fl
 def least_by_rank(
     logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], *, num_candidates: int
 ) -> Float[Array, " B"]:
-    """The lowest logit among the `top_k` likeliest tokens, and of these the likeliest that together reach `top_p`.
+    """The lowest logit among the `top_k` likeliest tokens, of which only the likeliest that together reach `top_p` count.
 
-    One sort serves both. Tokens that tie with the last one kept are kept too.
+    One sort serves both. Tokens that tie with the last kept one are kept too.
 
     Args:
       logits: Logits after the temperature.
       top_k: Tokens to keep; V for all.
       top_p: Probability to reach; the token that crosses it is kept.
-      num_candidates: Likeliest tokens to look at: V, or fewer if every row with a filter has a `top_k` within them.
+      num_candidates: Number of likeliest tokens to consider: V, or fewer if every row with a filter has a `top_k`
+        within them.
 
     Returns:
       -inf for a row without either filter.
@@ -153,7 +155,7 @@ def least_by_rank(
     # Rounding must not cut the tail of a row that has no top_p.
     is_kept = is_top & ((before < top_p[:, None]) | (top_p[:, None] >= 1))
     least = jnp.min(jnp.where(is_kept, ordered, jnp.inf), axis=-1)
-    # A row without either filter keeps all, though the candidates may end above its last token.
+    # A row without either filter keeps all tokens, although the candidates may end above its last token.
     return jnp.where((top_k < vocab_size) | (top_p < 1), least, -jnp.inf)
 
 
@@ -183,7 +185,7 @@ def _least_kept(
     vocab_size, top_k, top_p = logits.shape[1], batch.top_k, batch.top_p
     if vocab_size <= NUM_CANDIDATES:
         return least_by_rank(logits, top_k, top_p, num_candidates=vocab_size)
-    # top_p without top_k may need every token, so it looks at all of them.
+    # top_p without top_k may need every token, so it considers all of them.
     return jax.lax.cond(
         jnp.all(~is_filtered | (top_k <= NUM_CANDIDATES)),
         lambda: least_by_rank(logits, top_k, top_p, num_candidates=NUM_CANDIDATES),
@@ -192,7 +194,7 @@ def _least_kept(
 
 
 def _is_processed(batch: SamplingBatch, num_tokens: Int[Array, " B"]) -> Bool[Array, " B"]:
-    """Rows that `process_logits` does anything for."""
+    """Rows that `process_logits` changes."""
     has_bias = jnp.any(batch.bias_values != 0, axis=-1)
     return (num_tokens < batch.min_tokens) | has_bias | has_penalties(batch)
 

@@ -1,4 +1,4 @@
-"""What a user may say of speculation: vLLM's `speculative_config`. No jax."""
+"""The user's parameters for speculation: vLLM's `speculative_config`. No jax."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Self
 
 METHODS = ("ngram",)
-# A decode call makes at most 32 tokens of a sequence by default, and drafts of more than half of them hardly ever hold.
+# A decode call generates at most 32 tokens per sequence by default, and drafts of more than half of them are rarely right.
 MAX_SPECULATIVE_TOKENS = 16
 # Every length of n-gram is one comparison with all tokens of a sequence.
 MAX_LOOKUP = 16
@@ -19,9 +19,9 @@ class Speculation:
     """How tokens are guessed: those that followed the last n-gram when it came before in the same sequence.
 
     Attributes:
-      num_speculative_tokens: Most tokens that are guessed at a time; the model verifies them all in one step.
-      prompt_lookup_max: Longest n-gram that is looked for; the longest that is found counts.
-      prompt_lookup_min: Shortest n-gram that is.
+      num_speculative_tokens: Most tokens to guess at a time; the model verifies them all in one step.
+      prompt_lookup_max: Longest n-gram to look for; the longest one found counts.
+      prompt_lookup_min: Shortest n-gram to look for.
 
     Raises:
       ValueError: For a value out of its range; the message names it, the value and the range.
@@ -43,7 +43,7 @@ class Speculation:
 
     @property
     def width(self) -> int:
-        """T: tokens of a sequence that a step computes, its last one and the guesses after it."""
+        """T: tokens per sequence that a step computes, its last one and the guesses after it."""
         return 1 + self.num_speculative_tokens
 
     @classmethod
@@ -51,8 +51,8 @@ class Speculation:
         """From vLLM's names; `method` must be given. Of the two lengths of n-grams either may stand for both, as in vLLM.
 
         Raises:
-          ValueError: For a name that does not exist, a method that there is not, or a value out of its range; the message
-            begins with speculative_config.
+          ValueError: For an unknown name or method, or a value out of its range; the message starts with
+            speculative_config.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in values if name not in ("method", *names)]

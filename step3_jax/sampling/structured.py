@@ -1,4 +1,4 @@
-"""What a user may say of an output's form: names as vLLM has them. What enforces it is in `grammar`."""
+"""The user's parameters for structured outputs: names as in vLLM. `grammar` enforces them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from collections.abc import Mapping, Sequence
 from step3_jax.json_schema import check_schema
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
-# Beyond any that a person writes; a larger one is a mistake or an attack.
+# Beyond anything written by hand; a larger one is a mistake or an attack.
 MAX_SOURCE_BYTES = 256 * 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """The form of an output; exactly one of the fields says it.
+    """What an output must match, in exactly one of the fields.
 
-    In an output that begins with reasoning, the form is that of what follows `</think>`.
+    In an output that starts with reasoning, it applies after `</think>`.
 
     Attributes:
-      json: A JSON schema, as an object or its text; {} and True stand for any object. What cannot be enforced is refused,
-        with its place.
+      json: A JSON schema, as an object or its text; {} and True mean any object. Anything that cannot be enforced is
+        refused, with its place.
       regex: A regular expression that matches the whole output, in Rust's syntax, without lookarounds.
       choice: The output is one of these texts.
       grammar: A context-free grammar: llguidance's variant of Lark, or GBNF.
       json_object: True for any JSON object.
 
     Raises:
-      ValueError: If not exactly one is given, or one is not of this form or too large.
+      ValueError: If not exactly one is given, or it is malformed or too large.
     """
 
     json: Mapping[str, object] | str | bool | None = None
@@ -38,7 +38,7 @@ class StructuredOutputsParams:
     json_object: bool | None = None
 
     def __post_init__(self) -> None:
-        # False says no in vLLM too.
+        # False means no in vLLM too.
         given = [kind for kind in _KINDS if getattr(self, kind) is not None and getattr(self, kind) is not False]
         if len(given) != 1:
             found = " and ".join(given) or "nothing"
@@ -58,7 +58,7 @@ class StructuredOutputsParams:
                 )
             object.__setattr__(self, "choice", tuple(texts))
         if self.kind == "json" and not self.json_object:
-            # A text of its own, so that what the caller changes later is not changed here.
+            # A copy as text, so that later changes by the caller have no effect here.
             object.__setattr__(self, "json", json_module.dumps(_read_schema(self.json), ensure_ascii=False))
         if len(self.source.encode("utf-8", "surrogatepass")) > MAX_SOURCE_BYTES:
             raise ValueError(
@@ -74,7 +74,7 @@ class StructuredOutputsParams:
 
     @property
     def source(self) -> str:
-        """What is given, as text: of choices a JSON list."""
+        """The given value as text: a JSON list for choices."""
         if self.json_object:
             return '{"type": "object"}'
         value = getattr(self, self.kind)
@@ -82,7 +82,7 @@ class StructuredOutputsParams:
 
 
 def _read_schema(given: object) -> object:
-    """A JSON schema, checked for what llguidance would pass over."""
+    """A JSON schema, checked for keywords that llguidance would ignore."""
     schema = given
     if isinstance(given, str):
         if len(given) > MAX_SOURCE_BYTES:
@@ -90,7 +90,7 @@ def _read_schema(given: object) -> object:
         try:
             schema = json_module.loads(given)
         except (json_module.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"structured_outputs.json is no valid JSON: {error}") from None
+            raise ValueError(f"structured_outputs.json is not valid JSON: {error}") from None
     if schema is True or schema == {}:
         return {"type": "object"}
     if not isinstance(schema, Mapping):
@@ -99,4 +99,4 @@ def _read_schema(given: object) -> object:
     try:
         return json_module.loads(json_module.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"structured_outputs.json is no JSON: {error}") from None
+        raise ValueError(f"structured_outputs.json is not JSON: {error}") from None

@@ -1,4 +1,4 @@
-"""How many requests may be under way: counted before any work on them, and freed when they end."""
+"""Limits how many requests are in progress: counted before any work on them, and released when they end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from step3_jax.server.error import bad_request, unavailable
 
 
 class Admission:
-    """Counts requests that run or wait. For the event loop alone.
+    """Counts requests that run or wait. Only for the event loop.
 
     Attributes:
-      num_requests: Requests that were let in and have not ended.
+      num_requests: Requests that were admitted and have not ended.
       num_completions: Their completions.
       num_tokens: Their prompt tokens.
       max_completions: Most completions at a time.
@@ -22,12 +22,12 @@ class Admission:
     def __init__(
         self, max_completions: int, max_tokens: int | None, on_refused: Callable[[str], None] = lambda reason: None
     ) -> None:
-        """Starts with nothing.
+        """Starts empty.
 
         Args:
           max_completions: Most completions at a time.
           max_tokens: Most prompt tokens at a time; None for no limit.
-          on_refused: Told the reason of each refusal.
+          on_refused: Called with the reason of each refusal.
         """
         self.num_requests = 0
         self.num_completions = 0
@@ -37,7 +37,7 @@ class Admission:
         self._on_refused = on_refused
 
     def enter(self) -> Ticket:
-        """Lets a request in, as one completion until more is known of it.
+        """Admits a request, as one completion until more is known about it.
 
         Raises:
           ApiError: 503, if there are too many.
@@ -48,13 +48,13 @@ class Admission:
         return ticket
 
     def check(self, num_completions: int, num_tokens: int) -> None:
-        """Raises ApiError 503 if so many more would be too many. What is alone is never refused for its tokens."""
+        """Raises ApiError 503 if this many more would be too many. A request alone is never refused for its tokens."""
         total = self.num_completions + num_completions
         if total > self.max_completions:
             self._on_refused("queue_full")
             raise unavailable(
                 "queue_full",
-                f"{self.num_completions} completions run or wait, and {num_completions} more are asked for; at most "
+                f"{self.num_completions} completions run or wait, and {num_completions} more are requested; at most "
                 f"{self.max_completions} are allowed: try again a little later",
             )
         tokens = self.num_tokens + num_tokens
@@ -68,7 +68,7 @@ class Admission:
 
 
 class Ticket:
-    """One request's part of what is counted; leaving it frees that."""
+    """One request's part of the counts; leaving it releases that part."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -82,7 +82,7 @@ class Ticket:
             if self._num_completions + count > most:
                 # It would be refused at any time.
                 raise bad_request(
-                    f"{self._num_completions + count} completions are asked for at once; at most {most} are allowed: "
+                    f"{self._num_completions + count} completions are requested at once; at most {most} are allowed: "
                     "give a smaller n or fewer prompts",
                     "n",
                 )

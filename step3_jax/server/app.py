@@ -1,4 +1,4 @@
-"""The application: its routes, and what stands around them."""
+"""The application: its routes and middleware."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def build_app(llm: LLM | None = None, config: ServerConfig | None = None) -> Fas
     """The service as an ASGI application.
 
     Args:
-      llm: The model, which nothing else may use from now on. None for an application that answers 503 until
+      llm: The model, which nothing else may use from then on. None for an application that answers 503 until
         `app.state.service.attach(llm)`, so that a server can listen while the model is loaded.
       config: The settings.
 
@@ -109,7 +109,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
         return answer(service.lifecycle.state.value)
 
     async def ready(request: Request) -> Response:
-        """As /health, and the engine gets on with its work."""
+        """Like /health, and the engine makes progress."""
         is_stalled = service.lifecycle.state is State.OK and service.is_stalled
         return answer("stalled" if is_stalled else service.lifecycle.state.value)
 
@@ -252,12 +252,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
-    """Errors of the router in the form of all others."""
+    """Router errors in the same form as all others."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     given = (error.headers or {}) if isinstance(error, HTTPException) else {}
     headers = {name.title(): value for name, value in given.items()}
     if "Allow" in headers:
-        # The router gives them in no order.
+        # The router returns them in no particular order.
         headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
     path = request.url.path[:200]
     said = f"{request.method} is not allowed for {path}; use {headers.get('Allow')}"

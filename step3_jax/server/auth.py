@@ -1,4 +1,4 @@
-"""Keys: every route needs one but those that are named as open, decided on the route that a request is resolved to."""
+"""Keys: every route needs one except those listed as open, decided by the route that a request resolves to."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from step3_jax.server.error import ApiError
 
-# Who asks these has no key: load balancers, the kubelet, Prometheus. The page is where a person enters the key.
+# Their clients have no key: load balancers, the kubelet, Prometheus. The page is where a user enters the key.
 OPEN = frozenset(("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/{name}"))
 
 
 class KeyMiddleware:
-    """Refuses requests without a key before anything of their body is read."""
+    """Refuses requests without a key before reading any of their body."""
 
     def __init__(
         self,
@@ -27,9 +27,9 @@ class KeyMiddleware:
         """Wraps an application.
 
         Args:
-          app: What is inside.
-          keys: Any of them is enough; none if none is needed.
-          metrics_key: For /metrics alone; None if none is needed there.
+          app: The wrapped application.
+          keys: Any one of them is enough; empty if no key is needed.
+          metrics_key: Only for /metrics; None if no key is needed there.
           routes: The application's.
         """
         self._app = app
@@ -50,16 +50,16 @@ class KeyMiddleware:
         await self._app(scope, receive, send)
 
     def _keys_for(self, scope: Scope) -> Sequence[bytes]:
-        """The keys of which a request needs one."""
+        """The keys, one of which a request needs."""
         path = _find_path(scope, self._routes())
         if path == "/metrics":
             return self._metrics_keys
-        # What is no route needs a key too.
+        # An unknown path needs a key too.
         return () if path in OPEN else self._keys
 
 
 def _find_path(scope: Scope, routes: Sequence[BaseRoute]) -> str | None:
-    """The path of the route that a request is resolved to, whatever its method."""
+    """The path of the route that a request resolves to, whatever its method."""
     return next((getattr(route, "path", None) for route in routes if route.matches(scope)[0] is not Match.NONE), None)
 
 
@@ -68,5 +68,5 @@ def _has_key(scope: Scope, keys: Sequence[bytes]) -> bool:
     kind, _, key = given.partition(b" ")
     if kind.lower() != b"bearer":
         return False
-    # All are compared, each in constant time.
+    # Compare all of them, each in constant time.
     return sum(hmac.compare_digest(key.strip(), one) for one in keys) > 0

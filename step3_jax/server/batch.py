@@ -12,7 +12,7 @@ from step3_jax.server.batch_file import BatchInput, BatchLine, BatchOutput
 
 
 class BatchStopped(RuntimeError):
-    """The service answers no more; what is missing can be asked for again."""
+    """The service has stopped answering; the missing answers can be requested again."""
 
 
 async def run_batch(
@@ -28,9 +28,9 @@ async def run_batch(
     Args:
       app: The service, see `build_app`. Its queue must hold `concurrency` requests.
       given: The requests.
-      output: Gets the answers, in the order in which they come.
+      output: Receives the answers, in the order of completion.
       concurrency: Requests at a time; somewhat more than the engine's slots keep it busy.
-      tell: Called behind each answer with its status.
+      tell: Called after each answer with its status.
 
     Returns:
       How many of them were errors.
@@ -46,7 +46,7 @@ async def run_batch(
         nonlocal num_errors
         for line in left:
             status, request_id, body = await _call(app, line, given.read_body(line))
-            # Not the request's fault: it is to be asked again.
+            # Not the request's fault: it must be asked again.
             if status == 503:
                 raise BatchStopped(json.loads(body)["error"]["message"])
             await output.add(line.custom_id, status, request_id, body)

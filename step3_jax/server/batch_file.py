@@ -1,4 +1,4 @@
-"""The two files of a batch, in OpenAI's format: requests in, and answers out that survive being killed at any moment."""
+"""The two files of a batch, in OpenAI's format: requests in, answers out, safe against a kill at any moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import uuid
 
 try:
     import fcntl
-except ImportError:  # Not on every system; two processes with one output are then the user's to avoid.
+except ImportError:  # Not on every system; there, the user must not give two processes the same output.
     fcntl = None  # type: ignore[assignment]
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -20,13 +20,13 @@ _FORM = '{"custom_id": "...", "method": "POST", "url": "/v1/chat/completions", "
 
 @dataclasses.dataclass(frozen=True)
 class BatchLine:
-    """Where a request stands in its file: bodies with images are large, so they are read again when their turn comes.
+    """Where a request is in its file: bodies with images are large, so they are read again when it is their turn.
 
     Attributes:
-      custom_id: The user's name of it.
-      url: What is asked; one of `URLS`.
-      offset: Of its first byte.
-      length: In bytes.
+      custom_id: The user's name for it.
+      url: The endpoint; one of `URLS`.
+      offset: Offset of its first byte.
+      length: Length in bytes.
     """
 
     custom_id: str
@@ -36,10 +36,10 @@ class BatchLine:
 
 
 class BatchInput:
-    """The requests of a file; all of them are checked first, so that a mistake in the last line costs no hour.
+    """The requests of a file; all of them are checked first, so that a mistake in the last line does not cost an hour.
 
     Attributes:
-      lines: All of them, in order.
+      lines: All requests, in order.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -49,7 +49,7 @@ class BatchInput:
           path: A JSON object on each line; empty lines are skipped.
 
         Raises:
-          ValueError: If it cannot be read, has no request, or a line is not of the form; its number is named.
+          ValueError: If it cannot be read, has no requests, or a line is malformed; the message gives its number.
         """
         self._path = path
         self.lines: list[BatchLine] = []
@@ -80,7 +80,7 @@ class BatchInput:
             if data.strip():
                 custom_id, url = _check_line(data, where)
                 if custom_id in numbers:
-                    raise ValueError(f"{where}: custom_id {custom_id!r} is that of line {numbers[custom_id]} too")
+                    raise ValueError(f"{where}: custom_id {custom_id!r} is also on line {numbers[custom_id]}")
                 numbers[custom_id] = number
                 self.lines.append(BatchLine(custom_id, url, offset, len(data)))
             offset += len(data)
@@ -89,19 +89,19 @@ class BatchInput:
 
 
 class BatchOutput:
-    """A file that answers are appended to, each as a whole line that is on the disk before the next ones are written.
+    """A file that answers are appended to, each as a complete line that is on the disk before the next ones are written.
 
-    Half a line at its end, which is what being killed leaves, is cut off when the file is opened again.
+    A partial line at its end, left by a kill, is removed when the file is opened again.
 
     Attributes:
       done: The `custom_id` of every request that is answered.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Opens the file for this process alone, or makes it.
+        """Opens the file exclusively for this process, or creates it.
 
         Raises:
-          ValueError: If it cannot be written, another process writes to it, or it holds something else than answers.
+          ValueError: If it cannot be written, another process writes to it, or it holds anything but answers.
         """
         self._path = path
         self.done: set[str] = set()
@@ -118,12 +118,12 @@ class BatchOutput:
             raise
 
     async def add(self, custom_id: str, status: int, request_id: str, body: bytes) -> None:
-        """Appends an answer. Those that come while others are written go to the disk together.
+        """Appends an answer. Answers that arrive while others are written go to the disk together.
 
         Args:
-          custom_id: Of the request.
-          status: Of HTTP; an error is an answer too.
-          request_id: The service's name of it.
+          custom_id: The request's.
+          status: The HTTP status; an error is an answer too.
+          request_id: The service's name for it.
           body: The answer, as JSON.
         """
         entry = {
@@ -145,7 +145,7 @@ class BatchOutput:
             self._is_writing = False
 
     def close(self) -> None:
-        """Writes what is left, and closes the file."""
+        """Writes the rest, and closes the file."""
         if self._waiting:
             self._write(b"".join(self._waiting))
         self._file.close()
@@ -183,9 +183,7 @@ def _check_line(data: bytes, where: str) -> tuple[str, str]:
         raise ValueError(f"{where} is {type(entry).__name__}; {_FORM} is needed")
     custom_id, body = entry.get("custom_id"), entry.get("body")
     if not isinstance(custom_id, str) or not custom_id or not custom_id.isprintable():
-        raise ValueError(
-            f"{where} has custom_id {custom_id!r}; a text of one line is needed, another one for each request"
-        )
+        raise ValueError(f"{where} has custom_id {custom_id!r}; a text of one line is needed, unique for each request")
     if entry.get("method", "POST") != "POST":
         raise ValueError(f"{where} has method {entry['method']!r}; POST is needed")
     if entry.get("url") not in URLS:
@@ -193,7 +191,7 @@ def _check_line(data: bytes, where: str) -> tuple[str, str]:
     if not isinstance(body, dict):
         raise ValueError(f"{where} has a body that is {type(body).__name__}; an object is needed")
     if body.get("stream"):
-        raise ValueError(f"{where} asks for a stream; a batch has whole answers: leave `stream` out")
+        raise ValueError(f"{where} asks for a stream; a batch returns whole answers: leave `stream` out")
     return custom_id, entry["url"]
 
 
@@ -205,4 +203,4 @@ def _read_custom_id(data: bytes, where: str) -> str:
             return found
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{where} is no answer of a batch, so nothing is appended there: give another file")
+    raise ValueError(f"{where} is not an answer of a batch, so nothing is appended to the file: give another one")

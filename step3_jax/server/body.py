@@ -1,4 +1,4 @@
-"""Reading the body of a request: its size is counted while it arrives, and nothing but plain JSON comes out."""
+"""Reads the body of a request: its size is counted while it arrives, and only plain JSON is accepted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from step3_jax.server.error import ApiError, bad_request, describe_invalid
 
 MAX_DEPTH = 64
-# Values of a body, about: a list of many small ones takes many times its text in memory.
+# Most values in a body, roughly: a list of many small ones takes many times its text in memory.
 MAX_VALUES = 2**21
-# Longest time that a body may take to arrive.
+# The longest that a body may take to arrive.
 ARRIVAL_S = 60.0
 # Larger ones are parsed in a thread.
 _SMALL_BYTES = 2**15
@@ -25,7 +25,7 @@ BodyModel = TypeVar("BodyModel", bound=BaseModel)
 
 
 class Disconnected(Exception):
-    """The client left before its request had arrived."""
+    """The client disconnected before its request had arrived."""
 
 
 async def read_body(
@@ -40,16 +40,16 @@ async def read_body(
     """The body of a request.
 
     Args:
-      request: Of which nothing was read.
-      model: Its form.
+      request: A request of which nothing has been read.
+      model: The model of the body.
       max_bytes: Its largest size.
-      pool: Parses what is large.
-      arrival_s: Longest time that it may take to arrive.
-      inspect: Is given the object before its form is checked, and may raise.
+      pool: Parses large bodies.
+      arrival_s: The longest it may take to arrive.
+      inspect: Called with the object before it is validated; may raise.
 
     Raises:
       ApiError: 400, 408, 413 or 415.
-      Disconnected: If the client has left.
+      Disconnected: If the client has disconnected.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -71,10 +71,10 @@ async def read_body(
 
 
 def parse_json(data: bytes) -> object:
-    """Parses JSON that others wrote.
+    """Parses untrusted JSON.
 
     Raises:
-      ApiError: 400, if it is none, holds NaN, an infinity or half a surrogate pair, or is nested too deeply.
+      ApiError: 400, if it is not valid JSON, holds NaN, an infinity or half a surrogate pair, or is nested too deeply.
     """
     # A list of many empty ones would fill the memory.
     if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES:
@@ -126,7 +126,7 @@ def _read(data: bytes, model: type[BodyModel], inspect: Callable[[Mapping[str, o
 
 
 def _check(value: object) -> None:
-    """Refuses what JSON has no word for, and what is nested too deeply. Not by recursion, which would end the thread."""
+    """Refuses values that JSON cannot express, and deep nesting. Not recursive, which would overflow the stack."""
     level, depth = [value], 0
     while level:
         depth += 1
@@ -153,12 +153,12 @@ def _check_text(text: str) -> None:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise _invalid(
-                f"the body has half a surrogate pair, \\u{ord(text[error.start]):04x}, which is no character"
+                f"the body has half a surrogate pair, \\u{ord(text[error.start]):04x}, which is not a character"
             ) from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _invalid(f"the body has {name}, which JSON has no word for")
+    raise _invalid(f"the body has {name}, which JSON does not allow")
 
 
 def _too_deep() -> ApiError:

@@ -37,13 +37,13 @@ FINGERPRINT = f"step3-jax-{__version__}"
 
 @dataclasses.dataclass(frozen=True)
 class PreparedChat:
-    """A chat that the engine has checked.
+    """A chat request that the engine has checked.
 
     Attributes:
       generation: The engine's part.
-      form: How the text of answers is told apart.
-      name: Of the model.
-      n: Answers.
+      form: How the text of answers is split.
+      name: The model's name.
+      n: Number of answers.
     """
 
     generation: Generation
@@ -53,7 +53,7 @@ class PreparedChat:
 
 
 async def plan_chat(service: Service, request: ChatCompletionRequest, ticket: Ticket) -> ChatJob:
-    """Understands a request, makes its prompt and has the engine check it.
+    """Interprets a request, makes its prompt and has the engine check it.
 
     Raises:
       ApiError: 400, 404 or 503.
@@ -71,10 +71,10 @@ async def prepare_chat(
 
     Args:
       service: Has the engine.
-      request: What is asked for.
-      ticket: Counts what is asked for.
-      prompt_name: How the client calls `messages`.
-      max_tokens_name: How it calls `max_tokens`.
+      request: The request.
+      ticket: Counts its completions and tokens.
+      prompt_name: The client's name for `messages`.
+      max_tokens_name: The client's name for `max_tokens`.
 
     Raises:
       ApiError: 400, 404 or 503.
@@ -121,14 +121,14 @@ async def prepare_chat(
 
 
 class ChatJob(Job):
-    """A chat under way."""
+    """A chat in progress."""
 
     def __init__(self, prepared: PreparedChat, request: ChatCompletionRequest, tokenizer: Tokenizer) -> None:
         """Starts empty answers.
 
         Args:
           prepared: The chat.
-          request: What was asked for.
+          request: The request.
           tokenizer: For log-probabilities.
         """
         super().__init__(prepared.generation, is_stream=bool(request.stream))
@@ -147,7 +147,7 @@ class ChatJob(Job):
         self._has_running_usage = self._has_usage and bool(options and options.continuous_usage_stats)
 
     def start(self) -> list[bytes]:
-        """The role of each answer, so that the client sees life at once."""
+        """The role of each answer, so that the client sees a first event immediately."""
         first: dict[str, object] = {}
         if self._request.return_token_ids:
             first["prompt_token_ids"] = list(self.generation.requests[0].prompt.token_ids)
@@ -164,7 +164,7 @@ class ChatJob(Job):
         self.generation.num_reasoning_tokens = sum(one.num_reasoning_tokens for one in self._choices)
         if not self.is_stream:
             return []
-        # Tokens and what is known of them come with the first chunk, whatever of their text is held back.
+        # Token ids and log-probabilities come with the first chunk, even if some of the text is held back.
         values = self._token_values(piece.token_ids, piece.logprobs)
         if values and not deltas:
             deltas = [Delta()]
@@ -178,7 +178,7 @@ class ChatJob(Job):
         return chunks
 
     def end(self) -> list[bytes]:
-        """The usage, if it was asked for."""
+        """The usage, if requested."""
         if not self._has_usage:
             return []
         chunk = ChatCompletionChunk.of(

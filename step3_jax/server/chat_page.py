@@ -1,4 +1,4 @@
-"""The chat page: files that ship with the package, sent with headers that let the page do no more than it needs."""
+"""The chat page: files that ship with the package, sent with headers that limit the page to what it needs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib.resources
 
 from starlette.responses import Response
 
-# The page's own scripts and styles, images of the conversation, requests to this server; no inline code, no other site, no
-# frames around it, and no text that becomes HTML.
+# The page's own scripts and styles, images of the conversation, requests to this server; no inline code, no other sites, no
+# embedding in frames, and no text that becomes HTML.
 CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -32,7 +32,7 @@ _HEADERS = {
 }
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 INDEX = "index.html"
-# What may be asked for; a name that is not here is no path to anything.
+# The files that can be requested; any other name leads nowhere.
 FILES = (INDEX, "page.css", "page.js", "answer.js", "element.js", "image.js", "markup.js", "stream.js")
 
 
@@ -40,12 +40,12 @@ def page_response(name: str = INDEX) -> Response | None:
     """A file of the page.
 
     Args:
-      name: `INDEX` is what `/` shows; it asks for the others as `page/NAME`, relative to its own address, so that it works
-        below a path of a proxy too.
+      name: `INDEX` is what `/` shows; it requests the others as `page/NAME`, relative to its own address, so that it also
+        works below a proxy's path.
 
     Returns:
-      The file with its headers; None if the page has no such file. Both need no key: they tell nothing about the model,
-      and the page is where a person enters the key.
+      The file with its headers; None if the page has no such file. No key is needed: they reveal nothing about the model,
+      and the page is where a user enters the key.
     """
     if name not in FILES:
         return None

@@ -1,4 +1,4 @@
-"""One answer of a chat as it grows: its text is told apart, its tokens are counted."""
+"""One answer of a chat as it grows: splits its text into reasoning, content and calls, and counts its tokens."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FINISH_REASONS = {"stop": "stop", "length": "length"}
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceForm:
-    """How the text of an answer is told apart.
+    """How the text of an answer is split.
 
     Attributes:
-      tools: What may be called; None if nothing is parsed for calls.
+      tools: The tools that may be called; None if calls are not parsed.
       starts_thinking: Whether the prompt ends inside the reasoning.
-      thinking_ids: Of the marks around the reasoning; None for a model without.
-      is_parsed: Whether anything is told apart; otherwise all text is content.
+      thinking_ids: Ids of the marks around the reasoning; None for a model without them.
+      is_parsed: Whether the text is split at all; otherwise all text is content.
       has_reasoning: Whether reasoning is part of the answer.
     """
 
@@ -37,9 +37,9 @@ class ChoiceState:
 
     Attributes:
       token_ids: All tokens so far.
-      logprobs: Of each token, if they are recorded.
-      num_reasoning_tokens: Those of reasoning.
-      finish_reason: As the client sees it; None while it goes on.
+      logprobs: Log-probabilities of each token, if recorded.
+      num_reasoning_tokens: Tokens of the reasoning.
+      finish_reason: As the client sees it; None until the end.
       stop_reason: See `StreamPiece`.
     """
 
@@ -61,24 +61,24 @@ class ChoiceState:
 
     @property
     def reasoning(self) -> str | None:
-        """All reasoning; None without any."""
+        """All of the reasoning; None without any."""
         return "".join(self._reasoning) or None
 
     @property
     def content(self) -> str | None:
-        """All content; None without any."""
+        """All of the content; None without any."""
         return "".join(self._content) or None
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """All calls, each whole."""
+        """All complete calls."""
         return [self._calls[index] for index in sorted(self._calls)]
 
     def add(self, piece: StreamPiece) -> list[Delta]:
         """Takes new output.
 
         Returns:
-          What a stream says of it: text first, then each part of a call by itself. Nothing of what may be a mark.
+          The deltas for a stream: text first, then each part of a call separately. Text that may be a mark is held back.
         """
         self._count_reasoning(piece.token_ids)
         self.token_ids += piece.token_ids

@@ -27,7 +27,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 async def plan_completion(service: Service, request: CompletionRequest, ticket: Ticket) -> CompletionJob:
-    """Understands a request, makes its prompts and has the engine check them.
+    """Interprets a request, makes its prompts and has the engine check them.
 
     Raises:
       ApiError: 400, 404 or 503.
@@ -35,7 +35,7 @@ async def plan_completion(service: Service, request: CompletionRequest, ticket: 
     name, llm = service.choose_name(request.model), service.llm
     num_top = check_logprobs("logprobs", request.logprobs)
     if request.suffix:
-        raise bad_request("suffix is given; the model cannot fill in: leave it out", "suffix")
+        raise bad_request("suffix is given; the model cannot fill in the middle: leave it out", "suffix")
     is_scored = bool(request.echo) and num_top is not None
     max_tokens = request.max_tokens
     if is_scored and max_tokens is None:
@@ -44,7 +44,7 @@ async def plan_completion(service: Service, request: CompletionRequest, ticket: 
         request,
         llm,
         service.config,
-        # The prompt alone may be scored.
+        # Scoring only the prompt is allowed.
         max_tokens=1 if is_scored and max_tokens == 0 else request.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         logprobs=num_top,
@@ -67,10 +67,10 @@ class _Choice:
     """One completion as it grows.
 
     Attributes:
-      text: Pieces of its text, the prompt's or the prompt's first token first if that is echoed.
-      num_echoed: Tokens that are the prompt's.
-      writer: Of log-probabilities.
-      first: Log-probabilities of the first token, if it is the prompt's.
+      text: Pieces of its text, starting with the prompt or the prompt's first token if it is echoed.
+      num_echoed: Tokens that belong to the prompt.
+      writer: Writes log-probabilities.
+      first: Log-probabilities of the first token, if it belongs to the prompt.
     """
 
     def __init__(self, text: str, num_echoed: int, writer: CompletionLogprobWriter | None) -> None:
@@ -85,7 +85,7 @@ class _Choice:
 
 
 class CompletionJob(Job):
-    """Completions under way: those of the first prompt come first."""
+    """Completions in progress: those of the first prompt come first."""
 
     def __init__(
         self,
@@ -100,11 +100,11 @@ class CompletionJob(Job):
 
         Args:
           generation: The engine's part.
-          request: What was asked for.
+          request: The request.
           plan: How each prompt is answered.
-          name: Of the model.
-          tokenizer: None serves token ids alone.
-          scored: Prompts whose tokens, but the first, are generated with their log-probabilities.
+          name: The model's name.
+          tokenizer: None serves only token ids.
+          scored: Prompts whose tokens, except the first, are generated with their log-probabilities.
         """
         super().__init__(generation, is_stream=bool(request.stream))
         self._request = request
@@ -156,7 +156,7 @@ class CompletionJob(Job):
         return [self._chunk(index, piece.text, values)]
 
     def end(self) -> list[bytes]:
-        """The usage, if it was asked for."""
+        """The usage, if requested."""
         return (
             [Completion.of(self._head, choices=[], usage=self.generation.usage()).to_event()] if self._has_usage else []
         )

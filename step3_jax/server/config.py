@@ -13,7 +13,7 @@ from typing import Self
 
 from step3_jax.engine.setting import check_name, check_values, define, format_table, settings_of
 
-# In the order in which help and docs show them.
+# In the order of the help and the docs.
 GROUPS = {
     "address": "address and keys",
     "limits": "limits",
@@ -115,7 +115,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         check_values(self)
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
-            raise ValueError("ssl_keyfile and ssl_certfile are for each other: give both or none")
+            raise ValueError("ssl_keyfile and ssl_certfile belong together: give both or neither")
 
     @classmethod
     def of(cls, values: Mapping[str, object], *, source: str = "") -> Self:
@@ -123,10 +123,10 @@ class ServerConfig:
 
         Args:
           values: The fields that are not at their defaults.
-          source: Where they come from, put before messages.
+          source: Where they come from; prefixed to error messages.
 
         Raises:
-          ValueError: For a value that is not allowed, or a name that does not exist; the message has the nearest one.
+          ValueError: For a value that is not allowed, or an unknown name; the message suggests the nearest one.
         """
         prefix = f"{source}: " if source else ""
         for name in values:

@@ -1,4 +1,4 @@
-"""What the answer must match: from a request's fields to the engine's structured outputs."""
+"""What the answer must match: turns a request's fields into the engine's structured outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OWN_NAME = "structured_outputs"
 
 
 def refuse_former_names(body: Mapping[str, object]) -> None:
-    """Raises ApiError 400 for names that would be ignored, so that an answer would match nothing without a word."""
+    """Raises ApiError 400 for names that would be ignored, which would silently leave the answer unconstrained."""
     for name in _FORMER:
         if body.get(name) is not None:
             new = name.removeprefix("guided_")
@@ -26,12 +26,12 @@ def refuse_former_names(body: Mapping[str, object]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class WantedForm:
-    """What the answer, behind its reasoning, must match.
+    """What the answer, after its reasoning, must match.
 
     Attributes:
-      params: For the engine.
+      params: The engine's parameters.
       param: The request's field that says so.
-      source: How the client calls what `params` call `structured_outputs.json`; empty for the same.
+      source: The client's name for what `params` call `structured_outputs.json`; empty if it is the same.
     """
 
     params: StructuredOutputsParams
@@ -39,7 +39,7 @@ class WantedForm:
     source: str = ""
 
     def refuse(self, error: ValueError) -> ApiError | None:
-        """The answer to an error of the engine's about the form; None for another error."""
+        """The answer to an engine error about the constraint; None for another error."""
         return _refuse(error, self.param, self.source) if str(error).startswith(_OWN_NAME) else None
 
 
@@ -50,7 +50,7 @@ def read_form(request: SamplingFields) -> WantedForm | None:
       request: Its `structured_outputs`, `response_format`, `tool_choice` and `parallel_tool_calls` say so.
 
     Raises:
-      ApiError: 400, for what is not of its form, cannot be enforced, or does not go together.
+      ApiError: 400, for fields that are malformed, cannot be enforced, or conflict.
     """
     found: list[WantedForm] = []
     if request.structured_outputs is not None:
@@ -81,7 +81,7 @@ def _read_format(form: ResponseFormat) -> WantedForm:
 def _read_calls(request: ChatCompletionRequest, *, is_constrained: bool) -> WantedForm | None:
     choice, tools = request.tool_choice, read_tools(request.tools) or []
     if isinstance(choice, NamedToolChoice):
-        # The one that is named, once, unless more are asked for.
+        # The named one, once, unless more are requested.
         name, is_several = choice.function.name, request.parallel_tool_calls is True
         return _make("tool_choice", lambda: _calls(tools, choice=name, is_parallel=is_several))
     is_parallel = request.parallel_tool_calls is not False

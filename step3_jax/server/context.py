@@ -1,4 +1,4 @@
-"""Around every request: its id, one log line at its end, and an answer whatever happens inside."""
+"""Wraps every request: its id, one log line at its end, and an answer whatever happens inside."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from step3_jax.server.metric import RequestRecord
 
 _LOG = logging.getLogger(__name__)
 
-# Printable ASCII; what else a client sends is replaced.
+# Printable ASCII; anything else from a client is replaced.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-# What is asked every few seconds.
+# Paths that are polled every few seconds.
 _QUIET = frozenset(("/health", "/ready", "/live", "/metrics"))
 _STATE_KEY = "step3_log"
-# The status of a request whose client has left, as proxies log it.
+# The status of a request whose client has disconnected, as proxies log it.
 _CLIENT_LEFT = 499
 
 
 @dataclasses.dataclass
 class RequestLog:
-    """What is logged of a request.
+    """What is logged about a request.
 
     Attributes:
       request_id: The client's, or made here.
       records: What the engine did for it.
-      prompts: Text of its prompts, if that is logged.
-      has_left: Whether the client left before the end.
+      prompts: Text of its prompts, if logged.
+      has_left: Whether the client disconnected before the end.
     """
 
     request_id: str
@@ -43,7 +43,7 @@ class RequestLog:
     has_left: bool = False
 
     def describe(self) -> str:
-        """What there is to say beyond method, path and status."""
+        """Details beyond method, path and status."""
         parts = []
         for record in self.records:
             first_s = None if record.first_token_s is None else record.first_token_s - record.arrived_s
@@ -57,7 +57,7 @@ class RequestLog:
 
 
 def find_log(scope: Scope) -> RequestLog:
-    """What is logged of the request under way."""
+    """What is logged about the current request."""
     log: RequestLog = scope["state"][_STATE_KEY]
     return log
 
@@ -69,9 +69,9 @@ class ContextMiddleware:
         """Wraps an application.
 
         Args:
-          app: What is inside.
-          on_disconnect: Called when a client has left before the end of its answer.
-          is_closing: Whether connections are to be closed behind their answers.
+          app: The wrapped application.
+          on_disconnect: Called when a client has disconnected before the end of its answer.
+          is_closing: Whether connections should be closed after their answers.
         """
         self._app = app
         self._on_disconnect = on_disconnect
@@ -105,7 +105,7 @@ class ContextMiddleware:
             if not status:
                 await error.response()(scope, receive, send_with_id)
         except Exception:
-            _LOG.exception("request %s: a mistake of the server's", log.request_id)
+            _LOG.exception("request %s: internal server error", log.request_id)
             if not status:
                 await internal_error().response()(scope, receive, send_with_id)
         finally:
@@ -118,7 +118,7 @@ class ContextMiddleware:
             "%s %s %.200s %d %.3fs%s",
             log.request_id,
             scope["method"],
-            # A line break in it would forge a line.
+            # A line break in it could forge a log line.
             ascii(scope["path"])[1:-1],
             status,
             seconds,

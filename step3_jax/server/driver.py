@@ -1,4 +1,4 @@
-"""The one thread that steps the engine, and how requests reach it and outputs come back to the event loop."""
+"""The one thread that steps the engine, and how requests reach it and outputs get back to the event loop."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from step3_jax.engine.request import Request, RequestOutput, SequenceOutput, Str
 from step3_jax.server.error import unavailable
 
 _LOG = logging.getLogger(__name__)
-# Where several processes share a model, one that is lost while nothing is to be done is noticed within this.
+# Where several processes share a model, the loss of one while idle is noticed within this time.
 _CHECK_S = 1.0
-_LOST = "the engine has stopped: the server ends, and does not answer any more"
+_LOST = "the engine has stopped: the server is shutting down, and no longer answers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Event:
 
     @property
     def is_last(self) -> bool:
-        """Whether nothing comes after it."""
+        """Whether it is the last one."""
         return self.output is not None or self.error is not None
 
 
@@ -52,7 +52,7 @@ class StepRecord(NamedTuple):
     """How a step of the engine went.
 
     Attributes:
-      seconds: What it took.
+      seconds: Time it took.
       num_tokens: Tokens it generated.
       num_decode_steps: Steps of its decode call; 0 if it made none.
     """
@@ -69,9 +69,9 @@ class Subscription:
         """Starts without events.
 
         Args:
-          request: What was asked for.
-          driver: Whose request it is.
-          on_event: Gets each event, in the event loop.
+          request: The request.
+          driver: The driver that runs it.
+          on_event: Called with each event, in the event loop.
         """
         self.request = request
         self._driver = driver
@@ -85,17 +85,17 @@ class Subscription:
             self._on_event(event)
 
     def close(self) -> None:
-        """Ends the request if it goes on; no event comes after it. May be called at any time, and again."""
+        """Ends the request if it is still running; no event follows. May be called at any time, repeatedly."""
         if not self._is_over:
             self._is_over = True
             self._driver.abort(self.request.request_id)
 
 
 class Driver:
-    """Steps an engine in a thread of its own for as long as there is work.
+    """Steps an engine in its own thread as long as there is work.
 
     Attributes:
-      is_dead: Whether the thread has ended by an error.
+      is_dead: Whether the thread has died from an error.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class Driver:
         on_death: Callable[[], None],
         on_step: Callable[[StepRecord], None] = lambda record: None,
     ) -> None:
-        """Takes an engine that nothing else steps.
+        """Takes an engine, of which it is the only stepper.
 
         Args:
           llm: The model.
-          loop: Gets the events.
+          loop: The event loop that receives the events.
           max_waiting: Most requests that the thread has not seen yet.
-          on_death: Called in the event loop if the thread ends by an error.
+          on_death: Called in the event loop if the thread dies from an error.
           on_step: Called in the thread after each step.
         """
         self.is_dead = False
@@ -125,7 +125,7 @@ class Driver:
         self._given: collections.deque[Subscription | str] = collections.deque()
         self._wake = threading.Event()
         self._is_stopping = False
-        # Of the thread alone.
+        # Used only by the thread.
         self._subscriptions: dict[str, Subscription] = {}
         self._outbox: list[tuple[Subscription, Event]] = []
         self._progress_s = time.monotonic()
@@ -138,11 +138,11 @@ class Driver:
         self._thread.start()
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Subscription:
-        """Hands a request over, from the event loop.
+        """Submits a request, from the event loop.
 
         Args:
-          request: It was checked before.
-          on_event: Gets its events, in the event loop.
+          request: A checked request.
+          on_event: Called with its events, in the event loop.
 
         Raises:
           ApiError: 503, if too many wait to be seen or the thread has ended.
@@ -157,12 +157,12 @@ class Driver:
         return subscription
 
     def abort(self, request_id: str) -> None:
-        """Ends a request with the next step, from any thread; nothing happens if it has ended."""
+        """Ends a request with the next step, from any thread; does nothing if it has ended."""
         self._given.append(request_id)
         self._wake.set()
 
     def stop(self, timeout_s: float | None = None) -> bool:
-        """Ends the thread after its step, from another one; whether it has ended within a time."""
+        """Ends the thread after its current step, from another thread; returns whether it has ended in time."""
         self._is_stopping = True
         self._wake.set()
         if self._thread.ident is not None:
@@ -170,7 +170,7 @@ class Driver:
         return not self._thread.is_alive()
 
     def is_stalled(self, seconds: float) -> bool:
-        """Whether there has been work for so long without a token or a chunk, and not because a program is compiled."""
+        """Whether there has been work for this long without a token or a chunk, except while a program is compiled."""
         is_compiling = self._core.num_traced != self._num_traced
         return self._is_busy and not is_compiling and time.monotonic() - self._progress_s > seconds
 
@@ -186,7 +186,7 @@ class Driver:
                     self._core.check_executor()
                 self._deliver()
         except BaseException as error:
-            # Also what is no Exception: a server must not go on without its engine.
+            # BaseException too: a server must not continue without its engine.
             _LOG.critical("the engine's thread has ended", exc_info=error)
             self._die()
 
@@ -201,7 +201,7 @@ class Driver:
         self._core.step()
         now = time.monotonic()
         new = stats.num_generated_tokens - num_tokens
-        # Compiling takes minutes and is no stall.
+        # Compiling takes minutes and is not a stall.
         if new or self._count_computed() != before or stats.compile_s != compile_s:
             self._progress_s = now
         self._on_step(StepRecord(now - start, new, stats.num_decode_steps - num_steps))
@@ -231,7 +231,7 @@ class Driver:
         self._subscriptions[request.request_id] = subscription
 
     def _take_output(self, output: SequenceOutput) -> None:
-        """Makes text of what the core generated, in the thread, while the next call runs."""
+        """Turns the core's tokens into text, in the thread, while the next call runs."""
         subscription = self._subscriptions.get(output.request_id)
         try:
             piece, must_abort = self._processor.push(output)
@@ -242,7 +242,7 @@ class Driver:
                 whole = self._processor.take(output.request_id)
             event = Event(piece, whole, output.num_cached_tokens, time.monotonic(), output.admitted_s)
         except Exception:
-            # It belongs to this request alone; the core must not see it.
+            # The error concerns only this request; the core must not see it.
             _LOG.exception("the text of request %s could not be made", output.request_id)
             self._core.abort(output.request_id)
             event = Event(error="its text could not be made")
@@ -252,7 +252,7 @@ class Driver:
             self._outbox.append((subscription, event))
 
     def _deliver(self) -> None:
-        """One call into the event loop for all that a step gave."""
+        """One call into the event loop for all outputs of a step."""
         if self._outbox:
             outbox, self._outbox = self._outbox, []
             self._call(lambda: _push_all(outbox))
@@ -261,7 +261,7 @@ class Driver:
         self.is_dead = True
         waiting = [*self._subscriptions.values(), *(one for one in self._given if isinstance(one, Subscription))]
         outbox = [*self._outbox, *((one, Event(error=_LOST)) for one in waiting)]
-        # First, so that clients are told what it was.
+        # First, so that clients learn what happened.
         self._call(self._on_death)
         self._call(lambda: _push_all(outbox))
 

@@ -1,6 +1,6 @@
-"""Log-probabilities of a prompt's own tokens: it is decoded instead of prefilled, each token being the only allowed one.
+"""Log-probabilities of a prompt's own tokens: it is decoded instead of prefilled, with each token as the only allowed one.
 
-So they are the same numbers that the tokens would have as an output, at the cost of a decode step each.
+So they are the same numbers that the tokens would get as an output, at the cost of a decode step each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from step3_jax.server.error import bad_request
 
 @dataclasses.dataclass(frozen=True)
 class EchoConstraint:
-    """An output that begins with given tokens; see `engine.constraint.Constraint`.
+    """An output that starts with given tokens; see `engine.constraint.Constraint`.
 
     Attributes:
       token_ids: The tokens.
@@ -27,7 +27,7 @@ class EchoConstraint:
 
     @property
     def begins_after(self) -> int | None:
-        """It begins with the first token."""
+        """It applies from the first token."""
         return None
 
     def begin(self) -> EchoMatcher:
@@ -36,7 +36,7 @@ class EchoConstraint:
 
 
 class EchoMatcher:
-    """Allows the next of the given tokens, and behind them any; see `engine.constraint.Matcher`."""
+    """Allows the next of the given tokens, and after them any; see `engine.constraint.Matcher`."""
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._token_ids = token_ids
@@ -56,20 +56,20 @@ class EchoMatcher:
         mask.view(np.uint32)[token // 32] = np.uint32(1 << token % 32)
 
     def find_forced(self) -> list[int]:
-        """None: what is prefilled has no log-probabilities."""
+        """None: prefilled tokens have no log-probabilities."""
         return []
 
 
 def echo_request(request: Request, max_tokens: int | None, eos_ids: Sequence[int]) -> Request:
-    """A request whose output begins with its prompt, all of it but the first token.
+    """A request whose output starts with its prompt, except the first token.
 
     Args:
-      request: What was asked for, checked.
-      max_tokens: Tokens wanted behind the prompt; None for what is left of the context.
+      request: A checked request.
+      max_tokens: Tokens to generate after the prompt; None for what is left of the context.
       eos_ids: Tokens that end an output.
 
     Raises:
-      ApiError: 400, for a prompt with tokens that would end its output, or with nothing to generate at all.
+      ApiError: 400, for a prompt with tokens that would end its output, or if there is nothing to generate.
     """
     first, *rest = request.prompt.token_ids
     params = request.params
@@ -81,14 +81,14 @@ def echo_request(request: Request, max_tokens: int | None, eos_ids: Sequence[int
             "prompt",
         )
     if max_tokens is not None and not max_tokens + len(rest):
-        raise bad_request("the prompt is empty and max_tokens is 0; nothing is asked for", "max_tokens")
+        raise bad_request("the prompt is empty and max_tokens is 0; there is nothing to do", "max_tokens")
     return dataclasses.replace(
         request,
         prompt=Prompt((first,), cache_salt=request.prompt.cache_salt),
         params=dataclasses.replace(
             params,
             max_tokens=None if max_tokens is None else max_tokens + len(rest),
-            # Stop strings and tokens are looked for behind the prompt.
+            # Stop strings and tokens apply after the prompt.
             min_tokens=params.min_tokens + len(rest),
         ),
         constraint=EchoConstraint(tuple(rest)),

@@ -1,4 +1,4 @@
-"""Errors of the service: one exception, one form, and how a mistake in a body is told."""
+"""Errors of the service: one exception, one format, and how a mistake in a body is reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ApiError(Exception):
       message: Field, value, what is allowed.
       param: The field.
       code: A word for programs.
-      headers: Of the answer.
+      headers: Headers of the answer.
     """
 
     def __init__(
@@ -58,25 +58,25 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
-    """A mistake of the client's."""
+    """A client error."""
     return ApiError(400, message, param=param, code=code)
 
 
 def unavailable(code: str, message: str) -> ApiError:
-    """What may go well a little later, or on another server."""
+    """An error that may go away a little later, or on another server."""
     return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
 def internal_error() -> ApiError:
-    """A fault of this program's; what it was is in the log alone."""
-    return ApiError(500, "the server made a mistake with this request; its log says more", code="internal_error")
+    """An internal error; only the log says what it was."""
+    return ApiError(500, "an internal error occurred; the server's log says more", code="internal_error")
 
 
 def refused(error: ValueError, names: Sequence[str] = ()) -> ApiError:
-    """What a check of the engine refused.
+    """An error from one of the engine's checks.
 
     Args:
-      error: Its message names first what is wrong, where that has a name.
+      error: Its message starts with the name of what is wrong, if it has one.
       names: Names of fields.
     """
     text = " ".join(str(error).split())
@@ -86,11 +86,11 @@ def refused(error: ValueError, names: Sequence[str] = ()) -> ApiError:
 
 
 def describe_invalid(error: ValidationError, body: object) -> ApiError:
-    """The first thing that is wrong in a body.
+    """The first error in a body.
 
     Args:
       error: What pydantic found.
-      body: What was checked.
+      body: The body that was checked.
     """
     first, *_ = errors = error.errors(include_url=False, include_context=False)
     branches: dict[tuple[str | int, ...], list[_Mistake]] = {}
@@ -98,7 +98,7 @@ def describe_invalid(error: ValidationError, body: object) -> ApiError:
         if one["loc"][:1] == first["loc"][:1]:
             path, branch = _locate(one, body)
             branches.setdefault(branch, []).append(_Mistake(path, one))
-    # Of the branches of a union the one with the fewest mistakes is what was meant, and the one that came furthest.
+    # Among a union's branches, the one with the fewest errors was probably meant, and then the one that got furthest.
     root = min(len(mistake.path) for group in branches.values() for mistake in group)
     groups = [group for group in branches.values() if not group[0].is_of_another_kind(root)]
     groups = groups or list(branches.values())
@@ -112,24 +112,24 @@ def describe_invalid(error: ValidationError, body: object) -> ApiError:
 
 
 def unknown_names(body: Mapping[str, object], model: type[BaseModel]) -> list[str]:
-    """Names in a body that its model does not know."""
+    """Names in a body that are unknown to its model."""
     known = set(model.model_fields) | {field.alias for field in model.model_fields.values() if field.alias}
     return [name for name in body if name not in known]
 
 
 class _Mistake(NamedTuple):
-    """Something wrong, and where it is in the body."""
+    """An error and its place in the body."""
 
     path: tuple[str | int, ...]
     error: ErrorDetails
 
     def is_of_another_kind(self, depth: int) -> bool:
-        """Whether the value of a union at this depth is not at all what this branch takes."""
+        """Whether the value of a union at this depth is of an entirely different kind from this branch's."""
         return self.error["type"].endswith("_type") and len(self.path) == depth
 
 
 def _locate(error: ErrorDetails, body: object) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
-    """Where it is in the body, and the names of the branches of unions, which pydantic has in its place."""
+    """Its place in the body, and the names of union branches, which pydantic mixes into the place."""
     path: list[str | int] = []
     branch: list[str | int] = []
     for part in error["loc"]:

@@ -1,6 +1,6 @@
-"""One request about the model, from its first byte to the last of the answer.
+"""One request to the model, from its first byte to the last byte of the answer.
 
-The order is what keeps the server safe: is it open, is there room, then the body, then its meaning, then the engine.
+The order keeps the server safe: is it open, is there room, then the body, then its meaning, then the engine.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ BodyModel = TypeVar("BodyModel", bound=BaseModel)
 
 
 class Job(abc.ABC):
-    """A request that was understood, with its prompts ready, and what becomes of its output.
+    """An interpreted request, with its prompts ready, and how its output is returned.
 
     Attributes:
       generation: The engine's part.
       is_stream: Whether the answer is a stream.
     """
 
-    # Behind the last event of a stream.
+    # After the last event of a stream.
     end_mark = DONE
 
     def __init__(self, generation: Generation, *, is_stream: bool) -> None:
@@ -50,18 +50,18 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def start(self) -> list[bytes]:
-        """What a stream begins with, before anything is generated."""
+        """The first events of a stream, before anything is generated."""
 
     @abc.abstractmethod
     def add(self, place: int, piece: StreamPiece) -> list[bytes]:
-        """Takes new output of a prompt; what a stream says of it."""
+        """Takes new output of a prompt; returns its stream events."""
 
     @abc.abstractmethod
     def end(self) -> list[bytes]:
-        """What a stream ends with."""
+        """The last events of a stream."""
 
     def fail(self, error: ApiError) -> bytes:
-        """What a stream ends with that failed: without the end mark, which would make it a success."""
+        """The last events of a stream that failed: without the end mark, which would make it a success."""
         return format_event(error.body().to_json())
 
     @abc.abstractmethod
@@ -69,20 +69,20 @@ class Job(abc.ABC):
         """The whole answer."""
 
 
-# Understands a body and makes its prompts, having counted its completions.
+# Interprets a body and makes its prompts, having counted its completions.
 Planner = Callable[[Service, BodyModel, Ticket], Awaitable[Job]]
 
 
 class Exchange(Response, Generic[BodyModel]):
-    """Reads a request, runs it, and answers it, as a stream or whole."""
+    """Reads a request, runs it, and answers it, streamed or whole."""
 
     def __init__(self, service: Service, model: type[BodyModel], planner: Planner[BodyModel]) -> None:
-        """Takes what an endpoint is made of.
+        """Takes the parts of an endpoint.
 
         Args:
-          service: Answers.
-          model: Form of the body.
-          planner: Understands it.
+          service: The service that answers.
+          model: The model of the body.
+          planner: Interprets the body.
         """
         super().__init__()
         self._service = service
@@ -113,7 +113,7 @@ class Exchange(Response, Generic[BodyModel]):
 
 
 async def receive_body(request: Request, service: Service, model: type[BodyModel]) -> BodyModel:
-    """The body of a request, its unknown fields noted."""
+    """The body of a request; notes unknown fields."""
 
     def inspect(body: Mapping[str, object]) -> None:
         refuse_former_names(body)
@@ -145,7 +145,7 @@ async def _send_stream(job: Job, send: Send, keep_alive_s: float | None) -> None
     except ApiError as error:
         last = job.fail(error)
     except Exception:
-        _LOG.exception("a stream failed by a mistake of the server's")
+        _LOG.exception("a stream failed with an internal server error")
         last = job.fail(internal_error())
     await send({"type": "http.response.body", "body": last, "more_body": False})
 
@@ -157,7 +157,7 @@ async def _send_events(send: Send, events: list[bytes]) -> None:
 
 @contextlib.asynccontextmanager
 async def _interrupted_by_leaving(receive: Receive, generation: Generation) -> AsyncIterator[None]:
-    """Interrupts what is generated when the client leaves."""
+    """Interrupts generation when the client disconnects."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

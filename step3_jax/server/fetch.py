@@ -1,4 +1,4 @@
-"""Fetches images from hosts that the operator has listed, and from no address inside a network."""
+"""Fetches images from hosts that the operator has listed, and never from a private address."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpcore2
 
-# Host and port to the numeric addresses that they stand for.
+# Host and port to the numeric addresses they resolve to.
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 MAX_REDIRECTS = 3
@@ -22,14 +22,14 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 # Printable ASCII without the backslash, which browsers read as a slash and Python does not.
 _PLAIN = re.compile(r"[!-\[\]-~]+")
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
-# Addresses that carry an IPv4 address of their own choice, through which a network may forward.
+# Addresses that embed an arbitrary IPv4 address, to which a network may forward.
 _TUNNELS = tuple(ipaddress.IPv6Network(text) for text in ("::/96", "::ffff:0:0/96", "2002::/16", "2001::/32"))
-# Where a network has IPv6 alone, its resolver answers with IPv4 addresses in this form.
+# In an IPv6-only network, the resolver returns IPv4 addresses in this form.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class _Target(NamedTuple):
-    """What a URL asks for."""
+    """The parts of a URL."""
 
     scheme: str
     host: str
@@ -40,8 +40,8 @@ class _Target(NamedTuple):
 class MediaFetcher:
     """Fetches `http:` and `https:` URLs of listed hosts.
 
-    A name is resolved once; the connection goes to one of the addresses that were checked then, so that a second answer of
-    the name server changes nothing. Proxies of the environment are not used.
+    A name is resolved once; the connection goes to one of the addresses that were checked then, so that a second answer from
+    the name server changes nothing. Proxies from the environment are not used.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class MediaFetcher:
         """Checks the list.
 
         Args:
-          allowed_domains: Names of hosts, as `images.example.com`, or `images.example.com:8443` for a port that is not the
-            scheme's own. No wildcards: a subdomain is another host.
-          timeout_s: For name, connection, redirects and all bytes together.
+          allowed_domains: Host names, such as `images.example.com`, or `images.example.com:8443` for a port other than the
+            scheme's. No wildcards: a subdomain is another host.
+          timeout_s: For name resolution, connection, redirects and all bytes together.
           resolve: Finds the addresses of a host; the system's resolver if absent.
           network: Makes the connections; the system's if absent.
 
         Raises:
-          ValueError: For an entry that is no name of a host.
+          ValueError: For an entry that is not a host name.
         """
         self._timeout_s = timeout_s
         self._resolve = _resolve if resolve is None else resolve
@@ -77,10 +77,10 @@ class MediaFetcher:
                 self._ports.add((host, port))
 
     async def fetch(self, url: str, *, max_bytes: int) -> bytes:
-        """The bytes behind a URL.
+        """The bytes at a URL.
 
         Args:
-          url: As it stands in a request.
+          url: As given in a request.
           max_bytes: Most bytes that are read.
 
         Raises:
@@ -96,7 +96,7 @@ class MediaFetcher:
                         return found
                     url = found
         except TimeoutError:
-            raise ValueError(f"Image {shown} was not there within {self._timeout_s:g} s.") from None
+            raise ValueError(f"Image {shown} did not arrive within {self._timeout_s:g} s.") from None
         except (OSError, httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException) as error:
             raise ValueError(f"Image {shown} cannot be fetched: {type(error).__name__}.") from None
         raise ValueError(f"Image {shown} is redirected more than {MAX_REDIRECTS} times; give its last URL.")
@@ -106,7 +106,9 @@ class MediaFetcher:
         target = self._check(url, shown)
         addresses = await self._resolve(target.host, target.port)
         if not addresses or not all(is_public(address) for address in addresses):
-            raise ValueError(f"Image {shown}: {target.host} has no public address; only those are fetched from.")
+            raise ValueError(
+                f"Image {shown}: {target.host} has no public address; only public addresses are fetched from."
+            )
         scheme, host, port, path = target
         request = httpcore2.URL(scheme=scheme.encode(), host=host.encode(), port=port, target=path.encode())
         named = host if port == _DEFAULT_PORTS[scheme] else f"{host}:{port}"
@@ -125,11 +127,11 @@ class MediaFetcher:
             async for chunk in response.aiter_stream():
                 data += chunk
                 if len(data) > max_bytes:
-                    raise ValueError(f"Image {shown} has more than {max_bytes:,} bytes, which are allowed.")
+                    raise ValueError(f"Image {shown} has more than {max_bytes:,} bytes, the most that are allowed.")
             return bytes(data)
 
     def _check(self, url: str, shown: str) -> _Target:
-        """Splits a URL that is allowed. Whatever two readers of URLs could understand differently is refused."""
+        """Splits an allowed URL. Anything that two URL parsers could interpret differently is refused."""
         try:
             parts = urlsplit(url) if _PLAIN.fullmatch(url) else None
             port = None if parts is None else parts.port
@@ -137,7 +139,7 @@ class MediaFetcher:
             parts = port = None
         if parts is None or parts.scheme not in _DEFAULT_PORTS or "@" in parts.netloc or not parts.hostname:
             raise ValueError(
-                f"Image {shown} is no URL that can be fetched: http://host/path or https://host/path in ASCII is needed, "
+                f"Image {shown} is not a URL that can be fetched: http://host/path or https://host/path in ASCII is needed, "
                 "without user or password."
             )
         host, default = parts.hostname.lower(), _DEFAULT_PORTS[parts.scheme]
@@ -149,10 +151,10 @@ class MediaFetcher:
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address is one of the public internet.
+    """Whether a numeric address is on the public internet.
 
     Args:
-      address: IPv4 or IPv6, as resolvers write it. Anything else is not public.
+      address: IPv4 or IPv6, as resolvers return it. Anything else is not public.
     """
     try:
         found = ipaddress.ip_address(address)
@@ -182,7 +184,7 @@ def _parse_entry(entry: str) -> tuple[str, int | None]:
 
 
 class _PinnedNetwork(httpcore2.AsyncNetworkBackend):
-    """A network whose every connection goes to one of a few addresses; TLS still asks for the name in the URL."""
+    """A network in which every connection goes to one of a few addresses; TLS still verifies the name in the URL."""
 
     def __init__(self, network: httpcore2.AsyncNetworkBackend, addresses: Sequence[str]) -> None:
         self._network, self._addresses = network, addresses
@@ -196,7 +198,7 @@ class _PinnedNetwork(httpcore2.AsyncNetworkBackend):
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
         for address in self._addresses[:-1]:
-            # Where one does not answer the next one may.
+            # If one does not answer, the next one may.
             with contextlib.suppress(httpcore2.ConnectError, httpcore2.ConnectTimeout):
                 return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
         return await self._network.connect_tcp(self._addresses[-1], port, timeout, local_address, socket_options)

@@ -1,4 +1,4 @@
-"""What the engine does for one HTTP request: its prompts are handed over, and what comes is taken as it comes."""
+"""The engine's work for one HTTP request: submits its prompts, and takes the outputs as they arrive."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class _Part:
     """One prompt of a request.
 
     Attributes:
-      request: As the engine has it.
-      record: How it goes.
-      num_echoed: Tokens of each completion that are the prompt's.
-      subscription: Its events; None before it is handed over.
+      request: The engine's request.
+      record: Its times and counts.
+      num_echoed: Tokens of each completion that belong to the prompt.
+      subscription: Its events; None before it is submitted.
       last_s: When each completion last had tokens.
-      num_tokens: Of each completion, so far.
+      num_tokens: Tokens of each completion so far.
       finished: Finish reasons of the completions that have ended.
     """
 
@@ -48,23 +48,23 @@ class _Part:
 
 
 class Generation:
-    """The engine's part of one HTTP request. To be used as a context: leaving it ends what goes on.
+    """The engine's part of one HTTP request. Use it as a context manager: leaving it ends unfinished work.
 
     Attributes:
       num_choices: Completions of all prompts.
-      num_reasoning_tokens: To be counted by whoever reads the text.
+      num_reasoning_tokens: Counted by the code that reads the text.
     """
 
     def __init__(
         self, service: Service, requests: Sequence[Request], plan: SamplingPlan, num_echoed: Sequence[int] | None = None
     ) -> None:
-        """Takes requests; nothing is handed over yet.
+        """Takes requests; nothing is submitted yet.
 
         Args:
           service: Has the engine.
           requests: One for each prompt, checked.
           plan: How each is answered.
-          num_echoed: Of each, tokens that its output begins with and that are its prompt's; none if None.
+          num_echoed: For each, tokens at the start of its output that belong to its prompt; none if None.
         """
         self._service = service
         self._plan = plan
@@ -84,7 +84,7 @@ class Generation:
 
     @property
     def requests(self) -> list[Request]:
-        """As the engine has them."""
+        """The engine's requests."""
         return [part.request for part in self._parts]
 
     @property
@@ -94,20 +94,20 @@ class Generation:
 
     @property
     def records(self) -> list[RequestRecord]:
-        """How the prompts' requests go."""
+        """The records of the prompts' requests."""
         return [part.record for part in self._parts]
 
     def start(self) -> None:
-        """Hands the requests over.
+        """Submits the requests.
 
         Raises:
-          ApiError: 503, if the engine takes no more.
+          ApiError: 503, if the engine takes no more requests.
         """
         for place, part in enumerate(self._parts):
             part.subscription = self._service.driver.submit(part.request, functools.partial(self._push, place))
 
     def interrupt(self, error: Exception) -> None:
-        """`take` raises this from now on: the client has left, or the server ends."""
+        """Makes `take` raise this from now on: the client has disconnected, or the server is shutting down."""
         self._interrupt = self._interrupt or error
         self._wake.set()
 
@@ -118,11 +118,11 @@ class Generation:
           timeout_s: How long; None for as long as it takes.
 
         Returns:
-          Each prompt's number with its new pieces; nothing when the time is over.
+          Each prompt's number with its new pieces; empty on timeout.
 
         Raises:
           ApiError: If a request failed.
-          Exception: What it was interrupted with.
+          Exception: The one it was interrupted with.
         """
         remaining = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
         wait_s = min((time_s for time_s in (timeout_s, remaining) if time_s is not None), default=None)
@@ -192,7 +192,7 @@ class Generation:
             if piece.completion in part.last_s:
                 self._service.metrics.observe_tokens(event.time_s - part.last_s[piece.completion], count)
             part.last_s[piece.completion] = record.last_token_s = event.time_s
-        # The token that ended it is no part of the text, but was generated.
+        # The token that ended it is not part of the text, but was generated.
         count += piece.finish_reason == "stop" and not isinstance(piece.stop_reason, str)
         before = part.num_tokens.get(piece.completion, -part.num_echoed)
         part.num_tokens[piece.completion] = before + count
@@ -200,14 +200,14 @@ class Generation:
         if piece.finish_reason is not None:
             part.finished[piece.completion] = piece.finish_reason
         if piece.finish_reason == "error":
-            raise self._fail(part, piece.error or "no reason is known")
+            raise self._fail(part, piece.error or "the reason is unknown")
         if piece.finish_reason == "abort":
             raise unavailable("shutting_down", "the server is shutting down, and ended the request")
         copies = range(self._plan.num_copies)
         return [(place, piece if not copy else dataclasses.replace(piece, completion=copy)) for copy in copies]
 
     def _end_by_deadline(self) -> list[tuple[int, StreamPiece]]:
-        """Ends what goes on as if it had reached its length."""
+        """Ends unfinished completions as if they had reached their length."""
         pieces = []
         for place, part in enumerate(self._parts):
             if part.subscription is not None:
@@ -226,5 +226,5 @@ class Generation:
         for index in range(self._plan.params.n):
             part.finished.setdefault(index, "error")
         if self._service.lifecycle.is_dead:
-            return unavailable("engine_dead", "the engine has stopped, and the server ends")
+            return unavailable("engine_dead", "the engine has stopped, and the server is shutting down")
         return internal_error()

@@ -19,15 +19,15 @@ class State(enum.Enum):
 _CLOSED = {
     State.STARTING: ("not_ready", "the model is being loaded: try again a little later"),
     State.DRAINING: ("shutting_down", "the server is shutting down and takes no more requests"),
-    State.DEAD: ("engine_dead", "the engine has stopped, and the server ends"),
+    State.DEAD: ("engine_dead", "the engine has stopped, and the server is shutting down"),
 }
 
 
 class Lifecycle:
-    """From starting to ok, then draining; from anywhere to dead. For the event loop alone.
+    """From starting to ok, then draining; from anywhere to dead. Only for the event loop.
 
     Attributes:
-      state: Now.
+      state: The current state.
     """
 
     def __init__(self) -> None:
@@ -44,12 +44,12 @@ class Lifecycle:
             self.state = State.OK
 
     def drain(self) -> None:
-        """No more requests are taken."""
+        """No new requests are taken."""
         if self.state is not State.DEAD:
             self.state = State.DRAINING
 
     def die(self) -> None:
-        """Nothing is answered any more."""
+        """Nothing is answered from now on."""
         self.state = State.DEAD
 
     def require_open(self) -> None:

@@ -6,30 +6,30 @@ import logging
 import logging.handlers
 import queue
 
-# Lines that wait to be written; what comes beyond is dropped.
+# Lines that may wait to be written; more are dropped.
 MAX_WAITING = 10_000
 _FORM = "%(asctime)s %(levelname)s %(message)s"
 
 
 class _Handler(logging.StreamHandler):
-    """Passes over what cannot be written."""
+    """Ignores lines that cannot be written."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """The disk is full, or the reader is gone: there is nothing that can be done."""
+        """The disk is full, or the reader is gone: nothing can be done."""
 
 
 class _QueueHandler(logging.handlers.QueueHandler):
-    """Passes over what the queue has no room for."""
+    """Drops lines when the queue is full."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """The writer is too slow."""
 
 
 def start_log(level: str | None = None) -> logging.handlers.QueueListener:
-    """Writes what the service logs to stderr from now on; `stop()` of what is returned writes the rest.
+    """Writes the service's log to stderr from now on; `stop()` of the returned listener writes the rest.
 
     Args:
-      level: The least that is written, such as "error". None writes a line for each request, and what uvicorn warns of.
+      level: The lowest level to write, such as "error". None writes a line for each request, and uvicorn's warnings.
     """
     waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING)
     writer = _Handler()

@@ -1,4 +1,4 @@
-"""Log-probabilities in the forms of the two endpoints."""
+"""Log-probabilities in the formats of the two endpoints."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LEAST = -9999.0
 def chat_logprobs(
     token_ids: Sequence[int], records: Sequence[Mapping[int, Logprob]], num_top: int, tokenizer: Tokenizer
 ) -> ChoiceLogprobs:
-    """Of some tokens of a chat's answer.
+    """Log-probabilities of some tokens of a chat's answer.
 
     Args:
       token_ids: The tokens.
-      records: Of each, the chosen one and the likeliest ones.
-      num_top: Likeliest ones that were asked for.
+      records: For each, the chosen one and the likeliest ones.
+      num_top: Number of likeliest ones requested.
       tokenizer: Knows a token's bytes.
     """
     content = []
@@ -35,13 +35,13 @@ def chat_logprobs(
 
 
 class CompletionLogprobWriter:
-    """Log-probabilities of one completion, whose text is counted along."""
+    """Log-probabilities of one completion; counts its text along the way."""
 
     def __init__(self, num_top: int, detokenizer: Detokenizer, offset: int = 0) -> None:
         """Starts with no tokens.
 
         Args:
-          num_top: Likeliest ones that were asked for.
+          num_top: Number of likeliest ones requested.
           detokenizer: Makes the same text once more, to count its characters.
           offset: Characters of the text before the first token.
         """
@@ -50,26 +50,26 @@ class CompletionLogprobWriter:
         self._offset = offset
 
     def write_first(self, token: int, text: str, shown: str) -> CompletionLogprobs:
-        """Of a token that nothing stands before, so that it has none.
+        """Adds the first token, which has no log-probability.
 
         Args:
           token: The token.
           text: Its text.
-          shown: What of it is part of the completion's text.
+          shown: The part of it that is in the completion's text.
         """
         self._detokenizer.push([token])
         self._offset += len(shown)
         return CompletionLogprobs(tokens=[text], token_logprobs=[None], top_logprobs=[None], text_offset=[0])
 
     def write(self, token_ids: Sequence[int], records: Sequence[Mapping[int, Logprob]]) -> CompletionLogprobs:
-        """Of the next tokens."""
+        """Log-probabilities of the next tokens."""
         tokens, values, tops, offsets = [], [], [], []
         for token, record in zip(token_ids, records, strict=True):
             text = record[token].decoded_token or ""
             tokens.append(text)
             values.append(_finite(record[token].logprob))
             likeliest = _likeliest(record, self._num_top)
-            # Two tokens may have one text; the likelier one is kept.
+            # Two tokens may have the same text; keep the likelier one.
             top: dict[str, float] = {}
             for _, found in likeliest:
                 top.setdefault(found.decoded_token or "", _finite(found.logprob))
@@ -83,7 +83,7 @@ class CompletionLogprobWriter:
 
 
 def join_logprobs(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
-    """Those of two stretches of tokens as one."""
+    """Joins those of two runs of tokens."""
     return CompletionLogprobs(
         tokens=first.tokens + second.tokens,
         token_logprobs=first.token_logprobs + second.token_logprobs,

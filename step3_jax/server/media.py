@@ -1,4 +1,4 @@
-"""Images of messages that came over the network: where they may come from, and how large they may be."""
+"""Images in messages from the network: where they may come from, and how large they may be."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from step3_jax.text.message import Message, collect_images, replace_images
 
 @dataclasses.dataclass(frozen=True)
 class MediaLimits:
-    """How much one request may bring.
+    """Limits of one request.
 
     Attributes:
       max_images: Images of all messages together.
-      max_pixels: Of each image, width times height, by its header.
-      max_bytes: Of each image's file.
+      max_pixels: Most pixels of an image, width times height, according to its header.
+      max_bytes: Most bytes of an image's file.
     """
 
     max_images: int = 16
@@ -42,10 +42,10 @@ class MediaReader:
         fetcher: MediaFetcher | None = None,
         pool: concurrent.futures.Executor | None = None,
     ) -> None:
-        """Takes what it works with.
+        """Takes limits, fetcher and threads.
 
         Args:
-          limits: Of each request.
+          limits: Limits of each request.
           fetcher: Fetches web addresses; without one they are refused.
           pool: Threads for decoding base64 and reading headers; those of the event loop if absent.
         """
@@ -57,16 +57,16 @@ class MediaReader:
         """Reads the images of messages.
 
         Args:
-          messages: As a client sent them: images are `data:` URLs, and web addresses where fetching is on. What
-            `ChatTemplate.render` would take besides (paths, Pillow pictures) is refused.
+          messages: As a client sent them: images are `data:` URLs, and web addresses where fetching is on. Other forms that
+            `ChatTemplate.render` would take (paths, Pillow images) are refused.
 
         Returns:
-          The same messages, each image as {"type": "image", "image": the bytes of its file}. Their headers are checked,
-          their pixels are decoded by whoever uses them.
+          The same messages, each image as {"type": "image", "image": the bytes of its file}. Their headers are checked;
+          their pixels are decoded when they are used.
 
         Raises:
-          ValueError: For messages of another form, and for images that are too many, too large, from elsewhere, or of no
-            known format; the message says which and what is allowed.
+          ValueError: For malformed messages, and for images that are too many, too large, from elsewhere, or of an
+            unknown format; the message says which and what is allowed.
         """
         sources = collect_images(messages)
         if not sources:
@@ -74,7 +74,7 @@ class MediaReader:
         if len(sources) > self._limits.max_images:
             raise ValueError(f"the messages have {len(sources)} images; at most {self._limits.max_images} are allowed.")
         addresses = [_check_address(source, number) for number, source in enumerate(sources)]
-        # One after the other: a request must not take all threads, nor hold all connections.
+        # One after the other: a request must not take all threads or connections.
         files = [await self._read_one(address) for address in addresses]
         return replace_images(messages, files)
 
@@ -91,7 +91,7 @@ class MediaReader:
 
     def _check(self, source: str | bytes) -> bytes:
         limits = self._limits
-        # Fewer decoders meet what strangers send than meet a user's own files.
+        # Untrusted images go to fewer decoders than a user's own files.
         return read_image(source, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, formats=WEB_FORMATS)
 
 

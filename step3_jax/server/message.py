@@ -1,6 +1,6 @@
-"""Messages of a request as the chat template takes them.
+"""Turns a request's messages into the chat template's form.
 
-What a client sent is read field by field and never handed through: the Python API's messages may name files.
+A client's messages are copied field by field and never passed through: the Python API's messages may name files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from step3_jax.server.error import bad_request
 from step3_jax.server.protocol.chat import ChatMessage, ImagePart, RefusalPart, TextPart, Tool
 
-# Variables of a template that are not the client's to set: a template is code, and the others have fields of their own.
+# Template variables that clients must not set: a template is code, and the others have their own fields.
 RESERVED = frozenset(
     (
         *("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenizer", "chat_template"),
@@ -35,7 +35,7 @@ def read_tools(tools: Sequence[Tool] | None) -> list[dict[str, object]] | None:
 
 
 def check_variables(variables: dict[str, object] | None) -> dict[str, object]:
-    """Further variables of the template. Raises ApiError 400 for those that are not the client's to set."""
+    """Further variables of the template. Raises ApiError 400 for those that clients must not set."""
     wrong = sorted(RESERVED & set(variables or ()))
     if wrong:
         raise bad_request(

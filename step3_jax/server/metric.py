@@ -1,4 +1,4 @@
-"""Metrics in Prometheus' form, with vLLM's names behind a prefix.
+"""Metrics in Prometheus' format, with vLLM's names after a prefix.
 
 A scrape reads numbers that the engine's thread writes, and takes no lock.
 """
@@ -43,16 +43,16 @@ class RequestRecord:
     """How a request went, on `time.monotonic`.
 
     Attributes:
-      arrived_s: When its prompt was handed over.
-      num_prompt_tokens: Image places counted.
-      n: Completions.
-      max_tokens: Of each, as asked for; None where it was left open.
-      num_cached_tokens: Of the prompt's, those from the prefix cache.
-      num_generated_tokens: Of all completions.
+      arrived_s: When its prompt was submitted.
+      num_prompt_tokens: Tokens of the prompt, including image places.
+      n: Number of completions.
+      max_tokens: The limit of each, as requested; None if not given.
+      num_cached_tokens: Prompt tokens from the prefix cache.
+      num_generated_tokens: Tokens of all completions.
       admitted_s: When it got a slot.
-      first_token_s: When the first token was there.
+      first_token_s: When the first token was ready.
       last_token_s: When the last one was.
-      finish_reasons: Of its completions: stop, length, abort, error.
+      finish_reasons: Finish reasons of its completions: stop, length, abort, error.
     """
 
     arrived_s: float
@@ -71,12 +71,12 @@ class Metrics:
     """Counts and histograms of one server."""
 
     def __init__(self, model_name: str, *, prefix: str = "step3", max_model_len: int = 65536) -> None:
-        """Makes a registry of its own, so that a process may have several servers.
+        """Creates its own registry, so that a process may have several servers.
 
         Args:
-          model_name: Of the label `model_name`.
-          prefix: What all names begin with.
-          max_model_len: The longest request, for buckets.
+          model_name: Value of the label `model_name`.
+          prefix: Prefix of all names.
+          max_model_len: The longest request, for the buckets.
         """
         self.registry = CollectorRegistry(auto_describe=True)
         self._prefix = prefix
@@ -96,8 +96,8 @@ class Metrics:
         self._decode = self._histogram("request_decode_time_seconds", "From the first token to the last.", _REQUEST)
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of prompts.", lengths)
         self._generation = self._histogram("request_generation_tokens", "Tokens generated for a request.", lengths)
-        self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens asked for.", lengths)
-        self._n = self._histogram("request_params_n", "n asked for.", _COUNT)
+        self._max_tokens = self._histogram("request_params_max_tokens", "Requested max_tokens.", lengths)
+        self._n = self._histogram("request_params_n", "Requested n.", _COUNT)
         self._iteration = self._histogram("iteration_tokens_total", "Tokens generated in a step.", _ITERATION)
         self._grammar = self._histogram(
             "grammar_compile_seconds", "Compiling the grammar of a structured output.", _REQUEST
@@ -130,11 +130,11 @@ class Metrics:
             self._decode_steps.labels(*self._values).observe(step.num_decode_steps)
 
     def observe_grammar(self, seconds: float) -> None:
-        """Takes how long it took to compile what an answer must match."""
+        """Takes how long compiling a structured output took."""
         self._grammar.labels(*self._values).observe(seconds)
 
     def observe_tokens(self, seconds: float, count: int) -> None:
-        """Takes tokens that came `seconds` after those before them."""
+        """Takes tokens that came `seconds` after the previous ones."""
         histogram = self._between.labels(*self._values)
         for _ in range(count):
             histogram.observe(seconds / count)
@@ -165,11 +165,11 @@ class Metrics:
             self._per_token.labels(*values).observe(decode_s * record.n / following)
 
     def count_rejection(self, reason: str) -> None:
-        """Counts a request that was not let in."""
+        """Counts a request that was not admitted."""
         self._rejections.labels(*self._values, reason).inc()
 
     def count_disconnect(self) -> None:
-        """Counts a client that left before the end."""
+        """Counts a client that disconnected before the end."""
         self._disconnects.labels(*self._values).inc()
 
     def count_tool_parse(self) -> None:
@@ -253,7 +253,7 @@ class _EngineCollector(Collector):
         yield info
 
     def _speculation(self, stats: EngineStats) -> Iterable[Metric]:
-        """What became of guessed tokens, by vLLM's names; there only where tokens are guessed."""
+        """Counts of guessed tokens, under vLLM's names; present only with speculation."""
         counters = {
             "spec_decode_num_drafts": ("Steps of sequences with guessed tokens.", stats.num_drafts),
             "spec_decode_num_draft_tokens": ("Tokens guessed.", stats.num_draft_tokens),

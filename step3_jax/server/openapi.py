@@ -1,4 +1,4 @@
-"""The description of the API, from the models that requests are read with and answers are made of."""
+"""The OpenAPI description, from the models of requests and answers."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ _ERRORS = {
     404: "there is no such model",
     408: "the body did not arrive in time",
     413: "the body is too large",
-    415: "the body is no application/json",
-    500: "a mistake of the server's",
-    503: "the server starts, ends, or is full",
+    415: "the body is not application/json",
+    500: "an internal error of the server",
+    503: "the server is starting, shutting down, or full",
 }
 
 
 def describe_request(model: type[BaseModel]) -> dict[str, object]:
-    """FastAPI's `openapi_extra` of a route that reads its body itself."""
+    """FastAPI's `openapi_extra` for a route that reads its body itself."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _refer(model)}}}}
 
 
 def describe_responses(
     model: type[BaseModel], chunk: type[BaseModel] | None = None, *, has_body: bool = False
 ) -> dict[int | str, dict[str, object]]:
-    """FastAPI's `responses` of a route.
+    """FastAPI's `responses` for a route.
 
     Args:
-      model: Of the answer.
-      chunk: Of each event of a stream; None if there is no stream.
+      model: Model of the answer.
+      chunk: Model of each stream event; None if there is no stream.
       has_body: Whether the request has a body.
     """
     content: dict[str, object] = {"application/json": {"schema": _refer(model)}}
     if chunk is not None:
         text = {"type": "string"}
         event = {"type": "object", "properties": {"event": text, "data": text}, "required": ["data"]}
-        # The last one may be [DONE], which is no JSON.
+        # The last one may be [DONE], which is not JSON.
         content["text/event-stream"] = {"schema": event, "x-event-schema": _refer(chunk)}
     statuses = [401, 500, 503, *((400, 404, 408, 413, 415) if has_body else ())]
     return {200: {"description": "the answer", "content": content}, **describe_errors(statuses)}
 
 
 def describe_errors(statuses: Sequence[int]) -> dict[int | str, dict[str, object]]:
-    """FastAPI's `responses` of errors."""
+    """FastAPI's `responses` for errors."""
     return {
         status: {"description": _ERRORS[status], "content": {"application/json": {"schema": _refer(ErrorBody)}}}
         for status in sorted(statuses)
@@ -59,12 +59,12 @@ def describe_errors(statuses: Sequence[int]) -> dict[int | str, dict[str, object
 
 
 def set_openapi(app: FastAPI, requests: Sequence[type[BaseModel]], answers: Sequence[type[BaseModel]]) -> None:
-    """Gives an application its description: made once, when it is asked for.
+    """Gives an application its description, made once, on the first request.
 
     Args:
-      app: Has all its routes.
-      requests: Models that routes refer to, of requests.
-      answers: The same, of answers.
+      app: An application with all its routes.
+      requests: Models of requests that routes refer to.
+      answers: The same for answers.
     """
 
     def openapi() -> dict[str, object]:

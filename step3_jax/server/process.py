@@ -1,6 +1,6 @@
-"""The process of the service: it listens before the model is loaded, and drains when it is told to end.
+"""The service's process: it listens before the model is loaded, and drains when told to shut down.
 
-The event loop runs in the main thread, the engine in one of its own, and the model is loaded in a third.
+The event loop runs in the main thread, the engine in its own thread, and the model is loaded in a third.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LOG = logging.getLogger(__name__)
 
 # EX_SOFTWARE of sysexits.h: the engine has stopped.
 DEAD_CODE = 70
-# So long clients have to take what they were sent last.
+# How long clients have to receive what was sent last.
 _GRACE_S = 0.5
-# And so long connections have to close, and the engine to end its step.
+# How long connections have to close, and the engine to end its step.
 _CLOSE_S = 2
 # Longer than proxies keep idle connections to a server, so that none sends into one that is being closed.
 _KEEP_ALIVE_S = 75
@@ -41,9 +41,9 @@ class Ending:
     """How the service ended.
 
     Attributes:
-      code: For the process to exit with.
-      has_threads: Whether threads still compute, so that the interpreter cannot be left in order.
-      error: What kept the model from being loaded; None if it was.
+      code: Exit code for the process.
+      has_threads: Whether threads still compute, so that the interpreter cannot exit cleanly.
+      error: Why the model could not be loaded; None if it was.
     """
 
     code: int
@@ -52,10 +52,10 @@ class Ending:
 
 
 def open_socket(config: ServerConfig) -> socket.socket:
-    """Takes the address, so that a mistake in it is told before anything is loaded.
+    """Binds the address, so that a mistake in it is reported before anything is loaded.
 
     Raises:
-      ValueError: If it cannot be had.
+      ValueError: If it cannot be bound.
     """
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -78,7 +78,7 @@ def open_socket(config: ServerConfig) -> socket.socket:
 
 
 def describe_address(opened: socket.socket, config: ServerConfig) -> str:
-    """The address as clients write it."""
+    """The address for clients."""
     host, port = opened.getsockname()[:2]
     return f"{'https' if config.ssl_keyfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -87,21 +87,21 @@ def serve(load: Callable[[], LLM], config: ServerConfig, opened: socket.socket, 
     """Serves until a signal, or until the engine stops.
 
     Args:
-      load: Gives the model with all programs compiled; called in a thread.
+      load: Returns the model with all programs compiled; called in a thread.
       config: The settings.
       opened: Where to listen, from `open_socket`.
-      say: Tells the person who started it.
+      say: Writes a note to the user who started it.
 
     Returns:
-      How it ended. A model that could not be loaded is an ending too.
+      How it ended, including when the model could not be loaded.
     """
-    # A second series for each counter and histogram, which says when it began; dashboards have no use for it.
+    # A second series for each counter and histogram, with its start time; dashboards do not use it.
     disable_created_metrics()
     return asyncio.run(_Process(load, config, opened, say).run())
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, without its signal handlers: draining comes before it is told to end."""
+    """uvicorn's server without its signal handlers: draining comes before shutdown."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -159,7 +159,7 @@ class _Process:
         return Ending(code, loader.is_alive() or not has_ended, self._error)
 
     def _say(self, text: str) -> None:
-        # A full disk must not keep it from what it does.
+        # A full disk must not stop it.
         with contextlib.suppress(OSError):
             self._out(text)
 
@@ -187,8 +187,8 @@ class _Process:
             count = self._service.admission.num_requests
             if count:
                 self._say(
-                    f"shutting down: {count} request(s) have {self._config.shutdown_timeout:g} s to end; once more ends "
-                    "them at once"
+                    f"shutting down: {count} request(s) have {self._config.shutdown_timeout:g} s to finish; a second signal "
+                    "ends them immediately"
                 )
             self._draining = asyncio.create_task(self._drain())
         else:
@@ -208,7 +208,7 @@ class _Process:
             await asyncio.sleep(_POLL_S)
 
     def _handle_death(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._say("the engine has stopped; the server ends")
+        self._say("the engine has stopped; the server is shutting down")
         loop.call_later(_GRACE_S, self._finish, DEAD_CODE)
 
     def _finish(self, code: int) -> None:

@@ -1,4 +1,4 @@
-"""Prompts of requests, made in a thread, and what of them the engine can serve."""
+"""Makes the prompts of requests, in a thread, and the engine's requests from them."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ async def build_chat_prompt(
     Args:
       service: Has the model.
       messages: The conversation.
-      tools: What the model may call.
-      add_generation_prompt: As in the request; None for yes, unless the last message is continued.
+      tools: The tools that the model may call.
+      add_generation_prompt: As in the request; None means yes, unless the last message is continued.
       continue_final_message: As in the request.
       template_kwargs: Further variables of the template.
-      close_thinking: Whether the prompt ends the reasoning that it begins.
+      close_thinking: Whether the prompt closes the reasoning that it opens.
       cache_salt: See `Prompt`.
 
     Raises:
@@ -82,17 +82,17 @@ async def build_chat_prompt(
 async def build_completion_prompts(
     service: Service, given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], cache_salt: str = ""
 ) -> list[Prompt]:
-    """Prompts as /v1/completions takes them: a text, token ids, or a list of either.
+    """Prompts in the forms of /v1/completions: text, token ids, or a list of either.
 
     Raises:
-      ApiError: 400, for what cannot be a prompt.
+      ApiError: 400, for anything that cannot be a prompt.
     """
     llm = service.llm
     is_single = isinstance(given, str) or isinstance(given[0], int)
     several = [given] if is_single else list(given)
 
     def build() -> list[Prompt]:
-        # A list of texts may hold ids to a reader of types; the request's model has told them apart.
+        # By its type a list of texts might hold ids; the request's model has ruled that out.
         made = [
             llm.prompts.from_text(one) if isinstance(one, str) else llm.prompts.from_ids(one)  # type: ignore[arg-type]
             for one in several
@@ -105,17 +105,17 @@ async def build_completion_prompts(
 async def make_requests(
     service: Service, prompts: Sequence[Prompt], plan: SamplingPlan, *, is_stream: bool, param: str
 ) -> list[Request]:
-    """Requests for the engine, which has checked them; what their output must match is compiled.
+    """Requests for the engine, checked by it; their structured outputs are compiled.
 
     Args:
       service: Has the engine.
       prompts: The prompts.
       plan: How each is answered.
-      is_stream: Whether pieces are wanted as they come.
+      is_stream: Whether pieces are needed as they are generated.
       param: The field of the prompt.
 
     Raises:
-      ApiError: 400, for what the engine cannot serve.
+      ApiError: 400, for requests that the engine cannot serve.
     """
     llm = service.llm
     steps = llm.engine_config.stream_interval if is_stream else STEPS_PER_CALL
@@ -152,7 +152,7 @@ def is_thinking(llm: LLM, prompt: Prompt) -> bool:
 
 
 def thinking_ids(tokenizer: Tokenizer | None) -> tuple[int, int] | None:
-    """Ids of the marks around the reasoning; None for a model without."""
+    """Ids of the marks around the reasoning; None for a model without them."""
     names = {} if tokenizer is None else tokenizer.control_tokens
     if THINK_BEGIN not in names or THINK_END not in names:
         return None

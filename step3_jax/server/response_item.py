@@ -1,4 +1,4 @@
-"""The output of /v1/responses: items of reasoning, text and calls, and the events by which they grow."""
+"""The output of /v1/responses: items of reasoning, text and calls, and the events that build them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from step3_jax.server.protocol.chat import Delta, DeltaToolCall
 
 Event = dict[str, object]
 
-# Of items whose text grows: type of the item, of its part, and what its events are called.
+# Items with growing text: type of the item, of its part, and the names of its events.
 _KINDS = {
     "reasoning": ("reasoning", "reasoning_text", "response.reasoning_text"),
     "content": ("message", "output_text", "response.output_text"),
@@ -17,10 +17,10 @@ _PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
 
 
 class ItemWriter:
-    """Makes the output of one response; one item grows at a time.
+    """Builds the output of one response; one item grows at a time.
 
     Attributes:
-      items: Those that are whole.
+      items: The complete ones.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class ItemWriter:
         self._call: dict[str, str] = {}
 
     def add(self, delta: Delta) -> list[Event]:
-        """Takes new output; what a stream says of it."""
+        """Takes new output; returns its stream events."""
         events: list[Event] = []
         for kind, text in (("reasoning", delta.reasoning), ("content", delta.content)):
             if text:
@@ -41,7 +41,7 @@ class ItemWriter:
         return events
 
     def finish(self) -> list[Event]:
-        """Ends the item that grows, if one does."""
+        """Ends the growing item, if there is one."""
         if self._kind is None:
             return []
         kind, self._kind = self._kind, None
@@ -90,7 +90,7 @@ class ItemWriter:
         return [*events, delta]
 
     def _start(self, kind: str, call: dict[str, str] | None = None) -> list[Event]:
-        """Ends the item before, and begins one."""
+        """Ends the previous item, and starts one."""
         events = self.finish()
         self._kind, self._text = kind, []
         self._call = call or {}
@@ -120,7 +120,7 @@ def _item_type(kind: str) -> str:
 
 
 def _logprobs(kind: str) -> dict[str, object]:
-    """What clients expect of text, and of nothing else."""
+    """Fields that clients expect for text, and for nothing else."""
     return {"logprobs": []} if kind == "content" else {}
 
 

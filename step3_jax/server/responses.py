@@ -1,4 +1,4 @@
-"""/v1/responses without memory: its requests are chats in other words, and so is what comes back."""
+"""/v1/responses without memory: its requests and responses are chats in another form."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from step3_jax.server.protocol.response import (
 from step3_jax.server.response_item import ItemWriter
 from step3_jax.server.service import Service
 
-# What the server would have to remember.
+# Features that would need the server to store state.
 _STATEFUL = ("previous_response_id", "conversation", "background")
 
 
 async def plan_response(service: Service, request: ResponseRequest, ticket: Ticket) -> ResponseJob:
-    """Understands a request as a chat.
+    """Interprets a request as a chat.
 
     Raises:
       ApiError: 400, 404 or 503.
@@ -53,7 +53,7 @@ async def plan_response(service: Service, request: ResponseRequest, ticket: Tick
     try:
         prepared = await prepare_chat(service, chat, ticket, prompt_name="input", max_tokens_name="max_output_tokens")
     except ApiError as error:
-        # The chat's names for the same things.
+        # The chat API's names for the same fields.
         renamed = {"response_format": "text.format", "max_completion_tokens": "max_output_tokens", "messages": "input"}
         error.param = renamed.get(error.param or "", error.param)
         error.message = error.message.replace("response_format.json_schema.", "text.format.")
@@ -62,7 +62,7 @@ async def plan_response(service: Service, request: ResponseRequest, ticket: Tick
 
 
 def to_chat(request: ResponseRequest) -> ChatCompletionRequest:
-    """The same as a chat. Raises ApiError 400 for what a chat cannot say."""
+    """The same as a chat. Raises ApiError 400 for anything that a chat cannot express."""
     messages: list[dict[str, object]] = []
     if request.instructions:
         messages.append({"role": "system", "content": request.instructions})
@@ -107,7 +107,7 @@ def to_chat(request: ResponseRequest) -> ChatCompletionRequest:
 def _read_items(
     items: Sequence[InputMessage | FunctionCallItem | FunctionOutputItem | ReasoningItem],
 ) -> list[dict[str, object]]:
-    """Messages of a list of items. Calls that follow each other, or a message of the assistant's, are one message's."""
+    """Messages from a list of items. Consecutive calls, and calls after an assistant message, become one message."""
     messages: list[dict[str, object]] = []
     reasoning: str | None = None
     for item in items:
@@ -144,9 +144,9 @@ def _read_parts(parts: Sequence[InputPart]) -> list[dict[str, object]]:
 
 
 class ResponseJob(Job):
-    """A response under way."""
+    """A response in progress."""
 
-    # Its last event says that it is the last.
+    # Its last event marks itself as the last.
     end_mark = b""
 
     def __init__(self, generation: Generation, request: ResponseRequest, form: ChoiceForm, name: str) -> None:
@@ -154,9 +154,9 @@ class ResponseJob(Job):
 
         Args:
           generation: The engine's part.
-          request: What was asked for.
-          form: How text is told apart.
-          name: Of the model.
+          request: The request.
+          form: How text is split.
+          name: The model's name.
         """
         super().__init__(generation, is_stream=bool(request.stream))
         self._request = request
@@ -169,7 +169,7 @@ class ResponseJob(Job):
         self._num_events = 0
 
     def start(self) -> list[bytes]:
-        """That it has begun."""
+        """The events of its start."""
         response = self._describe("in_progress")
         return [self._event({"type": f"response.{kind}", "response": response}) for kind in ("created", "in_progress")]
 
@@ -182,12 +182,12 @@ class ResponseJob(Job):
         return [self._event(event) for event in events] if self.is_stream else []
 
     def end(self) -> list[bytes]:
-        """The whole response once more."""
+        """The whole response again."""
         status = self._status
         return [self._event({"type": f"response.{status}", "response": self._describe(status)})]
 
     def fail(self, error: ApiError) -> bytes:
-        """What a stream ends with that failed."""
+        """The last events of a stream that failed."""
         detail = error.body().error
         said = {"code": detail.code, "message": detail.message, "param": detail.param}
         return self._event({"type": "error", "error": detail.model_dump(), **said})

@@ -1,4 +1,4 @@
-"""How tokens are chosen: from a request's fields to the engine's parameters."""
+"""How tokens are chosen: turns a request's fields into the engine's parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from step3_jax.server.protocol.common import SamplingFields
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
 _SEEDS = (-(2**63), 2**63 - 1)
-# Of a message that names wrong keys.
+# Wrong keys that a message names.
 _MAX_NAMED = 8
 _WHOLE = re.compile(r"\d{1,18}")
 _COPIED = (
@@ -32,10 +32,10 @@ class SamplingPlan:
     """How one prompt of a request is answered.
 
     Attributes:
-      params: For the engine.
-      num_copies: How often each completion is given: more than once where all `n` would be the same.
-      must_fit: Whether the output that was asked for must fit into the context.
-      max_tokens_name: How the client calls `max_tokens`.
+      params: The engine's parameters.
+      num_copies: How often each completion is returned: more than once if all `n` would be the same.
+      must_fit: Whether the requested output must fit in the context.
+      max_tokens_name: The client's name for `max_tokens`.
       form: What the answer must match; None for anything.
     """
 
@@ -61,21 +61,21 @@ def plan_sampling(
     default_max_tokens: int | None,
     logprobs: int | None,
 ) -> SamplingPlan:
-    """Reads the fields about sampling.
+    """Reads the sampling fields.
 
     Args:
-      request: What was asked for; what is None is the model's default.
+      request: The request; a field that is None takes the model's default.
       llm: The model.
       config: Limits.
-      max_tokens: Tokens asked for; None if it was left open.
-      max_tokens_name: The field that said so.
-      default_max_tokens: What open means; None for what is left of the context.
-      logprobs: Likeliest tokens wanted at each step; None for none.
+      max_tokens: Requested tokens; None if not given.
+      max_tokens_name: The field that gave them.
+      default_max_tokens: Tokens if not given; None for what is left of the context.
+      logprobs: Likeliest tokens to return at each step; None for none.
 
     Raises:
       ApiError: 400, for a value that is not allowed.
     """
-    # More would need a program of their own, which would be compiled while others wait.
+    # More would need another program, compiled while others wait.
     _check_fields(request, max_stop_ids=NUM_STOP_IDS - len(llm.eos_ids))
     n = 1 if request.n is None else request.n
     if not 1 <= n <= config.max_n:
@@ -114,10 +114,10 @@ def _check_fields(request: SamplingFields, *, max_stop_ids: int) -> None:
     n = 1 if request.n is None else request.n
     if request.best_of is not None and request.best_of != n:
         raise bad_request(
-            f"best_of is {request.best_of}; only n, which is {n}, is possible: all completions are given", "best_of"
+            f"best_of is {request.best_of}; only n, which is {n}, is possible: all completions are returned", "best_of"
         )
     if request.use_beam_search:
-        raise bad_request("use_beam_search is true; it is not offered: sample with n instead", "use_beam_search")
+        raise bad_request("use_beam_search is true; it is not supported: sample with n instead", "use_beam_search")
     if request.seed is not None and not _SEEDS[0] <= request.seed <= _SEEDS[1]:
         raise bad_request(f"seed is {request.seed}; a whole number of 64 bits is needed", "seed")
     if request.stop_token_ids is not None and len(request.stop_token_ids) > max_stop_ids:

@@ -1,4 +1,4 @@
-"""What all endpoints share: the model, its driver, limits, metrics, and threads for what would block the event loop."""
+"""What all endpoints share: the model, its driver, limits, metrics, and threads for work that would block the event loop."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from step3_jax.server.media import MediaLimits, MediaReader
 from step3_jax.server.metric import Metrics
 
 _LOG = logging.getLogger(__name__)
-# Templates, tokenising and images.
+# Threads for templates, tokenising and images.
 NUM_THREADS = 4
-# Apart, as a grammar may take seconds: others' prompts must not wait for it.
+# Separate, as a grammar may take seconds: others' prompts must not wait for it.
 NUM_GRAMMAR_THREADS = 2
-# Without a limit of its own the queue holds so many times what runs at once.
+# Without a limit the queue holds this many times what runs at once.
 QUEUE_FACTOR = 4
-# Names of unknown fields that are remembered, so that each is logged once.
+# Unknown field names to remember, so that each is logged once.
 _MAX_UNKNOWN = 1000
 
 P = ParamSpec("P")
@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 
 class Interruptible(Protocol):
-    """Something under way that can be ended."""
+    """Work in progress that can be ended."""
 
     def interrupt(self, error: Exception) -> None: ...
 
@@ -50,7 +50,7 @@ class Service:
       metrics: Counts and histograms.
       admission: Counts what runs and waits.
       pool: Threads.
-      generations: What is under way.
+      generations: Work in progress.
       media: Reads images of messages.
     """
 
@@ -75,7 +75,7 @@ class Service:
         self._unknown: set[str] = set()
 
     def attach(self, llm: LLM) -> None:
-        """Takes the model; from now on requests are answered. Nothing else may use it."""
+        """Takes the model; requests are answered from now on. Nothing else may use it."""
         self._llm = llm
         limit = self.config.max_num_queued_reqs or QUEUE_FACTOR * llm.engine_config.max_num_seqs
         self.admission = Admission(limit, self.config.max_num_queued_tokens, self.metrics.count_rejection)
@@ -95,14 +95,14 @@ class Service:
 
     @property
     def driver(self) -> Driver:
-        """What steps the engine, started with the first request at the latest. For the event loop alone."""
+        """The engine's driver, started with the first request at the latest. Only for the event loop."""
         if self._driver is None:
             self.start_driver()
         assert self._driver is not None
         return self._driver
 
     def start_driver(self) -> None:
-        """Starts what steps the engine, in the event loop; before the first request, so that it hears of a lost process."""
+        """Starts the engine's driver, in the event loop; before the first request, so that it notices a lost process."""
         limit = self.config.max_num_queued_reqs or QUEUE_FACTOR * self.llm.engine_config.max_num_seqs
         self._driver = Driver(
             self.llm,
@@ -115,20 +115,20 @@ class Service:
 
     @property
     def is_stalled(self) -> bool:
-        """Whether the engine has work and gets nowhere."""
+        """Whether the engine has work but makes no progress."""
         return self._driver is not None and self._driver.is_stalled(self.config.stall_seconds)
 
     def on_death(self, call: Callable[[], None]) -> None:
-        """What to call, in the event loop, when the engine's thread has ended by an error."""
+        """Callback, in the event loop, for when the engine's thread has died from an error."""
         self._on_death = call
 
     def end_all(self) -> None:
-        """Ends all that is generated, each with an error for its client."""
+        """Ends all generation, each with an error for its client."""
         for generation in tuple(self.generations):
             generation.interrupt(unavailable("shutting_down", "the server is shutting down, and ended the request"))
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Ends the threads; whether the engine's has ended within a time."""
+        """Ends the threads; returns whether the engine's has ended in time."""
         for pool in (self.pool, self._grammar_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         return self._driver is None or self._driver.stop(timeout_s)
@@ -138,7 +138,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.pool, lambda: function(*args, **kwargs))
 
     async def compile(self, function: Callable[[], R]) -> R:
-        """Calls a function that compiles a grammar, in a thread for that."""
+        """Calls a function that compiles a grammar, in a dedicated thread."""
         return await asyncio.get_running_loop().run_in_executor(self._grammar_pool, function)
 
     def choose_name(self, wanted: str | None) -> str:
@@ -148,7 +148,7 @@ class Service:
           wanted: Its name in the request; None or "" for the first.
 
         Raises:
-          ApiError: 404, if it is none of the model's.
+          ApiError: 404, if it is not one of the model's.
         """
         if not wanted:
             return self.names[0]
@@ -162,11 +162,11 @@ class Service:
         return wanted
 
     def note_unknown(self, body: Mapping[str, object], model: type[BaseModel]) -> None:
-        """Logs each field that is not known, once."""
+        """Logs each unknown field once."""
         for name in unknown_names(body, model):
             if name not in self._unknown and len(self._unknown) < _MAX_UNKNOWN:
                 self._unknown.add(name)
-                _LOG.info("a request has the field %.80r, which is not known and ignored", name)
+                _LOG.info("a request has the unknown field %.80r, which is ignored", name)
 
     def _die(self) -> None:
         self.lifecycle.die()

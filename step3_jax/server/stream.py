@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-# Proxies must hand pieces on as they come: nginx reads the last.
+# Proxies must pass pieces on as they arrive: the last header is for nginx.
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
 DONE = b"data: [DONE]\n\n"
-# A comment, which clients pass over.
+# A comment, which clients ignore.
 KEEP_ALIVE = b": keep-alive\n\n"
 
 

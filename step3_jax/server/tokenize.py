@@ -12,12 +12,12 @@ from step3_jax.server.protocol.tokenize import (
 )
 from step3_jax.server.service import Service
 
-# Of the ids that are named in a message.
+# The most ids that a message names.
 _MAX_NAMED = 8
 
 
 async def tokenize(service: Service, request: TokenizeRequest) -> TokenizeResponse:
-    """Token ids of a text or of a conversation, as a prompt of it has them.
+    """Token ids of a text or a conversation, as in its prompt.
 
     Raises:
       ApiError: 400 or 404.

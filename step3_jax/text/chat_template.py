@@ -1,7 +1,7 @@
-"""The checkpoint's chat template: messages to a prompt, as text or, safely, as token ids.
+"""The checkpoint's chat template: renders messages to a prompt, as text or, safely, as token ids.
 
-Templates come with a checkpoint and run in Jinja's sandbox. What a user wrote must not forge a turn or an
-image, so `encode_chat` marks such text before rendering, and control tokens between the marks stay text.
+Templates come with a checkpoint and run in Jinja's sandbox. User text must not forge a turn or an
+image, so `encode_chat` marks it before rendering, and control tokens between the marks stay text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 _TEMPLATE_JSONS = ("chat_template.json", "tokenizer_config.json")
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 
-# What an expression of a template can raise on messages that it was not written for.
+# What a template expression can raise on messages that it was not written for.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -44,16 +44,16 @@ _TEMPLATE_ERRORS = (
 
 
 class _StoredTemplate(NamedTuple):
-    """Jinja source, and what messages call it."""
+    """Jinja source, and its name in messages."""
 
     text: str
     source: str
 
 
 class ChatTemplate:
-    """A chat template, compiled when it is first rendered. Safe to share between threads.
+    """A chat template, compiled on first use. Safe to share between threads.
 
-    The environment is that of transformers, so that templates of any checkpoint run.
+    The environment is the same as in transformers, so that templates of any checkpoint run.
     """
 
     def __init__(self, text: str, *, variables: Mapping[str, object] | None = None) -> None:
@@ -61,7 +61,7 @@ class ChatTemplate:
 
         Args:
           text: Jinja source.
-          variables: Values every rendering gets, such as `bos_token`.
+          variables: Values for every rendering, such as `bos_token`.
         """
         self._stored: dict[str, _StoredTemplate] | None = {_DEFAULT: _StoredTemplate(text, "The chat template")}
         self._folder = Path()
@@ -70,17 +70,17 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: str | Path) -> ChatTemplate:
-        """Finds a checkpoint's template. It is read when it is first rendered: a model also serves without chats.
+        """Finds a checkpoint's template. It is read when first rendered: a model can also serve without chats.
 
         The first that exists: `chat_template.jinja`, with further ones in `additional_chat_templates/`; `chat_template`
-        in `chat_template.json`, as in the release; `chat_template` in `tokenizer_config.json`. Of several named ones
-        "tool_use" is taken where there are tools, else "default".
+        in `chat_template.json`, as in the release; `chat_template` in `tokenizer_config.json`. Of several named ones,
+        "tool_use" is used if there are tools, else "default".
 
         Args:
           folder: Folder of the checkpoint.
 
         Returns:
-          The template. All special tokens of `tokenizer_config.json` are given to it by their keys.
+          The template. It gets all special tokens of `tokenizer_config.json` by their keys.
 
         Raises:
           ValueError: If there is none.
@@ -95,7 +95,7 @@ class ChatTemplate:
 
     @classmethod
     def find(cls, folder: str | Path) -> ChatTemplate | None:
-        """As `load`, but None for a checkpoint without a template."""
+        """Like `load`, but None for a checkpoint without a template."""
         folder = Path(folder)
         has_file = (folder / TEMPLATE_FILE).exists() or any(_further_files(folder))
         stored = (read_json_object(folder / name).get("chat_template") for name in _TEMPLATE_JSONS)
@@ -114,13 +114,13 @@ class ChatTemplate:
     ) -> str:
         """The prompt as text.
 
-        Encoding this text turns every control token in it into one, those that a user typed too: use
-        `encode_chat` for messages of others.
+        Encoding this text turns every control token in it into one, including those that a user typed: use
+        `encode_chat` for untrusted messages.
 
         Args:
-          messages: Each with a `role` and `content`: text, None, or a list of texts and of items of the types that
-            OpenAI's interfaces and vLLM have: text, input_text, image, image_url, input_image, image_pil. The arguments
-            of an assistant's `tool_calls` are objects or their JSON text. Other keys are the template's business.
+          messages: Each with a `role` and `content`: text, None, or a list of texts and of items of the types in
+            OpenAI's APIs and vLLM: text, input_text, image, image_url, input_image, image_pil. The arguments
+            of an assistant's `tool_calls` are objects or their JSON text. Other keys are passed to the template.
           tools: JSON schemas of functions the model may call.
           add_generation_prompt: Whether the prompt ends with the start of the assistant's turn.
           **template_kwargs: Further variables of the template.
@@ -129,7 +129,7 @@ class ChatTemplate:
           The text.
 
         Raises:
-          ValueError: If a message is not of this form, or the template refuses it.
+          ValueError: If a message does not have this form, or the template refuses it.
         """
         return self._render(normalise_messages(messages), tools, add_generation_prompt, template_kwargs)
 
@@ -142,10 +142,10 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **template_kwargs: object,
     ) -> list[int]:
-        """The prompt as token ids, in which control tokens come from the template alone.
+        """The prompt as token ids, in which control tokens come only from the template.
 
-        Control tokens typed in user, system or tool messages, in tool calls or in schemas stay text. What the
-        assistant said may hold those of reasoning and of tool calls, but none that make turns or images.
+        Control tokens typed in user, system or tool messages, in tool calls or in schemas stay text. Assistant
+        messages may hold those of reasoning and of tool calls, but none that make turns or images.
         Without typed control tokens the ids are those of the rendered text.
 
         Args:
@@ -154,15 +154,15 @@ class ChatTemplate:
           tools: As in `render`.
           add_generation_prompt: As in `render`.
           continue_final_message: Whether the prompt ends with the text of the last message, an assistant's, which the
-            model goes on with. Then there is no generation prompt.
+            model continues. Then there is no generation prompt.
           **template_kwargs: As in `render`.
 
         Returns:
           The ids, with one `<im_patch>` for each image (see `images.expand_image_tokens`).
 
         Raises:
-          ValueError: As `render`; if the template leaves out an image; or if it alters messages with typed
-            control tokens so that these cannot be told from its own.
+          ValueError: As `render`; if the template drops an image; or if it alters messages with typed
+            control tokens so that these cannot be distinguished from its own.
         """
         clean = normalise_messages(messages)
         add_generation_prompt &= not continue_final_message
@@ -180,14 +180,14 @@ class ChatTemplate:
         if marked.replace(opening, "").replace(closing, "") == rendered:
             ids = tokenizer.encode_guarded(marked, opening, closing)
         else:
-            # The template looks into the contents, so the marks are lost. The text may be encoded as a whole
-            # only if all control tokens in it are the template's.
+            # The template inspects the contents, so the marks are lost. The text may be encoded as a whole
+            # only if all control tokens in it come from the template.
             outside = re.sub(f"{opening}[^{closing}]*{closing}", opening, marked)
             trusted, present = ([match[2] for match in tokenizer.find_control(text)] for text in (outside, rendered))
             if trusted != present:
                 raise ValueError(
                     "A message holds control tokens as text, and this chat template changes messages so that "
-                    "they cannot be told from its own. Remove them from the message."
+                    "they cannot be distinguished from its own. Remove them from the message."
                 )
             ids = tokenizer.encode(rendered)
         num_images = len(collect_images(messages))
@@ -238,14 +238,14 @@ def _compile(stored: _StoredTemplate) -> jinja2.Template:
 
 
 class _GenerationMark(jinja2.ext.Extension):
-    """The block `{% generation %}`, by which transformers finds what to train on: here it is what is in it."""
+    """The block `{% generation %}`, which marks training text in transformers: here just its contents."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # What is set inside stays inside, as in transformers.
+        # Variables set inside stay local, as in transformers.
         return jinja2.nodes.Scope(body, lineno=line)
 
 
@@ -277,14 +277,14 @@ def _further_files(folder: Path) -> list[Path]:
 
 
 def _special_tokens(folder: Path) -> dict[str, object]:
-    """Names of the special tokens by their keys, as `bos_token`, from today's file and from the older one."""
+    """Names of the special tokens by their keys, such as `bos_token`, from the current file and the older one."""
     found: dict[str, object] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         stored = read_json_object(folder / name)
         further = stored.get("extra_special_tokens")
-        # Models name tokens of their own there, as `image_token`.
+        # Models name additional tokens there, such as `image_token`.
         stored = {**(further if isinstance(further, dict) else {}), **stored}
-        # Settings such as add_bos_token end so too, but are no names.
+        # Settings such as add_bos_token have the same ending, but are not names.
         found |= {
             key: text for key in stored if key.endswith("_token") and (text := token_name(stored[key])) is not None
         }
@@ -295,15 +295,15 @@ def _special_tokens(folder: Path) -> dict[str, object]:
 
 
 def _with_end(message: Message, end: str) -> dict[str, object]:
-    """An assistant's message with a mark behind its text."""
+    """An assistant's message with a mark after its text."""
     content = message["content"]
     if message["role"] != "assistant" or not isinstance(content, str) or not content:
-        raise ValueError("To be continued, the last message must be an assistant's with text as its content.")
+        raise ValueError("To be continued, the last message must be an assistant's, with text as its content.")
     return {**message, "content": content.rstrip() + end}
 
 
 def _cut(rendered: str, end: str) -> str:
-    """What stands before the mark."""
+    """The text before the mark."""
     start, found, _ = rendered.rpartition(end)
     if not found:
         raise ValueError("The chat template leaves out the last message, so it cannot be continued.")
@@ -311,12 +311,12 @@ def _cut(rendered: str, end: str) -> str:
 
 
 def _free_marks(text: str) -> tuple[str, str, str]:
-    """Three characters for private use that the text does not hold."""
+    """Three private-use characters that do not occur in the text."""
     free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
     try:
         return next(free), next(free), next(free)
     except StopIteration:
-        raise ValueError("The messages use every character for private use from U+F0000; remove some.") from None
+        raise ValueError("The messages use every private-use character from U+F0000; remove some.") from None
 
 
 def _to_json(
@@ -326,7 +326,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML and everything beyond ASCII; the model was trained on neither.
+    # Jinja's own filter escapes HTML and all non-ASCII characters; the model was trained on neither.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

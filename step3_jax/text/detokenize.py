@@ -11,9 +11,9 @@ from step3_jax.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Turns token ids into text as they come.
+    """Turns token ids into text as they arrive.
 
-    All that `push` and `finish` return, put together, is `tokenizer.decode` of all ids. Time and memory per
+    The concatenated results of `push` and `finish` are `tokenizer.decode` of all ids. Time and memory per
     token do not grow with the sequence for byte-level tokenizers such as Step3's.
     """
 
@@ -21,16 +21,16 @@ class Detokenizer:
         """Starts an empty text.
 
         Args:
-          tokenizer: The tokenizer that the ids are from.
+          tokenizer: The tokenizer of the ids.
           skip_special_tokens: As in `Tokenizer.decode`.
         """
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._is_bytes = tokenizer.token_bytes(0) is not None
-        # A token of a byte-level vocabulary may be a part of a character; this keeps the bytes of an
+        # A byte-level token may be part of a character; this keeps the bytes of an
         # unfinished one.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # Other vocabularies decode a token by its neighbours, which the library's stream keeps.
+        # Other vocabularies decode a token depending on its neighbours, which the library's stream keeps.
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []
         self._num_letters = 0
@@ -62,7 +62,7 @@ class Detokenizer:
         """Ends the sequence.
 
         Returns:
-          What was held back: U+FFFD for a character whose bytes never came, else nothing.
+          The text held back: U+FFFD for an incomplete character, else nothing.
         """
         if self._is_bytes:
             return self._decoder.decode(b"", final=True)
@@ -70,25 +70,25 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Watches a text for strings that end it, across the borders of the pieces it comes in.
+    """Watches a text for strings that end it, across the boundaries of its pieces.
 
-    The result does not depend on those borders: the string that is complete first wins, and of two that are
-    complete at the same letter the longer.
+    The result does not depend on those boundaries: the string that is complete first wins, and of two that are
+    complete at the same letter, the longer.
 
     Attributes:
-      matched: The string that ended the text, None so far.
+      matched: The string that ended the text; None until then.
     """
 
     def __init__(self, stops: str | Sequence[str], include: bool = False, *, after: str = "") -> None:
         """Starts with an empty text.
 
         Args:
-          stops: The strings that end the text; none for a text that only its model ends.
+          stops: The strings that end the text; empty for a text that only the model ends.
           include: Whether the string itself is part of the text.
-          after: What must have come before the strings count, such as the end of the reasoning; "" to watch from the start.
+          after: Text that must come before the strings count, such as the end of the reasoning; "" to watch from the start.
 
         Raises:
-          ValueError: If a string is empty or is no string.
+          ValueError: If a string is empty or not a string.
         """
         self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
         for stop in self._stops:
@@ -106,7 +106,7 @@ class StopStrings:
 
         Args:
           text: New text.
-          may_stop: Whether a stop string that ends in it ends the text. One that ends later may begin in it all the same.
+          may_stop: Whether a stop string that ends in it ends the text. One that ends later may still start in it.
 
         Returns:
           Text that is certain to be part of the result, and whether the text has ended. Anything after the
@@ -117,7 +117,7 @@ class StopStrings:
         passed, text = self._pass_unwatched(text)
         before = len(self._held)
         self._held += text
-        # Only what ends in the new text: the rest was looked at when it came.
+        # Only strings that end in the new text: the rest was checked when it arrived.
         starts = ((stop, self._held.find(stop, max(0, before - len(stop) + 1))) for stop in self._stops)
         found = [(start + len(stop), start, stop) for stop, start in starts if start >= 0]
         if found and may_stop:
@@ -130,12 +130,12 @@ class StopStrings:
         return passed + emitted, False
 
     def flush(self) -> str:
-        """Returns what was held back as the possible start of a stop string, once no more text will come."""
+        """Returns the text held back as the possible start of a stop string, once no more text will come."""
         emitted, self._held = self._held, ""
         return emitted
 
     def _pass_unwatched(self, text: str) -> tuple[str, str]:
-        """The part of `text` up to the end of `after`, where nothing is looked for, and the rest."""
+        """The part of `text` up to the end of `after`, which is not searched, and the rest."""
         if not self._after:
             return "", text
         seen = self._unwatched + text

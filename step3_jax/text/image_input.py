@@ -1,4 +1,4 @@
-"""Opens a picture that a user names: a path, bytes, a data URL or a Pillow picture."""
+"""Opens an image given by a user: a path, bytes, a data URL or a Pillow image."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ImageSource = str | Path | bytes | Image.Image
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 64 * 2**20
 
-# Only decoders of images that people send: Pillow's list also has formats that start other programs. JPEG also opens what
-# cameras save as several images in one file (MPO).
+# Only decoders of images that people send: Pillow's list also has formats that start other programs. JPEG also opens
+# files in which cameras save several images (MPO).
 FORMATS = (
     "PNG",
     "JPEG",
@@ -32,9 +32,9 @@ FORMATS = (
     "ICO",
     *(("AVIF",) if "avif" in features.get_supported() else ()),
 )
-# Those that OpenAI's API takes, and so every service with its interface.
+# The formats that OpenAI's API takes, and so every service with its API.
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-# How files begin that are often sent as images and are none that can be read.
+# The first bytes of files that are often sent as images but cannot be read.
 _OTHER_KINDS = (
     (re.compile(rb".{4}ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL), "a HEIC image: convert it to JPEG"),
     (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "an AVIF image, which the installed Pillow has no decoder for"),
@@ -43,11 +43,11 @@ _OTHER_KINDS = (
 )
 _DATA_URL = re.compile(r"data:(?P<type>[^,;]*)(?P<parameters>(?:;[^,;]*)*),", re.IGNORECASE)
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-# Chunks that are not critical (those have a capital first) and still change the pixels: transparency, rotation, and the
+# Chunks that are not critical (those start with a capital) but still change the pixels: transparency, rotation, and the
 # marks of an animation.
 _PNG_KEPT = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-# A file of 64 MiB in chunks of a kilobyte has so many.
+# The number in a 64 MiB file of one-kilobyte chunks.
 _MAX_CHUNKS = 2**16
 
 
@@ -58,22 +58,22 @@ def open_image(
     max_bytes: int = MAX_BYTES,
     allow_paths: bool = True,
 ) -> Image.Image:
-    """Opens a picture as 8-bit RGB.
+    """Opens an image as 8-bit RGB.
 
-    The rotation in the EXIF data is applied. What is transparent is laid on white, as vLLM does. Grey of more
-    than 8 bits is scaled to 8: values up to 255 are taken as 8 bits, larger ones as 16, and fractions up to 1 as parts of
-    white. Of an animation the first frame is taken.
+    The rotation in the EXIF data is applied. Transparency is blended with white, as in vLLM. Grey of more
+    than 8 bits is scaled to 8: values up to 255 count as 8 bits, larger ones as 16, and fractions up to 1 as parts of
+    white. The first frame of an animation is used.
 
     Args:
-      source: A path, a `file:` address of this machine, the bytes of a file, a `data:` URL, or a Pillow picture.
-        Base64 may lack its padding, have line breaks, and use the letters of URLs.
+      source: A path, a `file:` address of this machine, the bytes of a file, a `data:` URL, or a Pillow image.
+        Base64 may lack its padding, have line breaks, and use the URL alphabet.
       max_pixels: Largest width times height, read from the header before anything is decoded. Pillow's own
-        limit, of about 179 million pixels, holds as well.
+        limit of about 179 million pixels also applies.
       max_bytes: Largest file, in bytes.
-      allow_paths: Whether a string may name a file on this machine; a server says no.
+      allow_paths: Whether a string may name a file on this machine; False on a server.
 
     Returns:
-      A picture of mode RGB, fully decoded, that shares nothing with the source.
+      An image of mode RGB, fully decoded, that shares nothing with the source.
 
     Raises:
       ValueError: If the source is a web address, too large, or not an image that can be read.
@@ -94,13 +94,13 @@ def read_image(
     max_bytes: int = MAX_BYTES,
     formats: tuple[str, ...] = FORMATS,
 ) -> bytes:
-    """Reads the file of a picture that came from elsewhere, and checks its header; nothing is decoded.
+    """Reads the file of an untrusted image, and checks its header; nothing is decoded.
 
     Args:
       source: A `data:` URL, or the bytes of a file. No paths.
       max_pixels: As in `open_image`.
       max_bytes: As in `open_image`.
-      formats: Of `FORMATS`, those that are allowed.
+      formats: The allowed ones of `FORMATS`.
 
     Returns:
       Bytes for `open_image`, which may still find them damaged.
@@ -115,14 +115,14 @@ def read_image(
 
 
 def _open_header(data: bytes, name: str, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
-    """The picture, of which Pillow has read the header alone."""
+    """The image, of which Pillow has read only the header."""
     if data.startswith(_PNG_START):
         data = _without_side_data(data, name)
     try:
         picture = Image.open(io.BytesIO(data), formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is too large: {error}") from error
-    except Exception as error:  # Pillow's decoders raise whatever a malformed header leads them to.
+    except Exception as error:  # Pillow's decoders raise all kinds of errors on a malformed header.
         what = _describe_other(data)
         reason = f"it is {what}" if what else str(error)
         raise ValueError(
@@ -133,13 +133,13 @@ def _open_header(data: bytes, name: str, formats: tuple[str, ...], max_pixels: i
 
 
 def _name(source: ImageSource) -> str:
-    """How messages call the source, short enough for a log."""
+    """The source's name in messages, short enough for a log."""
     if isinstance(source, bytes):
         return f"The image of {len(source):,} bytes"
     if isinstance(source, Image.Image):
         return f"The {source.mode} picture"
     text = str(source)
-    # The middle is left out: a data URL is known by its start, a file by its end.
+    # Omit the middle: a data URL is recognised by its start, a file by its end.
     return f"Image {text[:40] + '...' + text[-40:] if len(text) > 83 else text!r}"
 
 
@@ -163,12 +163,12 @@ def _read_named(source: str | Path, name: str, max_bytes: int, allow_paths: bool
             source = _path_of(address, name)
         elif scheme and scheme[1].lower() != "file":
             raise ValueError(
-                f"{name} is a {scheme[1]} address, and this program fetches nothing. Download the picture "
+                f"{name} is a {scheme[1]} address, and this program fetches nothing. Download the image "
                 "and give its path, its bytes, or a data:image/...;base64,... URL."
             )
     elif not isinstance(source, Path):
         raise ValueError(
-            f"An image source is a path, bytes, a data URL or a Pillow picture, not {type(source).__name__}."
+            f"An image source is a path, bytes, a data URL or a Pillow image, not {type(source).__name__}."
         )
     if not allow_paths:
         raise ValueError(f"{name} is not accepted here; give a data:image/...;base64,... URL.")
@@ -189,11 +189,11 @@ def _read_named(source: str | Path, name: str, max_bytes: int, allow_paths: bool
 def _decode_data_url(url: str, name: str) -> bytes:
     header = _DATA_URL.match(url)
     if header is None:
-        raise ValueError(f"{name} is no data URL; the form is data:image/png;base64,....")
+        raise ValueError(f"{name} is not a data URL; the form is data:image/png;base64,....")
     payload = unquote_to_bytes(url[header.end() :])
     if "base64" not in header["parameters"].lower().split(";"):
         return payload
-    # As browsers do: blanks and the padding say nothing, and the alphabet may be the one for addresses.
+    # As in browsers: whitespace and padding are ignored, and the alphabet may be the one for URLs.
     letters = b"".join(payload.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     try:
         return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
@@ -215,15 +215,15 @@ def _describe_other(data: bytes) -> str | None:
 
 
 def _without_side_data(data: bytes, name: str) -> bytes:
-    """A PNG file without what says nothing about its pixels: profiles, and texts save those that may tell how it was held.
+    """A PNG file without chunks irrelevant to its pixels: profiles, and texts except those that may give its orientation.
 
-    Pillow refuses files with much of them, and takes its time for each of very many.
+    Pillow refuses files with large ones, and is slow with very many.
     """
     kept, position, num_chunks = [_PNG_START], len(_PNG_START), 0
     while position + 12 <= len(data):
         num_chunks += 1
         if num_chunks > _MAX_CHUNKS:
-            raise ValueError(f"{name} has more than {_MAX_CHUNKS:,} PNG chunks; save it anew.")
+            raise ValueError(f"{name} has more than {_MAX_CHUNKS:,} PNG chunks; save it again.")
         end = position + 12 + int.from_bytes(data[position : position + 4], "big")
         kind, content = data[position + 4 : position + 8], data[position + 8 : position + 100].lower()
         is_of_use = kind[:1].isupper() or kind in _PNG_KEPT
@@ -246,7 +246,7 @@ def _check_size(picture: Image.Image, name: str, max_pixels: int) -> None:
 def _decode(picture: Image.Image, name: str) -> Image.Image:
     try:
         return _to_rgb(ImageOps.exif_transpose(picture))
-    except Exception as error:  # As above: a file cut off in the middle ends in many kinds of errors.
+    except Exception as error:  # As above: a truncated file causes all kinds of errors.
         raise ValueError(f"{name} is damaged or of an unknown kind: {error}") from error
 
 
@@ -258,7 +258,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
             grey = np.where(values == picture.info["transparency"], np.uint8(255), grey)
         return Image.fromarray(grey).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        # "La" has no way to RGBA of its own.
+        # "La" cannot be converted to RGBA directly.
         clear = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
         white = Image.new("RGBA", clear.size, "white")
         return Image.alpha_composite(white, clear).convert("RGB")
@@ -266,14 +266,14 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """Grey values of an unstated range as 8 bits: Pillow would clip them at 255, or leave nothing of them."""
+    """Grey values of an unknown range as 8 bits: Pillow would clip them at 255, or make them all black."""
     if not np.isfinite(values).all():
-        raise ValueError("grey values must be finite; save it with 8 bits a channel.")
+        raise ValueError("grey values must be finite; save it with 8 bits per channel.")
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 65535:
         raise ValueError(
-            f"grey values must be from 0 to 255, or to 65535 with 16 bits, and these are from {low:g} to {high:g}; save "
-            "it with 8 bits a channel."
+            f"grey values must be from 0 to 255, or to 65535 with 16 bits, but these are from {low:g} to {high:g}; save "
+            "it with 8 bits per channel."
         )
     if values.dtype.kind == "f":
         scale = 255 if high <= 1 else 1 if high <= 255 else 255 / 65535

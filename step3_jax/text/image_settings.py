@@ -16,18 +16,18 @@ class ImageSettings:
     """Constants of the image processor; the defaults are the released ones.
 
     Attributes:
-      image_size: Side of the view in pixels; pictures up to this long are cut only if they are long and thin.
+      image_size: Side of the view in pixels; images up to this long are cut only if they are long and thin.
       window_size: Side of a window in pixels, as the model sees it.
-      max_side: Longer pictures are first made this long.
-      small_ratio: A picture no longer than `image_size` is cut when its sides' ratio is above this.
-      wide_ratio: A longer picture above this ratio gets windows no larger than its short side.
-      round_up: A side is rounded up to one more window when at least this part of a window is left over.
+      max_side: Longer images are first scaled to this length.
+      small_ratio: An image no longer than `image_size` is cut if its aspect ratio is above this.
+      wide_ratio: A longer image above this ratio gets windows no larger than its short side.
+      round_up: A side is rounded up to one more window if at least this fraction of a window is left over.
       image_mean: Mean subtracted from red, green and blue in [0, 1].
       image_std: Divisor of red, green and blue after that.
       image_token_len: Tokens of the view.
       patch_token_len: Tokens of a window.
-      max_windows: Pictures that need more windows are refused. Not in the release.
-      max_tokens: Pictures that need more tokens, delimiters counted, are refused. Not in the release.
+      max_windows: Images that need more windows are refused. Not in the release.
+      max_tokens: Images that need more tokens, including delimiters, are refused. Not in the release.
     """
 
     image_size: int = 728
@@ -68,21 +68,21 @@ class ImageSettings:
         """Reads `preprocessor_config.json`.
 
         Args:
-          folder: Folder of the checkpoint. Without the file the released constants are used; so for each
+          folder: Folder of the checkpoint. Without the file the released constants are used, and likewise for each
             missing key. Keys of other processors are ignored. The window's side is stored as `patch_size`.
 
         Returns:
           The settings.
 
         Raises:
-          ValueError: If the file is no JSON object or holds an impossible value.
+          ValueError: If the file is not a JSON object or holds an impossible value.
         """
         path = Path(folder) / "preprocessor_config.json"
         stored = read_json_object(path)
         renamed = {_SETTING_KEYS.get(key, key): value for key, value in stored.items()}
         known = {field.name for field in fields(cls)}
         try:
-            # The types of the values are checked as the settings are made.
+            # The constructor checks the types of the values.
             return cls(**{name: value for name, value in renamed.items() if name in known})  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error

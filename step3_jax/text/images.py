@@ -1,8 +1,8 @@
-"""One picture for Step3: how it is cut, what pixels the model sees, and which tokens it takes in a prompt.
+"""One image for Step3: how it is cut, what pixels the model sees, and which tokens it takes in a prompt.
 
-A picture becomes one square view of the whole and, when it is large or long, a grid of square windows cut
+An image becomes one square view of the whole and, if it is large or long, a grid of square windows cut
 from a copy whose sides are multiples of the window. In the prompt the windows come first, row by row, and
-then the view. The rules are those of the released processor.
+then the view. The rules are the released processor's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from step3_jax.text.resize import resize_bilinear
 # The settings are part of this module's interface.
 __all__ = ["ImagePlan", "ImageSettings", "ImageTokenIds", "ProcessedImage", "expand_image_tokens", "plan", "process"]
 
-# A side under _THIN_SIDE in a picture longer than _THIN_RATIO to one is padded to a square before anything
+# A side under _THIN_SIDE in an image longer than _THIN_RATIO to one is padded to a square before anything
 # else.
 _THIN_SIDE = 32
 _THIN_RATIO = 4.0
@@ -31,19 +31,19 @@ _MAX_PADDED_SIDE = 8192
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """How one picture is cut. All sizes are (width, height) in pixels.
+    """How one image is cut. All sizes are (width, height) in pixels.
 
     Attributes:
-      padded: Size after a thin picture was padded to a square.
+      padded: Size after padding a thin image to a square.
       limited: Size after the limit on the long side; the view is made from this.
-      window: Side of a window in the crop picture, before its resize to `window_size`; 0 for no windows.
-      crop: Size of the picture from which windows are cut, None without windows. A side may be shorter than
+      window: Side of a window in the crop image, before its resize to `window_size`; 0 for no windows.
+      crop: Size of the image from which windows are cut, None without windows. A side may be shorter than
         the
         window: what lies outside is black.
-      windows: Each window as (x, y, width, height) in the crop picture, row by row.
+      windows: Each window as (x, y, width, height) in the crop image, row by row.
       newline_mask: For each window, whether a newline token follows it: at row ends, but never after the
         last.
-      num_tokens: Tokens in the prompt, delimiters and newlines counted.
+      num_tokens: Tokens in the prompt, including delimiters and newlines.
       image_token_len: Tokens of the view between its delimiters.
       patch_token_len: Tokens of a window between its delimiters.
     """
@@ -69,7 +69,7 @@ class ImagePlan:
         return sum(self.newline_mask)
 
     def token_ids(self, tokens: ImageTokenIds) -> list[int]:
-        """The `num_tokens` ids of this picture in a prompt: windows row by row, then the view."""
+        """The `num_tokens` ids of this image in a prompt: windows row by row, then the view."""
         ids: list[int] = []
         for is_row_end in self.newline_mask:
             ids += [tokens.patch_start, *[tokens.im_patch] * self.patch_token_len, tokens.patch_end]
@@ -79,7 +79,7 @@ class ImagePlan:
 
 @dataclass(frozen=True)
 class ImageTokenIds:
-    """Ids of the tokens that stand for a picture, from the checkpoint's own tokenizer."""
+    """Ids of the tokens that represent an image, from the checkpoint's own tokenizer."""
 
     im_patch: int
     im_start: int
@@ -91,12 +91,12 @@ class ImageTokenIds:
 
 @dataclass(frozen=True)
 class ProcessedImage:
-    """What the vision tower gets for one picture.
+    """The vision tower's input for one image.
 
     Attributes:
       pixel_values: The view, float32 [3, image_size, image_size].
       patch_pixel_values: The windows, float32 [num_patches, 3, window_size, window_size].
-      plan: How the picture was cut.
+      plan: How the image was cut.
     """
 
     pixel_values: np.ndarray
@@ -105,7 +105,7 @@ class ProcessedImage:
 
     @property
     def num_features(self) -> int:
-        """Rows of features that it takes: one for each of its `<im_patch>` places."""
+        """Rows of features that it needs: one for each of its `<im_patch>` places."""
         return self.plan.num_patches * self.plan.patch_token_len + self.plan.image_token_len
 
     @functools.cached_property
@@ -118,7 +118,7 @@ class ProcessedImage:
 
 
 def plan(width: int, height: int, settings: ImageSettings | None = None) -> ImagePlan:
-    """Works out how a picture of this size is cut, without its pixels.
+    """Works out how an image of this size is cut, without its pixels.
 
     Args:
       width: Width in pixels.
@@ -129,27 +129,27 @@ def plan(width: int, height: int, settings: ImageSettings | None = None) -> Imag
       The plan.
 
     Raises:
-      ValueError: If a side is not positive, or the shape is so extreme that a side would vanish or the stated
-        limits on windows, tokens or padding would be passed.
+      ValueError: If a side is not positive, or the shape is so extreme that a side would vanish or the
+        limits on windows, tokens or padding would be exceeded.
     """
     settings = settings or ImageSettings()
     if width < 1 or height < 1:
-        raise ValueError(f"A picture of {width}x{height} pixels has no area; both sides must be at least 1.")
-    advice = "Crop the picture or scale it to a less extreme shape."
+        raise ValueError(f"An image of {width}x{height} pixels has no area; both sides must be at least 1.")
+    advice = "Crop the image or scale it to a less extreme shape."
     padded = limited = (width, height)
     if min(padded) < _THIN_SIDE and not 1 / _THIN_RATIO <= width / height <= _THIN_RATIO:
         padded = limited = (max(padded), max(padded))
         if max(padded) > _MAX_PADDED_SIDE:
             raise ValueError(
-                f"A picture of {width}x{height} pixels would be padded to a square of {max(padded)} "
-                f"pixels a side; at most {_MAX_PADDED_SIDE} are allowed. {advice}"
+                f"An image of {width}x{height} pixels would be padded to a square with sides of {max(padded)} "
+                f"pixels; at most {_MAX_PADDED_SIDE} are allowed. {advice}"
             )
     if max(padded) > settings.max_side:
         factor = settings.max_side / max(padded)
         limited = (int(padded[0] * factor), int(padded[1] * factor))
         if min(limited) < 1:
             raise ValueError(
-                f"A picture of {width}x{height} pixels would have no area after its long side is made "
+                f"An image of {width}x{height} pixels would have no area after its long side is made "
                 f"{settings.max_side} pixels. {advice}"
             )
 
@@ -166,7 +166,7 @@ def plan(width: int, height: int, settings: ImageSettings | None = None) -> Imag
     ):
         if amount > limit:
             raise ValueError(
-                f"A picture of {width}x{height} pixels needs {amount} {noun}; at most {limit} are allowed. {advice}"
+                f"An image of {width}x{height} pixels needs {amount} {noun}; at most {limit} are allowed. {advice}"
             )
     return ImagePlan(
         padded=padded,
@@ -197,24 +197,24 @@ def _crop_side(side: int, window: int, settings: ImageSettings) -> int:
 
 
 def process(image: Image.Image, settings: ImageSettings | None = None) -> ProcessedImage:
-    """Makes the pixels that the model sees from one picture.
+    """Makes the pixels that the model sees from one image.
 
-    Padding, the limit on the long side and the crop picture are Pillow's 8-bit operations, as in the release;
+    Padding, the limit on the long side and the crop image are Pillow's 8-bit operations, as in the release;
     the last resize, to the sizes of the view and the windows, is in float32 without rounding.
 
     Args:
-      image: A picture in mode RGB (`image_input.open_image` returns one).
+      image: An image in mode RGB (`image_input.open_image` returns one).
       settings: Constants; None for the released ones.
 
     Returns:
       View, windows and plan.
 
     Raises:
-      ValueError: If the picture is not RGB, or `plan` refuses its size.
+      ValueError: If the image is not RGB, or `plan` refuses its size.
     """
     settings = settings or ImageSettings()
     if image.mode != "RGB":
-        raise ValueError(f"The picture has mode {image.mode}, not RGB; open it with open_image().")
+        raise ValueError(f"The image has mode {image.mode}, not RGB; open it with open_image().")
     cut = plan(image.width, image.height, settings)
     if cut.padded != image.size:
         square = Image.new("RGB", cut.padded)
@@ -228,33 +228,33 @@ def process(image: Image.Image, settings: ImageSettings | None = None) -> Proces
     if cut.crop is not None:
         crop = image if cut.crop == image.size else image.resize(cut.crop, Image.Resampling.BILINEAR)
         for index, (x, y, width, height) in enumerate(cut.windows):
-            # Where the window reaches past the picture, Pillow fills it with black.
+            # Where the window reaches past the image, Pillow fills it with black.
             windows[index] = _to_pixels(crop.crop((x, y, x + width, y + height)), settings.window_size, settings)
     return ProcessedImage(view, windows, cut)
 
 
 def _to_pixels(image: Image.Image, size: int, settings: ImageSettings) -> np.ndarray:
     """Normalised float32 [3, size, size]."""
-    # The release normalises first. The resize's weights sum to one, so the order matters only to the last
-    # bits, and this one works on bytes until the picture is small.
+    # The release normalises first. The resize's weights sum to one, so the order affects only the last
+    # bits, and this one works on bytes until the image is small.
     pixels = resize_bilinear(np.asarray(image), size, size)
     mean, std = np.asarray(settings.image_mean, np.float32), np.asarray(settings.image_std, np.float32)
     return np.ascontiguousarray(((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1))
 
 
 def expand_image_tokens(ids: Sequence[int], plans: Sequence[ImagePlan], tokens: ImageTokenIds) -> list[int]:
-    """Widens each single `<im_patch>` of a prompt to all the tokens of its picture.
+    """Expands each single `<im_patch>` of a prompt to all the tokens of its image.
 
     Args:
-      ids: Token ids of the prompt, with one `<im_patch>` for each picture.
-      plans: One plan for each picture, in the order of the prompt.
+      ids: Token ids of the prompt, with one `<im_patch>` per image.
+      plans: One plan per image, in the order of the prompt.
       tokens: Ids of the image tokens.
 
     Returns:
-      The ids; features go to the `<im_patch>` positions in order, each picture's windows before its view.
+      The ids; features go to the `<im_patch>` positions in order, each image's windows before its view.
 
     Raises:
-      ValueError: If the number of `<im_patch>` is not the number of pictures.
+      ValueError: If the number of `<im_patch>` is not the number of images.
     """
     num_places = sum(token == tokens.im_patch for token in ids)
     if num_places != len(plans):

@@ -1,4 +1,4 @@
-"""Chat messages: their form, their images, and marks around what others wrote in them."""
+"""Chat messages: their form, their images, and marks around untrusted text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Message = Mapping[str, object]
 
 _IMAGE_ROLES = ("user", "tool")
 _ROLE = re.compile(r"[a-z][a-z_]*")
-# Types of content items, as OpenAI's two interfaces, vLLM and transformers have them.
+# Types of content items in OpenAI's two APIs, vLLM and transformers.
 _TEXT_KEYS = {
     "text": "text",
     "input_text": "text",
@@ -29,23 +29,23 @@ _IMAGE_KEYS = ("image", "path", "url", "image_url", "image_pil")
 
 @dataclasses.dataclass(frozen=True)
 class _ImageItem:
-    """An image of a content list; `source` is None where the item does not tell."""
+    """An image of a content list; `source` is None if the item has none."""
 
     source: ImageSource | None
 
 
 def normalise_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
-    """Checks messages and brings them to the form that chat templates are written for.
+    """Checks messages and normalises them to the form that chat templates expect.
 
     Args:
       messages: As in `ChatTemplate.render`.
 
     Returns:
-      Copies with a `content` each: text, None (of the assistant alone), or a list of {"type": "text", "text": ...} and
-      {"type": "image"}. The arguments of tool calls are objects; `tool_calls` without a call is left out.
+      Copies with a `content` each: text, None (only for the assistant), or a list of {"type": "text", "text": ...} and
+      {"type": "image"}. The arguments of tool calls are objects; empty `tool_calls` are left out.
 
     Raises:
-      ValueError: If a message is not of the right form; its number and what is allowed are named.
+      ValueError: If a message is malformed; the message gives its number and what is allowed.
     """
     if isinstance(messages, (str, Mapping)) or not messages:
         raise ValueError("Messages must be a list of at least one {'role': ..., 'content': ...}.")
@@ -54,7 +54,7 @@ def normalise_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
         if not isinstance(message, Mapping):
             raise ValueError(f"Message {number} is {type(message).__name__}; it must be an object with a role.")
         role = message.get("role")
-        # The role stands beside control tokens in the prompt, so it must not be free text.
+        # The role is next to control tokens in the prompt, so it must not be free text.
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise ValueError(f"Message {number} has role {role!r}; give a name such as system, user or assistant.")
         copy = {**message, "content": _normalise_content(message, role, number)}
@@ -72,7 +72,7 @@ def _normalise_content(message: Message, role: str, number: int) -> object:
     content = message.get("content")
     if isinstance(content, (list, tuple)):
         items = [_parse_item(item, number) for item in content]
-        # Templates may put other roles elsewhere, and then images would change places.
+        # Templates may move other roles, and then images would change places.
         if role not in _IMAGE_ROLES and any(isinstance(item, _ImageItem) for item in items):
             raise ValueError(f"Message {number} of role {role} has an image; only {' and '.join(_IMAGE_ROLES)} may.")
         return [
@@ -81,7 +81,7 @@ def _normalise_content(message: Message, role: str, number: int) -> object:
             if item is not None
         ]
     if content is None:
-        # A tool may return nothing, and clients write null for it; a key that is missing elsewhere is a mistake.
+        # A tool may return nothing, which clients write as null; a key that is missing elsewhere is a mistake.
         if "content" not in message and role not in ("assistant", "tool"):
             raise ValueError(f"Message {number} of role {role} has no content; give text or a list of items.")
         return None if role == "assistant" else ""
@@ -91,14 +91,14 @@ def _normalise_content(message: Message, role: str, number: int) -> object:
 
 
 def _parse_item(item: object, number: int) -> str | _ImageItem | None:
-    """Text or image of a content item; None for a text that is null."""
+    """Text or image of a content item; None for a null text."""
     if isinstance(item, str):
         return item
     if not isinstance(item, Mapping):
         raise ValueError(f"Message {number} has a content item that is {type(item).__name__}; give text or an object.")
     kind = item.get("type")
     if kind is None:
-        # Clients leave the type out where the key tells it.
+        # Clients omit the type where the key implies it.
         kind = next((key for key in ("text", *_IMAGE_KEYS) if key in item), None)
         kind = "image" if kind in _IMAGE_KEYS else kind
     if kind in _IMAGE_TYPES:
@@ -129,7 +129,7 @@ def _image_source(item: Mapping[str, object]) -> ImageSource | None:
 
 
 def _normalise_calls(calls: object, number: int) -> list[dict[str, object]]:
-    """Tool calls with their arguments as objects: clients of OpenAI's interface have them as JSON text."""
+    """Tool calls with their arguments as objects: clients of OpenAI's API send them as JSON text."""
     if calls is None:
         return []
     if not isinstance(calls, (list, tuple)):
@@ -138,7 +138,7 @@ def _normalise_calls(calls: object, number: int) -> list[dict[str, object]]:
     for call in calls:
         if not isinstance(call, Mapping) or call.get("type", "function") != "function":
             raise ValueError(
-                f"Message {number} has a tool call that is no function's; give {{'type': 'function', 'function': "
+                f"Message {number} has a tool call that is not a function's; give {{'type': 'function', 'function': "
                 "{'name': ..., 'arguments': {...}}}."
             )
         function = call.get("function", call)
@@ -175,7 +175,7 @@ def collect_images(messages: Sequence[Message]) -> list[ImageSource]:
       Sources for `image_input.open_image`.
 
     Raises:
-      ValueError: If a message is not of this form or an image has no source.
+      ValueError: If a message is malformed or an image has no source.
     """
     normalise_messages(messages)
     found: list[ImageSource] = []
@@ -202,7 +202,7 @@ def replace_images(messages: Sequence[Message], sources: Sequence[ImageSource]) 
       sources: One for each image, in the order of `collect_images`.
 
     Returns:
-      Copies; items that are no images are the same objects.
+      Copies; other items are the same objects.
     """
     left = iter(sources)
     copies = []
@@ -220,7 +220,7 @@ def replace_images(messages: Sequence[Message], sources: Sequence[ImageSource]) 
 
 
 class MessageGuard:
-    """Puts marks around untrusted text of messages."""
+    """Puts marks around untrusted text in messages."""
 
     def __init__(self, tokenizer: Tokenizer, opening: str, closing: str) -> None:
         self._tokenizer = tokenizer
@@ -243,7 +243,7 @@ class MessageGuard:
         return marked
 
     def map_strings(self, value: object, mark: Callable[[str], str]) -> object:
-        """The same value with `mark` applied to all its strings but the types of content items."""
+        """The same value with `mark` applied to all its strings except the types of content items."""
         if isinstance(value, str):
             return mark(value)
         if isinstance(value, Mapping):
@@ -262,8 +262,8 @@ class MessageGuard:
         return self._mark_found(text, self._tokenizer.find_control(text))
 
     def _mark_whole(self, text: str) -> str:
-        # As a whole, so that two contents cannot make a control token where they meet. Blanks stay outside,
-        # as templates strip them.
+        # As a whole, so that two contents cannot form a control token where they meet. Whitespace stays outside,
+        # as templates strip it.
         inner = text.strip()
         if not inner:
             return text
@@ -283,5 +283,5 @@ class MessageGuard:
 
 
 def _is_spoken(name: str) -> bool:
-    """Whether a control token is one that an assistant's text holds by right."""
+    """Whether a control token is legitimate in an assistant's text."""
     return name in ("<think>", "</think>") or "tool" in name or "steptml" in name

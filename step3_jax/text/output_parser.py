@@ -1,7 +1,7 @@
-"""Splits what the model writes into reasoning, content and tool calls, whole or piece by piece.
+"""Splits the model's output into reasoning, content and tool calls, whole or piece by piece.
 
-The released template ends a prompt inside `<think>`, so the output begins with reasoning. Content follows the first
-`</think>`; without one, all of it is reasoning. In the content stands at most one block of tool calls:
+The released template ends a prompt inside `<think>`, so the output starts with reasoning. Content follows the first
+`</think>`; without one, all of it is reasoning. The content holds at most one block of tool calls:
 
     <｜tool_calls_begin｜>
       <｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="NAME">
@@ -9,12 +9,12 @@ The released template ends a prompt inside `<think>`, so the output begins with 
       </steptml:invoke><｜tool_call_end｜> ...
     <｜tool_calls_end｜>
 
-What small deviations mean: `function<｜tool_sep｜>`, the end of a call and that of the block may be missing. Text between
-calls is dropped, and so are calls of another type and parameters without an end. Outside of its place a marker is text, and
+Small deviations are tolerated: `function<｜tool_sep｜>`, the end of a call and that of the block may be missing. Text
+between calls is dropped, and so are calls of another type and unterminated parameters. A marker out of place is text, and
 so is a second block.
 
-A call is delivered when it is complete. **One that is cut off (by `max_tokens`, say) is no call**: its text, with markers,
-comes as content when the output ends. So a stream has no half call, and nothing that the model wrote is lost.
+A call is delivered when it is complete. **One that is cut off (by `max_tokens`, say) is not a call**: its text, with
+markers, becomes content when the output ends. So a stream has no partial calls, and none of the model's output is lost.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class ToolCallDelta:
 
     Attributes:
       index: Number of the call in this output, from 0.
-      id: A name of the call; in its first delta only.
-      name: The tool; in its first delta only.
+      id: The call's id; only in its first delta.
+      name: The tool; only in its first delta.
       arguments: A piece of JSON text, "" in the first delta. All pieces of a call together are one JSON object.
     """
 
@@ -52,7 +52,7 @@ class ToolCallDelta:
 
 @dataclasses.dataclass(frozen=True)
 class OutputDelta:
-    """What a piece of output adds; at least one of the three.
+    """What a piece of output adds; at least one of the three fields.
 
     Attributes:
       reasoning: More of the reasoning. No content comes before it.
@@ -70,8 +70,8 @@ class ParsedOutput:
     """A whole output.
 
     Attributes:
-      reasoning: The reasoning, without blanks around it.
-      content: The content, without blanks around it.
+      reasoning: The reasoning, without surrounding whitespace.
+      content: The content, without surrounding whitespace.
       tool_calls: All complete calls.
     """
 
@@ -81,7 +81,7 @@ class ParsedOutput:
 
 
 def is_thinking(prompt: str) -> bool:
-    """Whether a prompt ends inside the reasoning, so that the output goes on with it."""
+    """Whether a prompt ends inside the reasoning, so that the output continues it."""
     return prompt.rfind(THINK_BEGIN) > prompt.rfind(THINK_END)
 
 
@@ -89,7 +89,7 @@ def is_reasoning_end(ids: Sequence[int], start_id: int, end_id: int) -> bool:
     """Whether reasoning is over at the end of a prompt or output.
 
     Args:
-      ids: Token ids so far. The end of an earlier turn's reasoning counts for that turn alone.
+      ids: Token ids so far. The end of an earlier turn's reasoning counts only for that turn.
       start_id: Id of `<think>`.
       end_id: Id of `</think>`.
 
@@ -100,7 +100,7 @@ def is_reasoning_end(ids: Sequence[int], start_id: int, end_id: int) -> bool:
 
 
 def count_reasoning_tokens(ids: Iterable[int], end_id: int) -> int:
-    """Number of reasoning tokens of an output that begins inside the reasoning.
+    """Number of reasoning tokens of an output that starts inside the reasoning.
 
     Args:
       ids: Token ids of the output.
@@ -118,10 +118,10 @@ def count_reasoning_tokens(ids: Iterable[int], end_id: int) -> int:
 
 
 def parse_output(text: str, tools: Sequence[Tool] | None = None, *, starts_thinking: bool = True) -> ParsedOutput:
-    """Parses a whole output: what an `OutputParser` gives for it, put together.
+    """Parses a whole output: the combined result of an `OutputParser`.
 
     Args:
-      text: What the model wrote.
+      text: The model's output.
       tools: As in `OutputParser`.
       starts_thinking: As in `OutputParser`.
 
@@ -133,10 +133,10 @@ def parse_output(text: str, tools: Sequence[Tool] | None = None, *, starts_think
 
 
 def join_deltas(deltas: Iterable[OutputDelta]) -> ParsedOutput:
-    """All that the deltas of one output are together.
+    """Combines the deltas of one output.
 
     Args:
-      deltas: All that `push` and `finish` of one `OutputParser` gave, in order.
+      deltas: All results of `push` and `finish` of one `OutputParser`, in order.
 
     Returns:
       Reasoning, content and complete tool calls.
@@ -156,7 +156,7 @@ def join_deltas(deltas: Iterable[OutputDelta]) -> ParsedOutput:
 
 
 class _State(enum.Enum):
-    """Where in the output the next letter stands."""
+    """Where in the output the next letter is."""
 
     START = enum.auto()
     REASONING = enum.auto()
@@ -169,7 +169,7 @@ class _State(enum.Enum):
     INVOKE = enum.auto()  # Between parameters.
     PARAMETER_TAG = enum.auto()
     VALUE = enum.auto()
-    REST = enum.auto()  # Content in which nothing is looked for.
+    REST = enum.auto()  # Content that is not searched.
 
 
 _ENDS_OF_CALL = (tool_call.CALL_END, tool_call.BLOCK_END)
@@ -192,21 +192,21 @@ _IN_CALL = frozenset(
 
 
 class OutputParser:
-    """Parses one output that comes in pieces of any size.
+    """Parses one output that arrives in pieces of any size.
 
-    All deltas together do not depend on the pieces, but for the ids of calls, which are random. Text is given out as soon as
-    it can be no marker; blanks at the ends of reasoning and content are left out. Time and memory are linear in the output.
+    The combined deltas do not depend on the pieces, except for the ids of calls, which are random. Text is returned as soon
+    as it cannot be a marker; whitespace around reasoning and content is dropped. Time and memory are linear in the output.
     """
 
     def __init__(self, tools: Sequence[Tool] | None = None, starts_thinking: bool = True) -> None:
-        """Begins an output.
+        """Starts an output.
 
         Args:
-          tools: The tools that the model was offered, as in OpenAI's interfaces; their schemas tell what parameters mean. A
-            call of another tool is delivered too, with text for values. Without tools nothing is a call, and markers are
+          tools: The tools that the model was offered, as in OpenAI's APIs; their schemas give the types of parameters. A
+            call of another tool is delivered too, with text values. Without tools nothing is a call, and markers are
             text.
-          starts_thinking: Whether the prompt ended inside the reasoning; else reasoning needs its own `<think>` at the
-            beginning of the output.
+          starts_thinking: Whether the prompt ended inside the reasoning; otherwise reasoning needs its own `<think>` at
+            the start of the output.
         """
         self._schemas = collect_schemas(tools or ())
         self._has_tools = bool(tools)
@@ -231,7 +231,7 @@ class OutputParser:
           text: New text, of any length.
 
         Returns:
-          What is certain now, in order; often nothing.
+          What is certain now, in order; often empty.
         """
         text = self._held + text
         self._held = ""
@@ -246,7 +246,7 @@ class OutputParser:
         """Ends the output.
 
         Returns:
-          What was held back: the start of a marker that did not come, and the text of a call that is not complete.
+          The text held back: the start of a marker that did not come, and the text of an incomplete call.
         """
         held, self._held = self._held, ""
         if self._state is _State.START:
@@ -258,7 +258,7 @@ class OutputParser:
         return self._take_deltas()
 
     def _skip_opening(self, text: str, *, is_end: bool) -> int:
-        """Passes a `<think>` at the very beginning; holds the text back while more must tell whether it is one."""
+        """Skips a `<think>` at the very start; holds the text back until it is clear whether it is one."""
         start = text.lstrip()
         if not is_end and len(start) < len(THINK_BEGIN) and THINK_BEGIN.startswith(start):
             self._held = start
@@ -272,7 +272,7 @@ class OutputParser:
         return _State.CONTENT if self._has_tools else _State.REST
 
     def _read(self, text: str, position: int) -> int:
-        """Reads up to the end of the next marker, or all that can be no marker; returns where to go on."""
+        """Reads up to the end of the next marker, or all text that cannot be one; returns where to continue."""
         start, marker = find_marker(text, position, _MARKERS[self._state])
         if marker is None:
             self._keep(text[position:start])
@@ -299,7 +299,7 @@ class OutputParser:
             self._unfinished.append(text)
 
     def _pass(self, marker: str) -> None:
-        """Goes on behind a marker."""
+        """Continues after a marker."""
         body = "".join(self._body)
         self._body = []
         if marker == THINK_END:
@@ -327,7 +327,7 @@ class OutputParser:
             self._end_call(marker)
 
     def _pass_tag(self, tag: str) -> None:
-        """Goes on behind a tag, of which `tag` is what stands between its name and `>`."""
+        """Continues after a tag; `tag` is the text between its name and `>`."""
         found = _NAME.search(tag)
         name = None if found is None else next(group for group in found.groups() if group is not None)
         if self._state is _State.PARAMETER_TAG:
@@ -362,7 +362,7 @@ class OutputParser:
         self._add(OutputDelta(content=self._content.push(text)))
 
     def _add(self, delta: OutputDelta) -> None:
-        """Adds to what is given out next, in one delta where the order allows it."""
+        """Adds to the next result, in one delta if the order allows it."""
         if delta == OutputDelta():
             return
         last = self._deltas[-1] if self._deltas else None

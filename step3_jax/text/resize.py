@@ -16,12 +16,12 @@ def _taps(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
       size: Samples along the axis.
-      new_size: Samples wanted.
+      new_size: New number of samples.
 
     Returns:
       Indices, int [new_size, taps], and weights, float32 [new_size, taps]; unused taps have weight 0.
     """
-    # Positions in float32, as there: in float64 the pixels of large pictures differ by up to 5e-5.
+    # Positions in float32, as there: in float64 the pixels of large images differ by up to 5e-5.
     scale = np.float32(size / new_size)
     reach = np.float32(max(size / new_size, 1.0))
     center = scale * np.arange(0.5, new_size, dtype=np.float32)
@@ -34,7 +34,7 @@ def _taps(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes a picture; values are neither rounded nor clipped.
+    """Resizes an image; values are neither rounded nor clipped.
 
     Args:
       pixels: uint8 or float32 [H, W, channels].
@@ -46,8 +46,8 @@ def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     result = pixels
     if result.shape[0] != height:
-        # One pass per tap over whole rows: the matrix of weights has about 2 * ratio entries a row that are
-        # not 0.
+        # One pass per tap over whole rows: the matrix of weights has about 2 * ratio nonzero entries per
+        # row.
         index, weights = _taps(result.shape[0], height)
         result = sum(result[index[:, tap]] * weights[:, tap, None, None] for tap in range(index.shape[1]))
     if result.shape[1] != width:

@@ -1,4 +1,4 @@
-"""Reading a text that comes in pieces: markers across the borders of pieces, and blanks at its ends."""
+"""Scans a text that arrives in pieces: markers across the boundaries of pieces, and whitespace at its ends."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def find_marker(text: str, position: int, markers: Sequence[str]) -> tuple[int, str | None]:
-    """The first marker of a text; the time is linear in what is passed.
+    """The first marker of a text, in time linear in the scanned text.
 
     Args:
       text: The text so far.
-      position: Where to begin.
-      markers: What is looked for; all begin with the same letter and none is the start of another.
+      position: Where to start.
+      markers: The markers to find; all start with the same letter and none is a prefix of another.
 
     Returns:
       Where the marker starts, and the marker. If there is none: where the end of the text may be the start of one (else the
@@ -32,7 +32,7 @@ def find_marker(text: str, position: int, markers: Sequence[str]) -> tuple[int, 
 
 
 class Trimmed:
-    """Text without blanks at its ends: those that may be its last are held back."""
+    """Text without whitespace at its ends: whitespace that may be the last is held back."""
 
     def __init__(self) -> None:
         self._blanks: list[str] = []

@@ -1,6 +1,6 @@
-"""The checkpoint's own tokenizer, by way of the `tokenizers` library.
+"""The checkpoint's own tokenizer, through the `tokenizers` library.
 
-Ids of control tokens are looked up by name and never assumed. Text of a user goes through a second tokenizer
+Ids of control tokens are looked up by name and never assumed. User text goes through a second tokenizer
 without control tokens, so that `<im_patch>` or `<think>` typed by a user stays text.
 """
 
@@ -43,9 +43,9 @@ class Tokenizer:
 
         Args:
           description: Text of a `tokenizer.json`.
-          bos: The token that begins a sequence, by id or name; None if there is none.
+          bos: The token that starts a sequence, by id or name; None if there is none.
           eos: The tokens that end a sequence, by ids or names. As both come from files, any type is checked.
-          source: Where the description is from, for messages.
+          source: The origin of the description, for messages.
 
         Raises:
           ValueError: If the description cannot be used, or a name or id is unknown.
@@ -66,14 +66,14 @@ class Tokenizer:
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(without_control_tokens(stored, words)))
             self._splitter = tokenizers.Tokenizer.from_str(json.dumps(added_tokens_alone(stored)))
         except Exception as error:  # The library raises bare Exception for a file it cannot read.
-            raise ValueError(f"{source} is no usable tokenizer description: {error}") from error
-        # A training setting left in the file must never cut or fill a prompt.
+            raise ValueError(f"{source} is not a usable tokenizer description: {error}") from error
+        # A training setting left in the file must never truncate or pad a prompt.
         for tokenizer in (self._full, self._plain, self._splitter):
             tokenizer.no_truncation()
             tokenizer.no_padding()
         self._special = {number for number, token in added.items() if token.special}
         self._added = dict(self._splitter.get_added_tokens_decoder())
-        # Vocabularies that are no table number added tokens behind their end, in the order they come.
+        # Vocabularies that are not a table number added tokens after their end, in order.
         self._plain_ids = {self._plain.token_to_id(name): number for name, number in words.items()}
         self._num_ids = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._byte_of = byte_alphabet() if is_byte_level(stored.get("decoder")) else None
@@ -82,13 +82,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, *, bos_id: int | None = None, eos_ids: Sequence[int] | None = None) -> Tokenizer:
-        """Reads `tokenizer.json` of a checkpoint; its `tokenizer_class` is not asked.
+        """Reads `tokenizer.json` of a checkpoint; its `tokenizer_class` is ignored.
 
         Args:
           folder: Folder of the checkpoint.
-          bos_id: Begin token. By default from `generation_config.json`, `config.json` or
+          bos_id: BOS token. By default from `generation_config.json`, `config.json` or
             `tokenizer_config.json`, the first that names it.
-          eos_ids: End tokens; by default found in the same way.
+          eos_ids: EOS tokens; by default found in the same way.
 
         Returns:
           The tokenizer.
@@ -126,9 +126,9 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        """Id of the token that begins a sequence. Raises ValueError if the checkpoint names none."""
+        """Id of the token that starts a sequence. Raises ValueError if the checkpoint names none."""
         if self._bos is None:
-            raise ValueError(f"{self._source}: no file of the checkpoint names a begin token; give bos_id.")
+            raise ValueError(f"{self._source}: no file of the checkpoint names a BOS token; give bos_id.")
         return self._bos
 
     @property
@@ -143,7 +143,7 @@ class Tokenizer:
 
     @property
     def control_tokens(self) -> dict[str, int]:
-        """Names and ids of all tokens that steer the model, such as `<im_patch>` and `<think>`; see `is_control_token`."""
+        """Names and ids of all tokens that control the model, such as `<im_patch>` and `<think>`; see `is_control_token`."""
         return dict(self._control)
 
     def control_id(self, name: str) -> int:
@@ -163,11 +163,13 @@ class Tokenizer:
         return self._control[name]
 
     def image_token_ids(self) -> ImageTokenIds:
-        """Ids of the six tokens that stand for a picture. Raises ValueError naming the missing ones."""
+        """Ids of the six tokens that represent an image. Raises ValueError naming the missing ones."""
         names = {name: f"<{name}>" for name in ImageTokenIds.__dataclass_fields__}
         missing = [token for token in names.values() if token not in self._control]
         if missing:
-            raise ValueError(f"{self._source} has no control token(s) {', '.join(missing)}, so it serves no images.")
+            raise ValueError(
+                f"{self._source} has no control token(s) {', '.join(missing)}, so it does not support images."
+            )
         return ImageTokenIds(**{name: self._control[token] for name, token in names.items()})
 
     def encode(self, text: str, *, allow_control: bool = True, add_bos: bool = False) -> list[int]:
@@ -175,15 +177,15 @@ class Tokenizer:
 
         Args:
           text: Any text.
-          allow_control: Whether `<im_patch>` and the like in the text become control tokens. Say False for
-            text that a user wrote.
+          allow_control: Whether `<im_patch>` and the like in the text become control tokens. Use False for
+            user text.
           add_bos: Whether to prepend BOS.
 
         Returns:
-          The ids. The tokenizer's own template of begin and end tokens is never applied.
+          The ids. The tokenizer's own template of BOS and EOS tokens is never applied.
 
         Raises:
-          ValueError: If the text cannot be stored as UTF-8, or there is no begin token to add.
+          ValueError: If the text cannot be encoded as UTF-8, or there is no BOS token to add.
         """
         ids = self._run(self._full if allow_control else self._plain, text).ids
         if not allow_control:
@@ -191,21 +193,21 @@ class Tokenizer:
         return [self.bos_id, *ids] if add_bos else ids
 
     def encode_user_text(self, text: str) -> list[int]:
-        """Token ids of text from an untrusted user: no control token comes out of it. See `encode`."""
+        """Token ids of text from an untrusted user: never control tokens. See `encode`."""
         return self.encode(text, allow_control=False)
 
     def encode_guarded(self, text: str, opening: str, closing: str) -> list[int]:
-        """Token ids of a text in which some stretches are untrusted.
+        """Token ids of a text in which some spans are untrusted.
 
-        Plain text on both sides of a mark is encoded in one piece, so marks do not change how words are cut.
+        Plain text on both sides of a mark is encoded in one piece, so marks do not change how words are split.
 
         Args:
-          text: The text, with each untrusted stretch between the two marks. Stretches do not nest.
-          opening: Mark before an untrusted stretch, a single character found nowhere else.
+          text: The text, with each untrusted span between the two marks. Spans do not nest.
+          opening: Mark before an untrusted span, a single character found nowhere else.
           closing: Mark after it.
 
         Returns:
-          The ids of the text without marks, control tokens recognised outside the marks only.
+          The ids of the text without marks, with control tokens recognised only outside the marks.
 
         Raises:
           ValueError: If the text is not valid Unicode.
@@ -213,7 +215,7 @@ class Tokenizer:
         guarded = re.compile(f"{re.escape(opening)}([^{re.escape(closing)}]*){re.escape(closing)}")
         clean = guarded.sub(r"\1", text)
         hidden = guarded.sub(_hide_stretch, text)
-        # Each stretch had two marks, and those before it too.
+        # Each span had two marks, and so did those before it.
         places = ((n, *match.span()) for n, match in enumerate(guarded.finditer(text)))
         if self._is_safe(clean, hidden, [(start - 2 * n, end - 2 * (n + 1)) for n, start, end in places]):
             # The library's own ids, with all flags of added tokens.
@@ -234,14 +236,14 @@ class Tokenizer:
         """
         found = []
         for start, end, token in self._split(text):
-            # A token may take the blanks beside it along.
+            # A token may absorb the whitespace next to it.
             num_before = len(text[start:end]) - len(text[start:end].lstrip()) if token.lstrip else 0
             num_after = len(text[start:end]) - len(text[start:end].rstrip()) if token.rstrip else 0
             found.append((start + num_before, end - num_after, token.content))
         return found
 
     def _is_safe(self, clean: str, hidden: str, stretches: Sequence[tuple[int, int]]) -> bool:
-        """Whether untrusted stretches make and unmake no control token of a text; `hidden` has their letters hidden."""
+        """Whether untrusted spans neither create nor destroy control tokens of a text; `hidden` has their letters hidden."""
         found = self.find_control(clean)
         ends = [end for _, end in stretches]
         for start, end, _ in found:
@@ -251,7 +253,7 @@ class Tokenizer:
         return set(self.find_control(hidden)) <= set(found)
 
     def _split(self, text: str) -> list[tuple[int, int, tokenizers.AddedToken]]:
-        """The control tokens of a text as the library finds them, with the blanks that each takes along."""
+        """The control tokens of a text as the library finds them, with the whitespace that each absorbs."""
         encoding = self._run(self._splitter, text)
         matches = ((*span, self._added.get(token)) for token, span in zip(encoding.ids, encoding.offsets, strict=True))
         return [
@@ -270,10 +272,10 @@ class Tokenizer:
         Args:
           ids: Token ids; an id within the model's vocabulary that has no token gives no text.
           skip_special_tokens: Whether to leave out the tokens that the file marks as special. In Step3
-            `<think>` and the tool tokens are not marked so.
+            `<think>` and the tool tokens are not.
 
         Returns:
-          The text; bytes that are no valid UTF-8 become U+FFFD.
+          The text; bytes that are not valid UTF-8 become U+FFFD.
 
         Raises:
           ValueError: If an id is negative or beyond 32 bits.
@@ -284,8 +286,8 @@ class Tokenizer:
             raise ValueError(f"Token ids must be whole numbers of at least 0: {error}") from error
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes that a token adds to the text; None if this tokenizer's tokens have no bytes of their
-        own.
+        """The bytes that a token adds to the text; None if this tokenizer's tokens have no fixed
+        bytes.
 
         Byte-level tokenizers, such as Step3's, have them. An id without a token gives no bytes.
 
@@ -297,7 +299,7 @@ class Tokenizer:
         try:
             token = self._full.id_to_token(token_id)
         except (OverflowError, TypeError) as error:
-            raise ValueError(f"Token id {token_id!r} is no whole number of at least 0.") from error
+            raise ValueError(f"Token id {token_id!r} is not a whole number of at least 0.") from error
         if token is None:
             return b""
         if all(letter in self._byte_of for letter in token):
@@ -315,7 +317,7 @@ class Tokenizer:
                 return number
         elif isinstance(token, int) and not isinstance(token, bool) and token >= 0:
             return token
-        raise ValueError(f"{self._source}: the {role} token is given as {token!r}, which is no token of this file.")
+        raise ValueError(f"{self._source}: the {role} token is given as {token!r}, which is not a token of this file.")
 
 
 def token_name(stored: object) -> str | None:

@@ -1,7 +1,7 @@
-"""What a tool call of the model is: its markers, its parameters as JSON values, and the call that users get.
+"""The model's tool calls: markers, parameters as JSON values, and the call that users get.
 
-The model writes each parameter as plain text between two tags; what it means (4, "4" or null) is told by the JSON schema of
-the tool.
+The model writes each parameter as plain text between two tags; the tool's JSON schema says what it means (4, "4" or
+null).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 BLOCK_BEGIN, BLOCK_END = "<｜tool_calls_begin｜>", "<｜tool_calls_end｜>"
 CALL_BEGIN, CALL_END = "<｜tool_call_begin｜>", "<｜tool_call_end｜>"
 SEPARATOR = "<｜tool_sep｜>"
-# An opening tag goes on with ` name="...">`.
+# An opening tag continues with ` name="...">`.
 INVOKE_BEGIN, INVOKE_END = "<steptml:invoke", "</steptml:invoke>"
 PARAMETER_BEGIN, PARAMETER_END = "<steptml:parameter", "</steptml:parameter>"
 CALL_TYPE = "function"
@@ -25,7 +25,7 @@ CALL_TYPE = "function"
 Tool = Mapping[str, object]
 Schema = Mapping[str, object]
 
-# As deep as a request's own JSON may be.
+# The same depth as for a request's own JSON.
 _MAX_DEPTH = 64
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -35,10 +35,10 @@ _BOOLEANS = {"true": True, "false": False}
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
-    """A whole call of a tool.
+    """A complete tool call.
 
     Attributes:
-      id: A name of the call, by which the tool's result refers to it.
+      id: The call's id, by which the tool's result refers to it.
       name: The tool.
       arguments: JSON text of an object.
     """
@@ -57,11 +57,11 @@ def collect_schemas(tools: Iterable[Tool]) -> dict[str, Schema]:
     """The schema of the parameters of each tool.
 
     Args:
-      tools: Tools as in OpenAI's interfaces: {"type": "function", "function": {"name": ..., "parameters": {...}}}, or the
+      tools: Tools as in OpenAI's APIs: {"type": "function", "function": {"name": ..., "parameters": {...}}}, or the
         inner object itself.
 
     Returns:
-      Schemas by the tools' names; {} for a tool that has none. What is not of this form is left out.
+      Schemas by tool name; {} for a tool without one. Anything malformed is left out.
     """
     schemas: dict[str, Schema] = {}
     for tool in tools:
@@ -76,32 +76,32 @@ def cast_arguments(parameters: Mapping[str, str], schema: Schema) -> str:
     """The arguments of a call as JSON text.
 
     Args:
-      parameters: The text of each parameter as the model wrote it.
+      parameters: The raw text of each parameter.
       schema: The JSON schema of the tool's parameters.
 
     Returns:
-      Text of a JSON object. Each value is what `cast_parameter` gives.
+      Text of a JSON object, with values from `cast_parameter`.
     """
     properties = schema.get("properties")
     properties = properties if isinstance(properties, Mapping) else {}
     values = {name: cast_parameter(text, properties.get(name), schema) for name, text in parameters.items()}
     encoded = json.dumps(values, ensure_ascii=False)
-    # Half a surrogate pair, which JSON can write with an escape, has no UTF-8.
+    # Half a surrogate pair, which JSON can escape, has no UTF-8.
     return encoded if _is_utf8(encoded) else json.dumps(values)
 
 
 def cast_parameter(text: str, schema: object, document: Schema) -> object:
-    """The value that a parameter's text stands for.
+    """The value of a parameter's text.
 
     Args:
-      text: As the model wrote it, blanks included.
+      text: The raw text, including whitespace.
       schema: The parameter's JSON schema. Types are read from `type`, `anyOf`, `oneOf`, `allOf`, `enum`, `const`, `nullable`
         and local `$ref`s.
       document: The schema that `$ref`s refer to.
 
     Returns:
-      A value of an allowed type, of several the one other than a string. The text itself where strings are all that is
-      allowed, where no type is known and where nothing else fits: a call is never lost for a wrong value.
+      A value of an allowed type, preferring one other than a string. The text itself if only strings are
+      allowed, no type is known, or nothing else fits: a call is never lost because of a wrong value.
     """
     types = _allowed_types(schema, document)
     stripped = text.strip()
@@ -122,7 +122,7 @@ def cast_parameter(text: str, schema: object, document: Schema) -> object:
 
 
 def _allowed_types(schema: object, document: Schema) -> frozenset[str]:
-    """Names of the JSON types that a schema allows; empty where it does not tell."""
+    """Names of the JSON types that a schema allows; empty if it does not say."""
     found: set[str] = set()
     seen: set[int] = set()
     waiting = [schema]
@@ -142,7 +142,7 @@ def _allowed_types(schema: object, document: Schema) -> frozenset[str]:
 
 
 def _stated_types(schema: Schema) -> set[str]:
-    """The types that a schema names itself, or those of the values that it allows."""
+    """The types that a schema names itself, or the types of its allowed values."""
     stated = schema.get("type")
     types = {stated} if isinstance(stated, str) else set()
     if isinstance(stated, (list, tuple)):
@@ -155,7 +155,7 @@ def _stated_types(schema: Schema) -> set[str]:
 
 
 def resolve_reference(reference: str, document: Schema) -> object:
-    """What a reference in a schema, such as `#/$defs/city`, refers to; None if there is nothing in it."""
+    """The target of a reference in a schema, such as `#/$defs/city`; None if it does not exist."""
     first, *path = reference.split("/")
     found: object = document if first == "#" else None
     for part in path:
@@ -186,7 +186,7 @@ def _to_number(text: str, *, is_integer: bool) -> int | float | None:
 
 
 def _to_container(text: str) -> object:
-    """An array or object from JSON text, or from the same in Python's spelling; None if it is neither."""
+    """An array or object from JSON text, or from Python's spelling of it; None if it is neither."""
     if not text.startswith(("[", "{")) or _is_deep(text):
         return None
     for read in (_from_json, _from_python):
@@ -203,16 +203,16 @@ def _from_json(text: str) -> object:
 
 def _from_python(text: str) -> object:
     value = ast.literal_eval(text)
-    # Python has sets, bytes and infinities, which JSON cannot tell.
+    # Python has sets, bytes and infinities, which JSON cannot express.
     return json.loads(json.dumps(value, allow_nan=False))
 
 
 def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _is_deep(text: str) -> bool:
-    """Whether brackets outside of JSON strings nest deeper than is read; parsers of Python recurse."""
+    """Whether brackets outside JSON strings nest deeper than allowed; Python's parsers recurse."""
     depth, is_string, is_escaped = 0, False, False
     for letter in text:
         if is_string:

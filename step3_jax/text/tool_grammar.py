@@ -1,6 +1,6 @@
 """The grammar of tool calls, for outputs that must be calls: Lark in llguidance's variant, with the parameters' schemas.
 
-What follows it is parsed by `output_parser` into calls whose arguments are valid under the schemas. One thing is not
+`output_parser` parses matching output into calls whose arguments are valid under the schemas. One thing is not
 enforced: a string inside an array or object may hold `</steptml:parameter>`, which would end the value early.
 """
 
@@ -28,7 +28,7 @@ from step3_jax.text.tool_call import (
     resolve_reference,
 )
 
-# What says nothing about a value.
+# Keywords that do not constrain a value.
 _NOTES = frozenset(
     ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "nullable")
 )
@@ -46,23 +46,23 @@ _JSON_TYPES = ("integer", "number", "boolean", "null", "array", "object")
 _OF_OBJECT = frozenset(
     ("type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "strict")
 )
-# Before and behind the block: what the model puts there, and no more.
+# Before and after the block: only what the model itself puts there.
 _BLANKS = r"/[ \n]{0,3}/"
 
 
 def tool_grammar(
     tools: Sequence[Tool], *, choice: str | None = None, is_parallel: bool = True, is_free: bool = False
 ) -> str:
-    """The grammar of an output, behind its reasoning, that calls tools.
+    """The grammar of an output, after its reasoning, that calls tools.
 
     Args:
-      tools: The tools, as in OpenAI's interfaces.
+      tools: The tools, as in OpenAI's APIs.
       choice: The only tool that may be called; any if None.
       is_parallel: Whether there may be several calls.
       is_free: Whether text may come first, and calls may be left out.
 
     Returns:
-      For `StructuredOutputsParams(grammar=...)`. Properties come in the schema's order, and no others.
+      A grammar for `StructuredOutputsParams(grammar=...)`. Properties come in the schema's order, and no others.
 
     Raises:
       ValueError: If there is no such tool, or a schema cannot be enforced; the message names the place.
@@ -71,7 +71,7 @@ def tool_grammar(
     if choice is not None and choice not in schemas:
         raise ValueError(f"tool_choice names {choice!r}; the tools are {', '.join(schemas) or 'none'}")
     if not schemas:
-        raise ValueError("a call is asked for and there are no tools; give tools with names")
+        raise ValueError("a call is required but there are no tools; give tools with names")
     rules = _Rules()
     names = [rules.add_tool(name, schema) for name, schema in schemas.items() if choice in (None, name)]
     block = f'{BLOCK_BEGIN} "\\n"? call{"+" if is_parallel else ""} {BLOCK_END}'
@@ -80,14 +80,14 @@ def tool_grammar(
         f'call: {CALL_BEGIN} "\\n"? {_quote(CALL_TYPE)} {SEPARATOR} ({" | ".join(names)}) {CALL_END} "\\n"?',
         *rules.lines,
         r"TEXT: /(?s:.*)/",
-        # The parser takes either for the end of a value.
+        # The parser accepts either as the end of a value.
         r"VALUE: TEXT & ~/(?s:.*)<\/steptml:(parameter|invoke)>(?s:.*)/",
     ]
     return "\n".join(lines) + "\n"
 
 
 class _Rules:
-    """Rules of the grammar, with names of their own."""
+    """Rules of the grammar, with unique names."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -107,7 +107,7 @@ class _Rules:
             raise ValueError(f"{where} must have properties as an object, and required as a list of their names")
         missing = [str(key) for key in required if key not in properties]
         if missing:
-            raise ValueError(f"{where}/required names {missing[0]!r}, which is none of the properties")
+            raise ValueError(f"{where}/required names {missing[0]!r}, which is not one of the properties")
         parts = [_quote(f'{INVOKE_BEGIN} name="{name}">')]
         for key, value in properties.items():
             place = f"{where}/properties/{key}"
@@ -119,7 +119,7 @@ class _Rules:
         return self._add(name, " ".join([*parts, _quote(INVOKE_END)]))
 
     def _add_values(self, hint: str, schema: object, document: Schema, place: str, seen: frozenset[str]) -> list[str]:
-        """Adds what a value may be, its end included; returns the names of the rules, of which one is to hold."""
+        """Adds the alternatives of a value, including its end; returns the names of the rules, one of which must match."""
         if schema is True:
             schema = {}
         if not isinstance(schema, Mapping):
@@ -127,10 +127,10 @@ class _Rules:
         own = {key: value for key, value in schema.items() if key not in _NOTES}
         for key in ("$ref", "anyOf", "oneOf", "enum", "const"):
             if key in own:
-                # A type beside them is said again by the alternatives.
+                # The alternatives repeat a type next to them.
                 others = own.keys() - {key, "type"}
                 if others:
-                    raise ValueError(f"{place}/{min(others)} cannot be enforced beside {key}; move it into that")
+                    raise ValueError(f"{place}/{min(others)} cannot be enforced together with {key}; move it into that")
                 return self._add_alternatives(hint, key, own[key], document, place, seen)
         if not own:
             return [self._add_text(hint, {}, place)]
@@ -153,7 +153,7 @@ class _Rules:
         if key == "$ref":
             target = resolve_reference(str(given), document)
             if target is None or str(given) in seen:
-                raise ValueError(f"{place}/$ref is {given!r}, which is no value's schema")
+                raise ValueError(f"{place}/$ref is {given!r}, which is not the schema of a value")
             return self._add_values(hint, target, document, place, seen | {str(given)})
         options = [given] if key == "const" else given
         if not isinstance(options, (list, tuple)) or not options:
@@ -167,7 +167,7 @@ class _Rules:
         return [name for names in parts for name in names]
 
     def _add_text(self, hint: str, schema: Schema, place: str) -> str:
-        """Adds any text, as far as the schema allows; it ends with the first end tag."""
+        """Adds any text that the schema allows; it ends with the first end tag."""
         unknown = sorted(schema.keys() - _OF_TEXT) if schema.get("type") == "string" else ()
         if unknown:
             raise ValueError(f"{place}/{unknown[0]} cannot be enforced for a string; leave it out")
@@ -180,7 +180,7 @@ class _Rules:
             if schema["format"] not in _FORMATS:
                 raise ValueError(f"{place}/format is {schema['format']!r}; allowed: {', '.join(sorted(_FORMATS))}")
             parts.append(f"/{_escape(_FORMATS[schema['format']])}/")
-        # Of the tags the lexer knows nothing, so the text has its end in it.
+        # The lexer does not know the tags, so the text includes its end.
         terminal = self._add(hint, " & ".join(parts), is_terminal=True)
         return self._add(hint, terminal, options=f"[suffix={_quote(PARAMETER_END)}]")
 
@@ -191,7 +191,7 @@ class _Rules:
         return self._add(hint, f"{value} {_quote(PARAMETER_END)}")
 
     def _add(self, hint: str, body: str, *, options: str = "", is_terminal: bool = False) -> str:
-        """Adds a rule under a name that tells where it is from."""
+        """Adds a rule under a name that shows its origin."""
         name = f"r{len(self.lines)}_{re.sub('[^a-z0-9]+', '_', hint.lower())}"
         name = name.upper() if is_terminal else name
         self.lines.append(f"{name}{options}: {body}")
@@ -208,7 +208,7 @@ def _quote(text: str) -> str:
 
 
 def _to_text(value: object, place: str) -> str:
-    """A value as the model writes it."""
+    """A value in the model's notation."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if PARAMETER_END in text or INVOKE_END in text:
         raise ValueError(f"{place} allows {text!r}, which holds the end of a value")
@@ -216,7 +216,7 @@ def _to_text(value: object, place: str) -> str:
 
 
 def _search_regex(pattern: str) -> str:
-    """A regular expression for whole texts from one that is searched for, as those of JSON schemas are."""
+    """A regular expression for whole texts from one that may match anywhere, as in JSON schemas."""
     is_from_start = pattern.startswith("^")
     body = pattern[is_from_start:]
     is_to_end = body.endswith("$") and (len(body) - 1 - len(body[:-1].rstrip("\\"))) % 2 == 0

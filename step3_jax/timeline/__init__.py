@@ -1,1 +1,1 @@
-"""Who computed which micro-batch of which layer when: recorded or simulated, as a trace file and as a picture; no jax."""
+"""Timelines of a pipeline's work, recorded or simulated: as a trace file and as a picture; no jax."""

@@ -1,11 +1,11 @@
-"""The pieces of a pipeline's work, and when each was done."""
+"""The pieces of a pipeline's work, and their times."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
 Lane = Literal["attention", "to_ffn", "ffn", "to_attention"]
-# What a lane does, as a message says it.
+# A lane's work, in the words of messages.
 LANES: dict[Lane, str] = {
     "attention": "the attention step",
     "to_ffn": "the exchange from attention to FFN",
@@ -21,7 +21,7 @@ class Stage(NamedTuple):
       lane: The device, or the link between two, that it belongs to.
       phase: "prefill" or "decode".
       step: Number of the decode step, or of the chunk, since the executor was made.
-      layer: Number of the layer; that of the last one plus 1 stands for the head.
+      layer: Number of the layer; the number of layers means the head.
       microbatch: Number of the micro-batch.
     """
 

@@ -1,4 +1,4 @@
-"""The timeline of a trace as a picture, after Figure 7 of the paper (arXiv 2507.19427): one row a lane, one colour a
+"""The timeline of a trace as a picture, after Figure 7 of the paper (arXiv 2507.19427): one row per lane, one colour per
 micro-batch, the layer's number in each box. SVG, written by hand, so that no plotting library is needed.
 """
 
@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 from step3_jax.timeline.event import Event
 from step3_jax.timeline.trace import LANE_NAMES, measure, steady_part
 
-# One colour a micro-batch; told apart by people who do not see all colours (Okabe and Ito).
+# One colour per micro-batch; distinguishable for colour-blind readers (Okabe and Ito).
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7")
 _LEFT, _RIGHT, _TOP, _ROW, _GAP, _BOTTOM = 130, 20, 58, 34, 10, 46
 _WIDTH = 1200
@@ -25,7 +25,7 @@ def draw(events: Sequence[Event], title: str) -> str:
 
     Args:
       events: What is shown, from the first start to the last end; see `pick_window`.
-      title: Over the picture.
+      title: Title above the picture.
 
     Raises:
       ValueError: If there are no events.
@@ -41,7 +41,7 @@ def draw(events: Sequence[Event], title: str) -> str:
         _text(_LEFT, 24, title, size=15, weight="bold"),
     ]
     count = 1 + max(event.stage.microbatch for event in events)
-    # The attention side has one thing to do behind the last layer.
+    # The attention side has one more task after the last layer.
     num_layers = max((event.stage.layer for event in events if event.stage.lane == "ffn"), default=0)
     for index in range(count):
         place = _LEFT + index * 130
@@ -81,8 +81,8 @@ def write_picture(path: str | pathlib.Path, events: Sequence[Event], *, title: s
     Args:
       path: An SVG file.
       events: The whole trace.
-      title: Over the picture; the pipeline's efficiency is put behind it.
-      num_ticks: Layers of a micro-batch that are shown.
+      title: Title above the picture; the pipeline's efficiency is appended.
+      num_ticks: Number of layers of a micro-batch to show.
 
     Raises:
       ValueError: If the path does not end in .svg, or the trace has no decode step.

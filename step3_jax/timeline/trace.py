@@ -1,4 +1,4 @@
-"""Traces: who computed which micro-batch of which layer when, in the form that Chrome and Perfetto show."""
+"""Traces: when each lane computed which micro-batch of which layer, in the format of Chrome and Perfetto."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Efficiency:
     """How well a pipeline is filled.
 
     Attributes:
-      tick_s: Time of one layer of one micro-batch, all lanes at work: the length of the trace over the number of them.
+      tick_s: Time of one layer of one micro-batch, all lanes working: the length of the trace divided by their number.
       busy_s: Mean time that each lane works on one layer of one micro-batch.
-      efficiency: The busiest lane's time over the tick: 1 if that lane never waits.
+      efficiency: The busiest lane's time divided by the tick: 1 if that lane never waits.
     """
 
     tick_s: float
@@ -35,7 +35,7 @@ class Efficiency:
 
 
 def steady_part(events: Sequence[Event]) -> list[Event]:
-    """The decode steps behind the last chunk of a prompt, in which nothing but decoding is done.
+    """The decode steps after the last chunk of a prompt, where there is only decoding.
 
     Raises:
       ValueError: If there are none.
@@ -43,7 +43,7 @@ def steady_part(events: Sequence[Event]) -> list[Event]:
     last = max((event.end_s for event in events if event.stage.phase == "prefill"), default=0.0)
     picked = [event for event in events if event.stage.phase == "decode" and event.start_s >= last]
     if not any(event.stage.lane == "ffn" for event in picked):
-        raise ValueError("the trace has no decode step behind its last prompt: ask for more tokens")
+        raise ValueError("the trace has no decode step after its last prompt: request more tokens")
     return picked
 
 
@@ -61,13 +61,13 @@ def measure(events: Sequence[Event]) -> Efficiency:
         busy[event.stage.lane] += event.end_s - event.start_s
     exchange = busy["to_ffn"] + busy["to_attention"]
     per_tick = {name: time / ticks for name, time in (("attention", busy["attention"]), ("ffn", busy["ffn"]))}
-    # Either direction has its own way, so each may take a tick.
+    # Each direction has its own link, so each may take a tick.
     per_tick["exchange"] = max(busy["to_ffn"], busy["to_attention"]) / ticks if exchange else 0.0
     return Efficiency(length / ticks, per_tick, max(per_tick.values()) * ticks / length if length else 0.0)
 
 
 def to_chrome(events: Sequence[Event]) -> dict[str, object]:
-    """Events as a Chrome trace: one thread a lane, times in microseconds."""
+    """Events as a Chrome trace: one thread per lane, times in microseconds."""
     tids = {lane: number for number, lane in enumerate(LANE_NAMES)}
     rows: list[dict[str, object]] = [
         {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": "step3 AFD"}},
@@ -110,7 +110,7 @@ def read_trace(path: str | pathlib.Path) -> list[Event]:
         rows = [row for row in values["traceEvents"] if row["ph"] == "X"]
         return [_read_event(row) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no trace of `step3 afd trace`: {type(error).__name__} {error}") from None
+        raise ValueError(f"{path} is not a trace of `step3 afd trace`: {type(error).__name__} {error}") from None
 
 
 def _read_event(row: Mapping[str, object]) -> Event:

@@ -1,4 +1,4 @@
-"""Batches: token sequences packed in rows, and pictures with the places of their features."""
+"""Batches: token sequences packed in rows, and images with the places of their features."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def prefetch(batches: Iterator[PyTree], size: int = 2) -> Iterator[PyTree]:
         try:
             for batch in batches:
                 ready.put(batch)
-        except Exception as error:  # handed over to the loop, which raises it
+        except Exception as error:  # passed to the loop, which raises it
             ready.put(error)
 
     threading.Thread(target=fill, daemon=True, name="prefetch").start()
@@ -74,8 +74,8 @@ def train(
 ) -> TrainState:
     """Trains until the budget is used, resuming from the last checkpoint in `folder`.
 
-    The budget counts the time spent in steps, over all runs: an interrupted run goes on where its last checkpoint
-    was. Metrics are appended to `folder/log.jsonl`.
+    The budget counts the time spent in steps, over all runs: an interrupted run continues from its last checkpoint.
+      Metrics are appended to `folder/log.jsonl`.
 
     Args:
       state: First state; its shapes are those of the checkpoint.
@@ -123,7 +123,7 @@ def train(
             state, metrics = step(state, next(ready), jnp.float32(rate))
             for name, value in metrics.items():
                 sums.setdefault(name, []).append(value)
-            number = int(state.step)  # waits for the step, so that `used` is true
+            number = int(state.step)  # waits for the step, so that `used` is correct
             used += time.perf_counter() - start
             bar.update(round(used) - bar.n)
             if number % log_every == 0:

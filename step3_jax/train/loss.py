@@ -1,4 +1,4 @@
-"""Losses: next token, and the balance of the router's load."""
+"""Losses: next-token prediction, and the balance of the router's load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process with six CPU devices, which answers the tests' questions one after the other."""
+"""A process with six CPU devices, which answers the tests' questions one by one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROGRAMS = pathlib.Path(__file__).resolve().parent / "programs"
 
 @pytest.fixture(scope="session")
 def host() -> Iterator[Ask]:
-    """Asks the process; an exception there is one here."""
+    """Asks the process; an exception there is raised here."""
     errors = "ValueError", "TimeoutError"
     with worker(PROGRAMS / "host_worker.py", "6", env=environment(), errors=errors) as ask:
         yield ask

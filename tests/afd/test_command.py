@@ -1,4 +1,4 @@
-"""The commands: `--afd` runs out of the box, and mistakes are told before anything is loaded."""
+"""The commands: `--afd` runs out of the box, and mistakes are reported before anything is loaded."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ def test_a_timeline_is_drawn(tmp_path: pathlib.Path) -> None:
     ("words", "message"),
     [
         (["--afd", "2a"], "xAyF, such as 1a1f or 2a2f"),
-        (["--afd-payload", "fp8"], "--afd-payload is for attention and FFN apart: add --afd"),
+        (["--afd-payload", "fp8"], "--afd-payload is for attention and FFN on separate devices: add --afd"),
         (["--afd", "2a2f", "--afd-microbatches", "5"], "allowed: 1 to 4"),
-        (["--afd", "2a2f", "--dp", "2"], "--data-parallel-size and --attention-parallelism have no place beside --afd"),
+        (
+            ["--afd", "2a2f", "--dp", "2"],
+            "--data-parallel-size and --attention-parallelism cannot be combined with --afd",
+        ),
         (["--afd", "1a5f"], "moe_num_experts is 24, which ep = 5 does not cut into equal parts"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Real ranks under the launcher: one is killed or stopped, and all end soon and it is said which and where."""
+"""Real ranks under the launcher: when one is killed or stopped, all end soon and the report says which and where."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ OPTIONS = f"--local 2 --grace 2 --rank-deadline {DEADLINE_S}"
 LONG = ["--max-tokens", "2000", "--max-model-len", "2048", "--ignore-eos"]
 FORMS = {"afd": (["--afd", "1a1f"], ("attention 0", "ffn 0")), "tp": (["--tp", "2"], ("rank 0", "rank 1"))}
 WHERE = {"start": "at the start", "prefill": r"in prefill, call \d+", "decode": r"(in decode, call|after call) \d+"}
-SAID = {signal.SIGKILL: r"was killed \(SIGKILL", signal.SIGSTOP: r"has not moved for \d+ s"}
-# Of the whole matrix, these are run each time.
+SAID = {signal.SIGKILL: r"was killed \(SIGKILL", signal.SIGSTOP: r"has made no progress for \d+ s"}
+# The part of the matrix that runs each time.
 QUICK = {("afd", 1, signal.SIGKILL, "decode"), ("tp", 1, signal.SIGSTOP, "start")}
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
@@ -77,7 +77,7 @@ def test_a_lost_rank_ends_all(
     blamed = rf"^step3 launch: {re.escape(names[victim])} {SAID[number]}.*, {WHERE[place]}"
     assert re.search(blamed, running.stderr, re.MULTILINE), running.stderr
     assert re.search(rf"^step3 launch:   {re.escape(names[1 - victim])} was ", running.stderr, re.MULTILINE)
-    # What native code says of it is no explanation.
+    # What native code says about it is not an explanation.
     assert "stack trace" not in running.stderr
     wait_until_gone(pids)
     assert not running.left_files()

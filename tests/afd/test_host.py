@@ -47,7 +47,7 @@ def test_sampling_penalties_and_chunks_are_those_of_the_fused_model(host: Ask) -
 def test_nothing_is_compiled_after_warm_up(host: Ask) -> None:
     found = host("repeat", afd="2a2f", microbatches=3)
     assert found["before"] == found["after"]
-    # Dense and mixture layers of each size that was begun with: nothing for each layer.
+    # Dense and mixture layers of each size that a call starts with: nothing per layer.
     sizes = found["before"]["begin_chunk"] + found["before"]["begin"]
     assert found["before"]["attention"] <= 2 * sizes
     assert found["before"]["ffn"] <= 2 * sizes
@@ -112,7 +112,7 @@ def test_a_stage_that_hangs_is_named(host: Ask) -> None:
     assert found["works_again"]
 
 
-# Another payload is another set of programs.
+# A different payload means a different set of programs.
 @pytest.mark.parametrize("payload", ["float32", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_sides_of_different_platforms_copy_explicitly_and_choose_their_own_kernels(host: Ask, payload: str) -> None:
     found = host("mixed", afd="1a1f", payload=payload)

@@ -1,4 +1,4 @@
-"""Attention and FFN in processes of their own over gloo: the fused model's tokens, everything where it belongs."""
+"""Attention and FFN in separate processes over gloo: the fused model's tokens, everything where it belongs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def assert_as_fused(answers: Sequence[Answer]) -> None:
 
 
 def make_beacons(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
-    """Files that the ranks' beacons are, as a keeper makes them."""
+    """The files behind the ranks' beacons, as a keeper makes them."""
     paths = [folder / str(rank) for rank in range(count)]
     for path in paths:
         with path.open("w+b") as file:
@@ -71,13 +71,13 @@ def make_beacons(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[list[Answer]]:
-    """Of each of two processes, which a keeper watches, the answers to `PAIR`."""
+    """The answers to `PAIR` of each of two processes, which a keeper watches."""
     beacons = make_beacons(tmp_path_factory.mktemp("beacons"), 2)
     return run_ranks(2, PAIR, STEP3_BEACON=[str(path) for path in beacons])
 
 
 def answers_to(answers: list[list[Answer]], cases: Sequence[Answer], do: str) -> list[Answer]:
-    """What each process answers to the first case of a name."""
+    """Each process's answer to the first case of a name."""
     index = next(index for index, case in enumerate(cases) if case["do"] == do)
     return [own[index] for own in answers]
 
@@ -130,7 +130,7 @@ def test_two_attention_processes_share_an_ffn_process(tmp_path: pathlib.Path) ->
     answers = run_ranks(3, cases, STEP3_BEACON=[str(path) for path in beacons], STEP3_TRACE_STEPS="1")
     assert_as_fused([answer[0] for answer in answers])
     assert all(answer[1]["count"] for answer in answers)
-    # Traced, how far each process was is known from outside.
+    # With tracing, outsiders know how far each process got.
     readings = [read_beacon(path) for path in beacons]
     assert len({(reading.step, reading.exchange) for reading in readings}) == 1
     assert readings[0].step >= 9

@@ -1,4 +1,4 @@
-"""`step3 launch -- generate --afd`: what two processes answer is what one does, and what does not fit is refused."""
+"""`step3 launch -- generate --afd`: two processes answer as one does, and whatever does not fit is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_two_processes_answer_as_one_does() -> None:
         ("launch --local 3 -- generate -p x --afd 1a1f", "--afd 1a1f needs 2 processes"),
         (
             "launch --local 2 -- generate -p x --afd 1a1f --afd-executor host",
-            "--afd-executor host runs 1a1f in one process, and there are 2",
+            "--afd-executor host runs 1a1f in one process, but there are 2",
         ),
         ("launch --local 2 -- afd trace --afd 1a1f", "start it without step3 launch"),
     ],

@@ -1,4 +1,4 @@
-"""Loops over ticks: every item in turn, with the weights of its layer, whether layers are stacked or apart."""
+"""Loops over ticks: every item in turn, with the weights of its layer, whether layers are stacked or separate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which devices belong to which role; what there is no room for is refused with what would fit."""
+"""Which devices belong to which role; what does not fit is refused with what would."""
 
 from __future__ import annotations
 

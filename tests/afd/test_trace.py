@@ -1,4 +1,4 @@
-"""A trace says who did what when, is what Chrome's viewer reads, and draws a timeline."""
+"""A trace says which lane did what when, can be read by Chrome's viewer, and draws a timeline."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_starts_follow_from_ends() -> None:
     expected = pipeline()
     ends: dict[str, list[tuple[Stage, float, float]]] = {}
     for event in expected:
-        # All of it was handed out at once.
+        # All of it was dispatched at once.
         ends.setdefault(event.stage.lane, []).append((event.stage, 0.0, event.end_s))
     found = {event.stage: event for event in reconstruct(ends)}
     assert len(found) == len(expected)
@@ -75,7 +75,7 @@ def test_the_file_is_a_chrome_trace_and_is_read_back(tmp_path: pathlib.Path) -> 
 )
 def test_another_file_is_refused(tmp_path: pathlib.Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match=r"x\.json is no trace"):
+    with pytest.raises(ValueError, match=r"x\.json is not a trace"):
         read_trace(tmp_path / "x.json")
 
 
@@ -89,7 +89,7 @@ def test_the_picture_has_a_box_for_each_stage(tmp_path: pathlib.Path) -> None:
     texts = [text.text for text in root.iter(f"{space}text")]
     assert "1A1F <full>" in texts
     assert "micro-batch D3" in texts
-    # What is later stands further to the right, and inside the picture.
+    # Later events are further to the right, and inside the picture.
     for box in boxes:
         assert 130 <= float(box.get("x", 0)) <= float(root.get("width", 0)) - 20
     write_picture(tmp_path / "afd.svg", events, title="x")

@@ -1,4 +1,4 @@
-"""The service with clients of other people, each in an environment of its own that `make clients` makes."""
+"""The service with third-party clients, each in its own environment made by `make clients`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def url() -> Iterator[str]:
 
 
 def run(name: str, *words: str, **more: str) -> str:
-    """What a command of a client's environment prints."""
+    """What a command in a client's environment prints."""
     folder = ENVIRONMENTS / name
     if not (folder / ".installed").exists():
         pytest.skip(f"{folder} is not there: make clients makes it")

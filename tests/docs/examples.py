@@ -2,8 +2,8 @@
 
     python tests/docs/examples.py KIND
 
-An HTML comment directly above a block says what is special about it: `<!-- not run: why -->`, or `<!-- slow: why -->` for
-what takes longer than a few seconds.
+An HTML comment directly above a block marks it: `<!-- not run: why -->`, or `<!-- slow: why -->` if it takes longer than a
+few seconds.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Example:
 
     Attributes:
       file: Its file, from the root.
-      line: Of its first line, from 1.
+      line: Number of its first line, from 1.
       language: "python" or "sh".
-      text: What is in it.
+      text: Its content.
       mark: The comment above it; None without one.
     """
 
@@ -56,7 +56,7 @@ class Example:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The words of each line of a shell block, without comments; lines that end with a backslash go on."""
+        """The words of each line of a shell block, without comments; a backslash at the end continues a line."""
         joined = self.text.replace("\\\n", " ")
         return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
 
@@ -71,7 +71,7 @@ def read_examples(file: str) -> list[Example]:
 
 
 def run_example(example: Example) -> None:
-    """Runs a block here; `step3` is called and not started.
+    """Runs a block in this process; `step3` is called instead of started.
 
     Raises:
       RuntimeError: If a command fails.

@@ -1,4 +1,4 @@
-"""What the deployment guide says of memory is what `step3 plan memory` prints, and its commands fit their deployments."""
+"""The deployment guide's memory figures are what `step3 plan memory` prints, and its commands fit their deployments."""
 
 from __future__ import annotations
 

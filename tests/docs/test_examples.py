@@ -1,4 +1,4 @@
-"""Every example of README and docs runs unchanged, or says why it is not run."""
+"""Every example in README and docs runs unchanged, or says why it is not run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.process import environment
 EXAMPLES = [example for file in FILES for example in read_examples(file)]
 SHELL = [one for one in EXAMPLES if one.language == "sh"]
 PYTHON = [one for one in EXAMPLES if one.language == "python"]
-# As many devices as the largest example asks for: their number is fixed once JAX computes.
+# As many devices as the largest example asks for: their number is fixed as soon as JAX computes anything.
 CPU_DEVICES = "4"
 
 
 def run_all(kind: str, folder: pathlib.Path) -> None:
-    """Runs the examples of a kind in one process, in a folder that looks like a checkout and takes what they write."""
+    """Runs the examples of a kind in one process, in a folder that looks like a checkout and receives what they write."""
     for name in ("models", "configs"):
         (folder / name).symlink_to(ROOT / name)
     done = subprocess.run(
@@ -61,7 +61,7 @@ def test_the_options_of_every_command_exist(example: Example) -> None:
             rest = others
         # What the shell does with the output.
         rest = rest[: rest.index(">")] if ">" in rest else rest
-        # What a reader is to fill in.
+        # What the reader has to fill in.
         rest = [word for word in rest if word != "..."]
         if command == "generate" and "-p" not in rest:
             rest += ["-p", "Hello"]

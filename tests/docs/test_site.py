@@ -1,4 +1,4 @@
-"""The documentation site, built as `make docs` does, in a browser at the widths of a desktop and of a phone."""
+"""The documentation site, built as `make docs` does, in a browser at desktop and phone widths."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def address(site: pathlib.Path) -> Iterator[str]:
-    """Where the site is served."""
+    """The address at which the site is served."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""What the kernels' tests share."""
+"""Helpers shared by the kernels' tests."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-# Each thread that waits in the interpreter holds one of XLA's, of which there are as many as cores: three warpgroups on two
-# cores can stop for ever. XLA reads this when it first computes, after pytest has imported all tests.
+# Each waiting thread in the interpreter holds one of XLA's, of which there are as many as cores: three warpgroups on two
+# cores can wait for ever. XLA reads this when it first computes, after pytest has imported all tests.
 os.environ.setdefault("PJRT_NPROC", "8")
 
-# Errors are judged row by row: a short row, exact and large, would hide a long one's error in a norm over all.
+# Errors are judged row by row: in a norm over all rows, a short row, exact and large, would hide a long one's error.
 
 
 def row_errors(actual: jax.Array | np.ndarray, expected: jax.Array | np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ def test_what_is_launched_beside_an_exchange_is_told_from_what_is_not() -> None:
     ("spec", "count", "role"), [("1a1f", "3", "attention"), ("1a1f", "4", "ffn"), ("2a2f", "3", "attention")]
 )
 def test_the_kernels_of_a_tick_run_beside_its_exchange(spec: str, count: str, role: str) -> None:
-    # In a process of its own, where shapes are not checked.
+    # In a separate process, where shapes are not checked.
     done = subprocess.run(
         [sys.executable, "-m", "tools.afd_schedule", "--case", spec, count, role, "--layers", "4"],
         cwd=ROOT,

@@ -100,15 +100,15 @@ def test_a_ranks_step_of_all_layers_compiles_and_copies_neither_weights_nor_cach
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 78 * 2**30
     text = compiled.as_text()
     assert text.count('custom_call_target="mosaic_gpu_v2"') >= 12
-    # Short of memory, as it believes, XLA computes things several times over instead of keeping them.
+    # If XLA believes that memory is short, it recomputes things several times instead of keeping them.
     assert "remat" not in text
-    # A slice of a stack has XLA change the recorded launches in every layer. The sampler copies logits.
+    # A slice of a stack makes XLA change the recorded launches in every layer. The sampler copies logits.
     lines = [line.strip() for line in text.splitlines() if re.search(r" (copy|dynamic-slice)\(", line)]
     assert [line for line in lines if result_bytes(line) > 1e6 and f",{model.sizes.text.vocab_size}]" not in line] == []
 
 
 def result_bytes(line: str) -> float:
-    """Bytes of what an instruction of HLO gives."""
+    """Bytes of an HLO instruction's result."""
     found = re.search(r"= (\w+?)(\d+)?\w*\[([\d,]*)\]", line)
     if found is None:
         return 0.0
@@ -124,13 +124,13 @@ def test_a_layer_launches_no_more_than_it_must(tmp_path: pathlib.Path) -> None:
     most = {"layers.0-1": 18, "layers.2-3": 28}
     assert counts.keys() == most.keys()
     assert all(counts[name] <= most[name] for name in most), [launch_count.table(loop) for loop in loops]
-    # A slice in a loop is a launch whose address the host computes anew in each turn.
+    # A slice in a loop is a launch whose address the host recomputes in each iteration.
     assert "DynamicSlice" not in next(tmp_path.glob(launch_count.SEQUENCE)).read_text()
 
 
 @pytest.mark.parametrize("options", ["yes", "no"])
 def test_a_gpu_filled_with_weights_and_cache_computes_nothing_twice(options: str) -> None:
-    """The engine's decode loop; in a process of its own, where shapes are not checked. Without the options it does."""
+    """The engine's decode loop, in a separate process where shapes are not checked. Without the options it does."""
     program = pathlib.Path(__file__).parent / "programs" / "filled_gpu.py"
     done = subprocess.run(
         [sys.executable, str(program), options],
@@ -145,5 +145,5 @@ def test_a_gpu_filled_with_weights_and_cache_computes_nothing_twice(options: str
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["share"] == pytest.approx(0.9, abs=0.001)
     assert (found["remat"] == 0) == (options == "yes")
-    # Of it five arrays of [64, 128,815] logits are the sampler's.
+    # Five arrays of [64, 128,815] logits of it are the sampler's.
     assert found["temp"] < 250e6

@@ -116,7 +116,7 @@ def test_the_interpreter_finds_no_race_in_the_ring() -> None:
 
 
 def test_a_missing_wait_for_a_free_buffer_is_found() -> None:
-    # In a process of its own: what a missing wait does to the interpreter is anyone's guess, a hang included.
+    # In a separate process: a missing wait can do anything to the interpreter, including hang it.
     program = """
         import jax.numpy as jnp
         from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -1,4 +1,4 @@
-"""tools/gpu_check on a machine without a GPU: both CPU modes run whole, and its own judgement is right."""
+"""tools/gpu_check on a machine without a GPU: both CPU modes run to the end, and its own verdicts are right."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_an_unknown_case_and_a_missing_gpu_are_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         gpu_check.main(["--out", str(tmp_path), "--only", "softmax", "--interpret"])
-    assert "no case begins so" in capsys.readouterr().err
+    assert "no case starts with that" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit):
         gpu_check.main(["--out", str(tmp_path), "--rehearse"])

@@ -1,4 +1,4 @@
-"""How a run of tools/gpu_check goes: its order, its children, what becomes of the slow, silent, wrong and killed."""
+"""How a run of tools/gpu_check goes: its order, its children, how slow, silent, wrong and killed cases are handled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tools.gpu_check.rank_model import RankModel, small_sizes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# Stands in for the child: what a case does is in its name.
+# Stands in for the child: a case's name says what it does.
 CHILD = """
 import json, os, sys, time
 
@@ -132,7 +132,7 @@ def test_what_still_runs_at_the_end_is_cut_off(
 
 @pytest.fixture
 def gpu(children: parent.Children, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that says it has a GPU, and children that say that all is well."""
+    """A machine that claims to have a GPU, and children that report that all is well."""
     conditions = {"mode": "gpu", "gpu": "a GPU, 9.0", "sources": "1"}
     monkeypatch.setattr(gpu_check, "_conditions", lambda mode, is_quick: dict(conditions))
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/true")

@@ -64,7 +64,7 @@ def exact(stack: jax.Array | Pair) -> np.ndarray:
 
 
 def exact_moe(x: jax.Array, weights: np.ndarray, experts: np.ndarray, layer: Layer, first: int = 0) -> np.ndarray:
-    """The sum over the experts of the shard, one pair after the other, in float64."""
+    """The sum over the experts of the shard, pair by pair, in float64."""
     gate, up, down = (exact(stack) for stack in layer)
     out = np.zeros(x.shape)
     for token, row in enumerate(np.asarray(x).astype(np.float64)):
@@ -129,7 +129,7 @@ def test_rows_that_are_quantised_already_give_the_same() -> None:
     found = run(quantise_rows(x, scales_layout="columns"), gate=gate, up=up, down=down)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
-    with pytest.raises(ValueError, match="x is quantised and the weights are not"):
+    with pytest.raises(ValueError, match="x is quantised but the weights are not"):
         api.moe_ffn(quantise_rows(x), jnp.asarray(weights), jnp.asarray(experts), gate[0], up[0], down[0])
     with pytest.raises(ValueError, match=r"the scales of x are \(7, 2\); for values \(7, 256\) they must be \(2, 8\)"):
         api.moe_ffn(quantise_rows(x), jnp.asarray(weights), jnp.asarray(experts), *layer)
@@ -176,7 +176,7 @@ def ragged_batch(lengths: list[int], tile_rows: int, dtype: jnp.dtype, width: in
     )
     layer = random_layer(len(lengths), width, inner, dtype)
     layer = jax.tree.map(lambda leaf: poison(leaf, np.array(lengths) > 0), layer)
-    # Tiles that are not in use point nowhere.
+    # Unused tiles point nowhere.
     table, used = permutation.tiles
     table = jnp.where(jnp.arange(len(table))[:, None] < used, table, 10**6)
     return Batch(permutation._replace(tiles=Tiles(table, used)), rows, row_weights, layer)
@@ -204,7 +204,7 @@ def check_kernels(batch: Batch, *, detect_races: bool = False, ctas: int = 3, st
         ]
     else:
         values = [np.asarray(array, np.float32) for array in (inner, expected)]
-    # Another order of a sum, and now and then another neighbour in the rounding.
+    # A different order of summation, and now and then a different neighbour in rounding.
     assert row_errors(values[0][is_used], values[1][is_used]).max() < 6e-3
     expected = reference.grouped_down(inner, down, batch.row_weights, tiles)
     with race_check():
@@ -290,7 +290,7 @@ PLANTED = """
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        # The ring is written again before the products have read it.
+        # The ring is overwritten before the products have read it.
         ("plgpu.barrier_wait(free.at[slot])", "pass"),
         # The two halves of a row's scale are read before they are there.
         pytest.param("plgpu.barrier_wait(met)", "pass", marks=pytest.mark.kernels),
@@ -302,7 +302,7 @@ def test_a_missing_barrier_is_caught(old: str, new: str) -> None:
     try:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
-        # A hang is an answer too: barriers out of step.
+        # A hang counts too: barriers out of step.
         return
     assert done.returncode != 0
     # The race detector, or the count of a barrier's phases.

@@ -24,7 +24,7 @@ from pallas_kernels.storage import Storage
 from tests.kernels.support import lower_for_cuda, row_errors
 
 SCALE = 0.05
-# Against the reference on the same stored numbers: what 16-bit weights and values lose. Keys are multiplied as stored.
+# Against the reference on the same stored numbers: what 16-bit weights and values lose. Keys are multiplied in stored form.
 TOLERANCE = {"bfloat16": 3e-3, "fp8": 2e-3, "int4": 4e-3}
 
 
@@ -120,7 +120,7 @@ def test_the_reference_equals_float64_attention(case: Case) -> None:
 
 
 EDGES = (0, 1, 63, 64, 65, 200)
-# T * H <= 64 rows takes the kernel's first form, more its second.
+# T * H <= 64 rows use the kernel's first form, more use its second.
 SHORT_CASES = [
     (Case("bfloat16", EDGES), True),
     (Case("int4", (*EDGES, 2), tokens=4, heads=16, page_size=128), False),
@@ -227,7 +227,7 @@ def _check_quantised(case: Case) -> None:
         * np.repeat(np.asarray(pair[1])[:, :num_rows].T.astype(np.float64), 128, axis=1)
         for pair in ((values, scales), expected)
     )
-    # A number in the middle between two of e4m3 may go either way.
+    # A number halfway between two of e4m3 may go either way.
     assert row_errors(got, want).max() < 0.02
 
 
@@ -284,7 +284,7 @@ def _run_planted(argument: str) -> str:
             [sys.executable, "-c", MISSING_WAIT, argument], capture_output=True, text=True, timeout=120, check=False
         )
     except subprocess.TimeoutExpired as hang:
-        # The interpreter of JAX 0.10 says what it found, and then waits for threads that have ended.
+        # The interpreter of JAX 0.10 reports what it found, and then waits for threads that have ended.
         return "hung: " + b"".join([hang.stdout or b"", hang.stderr or b""]).decode()
     return "passed" if done.returncode == 0 and "no race" in done.stdout else done.stderr
 

@@ -50,7 +50,7 @@ def make_case(
     page_size: int = 64,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Case:
-    """Random sequences on scattered pages; all that is not a token's row holds NaN, also queries behind the last."""
+    """Random sequences on scattered pages; everything that is not a token's row is NaN, as are queries after the last."""
     counts, lengths = (np.array(column, np.int32) for column in zip(*sequences, strict=True))
     max_pages = max(1, -(-int(lengths.max()) // page_size)) + 1
     keys = jax.random.split(jax.random.key(len(sequences) + heads), 4)
@@ -141,7 +141,7 @@ def test_tiles_cover_every_token_once_and_stay_in_their_sequence() -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_reference_is_the_formula(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Several tiles a sequence and several blocks a tile.
+    # Several tiles per sequence and several blocks per tile.
     monkeypatch.setattr(reference, "TILE_ROWS", 12)
     monkeypatch.setattr(reference, "BLOCK_KEYS", 128)
     case = make_case(storage, heads=4, head_dim=128, dtype=jnp.float32)
@@ -206,7 +206,7 @@ def test_dense_kernel_equals_the_formula() -> None:
 
 @pytest.mark.kernels
 def test_a_missing_wait_is_caught() -> None:
-    """The loader no longer waits for a slot to be free. A hang is a catch too (jax 0.10.2), a clean end is a miss."""
+    """The loader no longer waits for a slot to be free. A hang also counts as caught (jax 0.10.2), a clean end does not."""
     code = """
         import sys
         import jax

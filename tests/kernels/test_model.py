@@ -20,7 +20,7 @@ from step3_jax.model.text import Decoder
 from step3_jax.quant import FP8, quantise
 from tests.kernels.support import lower_for_cuda, row_errors
 
-# Sizes that every kernel serves, and no more of them than it takes: one dense layer and one with experts.
+# Sizes that every kernel supports, and no more than needed: one dense layer and one with experts.
 CONFIG = TextConfig(
     hidden_size=1024,
     intermediate_size=256,
@@ -42,7 +42,7 @@ PROMPTS = (70, 1, 40)
 # long sequence, or FP8 pages, which the kernel reads as float16) tips a tenth of the values to the next of their steps of
 # 2^-4, in each product anew.
 TOLERANCE = {("bfloat16", "bfloat16"): 0.03, ("fp8", "bfloat16"): 0.12, ("fp8", "fp8"): 0.24}
-# Of the rows that come out best.
+# Over the rows that come out best.
 BEST_TOLERANCE = 0.01
 
 
@@ -71,7 +71,7 @@ def case(request):
 
 
 def functions(decoder: Decoder):
-    """Prefill and decode as pure functions, and the weights; made anew for each implementation, which tracing picks."""
+    """Prefill and decode as pure functions, and the weights; rebuilt for each implementation, which tracing picks."""
     graphdef, state = nnx.split(decoder)
     leaves, treedef = jax.tree.flatten(state)
 
@@ -118,7 +118,7 @@ def test_kernels_give_the_models_logits(case, monkeypatch) -> None:
     assert np.median(errors) < TOLERANCE[weights, storage] / 2
     if storage == "bfloat16":
         assert np.quantile(errors, 0.1) < BEST_TOLERANCE
-    # A token whose third and fourth expert tie may take another one.
+    # A token whose third and fourth expert tie may take the other one.
     assert np.mean(errors > TOLERANCE[weights, storage]) < 0.05
     assert errors.max() > 0, "both ran the same program"
 

@@ -65,7 +65,7 @@ def test_every_pair_gets_a_row_of_its_expert_in_the_order_of_tokens(name: str) -
 
 
 def check_plan(name: str) -> None:
-    """The kernel against the reference wherever that says anything of a row or a tile."""
+    """The kernel against the reference wherever that defines a row or a tile."""
     experts, num_experts, first, tile_rows = CASES[name]
     weights = jnp.asarray(np.random.default_rng(0).random(experts.shape), jnp.float32)
     options = {"num_experts": num_experts, "first_expert": first, "tile_rows": tile_rows}
@@ -126,7 +126,7 @@ def test_rows_go_out_and_come_back_weighted() -> None:
     weights = random.random((40, 3)).astype(np.float32)
     rows = api.permute_rows(jnp.asarray(array), permutation, implementation="reference")
     row_weights = api.permute_weights(jnp.asarray(weights), permutation)
-    # What lies in rows without a pair must not matter.
+    # The content of rows without a pair must not matter.
     is_used = np.asarray(permutation.pairs) < experts.size
     rows = jnp.where(is_used[:, None], rows * row_weights[:, None], jnp.nan)
     back = api.combine_rows(rows, permutation)

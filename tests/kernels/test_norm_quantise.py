@@ -29,7 +29,7 @@ def inputs(m: int, size: int, dtype: jax.typing.DTypeLike, weight_dtype: jax.typ
 
 
 def assert_same(actual: tuple[jax.Array, ...], expected: tuple[jax.Array, ...], m: int, layout: ScalesLayout) -> None:
-    """Equal but for values that rounding in another order put on the neighbouring FP8 number."""
+    """Equal but for values that a different order of rounding put on the neighbouring FP8 number."""
     actual_scales, expected_scales = (
         scales if layout == "rows" else scales[:, :m] for scales in (actual[1], expected[1])
     )
@@ -77,7 +77,7 @@ def test_columns_behind_the_norms_own_are_left_out() -> None:
     expected = norm_quantise(x, weight, eps=EPS, implementation="reference")
     for implementation in ("reference", "interpret"):
         assert_same(norm_quantise(wide, weight, eps=EPS, implementation=implementation), expected, 3, "rows")
-    with pytest.raises(NotImplementedError, match="multiple of 512 columns, they have 1152"):
+    with pytest.raises(NotImplementedError, match="multiple of 512 columns, but they have 1152"):
         norm_quantise(wide[:, :1152], weight, eps=EPS, implementation="interpret")
 
 
@@ -87,7 +87,7 @@ def test_the_kernel_gives_what_the_reference_gives(layout: ScalesLayout) -> None
     options = {"eps": EPS, "scales_layout": layout, "with_normed": layout == "columns"}
     expected = norm_quantise(x, weight, **options, implementation="reference")
     if layout == "columns":
-        # The middle one of a stack: its neighbours hold what would show.
+        # The middle one of a stack: reading its neighbours would show.
         stack = jnp.stack([jnp.full_like(weight, jnp.nan), weight, jnp.full_like(weight, jnp.nan)])
         actual = norm_quantise(x, stack, layer=jnp.int32(1), **options, implementation="interpret")
     else:
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused() -> None:
         call(jnp.ones((2, 128)), jnp.ones((3, 128)), eps=EPS)
     with pytest.raises(ValueError, match="x is float16; allowed: bfloat16, float32"):
         call(jnp.ones((2, 128), jnp.float16), jnp.ones(128), eps=EPS)
-    with pytest.raises(NotImplementedError, match="D to be a multiple of 1024 and at most 8192, it is 128"):
+    with pytest.raises(NotImplementedError, match="D to be a multiple of 1024 and at most 8192, but it is 128"):
         call(jnp.ones((2, 128)), jnp.ones(128), eps=EPS, implementation="interpret")
 
 

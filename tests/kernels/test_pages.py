@@ -1,4 +1,4 @@
-"""Pages of the KV cache: what is stored comes back, where it was put, at the size that is promised."""
+"""Pages of the KV cache: what is stored comes back, from where it was put, at the promised size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_int4_packs_the_two_halves_of_a_row_in_one_byte() -> None:
     assert np.all(np.asarray(stored)[0, :64] == 7)
     assert np.all(np.asarray(stored)[0, 64:] == 0b1000_0111 + (7 << 4))
     assert np.asarray(scales).astype(float).tolist() == [[1.0, 1.0, 1.0, 2.0]]
-    # What the kernels make of it: numbers of e4m3, times 2^9.
+    # What the kernels turn it into: numbers of e4m3, times 2^9.
     first = np.asarray(stored & 0b1000_0111).view(jnp.float8_e4m3fn).astype(float) * 2**9
     assert first[0, 0] == 7
     assert first[0, 64] == -7

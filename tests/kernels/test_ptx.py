@@ -1,4 +1,4 @@
-"""The faults that PTX shows, found in small texts; `test_compile` plants them in real kernels."""
+"""Faults visible in PTX, found in small texts; `test_compile` plants them in real kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_store_that_nothing_cuts_off_must_be_known() -> None:
     assert ptx.store_fault("fp8_matmul/64", 1) is not None
     assert ptx.store_fault("norm_quantise/64", 1) is None
     assert ptx.store_fault("norm_quantise/64", 2) is not None
-    # Rows that are not a whole number of tiles need a store of their own.
+    # Rows that are not a whole number of tiles need a separate store.
     assert ptx.store_fault("swiglu_quantise/77x5120", 2) is None
     assert ptx.store_fault("swiglu_quantise/77x5120", 1) is not None
 
@@ -57,7 +57,7 @@ $L__BB0_3:
     @%p4 bra $L__BB0_2;
 """
     assert ptx.read_loop(text) == ptx.Loop(instructions=7, barriers=1, shared_bytes=16 + 2 + 16)
-    # With a product of another kind around it, a turn is one of the loop that has both.
+    # With a product of another kind around it, an iteration is one of the loop that has both.
     other = "    wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {%f2}, %rd3, %rd4, p, 1, 1;\n"
     both = text.replace("    @%p4", other + "    @%p4")
     assert ptx.read_loop(both).instructions == 7 + 3

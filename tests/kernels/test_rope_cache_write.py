@@ -67,7 +67,7 @@ def rotate_exactly(rows: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.nda
 
 
 def check(step: tuple[jax.Array, ...], got: tuple[jax.Array, KVPages], tolerance: float) -> None:
-    """Against float64: rotated queries, written rows; and that all other places are what they were."""
+    """Against float64: rotated queries, written rows; and that all other places are unchanged."""
     queries, keys, values, cos, sin, pages, ids, slots = (jax.tree.map(np.asarray, part) for part in step)
     wide = [array.astype(np.float64) for array in (queries, keys, values, cos, sin)]
     assert row_errors(got[0], rotate_exactly(wide[0], wide[3], wide[4])).max() < 5e-3
@@ -136,7 +136,7 @@ def test_keys_and_values_are_columns_of_joined_rows_and_queries_come_as_float16(
 @pytest.mark.parametrize(("num_tokens", "implementation"), [(70, "reference"), (3, "interpret")])
 def test_a_layer_of_a_pool_is_written_and_no_other(num_tokens: int, implementation: str) -> None:
     whole = make_step(num_tokens, "fp8", num_pages=12)
-    # Ids counted from the second layer's first page: what is negative is still dropped, what is in the first layer now.
+    # Ids counted from the second layer's first page: negative ones are still dropped, now those in the first layer.
     ids = jnp.where(whole[6] < 0, -1, whole[6] - 6)
     got = rope_cache_write(*whole[:6], ids, whole[7], first_page=6, implementation=implementation)
     check((*whole[:6], jnp.where(ids < 0, -1, ids + 6), whole[7]), got, TOLERANCE["fp8"])
@@ -188,7 +188,7 @@ except Exception as error:
 
 @pytest.mark.parametrize("name", ["barrier_wait"])
 def test_race_detector_catches_a_missing_wait(name: str) -> None:
-    # In a process of its own: a barrier without a waiter can hang the interpreter.
+    # In a separate process: a barrier without a waiter can hang the interpreter.
     done = subprocess.run(
         [sys.executable, "-c", PLANTED.format(name=name)],
         check=False,

@@ -24,7 +24,7 @@ def inputs(m: int, size: int, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, j
 
 
 def assert_same(actual: tuple[jax.Array, jax.Array], expected: tuple[jax.Array, jax.Array]) -> None:
-    """Equal but for values that another exponential put on the neighbouring FP8 number."""
+    """Equal but for values that a different exponential put on the neighbouring FP8 number."""
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5)
     values, wanted = (np.asarray(arrays[0].astype(jnp.float32)) for arrays in (actual, expected))
     assert (np.abs(values - wanted) <= np.maximum(np.abs(wanted) / 8, 2**-9)).all()
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_refused() -> None:
         call(jnp.ones((2, 127)))
     with pytest.raises(ValueError, match="gate is float16; allowed"):
         call(jnp.ones((2, 128), jnp.float16), jnp.ones((2, 128), jnp.float16))
-    with pytest.raises(NotImplementedError, match="F to be a multiple of 128, it is 64"):
+    with pytest.raises(NotImplementedError, match="F to be a multiple of 128, but it is 64"):
         call(jnp.ones((2, 64)), jnp.ones((2, 64)), implementation="interpret")
 
 

@@ -1,4 +1,4 @@
-"""The launcher with ranks that are small programs beside these tests."""
+"""The launcher with ranks that are small programs next to these tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Start = Callable[..., Running]
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """Of the launcher: the programs can be imported, and no scheduler of the machine that tests is seen."""
+    """The launcher's environment: the programs can be imported, and no scheduler of the test machine is seen."""
     schedulers = ("SLURM_", "OMPI_", "PMIX_", "JOB_COMPLETION_INDEX", "STEP3_", "SSH_")
     found = {name: value for name, value in os.environ.items() if not name.startswith(schedulers)}
     return found | {"PYTHONPATH": f"{ROOT}{os.pathsep}{PROGRAMS}", "JAX_PLATFORMS": "cpu"}
@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def start(tmp_path: pathlib.Path, environment: dict[str, str]) -> Iterator[Start]:
-    """Starts `step3 launch` with options and the words of a program; kills it at the end whatever happened."""
+    """Starts `step3 launch` with options and the words of a program; kills it at the end whatever happens."""
     with launching(tmp_path, environment, HARD_LIMIT_S) as begin:
 
         def begin_module(options: str, words: Sequence[str], *, module: str = "scripted_rank", **extra: str) -> Running:
@@ -40,7 +40,7 @@ def start(tmp_path: pathlib.Path, environment: dict[str, str]) -> Iterator[Start
 
 @pytest.fixture(autouse=True)
 def _no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' own process is in no job either."""
+    """The tests' own process is not in a job either."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "PMIX_")) or name == "JOB_COMPLETION_INDEX":
             monkeypatch.delenv(name)

@@ -1,4 +1,4 @@
-"""A cluster of three hosts on one machine, each a network namespace with an address of its own, over real sockets."""
+"""A cluster of three hosts on one machine, each a network namespace with its own address, over real sockets."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def test_a_host_that_is_cut_off_in_mid_run_ends_all_within_the_deadline(environm
     done = _run("cut", environment, "--module", "gather_rank", "--", "loop")
     stderr = str(done["stderr"])
     assert done["code"] == 255, stderr
-    assert "10.77.0.2 has not been heard for " in stderr
+    assert "10.77.0.2 has been silent for " in stderr
     assert "while rank 1 ran there: the machine or the network to it is gone" in stderr
     # Deadline 5 s, grace 1 s; the rest is for a slow machine.
     assert float(str(done["seconds"])) < 30
-    # The rank of the host that was cut off, too: its keeper hears nothing.
+    # Including the rank on the host that was cut off: its keeper hears nothing.
     wait_until_gone([int(pid) for pid in re.findall(r"\] pid (\d+)", stderr)])
 
 
@@ -83,10 +83,10 @@ def test_a_rank_that_is_cut_off_ends_all_wherever_it_is(
     done = _run(f"cut-{victim}-{place}", environment, "--", "generate", str(tiny_model_path), *form.split(), *more)
     stderr, host = str(done["stderr"]), f"10.77.0.{victim + 1}"
     assert done["code"] == 255, stderr
-    assert f"{host} has not been heard for " in stderr
+    assert f"{host} has been silent for " in stderr
     role = ("attention 0", "ffn 0")[victim]
     name = f"{role} (rank {victim} on {host})" if form.startswith("--afd") else f"rank {victim} (on {host})"
-    # What was last heard of it may be half a second older than the cut.
+    # Its last sign of life may be half a second older than the cut.
     where = "at the start" if place == "start" else r"(at the start|in [a-z ]+, call \d+|after call \d+)"
     assert re.search(rf"step3 launch:   {re.escape(name)} was {where}", stderr), stderr
     assert float(str(done["seconds"])) < 30

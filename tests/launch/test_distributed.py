@@ -27,7 +27,7 @@ def test_ranks_that_wait_for_a_killed_one_are_ended(start: Start) -> None:
     running.pids(2)
     pids = {line[1]: int(line.split()[-1]) for line in running.stderr.splitlines() if "] pid " in line}
     os.kill(pids["1"], signal.SIGKILL)
-    # Rank 0 may notice by itself, but never earlier than rank 1 has ended.
+    # Rank 0 may notice by itself, but never before rank 1 has ended.
     assert running.wait() == 128 + signal.SIGKILL, running.stderr
     assert "rank 1 (on localhost) was killed (SIGKILL" in running.stderr
     wait_until_gone(list(pids.values()))
@@ -42,6 +42,7 @@ def test_jax_finds_a_stopped_rank_long_before_a_long_deadline(start: Start, vict
     number = running.wait_for_rank(victim, AT_PLACE["start"])
     os.kill(number, signal.SIGSTOP)
     assert running.wait() == LOST_PEER_CODE, running.stderr
-    assert re.search(rf"step3 launch: rank {victim} \(on localhost\) has not moved for \d+ s \(stopped", running.stderr)
+    said = rf"step3 launch: rank {victim} \(on localhost\) has made no progress for \d+ s \(stopped"
+    assert re.search(said, running.stderr)
     assert "stack trace" not in running.stderr
     wait_until_gone(pids)

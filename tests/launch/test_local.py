@@ -1,4 +1,4 @@
-"""Processes on this machine: what each is told, what is shown, how it ends."""
+"""Processes on this machine: what each is given, what is shown, how it ends."""
 
 from __future__ import annotations
 
@@ -228,15 +228,15 @@ def test_the_port_is_checked_before_anything_starts(capsys: pytest.CaptureFixtur
         ("--local 0 -- env", "--local is 0: give 1 or more"),
         ("--local 2 --processes-per-host 2 -- env", "leave out --processes-per-host"),
         ("--local 2 --platform cuda -- env", "no GPU that JAX can use"),
-        ("--local 2 --port 70000 -- env", "no port"),
+        ("--local 2 --port 70000 -- env", "is not a port"),
         ("--local 2 --deadline 0.1 -- env", "--deadline is 0.1"),
         ("--local 2 --rank-deadline 1 -- env", "--rank-deadline is 1: give 2 s or more"),
         ("--local 2 --grace -1 -- env", "--grace is -1"),
         ("--local 2 -- serve --shutdown-timeout soon", "in the command to launch: argument --shutdown-timeout"),
         ("--local 2 --env NOT_SET_ANYWHERE -- env", "--env NOT_SET_ANYWHERE"),
-        ("--hosts a,a -- env", "a comes twice"),
+        ("--hosts a,a -- env", "a appears twice"),
         ("--hosts -oProxyCommand=x,b -- env", "expected one argument"),
-        ("--hosts=-oProxyCommand=x,b -- env", "is no host"),
+        ("--hosts=-oProxyCommand=x,b -- env", "is not a host"),
     ],
 )
 def test_mistakes_are_refused_in_one_line(
@@ -289,7 +289,7 @@ def test_rank_0_has_the_standard_input_that_its_command_reads(
 
 
 def test_the_end_of_a_rank_that_reads_is_not_waited_for_by_its_input(environment: dict[str, str]) -> None:
-    """As when `chat` is left by /quit while the terminal is still there."""
+    """As when `chat` is quit with /quit while the terminal is still there."""
     options = ["launch", "--local", "1", "--module", "eval_rank", "--", "-", "print(input())"]
     with subprocess.Popen(
         [sys.executable, "-m", "step3_jax.cli.main", *options],

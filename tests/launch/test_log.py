@@ -1,4 +1,4 @@
-"""What the launcher shows of its ranks."""
+"""What the launcher shows of its ranks' output."""
 
 from __future__ import annotations
 

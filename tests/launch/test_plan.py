@@ -83,7 +83,7 @@ def test_the_platform_is_cuda_only_where_all_hosts_have_it() -> None:
     assert choose_platform("auto", [none], {}) == "cpu"
     assert choose_platform("auto", TWO, {"JAX_PLATFORMS": "cpu"}) == "cpu"
     assert choose_platform("cpu", TWO, {"JAX_PLATFORMS": "cuda"}) == "cpu"
-    with pytest.raises(ValueError, match="c has no GPU that JAX can use and others have"):
+    with pytest.raises(ValueError, match="c has no GPU that JAX can use, but others have"):
         choose_platform("auto", [*TWO, none], {})
     with pytest.raises(ValueError, match="c has no GPU that JAX can use"):
         choose_platform("cuda", [none], {})
@@ -122,7 +122,7 @@ def test_settings_of_a_rank_on_a_gpu() -> None:
     assert found["JAX_PLATFORMS"] == "cuda,cpu"
     assert found["no_proxy"] == "internal,a"
     flags = found["XLA_FLAGS"].split()
-    # The user's own win.
+    # The user's own settings win.
     assert flags[:2] == ["--xla_dump_to=/tmp/x", "--xla_gpu_shard_autotuning=true"]
     assert "--xla_gpu_nccl_terminate_on_error=true" in flags
     assert len(flags) == len({flag.partition("=")[0] for flag in flags})
@@ -176,7 +176,7 @@ def test_addresses_that_are_none() -> None:
             split_coordinator(text)
     assert join_address("fe80::1", 80) == "[fe80::1]:80"
     assert parse_hosts("a, me@b") == ("a", "me@b")
-    with pytest.raises(ValueError, match="is no host"):
+    with pytest.raises(ValueError, match="is not a host"):
         parse_hosts("a,,b")
 
 

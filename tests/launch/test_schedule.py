@@ -1,4 +1,4 @@
-"""Where a process stands in a job, from the variables that the schedulers set."""
+"""A process's place in a job, from the variables that the schedulers set."""
 
 from __future__ import annotations
 
@@ -120,11 +120,11 @@ def test_kubernetes() -> None:
         ({"JOB_COMPLETION_INDEX": "0"}, "job-0", "set STEP3_NUM_HOSTS"),
         ({"JOB_COMPLETION_INDEX": "0", "STEP3_NUM_HOSTS": "2"}, "job-0", "headless service"),
         (KUBERNETES, "node17", "does not end with -2"),
-        (KUBERNETES | {"JOB_COMPLETION_INDEX": "4"}, "job-4", "which cannot be"),
-        (KUBERNETES | {"STEP3_NUM_HOSTS": "two"}, "job-2", "no number"),
+        (KUBERNETES | {"JOB_COMPLETION_INDEX": "4"}, "job-4", "which is impossible"),
+        (KUBERNETES | {"STEP3_NUM_HOSTS": "two"}, "job-2", "not a number"),
         (SLURM | {"SLURM_NODEID": "3"}, "x", "lists 3 hosts"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "?"}, "x", "cannot be read"),
-        ({**SLURM, "SLURM_LOCALID": "4"}, "x", "which cannot be"),
+        ({**SLURM, "SLURM_LOCALID": "4"}, "x", "which is impossible"),
         ({"OMPI_COMM_WORLD_RANK": "0"}, "x", "has not set OMPI_COMM_WORLD_SIZE"),
     ],
 )
@@ -159,7 +159,7 @@ def test_each_task_watches_its_own_rank(start: Start) -> None:
     pids = [task.wait_for_rank(rank, AT_PLACE["start"]) for rank, task in enumerate(tasks)]
     os.kill(pids[1], signal.SIGSTOP)
     assert tasks[1].wait() == LOST_PEER_CODE
-    assert re.search(r"step3 launch: rank 1 \(on \S+\) has not moved for \d s", tasks[1].stderr)
+    assert re.search(r"step3 launch: rank 1 \(on \S+\) has made no progress for \d s", tasks[1].stderr)
     assert tasks[0].process.poll() is None
 
 
@@ -173,7 +173,7 @@ def test_a_pod_starts_all_ranks_of_its_host(start: Start) -> None:
     pod = {"JOB_COMPLETION_INDEX": "1", "STEP3_NUM_HOSTS": "2", "STEP3_SERVICE": "step3"}
     options = "--processes-per-host 2 --coordinator localhost"
     running = start(options, ["*:show=STEP3_PROCESS_ID", "*:show=STEP3_COORDINATOR"], **pod)
-    # The test's machine is not called like a pod, which --coordinator makes up for.
+    # The test machine is not named like a pod, which --coordinator makes up for.
     assert running.wait() == 0, running.stderr
     assert "STEP3_PROCESS_ID=2\n" in running.stderr
     assert "STEP3_PROCESS_ID=3\n" in running.stderr
@@ -187,8 +187,8 @@ def test_a_number_of_tasks_that_does_not_fit_the_topology_is_refused(start: Star
 
 
 def test_task_0_notices_that_the_coordinator_is_another_machine(start: Start, tmp_path: pathlib.Path) -> None:
-    # An address for documentation, which is no machine's.
+    # An address reserved for documentation, which no machine has.
     running = start("--coordinator 192.0.2.1", ["*:say=started"], **_open_mpi_tasks(2)[0])
     assert running.wait() == 2
-    assert "192.0.2.1 is no address of" in running.stderr
+    assert "192.0.2.1 is not an address of" in running.stderr
     assert running.stdout == b""

@@ -74,7 +74,7 @@ def test_a_stopped_rank_ends_all(start: Start, victim: int, place: str) -> None:
     pids = [running.wait_for_rank(rank, is_there) for rank in (0, 1)]
     os.kill(pids[victim], signal.SIGSTOP)
     assert running.wait() == LOST_PEER_CODE, running.stderr
-    assert re.match(rf"{re.escape(NAMES[victim])} has not moved for \d s \(stopped", blamed(running)[0])
+    assert re.match(rf"{re.escape(NAMES[victim])} has made no progress for \d s \(stopped", blamed(running)[0])
     assert_nothing_is_left(running, pids)
 
 
@@ -83,7 +83,7 @@ def test_ranks_without_roles_and_any_program_are_watched_too(start: Start) -> No
     pids = [running.wait_for_rank(rank, is_waiting) for rank in (0, 1)]
     os.kill(pids[1], signal.SIGSTOP)
     assert running.wait() == LOST_PEER_CODE
-    assert re.match(r"rank 1 \(on localhost\) has not moved for \d s", blamed(running)[0])
+    assert re.match(r"rank 1 \(on localhost\) has made no progress for \d s", blamed(running)[0])
     assert_nothing_is_left(running, pids)
 
 
@@ -110,7 +110,7 @@ def test_who_dies_of_a_lost_peer_first_is_not_blamed_and_its_stack_is_kept(start
     assert running.wait() == 128 + signal.SIGKILL
     assert re.match(rf"{re.escape(NAMES[1])} was killed \(SIGKILL", blamed(running)[0])
     assert "stack trace" not in running.stderr
-    [path] = re.findall(r"what native code of the others wrote then is in (\S+)$", running.stderr, re.MULTILINE)
+    [path] = re.findall(r"the native output of the others at that time is in (\S+)$", running.stderr, re.MULTILINE)
     with open(path, encoding="utf-8") as file:  # noqa: PTH123
         kept = file.read()
     assert "[0 localhost] *** Check failure stack trace: ***\n[0 localhost]     @     0x7f210d93d7d4" in kept
@@ -148,7 +148,7 @@ def test_a_service_ends_in_good_order_rank_0_first(start: Start) -> None:
     pids = [running.wait_for_rank(rank, is_decoding) for rank in (0, 1)]
     running.process.send_signal(signal.SIGTERM)
     assert running.wait() == 0, running.stderr
-    assert "SIGTERM: rank 0 has 30 s to end, and then the others" in running.stderr
+    assert "SIGTERM: rank 0 has 30 s to end, then the others end" in running.stderr
     assert "[0 localhost] drained" in running.stderr
     assert all(is_gone(pid) for pid in pids)
 

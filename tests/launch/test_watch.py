@@ -58,7 +58,7 @@ def test_a_consequence_is_judged_only_when_its_cause_could_have_been_heard(watch
 def test_a_rank_that_stood_still_is_blamed_for_the_others_losing_it(watch: Watch) -> None:
     hear_all(watch, still_s=(0, 4.0, 0))
     watch.fail(Failure(0, "failed", 1, is_consequence=True))
-    assert blamed(watch) == "attention 1 (rank 1 on b) has not moved for 4 s (stopped?), in decode, call 6"
+    assert blamed(watch) == "attention 1 (rank 1 on b) has made no progress for 4 s (stopped?), in decode, call 6"
     failure = watch.judge()
     assert failure is not None
     assert failure.code == LOST_PEER_CODE
@@ -71,7 +71,7 @@ def test_a_rank_whose_host_fell_silent_is_blamed_for_the_others_losing_it(watch:
             watch.hear(rank, Report("in decode", 9, True, True, 6))
     watch.fail(Failure(0, "failed", 1, is_consequence=True))
     watch.fail(Failure(1, "failed", 1, is_consequence=True))
-    assert str(blamed(watch)).startswith("ffn 0 (rank 2 on c) has not moved for 5 s")
+    assert str(blamed(watch)).startswith("ffn 0 (rank 2 on c) has made no progress for 5 s")
 
 
 def test_without_another_cause_the_first_loss_is_told(watch: Watch) -> None:
@@ -96,7 +96,9 @@ def test_a_rank_that_does_not_move_for_the_deadline_is_lost(watch: Watch) -> Non
     hear_all(watch, still_s=(0, 0, DEADLINE_S - 0.1))
     assert blamed(watch) is None
     hear_all(watch, still_s=(0, 0, DEADLINE_S + 0.5))
-    assert str(blamed(watch)).startswith("ffn 0 (rank 2 on c) has not moved for 10 s (stopped, or no processor")
+    assert str(blamed(watch)).startswith(
+        "ffn 0 (rank 2 on c) has made no progress for 10 s (stopped, or starved of CPU"
+    )
 
 
 @pytest.mark.parametrize(("leaver", "inside", "is_failure"), [(2, True, True), (2, False, False), (0, False, True)])

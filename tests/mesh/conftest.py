@@ -1,4 +1,4 @@
-"""A process with eight CPU devices, which answers the tests' questions one after the other."""
+"""A process with eight CPU devices, which answers the tests' questions one by one."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_the_speed_of_two_processes_is_measured_by_rank_0(devices: str) -> None:
 def test_several_processes_need_a_model_that_they_share() -> None:
     ran = step3("launch", "--local", "2", "--", "generate", "-p", "x")
     assert ran.returncode == 2
-    assert "there are 2 processes, and the model is to run on one device" in ran.stderr
+    assert "there are 2 processes, but the model is set to run on one device" in ran.stderr
 
 
 # It compiles all programs in both processes.

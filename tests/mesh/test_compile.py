@@ -20,7 +20,7 @@ KERNEL = 'custom_call_target="mosaic_gpu_v2"'
 
 
 def compile_step(num_devices: int, num_layers: int) -> dict[str, object]:
-    """What tests/mesh/programs/compile_step.py prints: in a process of its own, where shapes are not checked."""
+    """What tests/mesh/programs/compile_step.py prints, in a separate process where shapes are not checked."""
     command = [sys.executable, str(PROGRAMS / "compile_step.py"), str(num_devices), str(num_layers)]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=1800
@@ -39,15 +39,15 @@ def test_the_sharded_step_compiles_with_kernels_and_copies_neither_weights_nor_c
         # The experts of a layer are 660 MB on each of 8 devices, the cache of both layers 270 MB.
         assert program["temp"] < 400e6, name
         assert program["count"][KERNEL] >= 6, name
-        # Of the last layer a chunk of prompts needs the cache alone.
+        # A chunk of prompts needs only the cache of the last layer.
         assert program["count"]["reduce-scatter("] >= (2 if name == "prefill" else 4), name
-    # What comes with a call is small beside weights and cache. Of 2,048 sequences the room for biases is 17 MB.
+    # What comes with a call is small compared with weights and cache. For 2,048 sequences the room for biases is 17 MB.
     assert found["weights"] + found["pages"] <= found["decode"]["argument"] < found["weights"] + found["pages"] + 20e6
     # A sum after attention and MLP of both layers of the tower, and one in the projector.
     count = found["encode"]["count"]
     assert count["all-reduce("] + count["all-reduce-start("] == 5
     assert count[KERNEL] == 2
-    # Where tokens go to their experts alone, there is a way out for steps in which they do not fit.
+    # Where tokens go only to their experts, there is a fallback for steps in which they do not fit.
     assert (found["decode"]["count"]["conditional("] > 0) == (num_devices == 32)
 
 

@@ -47,7 +47,7 @@ def test_processes_give_the_tokens_of_one(
     for name in ("tokens", "experts"):
         assert [answer[name] for answer in answers] == [alone[name], *[None] * (num_processes - 1)]
     assert np.sum(alone["experts"]) > 0
-    # Experts are divided over all devices, whatever the setting; the rest of a process's are read by it alone.
+    # Experts are divided over all devices, whatever the setting; no other process reads a process's experts.
     whole = {name: info.num_bytes for name, info in Checkpoint(goldens / "tiny_text").tensors.items()}
     experts = [name for name in whole if ".moe." in name and "moe.gate.weight" not in name]
     assert experts

@@ -1,4 +1,4 @@
-"""The tables: what divides a model, what lies where, what is refused and what is offered instead. No device is used."""
+"""The tables: what divides a model, what goes where, what is refused and what is offered instead. No device is used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_divisor_of_the_devices_is_a_number_of_expert_groups(dp: int, tp: 
 
 def test_an_axis_of_the_mesh_is_used_once_in_an_array() -> None:
     assert partition_spec(("experts", "expert_width", None)) == PartitionSpec(AXES[0::2], AXES[1::2], None)
-    with pytest.raises(ValueError, match="would lie twice on tensor_expert"):
+    with pytest.raises(ValueError, match="would be sharded twice along tensor_expert"):
         partition_spec(("experts", "width"))
     with pytest.raises(ValueError, match="no logical axis 'depth'"):
         partition_spec(("depth",))
@@ -100,7 +100,7 @@ def test_the_real_model_gets_as_many_groups_of_experts_as_divide_it(asked, ep, m
     ("asked", "block", "reason", "nearest"),
     [
         (Parallel(tp=3), None, "hidden_size is 7168, which tp = 3 does not cut", "dp 3, tp 1, ep 3 (3 devices)"),
-        (Parallel(tp=8, ep=5), None, "ep = 5 is no divisor of the dp x tp = 8", "dp 1, tp 8, ep 4 (8 devices)"),
+        (Parallel(tp=8, ep=5), None, "ep = 5 is not a divisor of the dp x tp = 8", "dp 1, tp 8, ep 4 (8 devices)"),
         # In BF16 16 parts of 320 columns serve; FP8 scales are of 128.
         (
             Parallel(tp=16, ep=16),
@@ -159,7 +159,7 @@ def test_a_setting_that_means_nothing_is_refused(values, message) -> None:
 
 
 def test_fp8_tensors_of_the_real_model_are_cut_between_blocks() -> None:
-    """On every setting that is let through, the scales of a part are those of its own values."""
+    """With every accepted setting, the scales of a part are those of its own values."""
     for asked in (Parallel(tp=8), Parallel(dp=4, tp=8), Parallel(dp=2, tp=4, ep=2)):
         along = sizes(fit_parallel(asked, STEP3.text, fp8_block=FP8_BLOCK))
         for name, shape in expected_tensors(STEP3).items():

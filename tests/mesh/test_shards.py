@@ -1,4 +1,4 @@
-"""What the engine does for a cache in shards, on the host alone: pages, slots and chunks of a row are of one shard."""
+"""What the engine does for a sharded cache, on the host only: pages, slots and chunks of a row belong to one shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way to spread a model gives the answer of one device: tokens, log-probabilities, image features."""
+"""Every way to spread a model gives one device's answer: tokens, log-probabilities, image features."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_setting_gives_the_answer_of_one_device(eight: Ask, alone: dict[st
 
 
 def test_rows_that_come_and_go_wait_for_a_place_and_read_in_chunks(eight: Ask) -> None:
-    """More sequences than places, of different lengths, sampled: devices never wait for each other in vain."""
+    """More sequences than slots, of different lengths, sampled: devices never wait for each other in vain."""
     lengths = [3, 90, 40, 1, 64, 10, 77, 30, 5, 21, 55, 2]
     counts = [4, 9, 1, 12, 6, 3, 8, 2, 15, 5, 7, 1]
     seeds = list(range(len(lengths)))
@@ -63,7 +63,7 @@ def test_rows_that_come_and_go_wait_for_a_place_and_read_in_chunks(eight: Ask) -
 
 @pytest.mark.slow
 def test_guesses_are_verified_by_all_devices_in_the_same_steps(eight: Ask) -> None:
-    """Their rows guess differently many tokens, or none; a step is as wide everywhere. It compiles two more programs."""
+    """Their rows guess different numbers of tokens, or none; a step is equally wide everywhere. Two more programs."""
     request = {"lengths": [3, 40, 20, 30, 5], "counts": [40, 9, 30, 24, 40], "batch": 4}
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     found = eight("generate", parallel={"dp": 2, "tp": 2, "ep": 4}, speculation=speculation, **request)
@@ -81,7 +81,7 @@ def test_prompts_that_share_their_start_get_the_same_from_cached_pages(eight: As
     found = eight("prefix", parallel={"dp": 2, "tp": 2, "ep": 4})
     one = eight("prefix", parallel=None)
     assert found["warm"] == found["cold"] == one["warm"] == one["cold"]
-    # In which shard the start is, is found too.
+    # The shard that holds the start is found too.
     assert found["warm_cached"] == one["warm_cached"] == [0, 128, 128, 128]
     assert found["cold_cached"] == [0] * 4
     assert found["warm_free"]
@@ -132,10 +132,10 @@ def test_stacked_layers_give_the_tokens_of_separate_ones(eight: Ask) -> None:
 @pytest.mark.parametrize(
     ("setting", "tokens", "skew", "room"),
     [
-        # Of four groups any may be wanted by nearly all tokens, so that there is room for all.
+        # Nearly all tokens may want any one of four groups, so there is room for all.
         ({"dp": 4, "tp": 2, "ep": 4}, 16, False, 32),
         ({"dp": 3, "tp": 2, "ep": 6}, 64, False, 56),
-        # All want the same group: this step takes the other way.
+        # All want the same group: this step takes the fallback.
         ({"dp": 3, "tp": 2, "ep": 6}, 64, True, 56),
     ],
 )
@@ -161,7 +161,7 @@ def test_weights_and_cache_lie_where_the_table_says(eight: Ask) -> None:
     assert parts["text.layers.1.attention.self_attn.wq.weight"] == 1
     # Four groups of experts, each expert's width on two devices.
     assert parts[experts] == 8
-    # 131 rows do not divide by two: one of zeros is added.
+    # 131 rows are not divisible by two: one of zeros is added.
     assert (parts["text.lm_head.weight"], whole["text.lm_head.weight"]) == (2, 132 * 48)
     vision = {name for name, part in parts.items() if name.startswith(("vision", "projector")) and part == 2}
     layer = {"self_attn.qkv_proj.weight", "self_attn.qkv_proj.bias", "self_attn.out_proj.weight"}

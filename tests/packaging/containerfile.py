@@ -1,4 +1,4 @@
-"""What a Containerfile says, and its steps taken in a folder that is a root."""
+"""The content of a Containerfile, and its steps run in a folder that serves as root."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 
-# What reaches the package index from here, in steps that install.
+# Settings that reach the package index from here, for steps that install.
 _PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "PIP_INDEX_URL")
 _CERTIFICATES = pathlib.Path("/etc/ssl/certs/ca-certificates.crt")
-# The images' own PATH need not have it.
+# It may not be in the images' own PATH.
 CHROOT = shutil.which("chroot", path="/usr/sbin:/usr/bin:/sbin:/bin") or "chroot"
 STEP_LIMIT_S = 1200
 
@@ -27,7 +27,7 @@ class Containerfile:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> Containerfile:
-        """Reads a file; lines that end with a backslash go on."""
+        """Reads a file; a backslash at the end continues a line."""
         lines = path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
         words = [line.split(None, 1) for line in lines if line.strip() and not line.lstrip().startswith("#")]
         return cls(tuple((name.upper(), rest) for name, rest in words))
@@ -37,25 +37,25 @@ class Containerfile:
         return [rest for one, rest in self.instructions if one == name][-1]
 
     def words(self, name: str) -> list[str]:
-        """The words of an instruction in JSON's form: of HEALTHCHECK those after CMD."""
+        """The words of an instruction in JSON form; for HEALTHCHECK those after CMD."""
         rest = self.last(name)
         words: list[str] = json.loads(rest[rest.index("[") :])
         return words
 
     @property
     def environment(self) -> dict[str, str]:
-        """What all ENV instructions set."""
+        """The variables that all ENV instructions set."""
         pairs = [
             tuple(word.split("=", 1)) for name, rest in self.instructions if name == "ENV" for word in shlex.split(rest)
         ]
         return dict(pairs)
 
     def build(self, root: pathlib.Path, context: pathlib.Path) -> None:
-        """Takes the steps (RUN and COPY) in a root, as its user 0.
+        """Runs the steps (RUN and COPY) in a root, as its user 0.
 
         Args:
-          root: Has the image of FROM.
-          context: What COPY copies from; .dockerignore there says what of it.
+          root: Holds the image named by FROM.
+          context: Where COPY copies from; .dockerignore there says which files.
         """
         shutil.copy("/etc/resolv.conf", root / "etc" / "resolv.conf")
         for name, rest in self.instructions:
@@ -67,14 +67,14 @@ class Containerfile:
                 passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
                 inside = root / _CERTIFICATES.relative_to("/")
                 if inside.exists():
-                    # This machine may trust a certificate more, of a proxy.
+                    # This machine may trust an additional certificate, that of a proxy.
                     shutil.copy(_CERTIFICATES, inside)
                     passed |= {"PIP_CERT": str(_CERTIFICATES)}
                 run_in(root, ["/bin/sh", "-c", rest], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"} | passed)
 
 
 def copy_context(context: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies what .dockerignore lets through: it leaves out everything, then names what is taken."""
+    """Copies what .dockerignore lets through: it excludes everything, then names what is included."""
     names = [line[1:] for line in (context / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     target.mkdir(parents=True)
     for name in names:
@@ -85,7 +85,7 @@ def copy_context(context: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def run_in(root: pathlib.Path, words: list[str], environment: Mapping[str, str]) -> str:
-    """Runs a command in a root; gives what it printed."""
+    """Runs a command in a root and returns what it printed."""
     done = subprocess.run(
         [CHROOT, str(root), *words],
         env=dict(environment),

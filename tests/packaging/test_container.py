@@ -1,4 +1,4 @@
-"""The images: what their files say fits the service, and the steps of the one for CPUs are taken in a fresh Debian."""
+"""The images: what their files say fits the service, and the steps of the CPU one run in a fresh Debian."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode != 0:
         pytest.skip(f"debootstrap could not fetch Debian: {done.stdout[-300:]}")
-    # The image's user is another one.
+    # The image's user is a different one.
     root.chmod(0o755)
     yield root
     shutil.rmtree(root, ignore_errors=True)
@@ -99,7 +99,7 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def started(root: pathlib.Path, file: Containerfile) -> Iterator[subprocess.Popen[bytes]]:
-    """The image's command as its user, with a network of its own, so that its port is free."""
+    """The image's command as its user, in its own network, so that its port is free."""
     inside = [*file.words("ENTRYPOINT"), *file.words("CMD")]
     user = file.last("USER")
     command = f'mount -t proc proc "$0/proc" && ip link set lo up && exec {CHROOT} --userspec={user}:{user} "$0" "$@"'

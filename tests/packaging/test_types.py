@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def outside(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A folder that has the program alone: no configuration of ours is near."""
+    """A folder with only the program: none of our configuration is near."""
     shutil.copy(CONSUMER, tmp_path)
     return tmp_path
 

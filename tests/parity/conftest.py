@@ -19,7 +19,7 @@ STORED = "tiny_fp8 as stored"
 def models(goldens):
     """Folder name -> model; the FP8 one is dequantised, as its golden numbers were made.
 
-    `STORED` is the FP8 model as stored, on the CPU kernels; only where there are any.
+    `STORED` is the FP8 model as stored, on the CPU kernels, if there are any.
     """
     found = {name: load_model(goldens / name, dtype="float32", quantization="none") for name in FOLDERS}
     kernels = find_kernels()

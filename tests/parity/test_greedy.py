@@ -59,7 +59,7 @@ def test_greedy_with_the_cache(prompt):
     length = embeddings.shape[1]
     num_pages = -(-(length + STEPS) // PAGE_SIZE)
     cache = empty_cache(decoder.config, num_pages, "float32")
-    # Backwards, as pages need not be in order.
+    # In reverse, as pages need not be in order.
     table = jnp.arange(num_pages)[None, ::-1]
     place = CacheStep(table, jnp.asarray([length]), jnp.asarray([0, length]))
     found_ids, found_logits = [], []
@@ -85,7 +85,7 @@ def test_greedy_without_a_cache(prompt):
         row = text.embed_tokens(jnp.argmax(logits)[None, None])
         return logits, jax.lax.dynamic_update_slice(embeddings, row, (0, last + 1, 0))
 
-    # Attention is causal: the padding behind the last token changes nothing, and one compiled shape serves all steps.
+    # Attention is causal: the padding after the last token changes nothing, and one compiled shape serves all steps.
     embeddings = jnp.pad(embeddings, ((0, 0), (0, STEPS), (0, 0)))
     found_ids, found_logits = [], []
     for last in range(start - 1, start - 1 + STEPS):

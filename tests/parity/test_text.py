@@ -37,7 +37,7 @@ def trace(model, ids):
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def case(request, models, arrays, run_jitted):
-    """What we compute, and what the golden file says, by name."""
+    """What we compute, and what the golden file contains, by name."""
     name, number = request.param
     if name not in models:
         pytest.skip("no CPU kernels")
@@ -115,5 +115,5 @@ def test_bfloat16_runs_and_stays_near(goldens, arrays, run_jitted):
     assert model.text.embed_tokens.weight[...].dtype == jnp.bfloat16
     assert logits.dtype == np.float32
     assert np.isfinite(logits).all()
-    # Logits are about 8 in size; an expert may flip, so only the bulk of them is near.
+    # Logits are about 8 in size; an expert may flip, so only the bulk of them is close.
     assert np.median(np.abs(logits - golden["c0_logits"])) < 0.1

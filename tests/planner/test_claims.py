@@ -1,4 +1,4 @@
-"""What docs/planning.md says of the release's claims: each figure there that follows from arithmetic is computed here."""
+"""What docs/planning.md says about the release's claims: every figure that follows from arithmetic is computed here."""
 
 from __future__ import annotations
 

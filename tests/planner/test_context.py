@@ -1,4 +1,4 @@
-"""Contexts of a batch: numbers, distributions, traces, and the device with the most."""
+"""Contexts of a batch: numbers, distributions, traces, and the most loaded device."""
 
 from __future__ import annotations
 

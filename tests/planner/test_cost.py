@@ -1,4 +1,4 @@
-"""Device time and money of a token: what must hold for any model and hardware."""
+"""Device time and money per token: what must hold for any model and hardware."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from step3_jax.planner.shape import list_shapes, load_shape
 
 MODELS = {name: load_shape(name) for name in list_shapes()}
 HARDWARE = {name: load_hardware(name) for name in list_hardware()}
-# Every device needs one for USD to be compared.
+# Every device needs a price for USD to be compared.
 PRICES = Prices({name: 0.5 + 0.25 * number for number, name in enumerate(HARDWARE)})
 CONTEXTS = st.integers(1, 1 << 20)
 KV_DTYPES = st.sampled_from(["fp8", "bfloat16", "int4"])

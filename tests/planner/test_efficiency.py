@@ -1,4 +1,4 @@
-"""Shares of the roofline that measured runs reached, and what they predict."""
+"""Shares of the roofline reached by measured runs, and what they predict."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_run_is_predicted_by_its_own_shares(name: str) -> None:
 def test_one_row_of_table_8_predicts_the_other_two_with_this_error() -> None:
     errors = {(fitted.name, other.name): error for fitted, other, error in cross_check(AFD)}
     assert errors["step3-2a2f", "step3-4a2f"] == pytest.approx(0.019, abs=0.001)
-    # BF16 attention reached a larger share than FP8 attention, which shares by design and device alone do not know.
+    # BF16 attention reached a larger share than FP8 attention, which shares by design and device alone cannot express.
     assert errors["step3-2a2f", "step3-3a2f"] == pytest.approx(-0.196, abs=0.001)
     assert errors["step3-3a2f", "step3-2a2f"] == pytest.approx(0.044, abs=0.001)
     assert max(abs(error) for error in errors.values()) < 0.22
@@ -73,7 +73,7 @@ def test_one_row_of_table_8_predicts_the_other_two_with_this_error() -> None:
 
 def test_one_deployment_of_deepseek_predicts_the_others_at_its_latency_within_a_tenth() -> None:
     errors = {(fitted.name, other.name): error for fitted, other, error in cross_check(EP)}
-    # At 256 sequences a GPU of 2,000 tokens the prediction needs all of an interface, and shares know no network.
+    # At 256 sequences of 2,000 tokens per GPU the prediction needs all of an interface, and shares ignore the network.
     usual = {pair: error for pair, error in errors.items() if "dsv3-sglang-2k" not in pair}
     assert len(usual) == 12
     assert max(abs(error) for error in usual.values()) < 0.1
@@ -101,7 +101,7 @@ def test_what_is_carried_over_says_so() -> None:
 
 
 def test_the_share_depends_on_the_design_not_on_the_device_alone() -> None:
-    """One number a device would miss grouped-query attention on H20 by a factor of two."""
+    """One number per device would be off by a factor of two for grouped-query attention on H20."""
     h20 = load_hardware("h20")
     mfa, gqa = (attention_share(design, h20, context_tokens=8192).value for design in ("mfa", "gqa"))
     assert 1.8 < mfa / gqa < 2.2

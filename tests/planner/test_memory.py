@@ -1,4 +1,4 @@
-"""Whether deployments fit, against what was published."""
+"""Whether deployments fit, compared with what was published."""
 
 from __future__ import annotations
 

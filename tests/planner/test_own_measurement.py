@@ -1,4 +1,4 @@
-"""What users measured themselves takes the place of published shares."""
+"""Users' own measurements replace published shares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.gpu_check.cases import all_cases
 
 
 def results(**changes: object) -> dict[str, object]:
-    """A results.json as a GPU check leaves it."""
+    """A results.json as a GPU check writes it."""
     good = {"status": "PASS", "us": 100.0}
     return {
         "schema": GPU_CHECK_SCHEMA,
@@ -73,7 +73,7 @@ def test_a_bench_is_a_share_of_the_bandwidth(tmp_path: pathlib.Path) -> None:
     [
         (results(schema=1), None, "has schema 1, and 2 is needed"),
         (results(conditions={"mode": "interpret"}), None, "of mode 'interpret'"),
-        (results(), "h100", "is of NVIDIA H200.*other hardware"),
+        (results(), "h100", "is for NVIDIA H200.*other hardware"),
         (results(results={}), None, "has no time of mfa_decode"),
         (bench(), None, "give --measured NAME="),
         ({"throughput": {}}, None, "step3 bench decode --json"),

@@ -20,7 +20,7 @@ from step3_jax.layout.role import deployed_config, roles_of
 from step3_jax.planner.memory import CacheShape, shape_cache
 from tests.process import ROOT, environment
 
-# Sizes that FP8 blocks of 128 are cut out of whole, twice; a vocabulary that is not.
+# Sizes that split into whole FP8 blocks of 128, twice; a vocabulary that does not.
 SMALL = ModelConfig(
     text=TextConfig(
         hidden_size=256,
@@ -37,7 +37,7 @@ SMALL = ModelConfig(
         vocab_size=301,
     ),
     vision=VisionConfig(
-        # Three heads are not divided by two devices.
+        # Three heads cannot be divided among two devices.
         hidden_size=96,
         output_hidden_size=64,
         image_size=56,
@@ -136,7 +136,7 @@ def test_mistakes_are_exit_code_2(words: list[str], message: str, capsys: pytest
 
 
 def test_the_sizes_of_the_test_model_are_all_different_enough() -> None:
-    """Else a weight that lies in the wrong place could go unnoticed."""
+    """Otherwise a weight in the wrong place could go unnoticed."""
     one = parse_deployment("one", {"afd": "off", "weights": "bfloat16"})
     config = dataclasses.replace(deployed_config(SMALL, "bfloat16"))
     sizes = weight_bytes(config, "bfloat16", roles_of(one)[0]).values()

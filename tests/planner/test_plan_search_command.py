@@ -120,7 +120,7 @@ def test_without_a_price_the_order_is_by_speed_and_it_says_so(capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give the devices that there are"),
+        ([], "give the devices you have"),
         (["--hardware", "h800"], "HARDWARE:COUNT"),
         (["--hardware", "h800:0"], "at least 1"),
         (["--hardware", "h80:8"], "did you mean h800"),
@@ -162,7 +162,7 @@ def test_the_pages_show_what_the_command_prints(
     block = next(block for block in text.split("```") if "s/first" in block)
     assert main(["plan", "search", *words]) == 0
     printed = capsys.readouterr().out
-    # Other commands' outputs stand before and behind it.
+    # Other commands' outputs come before and after it.
     part = next(part for part in block.split("...\n") if "s/first" in part)
     rows = part[part.index("   deployment") :].splitlines()
     assert len(rows) >= 3

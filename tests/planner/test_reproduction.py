@@ -1,4 +1,4 @@
-"""The Step-3 report's tables, computed again: every cell is a test."""
+"""The Step-3 report's tables, recomputed: every cell is a test."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def search(query: Query, *only: str) -> Answer:
 
 
 def check_memory(found: Found, query: Query) -> None:
-    """The rule of `step3 plan memory --no-compile`, asked again."""
+    """The rule of `step3 plan memory --no-compile`, applied again."""
     candidate = found.candidate
     plan = plan_memory(
         query.config,
@@ -78,7 +78,7 @@ def test_16a2f_at_32k_meets_the_target_with_its_batch() -> None:
     (found,) = whole.answer(1).best
     assert found.sequences >= 6144
     assert found.expected.step_s <= 0.05
-    # 897.6 tokens/s a GPU at 6,144 sequences, by the report's scaling from 4K.
+    # 897.6 tokens/s per GPU at 6,144 sequences, by the report's scaling from 4K.
     same_batch = whole.table.find(found.candidate, 3, 16, TARGET)
     assert same_batch.sequences == 6144
     assert same_batch.expected.tokens_per_s_per_device == pytest.approx(897.6, rel=0.05)
@@ -89,7 +89,7 @@ def test_16a2f_at_32k_meets_the_target_with_its_batch() -> None:
 
 
 def test_with_ideal_times_one_ffn_instance_would_do_at_4k() -> None:
-    """Why the report has two: at the share of the roofline that was reached one reads its weights too slowly for 50 ms."""
+    """Why the report has two: at the share of the roofline reached, one reads its weights too slowly for 50 ms."""
     query = ask("4k", "h800:32", judge="ideal")
     (ideal,) = search(query, "3a1f").best
     assert ideal.sequences >= 6144 * 3 / 2

@@ -56,7 +56,7 @@ def test_a_file_of_the_users_own_is_read(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("layers: 94\n", "layers: 93\n", "have 94 layers in all, and layers is 93"),
+        ("layers: 94\n", "layers: 93\n", "have 94 layers in all, but layers is 93"),
         ("kind: gqa", "kind: gpa", "did you mean gqa"),
         ("top_k: 8", "top_k: 800", "more than the 128 experts"),
         ("top_k: 8", "topk: 8", "unknown key topk; did you mean top_k"),

@@ -1,4 +1,4 @@
-"""The stages' arithmetic beside sums by hand, and beside the deployments of arXiv 2507.19427."""
+"""The stages' arithmetic against sums by hand and against the deployments of arXiv 2507.19427."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from step3_jax.planner.stage import PROJECTIONS, Arithmetic, Model, Shares, stag
 SHAPE = load_shape("step3")
 CONFIG = deployed_config(ModelConfig.preset("step3"), "fp8")
 H800, L20, L4 = (load_hardware(name) for name in ("h800", "l20", "l4"))
-# Of a layer, in three stages of 50 ms: report, section 3.1.
+# Per layer, in three stages of 50 ms: report, section 3.1.
 STAGE_S = 16.6e-3 / 61
 
 
@@ -49,12 +49,12 @@ def test_attention_reads_the_cache_and_its_weights_once() -> None:
     core = stages.attention["core attention"]
     assert core.is_memory.all()
     assert core.seconds == pytest.approx(128 * 4096 * 31_720 / 3.35e12)
-    # 169.35 M weights a layer (formulas of the report, section 3), with FP8 scales, norms and routers besides.
+    # 169.35 M weights per layer (formulas of the report, section 3), plus FP8 scales, norms and routers.
     assert stages.attention[PROJECTIONS].seconds == pytest.approx(61 * 169.35e6 / 3.35e12, rel=0.01)
 
 
 def test_the_network_carries_what_the_report_says() -> None:
-    """2A2F with 2,048 tokens a micro-batch: 256 tokens reach each FFN device, as 7,168 bytes and what describes them."""
+    """2A2F with 2,048 tokens per micro-batch: 256 tokens reach each FFN device, as 7,168 bytes and what describes them."""
     machines = dataclasses.replace(apart(2, 2), ffn=dataclasses.replace(H800, link_gb_s=1e6))
     stages = count_decode(Arithmetic(model("4k"), by_chance=False), machines, np.array([128.0]), Shares())
     sent, returned = stages.send[0] * 50e9 / 61, stages.back[0] * 50e9 / 61
@@ -172,7 +172,7 @@ def test_tokens_go_to_the_groups_of_their_experts_between_machines() -> None:
     rows, fast = np.array([64.0]), dataclasses.replace(H800, link_gb_s=1e6)
     stages = count_decode(Arithmetic(model("4k"), by_chance=False), both(Parallel(32, 1, 16), fast), rows, Shares())
     room = 2 * (1 - (15 / 16) ** 3)
-    # Both ways in BF16, to the 24 devices of the other machines.
+    # Both directions in BF16, to the 24 devices of the other machines.
     assert stages.send == pytest.approx(2 * 56 * 64 * room * 24 * 7168 * 2 / 50e9)
 
 

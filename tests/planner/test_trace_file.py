@@ -1,4 +1,4 @@
-"""Traces: what their lines may say, and the contexts that follow."""
+"""Traces: what their lines may contain, and the resulting contexts."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterator, Mapping
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-# Everything here is local: what takes so long has failed.
+# Everything here is local: whatever takes this long has failed.
 LIMIT_S = 30.0
 
 
 def find_browser() -> str | None:
-    """The program; None where none is installed."""
+    """The browser's program; None if none is installed."""
     return next((path for path in map(shutil.which, NAMES) if path is not None), None)
 
 
@@ -28,8 +28,8 @@ class Page:
     """One tab.
 
     Attributes:
-      problems: What the page wrote to its console as errors, and exceptions that nothing caught.
-      requested: Every URL that was asked for, but data: and blob:.
+      problems: Errors that the page wrote to its console, and uncaught exceptions.
+      requested: Every URL that was requested, except data: and blob:.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], write: int, read: int) -> None:
@@ -59,7 +59,7 @@ class Page:
                 return found["result"]  # type: ignore[return-value]
 
     def open(self, url: str, *, width: int = 1000, height: int = 700, is_dark: bool = False) -> None:
-        """Loads a page in a window of some size."""
+        """Loads a page in a window of a given size."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
@@ -82,7 +82,7 @@ class Page:
             time.sleep(0.02)
 
     def type(self, text: str) -> None:
-        """Types into what has the focus."""
+        """Types into the focused element."""
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, *, shift: bool = False) -> None:
@@ -94,7 +94,7 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def click(self, selector: str) -> None:
-        """Clicks in the middle of an element."""
+        """Clicks the middle of an element."""
         box = f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect(); "
         x, y = self.run(box + "return [r.x + r.width / 2, r.y + r.height / 2] })()")  # type: ignore[misc]
         for kind in ("mousePressed", "mouseReleased"):
@@ -105,7 +105,7 @@ class Page:
         return str(self.run(f"[...document.querySelectorAll({json.dumps(selector)})].at(-1)?.innerText ?? ''"))
 
     def screenshot(self, path: pathlib.Path) -> None:
-        """Writes what is seen as a PNG file."""
+        """Writes a screenshot as a PNG file."""
         path.write_bytes(base64.b64decode(str(self.call("Page.captureScreenshot")["data"])))
 
     def _receive(self, end: float) -> Mapping[str, object]:
@@ -135,12 +135,12 @@ class Page:
 
 @contextlib.contextmanager
 def start_browser(program: str) -> Iterator[Page]:
-    """Starts a browser with one empty tab, and ends it."""
+    """Starts a browser with one empty tab, and stops it at the end."""
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
     to_browser, from_test = os.pipe()
     to_test, from_browser = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # It reads commands from descriptor 3 and writes to 4: a shell puts them there.
+        # It reads commands from descriptor 3 and writes to 4; a shell sets them up.
         script = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
         process = subprocess.Popen(
             ["bash", "-c", script, "sh", program, *options, "--remote-debugging-pipe", f"--user-data-dir={profile}"],

@@ -1,4 +1,4 @@
-"""Calls an application in process, piece by piece: what it sends is seen as it comes, and the client can leave."""
+"""Calls an application in process, piece by piece: output is seen as it arrives, and the client can disconnect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT_S = 60
 
 @dataclasses.dataclass
 class Reply:
-    """What came back.
+    """A response.
 
     Attributes:
       status: 0 if nothing did.
@@ -47,7 +47,7 @@ class Reply:
 
 
 class Call:
-    """One request under way."""
+    """One request in progress."""
 
     def __init__(self, app: FastAPI, method: str, path: str, headers: Mapping[str, str], pieces: list[bytes]) -> None:
         self.reply = Reply()
@@ -78,7 +78,7 @@ class Call:
         self._has_left.set()
 
     async def see(self, is_enough: Callable[[Reply], bool]) -> Reply:
-        """Waits until enough has come."""
+        """Waits until enough has arrived."""
         async with asyncio.timeout(LIMIT_S):
             while not is_enough(self.reply) and not self.task.done():
                 self._has_new.clear()
@@ -137,7 +137,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         pieces: list[bytes] | None = None,
     ) -> Call:
-        """Begins a request, from inside of the loop."""
+        """Starts a request, from inside the loop."""
         if pieces is None:
             pieces = [body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()]
         kind = {} if body is None else {"content-type": "application/json"}
@@ -156,7 +156,7 @@ class Client:
         return self.call("/v1/chat/completions", ask(text, **values))
 
     async def wait_until(self, holds: Callable[[], bool]) -> None:
-        """Waits for something in the engine's thread."""
+        """Waits for a condition in the engine's thread."""
         async with asyncio.timeout(LIMIT_S):
             while not holds():
                 await asyncio.sleep(0.005)
@@ -171,7 +171,7 @@ class Client:
 
 
 def ask(text: str = "Hi", **values: object) -> dict[str, object]:
-    """The body of a question."""
+    """The body of a request with one question."""
     return {"messages": [{"role": "user", "content": text}], "temperature": 0} | values
 
 

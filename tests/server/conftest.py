@@ -1,4 +1,4 @@
-"""Applications with a model that says what it is told to."""
+"""Applications with a model that says what it is told to say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.server.client import Client, opened
 from tests.server.fake import Reply, ReplyExecutor
 
 NAME = "toy"
-# Without another one, the model thinks and answers so.
+# By default, this is what the model thinks and answers.
 REPLY = "I think.</think>Hello there, world!"
 
 Open = Callable[..., contextlib.AbstractContextManager[Client]]
@@ -59,7 +59,7 @@ def open_client(tiny_model_path: pathlib.Path) -> Open:
 
 @pytest.fixture(scope="module")
 def client(open_client: Open) -> Iterator[Client]:
-    """The one of a module's tests that change nothing: a prompt says what is written behind it, after SAY."""
+    """Shared by a module's tests that change nothing: what a prompt has after SAY is what the model writes."""
     with open_client(_read_reply) as made:
         yield made
 

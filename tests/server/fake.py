@@ -18,21 +18,21 @@ from step3_jax.sampling.sampler import StepLogprobs
 from step3_jax.text.tokenizer import Tokenizer
 from tests.process import HARD_LIMIT_S
 
-# Written where the reply is not allowed to go on; it ends a request with an error, as it is not allowed either.
+# Written where the reply is not allowed to continue; it ends a request with an error, as it is not allowed either.
 NO_WAY = 1
 
-# What the model writes behind a prompt, given as text.
+# What the model writes after a prompt, given as text.
 Reply = Callable[[str], str]
 
 
 class ReplyExecutor(Executor):
-    """Writes replies token by token, then ends. Its cache holds token ids, so a page that is mixed up shows.
+    """Writes replies token by token, then ends. Its cache holds token ids, so mixed-up pages show.
 
     Attributes:
-      reply: What is written behind a prompt.
+      reply: What is written after a prompt.
       gate: Decode calls wait until it is set.
       failure: An error that the next decode call raises.
-      is_stubborn: Whether it breaks off where its reply is not allowed; otherwise it writes what is.
+      is_stubborn: Whether it breaks off where its reply is not allowed; otherwise it writes something allowed.
       num_decoded: Tokens made so far.
     """
 
@@ -126,7 +126,7 @@ class ReplyExecutor(Executor):
 
 
 def _logprobs(tokens: np.ndarray) -> StepLogprobs:
-    """The chosen token has -0.5, those with the next ids less and less; the last one is impossible."""
+    """The chosen token has -0.5, the following ids less and less; the last one is impossible."""
     ids = tokens[..., None] + np.arange(MAX_LOGPROBS)
     values = -0.5 - np.arange(MAX_LOGPROBS, dtype=np.float32) * np.ones_like(ids, np.float32)
     values[..., -1] = -np.inf

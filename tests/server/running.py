@@ -1,4 +1,4 @@
-"""A server in a process of its own, which is killed whatever happens."""
+"""A server in a separate process, which is killed whatever happens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.process import HARD_LIMIT_S, ROOT, environment
 
 
 class Running:
-    """A process that listens.
+    """A listening process.
 
     Attributes:
-      process: It.
-      port: Where it listens.
+      process: The process.
+      port: The port it listens on.
     """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -50,7 +50,7 @@ class Running:
         return found
 
     def ask(self, path: str, body: object = None) -> tuple[int, dict]:
-        """One request on a connection of its own."""
+        """One request on its own connection."""
         response = self.begin(path, body)
         return response.status, json.loads(response.read())
 
@@ -60,7 +60,7 @@ class Running:
         return float(text.partition(f"\nstep3:{name}{{")[2].split()[1])
 
     def begin(self, path: str, body: object = None) -> http.client.HTTPResponse:
-        """The begin of an answer, whose rest is to be read."""
+        """The start of an answer, whose rest is still to be read."""
         return self._resources.enter_context(self.send(path, body).getresponse())
 
     def send(self, path: str, body: object = None, key: str = "none") -> http.client.HTTPConnection:
@@ -77,7 +77,7 @@ class Running:
         self._resources.close()
 
     def wait(self) -> int:
-        """Waits for its end; the exit code."""
+        """Waits for its end and returns the exit code."""
         return self.process.wait(HARD_LIMIT_S)
 
     def _read(self) -> None:
@@ -92,7 +92,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(command: Sequence[str], **variables: str) -> Iterator[Running]:
-    """Starts a server: `command` stands behind the interpreter."""
+    """Starts a server: `command` follows the interpreter."""
     with subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,

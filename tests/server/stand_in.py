@@ -1,4 +1,4 @@
-"""A small service that answers what a test has written down, in OpenAI's form, and remembers what it was asked."""
+"""A small service that gives scripted answers in OpenAI's format, and remembers what it was asked."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from step3_jax.server.chat_page import page_response
 
 @dataclasses.dataclass
 class StandIn:
-    """What is answered, and what was asked.
+    """The scripted answers, and what was asked.
 
     Attributes:
       reasoning: Pieces of the reasoning.
       content: Pieces of the answer.
-      finish_reason: Of the answer.
-      delay_s: Before each piece.
+      finish_reason: The answer's.
+      delay_s: Delay before each piece.
       held_from: Pieces that are sent before the stream waits for this to be None; the role is one, and so is each text.
       status: Other than 200: the answer is an error, with `message`.
-      message: Of the error; behind the first pieces if `status` is 200 and `is_broken`.
+      message: The error's; after the first pieces if `status` is 200 and `is_broken`.
       is_broken: Whether the stream ends with an error event.
       is_cut: Whether the stream ends in the middle.
-      key: That requests must have; None for none.
-      bodies: Of all chat and text completions.
+      key: Required of requests; None for none.
+      bodies: Bodies of all chat and text completions.
       num_running: Streams that are being answered.
     """
 
@@ -76,7 +76,7 @@ class StandIn:
         return JSONResponse({"error": error}, status, {"Retry-After": "7"} if status == 503 else None)
 
     async def _models(self, request: Request) -> Response:
-        # The models are there while requests are refused; the key is needed for both.
+        # The models are listed while requests are refused; the key is needed for both.
         status, self.status = self.status, 200
         refusal = self._refuse(request)
         self.status = status
@@ -145,7 +145,7 @@ def _event(chunk: Mapping[str, object]) -> str:
 
 @contextlib.contextmanager
 def serve(app: Starlette) -> Iterator[str]:
-    """Serves an app in a thread, on a free port of the loopback address; gives its URL."""
+    """Serves an app in a thread, on a free port of the loopback address; yields its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

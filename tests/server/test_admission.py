@@ -1,4 +1,4 @@
-"""How many requests may be under way, and what the others are told."""
+"""How many requests may be in progress, and what the others are told."""
 
 from __future__ import annotations
 

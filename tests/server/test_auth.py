@@ -1,4 +1,4 @@
-"""Keys: every route needs one but the open ones, by the route that a path is resolved to."""
+"""Keys: every route but the open ones needs one, by the route that a path resolves to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches answered by the service's own application: every request once, errors as lines, and going on after a stop."""
+"""Batches answered by the service's own application: every request once, errors as lines, resuming after a stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a batch: what is refused before anything is run, and what is left after being killed at any byte."""
+"""The files of a batch: what is refused before anything runs, and what is left after a kill at any byte."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_bodies_are_read_when_their_turn_comes(tmp_path: pathlib.Path) -> None:
         (line(None), "custom_id None"),
         (line(""), "custom_id ''"),
         (line("a\nb"), "a text of one line"),
-        (line("first"), "custom_id 'first' is that of line 1 too"),
+        (line("first"), "custom_id 'first' is also on line 1"),
         (line(method="GET"), "method 'GET'; POST"),
         (line(url="/v1/embeddings"), "url '/v1/embeddings'; one of /v1/chat/completions"),
         (line(body="x"), "a body that is str"),
@@ -144,6 +144,6 @@ def test_two_processes_do_not_write_to_one_file(tmp_path: pathlib.Path) -> None:
 def test_other_files_are_left_alone(text: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1 is no answer of a batch"):
+    with pytest.raises(ValueError, match="line 1 is not an answer of a batch"):
         BatchOutput(path)
     assert path.read_text(encoding="utf-8") == text

@@ -1,4 +1,4 @@
-"""The chat page in a headless browser, against a service that answers what is written down here."""
+"""The chat page in a headless browser, against a service with scripted answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def running() -> Iterator[tuple[StandIn, str]]:
 
 @pytest.fixture
 def service(running: tuple[StandIn, str]) -> StandIn:
-    """As new: what a test has set is set back."""
+    """As new: whatever a test has set is reset."""
     running[0].__init__()  # type: ignore[misc]
     return running[0]
 

@@ -1,4 +1,4 @@
-"""The chat page in a browser, served and answered by the service itself; the model says what the test tells it to."""
+"""The chat page in a browser, served and answered by the service itself; the model says what the test tells it to say."""
 
 from __future__ import annotations
 

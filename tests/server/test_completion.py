@@ -90,7 +90,7 @@ def test_token_ids_come_back_if_they_are_wanted(client: Client) -> None:
     [
         ({"suffix": "x"}, "suffix", "cannot fill in"),
         ({"best_of": 3}, "best_of", "only n, which is 1"),
-        ({"use_beam_search": True}, "use_beam_search", "not offered"),
+        ({"use_beam_search": True}, "use_beam_search", "not supported"),
         ({"prompt": []}, "prompt", "at least 1"),
         ({"prompt": [[]]}, "prompt[0]", "at least 1"),
         ({"prompt": ["a"] * 1000}, "prompt", "at most 256"),

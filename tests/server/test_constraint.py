@@ -1,4 +1,4 @@
-"""The form of answers: it is held to, and what cannot be held to is refused with its place."""
+"""Structured answers: the constraint is kept, and one that cannot be kept is refused, naming the field."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_an_answer_that_matches_comes_whole_and_the_reasoning_is_free(
 
 @pytest.mark.parametrize("values", [{"response_format": FORMAT}, {"structured_outputs": {"choice": ["yes", "no"]}}])
 def test_an_answer_that_does_not_match_is_never_given(client: Client, values: dict[str, object]) -> None:
-    # The model insists, so all that is left of the request is its error.
+    # The model insists, so the request ends with nothing but its error.
     reply = client.chat("SAY fine.</think>Sure! Here", max_tokens=50, **values)
     assert reply.status == 500
 
@@ -91,7 +91,7 @@ def test_a_call_that_is_asked_for_is_made(client: Client, values: dict[str, obje
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "structured_outputs.regex"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs", "none of them empty"),
         ({"structured_outputs": {"grammar": "start: nowhere"}}, "structured_outputs", "structured_outputs.grammar"),
-        ({"structured_outputs": {"json": "{"}}, "structured_outputs", "no valid JSON"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs", "not valid JSON"),
         ({"structured_outputs": {"json": {"type": "object", "not": {}}}}, "structured_outputs", "not"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}},
@@ -107,7 +107,7 @@ def test_a_call_that_is_asked_for_is_made(client: Client, values: dict[str, obje
             "tool_choice",
             "'rain'; the tools are weather",
         ),
-        ({"response_format": FORMAT, "ignore_eos": True}, "ignore_eos", "does not go with"),
+        ({"response_format": FORMAT, "ignore_eos": True}, "ignore_eos", "cannot be combined with"),
     ],
 )
 def test_what_cannot_be_held_to_is_refused(client: Client, values: dict[str, object], param: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Fetching listed images: the way that succeeds, and every way that must not reach this machine or its network."""
+"""Fetching images from listed hosts: the way that works, and every way that must not reach this machine or its network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PUBLIC = "93.184.216.34"
 
 
 class Stream(httpcore2.AsyncMockStream):
-    """Answers what it was given, and remembers what it was asked."""
+    """Gives the answers it was given, and remembers what it was asked."""
 
     def __init__(self, network: Network, answer: bytes) -> None:
         super().__init__([answer[start : start + 1000] for start in range(0, len(answer), 1000)])
@@ -161,7 +161,7 @@ def test_a_redirect_is_followed_to_listed_hosts_alone() -> None:
         "//localhost/",
     ):
         network = Network(answer(b"", "301 Moved", f"Location: {target}"))
-        with pytest.raises(ValueError, match=r"not among|no URL"):
+        with pytest.raises(ValueError, match=r"not among|not a URL"):
             fetch("https://images.example.com/a.png", network)
         assert len(network.connected) == 1
     with pytest.raises(ValueError, match="redirected more than"):
@@ -252,7 +252,7 @@ def test_only_addresses_of_the_public_internet_are_public(address: str, expected
 
 
 class Listener:
-    """Counts who comes by on the loopback address."""
+    """Counts connections on the loopback address."""
 
     def __init__(self) -> None:
         self.visits = 0

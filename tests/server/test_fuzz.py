@@ -1,4 +1,4 @@
-"""Bodies of every wrong kind: each is answered, none with a fault of the server's, and nothing is left behind."""
+"""Bodies of every wrong kind: each is answered, none with a server error, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BODIES: dict[str, list[dict[str, object]]] = {
 
 
 def mutate(value: object, dice: random.Random) -> object:
-    """The same with something else somewhere."""
+    """The same with a value replaced somewhere."""
     if dice.random() < 0.25:
         return dice.choice(VALUES)
     if isinstance(value, dict) and value:
@@ -104,7 +104,7 @@ def run(client: Client, count: int) -> None:
 
 @pytest.fixture
 def short(open_client: Open) -> Iterator[Client]:
-    """With a short context, as many of these requests go on to its end."""
+    """With a short context, as many of these requests run to its end."""
     with open_client(engine={"max_model_len": 256}) as client:
         yield client
 

@@ -1,4 +1,4 @@
-"""What the server says of itself, and what becomes of requests when it ends or its engine dies."""
+"""What the server says about itself, and what happens to requests when it ends or its engine dies."""
 
 from __future__ import annotations
 

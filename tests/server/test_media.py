@@ -1,4 +1,4 @@
-"""Images of HTTP messages: what is read, what is refused, and that the event loop is free meanwhile."""
+"""Images in HTTP messages: what is read, what is refused, and that the event loop stays free."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_listed_hosts_are_fetched_and_their_files_checked_too(monkeypatch: pytes
     assert found[1]["content"][0]["image"] == encode()
     with pytest.raises(ValueError, match="an HTML page"):
         read(ask(part("https://images.example.com/b")), limits=limits, fetcher=fetcher)
-    with pytest.raises(ValueError, match="no URL that can be fetched"):
+    with pytest.raises(ValueError, match="not a URL that can be fetched"):
         read(ask(part("file:///etc/passwd")), fetcher=MediaFetcher(["images.example.com"]))
 
 

@@ -1,4 +1,4 @@
-"""The shipped model in a process of its own, called by OpenAI's own client, unmodified."""
+"""The shipped model in a separate process, called by OpenAI's own client, unmodified."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANSWER = "A violin is a bowed stringed instrument"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    # Without warm-up: what these requests need is compiled as they come.
+    # Without warm-up: what these requests need is compiled as they arrive.
     words = ["serve", "--port", "0", "--no-warm-up", "--api-key", "k", "--served-model-name", "tiny"]
     words += ["--max-num-seqs", "4", "--max-model-len", "512"]
     with running(["-m", "step3_jax", *words]) as server:
@@ -163,7 +163,7 @@ def test_leaving_a_stream_frees_its_place(client: openai.OpenAI, server: Running
     stream = ask(client, stream=True, max_tokens=480, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
-    # Bounded by the process's own limit of time.
+    # Bounded by the process's own time limit.
     while server.metric("num_requests_running"):
         time.sleep(0.05)
     assert server.metric("generation_tokens_total") - before < 480
@@ -172,7 +172,7 @@ def test_leaving_a_stream_frees_its_place(client: openai.OpenAI, server: Running
 
 def test_a_client_that_does_not_read_holds_nobody_up(client: openai.OpenAI, server: Running) -> None:
     body = {"messages": QUESTION, "max_tokens": 480, "ignore_eos": True, "n": 2, "logprobs": True, "top_logprobs": 20}
-    # More than the system's own buffers take.
+    # More than the system's own buffers hold.
     lazy = server.send("/v1/chat/completions", body | {"stream": True}, key="k")
     assert ask(client, max_tokens=3).choices
     lazy.close()

@@ -44,7 +44,7 @@ def load(server: Running) -> None:
 
 
 def begin_stream(server: Running) -> http.client.HTTPResponse:
-    """A stream whose first event has come."""
+    """A stream whose first event has arrived."""
     response = server.begin(CHAT, ask(stream=True))
     assert b'"role":"assistant"' in response.readline()
     return response
@@ -165,7 +165,7 @@ def test_a_full_disk_for_the_log_does_not_hold_up_answers() -> None:
 
 
 def wait_until_healthy(port: int, process: subprocess.Popen[str]) -> None:
-    """Asks until it is; the process's end ends the wait."""
+    """Asks until it is healthy; stops waiting if the process ends."""
     deadline = time.monotonic() + HARD_LIMIT_S
     while time.monotonic() < deadline and process.poll() is None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HARD_LIMIT_S)

@@ -1,4 +1,4 @@
-"""The shipped nginx file in front of a service: streams pass as they come, and a client that leaves is noticed behind it."""
+"""The shipped nginx file in front of a service: streams pass through at once, and a disconnected client is noticed."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ http {{
 
 @contextlib.contextmanager
 def proxy(folder: pathlib.Path, behind: str) -> Iterator[int]:
-    """nginx with the shipped file, but on a port of its own and without TLS; gives the port."""
+    """nginx with the shipped file, but on its own port and without TLS; yields the port."""
     port = free_port()
     text = resources.find("configs/serve/nginx.conf").read_text(encoding="utf-8")
     text = text.replace("127.0.0.1:8000", behind.removeprefix("http://"))
     text, num_listening = re.subn(r"listen 443 ssl;", f"listen 127.0.0.1:{port};", text)
     text, num_files = re.subn(r"ssl_certificate\S* \S+;", "", text)
     assert (num_listening, num_files) == (1, 2)
-    # Its workers would be another user, who may not read the test's folder.
+    # Its workers would be a different user, which may not read the test's folder.
     user = "user root;" if os.geteuid() == 0 else ""
     (folder / "step3.conf").write_text(text, encoding="utf-8")
     (folder / "nginx.conf").write_text(MAIN.format(folder=folder, user=user), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is wrong in a request is answered with 400, in one form, and named: field, value, what is allowed."""
+"""A mistake in a request is answered with 400, in one format, naming the field, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_form(reply: Reply, status: int) -> dict:
         ({"n": 17}, "n", "from 1 to 16"),
         ({"n": 2.5}, "n", "2.5"),
         ({"best_of": 2}, "best_of", "only n"),
-        ({"use_beam_search": True}, "use_beam_search", "not offered"),
+        ({"use_beam_search": True}, "use_beam_search", "not supported"),
         ({"seed": 2**63}, "seed", "64 bits"),
         ({"seed": "7"}, "seed", "'7'"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),

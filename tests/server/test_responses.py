@@ -1,4 +1,4 @@
-"""/v1/responses, as far as it needs no memory: the same answers as a chat's, in its own words and events."""
+"""/v1/responses without stored state: the same answers as a chat's, in its own format and events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def respond(client: Client, given: object = "Hi", **values: object) -> Reply:
 
 
 def read_events(reply: Reply) -> list[dict]:
-    """The events of a stream, whose names stand in front and inside."""
+    """The events of a stream, whose names are both before and inside them."""
     events = []
     for block in reply.body.decode().strip().split("\n\n"):
         first, second = block.split("\n")

@@ -1,4 +1,4 @@
-"""The service over several processes: what rank 0 answers is what one process would, and a lost rank is told to clients."""
+"""The service over several processes: rank 0 answers as one process would, and clients are told of a lost rank."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ask(content: object = QUESTION, **more: object) -> dict[str, object]:
 
 
 def check_service(server: Running) -> None:
-    """Answers, structured output, the prefix cache, abort, and an end in good order in the middle of an answer."""
+    """Answers, structured output, the prefix cache, abort, and an orderly end in the middle of an answer."""
     status, answer = server.ask(CHAT, ask())
     assert status == 200, answer
     assert "Paris" in answer["choices"][0]["message"]["content"]
@@ -80,7 +80,7 @@ def check_service(server: Running) -> None:
 
 
 def check_loss(server: Running, rank: int, number: signal.Signals, code: int) -> None:
-    """A rank that dies in the middle of an answer: its client is told, and everything ends."""
+    """A rank that dies in the middle of an answer: the client is told, and everything ends."""
     stream = server.begin(CHAT, ask(stream=True, max_tokens=900, ignore_eos=True))
     assert b"data:" in stream.readline()
     os.kill(ranks_of(server)[rank], number)

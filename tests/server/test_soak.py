@@ -1,4 +1,4 @@
-"""Many clients for a while, a third of whom leave in the middle: all is given back, and memory does not grow."""
+"""Many clients for a while, a third of which disconnect half-way: everything is freed, and memory does not grow."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LEAVING = 0.3
 
 
 def anonymous_kib(server: Running) -> int:
-    """Memory of the process that is no file's, swapped out or not."""
+    """Memory of the process that belongs to no file, swapped out or not."""
     status = pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
     return sum(int(value) for value in re.findall(r"^(?:RssAnon|VmSwap):\s+(\d+)", status, re.MULTILINE))
 
 
 def call_until(server: Running, seed: int, end_s: float, counts: list[int], wrong: list[str]) -> None:
-    """A client: one request after the other, some of which it leaves."""
+    """A client: one request after another, some of which it abandons."""
     dice = random.Random(seed)
     while time.monotonic() < end_s and not wrong:
         stream, is_leaving = dice.random() < 0.7, dice.random() < LEAVING

@@ -1,4 +1,4 @@
-"""Streams: life at once, signs of life in between, errors at their place, and an end when the client leaves."""
+"""Streams: a sign of life at once, more in between, errors in their place, and an end when the client disconnects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process tells its keeper of its place."""
+"""What a process tells its keeper about its progress."""
 
 from __future__ import annotations
 
@@ -87,5 +87,5 @@ def test_without_a_keeper_nothing_is_written(tmp_path: pathlib.Path) -> None:
 
 def test_what_is_no_beacon_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "other").write_bytes(b"x")
-    with pytest.raises(ValueError, match="is no beacon"):
+    with pytest.raises(ValueError, match="is not a beacon"):
         read_beacon(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""A service's answers as its clients read them: whole, refused, broken, cut, or not there."""
+"""A service's answers as its clients read them: whole, refused, broken, cut off, or missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.json: what the released file says, what the class defaults do not, and what cannot be."""
+"""config.json: what the released file says, what the class defaults do not, and what is invalid."""
 
 from __future__ import annotations
 

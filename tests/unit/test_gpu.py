@@ -122,7 +122,7 @@ def test_options_are_for_gpus_alone() -> None:
 
 
 def test_every_program_of_an_executor_is_compiled_with_the_options() -> None:
-    """Read from the source: there `jax.jit` stands only where the options are given, or makes an empty cache."""
+    """Read from the source: `jax.jit` occurs only where the options are given, or where it makes an empty cache."""
     bare, given = [], 0
     for folder in ("engine", "afd"):
         for path in sorted((pathlib.Path(gpu.__file__).parent / folder).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""The house's order: imports flow one way, and no module grows too long. Read from the source, nothing is run."""
+"""The package's order: imports flow one way, and no module grows too long. Read from the source, nothing is run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROWS = (
     ("cli",),
     ("tools",),
 )
-# Narrower than the rows: all that a part may import of this project.
+# Narrower than the rows: everything that a part may import from this project.
 ONLY = {
     # They run without a device.
     "layout": {"config", "nearest", "pallas_kernels", "resources"},
@@ -81,7 +81,7 @@ def _may_import(part: str, other: str) -> bool:
     if part in ONLY:
         return other in ONLY[part]
     rows = {name: number for number, row in enumerate(ROWS) for name in row}
-    # A name that is in no row is one that the package gives to its users; inside, the module itself is named.
+    # A name that is in no row is one that the package offers its users; inside, the module itself is named.
     return other in rows and rows[other] < rows[part]
 
 

@@ -1,4 +1,4 @@
-"""The devices that a program finds, in processes of their own: their number is fixed once JAX computes."""
+"""The devices that a program finds, in separate processes: their number is fixed once JAX computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a name that is not known."""
+"""What is said about an unknown name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `import step3_jax` offers, and that it costs nothing before it is used."""
+"""What `import step3_jax` offers, and that it costs nothing until it is used."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_partial_blocks_and_stacks_equal_the_loop(array):
         values, scales = loop_over_blocks(matrix, (4, 4))
         np.testing.assert_allclose(found.scales[expert], scales, rtol=1e-6)
         real = np.asarray(found.values[expert]).astype(np.float32)
-        # A scale that differs in its last bit may round a value that lies between two FP8 numbers the other way.
+        # A scale that differs in its last bit may round a value halfway between two FP8 numbers the other way.
         assert np.mean(real == values.astype(np.float32)) > 0.95
 
 

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are read whole, and what lies in place of one."""
+"""Files of a checkpoint that are read whole, and what may be found in place of one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
         ("é".encode("latin-1"), "not UTF-8"),
         ("{}".encode("utf-16"), "not UTF-8"),
         (b"{", "not valid JSON"),
-        (b"[" * 100_000, "nested too deep"),
+        (b"[" * 100_000, "nested too deeply"),
         (b"[]", "a JSON object is needed"),
     ],
 )

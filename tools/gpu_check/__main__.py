@@ -1,4 +1,4 @@
-"""Command line: what is run in which order, and what is made of the results."""
+"""Command line: what runs in which order, and what becomes of the results."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tools.gpu_check import order, report, torch_peers
 from tools.gpu_check.case import Case
 from tools.gpu_check.parent import ROOT, Children, Settings
 
-# Nothing new is begun in the last tenth of a run.
+# Nothing new is started in the last tenth of a run.
 USABLE_BUDGET = 0.9
-# What the results hold for, besides versions: the text of these files.
+# What the results are valid for, besides versions: the text of these files.
 SOURCES = ("pallas_kernels/**/*.py", "tools/**/*.py", "step3_jax/gpu.py")
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = _chosen(names, known, args.only)
     if not wanted:
         kernels = sorted({case.kernel for case in cases})
-        parser.error(f"--only {args.only}: no case begins so; the kernels are {', '.join(kernels)}")
+        parser.error(f"--only {args.only}: no case starts with that; the kernels are {', '.join(kernels)}")
     if mode == "gpu" and not shutil.which("nvidia-smi"):
         parser.error("no nvidia-smi here, so no NVIDIA GPU: --interpret and --compile-only run without one")
     conditions = _conditions(mode, is_quick=args.quick)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(conditions), flush=True)
     if record.results:
         print(f"going on with {len(record.results)} cases of {out / 'results.json'}", flush=True)
-    # Time on a GPU is what is short; on a CPU what has begun may end.
+    # Time is short on a GPU only; on a CPU whatever has started may finish.
     end = start + budget if mode == "gpu" else math.inf
     children = Children(Settings(mode, out, args.cache.resolve(), tuning_file, end, args.quick))
     try:
@@ -88,18 +88,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu_check"), help="folder for results")
     parser.add_argument("--budget", type=float, help="seconds (default: 540; 240 with --first, 300 with --rest)")
-    parser.add_argument("--only", help="kernels or names that start so, with commas: mfa_decode,fp8_matmul/64")
-    parser.add_argument("--tuning", type=pathlib.Path, help="where better blocks go (default: where the kernels look)")
+    parser.add_argument("--only", help="kernels or starts of names, separated by commas: mfa_decode,fp8_matmul/64")
+    parser.add_argument(
+        "--tuning", type=pathlib.Path, help="where to write better blocks (default: where the kernels look)"
+    )
     default = pathlib.Path(tempfile.gettempdir()) / "step3-gpu-check"
     parser.add_argument("--cache", type=pathlib.Path, default=default, help=f"compiled programs (default: {default})")
-    parser.add_argument("--quick", action="store_true", help="the first case of each kernel, and one time")
+    parser.add_argument("--quick", action="store_true", help="the first case of each kernel, and one that is timed")
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--first", action="store_true", help="what is most worth knowing: rates, forms, times, the step")
-    part.add_argument("--rest", action="store_true", help="all else; what --first has left in --out is kept")
+    part.add_argument("--first", action="store_true", help="the most useful part: rates, forms, times, the step")
+    part.add_argument("--rest", action="store_true", help="everything else; what --first left in --out is kept")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--compile-only", action="store_true", help="lower and compile for an H100, on any machine")
     mode.add_argument("--interpret", action="store_true", help="small shapes in the interpreter, on any machine")
-    parser.add_argument("--rehearse", action="store_true", help="with cases that are slow, silent, wrong and killed")
+    parser.add_argument("--rehearse", action="store_true", help="add cases that are slow, silent, wrong and killed")
     return parser
 
 
@@ -113,7 +115,7 @@ def _run_part(
     start: float,
     seconds: float,
 ) -> None:
-    """Runs what is wanted of a part and not done yet, within `seconds` of the run's start."""
+    """Runs what a part still has to do, within `seconds` of the run's start."""
     out, mode = children.settings.out, children.settings.mode
     for whole in stages:
         stage = whole.only(lambda phase, name: name in wanted and record.is_wanted(phase, name))
@@ -135,7 +137,7 @@ def _run_part(
 
 
 def _write(record: report.Record, known: dict[str, Case], out: pathlib.Path) -> None:
-    """Judges anew, since rates come to be known, and writes."""
+    """Judges again, since rates become known on the way, and writes."""
     for name, result in record.results.items():
         if name in known:
             record.results[name] = report.judge(known[name], result, record.ceilings)
@@ -155,12 +157,12 @@ def _chosen(names: set[str], known: dict[str, Case], only: str | None) -> set[st
         for name in names
         if any(name.startswith(part) or (name in known and known[name].kernel == part) for part in parts)
     }
-    # Without the rates a time cannot be judged.
+    # A time cannot be judged without the rates.
     return picked | {order.FIRST} if picked else picked
 
 
 def _keep_target_config(out: pathlib.Path) -> None:
-    """Moves XLA's description of the GPU out of what it dumped, and drops the rest."""
+    """Moves XLA's description of the GPU out of its dump, and drops the rest."""
     found = sorted((out / "xla").glob("*gpu_target_config.pbtxt"))
     if found:
         found[0].replace(out / "gpu_target_config.pbtxt")
@@ -168,7 +170,7 @@ def _keep_target_config(out: pathlib.Path) -> None:
 
 
 def _conditions(mode: str, *, is_quick: bool) -> dict[str, object]:
-    """What the results hold for."""
+    """What the results are valid for."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
@@ -188,6 +190,6 @@ def _conditions(mode: str, *, is_quick: bool) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    # A run that is told to end ends its children too.
+    # A run that is terminated also terminates its children.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -1,7 +1,7 @@
 """Stands in for jaxtyping where it is not installed, so that the check runs on a machine with jax and flax alone.
 
-The kernels' shape annotations are text that only the tests evaluate; all that must work here is the import. Imported
-before any of `pallas_kernels`.
+The kernels' shape annotations are text that only the tests evaluate; here only the import has to work. To be imported
+before anything of `pallas_kernels`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from tools.gpu_check.case import Case
 def all_cases(mode: str, *, is_quick: bool, with_fakes: bool = False) -> list[Case]:
     """Cases of a mode ("gpu", "interpret", "compile"), smallest of each kernel first.
 
-    The interpreter gets small shapes. `is_quick` keeps, of each kernel, the first case and the first that is timed.
+    The interpreter gets small shapes. `is_quick` keeps each kernel's first case and its first timed one.
     """
     is_small = mode == "interpret"
     groups = [

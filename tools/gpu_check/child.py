@@ -1,4 +1,4 @@
-"""What runs in a child process: one phase of some cases, one line of JSON on standard output for each thing done."""
+"""What runs in a child process: one phase of some cases, with a line of JSON on standard output for each thing done."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SWEEP_SECONDS = 20.0
 CHECK_SEEDS = {"check": 11, "check_again": 12}
 TIMED_SEED = 100
 # Which implementation is checked in which mode, and which is timed: the interpreter's time would mean nothing, so on a CPU
-# the references stand in.
+# the references stand in for it.
 CHECKED = {"gpu": "mosaic", "interpret": "interpret"}
 TIMED = {"gpu": "mosaic", "interpret": "reference"}
 RUNS = {"gpu": 7, "interpret": 2}
 
-# Told what is done next, and, if it may take longer than usual, for how many seconds nothing will be heard.
+# Called with what happens next and, if that may take longer than usual, for how many seconds it may be silent.
 Say = Callable[..., None]
 
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 
 
 def _leave_with_parent(parent: int) -> None:
-    """Ends the process when its parent is gone: what hangs on a GPU would stay there for ever."""
+    """Ends the process when its parent is gone: a kernel that hangs on a GPU would stay there for ever."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
@@ -130,7 +130,7 @@ def check_case(case: Case, mode: str, seed: int, say: Say) -> dict[str, object]:
 
 
 def time_case(case: Case, mode: str, sets: list[Inputs], say: Say) -> dict[str, object]:
-    """Microseconds of a call; where nothing is compared with, also whether two runs give the same bits."""
+    """Microseconds per call; where there is no reference, also whether two runs give the same bits."""
     run = functools.partial(case.run, implementation=TIMED[mode])
     if case.tolerance is None:
         say("compiling the kernel", measure.COMPILING_S)
@@ -147,7 +147,7 @@ def sweep_case(case: Case, args: argparse.Namespace, sets: list[Inputs], say: Sa
     implementation = TIMED[args.mode]
     run = functools.partial(case.run, implementation=implementation)
     before = measure.seconds_per_call(run, sets, carry=case.carry, runs=RUNS[args.mode], say=say)
-    # On a CPU there is nothing to gain: the way there is rehearsed, and no block tried.
+    # On a CPU there is nothing to gain: the steps are rehearsed without trying a block.
     left = min(SWEEP_SECONDS, args.deadline - time.time()) if args.mode == "gpu" else 0.0
     entries = sweep.best_blocks(case, sets, before, implementation=implementation, seconds=left, report=say)
     if not entries:
@@ -157,7 +157,7 @@ def sweep_case(case: Case, args: argparse.Namespace, sets: list[Inputs], say: Sa
 
 
 def reference_of(case: Case, inputs: Inputs) -> object:
-    """What the case means; float32 products in float32, which is not what a GPU does unasked."""
+    """What the case should give; float32 products in float32, which a GPU does not do by default."""
     with jax.default_matmul_precision("highest"):
         return case.view(jax.jit(functools.partial(case.run, implementation="reference"))(*inputs), inputs)
 
@@ -182,7 +182,7 @@ def _peer_us(case: Case, name: str, mode: str, sets: list[Inputs], say: Say) -> 
 
 
 def add_to_tuning(path: pathlib.Path, entries: list[tuning.Entry]) -> None:
-    """Adds entries to the file, which may be there already."""
+    """Adds entries to the file, which may exist already."""
     old = json.loads(path.read_text())["entries"] if path.exists() else []
     device = jax.devices()[0].device_kind
     tuning.write(path, [*old, *entries], device=device, jax_version=jax.__version__)

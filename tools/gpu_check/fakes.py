@@ -1,4 +1,4 @@
-"""Cases that go wrong in the ways that kernels may, to rehearse what becomes of them: --rehearse, on a CPU."""
+"""Cases that go wrong in the ways kernels can, to rehearse how they are handled: --rehearse, on a CPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from tools.gpu_check.case import Case, Inputs
 
-# The slow case works longer than it may be silent for, and says in between that it does; the silent one does not.
+# The slow case works for longer than it may be silent, and reports in between; the silent one does not.
 ALLOWED_S, SLOW_S, SILENT_S = 20.0, 12.0, 600.0
 
 
 def fake_cases() -> list[Case]:
-    """One each that is slow, hangs, is wrong, and is killed with its process; after each, one that is right."""
+    """One case each that is slow, hangs, is wrong, and is killed with its process; after each, one that is right."""
     makers = {"slow": _slow, "silent": _silent, "wrong": _inputs, "killed": _killed}
     fakes = [
         Case(

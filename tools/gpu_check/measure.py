@@ -15,20 +15,20 @@ from step3_jax.gpu import compiler_options
 
 WARM_UP = 3
 RUNS = 7
-# Long enough that the start of a program and the wait for its end do not count.
+# Long enough that starting a program and waiting for its end do not matter.
 TARGET_SECONDS = 0.02
 MAX_CALLS = 400
-# Seconds that nothing may be heard for while a program is compiled, beside others.
+# Seconds of silence allowed while a program is compiled, with others compiling at the same time.
 COMPILING_S = 120.0
 
 
 def compiled(run: Callable[..., object], *args: object) -> Callable[..., object]:
-    """`run` compiled for `args`, as all programs for GPUs are: so that the time of that, and of running it, are apart."""
+    """`run` compiled for `args`, as all programs for GPUs are, so that compiling and running are timed apart."""
     return jax.jit(run).lower(*args).compile(compiler_options=compiler_options(jax.default_backend()))
 
 
 def silent(doing: str, allowed_s: float | None = None) -> None:
-    """Where there is no parent to hear what is done."""
+    """For use without a parent that wants to hear of progress."""
 
 
 def seconds_per_call(
@@ -41,18 +41,18 @@ def seconds_per_call(
 ) -> float:
     """Median seconds of one `run(*inputs)` over `runs` programs, each of which calls it on all `sets` many times.
 
-    All outputs are carried through the loop, so that no call is dead, and inputs pass a barrier in each turn, so that no
-    call is moved out of it.
+    All outputs are carried through the loop, so that no call is dead, and inputs pass a barrier in each iteration, so that
+    no call is moved out of it.
 
     Args:
-      run: What is timed.
+      run: The function to time.
       sets: Inputs to rotate among.
       carry: For a `run` that changes an input in place and returns (result, changed): the next call's inputs from its
         set and this call's output.
       runs: Programs timed.
       say: Told what comes next.
     """
-    # The number of turns is a constant of the program: else the host would wait for each turn's end.
+    # The number of iterations is a constant of the program: otherwise the host would wait for the end of each.
     say("compiling one call", COMPILING_S)
     single = compiled(run, *sets[0])
     say("running one call")
@@ -62,7 +62,7 @@ def seconds_per_call(
 
     def call_all(output: object, sets: Sequence[tuple[object, ...]]) -> object:
         def once(_: jax.Array, state: tuple[Sequence[object], object]) -> tuple[Sequence[object], object]:
-            # Each output is carried once: a second name for it would be a copy in each turn.
+            # Each output is carried once: a second name for it would be a copy in each iteration.
             (*_, result), changed = state
             results = []
             for inputs in sets:
@@ -92,11 +92,11 @@ def _elapsed(program: Callable[..., object], *args: object) -> float:
 
 
 def ceilings(say: Callable[..., None] = silent, *, scale: float = 1.0) -> dict[str, float]:
-    """What this device reaches: bytes a second of a copy, and FLOPs a second of a large bfloat16 product.
+    """What this device reaches: bytes per second of a copy, and FLOPs per second of a large bfloat16 product.
 
     Args:
-      say: Told what comes next.
-      scale: Shrinks the arrays, for a try on a CPU.
+      say: Called with what comes next.
+      scale: Shrinks the arrays, to try it on a CPU.
     """
     source = _words(1e9 * scale)
     copy = seconds_per_call(lambda x: x ^ jnp.uint32(1), [(source,)], say=say)
@@ -109,7 +109,7 @@ def ceilings(say: Callable[..., None] = silent, *, scale: float = 1.0) -> dict[s
 
 
 def more_ceilings(say: Callable[..., None] = silent, *, scale: float = 1.0) -> dict[str, float]:
-    """The others: bytes a second of a read, FLOPs a second of a large FP8 product, seconds of a launch; see `ceilings`."""
+    """The others: bytes per second of a read, FLOPs per second of a large FP8 product, seconds per launch."""
     source = _words(4e9 * scale)
     read = seconds_per_call(lambda x: lax.reduce(x, jnp.uint32(0), lax.bitwise_xor, (0,)), [(source,)], say=say)
     result = {"read_bytes_per_s": source.nbytes / read}
@@ -117,7 +117,7 @@ def more_ceilings(say: Callable[..., None] = silent, *, scale: float = 1.0) -> d
     left, right = _squares(scale)
     eights = (*(array.astype(jnp.float8_e4m3fn) for array in (left, right)), jnp.ones((), jnp.bfloat16))
     result["fp8_flops"] = 2 * left.shape[0] ** 3 / seconds_per_call(xla_fp8, [eights], say=say)
-    # The launch of a kernel that does next to nothing, inside a loop.
+    # The launch of a kernel that does almost nothing, inside a loop.
     result["launch_s"] = seconds_per_call(lambda x: x + 1, [(jnp.zeros((1024,)),)], say=say)
     return result
 
@@ -134,6 +134,6 @@ def _squares(scale: float) -> tuple[jax.Array, jax.Array]:
 
 
 def xla_fp8(left: jax.Array, right: jax.Array, scale: jax.Array) -> jax.Array:
-    """left [M, K] times right [N, K] transposed in e4m3, one scale each: the form that XLA hands to cuBLASLt."""
+    """left [M, K] times right [N, K] transposed in e4m3, one scale each: the form that XLA passes to cuBLASLt."""
     wide = [array.astype(jnp.bfloat16) * scale for array in (left, right)]
     return lax.dot_general(*wide, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The parent's side of child processes: starts them, hears what they do, ends those that hang or whose time is up."""
+"""The parent's side of child processes: starts them, reads their reports, kills those that hang or run out of time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from step3_jax.gpu import claim_memory
 from tools.gpu_check.order import FIRST, STEP, Phase, Stage
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# A child that says nothing for so long hangs, unless it has asked for longer: a barrier that never completes, on a GPU,
-# looks like this. A child that works says so between what it does.
+# A child that is silent for this long is hanging, unless it has asked for longer: a barrier that never completes on a GPU
+# looks like this. A child that makes progress reports it.
 SILENCE_SECONDS = {"gpu": 60.0, "interpret": 300.0, "compile": 300.0}
-# Python, jax and the kernels are imported before the first word.
+# Python, jax and the kernels are imported before the first report.
 STARTING_SECONDS = 120.0
 
 Result = dict[str, object]
@@ -37,7 +37,7 @@ class Settings:
       out: Folder of the results.
       cache: Folder of compiled programs.
       tuning: File that better blocks go to.
-      end: `time.time()` at which what still runs is ended; infinite where it may go on.
+      end: `time.time()` at which whatever still runs is killed; infinite if it may go on.
       is_quick: See the command's --quick.
     """
 
@@ -50,7 +50,7 @@ class Settings:
 
 
 class Children:
-    """Runs stages, each lane in a child that does as many cases as it can; after a crash or a hang a new one goes on.
+    """Runs stages, each lane in a child that does as many cases as it can; after a crash or a hang a new one takes over.
 
     Attributes:
       settings: What all children have in common.
@@ -64,12 +64,12 @@ class Children:
     def run(
         self, stage: Stage, *, deadline: float, copy_rate: float | None = None
     ) -> Iterator[tuple[str, Result, bool]]:
-        """Names and results as they come, and whether that is all of the phase: a child may tell a part before.
+        """Names and results as they come, and whether the phase is complete: a child may report a part first.
 
         Args:
           stage: What to do.
-          deadline: `time.time()` after which nothing new is begun.
-          copy_rate: Bytes a second of a copy, as measured; what needs it measures it otherwise.
+          deadline: `time.time()` after which nothing new is started.
+          copy_rate: Measured bytes per second of a copy; without it, whatever needs it measures it.
         """
         said: queue.Queue[tuple[str, Result, bool] | None] = queue.Queue()
 
@@ -113,7 +113,7 @@ class Children:
         return [sys.executable, "-m", "tools.gpu_check.child", *options, *names]
 
     def _environment(self, name: str) -> dict[str, str]:
-        """Of a child that begins with the case `name`."""
+        """The environment of a child that starts with the case `name`."""
         settings, environment = self.settings, dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
         environment["JAX_PLATFORMS"] = "cuda" if settings.mode == "gpu" else "cpu"
@@ -123,7 +123,7 @@ class Children:
             return environment
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(settings.cache))
         if name == STEP:
-            # Weights and cache nearly fill the GPU: one block of memory, so that nothing is lost between pieces.
+            # Weights and cache nearly fill the GPU: one block of memory, so that none is lost to fragmentation.
             environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
             claim_memory(environment)
         if name == FIRST:
@@ -132,7 +132,7 @@ class Children:
         return environment
 
     def _run_child(self, command: list[str], names: list[str]) -> Iterator[tuple[str, Result, bool]]:
-        """Results of one child. If it ends before its time, the case it was at is over, and the rest is left to another."""
+        """Results of one child. If it dies early, the case it was at is over, and the rest is left to another."""
         usual = SILENCE_SECONDS[self.settings.mode]
         current, doing, allowed, partial = names[0], "starting", max(usual, STARTING_SECONDS), {}
         with (self.settings.out / "child.log").open("a") as log, self._start(command, names[0], log) as child:
@@ -186,12 +186,12 @@ class Children:
 
 
 def _broken(partial: Mapping[str, object], reason: str) -> Result:
-    """The result of a case whose process is gone: what it had told by then holds."""
+    """The result of a case whose process is gone: what it had reported by then is kept."""
     return {**partial, "reason": reason} if partial else {"status": "FAIL", "reason": reason}
 
 
 def _read(child: subprocess.Popen[str], messages: queue.Queue[str | None]) -> None:
-    """Moves JSON lines to the queue; None at the end. Other lines are prints of some library."""
+    """Moves JSON lines to the queue; None at the end. Other lines were printed by some library."""
     assert child.stdout is not None
     for line in child.stdout:
         if line.startswith("{"):

@@ -19,7 +19,7 @@ TOLERANCE = 5e-3
 # Two quantisations of activations lie between: input, and what goes into the down-projection.
 MOE_TOLERANCE = {"bfloat16": 1e-2, "fp8": 2e-2}
 HIDDEN, EXPERT_WIDTH, NUM_EXPERTS, TOP_K = 7168, 5120, 48, 3
-# A product of fewer bytes takes so few microseconds that a launch's ramp and tail, some four, are a fifth of them.
+# A product of fewer bytes takes so few microseconds that a launch's ramp and tail, about four, are a fifth of it.
 SMALL_PRODUCT_BYTES = 20_000_000
 SMALL_PRODUCT = "not judged alone: a product under 20 MB is mostly its launch; see rank_step"
 # (N, K) of q down, q up, o, shared gate and up, shared down, dense gate and up.
@@ -35,9 +35,9 @@ def matmul_cases(*, is_small: bool) -> list[Case]:
     cases = [_matmul(m, n, k) for m, n, k in edges]
     cases.append(_matmul(70 if is_small else 100, 256, 256, num_layers=3))
     if is_small:
-        # A rehearsal of what is timed: the references stand in.
+        # A rehearsal of the timing: the references stand in.
         return [*cases, _matmul(*SMALL_TIMED, is_timed=True)]
-    # One whose weight's rows a cluster shares.
+    # One in which a cluster shares the weight's rows.
     cases.append(_matmul(128, 2048, 7168))
     for n, k in DECODE_SHAPES:
         cases.append(_matmul(64, n, k, is_timed=True, goal=0.85))
@@ -99,7 +99,7 @@ def moe_cases(*, is_small: bool) -> list[Case]:
     for storage in ("bfloat16", "fp8"):
         for load in ("uniform", "one", "skewed"):
             cases.append(_moe(storage, 200, 6, load, hidden=1024, width=512))
-    # More pairs than tiles of 64 rows are for: those of 128, the form of long prefills and of many ranks.
+    # Too many pairs for tiles of 64 rows: tiles of 128, the form of long prefills and of many ranks.
     cases.append(_moe("fp8", 700, 6, "skewed", hidden=1024, width=512))
     # One EP8 rank: the tokens of all eight, of which about one pair in eight is this rank's.
     for num_tokens in (256, 1024):
@@ -127,7 +127,7 @@ def _moe(
     pairs = num_tokens * TOP_K * num_experts // num_routed
     itemsize = 1 if storage == "fp8" else 2
     num_bytes = 3 * num_experts * hidden * width * itemsize + 2 * 2 * num_tokens * hidden
-    # XLA's ragged product reads as if each expert had all rows, so it is shown once, small.
+    # XLA's ragged product reads as if each expert had all rows, so it is shown only once, on a small case.
     has_peer = is_timed and storage == "bfloat16"
     return Case(
         name=f"moe_ffn/{storage}/{num_tokens}x{num_experts}of{num_routed}/{load}",
@@ -151,7 +151,7 @@ def _moe_inputs(
 ) -> Inputs:
     keys = jax.random.split(jax.random.key(seed), 5)
     random = np.random.default_rng(seed)
-    # "skewed" falls like 1 / rank; an expert without tokens is in all of them but the uniform one.
+    # "skewed" falls like 1 / rank; all of them but the uniform one have an expert without tokens.
     odds = {"uniform": np.ones(num_routed), "skewed": 1 / np.arange(1, num_routed + 1), "one": np.zeros(num_routed)}[
         load
     ]
@@ -172,7 +172,7 @@ def _moe_inputs(
 
 
 def _sorted(x: jax.Array, _: jax.Array, experts: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> Inputs:
-    """This shard's pairs, sorted by expert, as `ragged_dot` wants them."""
+    """This shard's pairs, sorted by expert, as `ragged_dot` expects them."""
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=int(flat.max()) + 1)[: gate.shape[0]].astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""What is no single kernel: the device's own rates, and a whole rank's decode step."""
+"""Checks beyond single kernels: the device's own rates, and a whole rank's decode step."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from step3_jax.engine.state import Report
     from tools.gpu_check.rank_model import RankModel
 
-# Told what comes next, or what is known already.
+# Called with what comes next, or with what is known already.
 Say = Callable[..., None]
 
-# Calls of all steps that a program takes; the first is left out.
+# Calls with as many steps as a program takes; the first is not counted.
 RUNS = 4
 # Share of the measured roofline that the step aims at. The roofline counts bytes; the shared expert's arithmetic on the rows
 # of all ranks, which they cannot hide, leaves 0.92 at the most.
 GOAL, MOST = 0.85, 0.92
-# Seconds that nothing may be heard for while a step of all layers is compiled, or 66 GB are made.
+# Seconds of silence allowed while a step of all layers is compiled, or 66 GB are made.
 LONG_S = 180.0
 # The same for the small step on a CPU that others use too.
 INTERPRETED_S = 1200.0
@@ -45,7 +45,7 @@ FIRST_LAYER_ERROR, LAYER_ERROR = 0.05, 0.2
 
 
 def ceilings(mode: str, say: Say, *, are_more: bool) -> dict[str, object]:
-    """The rates that times are judged by; on a CPU only that the measurement runs."""
+    """The rates that times are judged by; on a CPU it only checks that the measurement runs."""
     if mode == "compile":
         return {"status": "PASS", "reason": "nothing to measure"}
     run = measure.more_ceilings if are_more else measure.ceilings
@@ -59,11 +59,11 @@ def rank_step(
 
     Args:
       mode: "gpu", "interpret" or "compile".
-      say: Told what comes next.
-      report: Told what is known already.
+      say: Called with what comes next.
+      report: Called with what is known already.
       is_quick: See the command's --quick.
       copy_rate: Bytes a second of a copy, as measured; measured here if None.
-      deadline: `time.time()` after which nothing new is begun.
+      deadline: `time.time()` after which nothing new is started.
     """
     missing = [name for name in ("flax", "jaxtyping") if not importlib.util.find_spec(name)]
     if missing:
@@ -83,7 +83,7 @@ def rank_step(
 def measure_step(
     model: RankModel, say: Say, report: Say, *, copy_rate: float | None, deadline: float
 ) -> dict[str, object]:
-    """Time of a step among others of a call, which is reported at once, and of calls of one step."""
+    """Time of a step within a longer call, which is reported at once, and of calls of one step."""
     sizes = model.sizes
     if copy_rate is None:
         say("measuring a copy")
@@ -132,7 +132,7 @@ def measure_step(
 
 
 def compile_step(model: RankModel) -> dict[str, object]:
-    """The step lowered for CUDA, and where the compiler is installed compiled; copies of the cache would show as memory."""
+    """The step lowered for CUDA, and compiled if the compiler is installed; copies of the cache would show as memory."""
     if gpu_compile.missing():
         jax.jit(_loop(model)).trace(*_shapes(model)).lower(lowering_platforms=("cuda",))
         return {"status": "PASS", "reason": f"lowered only: {gpu_compile.missing()}"}
@@ -199,18 +199,18 @@ def _loop(model: RankModel) -> Callable[..., tuple[KVPages, Report]]:
 
 
 def _shapes(model: RankModel) -> tuple[object, ...]:
-    """Those of all that the loop takes."""
+    """The shapes of everything that the loop takes."""
     return jax.eval_shape(lambda: (model.make_weights(), model.make_cache(), *model.make_batch(), *_numbers(1)))
 
 
 def _numbers(num_steps: int) -> tuple[np.int32, np.bool_]:
-    """What a call of the decode loop takes besides: its steps, and that it does not leave early."""
+    """A call's other arguments: its number of steps, and that it does not stop early."""
     return np.int32(num_steps), np.bool_(False)
 
 
 @contextlib.contextmanager
 def _kernels(implementation: Implementation) -> Iterator[None]:
-    """Inside, "auto" means this implementation of every kernel that is traced."""
+    """Within it, "auto" means this implementation for every kernel that is traced."""
     before = os.environ.get(ENVIRONMENT_VARIABLE)
     os.environ[ENVIRONMENT_VARIABLE] = implementation
     try:

@@ -1,8 +1,8 @@
 """One of eight ranks of Step3, as the product runs it: its decoder and decode loop, random weights of a rank's shapes.
 
-The rank is one of `--tp 8`: it has sequences of its own with their cache, all weights of attention but the o-projection,
-and an eighth of everything else, 6 of the 48 experts among it. What the ranks would exchange is copied locally: the tokens
-of all ranks are this rank's own, eight times, with the chosen experts turned by one rank's share each time, so that every
+The rank is one of `--tp 8`: it has its own sequences with their cache, all weights of attention but the o-projection,
+and an eighth of everything else, including 6 of the 48 experts. What the ranks would exchange is copied locally: the tokens
+of all ranks are this rank's own, eight times, with the chosen experts rotated by one rank's share each time, so that every
 pair falls on this rank's experts exactly once; the eight parts of a sum are then added. So the bytes and the arithmetic are
 a rank's, the network is left out, and the tokens mean nothing.
 """
@@ -56,12 +56,12 @@ class RankSizes:
     """Sizes of the model, of the batch, and of a rank's part. Defaults are Step3's, 128 sequences of 4,096 tokens.
 
     Attributes:
-      text: Of the whole model.
-      num_ranks: That it is sharded across.
+      text: The whole model's configuration.
+      num_ranks: Ranks that it is sharded across.
       batch: Sequences of the rank.
       context: Tokens of each in the cache.
       storage: Of the cache.
-      max_steps: Most steps of a call.
+      max_steps: Most steps per call.
     """
 
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
@@ -73,7 +73,7 @@ class RankSizes:
 
     @property
     def layer_pages(self) -> int:
-        """Pages of one layer: what is cached, and room for the new tokens."""
+        """Pages of one layer: for what is cached and for the new tokens."""
         return self.batch * -(-(self.context + self.max_steps) // PAGE_SIZE)
 
 
@@ -87,7 +87,7 @@ class RankModel:
 
     Attributes:
       sizes: Of everything.
-      calls: The functions that the product's executors compile.
+      calls: The functions that the engine's executors compile.
       shapes: Of the weights.
     """
 
@@ -125,7 +125,7 @@ class RankModel:
         return pages._replace(keys=made[0], values=made[1])
 
     def make_batch(self) -> tuple[DecodeBatch, SamplingBatch]:
-        """Sequences of `context` tokens that go on greedily."""
+        """Sequences of `context` tokens that continue greedily."""
         sizes = self.sizes
         each = (sizes.batch,)
         batch = DecodeBatch(
@@ -219,7 +219,7 @@ def _make_leaf(key: Array, leaf: jax.ShapeDtypeStruct, *, is_norm: bool) -> Arra
     if leaf.dtype == jnp.float8_e4m3fn:
         return _random_e4m3(key, leaf.shape)
     if leaf.dtype == jnp.float32:
-        # Scales, one for 128 columns of weights.
+        # Scales, one per 128 columns of weights.
         return jnp.full(leaf.shape, (128 * leaf.shape[-1]) ** -0.5, leaf.dtype)
     if is_norm:
         return jax.random.uniform(key, leaf.shape, leaf.dtype, 0.5, 1.5)

@@ -12,9 +12,9 @@ from tools.gpu_check.order import EXTRAS, Phase
 
 Result = Mapping[str, object]
 
-# Of results.json. A file of another one is not read back.
+# The version of results.json. A file of another version is not read back.
 SCHEMA = 2
-# A part of a case was told, and then the run ended.
+# Part of a case was reported, and then the run ended.
 CUT = "CUT"
 
 
@@ -22,9 +22,9 @@ class Record(NamedTuple):
     """What a run has found so far.
 
     Attributes:
-      conditions: What it holds for.
+      conditions: What it is valid for.
       ceilings: Measured rates by name; empty where times mean nothing.
-      results: Of each case; "phases" are those that are done.
+      results: The result of each case; "phases" are those that are done.
       log: What ended when, in order.
     """
 
@@ -34,7 +34,7 @@ class Record(NamedTuple):
     log: list[dict[str, object]]
 
     def add(self, name: str, phase: Phase, result: Result, *, is_all: bool, at: float) -> None:
-        """Joins what a phase of a case gave, or a part of it, with what is known of the case."""
+        """Merges what a phase of a case gave, or a part of it, with what is known of the case."""
         known = self.results.get(name, {})
         if phase in EXTRAS and result["status"] == "FAIL":
             result = {**result, "status": "PASS"}
@@ -43,7 +43,7 @@ class Record(NamedTuple):
         if result["status"] == "SKIPPED" and known:
             return
         merged = {**{key: value for key, value in known.items() if key != "reason"}, **result}
-        # Of several phases the worst holds.
+        # The worst of several phases counts.
         if not is_all:
             merged["status"] = CUT
         elif known.get("status") == "FAIL":
@@ -55,7 +55,7 @@ class Record(NamedTuple):
         self.results[name] = merged
 
     def is_wanted(self, phase: Phase, name: str) -> bool:
-        """Whether a phase of a case is yet to be done: not what is done, and nothing more of a kernel that is wrong."""
+        """Whether a phase of a case is still to be done: neither one that is done, nor any of a kernel that is wrong."""
         result = self.results.get(name, {})
         return result.get("status") != "FAIL" and phase not in result.get("phases", ())  # type: ignore[operator]
 
@@ -64,7 +64,7 @@ def judge(case: Case, result: Result, ceilings: Mapping[str, float]) -> dict[str
     """Adds rates, the roofline's share and the goal's verdict to a timed result.
 
     The floor is the larger of bytes over the measured copy rate and FLOPs over the measured rate of large products; a
-    goal counts the share of whichever binds. A goal that is missed is shown, and is no failure: the kernel is right. Nothing
+    goal counts the share of whichever binds. A missed goal is shown but is not a failure: the kernel is right. Nothing
     is judged by a rate that has not been measured on the GPU at hand.
     """
     judged = dict(result)
@@ -94,7 +94,7 @@ def judge(case: Case, result: Result, ceilings: Mapping[str, float]) -> dict[str
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """One line a case."""
+    """One line per case."""
     lines = [f"{'case':<48} {'status':<8} {'error':>8} {'us':>9} {'GB/s':>6} {'TF/s':>6} {'of roof':>8}  goal, peers"]
     for name, result in results.items():
         us = result.get("tuned_us", result.get("us"))
@@ -128,14 +128,14 @@ def counts(results: Mapping[str, Result]) -> str:
 
 
 def write(path: pathlib.Path, record: Record) -> None:
-    """Writes the whole, under a temporary name first."""
+    """Writes everything, under a temporary name first."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(json.dumps({"schema": SCHEMA, **record._asdict()}, indent=1) + "\n")
     partial.replace(path)
 
 
 def read(path: pathlib.Path, conditions: Mapping[str, object]) -> Record:
-    """What an earlier run has left at `path`, if it was cut off or did a part, under the same conditions; else nothing."""
+    """What an earlier run left at `path`, if it was cut off or did only a part, under the same conditions; else nothing."""
     empty = Record(dict(conditions), {}, {}, [])
     try:
         found = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""A small search for better block sizes, one block at a time, where the kernels ask `pallas_kernels.tuning` for them."""
+"""A small search for better block sizes, one block at a time, for kernels that ask `pallas_kernels.tuning` for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tools.gpu_check.measure import seconds_per_call
 # A gain below this is noise.
 MIN_GAIN = 0.02
 RUNS = 7
-# Another order of sums, or other splits, may change the last bits of a 16-bit result.
+# A different order of summation, or other splits, may change the last bits of a 16-bit result.
 MAX_CHANGE = 1e-2
 
 
@@ -30,15 +30,15 @@ def best_blocks(
     seconds: float,
     report: Callable[[str], None],
 ) -> list[tuning.Entry]:
-    """Tries neighbours of each block of `case.tuned` and gives entries for `tuning.write`, if any is faster.
+    """Tries neighbours of each block of `case.tuned` and returns entries for `tuning.write` if any is faster.
 
     Args:
-      case: Timed.
+      case: The case to time.
       sets: Inputs to rotate among.
-      before: Seconds of a call with the blocks as they are.
-      implementation: What is tried.
+      before: Seconds per call with the current blocks.
+      implementation: The implementation to try.
       seconds: When to stop.
-      report: Told of each trial before it runs; it may hang, and the parent must know where.
+      report: Called with each trial before it runs; it may hang, and the parent must know where.
     """
     run = functools.partial(case.run, implementation=implementation)
     expected = case.view(jax.jit(run)(*sets[0]), sets[0])
@@ -68,7 +68,7 @@ def best_blocks(
 
 
 def _blocks_of(op: str, run: Callable[..., object], inputs: Inputs) -> dict[str, int]:
-    """The blocks that `op` asks for here; of several shapes the first one's."""
+    """The blocks that `op` asks for here; the first shape's if there are several."""
     with _trials({op: {}}) as requests:
         jax.eval_shape(run, *inputs)
     return requests[0].blocks if requests else {}
@@ -83,18 +83,18 @@ def _neighbours(name: str, size: int) -> list[int]:
 
 @contextlib.contextmanager
 def _trials(changes: Mapping[str, Mapping[str, int]]) -> Iterator[list[tuning.Request]]:
-    """`tuning.trial` of several operations, with nothing traced before left over."""
+    """`tuning.trial` of several operations, with nothing left over from earlier traces."""
     jax.clear_caches()
     with tuning.trial(changes) as requests:
         yield requests
 
 
 def _try(case: Case, run: Callable[..., object], sets: Sequence[Inputs], expected: object) -> float | None:
-    """Seconds of a call; None if the blocks do not fit or change the result."""
+    """Seconds per call; None if the blocks do not fit or change the result."""
     try:
         if row_errors(case.view(jax.jit(run)(*sets[0]), sets[0]), expected).max(initial=0.0) > MAX_CHANGE:
             return None
         return seconds_per_call(run, sets, carry=case.carry, runs=RUNS)
     except (ValueError, NotImplementedError, RuntimeError):
-        # Too much shared memory, sizes that do not divide, too many registers: not a choice here.
+        # Too much shared memory, sizes that do not divide, too many registers: not an option here.
         return None

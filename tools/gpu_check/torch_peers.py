@@ -1,6 +1,6 @@
-"""What PyTorch reaches on the same GPU, if it is installed: attention and products at a few of the shapes.
+"""What PyTorch reaches on the same GPU, if installed: attention and products at a few of the shapes.
 
-In a process of its own, since two frameworks do not share a GPU's memory well.
+Runs in a separate process, since two frameworks do not share a GPU's memory well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pages of the Python API: which definitions they show; what is said of them are the docstrings."""
+"""Pages of the Python API: which definitions they show; their text is the docstrings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Section:
     """Definitions that are shown together.
 
     Attributes:
-      title: A heading.
-      text: Under it.
-      names: Full names of what is shown.
+      title: The heading.
+      text: What stands under it.
+      names: Full names of the definitions.
     """
 
     title: str

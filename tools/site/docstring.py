@@ -1,4 +1,4 @@
-"""What mkdocstrings is told of this project's docstrings: one line may describe several names ("gate, up: ...")."""
+"""Teaches mkdocstrings this project's docstrings, in which one line may describe several names ("gate, up: ...")."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class SplitNames(griffe.Extension):
     """Gives each of the names that share a line in Args or Attributes a line of its own."""
 
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
-        """Changes the docstring of an object that was read."""
+        """Changes the docstring of an object that has been loaded."""
         if obj.docstring is not None:
             obj.docstring.value = split_names(obj.docstring.value)
 

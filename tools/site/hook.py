@@ -1,7 +1,7 @@
 """MkDocs calls these functions while it builds the site (`hooks` in mkdocs.yml).
 
-Reference pages are generated from the code. What pages link to outside of docs/ becomes pages too, so that the links that
-work in a checkout work on the site.
+Reference pages are generated from the code. Files outside docs/ that pages link to become pages too, so that links which
+work in a checkout also work on the site.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 GENERATED = "reference/"
 # A build with warnings fails.
 _LOG = logging.getLogger("mkdocs.hooks.site")
-# Python-Markdown takes a list that follows a line of text without a blank line for more of the text.
+# Python-Markdown treats a list that follows a line of text without a blank line as part of the text.
 _SWALLOWED_LIST = re.compile(r"<p>[^<]*(?:<(?!/?p>)[^<]*)*?\n[-*] ")
 
 
@@ -47,7 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links out of docs/ into links to the pages that `on_files` made."""
+    """Turns links that leave docs/ into links to the pages that `on_files` made."""
     if page.file.src_uri.startswith(GENERATED):
         return markdown
     text, missing = move_links(ROOT, page.file.src_uri, markdown)
@@ -57,7 +57,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Finds lists that were taken for text."""
+    """Finds lists that were treated as text."""
     if _SWALLOWED_LIST.search(html):
         _LOG.warning("%s has a list without a blank line before it", page.file.src_uri)
     return html

@@ -1,4 +1,4 @@
-"""The page of the service's metrics, written from what a new service would answer at /metrics."""
+"""The page of the service's metrics, written from what a fresh service would answer at /metrics."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_metrics() -> list[Metric]:
 
 
 def _idle_engine() -> types.SimpleNamespace:
-    """What metrics read of an `LLM`, without a model."""
+    """What the metrics read from an `LLM`, without a model."""
     allocator = types.SimpleNamespace(num_free=1, num_pages=1)
     core = types.SimpleNamespace(allocator=allocator, num_running=0, num_waiting=0)
     stats = EngineStats()
@@ -47,7 +47,7 @@ def _idle_engine() -> types.SimpleNamespace:
 
 def _write_row(metric: Metric) -> str:
     labels = {name for sample in metric.samples for name in sample.labels} - _COMMON
-    # A counter's samples end in _total, and those are the names that are asked for.
+    # A counter's samples end in _total, and those are the names people query.
     name = f"{metric.name}_total" if metric.type == "counter" else metric.name
     if metric.name.endswith("_info"):
         labels = set()

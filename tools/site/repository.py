@@ -1,7 +1,7 @@
-"""Files of the repository as pages of the site: those that a page links to, and those that these link to.
+"""Files of the repository as pages of the site: those that a page links to, and those that they link to in turn.
 
 A page in docs/ has the same relative links on the site and in a checkout. Other files are under `repository/`, where a
-Markdown file is a page, another text a page that shows it, and a folder a page with links.
+Markdown file becomes a page, any other text a page that shows it, and a folder a page with links.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _MAX_BYTES = 200_000
 
 
 def find_linked(root: pathlib.Path, texts: Mapping[str, str]) -> list[str]:
-    """Files and folders outside of docs/ that pages link to, and those that these link to.
+    """Files and folders outside docs/ that pages link to, and those that they link to in turn.
 
     Args:
-      root: Of the repository.
+      root: The repository's root.
       texts: Markdown of the pages, by their path on the site.
 
     Returns:
@@ -43,10 +43,10 @@ def find_linked(root: pathlib.Path, texts: Mapping[str, str]) -> list[str]:
 
 
 def move_links(root: pathlib.Path, uri: str, text: str) -> tuple[str, list[str]]:
-    """Text of a page with its links as the site has them, and the links that lead nowhere.
+    """A page's text with its links rewritten for the site, and the links that lead nowhere.
 
     Args:
-      root: Of the repository.
+      root: The repository's root.
       uri: The page's path on the site.
       text: Its Markdown.
     """

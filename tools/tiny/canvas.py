@@ -1,7 +1,7 @@
 """Paints one training picture: a drawing, a number or a handwritten digit, on a random background.
 
 Every painter takes the frame's size in pixels, so that the same code makes the 64x64 pictures and the larger
-ones that are cut into windows. All randomness comes from the generator that is handed in.
+ones that are cut into windows. All randomness comes from the generator passed in.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def paint_paper(size: Size, colour: Colour, spread: float, rng: np.random.Genera
 
     Args:
       size: The frame.
-      colour: The colour around which it stays.
+      colour: The colour that it varies around.
       spread: How far gradient and texture leave that colour, as a standard deviation of 255.
       rng: Source of randomness.
 
@@ -120,7 +120,7 @@ def mean_colour(drawing: Image.Image) -> np.ndarray:
 
 
 def place_centred(drawing: Image.Image, side: int, fill: float = 0.92) -> Image.Image:
-    """Puts an RGBA drawing in the middle of a white square, as RGB; `fill` is its share of the side."""
+    """Centres an RGBA drawing on a white square, as RGB; `fill` is its share of the side."""
     inner = round(side * fill)
     picture = Image.new("RGB", (side, side), WHITE)
     scaled = drawing.resize((inner, inner), Image.Resampling.BICUBIC)

@@ -147,7 +147,7 @@ class IconSet:
         return self._characters.get(plain) or self._characters.get(f"{plain}-fe0f")
 
     def has(self, name: str) -> bool:
-        """Says whether the set draws an icon of this name."""
+        """Returns whether the set has an icon of this name."""
         return name in self._icons["icons"]
 
     def draw(self, name: str, side: int = SIDE) -> np.ndarray:
@@ -218,7 +218,7 @@ def main() -> None:
     """Rasterises the drawings unless they are there already."""
     parser = argparse.ArgumentParser(description="Rasterise the drawings of the things that the tiny Step3 names.")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"data folder (default {DEFAULT_DATA})")
-    parser.add_argument("--force", action="store_true", help="draw again what is there already")
+    parser.add_argument("--force", action="store_true", help="redraw what is there already")
     options = parser.parse_args()
     if options.force or not all((options.data / name).exists() for name in ("drawings.npz", "things.json")):
         build(options.data)

@@ -25,12 +25,12 @@ ParsedCall = tuple[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said to a case.
+    """What the model answered in a case.
 
     Attributes:
       case: The question.
       text: All it wrote.
-      answer: What follows the reasoning, "" if the reasoning has no end.
+      answer: What follows the reasoning, "" if the reasoning never ends.
       is_right: Whether that is the right answer.
     """
 
@@ -92,7 +92,7 @@ def share_right(replies: Sequence[Reply]) -> float:
 
 
 def share_right_digits(replies: Sequence[Reply]) -> float:
-    """Share of the digits of numbers that are right at their place from the left; a missing digit is wrong."""
+    """Share of the numbers' digits that are right at their position from the left; a missing digit is wrong."""
     right = total = 0
     for reply in replies:
         truth, said = (re.findall(r"\d+", text) for text in (reply.case.answer, reply.answer))

@@ -39,7 +39,7 @@ class TextScore(NamedTuple):
 
 
 def score_text(model: Step3, tokenizer: Tokenizer, sentences: Sequence[str]) -> TextScore:
-    """Scores sentences in chunks of eight lines; each chunk starts anew after a BOS token.
+    """Scores sentences in chunks of eight lines; each chunk starts afresh after a BOS token.
 
     Args:
       model: The model.
@@ -74,7 +74,7 @@ def score_text(model: Step3, tokenizer: Tokenizer, sentences: Sequence[str]) -> 
 def _score_rows(
     graphdef: nnx.GraphDef, state: PyTree, ids: Int[Array, "B T"], is_token: Array
 ) -> tuple[Float[Array, ""], Float[Array, "layers E"]]:
-    """Nats of all tokens but the first of each row, and pairs of each expert; padding counts nowhere."""
+    """Nats of all tokens but the first of each row, and pairs of each expert; padding is not counted."""
     decoder = nnx.merge(graphdef, state).text
 
     def count(routing: Routing) -> Float[Array, " E"]:

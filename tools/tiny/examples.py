@@ -1,4 +1,4 @@
-"""Picks the demo's pictures and questions among the candidates: those that the model answers right.
+"""Picks the demo's pictures and questions from the candidates: those that the model answers correctly.
 
 python -m tools.tiny.held_out                    # makes the candidates
 python -m tools.tiny.examples [MODEL] [--out DIR] [--count N]
@@ -37,13 +37,15 @@ def pick(entries: Sequence[Entry], is_right: Sequence[bool], count: int) -> list
     for kind in KINDS:
         right = [entry for entry, good in zip(entries, is_right, strict=True) if good and entry["kind"] == kind]
         if not right:
-            raise ValueError(f"the model answers no candidate of kind {kind!r} right; add candidates to held_out.py")
+            raise ValueError(
+                f"the model answers no candidate of kind {kind!r} correctly; add candidates to held_out.py"
+            )
         picked += right[:count]
     return picked
 
 
 def ask(llm: LLM, folder: Path, entries: Sequence[Entry]) -> list[bool]:
-    """Whether the model answers each candidate right."""
+    """Whether the model answers each candidate correctly."""
     right: dict[int, bool] = {}
     for has_picture in (True, False):
         numbers = [number for number, entry in enumerate(entries) if ("image" in entry) is has_picture]

@@ -80,7 +80,7 @@ def run(command: list[str], folder: Path) -> None:
     """Runs a command in `folder`.
 
     Raises:
-      RuntimeError: If the program is not installed or fails; the message carries what it wrote to stderr.
+      RuntimeError: If the program is not installed or fails; the message contains what it wrote to stderr.
     """
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -93,8 +93,8 @@ def run(command: list[str], folder: Path) -> None:
 def download(package: Package, folder: Path) -> Path:
     """Downloads the package's archive into the empty `folder` and returns its path.
 
-    A Debian mirror keeps only the newest version of a package, so where the pinned one has gone the present
-    one is taken; `licences.json` records which.
+    A Debian mirror keeps only the newest version of a package, so if the pinned one is gone, the current one
+    is taken; `licences.json` records which.
 
     Raises:
       RuntimeError: If the registry's client fails.
@@ -191,7 +191,7 @@ def fetch(package: Package, raw: Path, *, is_forced: bool) -> dict[str, str]:
     Args:
       package: Which package.
       raw: The folder `DATA/raw`.
-      is_forced: Fetch again even if it is there.
+      is_forced: Whether to fetch again even if it is there.
 
     Returns:
       The package's entry for `licences.json`.
@@ -238,7 +238,7 @@ def main() -> None:
     """Fetches every package and writes `DATA/licences.json`."""
     parser = argparse.ArgumentParser(description="Fetch the packages that the tiny Step3 is made from.")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"data folder (default {DEFAULT_DATA})")
-    parser.add_argument("--force", action="store_true", help="fetch again what is there already")
+    parser.add_argument("--force", action="store_true", help="refetch what is there already")
     options = parser.parse_args()
     raw = options.data / "raw"
     raw.mkdir(parents=True, exist_ok=True)

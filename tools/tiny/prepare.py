@@ -1,6 +1,6 @@
 """One command for all data of the tiny Step3: fetches the packages, paints the pictures, writes the texts.
 
-Every step skips what is there already, so that an interrupted run can be started again.
+Every step skips what is there already, so an interrupted run can simply be restarted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer",
         action="store_true",
-        help="also train the tokenizer anew; weights trained with the old one are of no use then",
+        help="also retrain the tokenizer, which makes weights trained with the old one useless",
     )
     options = parser.parse_args()
     for step in (*STEPS, "tokenizer") if options.tokenizer else STEPS:
@@ -30,7 +30,7 @@ def main() -> None:
         command = [sys.executable, "-m", f"tools.tiny.{step}", "--data", str(options.data)]
         done = subprocess.run(command, check=False)
         if done.returncode:
-            raise SystemExit(f"{step} failed; mend what it says above and start again: finished steps are skipped")
+            raise SystemExit(f"{step} failed; fix what it reports above and run this again: finished steps are skipped")
 
 
 if __name__ == "__main__":

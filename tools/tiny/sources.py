@@ -1,4 +1,4 @@
-"""What the tiny Step3's pictures show, and what of it is kept out of training.
+"""What the tiny Step3's pictures show, and which of it is kept out of training.
 
 Held out: one artist, five fonts, 300 numbers and 297 handwritten digits. The split has a seed of its own, so
 that pools of another seed never train on what the tests show.

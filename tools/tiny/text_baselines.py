@@ -23,11 +23,11 @@ ZLIB_WINDOW = 32768
 
 
 def ngram_codes(text: bytes, order: int) -> np.ndarray:
-    """Every run of `order` bytes as one integer, first byte highest; newlines stand before the text.
+    """Every run of `order` bytes as one integer, first byte highest; the text is preceded by newlines.
 
     Args:
-      text: Bytes.
-      order: 1 to 7, so that a code fits 63 bits.
+      text: The bytes.
+      order: 1 to 7, so that a code fits in 63 bits.
 
     Returns:
       int64, one code per byte of the text: the n-gram that ends there.
@@ -40,7 +40,7 @@ def ngram_codes(text: bytes, order: int) -> np.ndarray:
 
 
 def look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """`values` at the place of each query among the sorted `keys`; 0 where it is not among them."""
+    """`values` at the position of each query in the sorted `keys`; 0 if it is not among them."""
     places = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
     return np.where(keys[places] == queries, values[places], 0)
 

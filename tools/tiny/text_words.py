@@ -17,7 +17,7 @@ OFFENSIVE_TERM = re.compile(
     r"(offensive|obscene|vulgar|disparaging|derogatory|coarse) (and \w+ )?(term|name|slang|word)"
 )
 UNFIT_GLOSS = re.compile(r"sexual|obscen|ethnic slur|genital|prostitut|\brape\b")
-# Nouns that take no article, and plural ones, among the words that are asked.
+# Nouns that take no article, and plural ones, among the words asked about.
 UNCOUNTED = frozenset(
     "air alcohol armor pollen mulch baseball chalk chlorothiazide cytoplasm gauze gear knitwear lather "
     "lingerie lumber linen mud paneling art bacon beef beer blood brandy bread butter cattle champagne "
@@ -32,7 +32,7 @@ UNCOUNTED_PAIRS = frozenset({"ice cream"})
 PLURAL = frozenset(
     "scissors glasses clothes trousers jeans grapes cherries chopsticks eyeglasses sunglasses shoes".split()
 )
-# Where WordNet's gloss is long, odd or of another thing, an own one.
+# Replacements where WordNet's gloss is long, odd or about something else.
 DRAWN_DEFINITIONS = {
     "apple": "a round fruit with red, yellow or green skin and crisp white flesh",
     "banana": "a long curved yellow fruit with soft sweet flesh",
@@ -82,7 +82,7 @@ DRAWN_DEFINITIONS = {
     "watermelon": "a large green fruit with red juicy flesh",
     "whale": "a very large mammal that lives in the sea",
 }
-# Frequent nouns whose first sense is not what the word alone makes one think of, or is told badly.
+# Frequent nouns whose first sense is not the one that comes to mind, or is badly worded.
 SKIPPED_NOUNS = frozenset(
     "agent back barley biceps chicken clip coconut dinner dive female holder instrumentation latticework "
     "lat mount oak original piece premix queen repertory short suds swallow assembly plane opium scenery "
@@ -121,7 +121,7 @@ def read_synsets(wordnet: Path, part: str) -> list[Synset]:
         words = tuple(
             re.sub(r"\(\w+\)$", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]
         )
-        # In a gloss with an odd quote the pairs cannot be told: its sentences are left out.
+        # In a gloss with an odd number of quotes the pairs are ambiguous: its sentences are left out.
         quoted = re.findall(r'"([^"]*)"', gloss) if gloss.count('"') % 2 == 0 else []
         sentences = tuple(filter(None, map(clean_sentence, quoted)))
         definition = " ".join(gloss.split('"')[0].split()).rstrip(" ;:,-")
@@ -130,7 +130,7 @@ def read_synsets(wordnet: Path, part: str) -> list[Synset]:
 
 
 def clean_sentence(text: str) -> str:
-    """Squeezes white space; returns "" for what is no sentence or phrase (one word, stray punctuation)."""
+    """Squeezes white space; returns "" for anything but a sentence or phrase (one word, stray punctuation)."""
     text = " ".join(text.split()).strip(" ;:,`")
     is_clean = (
         len(text) >= 8 and " " in text and not text.startswith(("-", ")", "'s ")) and text.count("(") == text.count(")")

@@ -2,7 +2,7 @@
 
 Byte-level BPE of 4,096 entries, digits one by one, with Step3's control tokens under their released names:
 three at the start, as in the release, the others at the end of the vocabulary. Writes tokenizer.json,
-tokenizer_config.json, generation_config.json and preprocessor_config.json beside the model's chat template.
+tokenizer_config.json, generation_config.json and preprocessor_config.json next to the model's chat template.
 
     python -m tools.tiny.tokenizer [--data DIR] [--out DIR]
 """
@@ -27,7 +27,7 @@ VOCAB_SIZE = 4096
 BOS, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 EOT = "<|EOT|>"
 # The last tokens of the vocabulary, and whether `skip_special_tokens` hides them: the reasoning and tool-call
-# parsers work on text, so their marks have to stay in it.
+# parsers work on text, so their markers have to stay in it.
 LAST_TOKENS = {
     "<|BOT|>": True,
     EOT: True,
@@ -78,7 +78,7 @@ def read_texts(data: Path, prompt: str) -> Iterator[str]:
         if not path.exists():
             raise ValueError(f"{path} does not exist: run `python -m tools.tiny.text_corpus --data {data}` first")
     for path in plain:
-        # Example sentences count double: they are what free completion is measured on.
+        # Example sentences count twice: free completion is measured on them.
         yield from path.read_text(encoding="utf-8").splitlines() * (2 if path is plain[0] else 1)
     for path in chats:
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -92,7 +92,7 @@ def read_texts(data: Path, prompt: str) -> Iterator[str]:
             yield without_marks(assistant_text(record["reasoning"], answer))
     for kind in json.loads((data / "chat-pictures.json").read_text(encoding="utf-8")).values():
         yield from [*kind["questions"], kind["reasoning"], kind["answer"]] * 50
-    # The words of the "# Tools" part stand in every prompt with tools, so they are worth single entries.
+    # The words of the "# Tools" part occur in every prompt with tools, so they are worth entries of their own.
     yield from [without_marks(prompt)] * 50
 
 
@@ -115,12 +115,12 @@ def render_tool_prompt(template: Path) -> str:
 
 
 def plain_json(value: object) -> str:
-    """JSON with letters outside ASCII kept, as prompts hold it."""
+    """JSON with non-ASCII letters kept, as prompts contain it."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def without_marks(text: str) -> str:
-    """Control tokens blanked, so that no merge is spent on their letters."""
+    """The text with control tokens blanked, so that no merge is spent on their letters."""
     for token in LAST_TOKENS:
         text = text.replace(token, " ")
     return text
@@ -188,7 +188,7 @@ def tokenizer_config() -> dict[str, object]:
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, object]:
-    """generation_config.json: ids alone; sampling defaults are the server's."""
+    """generation_config.json: only ids; sampling defaults are the server's."""
     return {
         "bos_token_id": tokenizer.token_to_id(BOS),
         "eos_token_id": tokenizer.token_to_id(EOT),
@@ -204,7 +204,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_model_files(tokenizer: Tokenizer, out: Path) -> None:
-    """Writes the tokenizer and the three JSON files beside it."""
+    """Writes the tokenizer and the three JSON files next to it."""
     files: dict[str, Mapping[str, object]] = {
         "tokenizer_config.json": tokenizer_config(),
         "generation_config.json": generation_config(tokenizer),

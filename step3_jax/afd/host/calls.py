@@ -1,4 +1,4 @@
-"""The jitted calls of executor `host`: one program for each kind of stage, shared by all layers of one form.
+"""The jitted calls of executor `host`: one program for each kind of stage, shared by all layers of the same structure.
 
 Weights are arguments. Each call runs under `jax.shard_map` on the devices of its role, every device on its own rows.
 """
@@ -80,9 +80,9 @@ class LayerHalf(NamedTuple):
     """One role's half of a layer.
 
     Attributes:
-      leaves: Its arrays, or those of the stack that it is in.
-      call: What runs it, the same for all layers of one form.
-      numbers: The layer's, and its number in its stack; where the role's devices are.
+      leaves: Its arrays, or those of the stack it is in.
+      call: The call that runs it, shared by all layers of the same structure.
+      numbers: The layer's index and its index in its stack, on the role's devices.
     """
 
     leaves: Leaves
@@ -101,14 +101,14 @@ class RoleCalls:
     """
 
     def __init__(self, model: Step3, topology: AfdTopology, form: PayloadFormat, num_microbatches: int) -> None:
-        """Takes a model whose weights lie where `topology.parameter` says."""
+        """Takes a model whose weights are placed as `topology.parameter` says."""
         self.compile_s = 0.0
         self.num_traces: collections.Counter[str] = collections.Counter()
         self._config = model.config
         self._topology = topology
         self._form = form
         self.num_microbatches = num_microbatches
-        # A CPU computes in float32, beside other devices too.
+        # A CPU computes in float32, even next to other devices.
         self._ffn_dtype = jnp.dtype(jnp.float32) if topology.ffn_platform == "cpu" else model.text.dtype
         # Pieces of a micro-batch on each device of a role.
         self._attention_pieces = topology.num_pieces // topology.num_attention
@@ -125,7 +125,7 @@ class RoleCalls:
 
     def begin_chunk(self, batch: PrefillBatch, pages_of_shard: int) -> list[Flow]:
         """Embeds a chunk of prompts, in micro-batches."""
-        # The features are every device's, all else is in shards.
+        # The features are replicated; everything else is sharded.
         given = batch._replace(features=None), batch.features, np.int32(pages_of_shard)
         return self._timed("begin_chunk", self._begin_chunk, self._ends.leaves, *given)
 
@@ -165,7 +165,7 @@ class RoleCalls:
         return self._timed("merge", self._merge, list(reports), rows_of_shard)
 
     def encode_images(self, pixels: Float[np.ndarray, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """Features of squares, as many for each attention device, or instance.
+        """Features of squares, equally many for each attention device, or instance.
 
         Raises:
           ValueError: If the model has no vision tower.
@@ -175,7 +175,7 @@ class RoleCalls:
     def copy_pages(
         self, cache: Cache, sources: Int[np.ndarray, " copies"], targets: Int[np.ndarray, " copies"]
     ) -> Cache:
-        """Copies pages, of each attention device as it counts its own."""
+        """Copies pages; each attention device numbers its own."""
         return self._timed("copy_pages", self._copy, cache, sources, targets)
 
     def attention_program(self, layer: int, flow: Flow, pages: Cache) -> jax.stages.Compiled:
@@ -223,7 +223,7 @@ class RoleCalls:
         self._begin = self._jit(on_attention(self._run_begin, in_specs=(copy, rows, rows)))
         self._encode = self._jit(self._run_encode, out_shardings=layout.sharding())
 
-        # Static arguments are no business of `shard_map`.
+        # `shard_map` takes no static arguments.
         def split(
             batch: DecodeBatch, sampling: SamplingBatch, pages: Int[Array, ""], max_steps: int
         ) -> list[MicroBatch]:
@@ -241,7 +241,7 @@ class RoleCalls:
         self._merge = self._jit(merge, static_argnums=1)
         self._copy = self._jit(on_attention(self._run_copy, in_specs=(rows, rows, rows)), donate_argnums=0)
 
-    # The functions below are traced, on one device's own part; each counts its traces by a side effect of Python.
+    # The functions below are traced, on one device's own part; each counts its traces by a Python side effect.
 
     def _run_begin_chunk(
         self,
@@ -252,7 +252,7 @@ class RoleCalls:
     ) -> list[Flow]:
         self.num_traces["begin_chunk"] += 1
         ends = self._ends.skeleton.build(leaves)
-        # Page numbers as each device counts its own.
+        # Page numbers local to each device.
         batch = batch._replace(table=batch.table % pages_of_shard, features=features)
         return [
             self._cut(
@@ -346,7 +346,7 @@ class RoleCalls:
         return Flow(tokens.hidden, self._pieces(tokens.returned), tokens.context)
 
     def _pieces(self, rows: Array) -> Pieces:
-        """A device's rows as equal pieces; the last one is filled up with zeros."""
+        """A device's rows as equal pieces; the last one is padded with zeros."""
         padded = jnp.pad(rows, ((0, -rows.shape[0] % self._attention_pieces), (0, 0)))
         return tuple(jnp.split(padded, self._attention_pieces))
 
@@ -370,14 +370,14 @@ def _list_halves(
         kind = id(part.skeleton), part.stacked_layers is None
         call = jits[kind] = jits.get(kind) or jit(part)
         for index in range(part.num_layers):
-            # Placed here once: a number of the host's would be copied to the devices in each call.
+            # Placed here once: a number on the host would be copied to the devices in each call.
             numbers = jax.device_put(np.array([len(halves), index], np.int32), layout.sharding())
             halves.append(LayerHalf(part.leaves, call, numbers))
     return halves
 
 
 def _spec(leaf: Array) -> PartitionSpec:
-    """How a weight is divided."""
+    """How a weight is sharded."""
     sharding = leaf.sharding
     if not isinstance(sharding, NamedSharding):
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Moving rows between the roles' devices within one process: copies from device to device, all of them explicit.
+"""Moving rows between the roles' devices within one process: explicit copies from device to device.
 
-A micro-batch's rows are cut in as many equal pieces as both numbers of devices divide. A piece lies on one attention
+A micro-batch's rows are cut into equal pieces, a multiple of both device counts. A piece is on one attention
 device and goes to one FFN device, and back. On either side array i holds the i-th piece of each device.
 """
 
@@ -18,7 +18,7 @@ Pieces = tuple[UInt8[Array, "rows bytes"], ...]
 
 
 class Exchange:
-    """The way between the two roles."""
+    """The copies between the two roles."""
 
     def __init__(self, topology: AfdTopology) -> None:
         """Takes the devices of both roles."""
@@ -29,14 +29,14 @@ class Exchange:
         return _move(pieces, self._topology.attention, self._topology.ffn)
 
     def to_attention(self, pieces: Sequence[UInt8[Array, "rows bytes"]]) -> Pieces:
-        """The way back."""
+        """The other direction."""
         return _move(pieces, self._topology.ffn, self._topology.attention)
 
 
 def _move(arrays: Sequence[UInt8[Array, "rows bytes"]], source: Layout, target: Layout) -> Pieces:
     sources, targets = list(source.mesh.devices.flat), list(target.mesh.devices.flat)
     shards = [{shard.device: shard.data for shard in array.addressable_shards} for array in arrays]
-    # In the order of the rows: all pieces of a device stand together.
+    # In row order: all pieces of a device are adjacent.
     pieces = [own[device] for device in sources for own in shards]
     each = len(pieces) // len(targets)
     moved = jax.device_put(pieces, [device for device in targets for _ in range(each)])

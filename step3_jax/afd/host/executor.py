@@ -1,8 +1,8 @@
 """Executor `host`: one process, two meshes, a jitted call for each stage, micro-batches in flight.
 
-The host only hands out work: calls return before they have run. For each layer it hands out every micro-batch's attention
-step, exchange, FFN step and exchange back. Each role's devices take their calls in the order they come in, so that the
-FFN side works on one micro-batch while the attention side works on the next.
+The host only hands out work: calls return before they have run. For each layer it hands out every micro-batch's
+attention step, exchange, FFN step and exchange back. Each role's devices take their calls in the order they come in, so
+that the FFN side works on one micro-batch while the attention side works on the next.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from step3_jax.model.layers import LayerStack
 from step3_jax.model.step3 import Step3
 from step3_jax.timeline.event import Event, Lane, Stage
 
-# Stages of each micro-batch that may be under way: those of a layer that runs, and of one that waits for its turn.
+# Stages of each micro-batch that may be in flight: those of a layer that runs, and of one that waits for its turn.
 _STAGES_AHEAD = 8
 
 
@@ -57,12 +57,12 @@ class HostExecutor(Executor):
         payload: str = "auto",
         deadline_s: float = DEFAULT_DEADLINE_S,
     ) -> None:
-        """Takes a model whose weights lie as `topology.parameter` says: `load_host_executor` and `place_model` see to it.
+        """Takes a model whose weights are placed as `topology.parameter` says (`load_host_executor`, `place_model`).
 
         Args:
           model: The model.
           topology: The devices.
-          num_microbatches: In flight, 1 to 4.
+          num_microbatches: Micro-batches in flight, 1 to 4.
           payload: What crosses from attention to FFN: "fp8", "bfloat16", "float32", or "auto", which is float32 (exact)
             for float32 activations and fp8 for others.
           deadline_s: How long a stage may take once those before it have ended.
@@ -136,7 +136,7 @@ class HostExecutor(Executor):
         flows = calls.begin_chunk(batch, self._pages_of_shard(cache))
         number = self._count("prefill")
         for layer in range(calls.num_layers):
-            # Of the last layer only the cache has a reader.
+            # Only the cache of the last layer is used.
             needs_ffn = layer < calls.num_layers - 1
             flows, cache = self._run_layer(flows, cache, layer, "prefill", number, needs_ffn=needs_ffn)
         self._flight.drain()
@@ -177,11 +177,11 @@ class HostExecutor(Executor):
         return cache, Started(call.cut_report(report))
 
     def start_recording(self) -> None:
-        """Records who does which stage when, from now on; see `timeline.trace`."""
+        """Starts recording which device runs which stage when; see `timeline.trace`."""
         self._flight.start_recording()
 
     def stop_recording(self) -> list[Event]:
-        """Ends a recording; its events by the time of their end."""
+        """Ends a recording; returns its events, sorted by end time."""
         return self._flight.stop_recording()
 
     def _run_layer(
@@ -194,10 +194,10 @@ class HostExecutor(Executor):
         *,
         needs_ffn: bool = True,
     ) -> tuple[list[Flow], Cache]:
-        """Hands out one layer for all micro-batches; the cache with their new rows.
+        """Dispatches one layer for all micro-batches; returns the cache with their new rows.
 
-        What the FFN side gives stays there until the micro-batch's next attention half, so that where copies are waited for
-        (see `_wait_to_copy`) each side has a micro-batch to work on.
+        What the FFN side computes stays there until the micro-batch's next attention half, so that where the host waits
+        for copies (see `_wait_to_copy`) each side has a micro-batch to work on.
         """
         calls, count, after = self.calls, len(flows), []
         for index, before in enumerate(flows):
@@ -222,14 +222,14 @@ class HostExecutor(Executor):
         return after, pages
 
     def _bring_back(self, flow: Flow, stage: Stage, count: int) -> Flow:
-        """A micro-batch whose FFN half was handed out, with what that gives on the attention side."""
+        """A micro-batch whose FFN half was dispatched, with its result on the attention side."""
         self._wait_to_copy(stage._replace(lane="ffn"), flow.returned[0])
         pieces = self._exchange.to_attention(flow.returned)
         self._note(stage, pieces[0], count)
         return flow._replace(returned=pieces)
 
     def _wait_to_copy(self, stage: Stage, array: Array) -> None:
-        """Between platforms JAX copies through the host, which waits: here, where there is a deadline."""
+        """Between platforms JAX copies through the host, which blocks: wait here instead, where there is a deadline."""
         if self.topology.is_mixed:
             self._flight.wait_alone(stage, array)
 
@@ -254,9 +254,9 @@ class HostExecutor(Executor):
 
 
 def _prepare_sides(model: Step3, topology: AfdTopology) -> Step3:
-    """A module of its own, each side of which computes as its own devices do, whatever the default backend is.
+    """A copy of the module, each side of which computes as its own devices do, whatever the default backend is.
 
-    Where a side is one CPU device, its weights are multiplied as they are stored if there are kernels for it.
+    Where a side is one CPU device, its weights are multiplied in their stored format if there are kernels for it.
     """
     own = copy_module(model)
     text = own.text
@@ -290,7 +290,7 @@ def load_host_executor(
     payload: str = "auto",
     deadline_s: float = DEFAULT_DEADLINE_S,
 ) -> HostExecutor:
-    """Loads a model's folder, each weight straight to the devices of its role; of each only their parts are read.
+    """Loads a model's folder, each weight straight to the devices of its role; only their parts of it are read.
 
     Args:
       path: Folder with `config.json` and the weights.
@@ -298,13 +298,13 @@ def load_host_executor(
       dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
       quantization: As for `load_placed_model`, and so is the next.
       load_format: See there.
-      num_microbatches: As for `HostExecutor`, and so are the others.
+      num_microbatches: As for `HostExecutor`, like the arguments that follow.
       payload: See there.
       deadline_s: See there.
 
     Raises:
-      ValueError: As `load_placed_model` and `HostExecutor` do; what cannot be sharded over the devices is refused
-        before anything is loaded.
+      ValueError: As `load_placed_model` and `HostExecutor` do; a model that cannot be sharded over the devices is
+        refused before anything is loaded.
     """
     check_microbatches(num_microbatches)
     model = load_placed_model(

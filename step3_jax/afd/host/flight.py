@@ -1,4 +1,4 @@
-"""What is under way: every call of a stage is noted, waits have a deadline, and who did what when can be recorded."""
+"""Stages in flight: every dispatched stage is noted, waits have a deadline, and a timeline can be recorded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from jaxtyping import Array
 
 from step3_jax.timeline.event import LANES, Event, Lane, Stage
 
-# From the first look to the longest pause between two.
+# Seconds between two polls: the first pause, and the longest.
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 2e-3
-# Where the next stage is handed out only then.
+# Where the next stage is dispatched only then.
 _LONGEST_COPY_PAUSE_S = 2e-4
 
 
@@ -22,21 +22,22 @@ class Flight:
     """Stages that were started and may not have ended.
 
     Attributes:
-      ffn_wait_s: Seconds in which attention had nothing to compute, as what it needed had not come back from the FFN side.
-        As seen while stages were waited for, which is nearly all the time, and to the length of a pause between two looks.
+      ffn_wait_s: Seconds in which attention had nothing to compute because the FFN side had not returned its result
+        yet. Measured while the host waits for stages, which is nearly all the time, to the length of a pause between
+        two polls.
     """
 
     def __init__(self, deadline_s: float) -> None:
-        """Nothing is under way.
+        """Starts with nothing in flight.
 
         Args:
-          deadline_s: How long any stage may take once all before it have ended.
+          deadline_s: How long a stage may take once all before it have ended.
 
         Raises:
           ValueError: If the deadline is not positive.
         """
         if not deadline_s > 0:
-            raise ValueError(f"the deadline is {deadline_s:g} s; more than 0 is needed")
+            raise ValueError(f"the deadline is {deadline_s:g} s; it must be more than 0")
         self.ffn_wait_s = 0.0
         self._deadline_s = deadline_s
         self._waiting: collections.deque[tuple[Stage, Array]] = collections.deque()
@@ -47,17 +48,17 @@ class Flight:
         self._recorder = Recorder()
 
     def stop_recording(self) -> list[Event]:
-        """Ends a recording; its events by the time of their end."""
+        """Ends a recording; returns its events, sorted by end time."""
         recorder, self._recorder = self._recorder, None
         return recorder.stop() if recorder is not None else []
 
     def push(self, stage: Stage, array: Array, limit: int) -> None:
-        """Notes a stage that was started.
+        """Notes a stage that was dispatched.
 
         Args:
           stage: What it is.
           array: A result of it that is not donated.
-          limit: Stages that may be under way; waits for the oldest if there are more, so that a fast host does not fill
+          limit: Stages that may be in flight; waits for the oldest if there are more, so that a fast host does not fill
             the devices' memory with work that is far from its turn.
 
         Raises:
@@ -70,10 +71,11 @@ class Flight:
             self._wait_for_oldest()
 
     def drain(self) -> None:
-        """Waits until nothing is under way.
+        """Waits until nothing is in flight.
 
         Raises:
-          TimeoutError: If a stage has not ended by its deadline; the message names it. What is under way is forgotten.
+          TimeoutError: If a stage has not ended by its deadline; the message names it. All stages in flight are
+            forgotten.
         """
         while self._waiting:
             self._wait_for_oldest()
@@ -88,7 +90,7 @@ class Flight:
             self._wait_for_oldest()
 
     def wait_alone(self, stage: Stage, array: Array) -> None:
-        """Waits for one stage, whatever others are under way.
+        """Waits for one stage, whatever else is in flight.
 
         Raises:
           TimeoutError: As `drain`.
@@ -107,8 +109,8 @@ class Flight:
                 num_left = sum(other is not array for _, other in self._waiting)
                 self._waiting.clear()
                 raise TimeoutError(
-                    f"{stage} has not ended within {self._deadline_s:g} s; {num_left} more stages wait behind it. If the "
-                    "devices are only slow, raise the deadline (--afd-deadline)"
+                    f"{stage} has not ended within {self._deadline_s:g} s; {num_left} more stages wait for it. If the "
+                    "devices are merely slow, raise the deadline (--afd-deadline)"
                 )
             is_held_up = self._is_attention_held_up(stage)
             time.sleep(pause)
@@ -118,9 +120,9 @@ class Flight:
                 self.ffn_wait_s += now - before
 
     def _is_attention_held_up(self, awaited: Stage) -> bool:
-        """Whether the next attention step waits for what comes back from the FFN side, while the host waits for a stage.
+        """Whether the next attention step waits for the FFN side's result, while the host waits for a stage.
 
-        Attention takes its steps in turn. If it has none left, the next one is handed out once that stage has ended.
+        Attention runs its steps in order. If it has none left, the next one is dispatched once that stage has ended.
         """
         coming: set[Stage] = set()
         for stage, array in self._waiting:
@@ -132,14 +134,14 @@ class Flight:
 
 
 def is_ready(array: Array) -> bool:
-    """Whether an array has been computed; an error that came instead of it counts."""
-    return bool(array.is_ready())  # type: ignore[attr-defined]  # Of all arrays that hold values.
+    """Whether an array has been computed; a failed computation counts."""
+    return bool(array.is_ready())  # type: ignore[attr-defined]  # Every concrete array has it.
 
 
 class Recorder:
-    """Waits for the results of each lane in a thread of its own, and writes down when they came.
+    """Waits for the results of each lane in its own thread, and records when they arrived.
 
-    A stage begins when what it needs has come and the one before it on its lane has ended.
+    A stage starts when its inputs have arrived and the one before it on its lane has ended.
     """
 
     def __init__(self) -> None:
@@ -157,7 +159,7 @@ class Recorder:
         self._queues[stage.lane].put((stage, array, time.perf_counter() - self._begin))
 
     def stop(self) -> list[Event]:
-        """Waits for all stages; their events by the time of their end."""
+        """Waits for all stages; returns their events, sorted by end time."""
         for own in self._queues.values():
             own.put(None)
         for thread in self._threads:
@@ -172,10 +174,10 @@ class Recorder:
 
 
 def reconstruct(ends: dict[str, list[tuple[Stage, float, float]]]) -> list[Event]:
-    """Events from the times at which stages were handed out and at which they ended, in order on each lane.
+    """Events from the times at which stages were dispatched and ended, in order on each lane.
 
     Args:
-      ends: For each lane its stages with both times, in seconds.
+      ends: For each lane, its stages with both times, in seconds.
     """
     before: dict[Lane, Lane] = {
         "to_ffn": "attention",
@@ -188,7 +190,7 @@ def reconstruct(ends: dict[str, list[tuple[Stage, float, float]]]) -> list[Event
     for items in ends.values():
         previous = 0.0
         for stage, started, end in items:
-            # An attention step adds what came back from the layer before.
+            # An attention step adds the FFN output of the layer before.
             layer = stage.layer - 1 if stage.lane == "attention" else stage.layer
             needed = end_of.get(stage._replace(lane=before[stage.lane], layer=layer), 0.0)
             start = min(max(previous, started, needed), end)

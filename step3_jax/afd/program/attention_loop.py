@@ -49,7 +49,7 @@ Batch = TypeVar("Batch", PrefillBatch, DecodeBatch, SamplingBatch)
 
 
 class AttentionWeights(NamedTuple):
-    """Arrays of the attention side, as `roles.take_apart` leaves them: of the ends, and of each layer or stack."""
+    """Arrays of the attention side from `roles.take_apart`: those of the ends, and of each layer or stack."""
 
     ends: list[Array]
     layers: list[list[Array]]
@@ -64,7 +64,7 @@ class _Way(NamedTuple):
     Attributes:
       cache: The pool.
       pending: Rows that wait for their exchange.
-      arrived: By the last exchange.
+      arrived: What the last exchange brought.
     """
 
     cache: Cache
@@ -72,7 +72,7 @@ class _Way(NamedTuple):
     arrived: Slots
 
 
-# The residual stream of each micro-batch, without what the last FFN half gave.
+# The residual stream of each micro-batch, without the output of the last FFN half.
 Streams = Float[Array, "n B T D"]
 
 
@@ -125,9 +125,9 @@ class AttentionLoop:
           config: Its sizes.
           topology: All devices.
           form: What crosses.
-          num_microbatches: In flight.
-          dtype: Of activations.
-          observe: Called with each decode step; None for no call.
+          num_microbatches: Micro-batches in flight.
+          dtype: The dtype of activations.
+          observe: Called with each decode step; None for no calls.
         """
         self._ends = parts.ends.skeleton
         self._parts = parts.attention
@@ -139,12 +139,12 @@ class AttentionLoop:
         self._observe = observe
 
     def prefill(self, weights: AttentionWeights, cache: Cache, batch: PrefillBatch) -> Cache:
-        """Reads a chunk of prompts into the cache; what is on its way has come back before it returns.
+        """Prefills a chunk of prompts into the cache; nothing is in flight when it returns.
 
         Args:
-          weights: Of this device.
-          cache: Of this device.
-          batch: The chunk of all devices; all have the same.
+          weights: This device's weights.
+          cache: This device's cache.
+          batch: The chunk of all devices, the same on each.
         """
         ends, layers = self._ends.build(weights.ends), Layers(self._parts, weights.layers)
         own = self._own_rows(batch._replace(features=None), cache)._replace(features=batch.features)
@@ -164,7 +164,7 @@ class AttentionLoop:
         way, hidden = layers.over_items(range(last * len(parts)), len(parts), take, start)
 
         def fill(pool: Cache, given: tuple[Float[Array, "1 T D"], AttentionContext, Slots]) -> tuple[Cache, None]:
-            # Of the last layer nothing but the cache is wanted; the rest is left out by the compiler.
+            # Only the cache of the last layer is needed; the compiler drops the rest.
             hidden, context, arrived = given
             (segment,) = layers.cut(last, last + 1)
             return self._attend(segment, last, Tokens(hidden, wire.outputs(arrived), context), pool)[2], None
@@ -265,7 +265,7 @@ class AttentionLoop:
         return loop.way.cache, gather_report(report, self._topology), loop.step
 
     def _own_rows(self, batch: Batch, cache: Cache | None) -> Batch:
-        """This device's part of a batch, its page numbers as the device counts them."""
+        """This device's part of a batch, with device-local page numbers."""
         index = jax.lax.axis_index(UNION)
 
         def cut(leaf: Array) -> Array:
@@ -304,7 +304,7 @@ class AttentionLoop:
         schedule: Schedule,
         status: Status | tuple[()] = (),
     ) -> tuple[_Way, Streams]:
-        """A tick: a layer of a micro-batch, and beside it the exchange."""
+        """A tick: one layer of one micro-batch, overlapped with the exchange."""
         tokens = Tokens(pick(hidden, index), wire.outputs(way.arrived), context)
         residual, fresh, cache = self._attend(segment, layer, tokens, way.cache)
         hidden = jax.lax.dynamic_update_index_in_dim(hidden, residual, index, 0)
@@ -326,14 +326,14 @@ class AttentionLoop:
         schedule: Schedule,
         status: Status | tuple[()],
     ) -> Slots:
-        """What has come when the next item can be computed."""
+        """What has arrived by the time the next item can be computed."""
         arrived = wire.from_attention(way.pending if schedule.attention_lag else fresh, way.arrived, *status)
         for _ in range(schedule.num_idle_ticks):
             arrived = wire.from_attention(fresh, arrived, *status)
         return arrived
 
     def _drain(self, way: _Way, wire: Wire, schedule: Schedule) -> UInt8[Array, "n N slot"]:
-        """What comes back of the last layer for each micro-batch; that of the first is there already."""
+        """The last layer's FFN output for each micro-batch; the first one's is here already."""
         arrived = [way.arrived]
         for _ in range(schedule.num_last_exchanges):
             arrived.append(wire.from_attention(way.pending, arrived[-1]))

@@ -28,8 +28,8 @@ class AttentionProcess(RoleProcess, Executor):
     """A process of the attention side.
 
     Attributes:
-      weights: Those that this process holds, as arrays over all devices.
-      loop: What a call does on each device.
+      weights: The weights this process holds, as arrays over all devices.
+      loop: The work of a call on each device.
     """
 
     def __init__(self, model: Step3, topology: AfdTopology, *, num_microbatches: int, payload: str) -> None:
@@ -98,7 +98,7 @@ class AttentionProcess(RoleProcess, Executor):
         return self._call(self._prefill, self.weights, cache, batch), Started(None)
 
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
-        """See `Executor.decode`. After a sequence has ended, a call may take a step in which it does nothing."""
+        """See `Executor.decode`. After a sequence has ended, a call may take one more step, in which it does nothing."""
         given = (
             self._place_wide(call.batch),
             self._place_sampling(call.sampling),
@@ -110,7 +110,7 @@ class AttentionProcess(RoleProcess, Executor):
 
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
         """See `Executor.copy_pages`; each device copies its own."""
-        # The FFN side's devices have pages of no shard; the attention side's come first.
+        # FFN devices hold no pages; attention devices come first.
         num_parts, size = self.topology.union.size, num_copies(sources)
         num_own = count_pages(cache, self.config.text.num_hidden_layers) // num_parts
         own = (local_pages(pages, num_own, num_parts, size) for pages in (sources, targets))
@@ -126,7 +126,7 @@ class AttentionProcess(RoleProcess, Executor):
         """The compiled decode loop of a bucket, for reading; the arguments may be abstract, and are not consumed."""
         return self._decode.lower(self.weights, cache, batch, sampling, self._numbers(1, False), max_steps).compile()
 
-    # The functions below are traced; each counts its traces by a side effect of Python.
+    # The functions below are traced; each counts its traces by a Python side effect.
 
     def _run_encode(self, leaves: list[Array], pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         self.num_traces["encode_images"] += 1

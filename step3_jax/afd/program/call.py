@@ -1,4 +1,4 @@
-"""What both roles are told of a decode call of executor `program`, and who hears of its steps."""
+"""What both roles are told about a decode call of executor `program`, and the observer of its steps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Int
 
-# Hears of each step its number, and that of the last exchange after it.
+# Called after each step with its number and that of the last exchange.
 Observe = Callable[[int, int], None]
 
 
 class Numbers(NamedTuple):
-    """What both roles are told of a decode call.
+    """What both roles are told about a decode call.
 
     Attributes:
       num_steps: Steps to take at most; at least 1.

@@ -1,7 +1,7 @@
 """What an FFN device does in executor `program`: all of a call, inside `jax.shard_map` over the union mesh.
 
-It gets all tokens that it has a part of the work of, and gives back its part of each one's sum: the attention side adds
-the parts, so that the FFN side needs no collective of its own.
+It receives all tokens that it computes a part of, and returns its part of each token's sum: the attention side adds
+the parts, so that the FFN side needs no collective itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Way(NamedTuple):
 
     Attributes:
       pending: Outputs that wait for their exchange.
-      arrived: By the last exchange.
+      arrived: What the last exchange brought.
     """
 
     pending: UInt8[Array, "rows output_bytes"]
@@ -55,7 +55,7 @@ class _Loop(NamedTuple):
     Attributes:
       step: Rotations so far.
       is_over: Whether to leave.
-      way: What is between the two sides.
+      way: What is in flight between the two sides.
     """
 
     step: Int[Array, ""]
@@ -86,21 +86,21 @@ class FfnLoop:
         self._dtype = dtype
         self._observe = observe
         layout = topology.ffn
-        # Of each FFN device: which of the groups of experts it has, and which of the copies of all other weights.
+        # For each FFN device: its group of experts, and its copy of all other weights.
         self._expert_group = _coordinates(layout, layout.axes("experts"))
         widths = layout.axes("width")
         self._copy = _coordinates(layout, tuple(axis for axis in AXES if axis not in widths))
         self._num_copies = int(self._copy.max()) + 1
 
     def prefill(self, weights: FfnWeights, *, num_tokens: int) -> Slots:
-        """The FFN side of a chunk of prompts, whose last layer it has no part of.
+        """The FFN side of a chunk of prompts, without the last layer, where it is not needed.
 
         Args:
-          weights: Of this device.
-          num_tokens: Of each attention device.
+          weights: This device's weights.
+          num_tokens: Tokens of each attention device.
 
         Returns:
-          What came by the last exchange, to wait for.
+          What the last exchange brought, to wait for.
         """
         each, count = part_size(num_tokens, self._num_microbatches)
         layers = Layers(self._parts, weights)
@@ -125,7 +125,7 @@ class FfnLoop:
         """The FFN side of a decode call.
 
         Args:
-          weights: Of this device.
+          weights: This device's weights.
           numbers: As for the attention side.
           num_rows: Rows of each attention device.
           max_steps: As for the attention side.
@@ -141,7 +141,7 @@ class FfnLoop:
         num_own = num_items - schedule.num_late_items
 
         def rotate(loop: _Loop) -> _Loop:
-            # In the first ticks there comes what the rotation before has sent.
+            # The first ticks receive what the previous rotation sent.
             way = layers.over_items(range(num_own, num_items), count, take, loop.way)
             way = layers.over_items(range(num_own), count, take, way)
             num_exchanges = (loop.step + 1) * schedule.num_ticks
@@ -152,7 +152,7 @@ class FfnLoop:
         loop = _Loop(jnp.zeros((), jnp.int32), jnp.zeros((), bool), way)
         loop = jax.lax.while_loop(lambda loop: (loop.step < numbers.num_steps) & ~loop.is_over, rotate, loop)
         way = layers.over_items(range(num_own, num_items), count, take, loop.way)
-        # It is not read; that it is known only now keeps the gathering after the last exchange.
+        # Its value is not used; the dependency keeps the gather after the last exchange.
         last = self._drain(way, wire, schedule)[0, -1].astype(jnp.int32)
         report = gather_report(fill_report(last, num_rows, max_steps, self._vocab_size), self._topology)
         return report, loop.step
@@ -166,8 +166,8 @@ class FfnLoop:
         index: Int[Array, ""],
         way: _Way,
     ) -> _Way:
-        """A tick: a layer of a micro-batch, and beside it the exchange."""
-        del index  # Whose rows they are makes no difference on this side.
+        """A tick: one layer of one micro-batch, overlapped with the exchange."""
+        del index  # This side treats the rows of all micro-batches alike.
         pending, arrived = way
         for _ in range(schedule.num_idle_ticks):
             arrived = wire.from_ffn(pending, arrived)
@@ -176,7 +176,7 @@ class FfnLoop:
         return _Way(fresh, wire.from_ffn(pending if schedule.ffn_lag else fresh, arrived))
 
     def _drain(self, way: _Way, wire: Wire, schedule: Schedule) -> Slots:
-        """The last exchanges, in which nothing is computed any more."""
+        """The last exchanges, in which nothing is computed."""
         arrived = way.arrived
         for _ in range(schedule.num_last_exchanges - schedule.num_late_items):
             arrived = wire.from_ffn(way.pending, arrived)
@@ -207,7 +207,7 @@ class FfnLoop:
         weights: Float[Array, "N top_k"],
         experts: Int[Array, "N top_k"],
     ) -> Float[Array, "N D"]:
-        """This device's part of the routed experts' sum; see `ShardedExperts.sum_part`, which is for a mesh of its own."""
+        """This device's part of the routed experts' sum; `ShardedExperts.sum_part` does it on a mesh of one side."""
         count = inner.gate_proj[...].shape[0]
         local = experts - self._place(self._expert_group) * count
         is_here = (local >= 0) & (local < count)
@@ -215,7 +215,7 @@ class FfnLoop:
         return inner(normed, weights, local, all_experts=self._num_experts)
 
     def _run_copy(self, module: SwiGLU, normed: Float[Array, "N D"] | Rows) -> Float[Array, "N D"]:
-        """Weights of which several devices have a copy: each serves its part of the rows, and gives zeros for others."""
+        """Weights with copies on several devices: each serves its part of the rows, and returns zeros for the others."""
         if self._num_copies == 1:
             return module(normed)
         num_rows = normed.shape[0]
@@ -235,7 +235,7 @@ class FfnLoop:
 
 
 def _coordinates(layout: Layout, axes: Sequence[str]) -> Int[np.ndarray, " devices"]:
-    """Number of each device along some axes of a mesh."""
+    """Index of each device along some axes of a mesh."""
     shape = layout.mesh.devices.shape
     places = np.indices(shape).reshape(len(shape), -1)
     picked = [AXES.index(axis) for axis in axes]

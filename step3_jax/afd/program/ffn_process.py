@@ -20,11 +20,11 @@ from step3_jax.model.step3 import Step3
 
 
 class FfnProcess(RoleProcess, Worker):
-    """A process of the FFN side: it holds no cache, is told nothing of a batch but its sizes, and decodes no image.
+    """A process of the FFN side: it holds no cache, is told only the sizes of a batch, and decodes no images.
 
     Attributes:
-      weights: Those that this process holds, as arrays over all devices.
-      loop: What a call does on each device.
+      weights: The weights this process holds, as arrays over all devices.
+      loop: The work of a call on each device.
     """
 
     takes_batches = False

@@ -27,7 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Specs = tuple[PartitionSpec, ...]
-# Of arrays of which each device has a part of its own, and of those that are the same on all.
+# Specs of arrays that are sharded over the devices, and of those that are replicated.
 OWN, COPY = PartitionSpec(UNION), PartitionSpec()
 
 
@@ -54,7 +54,7 @@ class RoleProcess(ModelPart):
         self.form = PayloadFormat.of(self.config.text, choose_payload(payload, self.dtype.name))
         self._own = NamedSharding(topology.union, OWN)
         self._copies = NamedSharding(topology.union, COPY)
-        # Where a program hangs can be found so, at the price of a call of Python a step.
+        # Shows where a program hangs, at the price of a Python call per step.
         self._observe = Beacon.from_environment().step if os.environ.get(TRACE_STEPS) == "1" else None
         self._num_steps = 0
 
@@ -64,14 +64,14 @@ class RoleProcess(ModelPart):
         return len({device.process_index for device in self.topology.devices})
 
     def _take(self, leaves: Sequence[Array]) -> list[Array]:
-        """This process's parts of weights as arrays over all devices; other processes' parts are never made here."""
+        """This process's shards of weights as arrays over all devices; the other shards are never materialised here."""
         return [
             self._spread([shard.data.astype(self.run_dtype(leaf.dtype)) for shard in leaf.addressable_shards])
             for leaf in leaves
         ]
 
     def _spread(self, parts: Sequence[Array]) -> Array:
-        """One array over all devices of arrays that are on one device of this process each."""
+        """One array over all devices, from arrays that are each on one device of this process."""
         shape = (self.topology.union.size * parts[0].shape[0], *parts[0].shape[1:])
         return jax.make_array_from_single_device_arrays(shape, self._own, parts)
 

@@ -1,4 +1,4 @@
-"""The report of a decode call on all devices, by one collective: its arrays are packed as one."""
+"""Gathers the report of a decode call on all devices with one collective, its arrays packed as one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from step3_jax.sampling.sampler import StepLogprobs
 
 
 def gather_report(own: Report, topology: AfdTopology) -> Report:
-    """The report of all attention devices' rows, of each one's own; inside `jax.shard_map` over the union mesh.
+    """The report of all attention devices' rows, from each one's own; inside `jax.shard_map` over the union mesh.
 
     FFN devices call it too, with a report of the same shapes that is not read.
     """
     leaves, treedef = jax.tree.flatten(own)
     num_rows = leaves[0].shape[0]
-    # All of them have four bytes.
+    # All dtypes have four bytes.
     packed = [jax.lax.bitcast_convert_type(leaf, jnp.int32).reshape(num_rows, -1) for leaf in leaves]
     gathered = jax.lax.all_gather(jnp.concatenate(packed, axis=1), UNION, axis=0, tiled=True)
     gathered = gathered[: topology.num_attention * num_rows]

@@ -1,10 +1,10 @@
 """Loops over ticks: an iteration computes one layer of one micro-batch, and only the device knows which.
 
-What the next tick needs goes through the loop's carry. So a program is as large as its layers are different, not as many
-times larger as there are micro-batches, and no compiler moves a tick's work to the other side of an exchange. Layers that
-lie stacked (on GPUs) are one loop, which finds their weights by number. Each layer that lies by itself (on CPUs) has a loop
-of its own over the micro-batches: a choice between layers inside one loop (`jax.lax.switch`) would be as small, and copies
-the KV cache with jax 0.10.
+What the next tick needs goes through the loop's carry. So a program grows with the number of different layers, not with
+the number of micro-batches, and the compiler cannot move a tick's work across an exchange. Layers that are
+stacked (on GPUs) are one loop, which finds their weights by number. Each layer that is not stacked (on CPUs) has its
+own loop over the micro-batches: a choice between layers inside one loop (`jax.lax.switch`) would be as small, but
+copies the KV cache with jax 0.10.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ M = TypeVar("M", bound=nnx.Module)
 T = TypeVar("T")
 Carry = TypeVar("Carry")
 
-# A layer's number: known while tracing where each has a loop of its own.
+# A layer's number: static where each layer has its own loop.
 Number = Int[Array, ""] | int
 
 
@@ -35,8 +35,8 @@ class Segment(Generic[M]):
 
     Attributes:
       first: The first of them.
-      end: The layer after the last of them.
-      build: The block of one of these layers.
+      end: The layer after the last one.
+      build: Builds the block of one of these layers.
     """
 
     first: int
@@ -84,10 +84,10 @@ class Layers(Generic[M]):
         """Computes items in order; item i is layer i // n of micro-batch i % n.
 
         Args:
-          items: Neighbouring numbers.
+          items: A range of consecutive items.
           num_microbatches: n.
           take: (segment, layer, micro-batch, carry) -> carry; the layer is one of the segment's.
-          carry: What goes from one item to the next.
+          carry: Passed from one item to the next.
         """
         count = num_microbatches
         for segment in self.cut(items.start // count, -(-items.stop // count)):
@@ -102,12 +102,12 @@ class Layers(Generic[M]):
 
 
 def pick(tree: T, index: Int[Array, ""]) -> T:
-    """One entry of arrays that have one for each micro-batch."""
+    """One micro-batch's entry of stacked arrays."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
 
 
 def stack(trees: Sequence[T]) -> T:
-    """Arrays with one entry for each micro-batch, of those of each."""
+    """Stacks the arrays of all micro-batches."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 

@@ -1,7 +1,7 @@
-"""The exchange of executor `program`: one collective over all devices a tick, which carries both directions.
+"""The exchange of executor `program`: one collective over all devices per tick, which carries both directions.
 
-Every device gives each other one a slot of equal size: bytes of the payload, filled up to the larger direction's, and two
-bytes behind them.
+Every device sends each other one a slot of equal size: the payload's bytes, padded to the larger direction's size, and
+two more bytes.
 
 - A count of the exchanges, which each takes from the one before. So an exchange depends on the last one whatever else the
   program does, and both roles' programs, which are compiled apart, have them in the same order.
@@ -41,11 +41,11 @@ class Wire:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes from a device to another one."""
+        """Bytes from one device to another."""
         return self._payload_bytes + _TAIL_BYTES
 
     def empty(self) -> Slots:
-        """What has come before the first exchange."""
+        """What has arrived before the first exchange."""
         return jnp.zeros((self._num_attention + self._num_ffn, self.slot_bytes), jnp.uint8)
 
     def from_attention(
@@ -64,7 +64,7 @@ class Wire:
           has_ended: Whether some row of it has ended.
 
         Returns:
-          What has come, a slot from each device.
+          What has arrived, a slot from each device.
         """
         payload = jnp.pad(rows.reshape(1, -1), ((0, 0), (0, self._payload_bytes - rows.size)))
         payload = jnp.pad(jnp.repeat(payload, self._num_ffn, axis=0), ((self._num_attention, 0), (0, 0)))
@@ -75,7 +75,7 @@ class Wire:
         return self._exchange(slots)
 
     def from_ffn(self, outputs: UInt8[Array, "rows output_bytes"], before: Slots) -> Slots:
-        """Sends an FFN device's outputs, one for each row of `rows`, back to the devices that they came from."""
+        """Sends an FFN device's outputs, one for each row of `rows`, back to the devices they came from."""
         payload = outputs.reshape(self._num_attention, -1)
         padding = self._payload_bytes - payload.shape[1]
         slots = self._close(jnp.pad(payload, ((0, self._num_ffn), (0, padding))), before[0, -2], jnp.uint8(0))
@@ -84,12 +84,12 @@ class Wire:
         return self._exchange(slots)
 
     def rows(self, arrived: Slots) -> UInt8[Array, "rows row_bytes"]:
-        """What came to an FFN device: the rows of all attention devices."""
+        """What arrived at an FFN device: the rows of all attention devices."""
         size = self._form.row_bytes
         return arrived[: self._num_attention, : self._num_rows * size].reshape(-1, size)
 
     def outputs(self, arrived: Slots) -> UInt8[Array, "rows output_bytes"]:
-        """What came back to an attention device: of all its rows the parts of each FFN device."""
+        """What came back to an attention device: each FFN device's part of all its rows."""
         size = self._form.output_bytes
         return arrived[self._num_attention :, : self._num_rows * size].reshape(-1, size)
 
@@ -99,22 +99,22 @@ class Wire:
         return ~jnp.any(status & _RUNS > 0) | (leave_early & jnp.any(status & _ENDED > 0))
 
     def tell(self, observe: Observe | None, step: Int[Array, ""], exchange: Int[Array, ""], arrived: Slots) -> None:
-        """Calls `observe` once an exchange has come; nothing without it."""
+        """Calls `observe`, if there is one, once an exchange has arrived."""
         if observe is not None:
-            # The bytes are there so that the call waits for it, whichever role this is.
+            # The bytes make the call wait for the exchange, whichever role this is.
             jax.debug.callback(
                 lambda step, exchange, *_: observe(int(step), int(exchange)), step, exchange, arrived[0, -2]
             )
 
     @property
     def _is_pair(self) -> bool:
-        # With one partner each, no device sends slots that are not read.
+        # With one partner each, no device sends unused slots.
         return self._num_attention == self._num_ffn == 1
 
     def _close(
         self, payload: UInt8[Array, "N bytes"], before: UInt8[Array, ""], status: UInt8[Array, ""] | np.uint8
     ) -> Slots:
-        """Adds the two bytes; `before` is the count that came from the other role by the last exchange."""
+        """Adds the two bytes; `before` is the other role's count from the last exchange."""
         tail = jnp.stack([before + jnp.uint8(1), status])
         return jnp.concatenate([payload, jnp.broadcast_to(tail, (payload.shape[0], _TAIL_BYTES))], axis=1)
 

@@ -1,1 +1,1 @@
-"""The options of each command. Nothing here imports jax, so that `--help` comes at once."""
+"""The options of each command. Nothing here imports jax, so that `--help` is immediate."""

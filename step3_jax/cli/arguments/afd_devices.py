@@ -1,4 +1,4 @@
-"""Options of attention and FFN on devices of their own."""
+"""Options of attention and FFN on separate devices."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ EXECUTORS = ("auto", "host", "program")
 
 
 def add_afd(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
-    """Adds where attention and FFN run if apart.
+    """Adds the options for attention and FFN on separate devices.
 
     Args:
       parser: Gets the options.
-      default: Of `--afd`.
+      default: The default of `--afd`.
     """
     group = parser.add_argument_group("attention and FFN on separate devices (docs/afd.md)")
     group.add_argument(

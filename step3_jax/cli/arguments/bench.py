@@ -13,7 +13,7 @@ from step3_jax.layout.weight_form import QUANTIZATIONS
 
 _DTYPE = dtype_name(DTYPES)
 # Hidden size and layers. "100m" has 109M active parameters of 309M in all: more bytes than any cache holds.
-# Of weights: a model made here has nothing to choose from.
+# Forms of weights: a model made here has no stored form to choose from.
 FORMS = tuple(name for name in QUANTIZATIONS if name != "auto")
 PRESETS = {"100m": (1024, 7), "tiny": (128, 2)}
 

@@ -15,8 +15,8 @@ def add_engine(parser: argparse.ArgumentParser, groups: Iterable[str] = GROUPS, 
 
     Args:
       parser: Gets the options.
-      groups: Of settings, see `config.GROUPS`.
-      without: Settings that get no option, as the command has another of this name; a file may hold them.
+      groups: Groups of settings, see `config.GROUPS`.
+      without: Settings without an option, because the command has another option of that name; a file may hold them.
     """
     groups, without = tuple(groups), tuple(without)
     titles = {name: parser.add_argument_group(GROUPS[name]) for name in groups}

@@ -1,4 +1,4 @@
-"""Options of `step3 plan`: one module here for each thing that is planned."""
+"""Options of `step3 plan`: one module here for each kind of plan."""
 
 from __future__ import annotations
 

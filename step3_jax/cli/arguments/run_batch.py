@@ -10,7 +10,7 @@ from step3_jax.cli.option import add_model
 from step3_jax.engine.setting import settings_of
 from step3_jax.server.config import ServerConfig
 
-# Of the service's settings, those that mean something without a network.
+# The service's settings that make sense without a network.
 SETTINGS = (
     "served_model_name",
     "max_n",

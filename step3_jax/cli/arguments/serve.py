@@ -1,4 +1,4 @@
-"""Options of `step3 serve`: one for each field of `ServerConfig`, and those of the engine."""
+"""Options of `step3 serve`: one for each field of `ServerConfig`, and the engine's."""
 
 from __future__ import annotations
 

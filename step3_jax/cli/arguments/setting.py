@@ -11,12 +11,12 @@ from step3_jax.engine.setting import Setting, format_default, kind_of
 
 
 def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field[object], setting: Setting) -> None:
-    """Adds the option of a field, None where it is not given.
+    """Adds the option of a field; its value is None if not given.
 
     Args:
       group: Gets the option.
-      field: Of a configuration.
-      setting: What there is to say of it.
+      field: A field of a configuration.
+      setting: Its description.
     """
     flags = (f"--{field.name.replace('_', '-')}", *setting.flags)
     text = f"{setting.help} (default: {format_default(field)})".replace("%", "%%")

@@ -1,4 +1,4 @@
-"""The calls that rank 0 makes, as messages of the channel and back."""
+"""Rank 0's calls as messages of the channel, and back."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class CopyPages:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillSizes:
-    """A chunk of prompts for a process that needs none of it: its tokens, padding included."""
+    """A chunk of prompts for a process that needs only its size: its tokens, including padding."""
 
     place: ClassVar[str] = "prefill"
     num_tokens: int
@@ -95,7 +95,7 @@ _PLAIN: dict[str, type[AllocateCache | MeasureMemory | CopyPages | PrefillSizes 
 
 
 def sizes_of(call: Call) -> Call | None:
-    """What a process is told of a call that takes no batches; None if nothing."""
+    """What a process that takes no batches is told about a call; None if nothing."""
     if isinstance(call, Prefill):
         return PrefillSizes(call.batch.token_ids.shape[0])
     if isinstance(call, Decode):
@@ -105,7 +105,7 @@ def sizes_of(call: Call) -> Call | None:
 
 
 def to_message(call: Call) -> Message:
-    """A call as plain data. Its arrays go along as they are, and must not be changed any more."""
+    """A call as plain data. Its arrays are not copied, and must not be changed afterwards."""
     kind = type(call).__name__
     fields: dict[str, Value]
     if isinstance(call, Prefill):
@@ -125,10 +125,10 @@ def to_message(call: Call) -> Message:
 
 
 def from_message(message: Message) -> Call:
-    """The call of a message.
+    """The call in a message.
 
     Raises:
-      MessageError: If it is none.
+      MessageError: If the message is not a call.
     """
     kind, fields, _ = message
     try:
@@ -144,7 +144,7 @@ def from_message(message: Message) -> Call:
         if kind == "EncodeImages":
             return EncodeImages(_array(fields["pixels"]))
         if kind == "AllocateCache" and fields["storage"] not in STORAGES:
-            raise MessageError(f"{fields['storage']!r} is no format of pages")
+            raise MessageError(f"{fields['storage']!r} is not a page format")
         plain = _PLAIN[kind]
         if plain is CopyPages:
             return CopyPages(tuple(fields["sources"]), tuple(fields["targets"]))
@@ -157,7 +157,7 @@ def _chunk_fields(batch: PrefillBatch) -> dict[str, Value]:
     fields: dict[str, Value] = batch._asdict()
     features, rows = fields["features"], fields["feature_rows"]
     if isinstance(features, np.ndarray) and isinstance(rows, np.ndarray):
-        # Behind those that a token has there is padding, which is megabytes.
+        # What follows a token's own ids is padding, megabytes of it.
         fields |= {"features": features[: int(rows.max(initial=-1)) + 1], "num_features": len(features)}
     return fields
 
@@ -196,5 +196,5 @@ def _part(prefix: str, fields: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def page_numbers(pages: Sequence[int]) -> tuple[int, ...]:
-    """Page numbers as a call has them."""
+    """Page numbers in the form that a call has them."""
     return tuple(map(int, pages))

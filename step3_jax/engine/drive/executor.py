@@ -1,4 +1,4 @@
-"""Rank 0's executor of a run of several processes: each call goes to all workers, and to its own."""
+"""Rank 0's executor in a run of several processes: each call goes to all workers, and to its own executor."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from step3_jax.engine.executor import Executor, Started
 from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.role import Role
 
-# Memory is known at once; a worker that does not say it has stopped.
+# Memory is known immediately; a worker that does not report it has stopped.
 _ANSWER_S = 120.0
 _FOLLOW_SLICES = 5
-# Longest wait for the calls under way when the run is to end.
+# Longest wait for the calls in flight when the run is to end.
 _CLOSE_S = 10.0
 
 
 class DrivenExecutor(Executor):
-    """Makes each call in all processes at once, and gives the results of this one.
+    """Makes each call in all processes at once, and returns the results of this one.
 
-    This process's part runs in a thread of its own. So a wait for it ends when another rank is lost, whatever native code
-    waits for meanwhile; and the thread that steps goes on while a call is dispatched. The workers keep the cache, so none
-    is handed to the engine.
+    This process's part runs in its own thread. So a wait for it ends when another rank is lost, even if native code is
+    still blocked; and the thread that steps continues while a call is dispatched. The workers keep the cache, so the engine
+    gets none.
     """
 
     def __init__(self, own: Executor, channel: DriverChannel) -> None:
@@ -65,7 +65,7 @@ class DrivenExecutor(Executor):
         channel.on_failure(self._end_waits)
         self._thread = threading.Thread(target=self._run_jobs, name="step3-device", daemon=True)
         self._thread.start()
-        # The interpreter must not end in the middle of a call.
+        # The interpreter must not exit in the middle of a call.
         atexit.register(self.close)
 
     @property
@@ -93,7 +93,7 @@ class DrivenExecutor(Executor):
         self._channel.check()
 
     def close(self) -> None:
-        """Ends the run after the calls under way: the workers leave. No call can be made any more."""
+        """Ends the run after the calls in flight: the workers leave. No more calls can be made."""
         atexit.unregister(self.close)
         self._jobs.put(None)
         if not self._is_lost:
@@ -135,7 +135,7 @@ class DrivenExecutor(Executor):
         return cache
 
     def _start(self, call: Call) -> Started[object]:
-        """Sends a call and queues this process's part: one thread at a time, so that all ranks have the same order."""
+        """Sends a call and queues this process's part: one thread at a time, so that the order is the same on all ranks."""
         sizes = sizes_of(call)
         job = _Job(call)
         with self._lock:
@@ -146,7 +146,7 @@ class DrivenExecutor(Executor):
         return self._last
 
     def _run_jobs(self) -> None:
-        """The thread. A call is dispatched before the last one is waited for if it is there by then."""
+        """The thread's loop. If the next call is already there, it is dispatched before the last one is waited for."""
         last: _Job | None = None
         job: _Job | None = None
         while True:
@@ -165,7 +165,7 @@ class DrivenExecutor(Executor):
                     self._finish(last)
                 last = job
             except Exception as error:
-                # Others may be in the middle of it: no call can be made after this.
+                # Others may be in the middle of it: no call can follow.
                 failed = job or last
                 place = "a call" if failed is None else failed.call.place
                 self._channel.suspect(
@@ -174,16 +174,16 @@ class DrivenExecutor(Executor):
                 return
 
     def _next_job(self, last: _Job | None) -> _Job | None:
-        """The next call; None if there is none while the last one runs, or no more will come."""
+        """The next call; None if none has arrived while the last one runs, or no more will come."""
         if last is None:
             return self._jobs.get()
-        # A decode call mostly follows a chunk, and is dispatched while that is computed.
+        # A decode call usually follows a chunk, and is dispatched while that is computed.
         slices = _FOLLOW_SLICES if isinstance(last.call, Prefill) else 1
         for _ in range(slices):
             with contextlib.suppress(queue.Empty):
                 job = self._jobs.get(timeout=FOLLOW_S / slices) if slices > 1 else self._jobs.get_nowait()
                 if job is None:
-                    # For when the last one has ended.
+                    # For once the last one has ended.
                     self._jobs.put(None)
                 return job
             if last.is_ready:
@@ -208,7 +208,7 @@ class DrivenExecutor(Executor):
 
 
 class _Job:
-    """A call, and what becomes of this process's part of it."""
+    """A call, and the outcome of this process's part of it."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -218,16 +218,16 @@ class _Job:
 
     @property
     def has_result(self) -> bool:
-        """Whether its values are wanted on the host."""
+        """Whether its values are needed on the host."""
         return isinstance(self.call, Prefill | Decode | EncodeImages)
 
     @property
     def is_ready(self) -> bool:
-        """Whether nothing of it runs any more."""
+        """Whether all of it has finished."""
         return not isinstance(self.outcome, Started) or self.outcome.is_ready
 
     def set(self, result: object) -> None:
-        """Its result, unless the run was lost before."""
+        """Its result, unless the run is lost first."""
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             self.future.set_result(result)
 

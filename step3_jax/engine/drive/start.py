@@ -24,18 +24,18 @@ def is_shared(executor: object) -> bool:
 
 
 def take_part(load: Callable[[], Executor | Worker]) -> DriverChannel | None:
-    """Takes this process's part in a model that all processes share: of rank 0's only the channel to the workers is opened.
+    """Takes this process's part in a model that all processes share; on rank 0 it only opens the channel to the workers.
 
     Args:
-      load: Gives a worker's part; rank 0 calls it by itself, and hands it to `drive`.
+      load: Returns a worker's part; rank 0 calls it itself, and passes the result to `drive`.
 
     Returns:
-      Rank 0's end of the channel; None if there is one process.
+      Rank 0's end of the channel; None with a single process.
 
     Raises:
-      ValueError: If the channel's address cannot be read or had.
-      SystemExit: In the others, when rank 0 has said goodbye.
-      Exception: In the others, as `run_worker`.
+      ValueError: If the channel's address is malformed or cannot be bound.
+      SystemExit: On the other ranks, when rank 0 has said goodbye.
+      Exception: On the other ranks, as `run_worker`.
     """
     if jax.process_count() == 1:
         return None
@@ -49,16 +49,16 @@ def drive(own: Executor | Worker, channel: DriverChannel | None) -> Executor:
     """Rank 0's executor, as soon as all workers are ready.
 
     Args:
-      own: Its own part.
-      channel: From `take_part`; without one the executor is as it was.
+      own: Rank 0's own part.
+      channel: From `take_part`; without one the executor is returned unchanged.
 
     Raises:
       ValueError: If rank 0 has no part of the cache.
-      TimeoutError: If a worker does not come.
+      TimeoutError: If a worker does not connect.
       RunLostError: If one fails.
     """
     if not isinstance(own, Executor):
-        raise ValueError("rank 0 is of the FFN side, and drives the others: it must be of the attention side")
+        raise ValueError("rank 0 is on the FFN side, but it drives the others: it must be on the attention side")
     if channel is None:
         return own
     channel.wait_for_workers(read_start_timeout(os.environ))
@@ -67,15 +67,15 @@ def drive(own: Executor | Worker, channel: DriverChannel | None) -> Executor:
 
 
 def run_worker(load: Callable[[], Executor | Worker]) -> None:
-    """What a rank above 0 does: it loads its part of the model, and runs rank 0's calls until that says goodbye.
+    """What a rank above 0 does: it loads its part of the model, and runs rank 0's calls until rank 0 says goodbye.
 
     Args:
-      load: Gives the part. An error is told to rank 0 before it is raised.
+      load: Returns the part. An error is reported to rank 0 before it is raised.
 
     Raises:
       TimeoutError: If rank 0 does not answer.
-      RunLostError: If it is gone.
-      Exception: What loading or a call failed with.
+      RunLostError: If rank 0 is lost.
+      Exception: Whatever loading or a call failed with.
     """
     address, rank = ChannelAddress.read(os.environ), jax.process_index()
     name = name_rank(os.environ.get(ROLE) or f"rank {rank}", rank, socket.gethostname())

@@ -19,9 +19,9 @@ from step3_jax.engine.drive.call import (
 )
 from step3_jax.engine.executor import Executor, Started
 
-# So long after a chunk the decode call that mostly follows is waited for, to be dispatched while the chunk is computed.
+# How long to wait after a chunk for the decode call that usually follows, to dispatch it while the chunk is computed.
 FOLLOW_S = 0.005
-# What a call gives: what may still run, bytes of memory, or nothing to wait for.
+# What a call returns: something that may still run, bytes of memory, or nothing to wait for.
 Outcome = Started[object] | int | None
 
 
@@ -29,7 +29,7 @@ class Worker(abc.ABC):
     """Runs this process's part of each call, in the order of the calls.
 
     Attributes:
-      takes_batches: Whether it needs what is in a batch, or the sizes alone (`PrefillSizes`, `DecodeSizes`).
+      takes_batches: Whether it needs the contents of a batch, or only its sizes (`PrefillSizes`, `DecodeSizes`).
     """
 
     takes_batches = True
@@ -67,7 +67,7 @@ class CachedWorker(Worker):
         if isinstance(call, AllocateCache):
             # First: there may be no room for both.
             self._cache = None
-            # Waited for here: the next call consumes it, and what is consumed cannot be waited for.
+            # Wait here: the next call consumes it, and what is consumed cannot be waited for.
             self._cache = executor.wait(executor.allocate_cache(call.num_pages, call.storage))
             return None
         if isinstance(call, MeasureMemory):
@@ -87,7 +87,7 @@ class CachedWorker(Worker):
 
     def _take_cache(self) -> Cache:
         if self._cache is None:
-            raise ValueError("there is no cache: it is allocated first")
+            raise ValueError("there is no cache: allocate it first")
         cache, self._cache = self._cache, None
         return cache
 
@@ -95,15 +95,15 @@ class CachedWorker(Worker):
 def serve_calls(worker: Worker, channel: WorkerChannel) -> None:
     """Runs the calls of rank 0 until it says goodbye.
 
-    While the next call is there it is dispatched before the last one is waited for, as rank 0 does it.
+    If the next call is already there, it is dispatched before the last one is waited for, as on rank 0.
 
     Args:
       worker: Runs them.
-      channel: Brings them. An error is told there before it is raised.
+      channel: Brings them. An error is reported there before it is raised.
 
     Raises:
-      RunLostError: If rank 0 is gone.
-      Exception: What a call failed with.
+      RunLostError: If rank 0 is lost.
+      Exception: Whatever a call failed with.
     """
     beacon = Beacon.from_environment()
     place, started = "", None

@@ -1,1 +1,1 @@
-"""A deployment with attention and FFN apart, simulated event by event: the pipeline, and the requests that it serves."""
+"""Simulates a deployment with attention and FFN on separate devices, event by event: the pipeline, and its requests."""

@@ -1,4 +1,4 @@
-"""From sequences on attention devices to the work of a pipeline: rows and cached tokens, cut in micro-batches."""
+"""Turns the sequences of attention devices into the work of a pipeline: rows and cached tokens, cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from step3_jax.planner.simulation.stage_time import StageTimer
 
 
 class Rows(NamedTuple):
-    """What a device has in a micro-batch.
+    """A device's part of a micro-batch.
 
     Attributes:
       num_rows: Sequences of a decode step, or tokens of a chunk of prompts.
-      context_tokens: That all of them attend to, together.
+      context_tokens: Tokens that all of them attend to, together.
     """
 
     num_rows: float
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 
     @property
     def mean_context(self) -> float:
-        """Of one of them."""
+        """Mean context of one of them."""
         return self.context_tokens / self.num_rows if self.num_rows else 0.0
 
 
@@ -38,7 +38,7 @@ class Batcher:
     Attributes:
       topology: Instances and their devices.
       timer: Seconds of the stages.
-      head_s: Between two steps, on the attention side.
+      head_s: Time of the head, between two steps, on the attention side.
     """
 
     topology: Topology
@@ -49,7 +49,7 @@ class Batcher:
         """Work of decode steps.
 
         Args:
-          rows: Of each micro-batch, of each attention device, the instances' devices one after the other.
+          rows: By micro-batch and attention device, the instances' devices in sequence.
           is_growing: Whether contexts get longer with each step; they do not where ended sequences are replaced.
         """
         timer = self.timer
@@ -60,7 +60,7 @@ class Batcher:
                 for part in self._instances(microbatch)
             ]
             now = [timer.attention_s(one.num_rows, one.mean_context) for one in slowest]
-            # A step later each row attends to one token more.
+            # One step later each row attends to one more token.
             later = [timer.attention_s(one.num_rows, one.mean_context + 1) for one in slowest] if is_growing else now
             attention.append(tuple(now))
             growth.append(tuple(after - before for before, after in zip(now, later, strict=True)))
@@ -92,7 +92,7 @@ class Batcher:
         ffn, to_ffn, to_attention = [], [], []
         for microbatch in rows:
             ffn.append((self.timer.ffn_s(sum(one.num_rows for one in microbatch)),) * self.topology.num_ffn)
-            # The instance that sends most: the exchange has slots of one size.
+            # The instance that sends most: the exchange has slots of equal size.
             most = max(sum(one.num_rows for one in part) for part in self._instances(microbatch))
             there, back = self.timer.way(most)
             to_ffn.append(there)
@@ -114,20 +114,20 @@ class Batcher:
 def spread_evenly(
     topology: Topology, num_microbatches: int, num_sequences: int, context_tokens: float
 ) -> list[list[Rows]]:
-    """A batch of equal contexts over micro-batches and attention devices, as evenly as it goes.
+    """A batch of equal contexts, spread over micro-batches and attention devices as evenly as possible.
 
     Raises:
       ValueError: If there are fewer sequences than micro-batches.
     """
     if num_sequences < num_microbatches:
         raise ValueError(
-            f"a batch of {num_sequences} cannot be cut in {num_microbatches} micro-batches: give at least as many sequences"
-            ", or fewer micro-batches"
+            f"a batch of {num_sequences} cannot be cut into {num_microbatches} micro-batches: give at least as many "
+            "sequences, or fewer micro-batches"
         )
     devices = topology.num_attention_devices
     parts = num_microbatches * devices
     counts = [num_sequences // parts + (index < num_sequences % parts) for index in range(parts)]
-    # The first micro-batches, and of those the first devices, have the sequences that are left over.
+    # The first micro-batches, and in them the first devices, have the remaining sequences.
     return [
         [Rows(counts[index * devices + one], counts[index * devices + one] * context_tokens) for one in range(devices)]
         for index in range(num_microbatches)

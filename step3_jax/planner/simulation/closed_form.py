@@ -1,7 +1,7 @@
 """Closed forms of the pipeline's speed, each with the conditions under which it is exact.
 
-They say what `simulate.py` must give where all times are constant. They are those of arXiv 2507.19427, sections 5 to 7, and
-of the planners that came after it.
+They are what `simulate.py` must give with constant times. They come from arXiv 2507.19427, sections 5 to 7, and
+from later planners.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class StageTimes:
       to_ffn_s: t_A2F.
       ffn_s: t_F.
       to_attention_s: t_F2A.
-      latency_s: Of each way, beside its time.
+      latency_s: Latency of each way, in addition to its time.
     """
 
     attention_s: float
@@ -30,20 +30,20 @@ class StageTimes:
 
     @property
     def longest_s(self) -> float:
-        """Of the lane that binds."""
+        """Time of the bottleneck lane."""
         return max(self.attention_s, self.to_ffn_s, self.ffn_s, self.to_attention_s)
 
     @property
     def around_s(self) -> float:
-        """Of one micro-batch alone: its way through all lanes and back."""
+        """Time of one micro-batch alone: through all lanes and back."""
         return self.attention_s + self.to_ffn_s + self.ffn_s + self.to_attention_s + 2 * self.latency_s
 
 
 def layer_s(stages: StageTimes, num_microbatches: int) -> float:
     """Seconds of a layer of all micro-batches in the steady state: max(m t_max, t_A + t_A2F + t_F + t_F2A).
 
-    Exact for constant times and m equal micro-batches that go round as soon as a lane is free, whose head takes nothing.
-    With m = 3 and no lane idle this is `TPOT = L m max(t_A, t_F, t_comm)` of the report; see `has_no_bubble`.
+    Exact for constant times and m equal micro-batches that go round as soon as a lane is free, with a head that takes
+    no time. With m = 3 and no lane idle this is `TPOT = L m max(t_A, t_F, t_comm)` of the report; see `has_no_bubble`.
     """
     return max(num_microbatches * stages.longest_s, stages.around_s)
 
@@ -51,8 +51,8 @@ def layer_s(stages: StageTimes, num_microbatches: int) -> float:
 def step_s(stages: StageTimes, num_layers: int, num_microbatches: int, head_s: float = 0.0) -> float:
     """Seconds of a step, the time per output token, in the steady state: L layers and the head.
 
-    L times `layer_s` without a head. With one, exact with one micro-batch or where attention is the lane that
-    binds and never waits inside a step; a lower bound else.
+    L times `layer_s` without a head. With one, exact for one micro-batch or if attention is the bottleneck
+    and never waits inside a step; otherwise a lower bound.
     """
     attention_s = num_layers * stages.attention_s + head_s
     return max(
@@ -63,27 +63,27 @@ def step_s(stages: StageTimes, num_layers: int, num_microbatches: int, head_s: f
 
 
 def has_no_bubble(stages: StageTimes, num_microbatches: int) -> bool:
-    """Whether attention never waits: t_A2F + t_F + t_F2A <= (m - 1) t_A, and no other lane takes longer than it.
+    """Whether attention never waits: t_A2F + t_F + t_F2A <= (m - 1) t_A, and no other lane takes longer.
 
     With three micro-batches that is 2 t_A >= t_F + t_C of arXiv 2602.09721, whose other condition, 2 t_F >= t_A + t_C, is
-    the same for the FFN side: both never wait where both hold and t_A = t_F.
+    the same for the FFN side: neither waits if both hold and t_A = t_F.
     """
     others = stages.around_s - stages.attention_s
     return stages.longest_s <= stages.attention_s and others <= (num_microbatches - 1) * stages.attention_s
 
 
 def lockstep_tick_s(stages: StageTimes, num_microbatches: int, *, is_exchange_on_core: bool = False) -> float:
-    """Seconds of a tick where both sides go in step, one exchange a tick carrying both directions (`layout` `Schedule`).
+    """Seconds of a tick in lockstep, with one exchange per tick carrying both directions (`layout` `Schedule`).
 
-    The exchange takes t_X = max(t_A2F, t_F2A) + latency. By the number of micro-batches: 1, where a layer is two ticks of
-    which each side works in one, (t_A + t_F) / 2 + t_X; 2: max(t_A, t_F) + t_X, which with separate ways is the
-    max(t_A + t_A2F, t_F + t_F2A) of ai-dynamo's planner; 3: max(t_A, t_F + t_X), as what attention sends runs beside its
-    work; 4: max(t_A, t_F, t_X), as both do. Exact for constant times.
+    The exchange takes t_X = max(t_A2F, t_F2A) + latency. By the number of micro-batches: 1, where a layer is two ticks and
+    each side works in one of them, (t_A + t_F) / 2 + t_X; 2: max(t_A, t_F) + t_X, which with separate ways is the
+    max(t_A + t_A2F, t_F + t_F2A) of ai-dynamo's planner; 3: max(t_A, t_F + t_X), as attention's sends overlap with its
+    work; 4: max(t_A, t_F, t_X), as both sides' do. Exact for constant times.
 
     Args:
       stages: Times.
       num_microbatches: 1 to 4.
-      is_exchange_on_core: Whether the exchange takes the time of the cores that compute, as gloo does on a CPU: then with 2
+      is_exchange_on_core: Whether the exchange uses the cores that compute, as gloo does on a CPU: then with 2
         or more it is max(t_A, t_F) + t_X.
     """
     exchange_s = max(stages.to_ffn_s, stages.to_attention_s) + stages.latency_s
@@ -100,19 +100,19 @@ def lockstep_tick_s(stages: StageTimes, num_microbatches: int, *, is_exchange_on
 def stage_budget_s(
     tpot_s: float, num_layers: int, num_microbatches: int = 3, *, gap_s: float = 0.0, accepted: float = 1.0
 ) -> float:
-    """Longest that a stage may take: (TPOT accepted - gap) / (m L).
+    """The longest a stage may take: (TPOT accepted - gap) / (m L).
 
-    The report's 50 ms with three micro-batches and 61 layers are 273 us; arXiv 2602.09721 adds tokens accepted a step and
-    the gap between steps. Where a gap is m heads it is the inverse of `step_s` with attention binding.
+    The report's 50 ms with three micro-batches and 61 layers are 273 us; arXiv 2602.09721 adds the tokens accepted per
+    step and the gap between steps. If a gap is m heads it is the inverse of `step_s` with attention as the bottleneck.
     """
     return (tpot_s * accepted - gap_s) / (num_microbatches * num_layers)
 
 
 def best_ratio(*, attention_s: float, way_s: float, ffn_row_s: float, ffn_fixed_s: float, rows: int) -> float:
-    """Attention instances for each FFN instance that give the most tokens per instance, as a real number.
+    """The ratio of attention to FFN instances that gives the most tokens per instance, as a real number.
 
-    With t_F = a_F r B + b_F the FFN side binds above max((t_A - b_F), (t_C - b_F)) / (a_F B); the best is there, or at
-    sqrt(b_F / (a_F B)) if that is larger (arXiv 2601.21351). Exact where enough micro-batches leave no bubble.
+    With t_F = a_F r B + b_F the FFN side is the bottleneck above max((t_A - b_F), (t_C - b_F)) / (a_F B); the optimum is
+    there, or at sqrt(b_F / (a_F B)) if that is larger (arXiv 2601.21351). Exact if enough micro-batches leave no bubble.
 
     Args:
       attention_s: t_A of B rows.
@@ -126,11 +126,11 @@ def best_ratio(*, attention_s: float, way_s: float, ffn_row_s: float, ffn_fixed_
 
 
 def cycle_s(stages: StageTimes, num_microbatches: int) -> float:
-    """Seconds of a layer of one micro-batch as ai-dynamo's planner has it, which takes both ways as one stage.
+    """Seconds of a layer of one micro-batch in ai-dynamo's planner, which treats both ways as one stage.
 
     max(t_A, t_F, t_A2F + t_F2A) with m >= 2 + t_C / max(t_A, t_F) micro-batches, t_C being both ways; the sum of all with
-    one; else max(t_A + t_A2F, t_F + t_F2A). The first is exact where both ways together are no longer than the longer side,
-    or one of them takes nothing: here either way has a lane of its own. The last is exact in lockstep, see
+    one; else max(t_A + t_A2F, t_F + t_F2A). The first is exact if both ways together are no longer than the longer side,
+    or one of them takes no time: here each way has its own lane. The last is exact in lockstep, see
     `lockstep_tick_s`. Latency counts as part of a way.
     """
     to_ffn_s, to_attention_s = stages.to_ffn_s + stages.latency_s, stages.to_attention_s + stages.latency_s
@@ -145,17 +145,17 @@ def cycle_s(stages: StageTimes, num_microbatches: int) -> float:
 def speedup(
     *, attention_s: float, dense_s: float, together_s: float, batch_ratio: float, ratio: float, num_microbatches: int
 ) -> float:
-    """Tokens per instance over those of instances that do both: B_A/B_0 M/(M + N) T_0/T_A (FastAFD, 2026-07).
+    """Tokens per instance, relative to instances that do both: B_A/B_0 M/(M + N) T_0/T_A (FastAFD, 2026-07).
 
-    T_A = B_A/B_0 T_attention + m T_dense is a step with attention binding, weights being read for each micro-batch. Exact
-    where that lane never waits.
+    T_A = B_A/B_0 T_attention + m T_dense is a step with attention as the bottleneck, reading weights for each micro-batch.
+    Exact if that lane never waits.
 
     Args:
-      attention_s: T_attention, of a step's attention with the batch of an instance that does both.
-      dense_s: T_dense, of reading the attention side's weights once.
+      attention_s: T_attention, a step's attention with the batch of an instance that does both.
+      dense_s: T_dense, reading the attention side's weights once.
       together_s: T_0, a step of an instance that does both.
       batch_ratio: B_A/B_0, as attention instances have room for more sequences.
-      ratio: M/N, attention instances for each FFN instance.
+      ratio: M/N, attention instances per FFN instance.
       num_microbatches: m.
     """
     own_s = batch_ratio * attention_s + num_microbatches * dense_s

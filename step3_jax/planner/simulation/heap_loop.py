@@ -1,4 +1,4 @@
-"""The pipeline's stages from a heap of events, where flows share the links between instances (`link.py`)."""
+"""The pipeline's stages from a heap of events, for flows that share the links between instances (`link.py`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from step3_jax.planner.simulation.lane import Pipeline, Work
 from step3_jax.planner.simulation.link import SharedLinks
 from step3_jax.planner.simulation.run import Record, Run
 
-# What an entry of the heap means; at equal times they come in this order.
+# Kinds of heap entries; at equal times they come in this order.
 _ATTENTION_ENDS, _FFN_ENDS = range(2)
 
 
@@ -20,11 +20,11 @@ def run_shared(
     """Simulates steps of all micro-batches.
 
     Args:
-      pipeline: With a bandwidth of both sides' links.
-      work: What each layer takes, ways in bytes.
+      pipeline: A pipeline with bandwidths for both sides' links.
+      work: The work of each layer, ways in bytes.
       num_steps: Steps, each of all layers.
-      draws: Factors of the stage times; one for all that an instance sends of a micro-batch.
-      start_s: When the micro-batches are there.
+      draws: Factors of the stage times; one for everything that an instance sends of a micro-batch.
+      start_s: When the micro-batches start.
       record: Keeps the stages; None for none.
     """
     assert pipeline.attention_bytes_s is not None
@@ -37,17 +37,17 @@ def run_shared(
     back = SharedLinks(num_ffn, num_attention, pipeline.ffn_bytes_s, pipeline.attention_bytes_s)
     attention_free, ffn_free = [start_s] * num_attention, [start_s] * num_ffn
     attention_busy, ffn_busy = [0.0] * num_attention, [0.0] * num_ffn
-    # Of each micro-batch, how many attention instances' rows, and FFN instances' parts, are still to come; all instances of
+    # For each micro-batch, how many attention instances' rows, and FFN instances' parts, are still missing; all instances of
     # the other side get them at once.
     missing_rows, missing_parts = [num_attention] * count, [num_ffn] * count
-    # Layers, of all steps, that each micro-batch has behind it.
+    # Layers, over all steps, that each micro-batch has completed.
     done = [0] * count
     tokens = [[[0.0] * num_attention for _ in range(count)] for _ in range(num_steps)]
     heap: list[tuple[float, int, int, int]] = []
     push, pop = heapq.heappush, heapq.heappop
 
     def attend(now_s: float, index: int) -> None:
-        """Starts the next layer's attention of a micro-batch whose parts have come, and before a new step the head."""
+        """Starts the next layer's attention of a micro-batch whose parts have arrived, with the head before a new step."""
         step, layer = divmod(done[index], num_layers)
         for one, free in enumerate(attention_free):
             begin = free if free > now_s else now_s

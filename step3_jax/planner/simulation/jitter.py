@@ -1,4 +1,4 @@
-"""How stage times spread: factors around a mean of 1, drawn from a seed or from times that were measured."""
+"""The spread of stage times: factors around a mean of 1, drawn from a seed or from measured times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from step3_jax.timeline.event import LANES, Lane
 
-# Factors that are drawn at once: one alone costs twenty times as much.
+# Factors that are drawn at once: drawing one at a time costs twenty times as much.
 _BLOCK = 4096
 
 
@@ -20,9 +20,10 @@ class Jitter:
     """The spread of the times of one kind of stage.
 
     Attributes:
-      variation: Standard deviation over mean of a log-normal spread, which is never negative and has a long upper tail.
-      samples: Times that were measured, of which each is as likely as the others; their mean does not matter here. Empty for
-        the log-normal spread.
+      variation: Standard deviation over mean of a log-normal distribution, which is never negative and has a long upper
+        tail.
+      samples: Measured times, all equally likely; their mean does not matter here. Empty for
+        the log-normal distribution.
     """
 
     variation: float = 0.0
@@ -40,7 +41,7 @@ class Jitter:
         return not self.variation and len(set(self.samples)) <= 1
 
     def draw(self, rng: np.random.Generator) -> Iterator[float]:
-        """Factors with a mean of 1, without end."""
+        """An endless stream of factors with a mean of 1."""
         if self.is_constant:
             return itertools.repeat(1.0)
         return itertools.chain.from_iterable(self._draw_blocks(rng))
@@ -59,14 +60,14 @@ NO_JITTER = Jitter()
 
 
 class Draws:
-    """Factors for the stages of each lane; the same seed gives the same, whatever else is drawn."""
+    """Factors for the stages of each lane; the same seed gives the same ones, whatever else is drawn."""
 
     def __init__(self, jitter: Mapping[Lane, Jitter] | None = None, seed: int = 0) -> None:
         """Starts streams of factors.
 
         Args:
-          jitter: Of each lane; those that are left out do not spread.
-          seed: At least 0.
+          jitter: Jitter of each lane; missing ones have none.
+          seed: A seed of at least 0.
         """
         given = jitter or {}
         self.is_constant = all(one.is_constant for one in given.values())

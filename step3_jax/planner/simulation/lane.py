@@ -1,4 +1,4 @@
-"""The AFD pipeline as lanes, and what each has to do.
+"""The AFD pipeline as lanes, and the work of each.
 
 Lanes of one layer: attention, the way to the FFN side, FFN, and the way back; m micro-batches go round.
 """
@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Self
 
-# An xAyF larger than this is a slip of the keyboard.
+# An xAyF larger than this is a typo.
 MAX_INSTANCES = 1024
 
 
@@ -21,11 +21,11 @@ class Pipeline:
       num_layers: L.
       num_microbatches: m.
       num_attention: Attention instances. Each works on its own rows of a micro-batch.
-      num_ffn: FFN instances. Each needs the rows of all attention instances, and gives a part of the sum to all of them.
-      latency_s: From the last byte sent to the last one received, each way; it keeps no lane busy.
-      attention_bytes_s: Of an attention instance's links, each way, shared by its flows; None where ways between two
-        instances take seconds of their own and share nothing.
-      ffn_bytes_s: Of an FFN instance's links, as `attention_bytes_s`.
+      num_ffn: FFN instances. Each needs the rows of all attention instances, and sends a part of the sum to all of them.
+      latency_s: From the last byte sent to the last one received, each way; it occupies no lane.
+      attention_bytes_s: Bandwidth of an attention instance's links, each way, shared by its flows; None if ways between two
+        instances have fixed times and share nothing.
+      ffn_bytes_s: Bandwidth of an FFN instance's links, like `attention_bytes_s`.
     """
 
     num_layers: int
@@ -42,14 +42,12 @@ class Pipeline:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
         if max(self.num_attention, self.num_ffn) > MAX_INSTANCES:
             raise ValueError(
-                f"{self.num_attention}A{self.num_ffn}F: at most {MAX_INSTANCES} instances a side are simulated"
+                f"{self.num_attention}A{self.num_ffn}F: at most {MAX_INSTANCES} instances per side can be simulated"
             )
         if self.latency_s < 0:
             raise ValueError(f"latency_s is {self.latency_s:g}; at least 0 is needed")
         if (self.attention_bytes_s is None) != (self.ffn_bytes_s is None):
-            raise ValueError(
-                "links of one side have a bandwidth and those of the other have none: give both or neither"
-            )
+            raise ValueError("links of one side have a bandwidth but those of the other do not: give both or neither")
         for name in ("attention_bytes_s", "ffn_bytes_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -62,10 +60,10 @@ class Pipeline:
 
     @property
     def way_s(self) -> float:
-        """Seconds that a way takes for each unit of `Work.to_ffn` while all instances use their links alike.
+        """Seconds of a way per unit of `Work.to_ffn` while all instances use their links equally.
 
-        An attention instance has as many flows as there are FFN instances, all of one size, and the other way round: the
-        side with more of them to one link sets the pace. Where ways share nothing the unit is a second.
+        An attention instance has as many flows as there are FFN instances, all of equal size, and vice versa: the
+        side with more flows per link sets the pace. If ways share nothing the unit is a second.
         """
         if self.attention_bytes_s is None or self.ffn_bytes_s is None:
             return 1.0
@@ -74,13 +72,13 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a layer of each micro-batch takes, by micro-batch and then by instance.
+    """The work of a layer for each micro-batch, by micro-batch and then by instance.
 
     Attributes:
       attention_s: Seconds on each attention instance.
       ffn_s: Seconds on each FFN instance.
-      to_ffn: From one attention to one FFN instance: bytes where links are shared, else seconds. By micro-batch.
-      to_attention: The way back, as `to_ffn`.
+      to_ffn: From one attention to one FFN instance: bytes if links are shared, else seconds. By micro-batch.
+      to_attention: The way back, like `to_ffn`.
       growth_s: By how much `attention_s` grows with each step, as contexts get longer.
       head_s: Seconds on each attention instance between two steps: head, sampling and embedding. By micro-batch.
     """
@@ -116,11 +114,11 @@ class Work:
 
     @property
     def is_even(self) -> bool:
-        """Whether instances of a side all have the same to do."""
+        """Whether all instances of a side have the same work."""
         return all(len(set(row)) == 1 for table in (self.attention_s, self.ffn_s, self.growth_s) for row in table)
 
     def check(self, pipeline: Pipeline) -> None:
-        """Raises ValueError if this is not work for a pipeline, or a time is negative or no number."""
+        """Raises ValueError if this is not work for the pipeline, or a time is negative or not a number."""
         count = pipeline.num_microbatches
         tables = (
             ("attention_s", self.attention_s, pipeline.num_attention),
@@ -140,9 +138,9 @@ class Work:
 
 
 def fold(pipeline: Pipeline, work: Work) -> tuple[Pipeline, Work]:
-    """One instance of each side in place of many that all do the same at the same time; the times stay what they are.
+    """One instance of each side in place of many that all do the same at the same time; the times do not change.
 
-    A way takes what it does while all use their links alike, see `Pipeline.way_s`. Exact while times are constant, as
+    A way takes its time with all links equally used, see `Pipeline.way_s`. Exact while times are constant, as
     instances then never drift apart.
 
     Raises:

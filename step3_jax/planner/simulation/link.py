@@ -1,12 +1,12 @@
 """Links whose bandwidth is shared by the flows on them.
 
-Each instance has one link in each direction. What an instance sends of a micro-batch are flows of equal size to all
-instances of the other side, which start together. What it sends next waits for them, as on one connection; flows from
-different instances run at the same time. Each end of a flow divides its bandwidth equally among its flows, and a flow goes
+Each instance has one link in each direction. An instance sends its part of a micro-batch as flows of equal size to all
+instances of the other side, which start together. The next ones wait for them, as on one connection; flows from
+different instances run concurrently. Each end of a flow divides its bandwidth equally among its flows, and a flow runs
 at the smaller of its two shares.
 
-As a source's flows go to all targets, every target has as many flows as there are sources that send, and all flows have one
-rate at a time. So the flows of a source end together, and the one that has the least left ends first.
+As a source's flows go to all targets, every target has as many flows as there are active sources, and all flows have the
+same rate at a time. So the flows of a source end together, and the source with the least left ends first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import collections
 import math
 from typing import NamedTuple
 
-# Flows that end within this part of a time end together: they differ by rounding alone.
+# Flows that end within this fraction of a time end together: they differ only by rounding.
 _SAME = 1e-12
 
 
@@ -25,7 +25,7 @@ class Sent(NamedTuple):
     Attributes:
       source: Its instance.
       tag: What they carried.
-      start_s: When their first bytes went out.
+      start_s: When their first bytes were sent.
     """
 
     source: int
@@ -38,36 +38,36 @@ class SharedLinks:
 
     Attributes:
       next_s: When the next flows end; infinite if there are none.
-      source_busy_s: Time for which each source has sent.
-      busy_s: Time for which any has.
+      source_busy_s: Time that each source has been sending.
+      busy_s: Time that any source has.
     """
 
     def __init__(self, num_sources: int, num_targets: int, source_bytes_s: float, target_bytes_s: float) -> None:
-        """No flow yet.
+        """Starts without flows.
 
         Args:
           num_sources: Instances of the side that sends.
           num_targets: Instances of the other side.
-          source_bytes_s: Of the link of each source.
-          target_bytes_s: Of the link of each target.
+          source_bytes_s: Bandwidth of each source's link.
+          target_bytes_s: Bandwidth of each target's link.
         """
         self.next_s = math.inf
         self.source_busy_s = [0.0] * num_sources
         self.busy_s = 0.0
-        # Rate of a flow, by the number of sources that send.
+        # Rate of a flow, by the number of active sources.
         self._rates = [source_bytes_s] + [
             min(source_bytes_s / num_targets, target_bytes_s / count) for count in range(1, num_sources + 1)
         ]
-        # Bytes that a flow that never ends would have carried until `_now_s`.
+        # Bytes that an endless flow would have carried until `_now_s`.
         self._carried = 0.0
         self._now_s = 0.0
-        # What each source that sends has at its end carried by that measure; tag and start.
+        # The value of that measure at which each active source ends; tag and start.
         self._ends: dict[int, float] = {}
         self._running: dict[int, tuple[int, float]] = {}
         self._waiting: list[collections.deque[tuple[float, int]]] = [collections.deque() for _ in range(num_sources)]
 
     def start(self, now_s: float, source: int, num_bytes: float, tag: int) -> None:
-        """Starts a source's flows, each of `num_bytes`, or queues them behind those that it sends."""
+        """Starts a source's flows, each of `num_bytes`, or queues them after its current ones."""
         if source in self._ends:
             self._waiting[source].append((num_bytes, tag))
             return
@@ -80,7 +80,7 @@ class SharedLinks:
         """Ends the flows that end at `next_s`."""
         now_s = self.next_s
         self._advance(now_s)
-        # In time, a rounding of the time: else flows that end together would be told apart.
+        # A rounding of the time: otherwise flows that end together would be separate.
         least = self._carried + self._rates[len(self._ends)] * _SAME * abs(now_s)
         ended = [source for source, end in self._ends.items() if end <= least]
         taken = []

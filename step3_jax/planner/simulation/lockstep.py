@@ -1,7 +1,7 @@
 """The pipeline of executor `program`, tick by tick: both sides compute an item, then one exchange carries both directions.
 
-`layout/schedule.py` says which side computes what in which tick. A side that sends what it computed in the tick before
-does so while it computes; on a CPU the exchange takes its time from that computing, on a GPU it does not.
+`layout/schedule.py` says which side computes what in which tick. A side that sends the previous tick's result
+does so while it computes; on a CPU the exchange takes time from that computing, on a GPU it does not.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def simulate_lockstep(
       schedule: Layers and micro-batches.
       stages: Mean times. The exchange takes the longer of the two ways, and the latency.
       num_steps: Steps, each of all layers of all micro-batches.
-      draws: Factors of the stage times; those of `to_ffn` are the exchange's. All 1 if None.
-      head_s: What a micro-batch's head adds to its first attention item of a step.
-      is_exchange_on_core: Whether an exchange that runs beside a side's work takes its time from that work.
+      draws: Factors of the stage times; those of `to_ffn` apply to the exchange. All 1 if None.
+      head_s: Time that a micro-batch's head adds to its first attention item of a step.
+      is_exchange_on_core: Whether an exchange that overlaps with a side's work takes time from that work.
       is_recorded: Whether to keep the stages; an exchange is kept as the two ways that it carries.
 
     Raises:
       ValueError: If there is not at least one step.
     """
     if num_steps < 1:
-        raise ValueError(f"{num_steps} steps are to be simulated; at least 1 is needed")
+        raise ValueError(f"{num_steps} steps are requested; at least 1 is needed")
     draws = draws or Draws()
     attention_factor, ffn_factor = draws["attention"].__next__, draws["ffn"].__next__
     exchange_factor = draws["to_ffn"].__next__
@@ -57,7 +57,7 @@ def simulate_lockstep(
         tick = number % schedule.num_ticks
         attention_before, ffn_before, begin = attention_end, ffn_end, exchange_end
         step = number // schedule.num_ticks
-        # Behind the last step the FFN side computes what is still on its way, and attention nothing.
+        # After the last step the FFN side computes what is still in flight, and attention nothing.
         item = schedule.attention_item(tick) if step < num_steps else None
         ffn_item = schedule.ffn_item(tick) if step < num_steps or schedule.is_from_before(tick) else None
         attention_s = 0.0
@@ -76,7 +76,7 @@ def simulate_lockstep(
         exchange_end = sent + exchange_s
         ends.append(exchange_end)
         if record is not None:
-            # What a rotation's first ticks compute and send for others is of the step before.
+            # What a rotation's first ticks compute and send for others belongs to the previous step.
             record_item = functools.partial(_keep, record, num_steps)
             record_item("attention", item, step, max(attention_before, begin), attention_end)
             record_item("ffn", ffn_item, step - schedule.is_from_before(tick), max(ffn_before, begin), ffn_end)
@@ -90,7 +90,7 @@ def simulate_lockstep(
         attention_busy += attention_s
         ffn_busy += ffn_s
         exchange_busy += exchange_s
-    # A step of a micro-batch has ended when its last layer has come back.
+    # A step of a micro-batch ends when its last layer has come back.
     first = (schedule.num_layers - 1) * schedule.period + schedule.depth - 1
     return Run(
         tokens_s=[
@@ -116,13 +116,13 @@ def simulate_item_s(
     exchange_s: Sequence[float],
     num_steps: int = 300,
 ) -> float:
-    """Mean seconds of a layer of one micro-batch from times that were measured on CPUs, whose cores do the exchange.
+    """Mean seconds of a layer of one micro-batch from times measured on CPUs, whose cores do the exchange.
 
     Args:
       schedule: Layers and micro-batches.
-      attention_s: Of attention's items alone, each as likely as the others.
-      ffn_s: The same of the FFN side's.
-      exchange_s: The same of exchanges alone.
+      attention_s: Times of attention's items alone, all equally likely.
+      ffn_s: The same for the FFN side.
+      exchange_s: The same for exchanges alone.
       num_steps: Steps to simulate.
     """
     stages = StageTimes(*(math.fsum(times) / len(times) for times in (attention_s, exchange_s, ffn_s, exchange_s)))
@@ -138,7 +138,7 @@ def simulate_item_s(
 
 
 def _keep(record: Record, num_steps: int, lane: Lane, item: Item | None, step: int, begin: float, end: float) -> None:
-    """Keeps a stage of a step; the ticks before the first one's items and behind the last one's do nothing."""
+    """Keeps a stage of a step; the ticks before the first step's items and after the last one's are idle."""
     if item is not None and 0 <= step < num_steps:
         record.add(lane, step, item.layer, item.microbatch, begin, end)
 

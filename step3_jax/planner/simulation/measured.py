@@ -1,4 +1,4 @@
-"""Stage times that were measured: a file of them, or the trace of a run."""
+"""Measured stage times: from a file, or from the trace of a run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class MeasuredStages:
     """Times of the four stages, in seconds.
 
     Attributes:
-      samples_s: Of each lane, each as likely as the others: times, or quantiles of them at equal distances.
-      head_s: Mean of what is done between two steps.
+      samples_s: For each lane, equally likely samples: times, or evenly spaced quantiles of them.
+      head_s: Mean time between two steps.
       source: Where they were measured.
     """
 
@@ -31,12 +31,12 @@ class MeasuredStages:
     source: str
 
     def mean_s(self, lane: Lane) -> float:
-        """Of a lane's times."""
+        """Mean of a lane's times."""
         samples = self.samples_s[lane]
         return math.fsum(samples) / len(samples)
 
     def jitter(self) -> dict[Lane, Jitter]:
-        """The spread of each lane; none where all times are 0."""
+        """The spread of each lane; none if all times are 0."""
         return {lane: Jitter(samples=samples) for lane, samples in self.samples_s.items() if any(samples)}
 
 
@@ -45,7 +45,7 @@ def read_stages(path: str | pathlib.Path) -> MeasuredStages:
 
     Args:
       path: JSON with microseconds: {"attention_us": [...], "to_ffn_us": [...], "ffn_us": [...], "to_attention_us": [...]},
-        and maybe "head_us" (a number) and "source" (a text); or a trace of `step3 afd trace`, whose decode steps are taken.
+        optionally "head_us" (a number) and "source" (a text); or a trace of `step3 afd trace`, whose decode steps are used.
 
     Raises:
       ValueError: If the file is neither, or lacks a lane.
@@ -56,7 +56,7 @@ def read_stages(path: str | pathlib.Path) -> MeasuredStages:
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON, or not all of it: {error}") from None
+        raise ValueError(f"{file} is not JSON, or not complete: {error}") from None
     if isinstance(values, dict) and "traceEvents" in values:
         return collect_stages(read_trace(file), str(file))
     if not isinstance(values, dict):
@@ -78,11 +78,11 @@ def collect_stages(events: Sequence[Event], source: str) -> MeasuredStages:
     """The times of a trace's decode steps.
 
     Args:
-      events: Of the trace.
-      source: What it is.
+      events: Events of the trace.
+      source: Its description.
 
     Raises:
-      ValueError: If it has no decode step behind its last prompt, or no stage of a lane.
+      ValueError: If it has no decode step after its last prompt, or no stage of a lane.
     """
     events = steady_part(events)
     last = max(event.stage.layer for event in events if event.stage.lane == "ffn")
@@ -90,7 +90,7 @@ def collect_stages(events: Sequence[Event], source: str) -> MeasuredStages:
     heads: list[float] = []
     for event in events:
         length = event.end_s - event.start_s
-        # The attention side's stage behind the last layer is the head.
+        # The attention side's stage after the last layer is the head.
         (heads if event.stage.layer > last else samples[event.stage.lane]).append(length)
     missing = [lane for lane, times in samples.items() if not times]
     if missing:

@@ -1,8 +1,8 @@
-"""The pipeline's stages in the order of the schedule, where ways between two instances share nothing.
+"""The pipeline's stages in schedule order, for ways between instances that share nothing.
 
-Lanes and ways keep the order of what comes to them, so micro-batches never overtake each other, whatever the times are. Each
-stage starts when what it needs has come and the stage before it on its lane has ended, and both are known when it is its
-turn: these are the very times that a queue of events would give, without one.
+Lanes and ways are first in, first out, so micro-batches never overtake each other, whatever the times are. Each
+stage starts when its inputs have arrived and the previous stage on its lane has ended, and both are known when it is its
+turn: these are exactly the times that an event queue would give, without one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from step3_jax.planner.simulation.run import Record, Run
 def run_in_order(
     pipeline: Pipeline, work: Work, num_steps: int, draws: Draws, start_s: float, record: Record | None
 ) -> Run:
-    """All stages in the order of the schedule: each way between two instances is a lane that shares nothing."""
+    """All stages in schedule order: each way between two instances is a lane that shares nothing."""
     latency_s = pipeline.latency_s
     attention, ffn = range(pipeline.num_attention), range(pipeline.num_ffn)
     attention_factor, ffn_factor = draws["attention"].__next__, draws["ffn"].__next__
@@ -25,7 +25,7 @@ def run_in_order(
     # By FFN instance, then by attention instance.
     to_ffn_free = [[start_s] * len(attention) for _ in ffn]
     to_attention_free = [[start_s] * len(attention) for _ in ffn]
-    # When what a micro-batch needs next is on each attention instance.
+    # When the next inputs of a micro-batch are on each attention instance.
     ready = [[start_s] * len(attention) for _ in work.to_ffn]
     attention_busy, ffn_busy = [0.0] * len(attention), [0.0] * len(ffn)
     to_ffn_busy = to_attention_busy = 0.0
@@ -51,7 +51,7 @@ def run_in_order(
                     sent.append(end)
                     if record is not None and not one:
                         record.add("attention", step, layer, index, begin, end)
-                # A micro-batch of no rows on an instance goes round all the same: the schedule is fixed.
+                # A micro-batch without rows on an instance still goes round: the schedule is fixed.
                 back = [0.0] * len(attention)
                 for other in ffn:
                     come, row = 0.0, to_ffn_free[other]
@@ -110,7 +110,7 @@ def run_in_order(
 
 
 def _end_step(arrived: list[float], free: list[float], busy: list[float], head_s: float) -> list[float]:
-    """Runs a micro-batch's head on each attention instance; when its next layer may start there is left in `arrived`."""
+    """Runs a micro-batch's head on each attention instance; leaves in `arrived` when its next layer may start there."""
     for one, time_s in enumerate(arrived):
         end = max(time_s, free[one]) + head_s
         if head_s:

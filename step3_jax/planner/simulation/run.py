@@ -1,4 +1,4 @@
-"""What a simulation of the pipeline gives, and the stages that it keeps for a picture."""
+"""The result of a pipeline simulation, and the stages that it keeps for a picture."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from step3_jax.timeline.event import Event, Lane, Stage
 
 @dataclasses.dataclass
 class Run:
-    """What a simulation gives.
+    """The result of a simulation.
 
     Attributes:
       tokens_s: When each step of each micro-batch ended on each attention instance: by step, micro-batch, instance.
-      start_s: Of the first stage.
-      end_s: Of the last one.
-      attention_busy_s: Of each attention instance, heads included.
-      ffn_busy_s: Of each FFN instance.
-      to_ffn_busy_s: Of the ways to the FFN side: the mean of the attention instances' links.
-      to_attention_busy_s: Of the ways back: the mean of the attention instances' links.
-      num_events: StageTimes that ended, ways included.
-      events: StageTimes of the first instance of each side, if they were asked for.
+      start_s: Start of the first stage.
+      end_s: End of the last one.
+      attention_busy_s: Busy time of each attention instance, including heads.
+      ffn_busy_s: Busy time of each FFN instance.
+      to_ffn_busy_s: Busy time of the ways to the FFN side: the mean of the attention instances' links.
+      to_attention_busy_s: Busy time of the ways back: the mean of the attention instances' links.
+      num_events: Stages that ended, including ways.
+      events: Stages of the first instance of each side, if requested.
     """
 
     tokens_s: list[list[list[float]]]
@@ -42,7 +42,7 @@ class Record:
     """Keeps the stages of the first instance of each side."""
 
     def __init__(self, first_step: int, phase: str) -> None:
-        """Nothing yet.
+        """Starts empty.
 
         Args:
           first_step: Number of the first step.
@@ -57,6 +57,6 @@ class Record:
         self.events.append(Event(stage, start_s, end_s))
 
     def add_head(self, step: int, num_layers: int, microbatch: int, end_s: float, head_s: float) -> None:
-        """A head is the attention lane's stage behind the last layer."""
+        """A head is the attention lane's stage after the last layer."""
         if head_s:
             self.add("attention", step, num_layers, microbatch, end_s - head_s, end_s)

@@ -1,7 +1,7 @@
-"""The engine's scheduler with numbers of pages in place of pages: who gets a slot, who is prefilled, who loses its pages.
+"""The engine's scheduler with page counts instead of pages: which requests get a slot, are prefilled, lose their pages.
 
-The rules are those of `engine/scheduler.py`, in part the same functions (`layout/admission.py`); a test runs the two side by
-side. There is no prefix cache here, as lengths do not say which prompts are alike, and a request has one completion.
+The rules are those of `engine/scheduler.py`, partly the same functions (`layout/admission.py`); a test compares the
+two. There is no prefix cache here, as lengths do not say which prompts share a prefix, and a request has one completion.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from step3_jax.layout.page import PAGE_SIZE
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A request on its way.
+    """A request in the system.
 
     Attributes:
-      number: Among all.
-      arrival_s: When it came.
+      number: Its number among all.
+      arrival_s: When it arrived.
       num_prompt: Tokens of its prompt.
       num_output: Tokens that it will generate.
       num_tokens: Prompt and output so far.
       num_computed: Tokens in the cache.
       num_pages: Its pages.
-      shard: Of its pages and slot; None while it waits.
+      shard: Shard of its pages and slot; None while it waits.
       num_preemptions: How often it lost its pages.
       num_passed: How often a later one was admitted before it.
       admitted_s: When it first got a slot.
-      first_s: When its first token was handed over.
+      first_s: When its first token was delivered.
       end_s: When its last one was.
     """
 
@@ -65,7 +65,7 @@ class Request:
 
     @property
     def max_cached(self) -> int:
-        """Most tokens that it ever has in the cache: the last one is never written."""
+        """The most tokens it can ever have in the cache: the last one is never written."""
         return self.num_prompt + self.num_output - 1
 
     @property
@@ -80,7 +80,7 @@ class Request:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether it was preempted so often that it keeps its pages from now on."""
+        """Whether it was preempted so often that it now keeps its pages."""
         return self.num_preemptions >= MAX_PREEMPTIONS
 
 
@@ -88,7 +88,7 @@ class Scheduler:
     """Slots, pages and a queue.
 
     Attributes:
-      running: Requests in slots, in the order they were admitted in.
+      running: Requests in slots, in the order of admission.
       max_num_seqs: Slots of each shard.
       max_num_batched_tokens: Prompt tokens that each prefills at once.
       num_preemptions: Requests that lost their pages so far.
@@ -109,21 +109,21 @@ class Scheduler:
         """Starts with nothing to do.
 
         Args:
-          num_shards: Of the cache: attention devices.
+          num_shards: Shards of the cache: attention devices.
           shard_pages: Pages of each.
           max_num_seqs: Slots of each.
           max_num_batched_tokens: Prompt tokens that each prefills at once.
           long_prefill_tokens: Most of those for one request while others wait; half of them if None.
-          max_queued: Requests that may run or wait; more are turned away. None for no limit.
-          has_prefill: Whether prompts are prefilled here; else they come with their cache.
+          max_queued: Requests that may run or wait; more are rejected. None for no limit.
+          has_prefill: Whether prompts are prefilled here; else they arrive with their cache.
 
         Raises:
           ValueError: If a number is below 1.
         """
         for name, value in (
             ("shards", num_shards),
-            ("pages a shard", shard_pages),
-            ("slots a shard", max_num_seqs),
+            ("pages per shard", shard_pages),
+            ("slots per shard", max_num_seqs),
             ("prompt tokens at once", max_num_batched_tokens),
             ("requests that run or wait", 1 if max_queued is None else max_queued),
         ):
@@ -143,7 +143,7 @@ class Scheduler:
 
     @property
     def shard_tokens(self) -> int:
-        """Tokens that the cache of a shard holds."""
+        """Tokens that a shard's cache holds."""
         return self._shard_pages * PAGE_SIZE
 
     @property
@@ -165,7 +165,7 @@ class Scheduler:
         return True
 
     def admit(self, now_s: float) -> None:
-        """Gives slots and pages to requests of the queue, as far as they go."""
+        """Gives slots and pages to queued requests, as far as they go."""
         blocked: list[Request] = []
         for request in tuple(self._waiting):
             if min(self._num_in_shard) >= self.max_num_seqs:
@@ -194,10 +194,10 @@ class Scheduler:
         return [(one, count) for one, count in zip(unfinished, counts, strict=True) if count]
 
     def make_room(self, num_steps: int) -> tuple[int, list[Request]]:
-        """Gives pages to the requests that decode, and preempts others where pages run out.
+        """Gives pages to the decoding requests, and preempts others if pages run out.
 
         Returns:
-          For how many steps there is room, and requests that fill a shard's cache alone and cannot go on.
+          How many steps there is room for, and requests that fill a shard's cache alone and cannot continue.
         """
         stuck = []
         for request in tuple(self.running):
@@ -212,7 +212,7 @@ class Scheduler:
         return num_steps, stuck
 
     def release(self, request: Request) -> None:
-        """Takes a request that runs out of its slot and frees its pages."""
+        """Removes a running request from its slot and frees its pages."""
         shard = request.shard
         if shard is None:
             return
@@ -226,7 +226,7 @@ class Scheduler:
             request.num_tokens, request.max_cached, is_pinned=request.is_pinned, shard_pages=self._shard_pages
         )
         open_shards = [one for one in range(self._num_shards) if self._num_in_shard[one] < self.max_num_seqs]
-        # The one with the fewest requests, and of those the one with most pages.
+        # The one with the fewest requests, and among equals the one with the most pages.
         for shard in sorted(open_shards, key=lambda one: (self._num_in_shard[one], -self._free[one], one)):
             if count <= self._free[shard]:
                 self._free[shard] -= count
@@ -245,7 +245,7 @@ class Scheduler:
         return count_room(tokens, num_steps, most, num_pages=request.num_pages)
 
     def _reclaim(self, shard: int) -> bool:
-        """Frees pages of a shard by preempting the request with the fewest tokens; False if there is none but one."""
+        """Frees pages of a shard by preempting the request with the fewest tokens; False if there is only one."""
         own = [one for one in self.running if one.shard == shard]
         if len(own) == 1:
             return False

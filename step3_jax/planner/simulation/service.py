@@ -1,9 +1,9 @@
-"""Requests through a deployment: the engine's steps, one after the other, each a chunk of prompts and a decode call.
+"""Runs requests through a deployment: the engine's steps in sequence, each a chunk of prompts and a decode call.
 
-While a prompt is prefilled, or a first token is waited for, a decode call makes one token; else up to 32, or those between
-two pieces of a stream. Tokens are handed over when a call has ended, and requests join
+While a prompt is prefilled or a first token is awaited, a decode call generates one token; otherwise up to 32, or as many
+as between two pieces of a stream. Tokens are delivered when a call has ended, and requests join
 between calls. The rows of an attention device are spread evenly over micro-batches. A chunk goes through all layers, the
-pipeline is drained between calls, and the host costs nothing.
+pipeline drains between calls, and the host costs nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from step3_jax.planner.simulation.scheduler import Request, Scheduler
 from step3_jax.planner.simulation.simulate import simulate
 from step3_jax.timeline.event import Event
 
-# Stages that are kept for a trace: a viewer is slow with more.
+# Stages to keep for a trace: viewers are slow with more.
 MAX_KEPT_EVENTS = 50_000
 
 
@@ -32,8 +32,8 @@ class CallLimits:
 
     Attributes:
       steps: Most tokens between two pieces of a stream.
-      call_s: Longest call, in seconds; one step at least. None for no limit, as in an engine of several processes, which
-        measure different times and must choose the same.
+      call_s: Longest call, in seconds, but at least one step. None for no limit, as in an engine of several processes, which
+        measure different times but must choose the same.
     """
 
     steps: int = STEPS_PER_CALL
@@ -42,23 +42,23 @@ class CallLimits:
 
 @dataclasses.dataclass
 class ServiceRun:
-    """What became of the requests.
+    """The outcome of the requests.
 
     Attributes:
-      requests: All that ended, in the order in which they did.
-      num_rejected: Turned away as too many were waiting.
-      num_preemptions: Times that a request lost its pages.
+      requests: All that ended, in the order of their ends.
+      num_rejected: Requests rejected because too many were waiting.
+      num_preemptions: How often a request lost its pages.
       num_truncated: Requests that filled the cache alone and ended early.
       end_s: When the last one ended.
-      calling_s: Time in calls; the rest had nothing to do.
-      attention_busy_s: Of the attention side, the mean of its instances.
-      ffn_busy_s: Of the FFN side.
-      to_ffn_busy_s: Of the ways there.
-      to_attention_busy_s: Of the ways back.
+      calling_s: Time in calls; the rest was idle.
+      attention_busy_s: Busy time of the attention side, the mean of its instances.
+      ffn_busy_s: Busy time of the FFN side.
+      to_ffn_busy_s: Busy time of the ways there.
+      to_attention_busy_s: Busy time of the ways back.
       num_steps: Decode steps.
       num_events: Stages.
       most_running: Requests in slots at a time.
-      events: The first stages, if they were asked for.
+      events: The first stages, if requested.
     """
 
     requests: list[Request] = dataclasses.field(default_factory=list)
@@ -93,10 +93,10 @@ class Service:
         """Starts with nothing to do.
 
         Args:
-          pipeline: Lanes and links; its number of micro-batches is the most that a batch is cut in.
+          pipeline: Lanes and links; a batch is cut into at most its number of micro-batches.
           batcher: Turns batches into work for it.
-          scheduler: Of the requests; its shards are the attention devices.
-          limits: Of a decode call.
+          scheduler: Schedules the requests; its shards are the attention devices.
+          limits: Limits of a decode call.
           draws: Factors of the stage times; all 1 if None.
           is_recorded: Whether to keep the first stages.
         """
@@ -144,7 +144,7 @@ class Service:
         return run
 
     def _take(self, coming: list[Request], concurrency: int | None) -> None:
-        """Queues what has come; in a closed loop, as many as have ended."""
+        """Queues arrived requests; in a closed loop, as many as have ended."""
         scheduler = self._scheduler
         while coming:
             if concurrency is None:
@@ -180,7 +180,7 @@ class Service:
         if not ready:
             return
         left = [one.num_output - one.num_generated for one in ready]
-        # The call is left once all rows have ended, or the first one if others wait for its place.
+        # The call ends once all rows have ended, or with the first one if others wait for its slot.
         num_steps = min(num_steps, min(left) if scheduler.num_waiting else max(left))
         found = self._call(self._batcher.decode(self._cut(ready)), num_steps, "decode")
         self._step_s = (found.end_s - found.start_s) / num_steps
@@ -219,7 +219,7 @@ class Service:
         ]
 
     def _num_parts(self, most: int) -> int:
-        """Micro-batches of a call: no more than a device has rows."""
+        """Micro-batches of a call: at most as many as a device has rows."""
         return max(1, min(self._pipeline.num_microbatches, most))
 
     def _call(self, work: Work, num_steps: int, phase: str) -> Run:

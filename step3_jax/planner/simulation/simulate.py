@@ -1,7 +1,7 @@
 """The AFD pipeline event by event: when each stage of each micro-batch and layer starts and ends on each instance.
 
-A stage starts when what it needs has come and its lane is free. An FFN instance needs the rows of all attention instances,
-an attention instance the parts of all FFN instances; lanes take micro-batches in the order in which they come.
+A stage starts when its inputs have arrived and its lane is free. An FFN instance needs the rows of all attention instances,
+an attention instance the parts of all FFN instances; lanes take micro-batches in the order of arrival.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def simulate(
 
     Args:
       pipeline: Lanes and links.
-      work: What each layer takes.
+      work: The work of each layer.
       num_steps: Steps, each of all layers.
       draws: Factors of the stage times; all 1 if None.
-      start_s: When the micro-batches are there.
+      start_s: When the micro-batches start.
       first_step: Number of the first step, for `Run.events`.
-      phase: Of `Run.events`.
+      phase: Phase of `Run.events`.
       is_recorded: Whether to keep the stages.
 
     Raises:
@@ -44,10 +44,10 @@ def simulate(
     """
     work.check(pipeline)
     if num_steps < 1:
-        raise ValueError(f"{num_steps} steps are to be simulated; at least 1 is needed")
+        raise ValueError(f"{num_steps} steps are requested; at least 1 is needed")
     draws = draws or Draws()
     num_attention, num_ffn = pipeline.num_attention, pipeline.num_ffn
-    # One pair of instances has one flow at a time in each direction, whatever the times are.
+    # A single pair of instances has one flow at a time in each direction, whatever the times are.
     if num_attention == num_ffn == 1 or (draws.is_constant and work.is_even):
         pipeline, work = fold(pipeline, work)
     record = Record(first_step, phase) if is_recorded else None
@@ -61,7 +61,7 @@ def simulate(
 
 
 def _unfold(run: Run, num_attention: int, num_ffn: int) -> Run:
-    """The run of all instances, where that of one stands for them."""
+    """The run of all instances, from that of one which represents them."""
     return dataclasses.replace(
         run,
         tokens_s=[[row * num_attention for row in step] for step in run.tokens_s],

@@ -1,8 +1,8 @@
-"""How long the stages take: by a model's arithmetic on given devices, or as they were given or measured.
+"""How long the stages take: by a model's arithmetic on given devices, or as given or measured.
 
-Ideal times are the roofline of `planner/cost.py`: memory or arithmetic, whichever binds, weights read once for a
-micro-batch. Expected ones divide that by the shares that published runs reached (`planner/efficiency.py`), which have the
-network, the bubbles and the imbalance of these runs in them. Work is spread evenly over a side's devices and the layers.
+Ideal times are the roofline of `planner/cost.py`: memory or arithmetic, whichever binds, with weights read once per
+micro-batch. Expected ones divide that by the shares that published runs reached (`planner/efficiency.py`), which include
+the network, the bubbles and the imbalance of these runs. Work is spread evenly over a side's devices and the layers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class StageTimer(Protocol):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Where the times are from, for people."""
+        """The source of the times, for people."""
 
     def attention_s(self, num_rows: float, context_tokens: float) -> float:
-        """Seconds on an attention device that decodes `num_rows` sequences of a mean context."""
+        """Seconds on an attention device that decodes `num_rows` sequences with a mean context."""
 
     def ffn_s(self, num_rows: float) -> float:
         """Seconds on the FFN devices, for the rows of the whole micro-batch."""
@@ -34,7 +34,7 @@ class StageTimer(Protocol):
         """Seconds on an attention device that prefills tokens, each attending to a mean context."""
 
     def way(self, num_rows: float) -> tuple[float, float]:
-        """What an attention instance's rows are on their way to one FFN instance, and back: bytes or seconds."""
+        """The cost of sending an attention instance's rows to one FFN instance, and back: bytes or seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,14 @@ class RooflineTimer:
 
     Attributes:
       shape: The model.
-      kv_dtype: Of the cache.
+      kv_dtype: Dtype of the cache.
       attention: Devices of the attention side.
       ffn: Devices of the FFN side.
-      num_ffn_devices: Which hold one copy of the experts together.
+      num_ffn_devices: Devices that together hold one copy of the experts.
       payload: What crosses.
       attention_reached: Share of the roofline; 1 for the ideal.
-      ffn_reached: The same of the FFN side.
-      sources: Where the shares are from.
+      ffn_reached: The same for the FFN side.
+      sources: The sources of the shares.
     """
 
     shape: ModelShape
@@ -67,7 +67,7 @@ class RooflineTimer:
         """The same with the shares that published runs reached.
 
         Args:
-          context_tokens: Of the sequences; the share of attention depends on it.
+          context_tokens: Context of the sequences; the share of attention depends on it.
         """
         attention = attention_share(
             self.shape.design, self.attention, context_tokens=context_tokens, kv_dtype=self.kv_dtype
@@ -99,7 +99,7 @@ class RooflineTimer:
         return seconds / self.num_ffn_devices / self.shape.num_layers / self.ffn_reached
 
     def prefill_s(self, num_tokens: float, context_tokens: float) -> float:
-        """As `StageTimer` has it: the cache is read once for a chunk, so that arithmetic binds, and projections' weights."""
+        """See `StageTimer`; the cache is read once per chunk, so that arithmetic or the projections' weights bind."""
         if not num_tokens:
             return 0.0
         work = count_token_work(self.shape, max(1.0, context_tokens), self.kv_dtype, rule="exact")
@@ -110,20 +110,20 @@ class RooflineTimer:
         return (projections + core) / self.shape.num_layers / self.attention_reached
 
     def way(self, num_rows: float) -> tuple[float, float]:
-        """As `StageTimer` has it, in bytes."""
+        """See `StageTimer`; in bytes."""
         return num_rows * self.payload.row_bytes, num_rows * self.payload.output_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedTimer:
-    """Times that were given or measured, whatever the batch.
+    """Given or measured times, independent of the batch.
 
     Attributes:
       attention: Seconds of attention.
-      to_ffn: Of the way there.
-      ffn: Of the FFN.
-      to_attention: Of the way back.
-      sources: Where they are from.
+      to_ffn: Seconds of the way there.
+      ffn: Seconds of the FFN.
+      to_attention: Seconds of the way back.
+      sources: Their sources.
     """
 
     attention: float
@@ -147,11 +147,9 @@ class FixedTimer:
           ValueError: Always for tokens: a stage of a decode step does not say how long one of a prompt takes.
         """
         if num_tokens:
-            raise ValueError(
-                "the times that were given are those of decoding: add --decode-only, or give hardware in their place"
-            )
+            raise ValueError("the given times are for decoding: add --decode-only, or give hardware instead")
         return 0.0
 
     def way(self, num_rows: float) -> tuple[float, float]:
-        """As `StageTimer` has it, in seconds."""
+        """See `StageTimer`; in seconds."""
         return (self.to_ffn, self.to_attention) if num_rows else (0.0, 0.0)

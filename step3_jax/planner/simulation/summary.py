@@ -1,4 +1,4 @@
-"""What a simulation says to a reader: times per token, throughput, use of each side, bubbles."""
+"""A simulation's results for a reader: times per token, throughput, use of each side, bubbles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
-        """Of some values; None without any."""
+        """The spread of some values; None without any."""
         if not values:
             return None
         found = np.percentile(np.asarray(values), PERCENTILES)
@@ -36,10 +36,10 @@ class Use:
     """Shares of the time in which calls ran.
 
     Attributes:
-      attention: That the attention side worked; the rest are its bubbles.
-      ffn: The same of the FFN side.
-      to_ffn: That the ways to the FFN side carried something.
-      to_attention: The same of the ways back.
+      attention: Share in which the attention side worked; the rest are its bubbles.
+      ffn: The same for the FFN side.
+      to_ffn: Share in which the ways to the FFN side carried something.
+      to_attention: The same for the ways back.
     """
 
     attention: float
@@ -50,23 +50,23 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What came out.
+    """The results.
 
     Attributes:
-      tpot: Time per output token: of the steps, or of each request between its first and its last token; None where no
+      tpot: Time per output token: of the steps, or of each request between its first and its last token; None if no
         request had two.
       ttft: Time to the first token of each request; None for a batch that only decodes.
       tokens_per_s: Output tokens of all devices together.
       tokens_per_s_per_device: The same for one.
-      use: Of each lane, while calls ran.
+      use: Use of each lane, while calls ran.
       duration_s: Simulated time.
       num_steps: Decode steps.
       num_events: Stages that were simulated.
       num_requests: Requests that ended; 0 for a batch.
-      num_rejected: Turned away.
-      num_preemptions: Times that a request lost its pages.
-      num_truncated: Requests that ended early, as they filled the cache.
-      most_running: Requests in slots at a time, at most.
+      num_rejected: Requests that were rejected.
+      num_preemptions: How often a request lost its pages.
+      num_truncated: Requests that ended early because they filled the cache.
+      most_running: The most requests in slots at a time.
     """
 
     tpot: Spread | None
@@ -85,15 +85,15 @@ class Summary:
 
 
 def summarise_batch(run: Run, *, num_sequences: int, num_devices: int) -> Summary:
-    """Of decode steps with a batch that stays full.
+    """Summarises decode steps with a batch that stays full.
 
     The time per token is that of the steps between the first and the last one: the pipeline fills in the first, and drains
-    behind the last.
+    after the last.
 
     Args:
-      run: Of at least three steps.
-      num_sequences: In the batch.
-      num_devices: Of both sides.
+      run: A run of at least three steps.
+      num_sequences: Sequences in the batch.
+      num_devices: Devices of both sides.
 
     Raises:
       ValueError: If there are fewer steps.
@@ -123,11 +123,11 @@ def summarise_batch(run: Run, *, num_sequences: int, num_devices: int) -> Summar
 
 
 def summarise_service(run: ServiceRun, *, num_devices: int) -> Summary:
-    """Of requests.
+    """Summarises requests.
 
     Args:
-      run: Of a service.
-      num_devices: Of both sides.
+      run: A service's run.
+      num_devices: Devices of both sides.
     """
     tpot, ttft, num_tokens = [], [], 0
     for one in run.requests:

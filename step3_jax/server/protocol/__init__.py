@@ -1,1 +1,1 @@
-"""The JSON that goes over the wire."""
+"""The JSON of the API."""

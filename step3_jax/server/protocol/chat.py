@@ -10,28 +10,28 @@ from step3_jax.server.protocol.common import Answer, Body, FinishReason, NonEmpt
 
 
 class TextPart(Body):
-    """Text of a content list."""
+    """A text item of a content list."""
 
     type: Literal["text"]
     text: str
 
 
 class RefusalPart(Body):
-    """What an assistant refused, in a history."""
+    """An assistant's refusal, in a history."""
 
     type: Literal["refusal"]
     refusal: str
 
 
 class ImageUrl(Body):
-    """Where an image is; `detail` changes nothing."""
+    """Where an image is; `detail` has no effect."""
 
     url: NonEmpty
     detail: str | None = None
 
 
 class ImagePart(Body):
-    """An image of a content list."""
+    """An image item of a content list."""
 
     type: Literal["image_url"]
     image_url: ImageUrl | NonEmpty
@@ -56,7 +56,7 @@ class ToolCall(Body):
 
 
 class ChatMessage(Body):
-    """One message. Reasoning of earlier turns is accepted under both of its names; `reasoning` goes first."""
+    """One message. Reasoning of earlier turns is accepted under both of its names; `reasoning` takes precedence."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
@@ -97,7 +97,7 @@ class NamedToolChoice(Body):
 
 
 class ChatFields(Body):
-    """What makes a prompt of a conversation."""
+    """The fields that turn a conversation into a prompt."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     tools: list[Tool] | None = None
@@ -107,7 +107,7 @@ class ChatFields(Body):
 
 
 class ChatCompletionRequest(SamplingFields, ChatFields):
-    """The body of a request. What is null counts as not given."""
+    """The body of a request. Null counts as not given."""
 
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -127,13 +127,13 @@ class TokenLogprob(Answer):
 
 
 class ChosenLogprob(TokenLogprob):
-    """The token that was chosen, and the likeliest ones."""
+    """The chosen token, and the likeliest ones."""
 
     top_logprobs: list[TokenLogprob]
 
 
 class ChoiceLogprobs(Answer):
-    """Of all tokens of a choice, those of reasoning included."""
+    """Log-probabilities of all tokens of a choice, including those of reasoning."""
 
     content: list[ChosenLogprob] | None
 
@@ -154,7 +154,7 @@ class MadeToolCall(Answer):
 
 
 class AnswerMessage(Answer):
-    """The answer. Reasoning stands under both of its names."""
+    """The answer. Reasoning appears under both of its names."""
 
     role: Literal["assistant"]
     content: str | None
@@ -189,7 +189,7 @@ class ChatCompletion(Answer):
 
 
 class DeltaToolCall(Answer):
-    """New of a call: id, type and name in its first piece alone."""
+    """The new part of a call: id, type and name only in its first piece."""
 
     index: int
     id: str | None = None
@@ -198,7 +198,7 @@ class DeltaToolCall(Answer):
 
 
 class Delta(Answer):
-    """New of an answer."""
+    """The new part of an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -208,7 +208,7 @@ class Delta(Answer):
 
 
 class ChunkChoice(Answer):
-    """New of one of `n` answers."""
+    """The new part of one of `n` answers."""
 
     index: int
     delta: Delta

@@ -11,23 +11,23 @@ from step3_jax.server.stream import format_event
 
 
 class Body(BaseModel):
-    """Part of a request. Types are taken as they are, nothing is made of "5"; fields that are not known are ignored."""
+    """Part of a request. Types are strict, "5" is not a number; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", populate_by_name=True, protected_namespaces=())
 
 
 class Answer(BaseModel):
-    """Part of a response; fields that are not set are left out."""
+    """Part of a response; unset fields are left out."""
 
     model_config = ConfigDict(populate_by_name=True, protected_namespaces=())
 
     @classmethod
     def of(cls, *parts: Mapping[str, object], **values: object) -> Self:
-        """Makes one of values that are checked; only what is given is sent."""
+        """Creates one from values that are checked; only given fields are sent."""
         return cls.model_validate({name: value for part in (*parts, values) for name, value in part.items()})
 
     def to_json(self) -> bytes:
-        """The text that goes over the wire."""
+        """The JSON text to send."""
         return self.model_dump_json(exclude_unset=True, by_alias=True).encode()
 
     def to_event(self) -> bytes:
@@ -36,7 +36,7 @@ class Answer(BaseModel):
 
 
 class StreamOptions(Body):
-    """Of a stream's usage.
+    """Options of a stream's usage.
 
     Attributes:
       include_usage: Whether a last chunk has the usage.
@@ -55,7 +55,7 @@ class StructuredOutputs(Body):
       regex: A regular expression.
       choice: Texts.
       grammar: A grammar, Lark's or GBNF.
-      json_object: Whether any JSON object will do.
+      json_object: Whether any JSON object is accepted.
     """
 
     json_schema: dict[str, object] | str | bool | None = Field(default=None, alias="json")
@@ -66,7 +66,7 @@ class StructuredOutputs(Body):
 
 
 class JsonSchema(Body):
-    """A named schema; `strict` changes nothing, as answers are always held to it."""
+    """A named schema; `strict` has no effect, as the schema is always enforced."""
 
     name: str | None = None
     description: str | None = None
@@ -75,7 +75,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """The form of the answer."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -114,19 +114,19 @@ class SamplingFields(Body):
 
 
 class PromptTokensDetails(Answer):
-    """Of the prompt's tokens, those that were in the prefix cache."""
+    """The prompt's tokens that were in the prefix cache."""
 
     cached_tokens: int
 
 
 class CompletionTokensDetails(Answer):
-    """Of the generated tokens, those of reasoning."""
+    """The generated tokens that are reasoning."""
 
     reasoning_tokens: int
 
 
 class Usage(Answer):
-    """Tokens of a request."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from step3_jax.server.protocol.common import Answer, FinishReason, SamplingFields, Usage
 
-# As many prompts as one request may have; each counts in the queue.
+# The most prompts that one request may have; each counts in the queue.
 MAX_PROMPTS = 256
 
 TextPrompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
@@ -17,7 +17,7 @@ TokenPrompts = Annotated[list[TokenPrompt], Field(min_length=1, max_length=MAX_P
 
 
 class CompletionRequest(SamplingFields):
-    """The body of a request. What is null counts as not given."""
+    """The body of a request. Null counts as not given."""
 
     prompt: str | TextPrompts | TokenPrompt | TokenPrompts
     echo: bool | None = None
@@ -26,7 +26,7 @@ class CompletionRequest(SamplingFields):
 
 
 class CompletionLogprobs(Answer):
-    """Of each token: its text, its log-probability, the likeliest ones by text, and where it begins in the text."""
+    """For each token: its text, its log-probability, the likeliest ones by text, and where it starts in the text."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -47,7 +47,7 @@ class CompletionChoice(Answer):
 
 
 class Completion(Answer):
-    """The body of a whole response, and, with new text alone, one event of a stream."""
+    """The body of a whole response, and, with only new text, one event of a stream."""
 
     id: str
     object: Literal["text_completion"]

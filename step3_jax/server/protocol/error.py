@@ -22,6 +22,6 @@ class ErrorDetail(Answer):
 
 
 class ErrorBody(Answer):
-    """The body of every answer with a status from 400 on, and the last event of a stream that failed."""
+    """The body of every answer with a status of 400 or above, and the last event of a stream that failed."""
 
     error: ErrorDetail

@@ -10,7 +10,7 @@ from step3_jax.server.protocol.common import Answer, Body, NonEmpty
 
 
 class InputText(Body):
-    """Text of an input message, or what an assistant said before."""
+    """Text of an input message, or of an earlier assistant message."""
 
     type: Literal["input_text", "output_text", "text"]
     text: str
@@ -25,7 +25,7 @@ class InputImage(Body):
 
 
 class InputRefusal(Body):
-    """What an assistant refused before."""
+    """An earlier refusal by the assistant."""
 
     type: Literal["refusal"]
     refusal: str
@@ -43,7 +43,7 @@ class InputMessage(Body):
 
 
 class FunctionCallItem(Body):
-    """A call that the model made before."""
+    """An earlier call by the model."""
 
     type: Literal["function_call"]
     call_id: str | None = None
@@ -52,7 +52,7 @@ class FunctionCallItem(Body):
 
 
 class FunctionOutputItem(Body):
-    """What a call gave."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: str | None = None
@@ -66,7 +66,7 @@ class ReasoningText(Body):
 
 
 class ReasoningItem(Body):
-    """Earlier reasoning; templates that show it get it with the message behind it."""
+    """Earlier reasoning; templates that show it get it with the message after it."""
 
     type: Literal["reasoning"]
     content: list[ReasoningText] | None = None
@@ -74,7 +74,7 @@ class ReasoningItem(Body):
 
 
 def _kind_of(item: object) -> str:
-    """Messages may leave their type out."""
+    """Messages may omit their type."""
     kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
     return "message" if kind is None else str(kind)
 
@@ -106,7 +106,7 @@ class ToolName(Body):
 
 
 class TextFormat(Body):
-    """The form of the answer."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -116,19 +116,19 @@ class TextFormat(Body):
 
 
 class TextOptions(Body):
-    """Of the answer's text."""
+    """Options of the answer's text."""
 
     format: TextFormat | None = None
 
 
 class ReasoningOptions(Body):
-    """Of the reasoning: effort none leaves it out."""
+    """Options of the reasoning: effort none leaves it out."""
 
     effort: str | None = None
 
 
 class ResponseRequest(Body):
-    """The body of a request. What is null counts as not given."""
+    """The body of a request. Null counts as not given."""
 
     model: str | None = None
     input: str | Annotated[list[InputItem], Field(min_length=1)]
@@ -152,19 +152,19 @@ class ResponseRequest(Body):
 
 
 class InputTokensDetails(Answer):
-    """Of the input's tokens, those that were in the prefix cache."""
+    """The input's tokens that were in the prefix cache."""
 
     cached_tokens: int
 
 
 class OutputTokensDetails(Answer):
-    """Of the output's tokens, those of reasoning."""
+    """The output's tokens that are reasoning."""
 
     reasoning_tokens: int
 
 
 class ResponseUsage(Answer):
-    """Tokens of a response."""
+    """Token counts of a response."""
 
     input_tokens: int
     input_tokens_details: InputTokensDetails
@@ -187,7 +187,7 @@ class ResponseFailure(Answer):
 
 
 class ResponseEvent(Answer):
-    """One event of a stream; what else it has depends on its type."""
+    """One event of a stream; its other fields depend on its type."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -2,7 +2,7 @@
 
     python host_worker.py NUM_DEVICES
 
-Reads one JSON object a line, {"do": name, ...}, and writes one for each. Models have random weights, the same each time.
+Reads one JSON object per line, {"do": name, ...}, and writes one for each. Models have random weights, the same each time.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def generate(llm: LLM, count: int, **params: object) -> list[list[list[int]]]:
 
 
 def tokens(request: Answer) -> Answer:
-    """Greedy tokens beside the fused model's."""
+    """Greedy tokens next to the fused model's."""
     count = int(request.get("count", 5))  # type: ignore[call-overload]
     return {
         "afd": generate(make_llm(executor_of(request)), count),
@@ -134,7 +134,7 @@ def masks(request: Answer) -> Answer:
 
 
 def features(request: Answer) -> Answer:
-    """Sampling, penalties, several completions, log-probabilities and chunks, beside the fused model's."""
+    """Sampling, penalties, several completions, log-probabilities and chunks, next to the fused model's."""
     given = [{"prompt_token_ids": ids} for ids in (prompts(1)[0], prompts(8)[-1] * 3)]
     params = SamplingParams(
         temperature=0.9, n=2, top_k=20, seed=11, max_tokens=6, repetition_penalty=1.3, logprobs=3, ignore_eos=True
@@ -150,7 +150,7 @@ def features(request: Answer) -> Answer:
 
 
 def images(request: Answer) -> Answer:
-    """Difference of image features from the fused model's, and the parts that a device has of the tower's weights."""
+    """Difference of image features from the fused model's, and a device's parts of the tower's weights."""
     executor = executor_of(request)
     pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32), np.float32)
     fused, found = (one.encode_images(pixels) for one in (make_runner(), executor))
@@ -181,7 +181,7 @@ def prefix(request: Answer) -> Answer:
 
 
 def repeat(request: Answer) -> Answer:
-    """Traces of all calls after a warm-up, and after prompts of several lengths, images apart."""
+    """Traces of all calls after a warm-up, and after prompts of several lengths, without images."""
     executor = executor_of(request)
     llm = make_llm(executor, max_num_batched_tokens=32 * executor.num_shards)
     llm.warm_up()
@@ -295,7 +295,7 @@ def deadline(request: Answer) -> Answer:
 
 
 def mixed(request: Answer) -> Answer:
-    """A run whose sides pass for different platforms, in a process whose default backend passes for a GPU.
+    """A run whose sides pretend to be different platforms, in a process whose default backend pretends to be a GPU.
 
     Implicit copies between devices are refused; those of the exchange are listed.
     """
@@ -304,7 +304,7 @@ def mixed(request: Answer) -> Answer:
     put = jax.device_put
 
     def watch(arrays: object, devices: object, **more: object) -> object:
-        # Only the exchange gives a list of devices.
+        # Only the exchange passes a list of devices.
         if isinstance(arrays, list) and isinstance(devices, list):
             for array, device in zip(arrays, devices, strict=True):
                 (source,) = array.devices()
@@ -320,7 +320,7 @@ def mixed(request: Answer) -> Answer:
     ):
         executor = HostExecutor(place_model(make_model(), topology), topology, num_microbatches=2, payload=payload)
         llm = make_llm(executor)
-        # The first call moves what stays where it is.
+        # The first call moves what stays in place afterwards.
         generate(llm, 1)
         copies.clear()
         with jax.transfer_guard_device_to_device("disallow"):

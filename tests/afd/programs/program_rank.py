@@ -2,7 +2,7 @@
 
     python program_rank.py CASES
 
-CASES is a JSON list of {"do": name, ...}, done one after the other; the answer is the list of what they give. Models have
+CASES is a JSON list of {"do": name, ...}, done one after another; the answer is the list of their results. Models have
 random weights, the same in each process.
 """
 
@@ -125,14 +125,14 @@ def run_both(case: Answer, count: int, each: SamplingParams | None = None, **set
 
 
 def tokens(case: Answer) -> Answer:
-    """Greedy tokens beside the fused model's; `together` of prompts in one chunk that end at once: few programs."""
+    """Greedy tokens next to the fused model's; `together` for prompts in one chunk that end at once: few programs."""
     if case.get("together"):
         return run_both(case, 4, SamplingParams(temperature=0, max_tokens=7), max_num_batched_tokens=128)
     return run_both(case, int(case.get("count", 6)))  # type: ignore[call-overload]
 
 
 def features(case: Answer) -> Answer:
-    """Seeded draws with penalties and log-probabilities, several of a prompt, beside the fused model's."""
+    """Seeded draws with penalties and log-probabilities, several per prompt, next to the fused model's."""
     params = SamplingParams(
         temperature=0.9, n=2, top_k=20, seed=11, max_tokens=6, repetition_penalty=1.3, logprobs=3, ignore_eos=True
     )
@@ -202,7 +202,7 @@ def hlo(case: Answer) -> Answer:
 
 
 def callbacks(case: Answer) -> Answer:
-    """Calls of Python in this process's lowered decode loop."""
+    """Calls to Python in this process's lowered decode loop."""
     executor = executor_of(case)
     numbers = executor._numbers(1, False)
     if isinstance(executor, FfnProcess):
@@ -234,7 +234,7 @@ def loaded(case: Answer) -> Answer:
 
 
 def shipped(case: Answer) -> Answer:
-    """The shipped model's answers about a picture and to a question, beside the fused model's."""
+    """The shipped model's answers about a picture and to a question, next to the fused model's."""
     folder = find("models/step3-tiny")
     executor = load_program_executor(folder, make_topology(case), payload=str(case.get("payload", "auto")))
     picture = {"type": "image", "image": str(folder / "examples" / "number-6267.png")}

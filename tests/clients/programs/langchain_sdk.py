@@ -9,7 +9,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 
-# The tiny model does not know how to end a text of its own in JSON, so none is asked for.
+# The tiny model does not know how to end a free-form string in JSON, so none is asked for.
 class Town(BaseModel):
     """A town."""
 

@@ -23,7 +23,7 @@ WEATHER = {
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-# The tiny model does not know how to end a text of its own in JSON, so none is asked for.
+# The tiny model does not know how to end a free-form string in JSON, so none is asked for.
 class Town(BaseModel):
     name: Literal["Paris", "Rome"]
     is_capital: bool
@@ -140,7 +140,7 @@ def check_sampling(client: openai.OpenAI, model: str) -> None:
 
 
 def catch(kind: type[openai.APIStatusError], ask: Callable[[], object]) -> openai.APIStatusError:
-    """The error that a request ends with."""
+    """The error that a request fails with."""
     try:
         ask()
     except kind as error:

@@ -1,4 +1,4 @@
-"""Prints how often XLA computes something anew in the decode loop of a GPU that weights and cache fill to 0.9.
+"""Prints how often XLA recomputes something in the decode loop of a GPU that weights and cache fill to 0.9.
 
 Compiled from shapes for an H100: `python filled_gpu.py yes` with the options of every program for GPUs, `no` without.
 """

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces with addresses of their own on one bridge.
+"""Several hosts on one machine: network namespaces with their own addresses on one bridge.
 
     unshare --net python cluster.py SCENARIO ROOT WORDS ...
 
@@ -29,7 +29,7 @@ HERE = pathlib.Path(__file__).resolve()
 HOSTS = ("10.77.0.1", "10.77.0.2", "10.77.0.3")
 OUTSIDE, PORT = "10.77.0.254", 2222
 LIMIT_S = 90
-# Of a command that compiles.
+# For a command that compiles.
 LONG_LIMIT_S = 300
 
 
@@ -41,7 +41,7 @@ def ip(*words: str, inside: int | None = None) -> None:
 
 def serve() -> None:
     """The stand-in for sshd: runs the command of each caller with the connection as its input and output."""
-    # What gloo tells the others of itself is what this name means.
+    # gloo tells the others the address that this name resolves to.
     socket.sethostname(sys.argv[2])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.create_server(("0.0.0.0", PORT)) as server:
@@ -146,7 +146,7 @@ def cut(host: int, cuts: list[float]) -> None:
 
 
 def cut_at_place(rank: str, place: str, cuts: list[float]) -> None:
-    """Cuts off the host of a rank, one a host, as soon as that is at a place."""
+    """Cuts off a rank's host (one rank per host) as soon as the rank is at a place."""
     while find_rank(os.getpid(), int(rank), AT_PLACE[place]) is None:
         time.sleep(0.01)
     cut(int(rank), cuts)

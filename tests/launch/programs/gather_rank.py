@@ -1,4 +1,4 @@
-"""A rank of real distributed JAX: gathers the ranks' numbers over gloo, as often as it is told; `loop` for ever."""
+"""A rank of real distributed JAX: gathers the ranks' numbers over gloo the given number of times; `loop` for ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that does what its words say: RANK:ACTION or *:ACTION, one after the other."""
+"""A rank that does what its words say: RANK:ACTION or *:ACTION, one after another."""
 
 from __future__ import annotations
 

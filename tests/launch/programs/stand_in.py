@@ -1,4 +1,4 @@
-"""A rank without jax that behaves as one with it: it waits for its peers in every step, and dies of their loss.
+"""A rank without jax that behaves like one with it: it waits for its peers in every step, and dies if it loses them.
 
 Options name ranks, such as "1" or "0,1".
 """
@@ -60,14 +60,14 @@ def main() -> None:
     parser.add_argument("--shutdown-timeout")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--drain", default="", help="end with code 0 a moment after SIGTERM")
-    parser.add_argument("--deaf", default="", help="do not hear SIGTERM")
+    parser.add_argument("--deaf", default="", help="ignore SIGTERM")
     parser.add_argument("--end-with-peer", default="", help="end with code 0 when a peer is gone")
     parser.add_argument("--wait", default="", help="for ever before connecting")
     parser.add_argument("--steps", type=int, default=10**9)
     parser.add_argument("--leave", default="", help="with code 0 at step 200")
     parser.add_argument("--die", default="", help="at step 200: the peers notice, and a moment later this ends too")
     parser.add_argument("--mistake", default="", help="end with code 2 and a line that says why, at once")
-    parser.add_argument("--lose-quietly", default="", help="wait on for a lost peer")
+    parser.add_argument("--lose-quietly", default="", help="keep waiting for a lost peer")
     parser.add_argument("--abort", default="", help="die of a lost peer as native code does, and not as Python does")
     options = parser.parse_args()
     rank = os.environ["STEP3_PROCESS_ID"]

@@ -1,8 +1,8 @@
-"""Compiles the sharded step of the real model for H100s that exist as a description only; prints what came out as JSON.
+"""Compiles the sharded step of the real model for H100s that exist only as a description; prints what came out as JSON.
 
     python compile_step.py DEVICES LAYERS
 
-Of fewer layers than the model's, the first is dense and the others have experts. With all of them nothing is compiled.
+With fewer layers than the model's, the first is dense and the others have experts. With all of them nothing is compiled.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from step3_jax.sampling.params import SamplingParams
 CONFIG = ModelConfig.preset("step3-fp8")
 # Layers of the vision tower, and pixels of a view's side.
 TOWER_LAYERS, VIEW = 2, 728
-# A batch of 64 sequences of up to 4K a device, with fp8 pages.
+# A batch of 64 sequences of up to 4K per device, with fp8 pages.
 ROWS, WIDTH, PAGES = 64, 64, 64 * 64
 CHUNK = 512
 SETTINGS = {

@@ -1,4 +1,4 @@
-"""A script of a user's: the same in every rank, of which only rank 0 comes to its end."""
+"""A user's script: the same in every rank, of which only rank 0 reaches its end."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One of several processes that run a checkpoint together: FOLDER PARALLEL, the latter as JSON.
 
-Its answer: the tokens of some prompts and how many each expert got, of rank 0 alone, and the bytes of each tensor that this
-process has read.
+Its answer: the tokens of some prompts and how many each expert got, from rank 0 only, and the bytes of each tensor that
+this process has read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     Checkpoint.read = count
     parallel = Parallel(**setting) if setting else None
     tokens, expert_tokens = None, None
-    # In the other processes it does not return before rank 0 has made its calls.
+    # In the other processes it does not return until rank 0 has made its calls.
     with contextlib.suppress(SystemExit):
         llm = LLM(folder, max_model_len=128, max_num_seqs=4, parallel=parallel)
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

@@ -2,7 +2,7 @@
 
     python worker.py NUM_DEVICES
 
-Reads one JSON object a line, {"do": name, ...}, and writes one for each. Models have random weights, the same each time.
+Reads one JSON object per line, {"do": name, ...}, and writes one for each. Models have random weights, the same each time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Answer = dict[str, object]
 
 @functools.cache
 def make_model(kind: str) -> Step3:
-    """ "plain": sizes that 2, 3, 4, 6 and 8 divide, save the vocabulary; "fp8": blocks that two devices divide."""
+    """ "plain": sizes that 2, 3, 4, 6 and 8 divide, except the vocabulary; "fp8": blocks that two devices divide."""
     if kind == "plain":
         text = TextConfig(
             hidden_size=48,
@@ -99,7 +99,7 @@ def make_model(kind: str) -> Step3:
     model = Step3(config, rngs=nnx.Rngs(3))
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path[-1] == "bias":
-            # In a new model they are zeros, which could as well be added twice.
+            # In a new model they are zeros, where adding them twice would not show.
             variable.set_value(jnp.sin(jnp.arange(variable.get_value().size, dtype=jnp.float32)))
     if kind == "fp8":
         for path, variable in nnx.to_flat_state(nnx.state(model)):
@@ -217,7 +217,7 @@ def encode(request: Answer) -> Answer:
 
 
 def reload(request: Answer) -> Answer:
-    """A model, saved from one device and from several; and what loading it gives, beside placing it."""
+    """A model, saved from one device and from several; and what loading it gives, compared with placing it."""
     folder = pathlib.Path(str(request["folder"]))
     model = make_model("plain")
     layout = make_layout(fit_parallel(read_parallel(request), model.config.text))
@@ -286,7 +286,7 @@ def exchange(request: Answer) -> Answer:
         "error": float(jnp.abs(spread - alone).max()),
         # Of the tokens of a width group.
         "room": capacity(layout.size("expert_width") * num_tokens, top_k, layout.size("experts")),
-        # Whether devices ask each other if all fits.
+        # Whether devices ask each other if everything fits.
         "has_choice": "pmax" in str(jax.make_jaxpr(call)(stacks, hidden, weights, ids)),
     }
 
@@ -302,7 +302,7 @@ def traces(request: Answer) -> Answer:
 
 
 def masks(request: Answer) -> Answer:
-    """Tokens of constrained sequences and of one beside them, on one device and on several."""
+    """Tokens of constrained sequences and of one running with them, on one device and on several."""
     sizes = {"max_model_len": 256, "max_num_batched_tokens": 512}
     spread = run_ruled(make_runner("plain", read_parallel(request)), **sizes)
     return {"alone": run_ruled(Runner(make_model("plain")), **sizes), "spread": spread}

@@ -1,4 +1,4 @@
-"""A program that uses the public names, for type checkers: they see the package as its users do."""
+"""A program that uses the public names, for type checkers, which see the package as its users do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def choose(folder: str) -> str:
 
 
 def copy(source: str, target: str) -> int:
-    """Number of layers of a checkpoint that is written again."""
+    """Number of layers of a checkpoint, which is rewritten."""
     model = load_model(source, dtype="float32")
     save_model(model, target)
     layers: int = ModelConfig.load(source).text.num_hidden_layers

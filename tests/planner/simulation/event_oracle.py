@@ -1,4 +1,4 @@
-"""The pipeline as a textbook simulates it: a heap of events, and a queue before every lane. Slow, and plain to read."""
+"""The pipeline as a textbook would simulate it: a heap of events, and a queue before every lane. Slow but easy to read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LaneName = tuple[str, int, int]
 
 
 def run_textbook(pipeline: Pipeline, work: Work, num_steps: int) -> list[list[list[float]]]:
-    """When each step of each micro-batch ended on each attention instance; ways share nothing, times are constant."""
+    """When each step of each micro-batch ended on each attention instance; links share nothing, times are constant."""
     attention, ffn = range(pipeline.num_attention), range(pipeline.num_ffn)
     queues: dict[LaneName, collections.deque[Job]] = collections.defaultdict(collections.deque)
     busy: set[LaneName] = set()

@@ -1,4 +1,4 @@
-"""Flows on shared links, each for itself: what `planner/simulation/link.py` must come to with all of a source together.
+"""Flows on shared links, each by itself: `planner/simulation/link.py`, which joins those of a source, must agree.
 
 Each instance has one link in each direction. Flows between the same two instances go one after the other, as on one
 connection; flows between different ones run at the same time. Each end of a flow divides its bandwidth equally among the
@@ -11,12 +11,12 @@ import collections
 import math
 from typing import NamedTuple
 
-# Flows that end within this part of a time end together: they differ by rounding alone.
+# Flows that end within this fraction of a time end together: they differ only by rounding.
 _SAME = 1e-12
 
 
 class Flow(NamedTuple):
-    """A flow that has ended.
+    """A finished flow.
 
     Attributes:
       attention: Its attention instance.
@@ -32,7 +32,7 @@ class Flow(NamedTuple):
 
 
 class FlowLinks:
-    """The flows in one direction. Call `refresh` once all that starts at a time has been started.
+    """The flows in one direction. Call `refresh` once everything that starts at a given time has been started.
 
     Attributes:
       next_s: When the next flow ends; infinite if there is none.
@@ -46,8 +46,8 @@ class FlowLinks:
         Args:
           num_attention: Attention instances.
           num_ffn: FFN instances.
-          attention_bytes_s: Of each attention instance's link.
-          ffn_bytes_s: Of each FFN instance's link.
+          attention_bytes_s: Bandwidth of each attention instance's link.
+          ffn_bytes_s: Bandwidth of each FFN instance's link.
         """
         self.next_s = math.inf
         self.is_stale = False
@@ -58,7 +58,7 @@ class FlowLinks:
         self._waiting: list[collections.deque[tuple[float, int]]] = [
             collections.deque() for _ in range(num_attention * num_ffn)
         ]
-        # Of the connections that have a flow.
+        # The connections that have a flow.
         self._left: dict[int, float] = {}
         self._rate: dict[int, float] = {}
         self._end: dict[int, float] = {}
@@ -98,7 +98,7 @@ class FlowLinks:
         return flows
 
     def refresh(self, now_s: float) -> None:
-        """Divides the bandwidth anew and finds the next end."""
+        """Redistributes the bandwidth and finds the next end."""
         self._settle(now_s)
         next_s = math.inf
         for path, left in self._left.items():
@@ -119,7 +119,7 @@ class FlowLinks:
         self.is_stale = True
 
     def _settle(self, now_s: float) -> None:
-        """Takes off what has gone since the last change."""
+        """Subtracts what was sent since the last change."""
         passed = now_s - self._now_s
         if passed <= 0:
             return

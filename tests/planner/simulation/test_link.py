@@ -15,7 +15,7 @@ SENDS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3), st.integers(0,
 
 
 def run(links: SharedLinks, sends: list[tuple[float, int, float]]) -> dict[int, float]:
-    """When each has come, by its number."""
+    """When each arrived, by its number."""
     waiting = sorted(enumerate(sends), key=lambda one: one[1][0])
     found: dict[int, float] = {}
     while waiting or links.next_s < math.inf:
@@ -29,7 +29,7 @@ def run(links: SharedLinks, sends: list[tuple[float, int, float]]) -> dict[int, 
 
 
 def run_oracle(links: FlowLinks, sends: list[tuple[float, int, float]], num_targets: int) -> dict[int, float]:
-    """The same, each flow for itself."""
+    """The same, each flow by itself."""
     waiting = sorted(enumerate(sends), key=lambda one: one[1][0])
     found: dict[int, float] = {}
     now_s = 0.0
@@ -61,7 +61,7 @@ def test_all_flows_of_a_source_end_when_each_for_itself_would(
 
 def test_two_sources_to_one_target_have_half_of_its_link_each() -> None:
     assert run(SharedLinks(2, 1, 1.0, 1.0), [(0.0, 0, 3.0), (0.0, 1, 3.0)]) == {0: 6.0, 1: 6.0}
-    # Alone for a second, together until the first has ended, alone again.
+    # Alone for a second, together until the first ends, then alone again.
     assert run(SharedLinks(2, 1, 1.0, 1.0), [(0.0, 0, 3.0), (1.0, 1, 3.0)]) == {0: 5.0, 1: 6.0}
 
 

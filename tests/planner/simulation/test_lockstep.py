@@ -34,7 +34,7 @@ def test_constant_times_give_the_closed_form_of_a_tick(
 def test_two_micro_batches_take_what_ai_dynamos_planner_says(
     attention_s: float, ffn_s: float, way_s: float, num_layers: int
 ) -> None:
-    """max(t_A + t_A2F, t_F + t_F2A), where both ways take equally long: one exchange then carries both."""
+    """max(t_A + t_A2F, t_F + t_F2A), where both directions take equally long: one exchange then carries both."""
     stages = StageTimes(attention_s, way_s, ffn_s, way_s)
     ends = simulate_lockstep(Schedule(num_layers, 2), stages, 4).step_ends_s()
     cycle_s = max(attention_s + way_s, ffn_s + way_s)

@@ -1,4 +1,4 @@
-"""Stage times that were measured, from files of two forms."""
+"""Measured stage times, from files in two formats."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_a_file_of_times_is_read(tmp_path: pathlib.Path) -> None:
     ("text", "said"),
     [
         ("[1]", "holds list"),
-        ('{"attention_us": [1], "ffn_us": [1]', "no JSON, or not all of it"),
+        ('{"attention_us": [1], "ffn_us": [1]', "not JSON, or not complete"),
         ('{"attention_us": [1]}', "to_ffn_us must be a list"),
         ('{"attention_us": [-1]}', "attention_us must be a list"),
         ('{"atention_us": [1]}', "did you mean attention_us"),
-        ('{"traceEvents": 3}', "is no trace"),
+        ('{"traceEvents": 3}', "is not a trace"),
     ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path: pathlib.Path, text: str, said: str) -> None:

@@ -53,7 +53,7 @@ def test_the_papers_deployment_with_published_shares_gives_its_throughput(capsys
 def test_a_time_per_token_is_turned_into_throughput(capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "4a2f", "--tpot-ms", "48.4")
     assert found["tokens_per_s_per_device"] == pytest.approx(2643, rel=0.03)
-    assert "arithmetic, no prediction" in str(found["times_from"])
+    assert "arithmetic, not a prediction" in str(found["times_from"])
 
 
 def test_given_times_jitter_and_seed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +95,7 @@ def test_the_trace_is_of_the_form_that_the_picture_is_drawn_from(
     assert main(["plan", "simulate", "1a1f", *steps, *files, *more]) == 0
     assert 0.5 < measure(read_trace(trace)).efficiency <= 1
     assert "Simulated 1A1F" in picture.read_text()
-    # What a simulation wrote can be simulated again.
+    # A simulation's output can be simulated again.
     assert main(["plan", "simulate", "1a1f", "--stage-times", str(trace), "--steps", "3"]) == 0
     assert "measured: " in capsys.readouterr().out
 
@@ -126,13 +126,13 @@ def test_a_batch_that_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -
         ("2b2f", "did you mean 2a2f"),
         ("8gpu-fp8-48gb", "attention and FFN on the same devices"),
         ("2a3f --batch 8 --context 4k", "give --hardware"),
-        ("2a2f --devices-per-instance 4", "says itself how many"),
+        ("2a2f --devices-per-instance 4", "already says how many"),
         ("2a2f --hardware h9000", "did you mean h800"),
         ("2a2f --model step4", "did you mean step3"),
         ("2a2f --context 5x", "no unit x"),
         ("2a2f --context 70000", "positions for 65,536"),
         ("2a2f --batch 0", "--batch 0: at least 1"),
-        ("2a2f --batch 2", "cannot be cut in 3"),
+        ("2a2f --batch 2", "cannot be cut into 3"),
         ("2a2f --steps 2", "--steps 2: at least 3"),
         ("2a2f --microbatches 5", "allowed: 1 to 4"),
         ("2a2f --seed -1", "--seed -1"),

@@ -1,4 +1,4 @@
-"""The scheduler of counts does what the engine's does, and requests come when they are said to."""
+"""The scheduler of counts does what the engine's does, and requests arrive when they should."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def engine_sequence(number: int, num_prompt: int, num_output: int) -> Sequence:
 def test_the_same_requests_run_in_the_same_steps_as_in_the_engine(
     lengths: list[tuple[int, int]], num_shards: int, num_steps: int, max_tokens: int
 ) -> None:
-    """Every chunk, every slot, every page count and every preemption, until all have ended."""
+    """Every chunk, every slot, every page count and every preemption, until all are finished."""
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=max_tokens * num_shards)
     buckets = BucketTable.of(config, max_pages=SHARD_PAGES, num_shards=num_shards)
     theirs = EngineScheduler(
@@ -103,7 +103,7 @@ def test_a_full_queue_turns_requests_away() -> None:
     scheduler = Scheduler(num_shards=1, shard_pages=8, max_num_seqs=1, max_num_batched_tokens=64, max_queued=2)
     assert [scheduler.add(Request(number, 0.0, 10, 1)) for number in range(3)] == [True, True, False]
     assert scheduler.num_rejected == 1
-    with pytest.raises(ValueError, match="0 pages a shard"):
+    with pytest.raises(ValueError, match="0 pages per shard"):
         Scheduler(num_shards=1, shard_pages=0, max_num_seqs=1, max_num_batched_tokens=64)
 
 

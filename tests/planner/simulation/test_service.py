@@ -1,4 +1,4 @@
-"""Requests through a simulated deployment, and what is said of them."""
+"""Requests through a simulated deployment, and what is reported of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def roofline(topology: Topology, kv_dtype: str = "fp8") -> RooflineTimer:
 
 
 def simulate_batch(topology: Topology, timer: RooflineTimer | FixedTimer, sequences: int, context: int) -> Summary:
-    """Eight steps with three micro-batches and 50 GB/s a device."""
+    """Eight steps with three micro-batches and 50 GB/s per device."""
     is_fixed = isinstance(timer, FixedTimer)
     bandwidth = None if is_fixed else 50e9 * topology.devices_per_instance
     pipeline = Pipeline(
@@ -71,12 +71,12 @@ def test_batch_and_time_per_token_of_the_report_give_its_throughput(
     assert found.tokens_per_s_per_device == pytest.approx(tgs, rel=0.03)
     assert found.tpot is not None
     assert found.tpot.mean * 1e3 == pytest.approx(tpot_ms, rel=1e-9)
-    # One stage of three is neither side's: the ways take no time here.
+    # One stage of three belongs to neither side: transfers take no time here.
     assert found.use.attention == pytest.approx(1.0, abs=0.02)
 
 
 def test_shares_of_a_published_run_give_its_throughput_back() -> None:
-    """The run that the shares were fitted on; its network is beside it in the pipeline and hidden."""
+    """The run that the shares were fitted on; its network is overlapped in the pipeline and hidden."""
     published = load_runs()["step3-2a2f"]
     topology = parse_topology("2a2f", 8)
     found = simulate_batch(topology, roofline(topology).expected(4096), published.sequences, published.context_tokens)
@@ -106,7 +106,7 @@ def test_the_device_with_most_cached_tokens_sets_its_instances_pace() -> None:
     uneven = batcher.decode([[Rows(4, 4000), Rows(4, 9000)]])
     assert uneven.attention_s[0][0] > even.attention_s[0][0]
     assert uneven.ffn_s == even.ffn_s
-    with pytest.raises(ValueError, match="a batch of 2 cannot be cut in 3"):
+    with pytest.raises(ValueError, match="a batch of 2 cannot be cut into 3"):
         spread_evenly(topology, 3, 2, 10)
 
 

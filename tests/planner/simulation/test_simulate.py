@@ -41,7 +41,7 @@ quick = settings(max_examples=60, deadline=None)
 
 
 def run(stages: StageTimes, num_layers: int, count: int, num_steps: int = 4, head_s: float = 0.0, **sizes: int) -> Run:
-    """Constant times, ways of their own seconds."""
+    """Constant times, with the given transfer times."""
     pipeline = Pipeline(num_layers, count, latency_s=stages.latency_s, **sizes)
     work = Work.constant(
         pipeline,
@@ -55,7 +55,7 @@ def run(stages: StageTimes, num_layers: int, count: int, num_steps: int = 4, hea
 
 
 def steady_step_s(found: Run) -> float:
-    """Time of the last step but one: behind the heads of the last one no layers come."""
+    """Time of the last step but one: no layers follow the heads of the last one."""
     ends = found.step_ends_s()
     return ends[-2] - ends[-3]
 
@@ -65,7 +65,7 @@ def steady_step_s(found: Run) -> float:
 def test_constant_times_give_the_closed_form_of_a_step(
     stages: StageTimes, num_layers: int, count: int, num_attention: int, num_ffn: int
 ) -> None:
-    """m stages of the lane that binds, or one micro-batch's way round, whichever is longer: for all sizes."""
+    """m stages of the lane that binds, or one micro-batch's round trip, whichever is longer: for all sizes."""
     found = run(stages, num_layers, count, num_attention=num_attention, num_ffn=num_ffn)
     assert steady_step_s(found) == pytest.approx(step_s(stages, num_layers, count), rel=1e-9)
 
@@ -90,7 +90,7 @@ def test_the_reports_rule_holds_where_its_condition_does(
 def test_ai_dynamos_cycle_holds_where_both_ways_are_no_longer_than_a_side(
     attention_s: float, ffn_s: float, ways_part: float, there_part: float, num_layers: int, is_one_way: bool
 ) -> None:
-    """Three micro-batches then fulfil its condition; where one way takes nothing the other may be longer than a side."""
+    """Three micro-batches then satisfy its condition; where one direction takes no time the other may exceed a side."""
     longer_s = max(attention_s, ffn_s)
     if is_one_way:
         stages, count = StageTimes(attention_s, 2 * ways_part * longer_s, ffn_s, 0.0), 4
@@ -235,7 +235,7 @@ def test_no_run_is_faster_than_any_of_its_lanes(
 def test_many_equal_instances_take_as_long_as_one_that_stands_for_them(
     stages: StageTimes, num_layers: int, count: int, num_attention: int, num_ffn: int, slower: int
 ) -> None:
-    """A way takes a micro-batch's bytes of the busier link over its bandwidth: the heap's events say so too."""
+    """A transfer takes the busier link's bytes of a micro-batch over its bandwidth: the heap's events agree."""
     pipeline = Pipeline(num_layers, count, num_attention, num_ffn, stages.latency_s, 1e9, slower * 1e9)
     work = Work.constant(
         pipeline,
@@ -254,7 +254,7 @@ def test_many_equal_instances_take_as_long_as_one_that_stands_for_them(
 @quick
 @given(STAGES, LAYERS, COUNTS, st.integers(0, 2**32))
 def test_events_in_order_are_those_of_the_heap(stages: StageTimes, num_layers: int, count: int, seed: int) -> None:
-    """One instance a side: a link then has one flow at a time, and the order of the draws is the same."""
+    """One instance per side: a link then has one flow at a time, and the order of the draws is the same."""
     shared = Pipeline(num_layers, count, latency_s=stages.latency_s, attention_bytes_s=1.0, ffn_bytes_s=1.0)
     work = Work.constant(
         shared,
@@ -276,7 +276,7 @@ def test_events_in_order_are_those_of_the_heap(stages: StageTimes, num_layers: i
 def test_every_instance_and_micro_batch_may_have_other_times(
     num_layers: int, count: int, num_attention: int, num_ffn: int, latency_s: float, seed: int
 ) -> None:
-    """Nothing is assumed of what overtakes what: a textbook's simulation, with a queue before every lane, gives the same."""
+    """Nothing is assumed about what overtakes what: a textbook simulation, with a queue before every lane, agrees."""
     rng = np.random.default_rng(seed)
     pipeline = Pipeline(num_layers, count, num_attention, num_ffn, latency_s)
     work = Work(

@@ -1,8 +1,8 @@
-"""A server whose model says what a test wants, and does what a line of standard input says.
+"""A server whose model says what a test wants, and which obeys lines of standard input.
 
     python served.py [--option value ...]
 
-`load` lets the model be there, `fail` keeps it from being loaded, `hold` and `go` stop and start its engine, `die` ends the
+`load` makes the model available, `fail` makes loading it fail, `hold` and `go` stop and start its engine, `die` ends the
 engine's thread.
 """
 
@@ -45,7 +45,7 @@ def main() -> int:
             elif command == "go":
                 executor.gate.set()
             elif command == "die":
-                # No Exception: the core lets it through.
+                # Not an Exception, so the core lets it through.
                 executor.failure = SystemExit("the device is gone")
                 executor.gate.set()
             else:

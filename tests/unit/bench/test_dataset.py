@@ -1,4 +1,4 @@
-"""Requests of a load: from files of every form, and generated."""
+"""Requests of a load: from files of every format, and generated."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_lines_of_every_form_are_read(tmp_path: pathlib.Path) -> None:
     ("text", "said"),
     [
         ("", "no requests"),
-        ("x", "line 1: 'x' is no JSON object"),
+        ("x", "line 1: 'x' is not a JSON object"),
         ('{"messages": []}', "line 1: `messages` must be a list"),
         ('{"messages": [{"role": "user"}]}', "objects with content"),
         ('{"prompt": 7}', "`prompt` a text"),

@@ -1,4 +1,4 @@
-"""Loads on a service that answers as written down, and what they come to."""
+"""Loads on a service with scripted answers, and the resulting figures."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_load_is_one_of_two(given: dict[str, float]) -> None:
 
 
 RECORDS = [
-    # Sent late: what it waits for counts from when it was due.
+    # Sent late: its wait counts from when it was due.
     Record(1.0, 1.5, [2.0, 2.1, 2.4], 2.5, prompt_tokens=10, output_tokens=5),
     Record(2.0, 2.0, [2.2, 2.3], 2.3, prompt_tokens=30, output_tokens=2),
     Record(2.0, 2.0, [], 2.4, error="503"),

@@ -1,4 +1,4 @@
-"""Every figure is there, and counts what it says; no test asserts a time."""
+"""Every figure is there and counts what it says; no test asserts a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIXED = [Lengths(9, 5), Lengths(150, 3), Lengths(70, 12), Lengths(1, 1), Lengths
 
 
 class Peer:
-    """Takes a second for each call, and writes down what it was asked for."""
+    """Takes a second for each call, and records what it was asked for."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[object, ...]] = []
@@ -63,7 +63,7 @@ def test_throughput_counts_what_was_asked_for(bench: Bench):
 
 
 def test_preemptions_of_a_small_cache_are_counted(runner):
-    # Two sequences of nine pages start in nineteen, and come to need ten each.
+    # Two sequences of nine pages start in nineteen, and eventually need ten each.
     page = 64 * 2 * 128 * 4
     config = EngineConfig(
         max_num_seqs=4, max_num_batched_tokens=128, max_model_len=640, kv_cache_memory_bytes=19 * page

@@ -1,4 +1,4 @@
-"""Recorded calls, made again: the same tokens without the engine."""
+"""Recorded calls, replayed: the same tokens without the engine."""
 
 from __future__ import annotations
 

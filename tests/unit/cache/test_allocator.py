@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from step3_jax.cache.allocator import OutOfPages, PageAllocator
 
-# What to do (take, add an owner, let go) and with how many pages, or whose.
+# What to do (take, add an owner, release) and with how many pages, or whose.
 ACTIONS = st.lists(st.tuples(st.sampled_from(["allocate", "share", "free"]), st.integers(0, 6)), max_size=60)
 
 

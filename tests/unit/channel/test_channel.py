@@ -1,4 +1,4 @@
-"""Both ends of the channel in one process: who comes, who fails, who is gone."""
+"""Both ends of the channel in one process: which worker connects, which fails, which is gone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_address(secret: bytes | None = None) -> ChannelAddress:
 def ends(
     address: ChannelAddress, *, takes_batches: tuple[bool, ...] = (True,)
 ) -> Iterator[tuple[DriverChannel, list[WorkerChannel]]]:
-    """Rank 0's end, and those of workers that are ready; all are closed at last."""
+    """Rank 0's end, and those of workers that are ready; all are closed at the end."""
     with contextlib.ExitStack() as stack:
         driver = DriverChannel(address, len(takes_batches))
         stack.callback(driver.close)

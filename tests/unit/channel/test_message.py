@@ -60,7 +60,7 @@ def test_an_array_that_is_not_kept_is_sent_each_time() -> None:
 
 
 def test_an_object_is_no_array() -> None:
-    with pytest.raises(ValueError, match="dtype object, which is not sent"):
+    with pytest.raises(ValueError, match="dtype object, which is not supported"):
         Encoder().encode(Message("decode", {"one": np.array([{}], object)}))
 
 

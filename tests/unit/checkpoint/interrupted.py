@@ -1,7 +1,7 @@
-"""Run as a script: converts, is killed at random points, goes on, and compares with what was not interrupted.
+"""Run as a script: converts, is killed at random points, resumes, and compares with an uninterrupted run.
 
-A fork for each run, for importing jax takes longer than the conversion. The points are calls that change files (half of
-a write is done where a write is hit), counted in an uninterrupted run, so every one of them is as likely as any other;
+A fork for each run, as importing jax takes longer than the conversion. The points are calls that change files (a write
+that is hit is half done), counted in an uninterrupted run, so that all of them are equally likely;
 with `--timed` they are moments, and the kill comes from outside.
 """
 
@@ -26,7 +26,7 @@ HOOKED = ("pwrite", "write", "fsync", "ftruncate", "rename", "replace", "unlink"
 
 
 class Killer:
-    """Counts the calls of `HOOKED`, and kills the process in the one with a given number."""
+    """Counts the calls of `HOOKED`, and kills the process in the call with a given number."""
 
     def __init__(self, kill_at: int | None) -> None:
         self.count = 0

@@ -27,7 +27,7 @@ NUM_TOKENS = 24
 
 
 def read_bytes() -> int:
-    """What this process had the disk read."""
+    """What this process made the disk read."""
     lines = pathlib.Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 

@@ -1,4 +1,4 @@
-"""Memory that is used again: aligned, large enough, and never of two threads at once."""
+"""Reused memory: aligned, large enough, and never used by two threads at once."""
 
 from __future__ import annotations
 

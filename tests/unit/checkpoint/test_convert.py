@@ -49,7 +49,7 @@ def tensors_of(folder):
 
 @pytest.fixture
 def bf16_folder(goldens, tmp_path):
-    """The golden text model in BF16, with files beside it."""
+    """The golden text model in BF16, with other files next to it."""
     folder = tmp_path / "bf16"
     run(goldens / "tiny_text", folder, form="hf", dtype="bf16")
     (folder / "tokenizer.json").write_text('{"some": "tokenizer"}')
@@ -188,12 +188,12 @@ def test_resuming_what_is_done_does_nothing(goldens, tmp_path):
 
 
 class Stop(Exception):
-    """What a test stops a conversion with."""
+    """Raised by a test to stop a conversion."""
 
 
 @pytest.fixture
 def stopped(goldens, tmp_path, monkeypatch):
-    """A conversion of a copy of the golden text model, stopped half-way; gives source and target."""
+    """A conversion of a copy of the golden text model, stopped half-way; returns source and target."""
     source, target = tmp_path / "source", tmp_path / "out"
     shutil.copytree(goldens / "tiny_text", source)
     stop_after(monkeypatch, 60, Stop())
@@ -218,7 +218,7 @@ def stop_after(monkeypatch, count, error):
 
 def test_an_unfinished_conversion_is_not_overwritten(stopped):
     source, target = stopped
-    with pytest.raises(ValueError, match=r"out\.partial holds an unfinished conversion: go on with --resume"):
+    with pytest.raises(ValueError, match=r"out\.partial holds an unfinished conversion: continue it with --resume"):
         run(source, target, unit_bytes=4096)
     report = run(source, target, unit_bytes=4096, resume=True)
     assert 0 < report.bytes_read < report.num_bytes
@@ -284,7 +284,7 @@ def test_too_little_space_is_told_before_anything_is_written(goldens, tmp_path, 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     for _ in range(2):
-        with pytest.raises(OSError, match=r"the result needs \d+\.\d [kM]B, and 1\.0 kB are free; nothing was written"):
+        with pytest.raises(OSError, match=r"the result needs \d+\.\d [kM]B, but 1\.0 kB are free; nothing was written"):
             run(goldens / "tiny_text", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

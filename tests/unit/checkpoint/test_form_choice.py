@@ -1,4 +1,4 @@
-"""Which form weights are held in: by device, by what is asked for, and by whether there are kernels."""
+"""The form in which weights are held: by device, by request, and by whether there are kernels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_gpus_keep_fp8_and_refuse_integers() -> None:
     assert choose("fp8", GPU).quantization == "stored"
     for asked in ("int8", "int4"):
         with pytest.raises(
-            ValueError, match=f"quantization {asked} is for CPUs: the GPU kernels multiply FP8 and bfloat16"
+            ValueError, match=f"quantization {asked} is for CPUs: the GPU kernels multiply only FP8 and bfloat16"
         ):
             choose(asked, GPU)
     with pytest.raises(ValueError, match="step3 convert SRC DST --to hf --dtype fp8"):

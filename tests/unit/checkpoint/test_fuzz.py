@@ -1,4 +1,4 @@
-"""Files that anyone may have written: whatever they hold, they open or are refused with a ValueError.
+"""Files that anyone could have written: whatever they contain, they open or are refused with a ValueError.
 
 Nothing outside a file is read, nothing outside the folder is opened, and memory stays in proportion to the header.
 `tools/fuzz_safetensors.py` does the same guided by coverage, for hours if wanted.
@@ -49,7 +49,7 @@ ENTRIES = st.one_of(
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[dict[str, object], int]:
-    """A sound header and its bytes of data, with a few of its values replaced."""
+    """A valid header and its bytes of data, with a few of its values replaced."""
     header: dict[str, object] = {}
     position = 0
     for number in range(draw(st.integers(0, 4))):
@@ -62,7 +62,7 @@ def layouts(draw: st.DrawFn) -> tuple[dict[str, object], int]:
         entry = header[name]
         assert isinstance(entry, dict)
         key = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
-        # The second time it may be no list any more.
+        # The second time it may no longer be a list.
         if isinstance(entry[key], list) and entry[key]:
             entry[key][draw(st.integers(0, len(entry[key]) - 1))] = draw(SIZES)
         else:
@@ -205,11 +205,11 @@ def test_a_long_header_is_not_even_read(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", INDEX_FILE])
 def test_pipes_and_links_to_devices_are_not_waited_for(tmp_path: pathlib.Path, name: str) -> None:
     (tmp_path / name).symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match="no plain file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         Checkpoint(tmp_path)
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ValueError, match="no plain file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         Checkpoint(tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_pipes_and_links_to_devices_are_not_waited_for(tmp_path: pathlib.Path, n
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Two shards; beside the folder, a file that no index may reach."""
+    """Two shards and, next to the folder, a file that no index may reach."""
     folder = tmp_path_factory.mktemp("outer") / "model"
     folder.mkdir()
     write_checkpoint(folder, [(name, np.arange(4, dtype=np.float32)) for name in "abc"], max_shard_bytes=32)
@@ -281,7 +281,7 @@ def test_a_name_twice_in_an_index_is_refused(sharded: pathlib.Path) -> None:
     (sharded / INDEX_FILE).write_text(
         f'{{"weight_map": {{"a": "{file}", "b": "{file}", "a": "../secret.safetensors"}}}}'
     )
-    with pytest.raises(ValueError, match="'a' stands there twice"):
+    with pytest.raises(ValueError, match="'a' appears twice"):
         Checkpoint(sharded)
 
 

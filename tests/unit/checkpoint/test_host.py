@@ -1,4 +1,4 @@
-"""Weights on a CPU: held as stored or quantised while they are read, in no more memory than the file's."""
+"""Weights on a CPU: kept as stored or quantised while they are read, in no more memory than the file's size."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_model_as_stored_takes_the_files_memory(middling, with_kernels):
         tracemalloc.stop()
     assert held <= 1.05 * stored
     assert taken <= 1.05 * stored
-    # The system's view: what threads read with stays, and pages are counted whole.
+    # The system's view: the threads' read buffers stay, and whole pages are counted.
     assert grown <= 1.05 * stored + 2**21 * load.NUM_READERS
 
 

@@ -1,4 +1,4 @@
-"""Inspection: all that is wrong is found at once, from headers alone."""
+"""Inspection: everything wrong is found at once, from headers alone."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_lost_and_cut_shards_are_findings_beside_what_they_held(tmp_path: pathli
 
 def test_a_file_is_checked_for_what_it_holds(tmp_path: pathlib.Path) -> None:
     folder = write_holes(tmp_path, "step3-fp8")
-    # The scales stand behind all weights, in other files.
+    # The scales come after all weights, in other files.
     for name in ("model-00030-of-00088.safetensors", "model-00088-of-00088.safetensors"):
         found = inspect_checkpoint(folder / name)
         assert not found.problems

@@ -24,7 +24,7 @@ GROUPS = pathlib.Path("/sys/fs/cgroup")
 
 @contextlib.contextmanager
 def control_group(limit_bytes: int) -> Iterator[pathlib.Path]:
-    """A control group with a limit of memory, of either version; skips the test where none can be made."""
+    """A control group with a memory limit, of either version; skips the test where none can be made."""
     lines = pathlib.Path("/proc/self/cgroup").read_text().splitlines()
     paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
     if "memory" in paths:

@@ -1,4 +1,4 @@
-"""Loading: everything wrong is said at once, and what is loaded is what was stored."""
+"""Loading: everything wrong is reported at once, and what is loaded is what was stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from step3_jax.quant import BlockScaled, dequantise
 
 @pytest.fixture
 def copy(goldens, tmp_path):
-    """Copies a golden model, changes its tensors, and gives the folder."""
+    """Copies a golden model, changes its tensors, and returns the folder."""
 
     def make(name, change=None, folder_name=None):
         folder = tmp_path / (folder_name or name)
@@ -44,7 +44,7 @@ def copy(goldens, tmp_path):
 
 
 def check_error(folder, *parts):
-    with pytest.raises(ValueError, match="does not hold the model") as error:
+    with pytest.raises(ValueError, match=r"does not match its config\.json") as error:
         load_model(folder)
     for part in parts:
         assert part in str(error.value)
@@ -110,7 +110,7 @@ def _with_scales(dtype):
     def change(tensors):
         for name in tensors:
             if name.endswith("_scale_inv"):
-                # Powers of two, which every dtype holds.
+                # Powers of two, which every dtype represents.
                 tensors[name] = (2.0 ** np.round(np.log2(tensors[name]))).astype(dtype)
 
     return change
@@ -182,7 +182,7 @@ def test_scales_belong_to_fp8_tensors(copy):
 
     check_error(
         copy("tiny_fp8", change),
-        f"it should not have (scales belong to FP8 tensors alone): {name}_scale_inv",
+        f"it should not have (only FP8 tensors have scales): {name}_scale_inv",
         "missing: model.layers.0.mlp.up_proj.weight_scale_inv",
         "gate_proj.weight_scale_inv is [4, 2], [4, 2, 2] needed",
         "up_proj.weight_scale_inv is I32, BF16 or F32 or F16 or F64 or F8_E8M0 needed",
@@ -303,12 +303,12 @@ def test_a_model_on_the_cpu_takes_the_memory_of_its_weights_once(stacks, dtype):
     folder, _, total = stacks
     total = total * jnp.dtype(dtype).itemsize // 4
     peak, model = peak_of_host_memory(folder, dtype)
-    # Besides, there are the buffers in which threads cast.
+    # In addition there are the buffers in which threads cast.
     assert peak < total + 2**21 * load.NUM_READERS
     del model
     before = anonymous_bytes()
     model = load_model(folder, dtype)
-    # JAX has taken the arrays as they are.
+    # JAX has taken the arrays without a copy.
     assert anonymous_bytes() - before < 1.3 * total
     assert model.config.dtype == dtype
 
@@ -333,7 +333,7 @@ def test_hub_names_missing_folders_and_files(tmp_path, goldens):
         ("stepfun-ai/step3", "hf download stepfun-ai/step3"),
         ("models/none", "there is no folder models/none; give"),
         (tmp_path / "none", "there is no folder"),
-        (tmp_path, "holds no config.json"),
+        (tmp_path, "has no config.json"),
         (goldens / "tiny_text" / "config.json", "is a file"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The record of a conversion: it survives a kill at any byte, and refuses what is not the same."""
+"""The record of a conversion: it survives a kill at any byte, and refuses anything that differs."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ needs_library = pytest.mark.skipif(
 
 @pytest.fixture
 def reports(monkeypatch):
-    """What became of the bytes of each load."""
+    """What happened to the bytes of each load."""
     found = []
 
     def info(text, *args):
@@ -52,7 +52,7 @@ def test_what_needs_no_change_is_not_copied(goldens, tmp_path, reports):
     copied = load_model(tmp_path / "model", "float32")
     mapped, plain = reports
     total = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
-    # Norms, convolutions and biases are cast; that is little of a model of size.
+    # Norms, convolutions and biases are cast; that is little of a large model.
     assert mapped.mapped_bytes > 0.8 * total
     assert plain.mapped_bytes == 0
     assert mapped.mapped_bytes + sum(mapped.copied_bytes.values()) == sum(plain.copied_bytes.values())

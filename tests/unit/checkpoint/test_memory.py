@@ -1,4 +1,4 @@
-"""What is left of memory, read from a made system."""
+"""Available memory, read from a fake system."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MEMINFO = "MemTotal: 16000 kB\nMemAvailable: 8000 kB\nSwapFree: 1000 kB\nHugePag
 
 @pytest.fixture
 def system(tmp_path):
-    """Writes files of a system and gives its root."""
+    """Writes a system's files and returns its root."""
 
     def write(**files):
         for name, text in {"proc/meminfo": MEMINFO, "proc/self/status": "VmSize: 100 kB\n", **files}.items():

@@ -36,7 +36,7 @@ MODELS = ("tiny_text", "tiny_vl", "tiny_fp8")
 
 @pytest.fixture(scope="module")
 def orbax_folders(goldens, tmp_path_factory):
-    """The golden models in Orbax form, cut in many chunks."""
+    """The golden models in Orbax form, cut into many chunks."""
     folder = tmp_path_factory.mktemp("orbax")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(orbax_io, "SMALL_BYTES", 512)
@@ -150,7 +150,7 @@ def test_one_role_is_restored_alone(orbax_folders, tmp_path):
 
 
 def test_every_sharding_gets_its_parts(orbax_folders, goldens):
-    """On eight devices, which a process chooses before jax starts: so in a process of its own."""
+    """On eight devices, which must be chosen before jax starts, hence in a separate process."""
     code = """
         import sys, jax, numpy as np
         jax.config.update("jax_num_cpu_devices", 8)
@@ -225,8 +225,8 @@ def test_a_truncated_chunk_is_an_error(orbax_folders, tmp_path):
         ("", "cannot be read"),
         ("[]", "list where a JSON object is needed"),
         ("{}", "no tree_metadata"),
-        ('{"tree_metadata": {"nonsense": {}}}', "no list of keys"),
-        ('{"tree_metadata": {"[1": {}}}', "no list of keys"),
+        ('{"tree_metadata": {"nonsense": {}}}', "not a list of keys"),
+        ('{"tree_metadata": {"[1": {}}}', "not a list of keys"),
         ('{"tree_metadata": {"(\'../../x\',)": {}}}', "only plain names"),
         ("{\"tree_metadata\": {\"('other', 'tree')\": {}}}", "no parameters of Step3"),
         ("{\"tree_metadata\": {\"('text', 'norm', 'weight')\": {}}}", "cannot be read"),
@@ -257,7 +257,7 @@ def test_a_damaged_array_is_refused(tmp_path, header):
 def test_what_is_no_checkpoint_has_no_item(tmp_path):
     assert find_item(tmp_path) is None
     assert find_item(tmp_path / "nowhere") is None
-    with pytest.raises(ValueError, match="holds no Orbax checkpoint"):
+    with pytest.raises(ValueError, match="has no Orbax checkpoint"):
         OrbaxCheckpoint(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Bands and where their bytes lie: what is cut is whole, what is written is read back, chunks are Zarr's."""
+"""Bands and where their bytes are: cuts are complete, what is written is read back, chunks are Zarr's."""
 
 from __future__ import annotations
 

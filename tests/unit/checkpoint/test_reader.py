@@ -1,4 +1,4 @@
-"""Reading bands to their places in an array: the same values as of the whole tensor, whatever the form and dtype."""
+"""Reading bands into their places in an array: the same values as the whole tensor, whatever the form and dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversion that is killed goes on to the same result, byte for byte, and does nothing twice."""
+"""A killed conversion resumes to the same result, byte for byte, and does nothing twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources as other tools write them: dtypes, templates and what lies beside the weights."""
+"""Sources as other tools write them: dtypes, templates and files next to the weights."""
 
 from __future__ import annotations
 

@@ -26,14 +26,14 @@ ALL = Arrangement(stacks=True, fuses=True, quantises=True)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A model with weights in FP8 and others beside them."""
+    """A model with weights in FP8 and others next to them."""
     path = tmp_path_factory.mktemp("model") / "saved"
     save_model(Step3(CONFIG, rngs=nnx.Rngs(0)), path, quantise_fp8=True)
     return path
 
 
 def one_device() -> Layout:
-    """So that a CPU is loaded to as other devices are."""
+    """Makes loading treat a CPU like other devices."""
     return make_layout(Parallel(ep=1), jax.devices()[:1])
 
 

@@ -1,4 +1,4 @@
-"""Parts of a tensor that is seen with more axes than it has."""
+"""Parts of a tensor viewed with more axes than it has."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_heads_of_queries_keys_and_values_are_three_pieces() -> None:
 
 @pytest.mark.parametrize("view", [(5, 24), (3, 5, 8), (24, 5, 2)])
 def test_another_number_or_order_of_elements_is_no_view(view: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"is no view of an array of shape \(24, 5\)"):
+    with pytest.raises(ValueError, match=r"is not a view of an array of shape \(24, 5\)"):
         read_view(lambda part: np.zeros(1), (24, 5), view, [slice(0, size) for size in view])
 
 

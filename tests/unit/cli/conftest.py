@@ -1,4 +1,4 @@
-"""What the commands' tests share: a small model folder with random weights, and a compile cache of their own."""
+"""What the commands' tests share: a small model folder with random weights, and a separate compile cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="session")
 def compile_cache_folder() -> str:
-    """The one of all tests: each command loads the model anew, and would compile it anew."""
+    """Shared by all tests: each command reloads the model, and would recompile it."""
     return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 

@@ -40,7 +40,7 @@ def test_a_mistake_is_told_before_anything_is_measured(options, said, capsys):
 
 
 def test_benches_write_their_sections_to_one_file(tmp_path: pathlib.Path, capsys, monkeypatch):
-    # One layer less compiles in half the time.
+    # With one layer less it compiles in half the time.
     monkeypatch.setitem(bench.PRESETS, "tiny", (128, 1))
     monkeypatch.setattr(bench_engine, "_MEMORY_MODEL", (128, 1))
     file, lengths = tmp_path / "engine.json", tmp_path / "lengths.jsonl"

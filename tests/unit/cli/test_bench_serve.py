@@ -1,4 +1,4 @@
-"""`step3 bench serve` against a service that answers as written down."""
+"""`step3 bench serve` against a service with scripted answers."""
 
 from __future__ import annotations
 

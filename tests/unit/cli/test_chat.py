@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("private_compile_cache")
 
 @pytest.fixture
 def talk(random_model_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Pipes lines into `step3 chat`; gives exit code, stdout and stderr."""
+    """Pipes lines into `step3 chat`; returns exit code, stdout and stderr."""
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
@@ -117,7 +117,7 @@ def test_a_full_conversation_goes_on_without_its_oldest_turns(
     assert 0 < len(roles) // 2 < 12
     assert talk.messages[-2]["content"] == "Question number 11, in a few words?"
     said = capsys.readouterr().err
-    assert "the conversation is full, 192 tokens: the oldest turn was left out; /reset begins anew" in said
+    assert "the conversation is full, 192 tokens: the oldest turn was left out; /reset starts over" in said
 
 
 def test_an_image_is_refused_by_a_model_without_a_vision_tower(

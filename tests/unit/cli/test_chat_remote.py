@@ -1,4 +1,4 @@
-"""`step3 chat --url` against a service that answers as written down."""
+"""`step3 chat --url` against a service with scripted answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def talk(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Talk:
-    """Pipes lines into the command; gives exit code, stdout and stderr."""
+    """Pipes lines into the command; returns exit code, stdout and stderr."""
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))

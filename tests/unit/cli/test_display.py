@@ -1,4 +1,4 @@
-"""What of an output goes to stdout and to stderr."""
+"""Which part of an output goes to stdout and which to stderr."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("private_compile_cache")
 
 @pytest.fixture
 def ask(random_model_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
-    """Runs `step3 generate` with the random model; gives the object of --json."""
+    """Runs `step3 generate` with the random model; returns the object of --json."""
 
     def run(*options: str) -> dict:
         assert main(["generate", str(random_model_path), "--json", *options]) == 0

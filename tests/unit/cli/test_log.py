@@ -14,7 +14,7 @@ from step3_jax.cli.log import read_level, start_log
 
 @pytest.fixture(autouse=True)
 def _logger() -> Iterator[None]:
-    """The package's logger is left as it was."""
+    """Restores the package's logger."""
     logger = logging.getLogger("step3_jax")
     handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
     yield

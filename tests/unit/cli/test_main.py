@@ -1,4 +1,4 @@
-"""The command line's frame: help, mistakes in one line, exit codes."""
+"""The command line's framework: help, one-line mistakes, exit codes."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def test_debug_shows_where(
         ("bench decode --zzz", "step3 bench decode has no option --zzz (see step3 bench decode"),
         (
             "launch --local 2 generate -p hi",
-            "-p is no option of step3 launch: the command that it starts comes after --",
+            "-p is not an option of step3 launch: the command to start comes after --",
         ),
-        ("inspect a b", "'b' is one word too many (see step3 inspect"),
+        ("inspect a b", "'b' is an unexpected argument (see step3 inspect"),
     ],
 )
 def test_a_word_too_many_is_answered_by_the_command_that_it_was_given_to(

@@ -25,7 +25,7 @@ STUCK = """
     handler = process.handle_interrupts()
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)
-    # Said once the main thread is in there.
+    # Printed once the main thread is in there.
     threading.Timer(0.5, print, ["stuck"], {{"flush": True}}).start()
     with {where}:
         libc.pthread_mutex_lock(mutex)

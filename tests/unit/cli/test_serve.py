@@ -1,4 +1,4 @@
-"""`step3 serve`: its options, and what is told before anything is loaded."""
+"""`step3 serve`: its options, and what is reported before anything is loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_key_may_be_in_the_environment_where_no_other_user_reads_it(monkeypatc
     ("words", "said"),
     [
         (["--port", "70000"], "port is 70000; a whole number from 0 to 65535"),
-        (["--ssl-keyfile", "key.pem"], "give both or none"),
+        (["--ssl-keyfile", "key.pem"], "give both or neither"),
         (["--max-n", "0"], "max_n is 0; a whole number of at least 1"),
         (["--api-key", ""], "api_key is ('',)"),
         (["--reasoning-parser", "deepseek"], "'step3', 'none'"),

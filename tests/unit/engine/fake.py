@@ -42,7 +42,7 @@ def expected(prompt: Sequence[int], count: int, stop_ids: Sequence[int] = ()) ->
 
 
 class _Failing(Started[object]):
-    """A call whose failure shows when its result is asked for."""
+    """A call whose failure shows when its result is requested."""
 
     def result(self) -> object:
         raise self._value

@@ -1,4 +1,4 @@
-"""Requests on the shipped model that are aborted at any moment leave nothing behind, and the others are not touched."""
+"""Requests on the shipped model that are aborted at any moment leave nothing behind and do not affect the others."""
 
 from __future__ import annotations
 

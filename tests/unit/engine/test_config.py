@@ -83,7 +83,7 @@ def test_a_printed_configuration_is_read_as_the_same(tmp_path: pathlib.Path) -> 
         ("max_num_seqs: many", "engine.yaml: max_num_seqs is 'many'"),
         ("- 3", "engine.yaml holds list; a mapping of settings is needed"),
         ("a: [", "engine.yaml is not valid YAML"),
-        ("deployment: 3", "engine.yaml: deployment is 3; a mapping, or the name of a deployment file"),
+        ("deployment: 3", "engine.yaml: deployment is 3; it must be a mapping or the name of a deployment file"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path: pathlib.Path, text: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Constrained sequences in the core, by a matcher without a grammar: their tokens, and what others notice of them."""
+"""Constrained sequences in the core, by a matcher without a grammar: their tokens, and their effect on others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rule_of(rule: Callable[[Sequence[int]], set[int]] = digit_rule, begins_after
 
 
 def ruled(prompt: Sequence[int], count: int, rule=digit_rule, num_free: int = 0) -> tuple[int, ...]:
-    """What a prompt gets under a rule that begins behind `num_free` tokens."""
+    """What a prompt gets under a rule that starts after `num_free` tokens."""
     ids = [*prompt, *expected(prompt, num_free)]
     while len(ids) < len(prompt) + count:
         ids.append(next_allowed(mask_of(rule(ids[len(prompt) + num_free :]), VOCAB_SIZE), next_token(ids)))
@@ -44,7 +44,7 @@ def constrained(name: str, prompt: list[int], constraint: Rule, max_tokens: int 
 
 @pytest.mark.parametrize("speculation", [None, {"method": "ngram", "num_speculative_tokens": 4}])
 def test_every_token_is_allowed_and_company_gets_what_it_gets_alone(speculation: dict[str, object] | None) -> None:
-    """Where tokens are guessed, they are for the company alone."""
+    """Where tokens are guessed, only the other rows use them."""
     core = make_core(FakeExecutor(), speculative_config=speculation)
     prompts = [prompt_of(70, start) for start in range(4)]
     sinks = [add(core, constrained(f"c{place}", prompts[place], rule_of())) for place in range(2)]
@@ -116,7 +116,7 @@ def test_reasoning_is_free_and_takes_many_steps_a_call(place: int) -> None:
     assert sink.ids() == ruled(PROMPT, 60, num_free=num_free)
     assert sink.ids()[:num_free] == free[:num_free]
     assert sink.finish() == "stop"
-    # One for the first token, then 8 steps a call, and one a token afterwards.
+    # One for the first token, then 8 steps per call, and one per token afterwards.
     most = 1 + -(-(num_free - 1) // 8)
     assert executor.calls.count("decode") == most + 31 - 12
 
@@ -155,8 +155,8 @@ def test_a_matcher_that_fails_ends_its_request_alone() -> None:
     run(core)
     assert [sink.finish() for sink in sinks] == ["failed", "failed"]
     assert [len(sink.ids()) for sink in sinks] == [0, 5]
-    assert sinks[1][-1].error == "its structured output cannot go on: it has too many items"
-    assert "no token may come next" in nothing[-1].error
+    assert sinks[1][-1].error == "its structured output cannot continue: it has too many items"
+    assert "no token is allowed next" in nothing[-1].error
     assert other.ids() == expected(PROMPT, 20)
     check_pages(core)
     assert core.allocator.num_free == core.allocator.num_pages

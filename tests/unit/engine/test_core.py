@@ -33,7 +33,7 @@ class Sink(list[SequenceOutput]):
 
 
 def make_core(executor: FakeExecutor, num_pages: int = 12, max_model_len: int = 640, **values: object) -> EngineCore:
-    """A core whose shards have so many pages each."""
+    """A core whose shards have the given number of pages each."""
     memory = num_pages * page_bytes(executor.config.text, "float32")
     given = {"max_num_seqs": 4 * executor.num_shards, "max_num_batched_tokens": 128 * executor.num_shards}
     config = EngineConfig(kv_cache_memory_bytes=memory, **(given | values))
@@ -273,7 +273,7 @@ def test_an_image_is_found_by_its_pixels() -> None:
 
 
 def test_a_prompt_goes_on_while_a_stop_string_is_looked_for_in_what_was_generated() -> None:
-    """With a stop string the next call waits until the text was looked at; without, it is dispatched before."""
+    """With a stop string the next call waits until the text has been checked; without one it is dispatched before."""
     for stop, calls in ((["x"], 1), ([], 2)):
         executor = FakeExecutor()
         core = make_core(executor)

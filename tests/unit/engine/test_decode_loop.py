@@ -1,4 +1,4 @@
-"""The decode loop over a model of pairs: guesses change how many steps it takes, and nothing of what comes out."""
+"""The decode loop over a model of pairs: guesses change how many steps it takes, and nothing in the output."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_guesses_change_nothing_of_what_comes_out(seed: int, leave_early: bool) 
 
 
 def repeating(max_tokens: list[int]) -> tuple[np.ndarray, list[Row]]:
-    """A model that counts 0, 1, ... 5 and begins again, and rows that may get so many tokens."""
+    """A model that counts 0, 1, ... 5 and starts over, and rows that may get the given numbers of tokens."""
     weights = np.zeros((VOCAB_SIZE,) * 3, np.float32)
     for token in range(6):
         weights[:, token, (token + 1) % 6] = 9.0
@@ -211,7 +211,7 @@ def test_a_row_gets_no_more_than_it_has_pages_for_and_the_call_ends_there() -> N
     cache, report = call_once(weights, rows, max_new)
     assert report.num_new.tolist() == [7, 9, 10]
     for row, cached, most, count in zip(rows, cache, max_new, report.num_new, strict=True):
-        # Nothing is written past what the row has room for.
+        # Nothing is written past the room that the row has.
         before = len(row.prompt) - 1
         assert (cached[before + most :] == -1).all()
         assert (cached[: before + count] >= 0).all()

@@ -1,4 +1,4 @@
-"""Continuous batching: who joins, leaves and is aborted while others run, and that no output shows it."""
+"""Continuous batching: requests join, leave and are aborted while others run, and no output shows it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(core: EngineCore) -> None:
 
 @pytest.fixture(scope="module")
 def alone(llm: LLM) -> list[tuple[int, ...]]:
-    """What each prompt gets by itself, read whole."""
+    """What each prompt gets by itself, in one chunk."""
     return [llm.generate(prompt, greedy(20))[0].outputs[0].token_ids for prompt in PROMPTS]
 
 
@@ -80,7 +80,7 @@ def test_requests_join_and_leave_while_others_run_and_get_what_they_get_alone(
     sinks: list[Sink] = []
     sizes = []
     while len(sinks) < len(lengths) or core.has_work:
-        # One more each round, with pieces of two tokens, so that all kinds of company come about.
+        # One more each round, with pieces of two tokens, so that all kinds of combinations occur.
         if len(sinks) < len(lengths):
             sinks.append(add(core, request(len(sinks), lengths[len(sinks)], steps=2)))
         core.step()
@@ -177,7 +177,7 @@ def test_an_interrupted_call_loses_nothing_and_the_engine_goes_on(
 
 
 def test_penalties_and_logprobs_go_on_across_calls(runner: Runner) -> None:
-    """Counts are made anew from the history at each call, so the number of calls must not matter."""
+    """Counts are recomputed from the history at each call, so the number of calls must not matter."""
     params = SamplingParams(
         temperature=0, max_tokens=12, ignore_eos=True, frequency_penalty=1.5, repetition_penalty=1.2, logprobs=2
     )
@@ -217,7 +217,7 @@ def test_other_formats_of_the_cache_serve(runner: Runner, alone: list[tuple[int,
     sink = add(core, request(3, 20))
     run(core)
     assert len(sink.ids()) == 20
-    # Random weights: rounding soon leads elsewhere.
+    # Random weights: rounding soon makes them diverge.
     assert sink.ids()[0] == alone[3][0]
 
 

@@ -24,7 +24,7 @@ BOS, EOT = 256, 257
 PROMPTS = [[1, 2, 3], [4, 9, 33, 7, 8], list(range(10, 40)), [77]]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 DRAWN = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=3, max_tokens=12, logprobs=3)
-# Any of these in one batch makes one program, which has every control.
+# Any of these in a batch selects one program, which has every control.
 MIXED = [
     SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
     SamplingParams(temperature=0.9, seed=11, top_p=0.8, presence_penalty=1.5, frequency_penalty=0.2, max_tokens=12),
@@ -117,7 +117,7 @@ def testend_tokens_end_and_are_left_out(llm: LLM) -> None:
 
 
 def test_a_stop_string_cuts_the_text_and_the_tokens(llm: LLM) -> None:
-    # Letters alone, so that the text can be cut anywhere.
+    # Only letters, so that the text can be cut anywhere.
     letters = dict.fromkeys(range(97, 107), 40.0)
     params = {"temperature": 1.0, "seed": 2, "max_tokens": 40, "logit_bias": letters}
     whole = only(llm.generate("go", SamplingParams(**params)))

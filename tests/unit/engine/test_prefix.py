@@ -1,4 +1,4 @@
-"""Tokens are the same with what the prefix cache has and without it."""
+"""Tokens are the same with and without the prefix cache's content."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPTS = [START + [1, 2, 3], OTHER + [4], START + [5], START[:128], START + [1,
 
 
 def answers(llm: LLM, params: SamplingParams) -> list[tuple[int, ...]]:
-    """One after another, so that each finds what the ones before it left."""
+    """One after another, so that each finds what the earlier ones left."""
     return [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in PROMPTS]
 
 

@@ -24,7 +24,7 @@ NUM_PAGES = 12
 
 @dataclasses.dataclass
 class Clerk:
-    """A scheduler, with what it must keep to."""
+    """A scheduler, with the invariants it must keep."""
 
     scheduler: Scheduler
     allocator: PageAllocator
@@ -269,7 +269,7 @@ def test_whatever_comes_pages_and_slots_add_up(actions: list[tuple[str, int, int
             scheduler.preempt_all()
         scheduler.admit()
         own.check()
-        # Something always runs if anything waits: an empty engine takes the next one.
+        # Something always runs if anything waits: an empty engine admits the next request.
         assert scheduler.running or not scheduler.num_waiting
     for one in arrived:
         scheduler.release(one)

@@ -105,7 +105,7 @@ def test_a_stream_has_no_longer_pieces_and_threads_share_calls(guessing: LLM, ll
 
 @pytest.mark.slow
 def test_no_copy_of_the_cache_is_in_the_loop_with_guesses(runner: Runner) -> None:
-    """Of one row: its step without guesses writes one row to the cache, that with guesses several."""
+    """For one row: its step without guesses writes one row to the cache, one with guesses writes several."""
     num_rows, num_pages, width = 1, 37, 8
     cache = jax.eval_shape(lambda: runner.allocate_cache(num_pages, "float32"))
     rows = [SamplingRow(SamplingParams(temperature=0), 9, (0, 0), ())] * num_rows

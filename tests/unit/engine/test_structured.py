@@ -1,4 +1,4 @@
-"""Outputs of a given form, on the shipped model with llguidance."""
+"""Structured outputs, on the shipped model with llguidance."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TOOLS = [
     }
 ]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-# No reasoning, so that the form begins with the first token.
+# No reasoning, so that the structured output starts with the first token.
 RAW = "The capital of France is"
 
 

@@ -1,4 +1,4 @@
-"""Threads that share an engine: whoever steps, all others have their outputs when that step ends."""
+"""Threads that share an engine: whichever steps, all others have their outputs when that step ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_STEPS = 4
 
 
 class TwoRequests:
-    """A core whose request "short" gets a token in each step, and "long" one in the last step alone.
+    """A core whose request "short" gets a token in each step, and "long" one only in the last step.
 
     Attributes:
       taken: Set by the test for each token of "short" that it has.

@@ -95,7 +95,7 @@ def test_nothing_is_compiled_over_a_mixed_load(model: Step3, tokenizer: Tokenize
         for index in range(len(prompts))
     ]
     cold = llm.generate(prompts, params)
-    # The same again finds its prefixes; streams, of which some are given up; one alone.
+    # The same again finds its prefixes; streams, some of which are abandoned; one alone.
     warm = llm.generate(prompts, params)
     for index, _ in enumerate(llm.generate(prompts, params, stream=True)):
         if index == 9:

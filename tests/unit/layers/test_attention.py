@@ -23,7 +23,7 @@ HEAD_DIM, THETA = 8, 500000.0
 
 
 def rotate(vector, position):
-    """Neox: pair (i, i + K/2) turned by position * theta^(-2i/K)."""
+    """Neox: pair (i, i + K/2) rotated by position * theta^(-2i/K)."""
     half = HEAD_DIM // 2
     out = np.empty(HEAD_DIM)
     for i in range(half):

@@ -1,4 +1,4 @@
-"""Image features take the places they are given, and no other."""
+"""Image features go to the places they are given, and no others."""
 
 from __future__ import annotations
 

@@ -50,5 +50,5 @@ def test_bfloat16_tokens_are_routed_in_float32(hidden_and_weight):
 @pytest.mark.parametrize("top_k", [0, -1, 7])
 def test_impossible_top_k(hidden_and_weight, top_k):
     hidden, weight = (jnp.asarray(array) for array in hidden_and_weight)
-    with pytest.raises(ValueError, match=f"top_k is {top_k}; allowed: 1 to the 6 experts"):
+    with pytest.raises(ValueError, match=f"top_k is {top_k}; allowed: 1 to 6, the number of experts"):
         route(hidden, weight, top_k=top_k)

@@ -1,4 +1,4 @@
-"""Quantised rows: made once, read as they are, plain where that is asked for."""
+"""Quantised rows: made once, read unchanged, plain on request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_plain_rows_are_those_that_were_kept() -> None:
     rows = as_rows(HIDDEN)
     assert as_plain(HIDDEN) is HIDDEN
     assert as_plain(Rows(rows.values, rows.scales, HIDDEN, rows.dtype)) is HIDDEN
-    with pytest.raises(ValueError, match="in their quantised form alone"):
+    with pytest.raises(ValueError, match="only the quantised form"):
         as_plain(rows)
 
 

@@ -104,7 +104,7 @@ def test_active_parameters_are_those_of_the_release() -> None:
 
 def test_decoding_multiplies_with_the_active_weights_and_reads_the_context() -> None:
     flops = decode_flops(STEP3.text, 8192)
-    # 4 a head's column, token and layer: 2 of the scores, 2 of the values.
+    # 4 per head's column, token and layer: 2 for the scores, 2 for the values.
     assert flops.pop(CORE_ATTENTION) == 4 * 64 * 256 * 61 * 8192
     assert sum(flops.values()) == 2 * sum(active_parameters(STEP3.text))
 

@@ -1,4 +1,4 @@
-"""Deployment files: the shipped ones are what they say, and a mistake in one is told with its key."""
+"""Deployment files: the shipped ones are what they say, and a mistake in one is reported with its key."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_experts_go_over_instances_and_widths_inside_one_unless_the_file_says_el
         ({"afd": "2a2f", "microbatches": 5}, "5 micro-batches; allowed: 1 to 4"),
         ({"afd": "2a2f", "ffn": {"tp": 3}}, "dp x tp must be 2"),
         ({"afd": "2a2f", "ffn": {"tp": 2, "ep": 3}}, "ep a divisor"),
-        ({"afd": "2a2f", "devices": 4}, "devices has no place here"),
-        ({"afd": "2a2f", "parallel": {"dp": 2}}, "parallel has no place here"),
-        ({"afd": "off", "devices": 4, "payload": "fp8"}, "payload has no place here"),
+        ({"afd": "2a2f", "devices": 4}, "devices is not allowed here"),
+        ({"afd": "2a2f", "parallel": {"dp": 2}}, "parallel is not allowed here"),
+        ({"afd": "off", "devices": 4, "payload": "fp8"}, "payload is not allowed here"),
         ({"afd": "2a2f", "mm_encoder_tp_mode": "copy"}, "mm_encoder_tp_mode is 'copy'; allowed: weights, data"),
         ({"afd": "2a2f", "weights": "int8"}, "weights is 'int8'; allowed: float32, bfloat16, fp8"),
         ({"afd": "2a2f", "device_memory_gib": 0}, "device_memory_gib is 0; a number above 0"),
@@ -79,7 +79,7 @@ def test_what_cannot_be_is_refused(values: dict[str, object], message: str) -> N
 def test_a_wrong_file_is_named(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("afd: [", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"mine\.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"mine\.yaml is not YAML"):
         load_deployment(file)
     file.write_text("- afd", encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine\.yaml holds list"):
@@ -121,5 +121,5 @@ def test_a_file_keeps_how_images_are_encoded(afd: str) -> None:
 def test_the_ffn_side_may_be_of_another_kind() -> None:
     found = parse_deployment("x", {"afd": "1a1f", "hardware": "h20", "ffn_hardware": "h800"})
     assert (found.hardware, found.ffn_hardware) == ("h20", "h800")
-    with pytest.raises(ValueError, match="ffn_hardware has no place here"):
+    with pytest.raises(ValueError, match="ffn_hardware is not allowed here"):
         parse_deployment("x", {"afd": False, "devices": 4, "ffn_hardware": "h800"})

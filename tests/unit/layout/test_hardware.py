@@ -67,7 +67,7 @@ def test_an_unknown_name_lists_those_there_are() -> None:
     ("text", "message"),
     [
         ("[1]", "a mapping is needed"),
-        ("memory_gib: [", "is no YAML"),
+        ("memory_gib: [", "is not YAML"),
         ("memory_gib: -1", "above 0 is needed"),
         ("memory_gib: 80\nprice: 3", "unknown key price"),
     ],

@@ -10,7 +10,7 @@ from step3_jax.config import ModelConfig
 from step3_jax.layout.page import KV_CACHE_DTYPES, count_pages, kv_bytes_per_token, page_bytes, pages_for
 
 STEP3 = ModelConfig.preset("step3").text
-# Keys and values of 256 in 61 layers; FP8 has a float32 scale a row, INT4 a bfloat16 one for 64 columns.
+# Keys and values of 256 in 61 layers; FP8 has a float32 scale per row, INT4 a bfloat16 one per 64 columns.
 PUBLISHED = {"float32": 124_928, "bfloat16": 62_464, "fp8": 31_720, "int4": 16_592}
 
 

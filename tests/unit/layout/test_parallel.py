@@ -31,7 +31,7 @@ def test_every_way_to_divide_the_devices_is_listed_once() -> None:
 @settings(max_examples=60)
 @given(st.sampled_from(list_parallels(16) + list_parallels(24) + list_parallels(7)), st.booleans())
 def test_what_divides_the_whole_model_divides_each_role(parallel: Parallel, is_fp8: bool) -> None:
-    """And what keeps a role from it keeps the whole model from it."""
+    """And whatever a role cannot use, the whole model cannot either."""
     block = (128, 128) if is_fp8 else None
     both, attention, ffn = (find_problems(parallel, STEP3, block, role) for role in (BOTH, ATTENTION, FFN))
     assert sorted(both) == sorted(attention + ffn)

@@ -1,4 +1,4 @@
-"""The room as a whole: what it may bring with it."""
+"""The package as a whole: what it may import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of ticks: what each role computes is what the other has sent it, in time, whatever is in flight."""
+"""The order of ticks: each role computes what the other has sent it, in time, whatever is in flight."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ CASES = [(layers, count) for layers in (1, 2, 5) for count in (1, 2, 3, 4)]
 
 
 def run_rotations(schedule: Schedule, num_rotations: int) -> list[tuple[int, Item | None, Item | None]]:
-    """For each tick of some rotations: the tick, what attention finds that has come back, what the FFN side finds."""
+    """For each tick of some rotations: the tick, what has come back to attention, and what the FFN side has."""
     found = []
-    # What waits for its exchange, and what has come by the last one.
+    # What waits for its exchange, and what arrived with the last one.
     fresh: dict[str, Item | None] = {"attention": None, "ffn": None}
     arrived: dict[str, Item | None] = {"attention": None, "ffn": None}
     for tick in range(num_rotations * schedule.num_ticks):

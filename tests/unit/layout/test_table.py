@@ -37,5 +37,5 @@ def test_experts_and_their_width_are_cut_along_different_axes() -> None:
 
 
 def test_an_array_cannot_lie_twice_on_one_axis_of_the_mesh() -> None:
-    with pytest.raises(ValueError, match="would lie twice on tensor_expert"):
+    with pytest.raises(ValueError, match="would be sharded twice along tensor_expert"):
         assign_axes(("experts", "width"))

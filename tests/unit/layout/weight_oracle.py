@@ -1,6 +1,6 @@
 """Bytes of weights that one device holds, from the sizes of the model alone.
 
-The rules of the tables in `step3_jax/layout/`, written down a second time as sums that use neither: both must come out the
+The rules of the tables in `step3_jax/layout/`, restated as sums that use neither: both must come out the
 same.
 """
 

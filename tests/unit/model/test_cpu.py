@@ -29,7 +29,7 @@ def kernels():
 
 
 def held_in(form):
-    """A model of its own, see `make_model`."""
+    """A separate model, see `make_model`."""
     return copy_module(make_model(form))
 
 
@@ -68,7 +68,7 @@ def test_matrices_stay_as_stored_and_the_rest_is_widened():
     assert isinstance(layer.attention.self_attn.wq.weight.get_value(), BlockScaled)
     assert prepared.text.embed_tokens.weight.get_value().dtype == jnp.bfloat16
     assert layer.attention.input_layernorm.weight.get_value().dtype == jnp.float32
-    # The model that was given is as before.
+    # The given model is unchanged.
     assert model.text.layers[1].attention.input_layernorm.weight.get_value().dtype == jnp.bfloat16
     assert model.text.lm_head.cpu_kernels is None
 

@@ -1,4 +1,4 @@
-"""Stacked layers run as separate ones do, and come apart again."""
+"""Stacked layers run like separate ones, and can be unstacked again."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(model: Step3) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarr
     """Logits and cache of a decode step, and the experts of each MoE layer."""
     graphdef, state = nnx.split(model)
 
-    # Otherwise XLA:CPU rounds to bfloat16 where its fusions end, and in a loop they are others.
+    # Otherwise XLA:CPU rounds to bfloat16 where its fusions end, and those differ in a loop.
     @functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
     def call(state, ids, cache, step):
         text = nnx.merge(graphdef, state).text

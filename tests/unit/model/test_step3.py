@@ -52,7 +52,7 @@ def test_windows_need_whole_pictures(model):
 
 @pytest.mark.parametrize("num_places", [0, 3, 5])
 def test_image_places_must_match_the_features(num_places):
-    with pytest.raises(ValueError, match=f"the prompt has {num_places} image places, but the pictures give 4"):
+    with pytest.raises(ValueError, match=f"the prompt has {num_places} image places, but the images give 4"):
         check_places(num_places, 4)
 
 

@@ -1,4 +1,4 @@
-"""Guesses: what followed the last n-gram when it came before."""
+"""Guesses: what followed the last n-gram when it occurred before."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def guess(tokens: list[int], speculation: Speculation) -> list[int] | None:
 
 
 def drafts_of(rows: list[list[int]], speculation: Speculation) -> list[list[int] | None]:
-    # What stands after a row must not be read: it is all that rows have in common.
+    # What follows a row must not be read: it is all that rows have in common.
     history = np.full((ROWS, WIDTH), 1, np.int32)
     for place, row in enumerate(rows):
         history[place, : len(row)] = row

@@ -1,4 +1,4 @@
-"""vLLM's `speculative_config`: what is taken, and what is refused with which words."""
+"""vLLM's `speculative_config`: what is accepted, and what is refused with which message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_vllms_names_are_taken_and_either_length_of_ngrams_stands_for_both() -> 
     assert Speculation.of(values | {"prompt_lookup_min": 7}).prompt_lookup_max == 7
     both = Speculation.of(values | {"prompt_lookup_max": 4, "prompt_lookup_min": 1})
     assert both == Speculation(num_speculative_tokens=3, prompt_lookup_max=4, prompt_lookup_min=1)
-    # It is a part of a compiled program's key.
+    # It is part of a compiled program's key.
     assert hash(both) == hash(Speculation(num_speculative_tokens=3, prompt_lookup_max=4, prompt_lookup_min=1))
 
 

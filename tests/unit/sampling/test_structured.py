@@ -1,4 +1,4 @@
-"""What may be asked for of an output's form."""
+"""Which structured outputs can be requested."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_each_form_has_a_kind_and_a_text(fields: dict[str, object], kind: str, s
         ({}, "has nothing; exactly one of json, regex, choice, grammar, json_object"),
         ({"json_object": False}, "has nothing"),
         ({"regex": "a", "choice": ["b"]}, "has regex and choice; exactly one"),
-        ({"json": "{"}, "is no valid JSON"),
+        ({"json": "{"}, "is not valid JSON"),
         ({"json": [1]}, "a JSON schema, which is an object, is needed"),
-        ({"json": {"const": float("nan")}}, "is no JSON"),
-        ({"json": {"const": object()}}, "is no JSON"),
+        ({"json": {"const": float("nan")}}, "is not JSON"),
+        ({"json": {"const": object()}}, "is not JSON"),
         ({"json": {"items": [{}]}}, "structured_outputs.json/items is a list"),
         ({"json": "[" * 300_000}, "larger than 256 KiB"),
         ({"regex": ""}, "regex is ''"),
@@ -64,7 +64,7 @@ def test_a_schema_that_the_caller_changes_later_stays_as_it_was() -> None:
 def test_sampling_parameters_take_a_form_and_no_ignore_eos_beside_it() -> None:
     form = StructuredOutputsParams(regex="a")
     assert SamplingParams(structured_outputs=form).structured_outputs is form
-    with pytest.raises(ValueError, match="ignore_eos does not go with structured_outputs"):
+    with pytest.raises(ValueError, match="ignore_eos cannot be combined with structured_outputs"):
         SamplingParams(structured_outputs=form, ignore_eos=True)
     with pytest.raises(ValueError, match="StructuredOutputsParams"):
         SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]

@@ -121,10 +121,10 @@ def test_private_characters_in_messages_do_not_end_the_protection(tokenizer, tem
 def test_template_that_looks_at_content_still_serves_plain_messages(tokenizer):
     template = ChatTemplate("{% for m in messages %}{{ m.content[:7] }}<|EOT|>{% endfor %}")
     assert template.encode_chat(tokenizer, _user("brown foxes")) == tokenizer.encode("brown f<|EOT|>")
-    with pytest.raises(ValueError, match="cannot be told from its own"):
+    with pytest.raises(ValueError, match="cannot be distinguished from its own"):
         template.encode_chat(tokenizer, _user("<think>"))
     adjacent = ChatTemplate("{% for m in messages %}{{ m.content[:5] }}{% endfor %}")
-    with pytest.raises(ValueError, match="cannot be told from its own"):
+    with pytest.raises(ValueError, match="cannot be distinguished from its own"):
         adjacent.encode_chat(tokenizer, [*_user("<thin"), *_user("k> abc")])
 
 

@@ -43,7 +43,7 @@ def test_result_shares_nothing_with_the_source(picture):
 
 
 def _half_transparent(mode):
-    """Black, of which the left half is transparent."""
+    """Black, with a transparent left half."""
     alpha = Image.new("L", (4, 2), 255)
     alpha.paste(0, (0, 0, 2, 2))
     clear = Image.merge("LA", (Image.new("L", (4, 2)), alpha))
@@ -123,7 +123,7 @@ def test_16_bits_in_either_byte_order_are_the_same_picture(mode):
 @pytest.mark.parametrize("value", [70000, -1, np.nan, np.inf])
 def test_grey_out_of_every_range_is_refused(value):
     values = np.full((2, 2), value, np.int32 if np.isfinite(value) else np.float32)
-    with pytest.raises(ValueError, match="8 bits a channel"):
+    with pytest.raises(ValueError, match="8 bits per channel"):
         open_image(Image.fromarray(values))
 
 
@@ -200,7 +200,7 @@ def test_truncated_and_garbage_files_are_named(tmp_path, picture):
 
 
 def test_base64_is_read_as_browsers_do(picture):
-    # Bytes that need both letters of which the address alphabet has others.
+    # Bytes that need both letters in which the URL-safe alphabet differs.
     data = next(
         data
         for extra in range(1000)
@@ -217,7 +217,7 @@ def test_base64_is_read_as_browsers_do(picture):
 
 
 def _with_chunks(data: bytes, kind: bytes, count: int, body: bytes = b"") -> bytes:
-    """A PNG file with further chunks behind its header."""
+    """A PNG file with additional chunks after its header."""
     chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     return data[:33] + chunk * count + data[33:]
 
@@ -301,7 +301,7 @@ def test_the_rotation_of_a_png_is_applied_wherever_it_stands():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("data:image/png", "no data URL"),
+        ("data:image/png", "not a data URL"),
         ("data:image/png;base64,AAAAA", "base64"),
         ("data:image/png;base64,@@@", "base64"),
         ("no such file.png", "no such file"),

@@ -50,7 +50,7 @@ def test_plan_equals_released_geometry(row):
         (3024, 32, "95 windows; at most 64"),
         (30000, 40, "756 windows; at most 64"),
         (100000, 32, "no area after"),
-        (60000, 1, "padded to a square of 60000"),
+        (60000, 1, "padded to a square with sides of 60000"),
         (0, 5, "at least 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Messages in the forms that OpenAI's clients, vLLM and transformers have them."""
+"""Messages in the formats of OpenAI's clients, vLLM and transformers."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_tool_calls_without_a_call_are_left_out(calls):
     ("calls", "message"),
     [
         ("f()", "tool_calls of type str"),
-        (["f()"], "no function's"),
-        ([{"type": "custom", "custom": {"name": "f"}}], "no function's"),
+        (["f()"], "not a function's"),
+        ([{"type": "custom", "custom": {"name": "f"}}], "not a function's"),
         ([{"type": "function"}], "no function name"),
         ([{"function": {"arguments": {}}}], "no function name"),
     ],

@@ -1,4 +1,4 @@
-"""Reasoning, content and tool calls of what the model wrote, in pieces of any size."""
+"""Reasoning, content and tool calls in the model's output, in pieces of any size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Parsed = tuple[str, str, list[tuple[str, str]]]
 
 
 def parse(pieces: Iterable[str], tools: Sequence[dict[str, object]] | None, *, starts_thinking: bool = False) -> Parsed:
-    """What all deltas give together, checked for their form on the way."""
+    """All deltas combined, with their format checked on the way."""
     parser = OutputParser(tools, starts_thinking=starts_thinking)
     return join([delta for piece in pieces for delta in parser.push(piece)] + parser.finish())
 
@@ -126,7 +126,7 @@ def test_reasoning_tokens_are_those_before_its_end(ids: list[int], count: int) -
     assert count_reasoning_tokens(ids, 2) == count
 
 
-# What vLLM's tests of its Step3 tool parser ask for, those that it expects to fail among them.
+# What vLLM's tests of its Step3 tool parser require, including those that it expects to fail.
 WEATHER_CALL = (
     f'{BLOCK}<｜tool_call_begin｜><steptml:invoke name="get_weather"><steptml:parameter name="city">Tokyo'
     f"</steptml:parameter></steptml:invoke>{END_CALL}"
@@ -269,7 +269,7 @@ def test_text_is_given_out_as_soon_as_it_can_be_no_marker() -> None:
     "filler", [" ", "<", "x", "<steptml:parameter", "</think", f"{BLOCK}", f'{CALL}<steptml:invoke name="p">']
 )
 def test_work_for_a_letter_does_not_grow_with_the_output(filler: str) -> None:
-    # Counted in letters that a parser holds on to between pieces: what is looked at again with each.
+    # Counted in letters that a parser keeps between pieces, which it rescans with each.
     for start in ("", "a</think>b", f"</think>{BLOCK}{CUT}"):
         parser = OutputParser(TOOLS)
         parser.push(start)

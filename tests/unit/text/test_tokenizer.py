@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, and the route on which control tokens stay text."""
+"""The checkpoint's tokenizer, and the path on which control tokens stay text."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_begin_and_end_tokens_follow_the_files_in_order(checkpoint, tmp_path):
 def test_missing_control_tokens_are_named_when_needed(checkpoint, fallback_tokenizer):
     with pytest.raises(ValueError, match="'<think>'"):
         fallback_tokenizer.control_id("<think>")
-    with pytest.raises(ValueError, match=r"<im_patch>, <im_start>.*no images"):
+    with pytest.raises(ValueError, match=r"<im_patch>, <im_start>.*does not support images"):
         fallback_tokenizer.image_token_ids()
 
 
@@ -128,7 +128,7 @@ def test_image_token_ids_are_found_by_name(tokenizer):
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {}}', '{"added_tokens": [3], "model": {}}'])
 def test_unusable_file_is_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no usable"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a usable"):
         Tokenizer.load(tmp_path)
 
 
@@ -207,7 +207,7 @@ GUARDED = st.lists(
 def test_flags_of_added_tokens_are_heeded(checkpoint, think, end, word, pieces):
     words = [{"content": "fox", **word}, {"content": "谐振腔"}]
     tokenizer, library = _with_added(checkpoint, words, {"<think>": think, "<|EOT|>": end}, normalizer={"type": "NFKC"})
-    # Untrusted pieces without a control token of their own leave the ids as the library gives them.
+    # Untrusted pieces that contain no control token leave the ids as the library gives them.
     pieces = [(is_trusted or piece.startswith("<"), piece) for is_trusted, piece in pieces]
     marked = "".join(piece if is_trusted else f"[{piece}]" for is_trusted, piece in pieces)
     expected = library.encode("".join(piece for _, piece in pieces), add_special_tokens=False).ids
@@ -221,7 +221,7 @@ def test_no_flag_lets_untrusted_text_make_or_unmake_a_control_token(checkpoint, 
     tokenizer, _ = _with_added(checkpoint, [{"content": "x<"}], flags, normalizer={"type": "NFKC"})
     ids = tokenizer.encode_guarded("".join(p if t else f"[{p}]" for t, p in pieces), "[", "]")
     wanted = [tokenizer.control_id(p) for t, p in pieces if t and p in flags]
-    # Trusted text may well unmake one of its own.
+    # Trusted text may well break up one of its own.
     if not any(t and p.endswith("x") for t, p in pieces):
         assert [token for token in ids if token in tokenizer.control_tokens.values()] == wanted
 

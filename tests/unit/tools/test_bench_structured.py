@@ -1,4 +1,4 @@
-"""The measurement of what a form costs a stream beside it."""
+"""The measurement of what a structured output costs a stream next to it."""
 
 from __future__ import annotations
 

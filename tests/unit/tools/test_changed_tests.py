@@ -1,4 +1,4 @@
-"""Which tests a change asks for."""
+"""Which tests a change requires."""
 
 from __future__ import annotations
 

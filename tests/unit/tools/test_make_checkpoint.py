@@ -122,5 +122,5 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path: p
 def test_the_first_layers_may_be_dense_and_the_others_mixtures() -> None:
     config = cut_layers(ModelConfig.preset("step3-fp8"), 3, 1)
     assert config.text.moe_layers == (1, 2)
-    with pytest.raises(ValueError, match="4 dense layers are asked for, of 3"):
+    with pytest.raises(ValueError, match="4 of 3 layers cannot be dense"):
         cut_layers(config, 3, 4)

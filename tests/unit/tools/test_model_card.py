@@ -1,4 +1,4 @@
-"""The tiny model's card: its figures come from the records, and what was missed is said."""
+"""The tiny model's card: its figures come from the records, and missed aims are stated."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_a_short_run_counts_its_requests(tmp_path: pathlib.Path, monkeypatch: py
     monkeypatch.setattr("sys.argv", words)
     main()
     found = json.loads(file.read_text())["soak"]
-    # In so short a time memory still grows, as caches fill.
+    # In such a short time memory still grows, as caches fill.
     assert [problem for problem in find_problems(found) if "memory" not in problem] == []
     assert found["requests"]["answered"] > 4
     assert found["exit_code"] == 0

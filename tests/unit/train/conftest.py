@@ -23,5 +23,5 @@ def text_parts() -> tuple[nnx.GraphDef, PyTree]:
 
 @pytest.fixture
 def text_model(text_parts: tuple[nnx.GraphDef, PyTree]) -> Step3:
-    """A copy of its own, so that a test may change it."""
+    """A separate copy, so that a test may change it."""
     return nnx.merge(*text_parts)

@@ -1,4 +1,4 @@
-"""Packing of sequences in rows."""
+"""Packing of sequences into rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: its learning rate, its budget, and how it goes on after an interruption."""
+"""The loop: its learning rate, its budget, and how it resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECOND = 1 / 60
 
 @pytest.fixture(autouse=True)
 def _one_second_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that goes on by one second at each look: a step is looked at before and after."""
+    """A clock that advances by one second at each reading: a step is timed before and after."""
     ticks = itertools.count()
     clock = types.SimpleNamespace(perf_counter=lambda: float(next(ticks)), process_time=lambda: 0.0)
     monkeypatch.setattr(loop, "time", clock)

@@ -1,4 +1,4 @@
-"""Calls as messages: the same on the other side, and to those that need no batch the sizes alone."""
+"""Calls as messages: the same on the other side, and only the sizes for workers that need no batch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_what_did_not_change_since_the_last_call_is_not_sent() -> None:
     assert isinstance(first, Decode)
     assert isinstance(again, Decode)
     assert rest < 1000 < whole
-    # The executor knows by identity what is on its devices already.
+    # The executor recognises by identity what is on its devices already.
     assert again.call.batch.history is first.call.batch.history
     assert again.call.sampling.bias_ids is first.call.sampling.bias_ids
     np.testing.assert_array_equal(again.call.batch.last, [5, 6])

@@ -39,7 +39,7 @@ class Pair:
 
 
 class SizesWorker(Worker):
-    """Writes down what it is told."""
+    """Records what it is told."""
 
     takes_batches = False
     num_processes = 2
@@ -53,7 +53,7 @@ class SizesWorker(Worker):
 
 
 class WaitingExecutor(FakeExecutor):
-    """Counts how often its cache is waited for."""
+    """Counts waits for its cache."""
 
     num_waits = 0
 
@@ -172,7 +172,7 @@ def test_an_error_of_a_worker_ends_the_engine_and_names_its_call(monkeypatch: py
 
 
 class StuckExecutor(FakeExecutor):
-    """Waits inside of a decode call, as native code does for a process that is gone."""
+    """Waits inside a decode call, as native code does for a process that is gone."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The generated pages have everything that they are about."""
+"""The generated pages cover everything they are about."""
 
 from __future__ import annotations
 

@@ -74,11 +74,6 @@ class RecordingExecutor(Executor):
         self._recording: Recording | None = None
         self._cache_size: tuple[int, Storage] | None = None
 
-    @property
-    def can_speculate(self) -> bool:
-        """See `Executor.can_speculate`."""
-        return self._executor.can_speculate
-
     @contextlib.contextmanager
     def record(self) -> Iterator[Recording]:
         """What is called inside goes to the recording."""

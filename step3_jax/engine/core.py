@@ -22,7 +22,7 @@ from step3_jax.engine.bucket_table import PAGE_COPIES, BucketTable
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.constrainer import Constrainer
 from step3_jax.engine.constraint import SequenceConstraint
-from step3_jax.engine.executor import NO_SPECULATION, Executor
+from step3_jax.engine.executor import Executor
 from step3_jax.engine.failure import CallError, blame
 from step3_jax.engine.flight import Abort, Flight
 from step3_jax.engine.media import FeatureCache
@@ -77,12 +77,10 @@ class EngineCore:
           image_sizes: Sides of views and windows in pixels; none for a text-only model.
 
         Raises:
-          ValueError: If the cache format does not serve the model's head size, the memory does not hold one sequence of
-            `max_model_len`, or tokens are to be guessed and the executor cannot verify them.
+          ValueError: If the cache format does not serve the model's head size, or the memory does not hold one sequence of
+            `max_model_len`.
         """
         speculation = config.speculation
-        if speculation is not None and not executor.can_speculate:
-            raise ValueError(NO_SPECULATION)
         self.config = config
         self.max_model_len = max_model_len
         self.stats = EngineStats()

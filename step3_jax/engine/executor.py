@@ -27,11 +27,6 @@ from step3_jax.layout.workspace import estimate_workspace
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 
-# What is said where `Executor.can_speculate` does not hold.
-NO_SPECULATION = (
-    "speculative_config does not go with attention and FFN on devices of their own (AFD): leave out one of them"
-)
-
 P = ParamSpec("P")
 R = TypeVar("R")
 T_co = TypeVar("T_co", covariant=True)
@@ -143,11 +138,6 @@ class Executor(ModelPart, abc.ABC):
     def num_microbatches(self) -> int:
         """Parts of a batch in flight between attention and FFN; 0 where every device does both."""
         return 0
-
-    @property
-    def can_speculate(self) -> bool:
-        """Whether `decode` takes calls with guesses."""
-        return True
 
     @property
     def afd_wait_s(self) -> float | None:

@@ -199,6 +199,32 @@ def begin_rows(
     return RowState(batch.last, report._replace(drafts=counts), batch.history)
 
 
+def running_rows(rows: RowState, batch: DecodeBatch) -> Bool[Array, " B"]:
+    """Rows that take part in the next step: they run, and may get more tokens of this call."""
+    is_running = rows.report.finish == RUNNING
+    return is_running if batch.max_new is None else is_running & (rows.report.num_new < batch.max_new)
+
+
+def leaving_rows(rows: RowState, batch: DecodeBatch, leave_early: Bool[Array, ""] | bool) -> Bool[Array, " B"]:
+    """Rows with which a call ends.
+
+    Args:
+      rows: After a step.
+      batch: A row that has got its `max_new` tokens is one of them.
+      leave_early: Whether a row that has ended is one too, as others wait for its place.
+    """
+    finish = rows.report.finish
+    has_ended = leave_early & ((finish == STOPPED) | (finish == FULL))
+    return has_ended if batch.max_new is None else has_ended | ((finish == RUNNING) & ~running_rows(rows, batch))
+
+
+def next_tokens(
+    rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, speculation: Speculation | None
+) -> StepTokens:
+    """The tokens of a step, as many of each row in every step: its last one, and guesses if there is speculation."""
+    return last_tokens(rows) if speculation is None else draft_tokens(rows, batch, sampling, speculation)
+
+
 def last_tokens(rows: RowState) -> StepTokens:
     """The tokens of a step without guesses."""
     return StepTokens(rows.last[:, None], jnp.ones_like(rows.last))
@@ -221,7 +247,7 @@ def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, sp
     num_new = rows.report.num_new
     drafts, is_found = find_drafts(rows.history, batch.cached + 1 + num_new, speculation)
     room = jnp.minimum(batch.max_new, sampling.max_tokens - batch.num_generated) - num_new
-    num_ids = jnp.where(is_found & (rows.report.finish == RUNNING), jnp.clip(room, 1, speculation.width), 1)
+    num_ids = jnp.where(is_found & running_rows(rows, batch), jnp.clip(room, 1, speculation.width), 1)
     # Padding stands in front, so that all that a step reads is of the sequence.
     order = jnp.arange(speculation.width) + num_ids[:, None] - speculation.width
     every = jnp.concatenate([rows.last[:, None], drafts], axis=1)
@@ -238,7 +264,7 @@ def place_tokens(rows: RowState, batch: DecodeBatch, tokens: StepTokens) -> Cach
 def step_lengths(rows: RowState, batch: DecodeBatch, num_ids: Int[Array, " B"] | int = 1) -> Int[Array, " B"]:
     """Tokens of each sequence in the cache once the next step has written its own; 0 for a row that does not run."""
     # Of a running row all new tokens but the last are cached, and now the last one and the guesses too.
-    return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + num_ids, 0)
+    return jnp.where(running_rows(rows, batch), batch.cached + rows.report.num_new + num_ids, 0)
 
 
 def verify_tokens(
@@ -251,7 +277,7 @@ def verify_tokens(
     """
     width = tokens.ids.shape[1]
     if width == 1:
-        return _count_step(rows, choose_tokens(rows, logits[:, 0], batch, sampling), tokens)
+        return _count_step(rows, choose_tokens(rows, logits[:, 0], batch, sampling), batch, tokens)
 
     every = jnp.arange(tokens.num_ids.shape[0])
 
@@ -266,10 +292,10 @@ def verify_tokens(
         is_right = (place < tokens.num_ids) & (guessed == chosen.last)
         return _Verified(place, now.is_open & is_right & (chosen.report.finish == RUNNING), chosen)
 
-    start = _Verified(jnp.zeros((), jnp.int32), rows.report.finish == RUNNING, rows)
+    start = _Verified(jnp.zeros((), jnp.int32), running_rows(rows, batch), rows)
     # As many turns as the luckiest row has tokens; nothing in it communicates.
     end = jax.lax.while_loop(lambda now: (now.place < width) & jnp.any(now.is_open), choose, start)
-    return _count_step(rows, end.rows, tokens)
+    return _count_step(rows, end.rows, batch, tokens)
 
 
 def choose_tokens(
@@ -282,7 +308,7 @@ def choose_tokens(
 ) -> RowState:
     """Chooses a token for each running row, or of these for each that is open; writes it down, and ends rows."""
     report, history = rows.report, batch.history
-    is_running = report.finish == RUNNING
+    is_running = running_rows(rows, batch)
     if is_open is not None:
         is_running &= is_open
 
@@ -342,7 +368,7 @@ def choose_tokens(
     return RowState(tokens, report, written)
 
 
-def _count_step(before: RowState, after: RowState, tokens: StepTokens) -> RowState:
+def _count_step(before: RowState, after: RowState, batch: DecodeBatch, tokens: StepTokens) -> RowState:
     """Counts what became of a step's guesses, where they are counted."""
     counts = before.report.drafts
     if counts is None:
@@ -350,7 +376,7 @@ def _count_step(before: RowState, after: RowState, tokens: StepTokens) -> RowSta
     places = jnp.arange(counts.drafted.shape[1])
     num_accepted = after.report.num_new - before.report.num_new - 1
     counts = DraftCounts(
-        counts.steps + (before.report.finish == RUNNING),
+        counts.steps + running_rows(before, batch),
         counts.drafted + (places < tokens.num_ids[:, None] - 1),
         counts.accepted + (places < num_accepted[:, None]),
     )

@@ -79,13 +79,13 @@ class PrefillSizes:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSizes:
-    """A decode call for a process that needs none of its batch; see `DecodeCall`."""
+    """A decode call for a process that needs none of its batch; see `DecodeCall`. Each row has 1 + `num_guesses` tokens."""
 
     place: ClassVar[str] = "decode"
     num_rows: int
     num_steps: int
     max_steps: int
-    leave_early: bool
+    num_guesses: int
 
 
 Call = AllocateCache | MeasureMemory | EncodeImages | Prefill | Decode | CopyPages | PrefillSizes | DecodeSizes
@@ -100,7 +100,8 @@ def sizes_of(call: Call) -> Call | None:
         return PrefillSizes(call.batch.token_ids.shape[0])
     if isinstance(call, Decode):
         inner = call.call
-        return DecodeSizes(inner.batch.last.shape[0], inner.num_steps, inner.max_steps, inner.leave_early)
+        num_guesses = 0 if inner.speculation is None else inner.speculation.num_speculative_tokens
+        return DecodeSizes(inner.batch.last.shape[0], inner.num_steps, inner.max_steps, num_guesses)
     return call if isinstance(call, MeasureMemory) else None
 
 

@@ -83,11 +83,6 @@ class DrivenExecutor(Executor):
         """See `Executor.num_microbatches`."""
         return self._own.num_microbatches
 
-    @property
-    def can_speculate(self) -> bool:
-        """See `Executor.can_speculate`."""
-        return self._own.can_speculate
-
     def check(self) -> None:
         """See `Executor.check`."""
         self._channel.check()

@@ -204,16 +204,17 @@ def hlo(case: Answer) -> Answer:
 def callbacks(case: Answer) -> Answer:
     """Calls of Python in this process's lowered decode loop."""
     executor = executor_of(case)
-    numbers = executor._numbers(1, False)
+    numbers = executor._numbers(1)
     if isinstance(executor, FfnProcess):
-        lowered = executor._decode.lower(executor.weights, numbers, 2, 8)
+        lowered = executor._decode.lower(executor.weights, numbers, 2, 8, 0)
     else:
         size = 2 * executor.num_shards
         cache, rows = executor.allocate_cache(NUM_PAGES * executor.num_shards, "float32"), jnp.ones((size,), jnp.int32)
         batch = DecodeBatch(rows, rows, rows, rows > 0, jnp.zeros((size, 2), jnp.int32))
         row = SamplingRow(SamplingParams(temperature=0), 8, (0, 0), ())
         sampling = sampling_batch([row] * size, executor.config.text.vocab_size, size)
-        lowered = executor._decode.lower(executor.weights, cache, batch, sampling, numbers, 8)
+        given = batch, sampling, numbers, jnp.zeros((), bool)
+        lowered = executor._decode.lower(executor.weights, cache, *given, 8, None)
     return {"count": lowered.as_text().count("callback")}
 
 

@@ -98,7 +98,7 @@ def test_other_calls_arrive_as_they_were() -> None:
         AllocateCache(64, "fp8"),
         MeasureMemory(8, 512),
         CopyPages((1, 2), (3, 4)),
-        DecodeSizes(2, 3, 32, True),
+        DecodeSizes(2, 3, 32, 3),
     ):
         assert carry(call)[0] == call
     pixels = np.ones((1, 3, 4, 4), np.float32)
@@ -108,7 +108,7 @@ def test_other_calls_arrive_as_they_were() -> None:
 
 
 def test_sizes_are_enough_where_no_batch_is_needed() -> None:
-    assert sizes_of(Decode(decode_call())) == DecodeSizes(2, 3, 32, True)
+    assert sizes_of(Decode(decode_call())) == DecodeSizes(2, 3, 32, 3)
     numbers = np.zeros((32,), np.int32)
     assert sizes_of(Prefill(PrefillBatch(numbers, numbers, numbers, numbers[None]))) == PrefillSizes(32)
     for call in (AllocateCache(1, "fp8"), CopyPages((), ()), EncodeImages(np.zeros((1, 3, 4, 4), np.float32))):

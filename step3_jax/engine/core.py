@@ -468,6 +468,7 @@ class EngineCore:
         """Drops what the cache holds, which is unknown after a failure; all sequences are computed again."""
         self._cache = None
         self._flight = None
+        self._packer.forget()
         self.scheduler.preempt_all()
         for group in self._groups.values():
             group.features = None

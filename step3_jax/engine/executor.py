@@ -19,6 +19,7 @@ from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.config import ModelConfig
 from step3_jax.engine.bucket_table import PAGE_COPIES, power_of_two
+from step3_jax.engine.history import DeviceHistory
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.gpu import compiler_options, memory_left
 from step3_jax.layout.parallel import BOTH, Parallel
@@ -113,8 +114,8 @@ class Executor(ModelPart, abc.ABC):
     """Runs a model's calls, and holds what all that do so have in common.
 
     `runner.Runner` runs them on one device; others spread a model over many. The engine decides which pages belong to which
-    sequence and hands the cache back at each call, which consumes it. Between calls an executor remembers nothing of a
-    sequence.
+    sequence and hands the cache back at each call, which consumes it. Of a sequence an executor remembers its tokens between
+    calls (`DeviceHistory`), and those only where they are looked up.
     """
 
     def __init__(
@@ -128,6 +129,15 @@ class Executor(ModelPart, abc.ABC):
         super().__init__(config, devices, dtype, num_shards, num_image_shards)
         self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
         self._placed_wide: dict[str, tuple[object, Array]] = {}
+
+    @functools.cached_property
+    def _history(self) -> DeviceHistory:
+        return DeviceHistory(self._jit, self._everywhere, self.num_traces)
+
+    @property
+    def _everywhere(self) -> jax.sharding.Sharding | None:
+        """Where an array lies of which every device has all; None for the default device."""
+        return None
 
     @property
     def role(self) -> Role:
@@ -251,7 +261,7 @@ class Executor(ModelPart, abc.ABC):
     def _place_call(self, call: DecodeCall) -> tuple[DecodeBatch, SamplingBatch, np.int32, np.bool_]:
         """What the decode loop of a runner takes, save what is static."""
         sampling = self._place_sampling(call.sampling)
-        return self._place_wide(call.batch), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
+        return self._place_wide(call), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
 
     def _place_sampling(self, sampling: SamplingBatch) -> SamplingBatch:
         """Sampling parameters on the devices; the engine gives the same ones again until a sequence joins or leaves."""
@@ -259,8 +269,9 @@ class Executor(ModelPart, abc.ABC):
             self._placed = sampling, jax.tree.map(self._place, sampling)
         return self._placed[1]
 
-    def _place_wide(self, batch: DecodeBatch) -> DecodeBatch:
-        """The batch with its wide arrays on the devices: those that no row uses are the same for all calls."""
+    def _place_wide(self, call: DecodeCall) -> DecodeBatch:
+        """A call's batch with its wide arrays on the devices: of these what is the same as in the last call stays there."""
+        batch = call.batch
         for name in ("history", "mask"):
             array = getattr(batch, name)
             if array is None:
@@ -268,7 +279,7 @@ class Executor(ModelPart, abc.ABC):
             if self._placed_wide.get(name, (None,))[0] is not array:
                 self._placed_wide[name] = array, jax.tree.map(self._place, array)
             batch = batch._replace(**{name: self._placed_wide[name][1]})
-        return batch
+        return batch if call.history is None else batch._replace(history=self._history.write(call.history))
 
     def _place(self, array: np.ndarray) -> Array:
         """An array of the host as the calls take it: where every device of the model has all of it, or its own rows."""

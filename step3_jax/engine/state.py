@@ -1,8 +1,8 @@
 """What goes to the device and comes back, and the pure functions of a decode step: what any executor shares.
 
-Between two calls the device keeps the KV cache and nothing else. All that is known of a sequence stands on the host, and
-each call brings it along: a few numbers a row. Batches are numpy on the host; the same classes hold arrays and tracers on
-the device.
+Between two calls the device keeps the KV cache, and the tokens of sequences as far as they are looked up there. All that is
+known of a sequence stands on the host, and each call brings along what is new: a few numbers a row. Batches are numpy on
+the host; the same classes hold arrays and tracers on the device.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class DecodeBatch(NamedTuple):
       num_generated: Output tokens so far; 0 where `last` ends the prompt.
       is_active: Rows that have something to do. The others write to no page.
       table: Pages of each sequence, with room for all tokens it may get.
-      history: Prompt and output so far, `last` included, filled up with V; not read unless some row has penalties or the
-        call speculates. None if none ever does.
+      history: Prompt and output so far, `last` included; after them may stand anything. Not read unless some row has
+        penalties or the call speculates. None if none ever does, and in an engine's call, which has what to write to it.
       mask: Which tokens a row may get, a bit for each, the lowest of the first word that of token 0; all bits for any. None
         if no row ever has a mask. It is that of the next token alone, so a call with one takes one step.
       max_new: Most tokens of each row in this call, for which it has pages; 1 for a row with a mask. The call ends with the
@@ -78,6 +78,31 @@ class DecodeBatch(NamedTuple):
     max_new: Int[Array, " B"] | None = None
 
 
+class HistoryUpdate(NamedTuple):
+    """What a decode call writes to the history that the devices keep, before its first step.
+
+    Attributes:
+      owner: Number of the packer that it comes from.
+      num_slots: B.
+      num_tokens: M, that each slot has room for.
+      continues: Whether something that was written before is still needed.
+      places: For each write where its tokens go: slot * M + position, and B * M for padding.
+      tokens: What is written there.
+    """
+
+    owner: int
+    num_slots: int
+    num_tokens: int
+    continues: bool
+    places: Int[np.ndarray, "writes N"]
+    tokens: Int[np.ndarray, "writes N"]
+
+    @property
+    def num_bytes(self) -> int:
+        """What goes to the devices."""
+        return self.places.nbytes + self.tokens.nbytes
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeCall:
     """What one decode call is to do.
@@ -89,6 +114,7 @@ class DecodeCall:
       max_steps: Tokens of a row that the report has room for; a part of the compiled program's key.
       leave_early: Whether to return as soon as a row has ended.
       speculation: How tokens are guessed; a part of the compiled program's key. None: each step makes one token.
+      history: What is new of the history that the executor keeps; None where the batch has it whole.
     """
 
     batch: DecodeBatch
@@ -97,6 +123,7 @@ class DecodeCall:
     max_steps: int
     leave_early: bool = False
     speculation: Speculation | None = None
+    history: HistoryUpdate | None = None
 
     def cut_report(self, report: Report) -> Report:
         """A report without log-probabilities that no row asked for, so that they are not copied to the host."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.storage import Storage
@@ -103,6 +104,10 @@ class HostExecutor(Executor):
         """See `Executor.afd_wait_s`."""
         return self._flight.ffn_wait_s
 
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return self.topology.attention.sharding()
+
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; the pages are on the attention devices alone."""
         make = functools.partial(empty_cache, self.config.text, num_pages, storage, as_bits=self.is_cpu)
@@ -150,7 +155,7 @@ class HostExecutor(Executor):
         """
         calls = self.calls
         parts = calls.split(
-            self._place_wide(call.batch),
+            self._place_wide(call),
             call.sampling,
             self._pages_of_shard(cache),
             max_steps=call.max_steps,

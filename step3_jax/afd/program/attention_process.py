@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.storage import Storage
@@ -74,6 +74,10 @@ class AttentionProcess(RoleProcess, Executor):
         """See `Executor.num_microbatches`."""
         return self.loop.num_microbatches
 
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return self._copies
+
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; this process holds the pages of its own devices."""
         make = functools.partial(
@@ -96,7 +100,7 @@ class AttentionProcess(RoleProcess, Executor):
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`. After a sequence has ended, a call may take a step in which it does nothing."""
         given = (
-            self._place_wide(call.batch),
+            self._place_wide(call),
             self._place_sampling(call.sampling),
             self._numbers(call.num_steps),
             self._place(np.bool_(call.leave_early)),

@@ -11,11 +11,11 @@ from jaxtyping import Float
 
 from pallas_kernels.storage import STORAGES, Storage
 from step3_jax.channel.message import Message, MessageError, Value
-from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
+from step3_jax.engine.state import DecodeBatch, DecodeCall, HistoryUpdate, PrefillBatch
 from step3_jax.sampling.batch import SamplingBatch
 from step3_jax.sampling.speculation import Speculation
 
-_BATCH, _SAMPLING = "batch.", "sampling."
+_BATCH, _SAMPLING, _HISTORY = "batch.", "sampling.", "history."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,7 @@ def to_message(call: Call) -> Message:
         fields = {"num_steps": inner.num_steps, "max_steps": inner.max_steps, "leave_early": bool(inner.leave_early)}
         fields["speculation"] = None if inner.speculation is None else list(dataclasses.astuple(inner.speculation))
         fields |= _named(_BATCH, inner.batch._asdict()) | _named(_SAMPLING, inner.sampling._asdict())
+        fields |= {} if inner.history is None else _named(_HISTORY, inner.history._asdict())
         # Page tables, sampling parameters and masks are mostly those of the last call.
         return Message(kind, fields, keeps=True)
     if isinstance(call, EncodeImages):
@@ -140,8 +141,9 @@ def from_message(message: Message) -> Call:
             sampling = SamplingBatch(**_part(_SAMPLING, fields))
             numbers = {name: int(fields[name]) for name in ("num_steps", "max_steps")}
             speculation = _read_speculation(fields["speculation"])
-            leave_early = bool(fields["leave_early"])
-            return Decode(DecodeCall(batch, sampling, **numbers, leave_early=leave_early, speculation=speculation))
+            kept = _part(_HISTORY, fields)
+            more = {"speculation": speculation, "history": HistoryUpdate(**kept) if kept else None}
+            return Decode(DecodeCall(batch, sampling, **numbers, leave_early=bool(fields["leave_early"]), **more))
         if kind == "EncodeImages":
             return EncodeImages(_array(fields["pixels"]))
         if kind == "AllocateCache" and fields["storage"] not in STORAGES:

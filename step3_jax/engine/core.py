@@ -96,8 +96,9 @@ class EngineCore:
         self._storage = choose_storage(config.kv_cache_dtype, executor.dtype, text.head_dim)
         memory = config.kv_cache_memory_bytes
         if memory is None:
-            rows = width * self.buckets.max_num_seqs
-            memory = executor.cache_memory_bytes(rows, self.buckets.max_num_batched_tokens)
+            rows = self.buckets.max_num_seqs
+            tokens = self.buckets.max_num_batched_tokens, width, rows * self.buckets.max_pages * PAGE_SIZE
+            memory = executor.cache_memory_bytes(rows, *tokens)
         if memory is None:
             memory = max(DEFAULT_CACHE_BYTES, pages * page_bytes(text, self._storage))
         max_num_seqs = self.buckets.max_num_seqs

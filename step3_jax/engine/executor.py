@@ -164,12 +164,16 @@ class Executor(ModelPart, abc.ABC):
     def close(self) -> None:
         """Lets the other processes of a run leave; nothing happens where there are none."""
 
-    def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
+    def cache_memory_bytes(
+        self, rows: int, chunk_tokens: int, step_tokens: int = 1, history_tokens: int = 0
+    ) -> int | None:
         """Memory left for each shard of the cache, by the rule of `step3 plan memory`; None where devices do not say.
 
         Args:
           rows: Sequences of a shard that decode at once.
           chunk_tokens: Prompt tokens of a shard that are prefilled at once.
+          step_tokens: Of each sequence in a decode step; more than one where tokens are guessed.
+          history_tokens: That all sequences of a shard have room for.
         """
         workspace = estimate_workspace(
             self.config,
@@ -178,6 +182,8 @@ class Executor(ModelPart, abc.ABC):
             rows=-(-rows // max(self.num_microbatches, 1)),
             chunk_tokens=chunk_tokens,
             num_microbatches=self.num_microbatches,
+            step_tokens=step_tokens,
+            history_tokens=history_tokens,
         )
         return memory_left(self.devices, workspace.total)
 

@@ -34,6 +34,8 @@ class MeasureMemory:
     place: ClassVar[str] = "measuring memory"
     rows: int
     chunk_tokens: int
+    step_tokens: int = 1
+    history_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

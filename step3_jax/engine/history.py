@@ -89,7 +89,7 @@ class DeviceHistory:
         """
         self._held: tuple[int, Int[Array, "B M"]] | None = None
         self._num_traces = num_traces
-        placed = {} if sharding is None else {"out_shardings": sharding}
+        placed: dict[str, object] = {} if sharding is None else {"out_shardings": sharding}
         self._begin = jit(_begin, static_argnums=(0, 1), **placed)
         if sharding is not None:
             placed["in_shardings"] = (sharding, sharding, sharding)

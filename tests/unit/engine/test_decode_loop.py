@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 from jaxtyping import Array, Float, Int
 
 from step3_jax.engine.decode_loop import decode_loop
-from step3_jax.engine.state import FULL, RUNNING, STOPPED, DecodeBatch, Report
+from step3_jax.engine.state import (
+    FULL,
+    RUNNING,
+    STOPPED,
+    DecodeBatch,
+    Report,
+    begin_rows,
+    leaving_rows,
+    next_tokens,
+    place_tokens,
+    verify_tokens,
+)
 from step3_jax.layers.attention import CacheStep
 from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
@@ -235,3 +246,36 @@ def test_a_row_pauses_in_the_middle_of_guesses_that_are_right(mark: int) -> None
     want, _, _ = generate(weights, paused, None)
     got, _, _ = generate(weights, paused, FOUR)
     assert [output.tokens for output in got] == [output.tokens for output in want]
+
+
+def test_a_row_that_has_all_it_may_get_of_a_call_does_nothing_in_a_later_step() -> None:
+    """A loop that hears of it one step late takes that step."""
+    rows = [Row([3, 4] * 4, SamplingRow(SamplingParams(temperature=0), 9, (0, 0), ())) for _ in range(ROWS)]
+    batch = make_batch(rows, [Output([], RUNNING, []) for _ in rows])._replace(max_new=np.array([1, 3, 6], np.int32))
+    batch = jax.tree.map(jnp.asarray, batch)
+    sampling = sampling_batch([row.sampling for row in rows], VOCAB_SIZE, ROWS)
+    state = begin_rows(batch, vocab_size=VOCAB_SIZE, max_steps=MAX_STEPS, speculation=FOUR)
+    # Always token 5, which no guess is.
+    logits = jnp.zeros((ROWS, FOUR.width, VOCAB_SIZE)).at[:, :, 5].set(1)
+    for step in range(1, 5):
+        tokens = next_tokens(state, batch, sampling, FOUR)
+        assert tokens.ids.shape == (ROWS, FOUR.width)
+        placed = place_tokens(state, batch, tokens)
+        state = verify_tokens(state, logits, tokens, batch, sampling)
+        assert state.report.num_new.tolist() == [1, min(step, 3), step]
+        assert [bool(length) for length in placed.lengths] == [step <= 1, step <= 3, True]
+        assert leaving_rows(state, batch, leave_early=False).tolist() == [True, step >= 3, False]
+    assert state.report.finish.tolist() == [RUNNING] * ROWS
+    assert state.report.drafts.steps.tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("leave_early", [False, True])
+def test_a_row_that_has_ended_ends_the_call_where_others_wait(leave_early: bool) -> None:
+    rows = [Row([3, 4], SamplingRow(SamplingParams(temperature=0), most, (0, 0), ())) for most in (1, 2, 3)]
+    batch = jax.tree.map(jnp.asarray, make_batch(rows, [Output([], RUNNING, []) for _ in rows]))
+    sampling = sampling_batch([row.sampling for row in rows], VOCAB_SIZE, ROWS)
+    state = begin_rows(batch, vocab_size=VOCAB_SIZE, max_steps=MAX_STEPS)
+    tokens = next_tokens(state, batch, sampling, None)
+    state = verify_tokens(state, jnp.zeros((ROWS, 1, VOCAB_SIZE)), tokens, batch, sampling)
+    assert state.report.finish.tolist() == [FULL, RUNNING, RUNNING]
+    assert leaving_rows(state, batch, leave_early).tolist() == [leave_early, False, False]

@@ -255,9 +255,9 @@ def test_a_row_that_has_all_it_may_get_of_a_call_does_nothing_in_a_later_step() 
     batch = jax.tree.map(jnp.asarray, batch)
     sampling = sampling_batch([row.sampling for row in rows], VOCAB_SIZE, ROWS)
     state = begin_rows(batch, vocab_size=VOCAB_SIZE, max_steps=MAX_STEPS, speculation=FOUR)
-    # Always token 5, which no guess is.
-    logits = jnp.zeros((ROWS, FOUR.width, VOCAB_SIZE)).at[:, :, 5].set(1)
     for step in range(1, 5):
+        # A token that has not been there before, so that no guess is right.
+        logits = jnp.zeros((ROWS, FOUR.width, VOCAB_SIZE)).at[:, :, 5 + step].set(1)
         tokens = next_tokens(state, batch, sampling, FOUR)
         assert tokens.ids.shape == (ROWS, FOUR.width)
         placed = place_tokens(state, batch, tokens)

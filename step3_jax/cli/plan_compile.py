@@ -158,7 +158,7 @@ def _compile_attention(
         ends = parts.ends.skeleton.build(weights.ends)
         ids, place = last[:, None], CacheStep(table, lengths)
         if speculation is not None and history is not None:
-            drafts, is_found = find_drafts(history[:rows], lengths, speculation)
+            drafts, is_found = find_drafts(history[: last.shape[0]], lengths, speculation)
             num_new = jnp.where(is_found, speculation.width, 1)
             ids, place = jnp.concatenate([ids, drafts], axis=1), CacheStep(table, lengths + num_new, num_new=num_new)
         tokens = begin_step(ends, text, form, ids, place, PAGE_SIZE)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence as Seq
+from collections.abc import Callable, MutableMapping
+from collections.abc import Sequence as Seq
 
 import jax
 import jax.numpy as jnp
@@ -106,8 +107,8 @@ class DeviceHistory:
         is_kept = held is not None and held[0] == update.owner and held[1].shape == shape
         if update.continues and not is_kept:
             raise RuntimeError(
-                "another engine has used this executor while sequences were under way, and their tokens are no longer on the "
-                "devices: let one engine's requests end before another's begin"
+                "another engine has used this executor while sequences were under way, and their tokens are no longer on "
+                "the devices: let one engine's requests end before another's begin"
             )
         # What a call that failed has left is not touched again.
         is_dropped = len(update.places) > 0 and not update.continues

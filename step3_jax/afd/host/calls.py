@@ -248,7 +248,11 @@ class RoleCalls:
             return on_attention(run, in_specs=(rows, rows, copy))(batch, sampling, pages)
 
         def begin(
-            leaves: Leaves, batch: DecodeBatch, sampling: SamplingBatch, state: RowState, speculation: Speculation | None
+            leaves: Leaves,
+            batch: DecodeBatch,
+            sampling: SamplingBatch,
+            state: RowState,
+            speculation: Speculation | None,
         ) -> tuple[StepTokens, Flow]:
             run = functools.partial(self._run_begin, speculation=speculation)
             return on_attention(run, in_specs=(copy, rows, rows, rows))(leaves, batch, sampling, state)

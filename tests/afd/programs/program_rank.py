@@ -280,9 +280,8 @@ def main() -> None:
     jax.config.update("jax_default_matmul_precision", "float32")
     # These programs run for milliseconds and take seconds to compile.
     jax.config.update("jax_disable_most_optimizations", True)
-    answers: dict[str, Callable[[Answer], Answer]] = {
-        function.__name__: function for function in (tokens, features, guesses, repeat, places, hlo, callbacks, loaded, shipped)
-    }
+    functions = (tokens, features, guesses, repeat, places, hlo, callbacks, loaded, shipped)
+    answers: dict[str, Callable[[Answer], Answer]] = {function.__name__: function for function in functions}
     found = [answers[str(case["do"])](case) for case in json.loads(sys.argv[1])]
     give_answer(found)
 

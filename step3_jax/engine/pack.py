@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.engine.bucket_table import BucketTable
-from step3_jax.engine.history import HistoryPacker, HistoryUpdate
+from step3_jax.engine.history import HistoryPacker
 from step3_jax.engine.scheduler import Chunk, Scheduler
 from step3_jax.engine.sequence import Sequence, feature_rows
-from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
+from step3_jax.engine.state import DecodeBatch, DecodeCall, HistoryUpdate, PrefillBatch
 from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sampling.speculation import Speculation

@@ -173,7 +173,7 @@ def test_guesses_need_the_rows_of_their_tokens_and_the_tokens_that_they_are_look
         assert (after.prefill, after.image) == (before.prefill, before.image)
         own = 0 if shape is None else 4 * 4 * shape.rows * 4096
         # The padding of experts' tiles does not grow.
-        assert 2 * before.decode < after.decode - own <= 5 * before.decode
+        assert 1.5 * before.decode < after.decode - own <= 5 * before.decode
         assert after.total == after.history + max(after.decode, after.prefill, after.image)
     assert not any("token history" in line for line in to_lines(one))
     (line,) = (line for line in to_lines(five) if "token history (arithmetic)" in line)

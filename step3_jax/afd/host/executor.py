@@ -147,8 +147,8 @@ class HostExecutor(Executor):
         """See `Executor.decode`.
 
         Whether rows have ended is read one step late, so that no step waits for the answer of the one before: a call may
-        take a step more than it needs, in which rows that have ended do nothing. So a row has as many tokens in each step too,
-        whether there are guesses or not.
+        take a step more than it needs, in which rows that have ended do nothing. So a row has as many tokens in each step
+        too, whether there are guesses or not.
 
         Raises:
           TimeoutError: If a stage does not end by its deadline; the message names it.

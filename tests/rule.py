@@ -68,10 +68,12 @@ def digit_rule(output: Sequence[int]) -> set[int]:
     return {token for token in range(60) if token % 3 == len(output) % 3}
 
 
-def run_ruled(executor: Executor, *, max_model_len: int, max_num_batched_tokens: int = 4096) -> list[list[int]]:
+def run_ruled(
+    executor: Executor, *, max_model_len: int, max_num_batched_tokens: int = 4096, **settings: object
+) -> list[list[int]]:
     """Tokens of two constrained sequences, of which one is free up to its third token, and of a free one beside them."""
     vocab_size = executor.config.text.vocab_size
-    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens)
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens, **settings)  # type: ignore[arg-type]
     core = EngineCore(executor, config, max_model_len=max_model_len)
     prompt = Prompt((3, 5, 7, 9, 11))
 

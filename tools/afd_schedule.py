@@ -153,7 +153,7 @@ def compile_case(case: Case) -> tuple[jax.stages.Compiled, float, float]:
     def copy(tree: object) -> object:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=copies), tree)
 
-    numbers = copy(jax.eval_shape(lambda: Numbers(jnp.int32(1), jnp.zeros((), bool), jnp.int32(0))))
+    numbers = copy(jax.eval_shape(lambda: Numbers(jnp.int32(1), jnp.int32(0))))
     map_over = functools.partial(jax.shard_map, mesh=topology.union, check_vma=False)
     if case.role == "ffn":
         ffn = functools.partial(FfnLoop(*given).decode, num_rows=num_rows, max_steps=MAX_STEPS)
@@ -161,7 +161,7 @@ def compile_case(case: Case) -> tuple[jax.stages.Compiled, float, float]:
         arguments, donated = ([take(part) for part in parts.ffn], numbers), ()
     else:
         attend = functools.partial(AttentionLoop(*given).decode, max_steps=MAX_STEPS)
-        run = map_over(attend, in_specs=(OWN, OWN, COPY, COPY, COPY), out_specs=(OWN, COPY, COPY))
+        run = map_over(attend, in_specs=(OWN, OWN, *[COPY] * 4), out_specs=(OWN, COPY, COPY))
         width = -(-(CONTEXT + MAX_STEPS) // PAGE_SIZE)
         pages = jax.eval_shape(lambda: empty_cache(text, size * num_rows * width, "fp8"))
         cache = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), pages)
@@ -169,7 +169,8 @@ def compile_case(case: Case) -> tuple[jax.stages.Compiled, float, float]:
             jax.eval_shape(functools.partial(_make_batch, topology.num_attention * num_rows, width, text.vocab_size))
         )
         weights = AttentionWeights(take(parts.ends), [take(part) for part in parts.attention])
-        arguments, donated = (weights, cache, *batch, numbers), (1,)  # type: ignore[misc]
+        leave_early = copy(jax.eval_shape(lambda: jnp.zeros((), bool)))
+        arguments, donated = (weights, cache, *batch, numbers, leave_early), (1,)  # type: ignore[misc]
     begin = time.process_time()
     with jax.set_mesh(topology.union):
         lowered = jax.jit(run, donate_argnums=donated).lower(*arguments)

@@ -76,7 +76,7 @@ class SilentWire(Wire):
         packed = form.pack(jnp.zeros((rows.shape[0], form.hidden_size)), jnp.asarray(experts), jnp.ones(experts.shape))
         return jnp.concatenate([rows[:, : -6 * form.top_k], packed[:, -6 * form.top_k :]], axis=1)
 
-    def is_over(self, arrived: Slots, leave_early: Bool[Array, ""]) -> Bool[Array, ""]:
+    def is_over(self, arrived: Slots) -> Bool[Array, ""]:
         return jnp.zeros((), bool)
 
     def _swap(self, slot: UInt8[Array, " slot"]) -> UInt8[Array, " slot"]:
@@ -152,7 +152,7 @@ class Rank:
         """The same without the exchange, on this process's device."""
         executor, (batch, sampling, num_pages) = self.executor(count), self.batch(count)
         steps = self._arguments.steps
-        numbers = Numbers(jnp.int32(steps), jnp.zeros((), bool), jnp.int32(0))
+        numbers = Numbers(jnp.int32(steps), jnp.int32(0))
         weights = jax.tree.map(lambda leaf: leaf.addressable_data(0), executor.weights)
         on_own = functools.partial(jax.shard_map, mesh=self._mesh, out_specs=PartitionSpec(), check_vma=False)
         if isinstance(executor, FfnProcess):
@@ -171,7 +171,8 @@ class Rank:
 
         def attend() -> None:
             with mock.patch.object(attention_loop, "Wire", SilentWire):
-                held[0], report, _ = run_attention(weights, held[0], batch, sampling, numbers)
+                given = batch, sampling, numbers, jnp.zeros((), bool)
+                held[0], report, _ = run_attention(weights, held[0], *given)
                 jax.block_until_ready((held[0], report))
 
         return attend

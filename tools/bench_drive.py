@@ -41,6 +41,7 @@ from step3_jax.engine.drive.call import Call, MeasureMemory, to_message
 from step3_jax.engine.drive.executor import DrivenExecutor
 from step3_jax.engine.drive.worker import Outcome, Worker, serve_calls
 from step3_jax.engine.executor import Executor, Started
+from step3_jax.engine.history import HistoryPacker
 from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch, Report
 from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
@@ -51,6 +52,7 @@ STEP_MS = 20.0
 GOAL_PERCENT = 2.0
 _TIMEOUT_S = 60.0
 _EMPTY = MeasureMemory(0, 0)
+_HISTORY = HistoryPacker(MAX_PAGES * PAGE_SIZE, MAX_STEPS)
 
 
 class _IdleWorker(Worker):
@@ -115,15 +117,14 @@ def make_call(number: int, kept: DecodeCall | None) -> DecodeCall:
     counts = np.full((NUM_SEQS,), 1000 + number, np.int32)
     if kept is None:
         rows = [SamplingRow(SamplingParams(temperature=0.0), 1000, (0, 0), ())] * NUM_SEQS
-        history = np.full((NUM_SEQS, MAX_PAGES * PAGE_SIZE), VOCAB_SIZE, np.int32)
         mask = np.full((NUM_SEQS, -(-VOCAB_SIZE // 32)), -1, np.int32)
         table = np.zeros((NUM_SEQS, MAX_PAGES), np.int32)
         sampling = sampling_batch(rows, VOCAB_SIZE, NUM_SEQS)
-        batch = DecodeBatch(counts, counts, counts, counts > 0, table, history, mask)  # type: ignore[arg-type]
-        return DecodeCall(batch, sampling, 1, MAX_STEPS)
+        batch = DecodeBatch(counts, counts, counts, counts > 0, table, None, mask)  # type: ignore[arg-type]
+        return DecodeCall(batch, sampling, 1, MAX_STEPS, history=_HISTORY.pack_nothing(NUM_SEQS, 0))
     table = kept.batch.table.copy() if number % 8 == 0 else kept.batch.table
     batch = kept.batch._replace(last=counts, cached=counts + 1, num_generated=counts + 2, table=table)  # type: ignore[arg-type]
-    return DecodeCall(batch, kept.sampling, 1, MAX_STEPS)
+    return DecodeCall(batch, kept.sampling, 1, MAX_STEPS, history=kept.history)
 
 
 def measure(num_workers: int, rounds: int, calls: int) -> dict[str, object]:

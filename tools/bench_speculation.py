@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from step3_jax import resources
+from step3_jax.afd.host.executor import load_host_executor
+from step3_jax.afd.topology import AfdTopology
 from step3_jax.bench.machine import conditions, cpu_pressure, load_average
 from step3_jax.bench.model import bench_config, random_model
 from step3_jax.bench.workload import Lengths, random_prompts
@@ -23,6 +25,8 @@ from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.prompt import PromptInput
 from step3_jax.engine.runner import Runner
+from step3_jax.layout.deployment import parse_topology
+from step3_jax.mesh import force_cpu_devices
 from step3_jax.sampling.params import SamplingParams
 
 REPEATED = (
@@ -145,7 +149,9 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints the rows, and writes them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, help="a model with random weights, in place of the one that ships")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--preset", choices=PRESETS, help="a model with random weights, in place of the one that ships")
+    model.add_argument("--afd", metavar="xAyF", help="attention and FFN on devices of their own, emulated on a CPU")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each output (default: %(default)s)")
     parser.add_argument(
         "--guesses", type=int, nargs="+", default=[2, 4, 8], help="tokens to guess (default: %(default)s)"
@@ -160,13 +166,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.lookup is not None:
         least, most = arguments.lookup
         lookup = {"prompt_lookup_min": least, "prompt_lookup_max": most}
+    executor = None
+    if arguments.afd is not None:
+        instances = parse_topology(arguments.afd)
+        force_cpu_devices(instances.num_devices)
+        executor = load_host_executor(resources.find("models/step3-tiny"), AfdTopology.of(instances))
     rows = []
     for batch_size in arguments.batches:
         settings = {"max_num_seqs": batch_size, "max_model_len": _MAX_MODEL_LEN, "enable_prefix_caching": False}
         sides: dict[int, LLM] = {}
         if arguments.preset is None:
             folder = resources.find("models/step3-tiny")
-            sides[0] = LLM(folder, **settings)
+            sides[0] = LLM(folder, executor=executor, **settings)
             works = text_work(arguments.tokens)
         else:
             runner = Runner(random_model(bench_config(*PRESETS[arguments.preset])))
@@ -175,12 +186,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for guesses in arguments.guesses:
             given = {"method": "ngram", "num_speculative_tokens": guesses} | lookup
             if arguments.preset is None:
-                sides[guesses] = LLM(folder, speculative_config=given, **settings)
+                sides[guesses] = LLM(folder, executor=executor, speculative_config=given, **settings)
             else:
                 sides[guesses] = LLM.from_model(runner, speculative_config=given, **settings)
         rows += measure(sides, works, batch_size, arguments.rounds)
     after = {"cpu_pressure_after": cpu_pressure()}
-    given = {name: getattr(arguments, name) for name in ("preset", "tokens", "lookup", "rounds")}
+    given = {name: getattr(arguments, name) for name in ("preset", "afd", "tokens", "lookup", "rounds")}
     report = {"conditions": conditions() | before | after | given, "speculation": rows}
     print(json.dumps(report, indent=1))
     if arguments.json:

@@ -207,7 +207,7 @@ def begin_step(
       ends: For the embedding.
       config: Head size and rotary base.
       form: Of the rows that come back.
-      token_ids: [B, 1] in a decode step, [1, N] for a chunk of prompts.
+      token_ids: [B, T] in a decode step, [1, N] for a chunk of prompts.
       step: Where the tokens stand in the cache.
       page_size: Tokens of a page.
       features: Image features; None without pictures.
@@ -287,14 +287,14 @@ def unpack_tokens(
     return form.unpack(rows, dtype)
 
 
-def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B V"]:
-    """Float32 logits of the last token of each sequence, after the last layer."""
-    return last_logits(ends, add_returned(form, tokens.hidden, tokens.returned))
+def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B T V"]:
+    """Float32 logits after the last layer."""
+    return token_logits(ends, add_returned(form, tokens.hidden, tokens.returned))
 
 
-def last_logits(ends: Ends, hidden: Float[Array, "B T D"]) -> Float[Array, "B V"]:
-    """The same of the residual stream after the last layer."""
-    normed = as_plain(ends.norm(hidden[:, -1]))
+def token_logits(ends: Ends, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """The same of the residual stream after the last layer, with what came back of it."""
+    normed = as_plain(ends.norm(hidden))
     with jax.named_scope("lm_head"):
         return ends.lm_head(normed).astype(jnp.float32)
 

@@ -74,11 +74,6 @@ class RecordingExecutor(Executor):
         self._recording: Recording | None = None
         self._cache_size: tuple[int, Storage] | None = None
 
-    @property
-    def can_speculate(self) -> bool:
-        """See `Executor.can_speculate`."""
-        return self._executor.can_speculate
-
     @contextlib.contextmanager
     def record(self) -> Iterator[Recording]:
         """Calls made inside are added to the recording."""
@@ -99,9 +94,11 @@ class RecordingExecutor(Executor):
             raise ValueError("no cache has been allocated yet: run something first")
         return self._executor.allocate_cache(*self._cache_size)
 
-    def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
+    def cache_memory_bytes(
+        self, rows: int, chunk_tokens: int, step_tokens: int = 1, history_tokens: int = 0
+    ) -> int | None:
         """See `Executor.cache_memory_bytes`."""
-        return self._executor.cache_memory_bytes(rows, chunk_tokens)
+        return self._executor.cache_memory_bytes(rows, chunk_tokens, step_tokens, history_tokens)
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`."""

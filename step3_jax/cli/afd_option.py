@@ -10,7 +10,6 @@ import jax
 from step3_jax.afd.executor import AfdChoice
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.engine.config import EngineConfig
-from step3_jax.engine.executor import NO_SPECULATION
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, Deployment, Topology, check_microbatches, read_afd
 from step3_jax.mesh import force_cpu_devices
 
@@ -52,8 +51,6 @@ def read_afd_choice(
                 )
         return None
     config = config or EngineConfig()
-    if config.speculative_config is not None:
-        raise ValueError(NO_SPECULATION)
     if config.data_parallel_size != 1 or config.attention_parallelism != "data":
         raise ValueError(
             "--data-parallel-size and --attention-parallelism cannot be combined with --afd: attention is data parallel "

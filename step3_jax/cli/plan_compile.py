@@ -49,7 +49,9 @@ from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
 from step3_jax.planner.memory import CacheShape, CompiledBytes, rows_at_once
 from step3_jax.sampling.batch import SamplingRow, sampling_batch
+from step3_jax.sampling.ngram import find_drafts
 from step3_jax.sampling.params import SamplingParams
+from step3_jax.sampling.speculation import Speculation
 
 # Only the bytes matter, not a fast program.
 COMPILER_OPTIONS: dict[str, str | bool] = {
@@ -58,7 +60,9 @@ COMPILER_OPTIONS: dict[str, str | bool] = {
 }
 
 
-def compile_alone(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
+def compile_alone(
+    config: ModelConfig, deployment: Deployment, cache: CacheShape, speculation: Speculation | None = None
+) -> Compilation:
     """Compiles in this process, which has used no device yet; arguments as for `plan_process.compile_deployment`.
 
     Raises:
@@ -72,25 +76,27 @@ def compile_alone(config: ModelConfig, deployment: Deployment, cache: CacheShape
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", deployment.num_devices)
     os.environ[KERNELS] = "reference"
-    compiled = compile_here(config, deployment, cache)
+    compiled = compile_here(config, deployment, cache, speculation)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # In kB, on macOS in bytes.
     return Compilation(compiled, 0.0, peak if sys.platform == "darwin" else peak * 1024)
 
 
-def compile_here(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> dict[str, CompiledBytes]:
+def compile_here(
+    config: ModelConfig, deployment: Deployment, cache: CacheShape, speculation: Speculation | None = None
+) -> dict[str, CompiledBytes]:
     """The bytes by the name of the role; this process needs as many devices as the deployment has."""
     if deployment.topology is None:
         layout = make_layout(check_deployment(config, deployment))
-        return {BOTH: _compile_both(_place(config, layout), layout, deployment, cache)}
+        return {BOTH: _compile_both(_place(config, layout), layout, deployment, cache, speculation)}
     topology = AfdTopology.of(deployment.topology, deployment.parallel)
     topology.check(config)
     form = PayloadFormat.of(config.text, choose_payload(deployment.payload, config.dtype))
     model = _place(config, topology)
     rows = rows_at_once(deployment)
-    received = -(-rows * topology.num_attention // topology.num_ffn)
+    received = -(-rows * _step_tokens(speculation) * topology.num_attention // topology.num_ffn)
     return {
-        ATTENTION: _compile_attention(model, topology, deployment, cache, form, rows),
+        ATTENTION: _compile_attention(model, topology, deployment, cache, form, rows, speculation),
         FFN: _compile_ffn(model, topology.ffn, form, received),
     }
 
@@ -100,7 +106,9 @@ def _place(config: ModelConfig, places: Places) -> Step3:
     return arrange(place_shapes(abstract_model(config), places), Arrangement.of("gpu", config.dtype))
 
 
-def _compile_both(model: Step3, layout: Layout, deployment: Deployment, cache: CacheShape) -> CompiledBytes:
+def _compile_both(
+    model: Step3, layout: Layout, deployment: Deployment, cache: CacheShape, speculation: Speculation | None
+) -> CompiledBytes:
     """The decode loop of the whole model on every device."""
     runner = ShardedRunner(model, layout)
     num_rows = cache.rows * layout.size("rows")
@@ -110,19 +118,30 @@ def _compile_both(model: Step3, layout: Layout, deployment: Deployment, cache: C
 
     is_active = jax.ShapeDtypeStruct((num_rows,), jnp.bool_)
     batch = DecodeBatch(numbers(), numbers(), numbers(), is_active, numbers(cache.pages_per_row))  # type: ignore[arg-type]
+    if speculation is not None:
+        batch = batch._replace(history=numbers(cache.pages_per_row * PAGE_SIZE), max_new=numbers())  # type: ignore[arg-type]
     row = SamplingRow(SamplingParams(temperature=0.0), 1, (0, 0), ())
     sampling = sampling_batch([row], model.config.text.vocab_size, num_rows)
     pool = _shape_cache(model, layout, deployment, cache)
-    program = runner.lower_decode(pool, batch, sampling, max_steps=1).compile(COMPILER_OPTIONS)
+    max_steps = _step_tokens(speculation)
+    lowered = runner.lower_decode(pool, batch, sampling, max_steps=max_steps, speculation=speculation)
+    program = lowered.compile(COMPILER_OPTIONS)
     vision = _vision_leaves(model)
     weights = jax.tree.leaves(nnx.state(model.text))
     num_tokens = _count_tokens(pool, layout, model.config.text.num_hidden_layers)
     # The tower has no part in a decode step and is on the devices all the same.
-    return _read_bytes(program, weights, vision, pool, (batch, sampling, np.int32(1), np.bool_(False)), num_tokens)
+    inputs = batch, sampling, np.int32(1), np.bool_(False)
+    return _read_bytes(program, weights, vision, pool, inputs, num_tokens, batch.history)
 
 
 def _compile_attention(
-    model: Step3, topology: AfdTopology, deployment: Deployment, cache: CacheShape, form: PayloadFormat, rows: int
+    model: Step3,
+    topology: AfdTopology,
+    deployment: Deployment,
+    cache: CacheShape,
+    form: PayloadFormat,
+    rows: int,
+    speculation: Speculation | None,
 ) -> CompiledBytes:
     """A decode step of one micro-batch on the attention side."""
     text, layout = model.config.text, topology.attention
@@ -134,10 +153,16 @@ def _compile_attention(
         last: Int[Array, " B"],
         table: Int[Array, "B max_pages"],
         lengths: Int[Array, " B"],
-        returned: list[UInt8[Array, "B output_bytes"]],
-    ) -> tuple[KVPages, list[UInt8[Array, "layers B row_bytes"]], Int[Array, " B"]]:
+        history: Int[Array, "sequences M"] | None,
+        returned: list[UInt8[Array, "N output_bytes"]],
+    ) -> tuple[KVPages, list[UInt8[Array, "layers N row_bytes"]], Int[Array, "B T"]]:
         ends = parts.ends.skeleton.build(weights.ends)
-        tokens = begin_step(ends, text, form, last[:, None], CacheStep(table, lengths), PAGE_SIZE)
+        ids, place = last[:, None], CacheStep(table, lengths)
+        if speculation is not None and history is not None:
+            drafts, is_found = find_drafts(history[: last.shape[0]], lengths, speculation)
+            num_new = jnp.where(is_found, speculation.width, 1)
+            ids, place = jnp.concatenate([ids, drafts], axis=1), CacheStep(table, lengths + num_new, num_new=num_new)
+        tokens = begin_step(ends, text, form, ids, place, PAGE_SIZE)
         layer_pages = count_pages(pool, text.num_hidden_layers)
         first, sent = 0, []
         for part, leaves in zip(parts.attention, weights.layers, strict=True):
@@ -160,14 +185,16 @@ def _compile_attention(
             first += part.num_layers
         return pool, sent, jnp.argmax(end_step(ends, form, tokens), axis=-1).astype(jnp.int32)
 
-    shapes = [_rows(layout, rows, form.output_bytes, dtype=jnp.uint8)] * text.num_hidden_layers
-    inputs = (*_step_inputs(layout, cache, rows), shapes)
+    step_rows = rows * _step_tokens(speculation)
+    shapes = [_rows(layout, step_rows, form.output_bytes, dtype=jnp.uint8)] * text.num_hidden_layers
+    history = None if speculation is None else _shape_history(layout, cache)
+    inputs = (*_step_inputs(layout, cache, rows), history, shapes)
     weights = _Weights(parts.ends.leaves, [part.leaves for part in parts.attention])
     pool = _shape_cache(model, layout, deployment, cache)
     outputs = layout.spec("rows"), layout.spec(None, "rows"), layout.spec("rows")
     program = _compile(step, layout, (weights, pool, *inputs), outputs)
     num_tokens = _count_tokens(pool, layout, text.num_hidden_layers)
-    return _read_bytes(program, jax.tree.leaves(weights), _vision_leaves(model), pool, inputs, num_tokens)
+    return _read_bytes(program, jax.tree.leaves(weights), _vision_leaves(model), pool, inputs, num_tokens, history)
 
 
 def _compile_ffn(model: Step3, layout: Layout, form: PayloadFormat, rows: int) -> CompiledBytes:
@@ -244,6 +271,17 @@ def _step_inputs(layout: Layout, cache: CacheShape, rows: int) -> tuple[jax.Shap
     return _rows(layout, rows), _rows(layout, rows, cache.pages_per_row), _rows(layout, rows)
 
 
+def _step_tokens(speculation: Speculation | None) -> int:
+    """Tokens of a sequence in a decode step."""
+    return 1 if speculation is None else speculation.width
+
+
+def _shape_history(layout: Layout, cache: CacheShape) -> jax.ShapeDtypeStruct:
+    """The tokens of all devices' sequences, which each device has."""
+    shape = cache.rows * layout.size("rows"), cache.pages_per_row * PAGE_SIZE
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.sharding())
+
+
 def _rows(layout: Layout, rows: int, *rest: int, dtype: jax.typing.DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
     """An array with `rows` rows on each device."""
     return jax.ShapeDtypeStruct((rows * layout.size("rows"), *rest), dtype, sharding=layout.sharding("rows"))
@@ -256,6 +294,7 @@ def _read_bytes(
     pool: KVPages | None,
     inputs: object,
     num_tokens: int,
+    history: object = None,
 ) -> CompiledBytes:
     """The bytes of one device, according to a compiled program.
 
@@ -266,6 +305,7 @@ def _read_bytes(
       pool: The cache; None on a side that has none.
       inputs: What else it takes; what it has no use for it may have left out.
       num_tokens: That the pool has room for.
+      history: Of the inputs, the tokens in which guesses are looked up; None without.
 
     Raises:
       RuntimeError: If the program's arguments are not the ones given, which would make its bytes worthless.
@@ -276,12 +316,13 @@ def _read_bytes(
     kv_cache = memory.alias_size_in_bytes
     found = memory.argument_size_in_bytes - kv_cache
     given, given_cache, most = _device_bytes(weights), _device_bytes(pool), _device_bytes(inputs)
-    if kv_cache != given_cache or not given <= found <= given + most:
+    least = given + _device_bytes(history)
+    if kv_cache != given_cache or not least <= found <= given + most:
         raise RuntimeError(
             f"the compiled program has {found:,} bytes of weights and inputs and {kv_cache:,} of cache on a device, but was "
             f"given {given:,} of weights, {most:,} of inputs and {given_cache:,} of cache"
         )
-    return CompiledBytes(given + _device_bytes(others), kv_cache, num_tokens)
+    return CompiledBytes(given + _device_bytes(others), kv_cache, num_tokens, _device_bytes(history))
 
 
 def _device_bytes(tree: object) -> int:

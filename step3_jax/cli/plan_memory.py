@@ -20,6 +20,7 @@ from step3_jax.layout.role import check_deployment, deployed_config, roles_of
 from step3_jax.layout.weight_form import CPU_FORMS
 from step3_jax.planner.memory import CacheShape, MemoryPlan, plan_memory, shape_cache
 from step3_jax.planner.memory_table import to_dict, to_lines
+from step3_jax.sampling.speculation import Speculation
 
 # Compiled for a deployment that names no workload: the bytes of weights do not depend on it.
 _SMALL_CACHE = CacheShape(rows=4, pages_per_row=4)
@@ -31,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.model)
     deployed = deployed_config(config, deployment.weights, text_only=arguments.text_only)
     check_deployment(deployed, deployment)
+    values = arguments.speculative_config
+    speculation = None if values is None else Speculation.of(values)
     memory_gib, ffn_memory_gib = arguments.memory_gib, None
     if memory_gib is None:
         memory_gib = _find_memory(deployment, deployment.hardware)
@@ -46,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             memory_share=arguments.memory_share,
             chunk_tokens=arguments.max_num_batched_tokens,
             compiled=None if compilation is None else compilation.roles,
+            step_tokens=1 if speculation is None else speculation.width,
         )
 
     # First without compiling, so that wrong numbers are refused immediately.
@@ -55,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif not arguments.no_compile:
         write_note(f"compiling the decode step for {deployment.num_devices} devices from shapes (about a minute) ...")
         with interruptible():
-            compilation = _compile(deployed, deployment)
+            compilation = _compile(deployed, deployment, speculation)
         found = plan(compilation)
     if arguments.json:
         took = {} if compilation is None else {"seconds": compilation.seconds, "peak_bytes": compilation.peak_bytes}
@@ -69,9 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
-def _compile(config: ModelConfig, deployment: Deployment) -> Compilation:
+def _compile(config: ModelConfig, deployment: Deployment, speculation: Speculation | None) -> Compilation:
     holder = next(role for role in roles_of(deployment) if role.has_cache)
-    return compile_deployment(config, deployment, shape_cache(deployment, holder) or _SMALL_CACHE)
+    return compile_deployment(config, deployment, shape_cache(deployment, holder) or _SMALL_CACHE, speculation)
 
 
 def _change(deployment: Deployment, arguments: argparse.Namespace) -> Deployment:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from step3_jax.config import ModelConfig
 from step3_jax.layout.deployment import Deployment
 from step3_jax.planner.memory import CacheShape, CompiledBytes
+from step3_jax.sampling.speculation import Speculation
 
 # The command that the process runs.
 _COMPILER = "step3_jax.cli.plan_compile"
@@ -36,13 +37,16 @@ class Compilation:
     peak_bytes: int
 
 
-def compile_deployment(config: ModelConfig, deployment: Deployment, cache: CacheShape) -> Compilation:
+def compile_deployment(
+    config: ModelConfig, deployment: Deployment, cache: CacheShape, speculation: Speculation | None = None
+) -> Compilation:
     """Compiles in a process of its own, as the number of devices is fixed once jax computes.
 
     Args:
       config: From `layout.role.deployed_config`.
       deployment: What runs where.
       cache: Of each device that has one.
+      speculation: How tokens are guessed; None for steps of one token.
 
     Raises:
       ValueError: If the deployment does not divide the model; the message says which would.
@@ -51,7 +55,8 @@ def compile_deployment(config: ModelConfig, deployment: Deployment, cache: Cache
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_compilation, args=(sender, config, deployment, cache), daemon=True)
+    given = sender, config, deployment, cache, speculation
+    process = context.Process(target=_send_compilation, args=given, daemon=True)
     try:
         with _deferred_interrupts():
             process.start()
@@ -97,9 +102,13 @@ def _deferred_interrupts() -> Iterator[None]:
 
 
 def _send_compilation(
-    sender: multiprocessing.connection.Connection, config: ModelConfig, deployment: Deployment, cache: CacheShape
+    sender: multiprocessing.connection.Connection,
+    config: ModelConfig,
+    deployment: Deployment,
+    cache: CacheShape,
+    speculation: Speculation | None,
 ) -> None:
     try:
-        sender.send(importlib.import_module(_COMPILER).compile_alone(config, deployment, cache))
+        sender.send(importlib.import_module(_COMPILER).compile_alone(config, deployment, cache, speculation))
     except Exception as error:
         sender.send(error)

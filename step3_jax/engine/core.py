@@ -22,7 +22,7 @@ from step3_jax.engine.bucket_table import PAGE_COPIES, BucketTable
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.constrainer import Constrainer
 from step3_jax.engine.constraint import SequenceConstraint
-from step3_jax.engine.executor import NO_SPECULATION, Executor
+from step3_jax.engine.executor import Executor
 from step3_jax.engine.failure import CallError, blame
 from step3_jax.engine.flight import Abort, Flight
 from step3_jax.engine.media import FeatureCache
@@ -77,12 +77,10 @@ class EngineCore:
           image_sizes: Sides of views and windows in pixels; none for a text-only model.
 
         Raises:
-          ValueError: If the cache format does not serve the model's head size, the memory does not hold one sequence of
-            `max_model_len`, or tokens are to be guessed and the executor cannot verify them.
+          ValueError: If the cache format does not serve the model's head size, or the memory does not hold one sequence of
+            `max_model_len`.
         """
         speculation = config.speculation
-        if speculation is not None and not executor.can_speculate:
-            raise ValueError(NO_SPECULATION)
         self.config = config
         self.max_model_len = max_model_len
         self.stats = EngineStats()
@@ -98,8 +96,9 @@ class EngineCore:
         self._storage = choose_storage(config.kv_cache_dtype, executor.dtype, text.head_dim)
         memory = config.kv_cache_memory_bytes
         if memory is None:
-            rows = width * self.buckets.max_num_seqs
-            memory = executor.cache_memory_bytes(rows, self.buckets.max_num_batched_tokens)
+            rows = self.buckets.max_num_seqs
+            tokens = self.buckets.max_num_batched_tokens, width, rows * self.buckets.max_pages * PAGE_SIZE
+            memory = executor.cache_memory_bytes(rows, *tokens)
         if memory is None:
             memory = max(DEFAULT_CACHE_BYTES, pages * page_bytes(text, self._storage))
         max_num_seqs = self.buckets.max_num_seqs
@@ -470,6 +469,7 @@ class EngineCore:
         """Drops the cache's contents, which are unknown after a failure; all sequences are recomputed."""
         self._cache = None
         self._flight = None
+        self._packer.forget()
         self.scheduler.preempt_all()
         for group in self._groups.values():
             group.features = None

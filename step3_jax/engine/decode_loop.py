@@ -11,9 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from step3_jax.cache.paged import Cache
 from step3_jax.engine.state import (
-    FULL,
     RUNNING,
-    STOPPED,
     DecodeBatch,
     Report,
     RowState,
@@ -21,6 +19,7 @@ from step3_jax.engine.state import (
     begin_rows,
     draft_tokens,
     last_tokens,
+    leaving_rows,
     place_tokens,
     verify_tokens,
 )
@@ -87,12 +86,8 @@ def decode_loop(
     start = _Loop(jnp.zeros((), jnp.int32), cache, rows)
 
     def is_unfinished(loop: _Loop) -> Bool[Array, ""]:
-        report = loop.rows.report
-        has_ended = any_row((report.finish == STOPPED) | (report.finish == FULL))
-        goes_on = (loop.step < num_steps) & any_row(report.finish == RUNNING) & ~(leave_early & has_ended)
-        if batch.max_new is None:
-            return goes_on
-        return goes_on & ~any_row((report.finish == RUNNING) & (report.num_new >= batch.max_new))
+        is_running = any_row(loop.rows.report.finish == RUNNING)
+        return (loop.step < num_steps) & is_running & ~any_row(leaving_rows(loop.rows, batch, leave_early))
 
     def take_step(loop: _Loop, tokens: StepTokens) -> _Loop:
         logits, cache = forward(tokens.ids, loop.cache, place_tokens(loop.rows, batch, tokens))

@@ -19,6 +19,7 @@ from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache
 from step3_jax.config import ModelConfig
 from step3_jax.engine.bucket_table import PAGE_COPIES, power_of_two
+from step3_jax.engine.history import DeviceHistory
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.gpu import compiler_options, memory_left
 from step3_jax.layout.parallel import BOTH, Parallel
@@ -26,11 +27,6 @@ from step3_jax.layout.role import Role
 from step3_jax.layout.workspace import estimate_workspace
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
-
-# What is said where `Executor.can_speculate` does not hold.
-NO_SPECULATION = (
-    "speculative_config does not go with attention and FFN on devices of their own (AFD): leave out one of them"
-)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,8 +114,8 @@ class Executor(ModelPart, abc.ABC):
     """Runs a model's calls; the base of all executors.
 
     `runner.Runner` runs them on one device; others spread a model over many. The engine decides which pages belong to which
-    sequence and hands the cache back at each call, which consumes it. Between calls an executor remembers nothing of a
-    sequence.
+    sequence and hands the cache back at each call, which consumes it. Of a sequence an executor remembers its tokens between
+    calls (`DeviceHistory`), and those only where they are looked up.
     """
 
     def __init__(
@@ -134,6 +130,15 @@ class Executor(ModelPart, abc.ABC):
         self._placed: tuple[SamplingBatch, SamplingBatch] | None = None
         self._placed_wide: dict[str, tuple[object, Array]] = {}
 
+    @functools.cached_property
+    def _history(self) -> DeviceHistory:
+        return DeviceHistory(self._jit, self._everywhere, self.num_traces)
+
+    @property
+    def _everywhere(self) -> jax.sharding.Sharding | None:
+        """Where an array lies of which every device has all; None for the default device."""
+        return None
+
     @property
     def role(self) -> Role:
         """The part of the model on the devices that hold the cache, and how many of these devices there are."""
@@ -143,11 +148,6 @@ class Executor(ModelPart, abc.ABC):
     def num_microbatches(self) -> int:
         """Micro-batches in flight between attention and FFN; 0 where every device does both."""
         return 0
-
-    @property
-    def can_speculate(self) -> bool:
-        """Whether `decode` takes calls with guesses."""
-        return True
 
     @property
     def afd_wait_s(self) -> float | None:
@@ -164,12 +164,16 @@ class Executor(ModelPart, abc.ABC):
     def close(self) -> None:
         """Lets the other processes of a run leave; does nothing where there are none."""
 
-    def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
+    def cache_memory_bytes(
+        self, rows: int, chunk_tokens: int, step_tokens: int = 1, history_tokens: int = 0
+    ) -> int | None:
         """Memory left for each shard of the cache, by the rule of `step3 plan memory`; None where devices do not say.
 
         Args:
           rows: Sequences of a shard that decode at once.
           chunk_tokens: Prompt tokens of a shard that are prefilled at once.
+          step_tokens: Of each sequence in a decode step; more than one where tokens are guessed.
+          history_tokens: That all sequences of a shard have room for.
         """
         workspace = estimate_workspace(
             self.config,
@@ -178,6 +182,8 @@ class Executor(ModelPart, abc.ABC):
             rows=-(-rows // max(self.num_microbatches, 1)),
             chunk_tokens=chunk_tokens,
             num_microbatches=self.num_microbatches,
+            step_tokens=step_tokens,
+            history_tokens=history_tokens,
         )
         return memory_left(self.devices, workspace.total)
 
@@ -261,7 +267,7 @@ class Executor(ModelPart, abc.ABC):
     def _place_call(self, call: DecodeCall) -> tuple[DecodeBatch, SamplingBatch, np.int32, np.bool_]:
         """The arguments of a runner's decode loop, except the static ones."""
         sampling = self._place_sampling(call.sampling)
-        return self._place_wide(call.batch), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
+        return self._place_wide(call), sampling, np.int32(call.num_steps), np.bool_(call.leave_early)
 
     def _place_sampling(self, sampling: SamplingBatch) -> SamplingBatch:
         """Sampling parameters on the devices; the engine passes the same ones until a sequence joins or leaves."""
@@ -269,8 +275,9 @@ class Executor(ModelPart, abc.ABC):
             self._placed = sampling, jax.tree.map(self._place, sampling)
         return self._placed[1]
 
-    def _place_wide(self, batch: DecodeBatch) -> DecodeBatch:
-        """The batch with its wide arrays on the devices: those that no row uses are the same for all calls."""
+    def _place_wide(self, call: DecodeCall) -> DecodeBatch:
+        """A call's batch with its wide arrays on the devices: of these what is the same as in the last call stays there."""
+        batch = call.batch
         for name in ("history", "mask"):
             array = getattr(batch, name)
             if array is None:
@@ -278,7 +285,7 @@ class Executor(ModelPart, abc.ABC):
             if self._placed_wide.get(name, (None,))[0] is not array:
                 self._placed_wide[name] = array, jax.tree.map(self._place, array)
             batch = batch._replace(**{name: self._placed_wide[name][1]})
-        return batch
+        return batch if call.history is None else batch._replace(history=self._history.write(call.history))
 
     def _place(self, array: np.ndarray) -> Array:
         """A host array as the calls take it: replicated on every device of the model, or sharded by rows."""

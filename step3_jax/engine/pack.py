@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.engine.bucket_table import BucketTable
+from step3_jax.engine.history import HistoryPacker
 from step3_jax.engine.scheduler import Chunk, Scheduler
 from step3_jax.engine.sequence import Sequence, feature_rows
-from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
+from step3_jax.engine.state import DecodeBatch, DecodeCall, HistoryUpdate, PrefillBatch
 from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sampling.speculation import Speculation
 
 # The contents of a free slot.
 _IDLE = SamplingRow(SamplingParams(temperature=0.0), 0, (0, 0), ())
-
-
-class _History(NamedTuple):
-    """Tokens of the sequences in slots, and how many of each are there, since the slots were last changed."""
-
-    version: int | None
-    tokens: Int[np.ndarray, "B M"]
-    counts: Int[np.ndarray, " B"]
 
 
 class Packer:
@@ -40,8 +32,7 @@ class Packer:
         self._speculation = speculation
         self._slots: tuple[int, SamplingBatch] | None = None
         self._table: tuple[int, Int[np.ndarray, "B max_pages"]] | None = None
-        self._empty_history: Int[np.ndarray, "B M"] | None = None
-        self._history: _History | None = None
+        self._history = HistoryPacker(buckets.max_pages * PAGE_SIZE, buckets.max_steps)
         self._all_allowed: Int[np.ndarray, "B words"] | None = None
 
     def chunk(self, chunks: Seq[Chunk], shards: Seq[int]) -> PrefillBatch:
@@ -81,27 +72,35 @@ class Packer:
         if self._table is None or self._table[0] != scheduler.table_version:
             self._table = scheduler.table_version, pack_table(scheduler.slots, self._buckets.max_pages)
         batch = pack_decode(scheduler.slots, self._table[1])._replace(
-            history=self._pack_history(scheduler.slots, scheduler.version),
-            mask=self._no_masks(scheduler.slots) if masks is None else masks,
+            mask=self._no_masks(scheduler.slots) if masks is None else masks
         )
+        history = self._history.pack([one if self._needs_history(one) else None for one in scheduler.slots])
         # What may come behind a pause is only known once the tokens before it have been looked at.
         has_pause = any(one is not None and one.is_ready and one.sampling.pause_id >= 0 for one in scheduler.slots)
         leave_early = scheduler.num_waiting > 0 or has_pause
         most = num_steps if max_new is None else max_new
-        return self._call(scheduler.slots, batch, self._slots[1], num_steps, most, leave_early=leave_early)
+        return self._call(scheduler.slots, batch, self._slots[1], history, num_steps, most, leave_early=leave_early)
 
     def idle_decode(self, num_seqs: int) -> DecodeCall:
         """A decode call for `num_seqs` sequences per shard, all slots empty."""
         slots = [None] * (num_seqs * self._buckets.num_shards)
         batch = pack_decode(slots, pack_table(slots, self._buckets.max_pages))
-        batch = batch._replace(history=self._pack_history(slots), mask=self._no_masks(slots))
-        return self._call(slots, batch, pack_sampling(slots, self._vocab_size), 1, 1)
+        batch = batch._replace(mask=self._no_masks(slots))
+        # A write of nothing, so that its program is compiled too; afterwards the devices keep what has this size.
+        self._history.forget()
+        history = self._history.pack_nothing(len(slots), num_writes=1)
+        return self._call(slots, batch, pack_sampling(slots, self._vocab_size), history, 1, 1)
+
+    def forget(self) -> None:
+        """A call has failed: what the devices keep is unknown."""
+        self._history.forget()
 
     def _call(
         self,
         slots: Seq[Sequence | None],
         batch: DecodeBatch,
         sampling: SamplingBatch,
+        history: HistoryUpdate,
         num_steps: int,
         max_new: int,
         *,
@@ -111,7 +110,7 @@ class Packer:
             # A mask is for one token.
             most = [1 if one is not None and one.is_masked else max_new for one in slots]
             batch = batch._replace(max_new=np.array(most, np.int32))
-        return DecodeCall(batch, sampling, num_steps, self._buckets.max_steps, leave_early, self._speculation)
+        return DecodeCall(batch, sampling, num_steps, self._buckets.max_steps, leave_early, self._speculation, history)
 
     def _no_masks(self, slots: Seq[Sequence | None]) -> Int[np.ndarray, "B words"]:
         """Masks that allow everything, the same array each time."""
@@ -119,34 +118,11 @@ class Packer:
             self._all_allowed = np.full((len(slots), -(-self._vocab_size // 32)), -1, np.int32)
         return self._all_allowed
 
-    def _pack_history(self, slots: Seq[Sequence | None], version: int | None = None) -> Int[np.ndarray, "B M"]:
-        """Tokens of the sequences in slots that need them: those with penalties, or all where tokens are guessed.
-
-        The same array again while there are none. Of long sequences it would take milliseconds to pack all tokens anew.
-
-        Args:
-          slots: The sequences.
-          version: Of the slots: while it is the same, sequences have only grown.
-        """
-        if self._empty_history is None or len(self._empty_history) != len(slots):
-            shape = len(slots), self._buckets.max_pages * PAGE_SIZE
-            self._empty_history = np.full(shape, self._vocab_size, np.int32)
-        needed = [
-            (slot, one)
-            for slot, one in enumerate(slots)
-            if one is not None and one.is_ready and (self._speculation is not None or one.sampling.params.has_penalties)
-        ]
-        if not needed:
-            return self._empty_history
-        if self._history is None or self._history.version != version:
-            self._history = _History(version, self._empty_history.copy(), np.zeros((len(slots),), np.int64))
-        history = self._history
-        for slot, sequence in needed:
-            count, ids = history.counts[slot], sequence.token_ids
-            history.tokens[slot, count : len(ids)] = ids[count:]
-            history.counts[slot] = len(ids)
-        # A call may still read its own when the next one is packed.
-        return history.tokens.copy()
+    def _needs_history(self, sequence: Sequence | None) -> bool:
+        """Whether a sequence's tokens are looked at: those of all where tokens are guessed, else of those with penalties."""
+        if sequence is None or not sequence.is_ready:
+            return False
+        return self._speculation is not None or sequence.sampling.params.has_penalties
 
 
 def pack_chunk(chunks: Seq[Chunk], buckets: BucketTable, shards: Seq[int] | None = None) -> PrefillBatch:

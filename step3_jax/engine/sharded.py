@@ -9,7 +9,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.storage import Storage
@@ -94,6 +94,10 @@ class ShardedRunner(Executor):
     def role(self) -> Role:
         """See `Executor.role`."""
         return Role(BOTH, self.layout.parallel.num_devices, self.layout.parallel)
+
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return self._copies
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`."""

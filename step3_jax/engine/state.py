@@ -1,8 +1,8 @@
 """What goes to the device and comes back, and the pure functions of a decode step, shared by all executors.
 
-Between two calls the device keeps the KV cache and nothing else. All that is known of a sequence stands on the host, and
-each call brings it along: a few numbers a row. Batches are numpy on the host; the same classes hold arrays and tracers on
-the device.
+Between two calls the device keeps the KV cache, and the tokens of sequences as far as they are looked up there. All that is
+known of a sequence stands on the host, and each call brings along what is new: a few numbers a row. Batches are numpy on
+the host; the same classes hold arrays and tracers on the device.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class DecodeBatch(NamedTuple):
       num_generated: Output tokens so far; 0 where `last` ends the prompt.
       is_active: Rows with work to do. The others write to no page.
       table: Pages of each sequence, with room for all tokens it may get.
-      history: Prompt and output so far, `last` included, filled up with V; not read unless some row has penalties or the
-        call speculates. None if none ever does.
+      history: Prompt and output so far, `last` included; after them may stand anything. Not read unless some row has
+        penalties or the call speculates. None if none ever does, and in an engine's call, which has what to write to it.
       mask: Which tokens a row may get, a bit for each, the lowest of the first word that of token 0; all bits for any. None
         if no row ever has a mask. It is that of the next token alone, so a call with one takes one step.
       max_new: Most tokens of each row in this call, for which it has pages; 1 for a row with a mask. The call ends with the
@@ -78,6 +78,31 @@ class DecodeBatch(NamedTuple):
     max_new: Int[Array, " B"] | None = None
 
 
+class HistoryUpdate(NamedTuple):
+    """What a decode call writes to the history that the devices keep, before its first step.
+
+    Attributes:
+      owner: Number of the packer that it comes from.
+      num_slots: B.
+      num_tokens: M, that each slot has room for.
+      continues: Whether something that was written before is still needed.
+      places: For each write where its tokens go: slot * M + position, and B * M for padding.
+      tokens: What is written there.
+    """
+
+    owner: int
+    num_slots: int
+    num_tokens: int
+    continues: bool
+    places: Int[np.ndarray, "writes N"]
+    tokens: Int[np.ndarray, "writes N"]
+
+    @property
+    def num_bytes(self) -> int:
+        """What goes to the devices."""
+        return self.places.nbytes + self.tokens.nbytes
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeCall:
     """The arguments of one decode call.
@@ -89,6 +114,7 @@ class DecodeCall:
       max_steps: The most tokens per row that the report has room for; part of the compiled program's key.
       leave_early: Whether to return as soon as a row has ended.
       speculation: How tokens are guessed; a part of the compiled program's key. None: each step makes one token.
+      history: What is new of the history that the executor keeps; None where the batch has it whole.
     """
 
     batch: DecodeBatch
@@ -97,6 +123,7 @@ class DecodeCall:
     max_steps: int
     leave_early: bool = False
     speculation: Speculation | None = None
+    history: HistoryUpdate | None = None
 
     def cut_report(self, report: Report) -> Report:
         """A report without log-probabilities if no row asked for them, so that they are not copied to the host."""
@@ -199,6 +226,32 @@ def begin_rows(
     return RowState(batch.last, report._replace(drafts=counts), batch.history)
 
 
+def running_rows(rows: RowState, batch: DecodeBatch) -> Bool[Array, " B"]:
+    """Rows that take part in the next step: they run, and may get more tokens of this call."""
+    is_running = rows.report.finish == RUNNING
+    return is_running if batch.max_new is None else is_running & (rows.report.num_new < batch.max_new)
+
+
+def leaving_rows(rows: RowState, batch: DecodeBatch, leave_early: Bool[Array, ""] | bool) -> Bool[Array, " B"]:
+    """Rows with which a call ends.
+
+    Args:
+      rows: After a step.
+      batch: A row that has got its `max_new` tokens is one of them.
+      leave_early: Whether a row that has ended is one too, as others wait for its place.
+    """
+    finish = rows.report.finish
+    has_ended = leave_early & ((finish == STOPPED) | (finish == FULL))
+    return has_ended if batch.max_new is None else has_ended | ((finish == RUNNING) & ~running_rows(rows, batch))
+
+
+def next_tokens(
+    rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, speculation: Speculation | None
+) -> StepTokens:
+    """The tokens of a step, as many of each row in every step: its last one, and guesses if there is speculation."""
+    return last_tokens(rows) if speculation is None else draft_tokens(rows, batch, sampling, speculation)
+
+
 def last_tokens(rows: RowState) -> StepTokens:
     """The tokens of a step without guesses."""
     return StepTokens(rows.last[:, None], jnp.ones_like(rows.last))
@@ -221,7 +274,7 @@ def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, sp
     num_new = rows.report.num_new
     drafts, is_found = find_drafts(rows.history, batch.cached + 1 + num_new, speculation)
     room = jnp.minimum(batch.max_new, sampling.max_tokens - batch.num_generated) - num_new
-    num_ids = jnp.where(is_found & (rows.report.finish == RUNNING), jnp.clip(room, 1, speculation.width), 1)
+    num_ids = jnp.where(is_found & running_rows(rows, batch), jnp.clip(room, 1, speculation.width), 1)
     # Padding stands in front, so that all that a step reads is of the sequence.
     order = jnp.arange(speculation.width) + num_ids[:, None] - speculation.width
     every = jnp.concatenate([rows.last[:, None], drafts], axis=1)
@@ -238,7 +291,7 @@ def place_tokens(rows: RowState, batch: DecodeBatch, tokens: StepTokens) -> Cach
 def step_lengths(rows: RowState, batch: DecodeBatch, num_ids: Int[Array, " B"] | int = 1) -> Int[Array, " B"]:
     """Tokens of each sequence in the cache once the next step has written its own; 0 for a row that does not run."""
     # Of a running row all new tokens but the last are cached, and now the last one and the guesses too.
-    return jnp.where(rows.report.finish == RUNNING, batch.cached + rows.report.num_new + num_ids, 0)
+    return jnp.where(running_rows(rows, batch), batch.cached + rows.report.num_new + num_ids, 0)
 
 
 def verify_tokens(
@@ -251,7 +304,7 @@ def verify_tokens(
     """
     width = tokens.ids.shape[1]
     if width == 1:
-        return _count_step(rows, choose_tokens(rows, logits[:, 0], batch, sampling), tokens)
+        return _count_step(rows, choose_tokens(rows, logits[:, 0], batch, sampling), batch, tokens)
 
     every = jnp.arange(tokens.num_ids.shape[0])
 
@@ -266,10 +319,10 @@ def verify_tokens(
         is_right = (place < tokens.num_ids) & (guessed == chosen.last)
         return _Verified(place, now.is_open & is_right & (chosen.report.finish == RUNNING), chosen)
 
-    start = _Verified(jnp.zeros((), jnp.int32), rows.report.finish == RUNNING, rows)
+    start = _Verified(jnp.zeros((), jnp.int32), running_rows(rows, batch), rows)
     # As many turns as the luckiest row has tokens; nothing in it communicates.
     end = jax.lax.while_loop(lambda now: (now.place < width) & jnp.any(now.is_open), choose, start)
-    return _count_step(rows, end.rows, tokens)
+    return _count_step(rows, end.rows, batch, tokens)
 
 
 def choose_tokens(
@@ -282,7 +335,7 @@ def choose_tokens(
 ) -> RowState:
     """Chooses a token for each running row, or only for the open ones; records it, and ends rows."""
     report, history = rows.report, batch.history
-    is_running = report.finish == RUNNING
+    is_running = running_rows(rows, batch)
     if is_open is not None:
         is_running &= is_open
 
@@ -342,7 +395,7 @@ def choose_tokens(
     return RowState(tokens, report, written)
 
 
-def _count_step(before: RowState, after: RowState, tokens: StepTokens) -> RowState:
+def _count_step(before: RowState, after: RowState, batch: DecodeBatch, tokens: StepTokens) -> RowState:
     """Counts what became of a step's guesses, where they are counted."""
     counts = before.report.drafts
     if counts is None:
@@ -350,7 +403,7 @@ def _count_step(before: RowState, after: RowState, tokens: StepTokens) -> RowSta
     places = jnp.arange(counts.drafted.shape[1])
     num_accepted = after.report.num_new - before.report.num_new - 1
     counts = DraftCounts(
-        counts.steps + (before.report.finish == RUNNING),
+        counts.steps + running_rows(before, batch),
         counts.drafted + (places < tokens.num_ids[:, None] - 1),
         counts.accepted + (places < num_accepted[:, None]),
     )

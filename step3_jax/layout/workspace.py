@@ -15,6 +15,10 @@ from step3_jax.layout.role import Role
 
 # Rows that the last tile of each expert is padded to.
 TILE_ROWS = 128
+# Arrays of a decode step that have a number for each token of the device's own sequences: its part of the history, what the
+# loop carries of it, and two of the look-up.
+_LOOKUP_ARRAYS = 4
+_TOKEN_BYTES = 4
 # Prompt tokens that each device reads at once, unless a user says otherwise.
 DEFAULT_CHUNK_TOKENS = 1024
 
@@ -27,21 +31,23 @@ class Workspace:
       decode: A decode step.
       prefill: A chunk of prompts.
       image: One picture in the vision tower; 0 without one.
+      history: Prompt and output of the sequences, there in all phases where tokens are guessed; else 0.
     """
 
     decode: int
     prefill: int
     image: int
+    history: int = 0
 
     @property
     def total(self) -> int:
-        """Of the largest phase."""
-        return max(self.decode, self.prefill, self.image)
+        """Of the largest phase, with what is there in all of them."""
+        return self.history + max(self.decode, self.prefill, self.image)
 
     @property
     def phase(self) -> str:
         """Name of the largest phase."""
-        sizes = dataclasses.asdict(self)
+        sizes = {"decode": self.decode, "prefill": self.prefill, "image": self.image}
         return max(sizes, key=sizes.__getitem__)
 
 
@@ -54,6 +60,8 @@ def estimate_workspace(
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     num_sources: int | None = None,
     num_microbatches: int = 0,
+    step_tokens: int = 1,
+    history_tokens: int = 0,
 ) -> Workspace:
     """The estimate for one device of a role.
 
@@ -65,6 +73,8 @@ def estimate_workspace(
       chunk_tokens: Prompt tokens that each such device reads at once.
       num_sources: Devices that tokens come from; all of the role if absent.
       num_microbatches: In flight between attention and FFN; 0 where every device does both.
+      step_tokens: T, of each sequence in a decode step: more than one where tokens are guessed.
+      history_tokens: That all sequences of a device with a cache have room for; read where tokens are guessed.
     """
     itemsize = 4 if weights == "float32" else 2
     # A gathered batch: every device computes its experts' part of the tokens of all.
@@ -87,7 +97,17 @@ def estimate_workspace(
         return exchange + residual + max(needed)
 
     image = _image_bytes(config, role, itemsize) if role.has_cache else 0
-    return Workspace(phase(rows, has_head=True), phase(chunk_tokens, has_head=False), image)
+    decode = phase(rows * step_tokens, has_head=True)
+    history = _TOKEN_BYTES * history_tokens if step_tokens > 1 and role.has_cache else 0
+    # Every device keeps the tokens of the sequences of all.
+    return Workspace(
+        decode + _LOOKUP_ARRAYS * history, phase(chunk_tokens, has_head=False), image, history * _count_shards(role)
+    )
+
+
+def _count_shards(role: Role) -> int:
+    """Parts that the sequences of a role with a cache are in."""
+    return role.parallel.dp if role.parallel.attention == "tensor" else role.num_devices
 
 
 def _attention_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:

@@ -41,11 +41,13 @@ class CompiledBytes:
       weights: Arguments, without the cache and the step's own inputs.
       kv_cache: Aliases: inputs that are returned in place.
       kv_tokens: Tokens that this cache holds.
+      history: Of the inputs, the sequences' tokens in which guesses are looked up; 0 without.
     """
 
     weights: int
     kv_cache: int
     kv_tokens: int
+    history: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,7 @@ class MemoryPlan:
       ffn_memory_bytes: Of a device of the FFN side, where there is one; else the same.
       memory_share: What of it may be used.
       chunk_tokens: Prompt tokens that each device with a cache reads at once.
+      step_tokens: T, of each sequence in a decode step.
       roles: One or two.
       problems: Why it does not fit; empty if it does.
       remedies: Single changes that would make it fit.
@@ -117,6 +120,7 @@ class MemoryPlan:
     ffn_memory_bytes: int | None
     memory_share: float
     chunk_tokens: int
+    step_tokens: int
     roles: list[RolePlan]
     problems: list[str]
     remedies: list[str]
@@ -146,6 +150,7 @@ def plan_memory(
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     compiled: Mapping[str, CompiledBytes] | None = None,
     has_remedies: bool = True,
+    step_tokens: int = 1,
 ) -> MemoryPlan:
     """Plans the memory of a deployment.
 
@@ -159,6 +164,7 @@ def plan_memory(
       chunk_tokens: Prompt tokens that each device with a cache reads at once.
       compiled: Bytes of the compiled programs by the name of their role; they replace the arithmetic.
       has_remedies: Whether to look for what would make it fit, where it does not.
+      step_tokens: T, of each sequence in a decode step: one more than tokens are guessed at a time.
 
     Raises:
       ValueError: If a number is out of its range.
@@ -180,12 +186,11 @@ def plan_memory(
             size = ffn_memory_bytes if role.name == FFN else memory_bytes
             budget = None if size is None else int(size * memory_share)
             found = (compiled or {}).get(role.name) if exact else None
-            roles.append(_plan_role(deployed, deployment, role, budget, chunk_tokens, found))
+            roles.append(_plan_role(deployed, deployment, role, budget, chunk_tokens, step_tokens, found))
         problems = [*_find_long_context(deployed.text, deployment)]
         problems += [problem for one in roles for problem in _find_problems(one, deployment)]
-        return MemoryPlan(
-            deployment, deployed, memory_bytes, ffn_memory_bytes, memory_share, chunk_tokens, roles, problems, []
-        )
+        sizes = memory_bytes, ffn_memory_bytes, memory_share, chunk_tokens, step_tokens
+        return MemoryPlan(deployment, deployed, *sizes, roles, problems, [])
 
     wanted = plan(deployment, text_only, chunk_tokens, exact=True)
     if not wanted.problems or not has_remedies:
@@ -204,27 +209,34 @@ def _plan_role(
     role: Role,
     budget: int | None,
     chunk_tokens: int,
+    step_tokens: int,
     compiled: CompiledBytes | None,
 ) -> RolePlan:
     parts, topology = weight_bytes(config, deployment.weights, role), deployment.topology
     kv_per_token = kv_bytes_per_token(config.text, deployment.kv_cache) if role.has_cache else 0
     if compiled is not None and compiled.kv_tokens:
         kv_per_token = compiled.kv_cache // compiled.kv_tokens
+    cache = shape_cache(deployment, role)
+    workspace = estimate_workspace(
+        config,
+        deployment.weights,
+        role,
+        rows=rows_at_once(deployment),
+        chunk_tokens=chunk_tokens,
+        num_sources=None if topology is None else topology.num_attention_devices,
+        num_microbatches=0 if topology is None else deployment.num_microbatches,
+        step_tokens=step_tokens,
+        history_tokens=0 if cache is None else cache.num_pages * PAGE_SIZE,
+    )
+    if compiled is not None and cache is not None:
+        workspace = dataclasses.replace(workspace, history=compiled.history)
     return RolePlan(
         role=role,
         parts=parts,
         weights=sum(parts.values()) if compiled is None else compiled.weights,
         kv_per_token=kv_per_token,
-        cache=shape_cache(deployment, role),
-        workspace=estimate_workspace(
-            config,
-            deployment.weights,
-            role,
-            rows=rows_at_once(deployment),
-            chunk_tokens=chunk_tokens,
-            num_sources=None if topology is None else topology.num_attention_devices,
-            num_microbatches=0 if topology is None else deployment.num_microbatches,
-        ),
+        cache=cache,
+        workspace=workspace,
         budget=budget,
         compiled=compiled,
     )

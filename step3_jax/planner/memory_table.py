@@ -33,6 +33,8 @@ def to_lines(plan: MemoryPlan) -> Iterator[str]:
     yield _row(f"KV cache ({source})", [_gib(one.kv_needed or None) for one in plan.roles])
     yield _row("workspace (estimate)", [_gib(one.workspace.total) for one in plan.roles])
     yield _row("  largest in", [one.workspace.phase for one in plan.roles])
+    if any(one.workspace.history for one in plan.roles):
+        yield _row(f"  token history ({source})", [_gib(one.workspace.history or None) for one in plan.roles])
     if plan.memory_bytes is not None:
         yield _row("kept free for calls", [_gib(one.kept_free) for one in plan.roles])
         yield _row("may be used", [_gib(one.budget) for one in plan.roles])
@@ -60,6 +62,7 @@ def to_dict(plan: MemoryPlan) -> dict[str, object]:
         "kv_cache": plan.deployment.kv_cache,
         "text_only": plan.config.vision is None,
         "max_num_batched_tokens": plan.chunk_tokens,
+        "step_tokens": plan.step_tokens,
         "workload": None if workload is None else dataclasses.asdict(workload),
         "roles": {one.role.name: _role_dict(one) for one in plan.roles},
         "kv_tokens": plan.kv_tokens,

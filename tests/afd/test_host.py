@@ -32,10 +32,32 @@ def test_one_prompt_is_padded_with_idle_rows(host: Ask) -> None:
     assert found["afd"] == found["fused"]
 
 
+@pytest.mark.parametrize(
+    ("afd", "microbatches"),
+    [
+        ("1a1f", 1),
+        ("2a2f", 3),
+        # Others have programs of their own, which take seconds to compile.
+        *[pytest.param("1a1f", count, marks=pytest.mark.slow) for count in (2, 3)],
+        *[pytest.param("2a2f", count, marks=pytest.mark.slow) for count in (1, 2)],
+    ],
+)
+def test_guesses_change_nothing_of_the_tokens(host: Ask, afd: str, microbatches: int) -> None:
+    found = host("guesses", afd=afd, microbatches=microbatches)
+    assert found["afd"] == found["fused"]
+    assert 0 < found["accepted"] < found["drafted"]
+
+
 def test_masks_reach_the_rows_of_their_sequences(host: Ask) -> None:
     found = host("masks", afd="2a2f", microbatches=3)
     assert found["afd"] == found["fused"]
     assert [len(ids) for ids in found["fused"]] == [31, 34, 40]
+
+
+@pytest.mark.slow
+def test_masked_sequences_have_no_guesses_and_those_beside_them_do(host: Ask) -> None:
+    found = host("masks", afd="2a2f", microbatches=3, guesses=True)
+    assert found["afd"] == found["fused"]
 
 
 def test_sampling_penalties_and_chunks_are_those_of_the_fused_model(host: Ask) -> None:

@@ -23,6 +23,7 @@ PAIR = [
     {"do": "tokens", "afd": "1a1f", "microbatches": 4, "together": True},
     {"do": "features", "afd": "1a1f", "microbatches": 2},
     {"do": "repeat", "afd": "1a1f", "microbatches": 2},
+    {"do": "guesses", "afd": "1a1f", "microbatches": 2},
     {"do": "places", "afd": "1a1f", "microbatches": 2},
     {"do": "loaded", "afd": "1a1f", "folder": str(ROOT / "tests" / "goldens" / "tiny_text")},
     {"do": "hlo", "afd": "1a1f", "microbatches": 3, "rows": 6, "storage": "float32"},
@@ -87,6 +88,12 @@ def test_tokens_are_those_of_the_fused_model(pair: list[list[Answer]], index: in
     assert_as_fused([own[index] for own in pair])
 
 
+def test_guesses_change_nothing_of_the_tokens(pair: list[list[Answer]]) -> None:
+    answers = answers_to(pair, PAIR, "guesses")
+    assert_as_fused(answers)
+    assert answers[0]["accepted"] > 0
+
+
 def test_nothing_is_compiled_after_warm_up(pair: list[list[Answer]]) -> None:
     for found in answers_to(pair, PAIR, "repeat"):
         assert found["before"]["decode"] >= 1
@@ -139,9 +146,11 @@ def test_two_attention_processes_share_an_ffn_process(tmp_path: pathlib.Path) ->
 
 @pytest.mark.slow  # Four processes on two cores; the defaults have both sides with two processes, one at a time.
 def test_two_attention_processes_and_two_ffn_processes() -> None:
-    cases = [{"do": "tokens", "afd": "2a2f", "microbatches": 2}, {"do": "places", "afd": "2a2f", "microbatches": 2}]
+    cases = [{"do": kind, "afd": "2a2f", "microbatches": 2} for kind in ("tokens", "places", "guesses")]
     answers = run_ranks(4, cases)
-    assert_as_fused([answer[0] for answer in answers])
+    for index in (0, 2):
+        assert_as_fused([answer[index] for answer in answers])
+    assert answers[0][2]["accepted"] > 0
     weights = [answer[1]["weights"] for answer in answers]
     assert weights[0] == weights[1]
     # Half of the experts each, and a copy of the dense layer and the shared expert.

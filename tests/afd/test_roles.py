@@ -88,9 +88,9 @@ def run_roles(
                 returned = ffn_step(ffn.skeleton.build(ffn.leaves), layout, 4, form, rows, jnp.float32)
                 flows[index] = Tokens(hidden, returned, tokens.context)
         logits = {}
-        for last in (8, 20) if len(parts) == 1 else ():
-            hidden, returned, context = flows[0]
-            logits[last] = end_step(ends, form, Tokens(hidden[:, : last + 1], returned[: last + 1], context))[0]
+        if len(parts) == 1:
+            every = end_step(ends, form, flows[0])[0]
+            logits = {last: every[last] for last in (8, 20)}
         return logits, pages
 
     logits, pages = run(parts, cache)

@@ -9,7 +9,7 @@ import pytest
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax import resources
 from step3_jax.config import ModelConfig
-from step3_jax.layout.deployment import load_deployment
+from step3_jax.layout.deployment import Workload, load_deployment
 from step3_jax.layout.parallel import Parallel
 from step3_jax.planner.memory import MemoryPlan, plan_memory
 from step3_jax.planner.memory_table import to_dict, to_lines
@@ -154,3 +154,27 @@ def test_each_role_has_the_memory_of_its_own_devices() -> None:
     assert "79.60 and 16.00 GiB" in "\n".join(to_lines(small))
     assert to_dict(small)["ffn_memory"] == 16 * 2**30
     assert not plan_memory(STEP3, deployment, memory_gib=79.6, ffn_memory_gib=16, has_remedies=False).remedies
+
+
+@pytest.mark.parametrize("name", ["2a2f", "8gpu-fp8-48gb"])
+def test_guesses_need_the_rows_of_their_tokens_and_the_tokens_that_they_are_looked_up_in(name: str) -> None:
+    load = Workload(512, 4096)
+    one, five = (plan(name, 79.6, workload=load, step_tokens=tokens) for tokens in (1, 5))
+    for plain, guessing in zip(one.roles, five.roles, strict=True):
+        before, after = plain.workspace, guessing.workspace
+        assert before.history == 0
+        shape = guessing.cache
+        if shape is None:
+            assert after.history == 0
+        else:
+            # Four bytes for each token of the sequences of all devices.
+            assert after.history == 4 * 512 * 4096
+            assert shape.rows * guessing.role.num_devices == 512
+        assert (after.prefill, after.image) == (before.prefill, before.image)
+        own = 0 if shape is None else 4 * 4 * shape.rows * 4096
+        # The padding of experts' tiles does not grow.
+        assert 1.5 * before.decode < after.decode - own <= 5 * before.decode
+        assert after.total == after.history + max(after.decode, after.prefill, after.image)
+    assert not any("token history" in line for line in to_lines(one))
+    (line,) = (line for line in to_lines(five) if "token history (arithmetic)" in line)
+    assert "0.01" in line

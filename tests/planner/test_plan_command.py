@@ -18,6 +18,7 @@ from step3_jax.layout.deployment import Deployment, load_deployment, parse_deplo
 from step3_jax.layout.page import kv_bytes_per_token
 from step3_jax.layout.role import deployed_config, roles_of
 from step3_jax.planner.memory import CacheShape, shape_cache
+from step3_jax.sampling.speculation import Speculation
 from tests.process import ROOT, environment
 
 # Sizes that split into whole FP8 blocks of 128, twice; a vocabulary that does not.
@@ -50,15 +51,17 @@ SMALL = ModelConfig(
 )
 
 
-def check(deployment: Deployment, cache: CacheShape) -> None:
+def check(deployment: Deployment, cache: CacheShape, speculation: Speculation | None = None) -> None:
     """The compiled bytes are those of the arithmetic, to the byte."""
     config = deployed_config(SMALL, deployment.weights)
-    found = compile_deployment(config, deployment, cache)
+    found = compile_deployment(config, deployment, cache, speculation)
     for role in roles_of(deployment):
         assert found.roles[role.name].weights == sum(weight_bytes(config, deployment.weights, role).values())
         tokens = cache.num_pages * PAGE_SIZE if role.has_cache else 0
         assert found.roles[role.name].kv_tokens == tokens
         assert found.roles[role.name].kv_cache == tokens * kv_bytes_per_token(config.text, deployment.kv_cache)
+        has_history = speculation is not None and role.has_cache
+        assert found.roles[role.name].history == (4 * tokens * role.num_devices if has_history else 0)
 
 
 def test_compiled_bytes_of_a_deployment_that_does_both_are_those_of_the_arithmetic() -> None:
@@ -70,6 +73,13 @@ def test_compiled_bytes_of_a_deployment_that_does_both_are_those_of_the_arithmet
 def test_compiled_bytes_of_disjoint_roles_are_those_of_the_arithmetic() -> None:
     values = {"afd": "1a1f", "devices_per_instance": 2, "ffn": {"tp": 1, "ep": 2}, "weights": "bfloat16"}
     check(parse_deployment("pair", values | {"kv_cache": "fp8", "payload": "fp8"}), CacheShape(6, 2))
+
+
+@pytest.mark.parametrize("afd", [None, {"afd": "1a1f", "devices_per_instance": 2, "ffn": {"tp": 1, "ep": 2}}])
+def test_compiled_bytes_with_guesses_are_those_of_the_arithmetic(afd: dict[str, object] | None) -> None:
+    values = afd or {"afd": "off", "devices": 2, "parallel": {"dp": 1, "tp": 2, "ep": 2}}
+    values = values | {"weights": "bfloat16", "kv_cache": "fp8"}
+    check(parse_deployment("guesses", values), CacheShape(3, 2), Speculation(num_speculative_tokens=2))
 
 
 @pytest.mark.slow
@@ -120,12 +130,27 @@ def test_options_replace_what_the_file_says(capsys: pytest.CaptureFixture[str]) 
     assert found["roles"]["both"]["kv_cache"] == 2 * 65536 * 272 * 61
 
 
+def test_guesses_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "memory", "2a2f", "--no-compile", "--json"]
+    given = json.dumps({"method": "ngram", "num_speculative_tokens": 4})
+    found = []
+    for more in ([], ["--speculative-config", given]):
+        assert main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    sizes = [one["roles"]["attention"]["workspace_estimate"] for one in found]
+    assert [one["history"] for one in sizes] == [0, 4 * 6144 * 4096]
+    assert sizes[1]["decode"] > 4 * sizes[0]["decode"]
+    assert found[1]["kv_tokens"] <= found[0]["kv_tokens"]
+    assert found[1]["step_tokens"] == 5
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["nothere"], "no deployment nothere"),
         (["2a2f", "--model", "nothere"], "--model nothere"),
         (["local", "--sequences", "4"], "give both"),
+        (["2a2f", "--speculative-config", '{"method": "eagle"}'], "allowed: ngram"),
         (["2a2f", "--sequences", "0"], "at least 1"),
         (["2a2f", "--model", "step3-tiny"], "does not divide the model"),
     ],

@@ -35,16 +35,17 @@ from step3_jax.afd.roles import (
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, copy_pages, count_pages
 from step3_jax.engine.state import (
-    FULL,
     RUNNING,
-    STOPPED,
     DecodeBatch,
     PrefillBatch,
     Report,
     RowState,
+    StepTokens,
     begin_rows,
-    choose_tokens,
-    step_lengths,
+    leaving_rows,
+    next_tokens,
+    place_tokens,
+    verify_tokens,
 )
 from step3_jax.gpu import compiler_options
 from step3_jax.layers.attention import AttentionContext, CacheStep
@@ -52,6 +53,7 @@ from step3_jax.mesh import Layout
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
 from step3_jax.sampling.batch import SamplingBatch
+from step3_jax.sampling.speculation import Speculation
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -136,13 +138,15 @@ class RoleCalls:
         pages_of_shard: int,
         *,
         max_steps: int,
+        speculation: Speculation | None,
     ) -> list[MicroBatch]:
         """The micro-batches of a decode call."""
-        return self._timed("split", self._split, batch, sampling, np.int32(pages_of_shard), max_steps)
+        given = batch, sampling, np.int32(pages_of_shard), max_steps, speculation
+        return self._timed("split", self._split, *given)
 
-    def begin(self, own: MicroBatch) -> Flow:
-        """Embeds the last tokens."""
-        return self._timed("begin", self._begin, self._ends.leaves, own.batch, own.rows)
+    def begin(self, own: MicroBatch, speculation: Speculation | None) -> tuple[StepTokens, Flow]:
+        """The tokens of a step, and their embeddings on their way."""
+        return self._timed("begin", self._begin, self._ends.leaves, *own, speculation)
 
     def attend(self, layer: int, flow: Flow, pages: Cache) -> tuple[Float[Array, "B T D"], Pieces, Cache]:
         """A layer's attention half: what stays, what goes to the FFN side, and the cache. `pages` are consumed."""
@@ -155,9 +159,19 @@ class RoleCalls:
         half = self._ffn[layer]
         return self._timed("ffn", half.call, half.leaves, pieces, half.numbers)
 
-    def end(self, own: MicroBatch, flow: Flow) -> tuple[RowState, Int[Array, "S 2"]]:
-        """Head and sampling: the new state, and of each attention device how many rows run and how many have ended."""
-        given = flow.hidden, flow.returned, flow.context, own.batch, own.sampling, own.rows
+    def end(self, own: MicroBatch, tokens: StepTokens, flow: Flow) -> tuple[RowState, Int[Array, "S 3"]]:
+        """Head and sampling.
+
+        Args:
+          own: The micro-batch.
+          tokens: Of the step.
+          flow: After the last layer.
+
+        Returns:
+          The new state, and of each attention device how many rows run, and with how many the call ends: if it does not
+          leave early, and if it does.
+        """
+        given = flow.hidden, flow.returned, flow.context, tokens, *own
         return self._timed("end", self._end, self._ends.leaves, *given)
 
     def merge(self, reports: Sequence[Report], rows_of_shard: int) -> Report:
@@ -220,24 +234,36 @@ class RoleCalls:
         rows, copy = layout.spec("rows"), PartitionSpec()
         on_attention = functools.partial(jax.shard_map, mesh=layout.mesh, out_specs=rows, check_vma=False)
         self._begin_chunk = self._jit(on_attention(self._run_begin_chunk, in_specs=(copy, rows, copy, copy)))
-        self._begin = self._jit(on_attention(self._run_begin, in_specs=(copy, rows, rows)))
         self._encode = self._jit(self._run_encode, out_shardings=layout.sharding())
 
         # `shard_map` takes no static arguments.
         def split(
-            batch: DecodeBatch, sampling: SamplingBatch, pages: Int[Array, ""], max_steps: int
+            batch: DecodeBatch,
+            sampling: SamplingBatch,
+            pages: Int[Array, ""],
+            max_steps: int,
+            speculation: Speculation | None,
         ) -> list[MicroBatch]:
-            run = functools.partial(self._run_split, max_steps=max_steps)
+            run = functools.partial(self._run_split, max_steps=max_steps, speculation=speculation)
             return on_attention(run, in_specs=(rows, rows, copy))(batch, sampling, pages)
+
+        def begin(
+            leaves: Leaves,
+            batch: DecodeBatch,
+            sampling: SamplingBatch,
+            state: RowState,
+            speculation: Speculation | None,
+        ) -> tuple[StepTokens, Flow]:
+            run = functools.partial(self._run_begin, speculation=speculation)
+            return on_attention(run, in_specs=(copy, rows, rows, rows))(leaves, batch, sampling, state)
 
         def merge(reports: list[Report], num_rows: int) -> Report:
             self.num_traces["merge"] += 1
             return on_attention(functools.partial(merge_reports, num_rows=num_rows), in_specs=(rows,))(reports)
 
-        self._split = self._jit(split, static_argnums=3)
-        self._end = self._jit(
-            on_attention(self._run_end, in_specs=(copy, rows, rows, rows, rows, rows, rows)), donate_argnums=6
-        )
+        self._split = self._jit(split, static_argnums=(3, 4))
+        self._begin = self._jit(begin, static_argnums=4)
+        self._end = self._jit(on_attention(self._run_end, in_specs=(copy, *[rows] * 7)), donate_argnums=7)
         self._merge = self._jit(merge, static_argnums=1)
         self._copy = self._jit(on_attention(self._run_copy, in_specs=(rows, rows, rows)), donate_argnums=0)
 
@@ -277,20 +303,30 @@ class RoleCalls:
         pages_of_shard: Int[Array, ""],
         *,
         max_steps: int,
+        speculation: Speculation | None,
     ) -> list[MicroBatch]:
         self.num_traces["split"] += 1
         batch = batch._replace(table=batch.table % pages_of_shard)
-        vocab_size = self._config.text.vocab_size
+        sizes = {"vocab_size": self._config.text.vocab_size, "max_steps": max_steps}
         return [
-            MicroBatch(*part, begin_rows(part[0], vocab_size=vocab_size, max_steps=max_steps))
+            MicroBatch(*part, begin_rows(part[0], **sizes, speculation=speculation))
             for part in split_decode(batch, sampling, self.num_microbatches)
         ]
 
-    def _run_begin(self, leaves: Leaves, batch: DecodeBatch, rows: RowState) -> Flow:
+    def _run_begin(
+        self,
+        leaves: Leaves,
+        batch: DecodeBatch,
+        sampling: SamplingBatch,
+        rows: RowState,
+        *,
+        speculation: Speculation | None,
+    ) -> tuple[StepTokens, Flow]:
         self.num_traces["begin"] += 1
-        step = CacheStep(batch.table, step_lengths(rows, batch))
+        tokens = next_tokens(rows, batch, sampling, speculation)
+        step = place_tokens(rows, batch, tokens)
         ends = self._ends.skeleton.build(leaves)
-        return self._cut(begin_step(ends, self._config.text, self._form, rows.last[:, None], step, PAGE_SIZE))
+        return tokens, self._cut(begin_step(ends, self._config.text, self._form, tokens.ids, step, PAGE_SIZE))
 
     def _run_attention(
         self,
@@ -322,17 +358,17 @@ class RoleCalls:
         hidden: Float[Array, "B T D"],
         returned: Pieces,
         context: AttentionContext,
+        tokens: StepTokens,
         batch: DecodeBatch,
         sampling: SamplingBatch,
         rows: RowState,
-    ) -> tuple[RowState, Int[Array, "1 2"]]:
+    ) -> tuple[RowState, Int[Array, "1 3"]]:
         self.num_traces["end"] += 1
         ends = self._ends.skeleton.build(leaves)
         logits = end_step(ends, self._form, self._join(hidden, returned, context))
-        rows = choose_tokens(rows, logits, batch, sampling)
-        finish = rows.report.finish
-        ended = (finish == STOPPED) | (finish == FULL)
-        return rows, jnp.stack([jnp.sum(finish == RUNNING), jnp.sum(ended)])[None]
+        rows = verify_tokens(rows, logits, tokens, batch, sampling)
+        leaving = [leaving_rows(rows, batch, leave_early) for leave_early in (False, True)]
+        return rows, jnp.stack([jnp.sum(each) for each in (rows.report.finish == RUNNING, *leaving)])[None]
 
     def _run_encode(self, leaves: Leaves, pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:
         self.num_traces["encode_images"] += 1

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.storage import Storage
@@ -94,11 +95,6 @@ class HostExecutor(Executor):
         return self.topology.attention_role
 
     @property
-    def can_speculate(self) -> bool:
-        """See `Executor.can_speculate`: micro-batches in flight have one token of each sequence."""
-        return False
-
-    @property
     def num_microbatches(self) -> int:
         """See `Executor.num_microbatches`."""
         return self.calls.num_microbatches
@@ -107,6 +103,10 @@ class HostExecutor(Executor):
     def afd_wait_s(self) -> float:
         """See `Executor.afd_wait_s`."""
         return self._flight.ffn_wait_s
+
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return self.topology.attention.sharding()
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; the pages are on the attention devices alone."""
@@ -147,27 +147,33 @@ class HostExecutor(Executor):
         """See `Executor.decode`.
 
         Whether rows have ended is read one step late, so that no step waits for the answer of the one before: a call may
-        take a step more than it needs, in which rows that have ended do nothing.
+        take a step more than it needs, in which rows that have ended do nothing. So a row has as many tokens in each step
+        too, whether there are guesses or not.
 
         Raises:
           TimeoutError: If a stage does not end by its deadline; the message names it.
         """
         calls = self.calls
         parts = calls.split(
-            self._place_wide(call.batch), call.sampling, self._pages_of_shard(cache), max_steps=call.max_steps
+            self._place_wide(call),
+            call.sampling,
+            self._pages_of_shard(cache),
+            max_steps=call.max_steps,
+            speculation=call.speculation,
         )
-        counts: collections.deque[list[Int[Array, "S 2"]]] = collections.deque()
+        counts: collections.deque[list[Int[Array, "S 3"]]] = collections.deque()
         for _ in range(call.num_steps):
             if len(counts) == 2 and self._is_over(counts.popleft(), call.leave_early):
                 break
             number = self._count("decode")
-            flows = [calls.begin(part) for part in parts]
+            begun = [calls.begin(part, call.speculation) for part in parts]
+            flows = [flow for _, flow in begun]
             for layer in range(calls.num_layers):
                 flows, cache = self._run_layer(flows, cache, layer, "decode", number)
             counts.append([])
-            for index, (part, flow) in enumerate(zip(parts, flows, strict=True)):
+            for index, (part, (tokens, _), flow) in enumerate(zip(parts, begun, flows, strict=True)):
                 last = Stage("to_attention", "decode", number, calls.num_layers - 1, index)
-                rows, count = calls.end(part, self._bring_back(flow, last, len(parts)))
+                rows, count = calls.end(part, tokens, self._bring_back(flow, last, len(parts)))
                 parts[index] = part._replace(rows=rows)
                 counts[-1].append(count)
                 self._note(Stage("attention", "decode", number, calls.num_layers, index), count, len(parts))
@@ -239,11 +245,11 @@ class HostExecutor(Executor):
     def _note(self, stage: Stage, array: Array, num_microbatches: int) -> None:
         self._flight.push(stage, array, _STAGES_AHEAD * num_microbatches)
 
-    def _is_over(self, counts: Sequence[Int[Array, "S 2"]], leave_early: bool) -> bool:
+    def _is_over(self, counts: Sequence[Int[Array, "S 3"]], leave_early: bool) -> bool:
         for count in counts:
             self._flight.wait_for(count)
-        running, ended = np.sum([np.asarray(count) for count in counts], axis=(0, 1)).tolist()
-        return not running or (leave_early and ended > 0)
+        running, *leaving = np.sum([np.asarray(count) for count in counts], axis=(0, 1)).tolist()
+        return not running or leaving[leave_early] > 0
 
     def _pages_of_shard(self, cache: Cache) -> int:
         return count_pages(cache, self.config.text.num_hidden_layers) // self.num_shards

@@ -23,27 +23,29 @@ from step3_jax.afd.roles import (
     add_returned,
     attention_step,
     begin_step,
-    last_logits,
+    token_logits,
 )
 from step3_jax.afd.topology import UNION, AfdTopology
 from step3_jax.cache.paged import Cache, count_pages
 from step3_jax.config import TextConfig
 from step3_jax.engine.state import (
-    FULL,
     RUNNING,
-    STOPPED,
     DecodeBatch,
     PrefillBatch,
     Report,
     RowState,
+    StepTokens,
     begin_rows,
-    choose_tokens,
-    step_lengths,
+    leaving_rows,
+    next_tokens,
+    place_tokens,
+    verify_tokens,
 )
 from step3_jax.layers.attention import AttentionContext, CacheStep, with_plan
 from step3_jax.layout.schedule import Schedule
 from step3_jax.model.text import AttentionBlock
 from step3_jax.sampling.batch import SamplingBatch
+from step3_jax.sampling.speculation import Speculation
 
 Batch = TypeVar("Batch", PrefillBatch, DecodeBatch, SamplingBatch)
 
@@ -55,6 +57,7 @@ class AttentionWeights(NamedTuple):
     layers: list[list[Array]]
 
 
+# Whether some row runs, and whether the call ends with one; see `Wire.is_over`.
 Status = tuple[Bool[Array, ""], Bool[Array, ""]]
 
 
@@ -83,6 +86,7 @@ class _Loop(NamedTuple):
       step: Rotations so far.
       is_over: Whether to leave.
       rows: Of all micro-batches, stacked.
+      tokens: That they have in the step under way.
       hidden: Of micro-batches on their way through the last layer.
       way: What the loops over ticks carry.
     """
@@ -90,6 +94,7 @@ class _Loop(NamedTuple):
     step: Int[Array, ""]
     is_over: Bool[Array, ""]
     rows: RowState
+    tokens: StepTokens
     hidden: Streams
     way: _Way
 
@@ -180,20 +185,25 @@ class AttentionLoop:
         batch: DecodeBatch,
         sampling: SamplingBatch,
         numbers: Numbers,
+        leave_early: Bool[Array, ""],
         *,
         max_steps: int,
+        speculation: Speculation | None = None,
     ) -> tuple[Cache, Report, Int[Array, ""]]:
-        """Makes up to `numbers.num_steps` tokens of each active row, as `engine.decode_loop` does.
+        """Takes up to `numbers.num_steps` steps of each active row, as `engine.decode_loop` does.
 
-        That rows have ended is known one step late: a call may take a step more, in which they do nothing.
+        That rows have ended is known one step late: a call may take a step more, in which they do nothing. With speculation
+        every step has as many tokens of a row, whether there are guesses or not: the FFN side is not told.
 
         Args:
           weights: Of this device.
           cache: Of this device.
           batch: The rows of all devices; all have the same.
           sampling: Of all rows.
-          numbers: How many steps, and when to leave.
+          numbers: How many steps.
+          leave_early: Whether to leave soon after a row has ended.
           max_steps: Tokens of a row that the report has room for.
+          speculation: How tokens are guessed; None makes one token a step.
 
         Returns:
           The cache, the report of all devices' rows, and the steps taken.
@@ -203,36 +213,39 @@ class AttentionLoop:
         num_rows = own.last.shape[0]
         parts = _Part(*stack_rows((own, own_sampling), num_rows, self.num_microbatches))
         count, size = parts.batch.last.shape
-        schedule, wire = Schedule(layers.count, count), Wire(self._topology, self._form, size)
+        width = 1 if speculation is None else speculation.width
+        schedule, wire = Schedule(layers.count, count), Wire(self._topology, self._form, size * width)
 
-        def end(part: _Part, rows: RowState, hidden: Float[Array, "B 1 D"], arrived: Slots) -> RowState:
+        def end(
+            part: _Part, rows: RowState, tokens: StepTokens, hidden: Float[Array, "B T D"], arrived: Slots
+        ) -> RowState:
             """Tokens of a micro-batch, once its last layer has come back."""
-            logits = last_logits(ends, add_returned(self._form, hidden, wire.outputs(arrived)))
-            return choose_tokens(rows, logits, part.batch, part.sampling)
+            logits = token_logits(ends, add_returned(self._form, hidden, wire.outputs(arrived)))
+            return verify_tokens(rows, logits, tokens, part.batch, part.sampling)
 
         def rotate(loop: _Loop) -> _Loop:
             (first,) = layers.cut(0, 1)
 
             def begin(
-                carry: tuple[_Way, Status], given: tuple[_Part, RowState, Float[Array, "B 1 D"]]
-            ) -> tuple[tuple[_Way, Status], tuple[RowState, Float[Array, "B 1 D"], AttentionContext]]:
+                carry: tuple[_Way, Status], given: tuple[_Part, RowState, StepTokens, Float[Array, "B T D"]]
+            ) -> tuple[tuple[_Way, Status], tuple[RowState, StepTokens, Float[Array, "B T D"], AttentionContext]]:
                 """A micro-batch's first layer, after head and sampling of the step before."""
-                (way, (runs, has_ended)), (part, rows, hidden) = carry, given
+                (way, (runs, leaves)), (part, rows, tokens, hidden) = carry, given
                 # What came back is the step before's, of which the first rotation has none.
                 rows = jax.lax.cond(
-                    loop.step > 0, end, lambda part, rows, hidden, arrived: rows, part, rows, hidden, way.arrived
+                    loop.step > 0, end, lambda part, rows, *_: rows, part, rows, tokens, hidden, way.arrived
                 )
-                finish = rows.report.finish
-                runs |= jnp.any(finish == RUNNING)
-                has_ended |= jnp.any((finish == STOPPED) | (finish == FULL))
-                tokens = self._begin(ends, rows, part.batch, way.cache)
-                residual, fresh, pool = self._attend(first, 0, tokens, way.cache)
-                arrived = self._exchange(way, fresh, wire, schedule, (runs, has_ended))
-                return (_Way(pool, fresh, arrived), (runs, has_ended)), (rows, residual, tokens.context)
+                runs |= jnp.any(rows.report.finish == RUNNING)
+                leaves |= jnp.any(leaving_rows(rows, part.batch, leave_early))
+                tokens = next_tokens(rows, part.batch, part.sampling, speculation)
+                begun = self._begin(ends, tokens, place_tokens(rows, part.batch, tokens), way.cache)
+                residual, fresh, pool = self._attend(first, 0, begun, way.cache)
+                arrived = self._exchange(way, fresh, wire, schedule, (runs, leaves))
+                return (_Way(pool, fresh, arrived), (runs, leaves)), (rows, tokens, residual, begun.context)
 
             no = jnp.zeros((), bool)
-            (way, status), (rows, hidden, contexts) = jax.lax.scan(
-                begin, (loop.way, (no, no)), (parts, loop.rows, loop.hidden)
+            (way, status), (rows, tokens, hidden, contexts) = jax.lax.scan(
+                begin, (loop.way, (no, no)), (parts, loop.rows, loop.tokens, loop.hidden)
             )
 
             def take(
@@ -244,22 +257,27 @@ class AttentionLoop:
             way, hidden = layers.over_items(range(count, layers.count * count), count, take, (way, hidden))
             num_exchanges = (loop.step + 1) * schedule.num_ticks
             wire.tell(self._observe, numbers.first_step + loop.step, num_exchanges, way.arrived)
-            return _Loop(loop.step + 1, wire.is_over(way.arrived, numbers.leave_early), rows, hidden, way)
+            return _Loop(loop.step + 1, wire.is_over(way.arrived), rows, tokens, hidden, way)
 
-        def finish(_: None, given: tuple[_Part, RowState, Float[Array, "B 1 D"], Slots]) -> tuple[None, RowState]:
+        def finish(
+            _: None, given: tuple[_Part, RowState, StepTokens, Float[Array, "B T D"], Slots]
+        ) -> tuple[None, RowState]:
             return None, end(*given)
 
-        begin_all = functools.partial(begin_rows, vocab_size=self._config.vocab_size, max_steps=max_steps)
-        hidden = jnp.zeros((count, size, 1, self._config.hidden_size), self._dtype)
+        begin_all = functools.partial(
+            begin_rows, vocab_size=self._config.vocab_size, max_steps=max_steps, speculation=speculation
+        )
+        hidden = jnp.zeros((count, size, width, self._config.hidden_size), self._dtype)
         loop = _Loop(
             jnp.zeros((), jnp.int32),
             jnp.zeros((), bool),
             jax.vmap(begin_all)(parts.batch),
+            StepTokens(jnp.zeros((count, size, width), jnp.int32), jnp.ones((count, size), jnp.int32)),
             hidden,
-            _Way(cache, self._no_rows(size), wire.empty()),
+            _Way(cache, self._no_rows(size * width), wire.empty()),
         )
         loop = jax.lax.while_loop(lambda loop: (loop.step < numbers.num_steps) & ~loop.is_over, rotate, loop)
-        given = parts, loop.rows, loop.hidden, self._drain(loop.way, wire, schedule)
+        given = parts, loop.rows, loop.tokens, loop.hidden, self._drain(loop.way, wire, schedule)
         _, rows = jax.lax.scan(finish, None, given)
         report = merge_stacked(rows.report, num_rows)
         return loop.way.cache, gather_report(report, self._topology), loop.step
@@ -285,12 +303,11 @@ class AttentionLoop:
         rows = None if part.feature_rows is None else part.feature_rows[None]
         return begin_step(ends, self._config, self._form, part.token_ids[None], step, PAGE_SIZE, part.features, rows)
 
-    def _begin(self, ends: Ends, rows: RowState, batch: DecodeBatch, cache: Cache) -> Tokens:
-        step = CacheStep(batch.table, step_lengths(rows, batch))
-        tokens = begin_step(ends, self._config, self._form, rows.last[:, None], step, PAGE_SIZE)
+    def _begin(self, ends: Ends, tokens: StepTokens, step: CacheStep, cache: Cache) -> Tokens:
+        begun = begin_step(ends, self._config, self._form, tokens.ids, step, PAGE_SIZE)
         # Made once for all layers; every attention device has all heads.
-        context = with_plan(tokens.context, cache, 1, self._config.num_attention_heads)
-        return tokens._replace(context=context)
+        context = with_plan(begun.context, cache, tokens.ids.shape[1], self._config.num_attention_heads)
+        return begun._replace(context=context)
 
     def _take_item(
         self,

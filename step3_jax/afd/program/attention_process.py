@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Float, Int
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.storage import Storage
 from step3_jax.afd.program.attention_loop import AttentionLoop, AttentionWeights
@@ -22,6 +22,7 @@ from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, Prefil
 from step3_jax.layout.role import Role
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
+from step3_jax.sampling.speculation import Speculation
 
 
 class AttentionProcess(RoleProcess, Executor):
@@ -48,8 +49,8 @@ class AttentionProcess(RoleProcess, Executor):
         )
         self._decode = self._jit(
             self._run_decode,
-            static_argnums=5,
-            in_shardings=(own, own, copies, copies, copies),
+            static_argnums=(6, 7),
+            in_shardings=(own, own, copies, copies, copies, copies),
             out_shardings=(own, copies, copies),
             donate_argnums=1,
         )
@@ -69,14 +70,13 @@ class AttentionProcess(RoleProcess, Executor):
         return self.topology.attention_role
 
     @property
-    def can_speculate(self) -> bool:
-        """See `Executor.can_speculate`: micro-batches in flight have one token of each sequence."""
-        return False
-
-    @property
     def num_microbatches(self) -> int:
         """See `Executor.num_microbatches`."""
         return self.loop.num_microbatches
+
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return self._copies
 
     def allocate_cache(self, num_pages: int, storage: Storage) -> Cache:
         """See `Executor.allocate_cache`; this process holds the pages of its own devices."""
@@ -100,11 +100,13 @@ class AttentionProcess(RoleProcess, Executor):
     def decode(self, cache: Cache, call: DecodeCall) -> tuple[Cache, Started[Report]]:
         """See `Executor.decode`. After a sequence has ended, a call may take one more step, in which it does nothing."""
         given = (
-            self._place_wide(call.batch),
+            self._place_wide(call),
             self._place_sampling(call.sampling),
-            self._numbers(call.num_steps, call.leave_early),
+            self._numbers(call.num_steps),
+            self._place(np.bool_(call.leave_early)),
         )
-        cache, report, taken = self._call(self._decode, self.weights, cache, *given, call.max_steps)
+        static = call.max_steps, call.speculation
+        cache, report, taken = self._call(self._decode, self.weights, cache, *given, *static)
         self._num_steps += int(taken)
         return cache, Started(call.cut_report(report))
 
@@ -121,10 +123,17 @@ class AttentionProcess(RoleProcess, Executor):
         return self._prefill.lower(self.weights, cache, batch).compile()
 
     def decode_program(
-        self, cache: Cache, batch: DecodeBatch, sampling: SamplingBatch, *, max_steps: int
+        self,
+        cache: Cache,
+        batch: DecodeBatch,
+        sampling: SamplingBatch,
+        *,
+        max_steps: int,
+        speculation: Speculation | None = None,
     ) -> jax.stages.Compiled:
         """The compiled decode loop of a bucket, for reading; the arguments may be abstract, and are not consumed."""
-        return self._decode.lower(self.weights, cache, batch, sampling, self._numbers(1, False), max_steps).compile()
+        given = batch, sampling, self._numbers(1), self._place(np.bool_(False))
+        return self._decode.lower(self.weights, cache, *given, max_steps, speculation).compile()
 
     # The functions below are traced; each counts its traces by a Python side effect.
 
@@ -147,9 +156,11 @@ class AttentionProcess(RoleProcess, Executor):
         batch: DecodeBatch,
         sampling: SamplingBatch,
         numbers: Numbers,
+        leave_early: Bool[Array, ""],
         max_steps: int,
+        speculation: Speculation | None,
     ) -> tuple[Cache, Report, Int[Array, ""]]:
         self.num_traces["decode"] += 1
-        run = functools.partial(self.loop.decode, max_steps=max_steps)
-        specs = OWN, OWN, COPY, COPY, COPY
-        return self._on_union(run, specs, (OWN, COPY, COPY))(weights, cache, batch, sampling, numbers)
+        run = functools.partial(self.loop.decode, max_steps=max_steps, speculation=speculation)
+        specs = OWN, OWN, COPY, COPY, COPY, COPY
+        return self._on_union(run, specs, (OWN, COPY, COPY))(weights, cache, batch, sampling, numbers, leave_early)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 # Called after each step with its number and that of the last exchange.
 Observe = Callable[[int, int], None]
@@ -16,10 +16,8 @@ class Numbers(NamedTuple):
 
     Attributes:
       num_steps: Steps to take at most; at least 1.
-      leave_early: Whether to return soon after a row has ended.
       first_step: Number of the call's first step, for `Observe`.
     """
 
     num_steps: Int[Array, ""]
-    leave_early: Bool[Array, ""]
     first_step: Int[Array, ""]

@@ -121,6 +121,7 @@ class FfnLoop:
         *,
         num_rows: int,
         max_steps: int,
+        num_guesses: int = 0,
     ) -> tuple[Report, Int[Array, ""]]:
         """The FFN side of a decode call.
 
@@ -129,13 +130,15 @@ class FfnLoop:
           numbers: As for the attention side.
           num_rows: Rows of each attention device.
           max_steps: As for the attention side.
+          num_guesses: Tokens of a row in a step besides its last one.
 
         Returns:
           The report of all attention devices' rows, and the steps taken.
         """
         each, count = part_size(num_rows, self._num_microbatches)
         layers = Layers(self._parts, weights)
-        schedule, wire = Schedule(layers.count, count), Wire(self._topology, self._form, each)
+        num_tokens = each * (1 + num_guesses)
+        schedule, wire = Schedule(layers.count, count), Wire(self._topology, self._form, num_tokens)
         take = functools.partial(self._take_item, wire, schedule)
         num_items = layers.count * count
         num_own = num_items - schedule.num_late_items
@@ -146,15 +149,15 @@ class FfnLoop:
             way = layers.over_items(range(num_own), count, take, way)
             num_exchanges = (loop.step + 1) * schedule.num_ticks
             wire.tell(self._observe, numbers.first_step + loop.step, num_exchanges, way.arrived)
-            return _Loop(loop.step + 1, wire.is_over(way.arrived, numbers.leave_early), way)
+            return _Loop(loop.step + 1, wire.is_over(way.arrived), way)
 
-        way = _Way(self._no_outputs(each), wire.empty())
+        way = _Way(self._no_outputs(num_tokens), wire.empty())
         loop = _Loop(jnp.zeros((), jnp.int32), jnp.zeros((), bool), way)
         loop = jax.lax.while_loop(lambda loop: (loop.step < numbers.num_steps) & ~loop.is_over, rotate, loop)
         way = layers.over_items(range(num_own, num_items), count, take, loop.way)
         # Its value is not used; the dependency keeps the gather after the last exchange.
         last = self._drain(way, wire, schedule)[0, -1].astype(jnp.int32)
-        report = gather_report(fill_report(last, num_rows, max_steps, self._vocab_size), self._topology)
+        report = gather_report(fill_report(last, num_rows, max_steps, self._vocab_size, num_guesses), self._topology)
         return report, loop.step
 
     def _take_item(

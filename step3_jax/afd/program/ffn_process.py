@@ -38,7 +38,7 @@ class FfnProcess(RoleProcess, Worker):
         own, copies = self._own, self._copies
         self._prefill = self._jit(self._run_prefill, static_argnums=1, in_shardings=(own,), out_shardings=copies)
         self._decode = self._jit(
-            self._run_decode, static_argnums=(2, 3), in_shardings=(own, copies), out_shardings=copies
+            self._run_decode, static_argnums=(2, 3, 4), in_shardings=(own, copies), out_shardings=copies
         )
 
     def run(self, call: Call) -> Outcome:
@@ -53,9 +53,9 @@ class FfnProcess(RoleProcess, Worker):
             self._call(self._prefill, self.weights, call.num_tokens // self.num_shards)
             return Started(None)
         if isinstance(call, DecodeSizes):
-            numbers = self._numbers(call.num_steps, call.leave_early)
-            num_rows = call.num_rows // self.num_shards
-            _, taken = self._call(self._decode, self.weights, numbers, num_rows, call.max_steps)
+            numbers = self._numbers(call.num_steps)
+            sizes = call.num_rows // self.num_shards, call.max_steps, call.num_guesses
+            _, taken = self._call(self._decode, self.weights, numbers, *sizes)
             self._num_steps += int(taken)
             return Started(None)
         raise ValueError(f"{type(call).__name__} is not for the FFN side")
@@ -65,8 +65,8 @@ class FfnProcess(RoleProcess, Worker):
         return self._on_union(functools.partial(self.loop.prefill, num_tokens=num_tokens), (OWN,), COPY)(weights)
 
     def _run_decode(
-        self, weights: FfnWeights, numbers: Numbers, num_rows: int, max_steps: int
+        self, weights: FfnWeights, numbers: Numbers, num_rows: int, max_steps: int, num_guesses: int
     ) -> tuple[Report, Int[Array, ""]]:
         self.num_traces["decode"] += 1
-        run = functools.partial(self.loop.decode, num_rows=num_rows, max_steps=max_steps)
+        run = functools.partial(self.loop.decode, num_rows=num_rows, max_steps=max_steps, num_guesses=num_guesses)
         return self._on_union(run, (OWN, COPY), COPY)(weights, numbers)

@@ -88,8 +88,8 @@ class RoleProcess(ModelPart):
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, self._copies, host.__getitem__)
 
-    def _numbers(self, num_steps: int, leave_early: bool) -> Numbers:
-        given = np.int32(num_steps), np.bool_(leave_early), np.int32(self._num_steps)
+    def _numbers(self, num_steps: int) -> Numbers:
+        given = np.int32(num_steps), np.int32(self._num_steps)
         return Numbers(*(self._place(number) for number in given))
 
     def _on_union(self, run: Callable[P, R], in_specs: Specs, out_specs: Specs | PartitionSpec) -> Callable[P, R]:

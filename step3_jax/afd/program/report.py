@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from step3_jax.afd.topology import UNION, AfdTopology
-from step3_jax.engine.state import Report
+from step3_jax.engine.state import DraftCounts, Report
 from step3_jax.sampling.batch import logprob_width
 from step3_jax.sampling.sampler import StepLogprobs
 
@@ -34,8 +34,16 @@ def gather_report(own: Report, topology: AfdTopology) -> Report:
     return jax.tree.unflatten(treedef, found)
 
 
-def fill_report(value: Int[Array, ""], num_rows: int, max_steps: int, vocab_size: int) -> Report:
-    """A report full of one number: what an FFN device has to give, once that number is known."""
+def fill_report(value: Int[Array, ""], num_rows: int, max_steps: int, vocab_size: int, num_guesses: int = 0) -> Report:
+    """A report full of one number: what an FFN device has to give, once that number is known.
+
+    Args:
+      value: The number.
+      num_rows: Rows of each attention device.
+      max_steps: Tokens of a row that the report has room for.
+      vocab_size: V.
+      num_guesses: Most guesses of a row in a step; 0 for a report that counts none.
+    """
 
     def fill(*shape: int, dtype: jax.typing.DTypeLike = jnp.int32) -> Array:
         return jnp.full((num_rows, *shape), value, dtype)
@@ -44,4 +52,5 @@ def fill_report(value: Int[Array, ""], num_rows: int, max_steps: int, vocab_size
     logprobs = StepLogprobs(
         fill(max_steps, dtype=jnp.float32), fill(max_steps), fill(*wide), fill(*wide, dtype=jnp.float32)
     )
-    return Report(fill(max_steps), fill(), fill(), logprobs)
+    drafts = DraftCounts(fill(), fill(num_guesses), fill(num_guesses)) if num_guesses else None
+    return Report(fill(max_steps), fill(), fill(), logprobs, drafts)

@@ -5,8 +5,8 @@ two more bytes.
 
 - A count of the exchanges, which each takes from the one before. So an exchange depends on the last one whatever else the
   program does, and both roles' programs, which are compiled apart, have them in the same order.
-- Whether some row of an attention device runs, and whether one has ended: so all devices leave the decode loop together,
-  and there is no other collective to keep in order.
+- Whether some row of an attention device runs, and whether the call ends with one of its rows: so all devices leave the
+  decode loop together, and there is no other collective to keep in order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from step3_jax.afd.program.call import Observe
 from step3_jax.afd.topology import UNION, AfdTopology
 
 _TAIL_BYTES = 2
-_RUNS, _ENDED = 1, 2
+_RUNS, _LEAVES = 1, 2
 
 Slots = UInt8[Array, "N slot"]
 
@@ -33,7 +33,7 @@ class Wire:
     """
 
     def __init__(self, topology: AfdTopology, form: PayloadFormat, num_rows: int) -> None:
-        """Takes the rows that each attention device has of a micro-batch."""
+        """Takes the rows that each attention device has of a micro-batch, one for each of its tokens."""
         self._num_attention, self._num_ffn = topology.num_attention, topology.num_ffn
         self._form = form
         self._num_rows = num_rows
@@ -53,7 +53,7 @@ class Wire:
         rows: UInt8[Array, "rows row_bytes"],
         before: Slots,
         runs: Bool[Array, ""] | bool = True,
-        has_ended: Bool[Array, ""] | bool = False,
+        leaves: Bool[Array, ""] | bool = False,
     ) -> Slots:
         """Sends an attention device's rows to all FFN devices.
 
@@ -61,14 +61,14 @@ class Wire:
           rows: The rows.
           before: What came by the last exchange.
           runs: Whether some row of the device runs; see `is_over`.
-          has_ended: Whether some row of it has ended.
+          leaves: Whether the call ends with one of its rows.
 
         Returns:
           What has arrived, a slot from each device.
         """
         payload = jnp.pad(rows.reshape(1, -1), ((0, 0), (0, self._payload_bytes - rows.size)))
         payload = jnp.pad(jnp.repeat(payload, self._num_ffn, axis=0), ((self._num_attention, 0), (0, 0)))
-        status = jnp.asarray(runs, jnp.uint8) * _RUNS + jnp.asarray(has_ended, jnp.uint8) * _ENDED
+        status = jnp.asarray(runs, jnp.uint8) * _RUNS + jnp.asarray(leaves, jnp.uint8) * _LEAVES
         slots = self._close(payload, before[-1, -2], status)
         if self._is_pair:
             return jnp.stack([slots[0], self._swap(slots[1])])
@@ -93,10 +93,10 @@ class Wire:
         size = self._form.output_bytes
         return arrived[self._num_attention :, : self._num_rows * size].reshape(-1, size)
 
-    def is_over(self, arrived: Slots, leave_early: Bool[Array, ""]) -> Bool[Array, ""]:
-        """Whether no row runs, or one has ended and `leave_early` is set; the same on all devices."""
+    def is_over(self, arrived: Slots) -> Bool[Array, ""]:
+        """Whether no row runs, or the call ends with one; the same on all devices."""
         status = arrived[: self._num_attention, -1]
-        return ~jnp.any(status & _RUNS > 0) | (leave_early & jnp.any(status & _ENDED > 0))
+        return ~jnp.any(status & _RUNS > 0) | jnp.any(status & _LEAVES > 0)
 
     def tell(self, observe: Observe | None, step: Int[Array, ""], exchange: Int[Array, ""], arrived: Slots) -> None:
         """Calls `observe`, if there is one, once an exchange has arrived."""

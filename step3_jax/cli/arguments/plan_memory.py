@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
+from step3_jax.cli.arguments.setting import read_object
 from step3_jax.cli.dtype import dtype_name
 from step3_jax.config import PRESETS
 from step3_jax.gpu import MEMORY_SHARE
@@ -53,4 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_CHUNK_TOKENS,
         metavar="N",
         help="prompt tokens that each device prefills at once (default: %(default)s)",
+    )
+    more.add_argument(
+        "--speculative-config",
+        type=read_object,
+        metavar="JSON",
+        help="as for an engine: counts the tokens of a step with guesses, and those that guesses are looked up in",
     )

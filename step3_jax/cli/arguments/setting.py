@@ -24,7 +24,7 @@ def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field[object]
     if kind is bool:
         group.add_argument(*flags, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
     elif kind is dict:
-        group.add_argument(*flags, dest=field.name, type=_read_object, metavar=setting.metavar, help=text)
+        group.add_argument(*flags, dest=field.name, type=read_object, metavar=setting.metavar, help=text)
     elif kind is tuple and setting.takes_several:
         group.add_argument(*flags, dest=field.name, action="extend", nargs="+", metavar=setting.metavar, help=text)
     elif kind is tuple:
@@ -36,7 +36,8 @@ def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field[object]
         group.add_argument(*flags, dest=field.name, type=kind, metavar=setting.metavar, help=text)
 
 
-def _read_object(text: str) -> dict[str, object]:
+def read_object(text: str) -> dict[str, object]:
+    """A JSON object of the command line."""
     try:
         value = json.loads(text)
     except ValueError as error:

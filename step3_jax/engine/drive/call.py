@@ -11,11 +11,11 @@ from jaxtyping import Float
 
 from pallas_kernels.storage import STORAGES, Storage
 from step3_jax.channel.message import Message, MessageError, Value
-from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
+from step3_jax.engine.state import DecodeBatch, DecodeCall, HistoryUpdate, PrefillBatch
 from step3_jax.sampling.batch import SamplingBatch
 from step3_jax.sampling.speculation import Speculation
 
-_BATCH, _SAMPLING = "batch.", "sampling."
+_BATCH, _SAMPLING, _HISTORY = "batch.", "sampling.", "history."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class MeasureMemory:
     place: ClassVar[str] = "measuring memory"
     rows: int
     chunk_tokens: int
+    step_tokens: int = 1
+    history_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,13 +81,13 @@ class PrefillSizes:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSizes:
-    """A decode call for a process that needs none of its batch; see `DecodeCall`."""
+    """A decode call for a process that needs none of its batch; see `DecodeCall`. Each row has 1 + `num_guesses` tokens."""
 
     place: ClassVar[str] = "decode"
     num_rows: int
     num_steps: int
     max_steps: int
-    leave_early: bool
+    num_guesses: int
 
 
 Call = AllocateCache | MeasureMemory | EncodeImages | Prefill | Decode | CopyPages | PrefillSizes | DecodeSizes
@@ -100,7 +102,8 @@ def sizes_of(call: Call) -> Call | None:
         return PrefillSizes(call.batch.token_ids.shape[0])
     if isinstance(call, Decode):
         inner = call.call
-        return DecodeSizes(inner.batch.last.shape[0], inner.num_steps, inner.max_steps, inner.leave_early)
+        num_guesses = 0 if inner.speculation is None else inner.speculation.num_speculative_tokens
+        return DecodeSizes(inner.batch.last.shape[0], inner.num_steps, inner.max_steps, num_guesses)
     return call if isinstance(call, MeasureMemory) else None
 
 
@@ -115,6 +118,7 @@ def to_message(call: Call) -> Message:
         fields = {"num_steps": inner.num_steps, "max_steps": inner.max_steps, "leave_early": bool(inner.leave_early)}
         fields["speculation"] = None if inner.speculation is None else list(dataclasses.astuple(inner.speculation))
         fields |= _named(_BATCH, inner.batch._asdict()) | _named(_SAMPLING, inner.sampling._asdict())
+        fields |= {} if inner.history is None else _named(_HISTORY, inner.history._asdict())
         # Page tables, sampling parameters and masks are mostly those of the last call.
         return Message(kind, fields, keeps=True)
     if isinstance(call, EncodeImages):
@@ -139,8 +143,9 @@ def from_message(message: Message) -> Call:
             sampling = SamplingBatch(**_part(_SAMPLING, fields))
             numbers = {name: int(fields[name]) for name in ("num_steps", "max_steps")}
             speculation = _read_speculation(fields["speculation"])
-            leave_early = bool(fields["leave_early"])
-            return Decode(DecodeCall(batch, sampling, **numbers, leave_early=leave_early, speculation=speculation))
+            kept = _part(_HISTORY, fields)
+            more = {"speculation": speculation, "history": HistoryUpdate(**kept) if kept else None}
+            return Decode(DecodeCall(batch, sampling, **numbers, leave_early=bool(fields["leave_early"]), **more))
         if kind == "EncodeImages":
             return EncodeImages(_array(fields["pixels"]))
         if kind == "AllocateCache" and fields["storage"] not in STORAGES:

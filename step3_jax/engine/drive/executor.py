@@ -83,11 +83,6 @@ class DrivenExecutor(Executor):
         """See `Executor.num_microbatches`."""
         return self._own.num_microbatches
 
-    @property
-    def can_speculate(self) -> bool:
-        """See `Executor.can_speculate`."""
-        return self._own.can_speculate
-
     def check(self) -> None:
         """See `Executor.check`."""
         self._channel.check()
@@ -100,10 +95,13 @@ class DrivenExecutor(Executor):
             self._thread.join(_CLOSE_S)
         self._channel.close()
 
-    def cache_memory_bytes(self, rows: int, chunk_tokens: int) -> int | None:
+    def cache_memory_bytes(
+        self, rows: int, chunk_tokens: int, step_tokens: int = 1, history_tokens: int = 0
+    ) -> int | None:
         """See `Executor.cache_memory_bytes`: the least of all processes that hold a part of the cache."""
-        own = self._own.cache_memory_bytes(rows, chunk_tokens)
-        answers = self._channel.ask(to_message(MeasureMemory(rows, chunk_tokens)), _ANSWER_S)
+        sizes = rows, chunk_tokens, step_tokens, history_tokens
+        own = self._own.cache_memory_bytes(*sizes)
+        answers = self._channel.ask(to_message(MeasureMemory(*sizes)), _ANSWER_S)
         others = [answer["bytes"] for answer in answers if isinstance(answer["bytes"], int)]
         return None if own is None else min([own, *others])
 

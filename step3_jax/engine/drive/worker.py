@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 
 from step3_jax.beacon import Beacon
 from step3_jax.cache.paged import Cache
@@ -71,7 +72,7 @@ class CachedWorker(Worker):
             self._cache = executor.wait(executor.allocate_cache(call.num_pages, call.storage))
             return None
         if isinstance(call, MeasureMemory):
-            return executor.cache_memory_bytes(call.rows, call.chunk_tokens)
+            return executor.cache_memory_bytes(*dataclasses.astuple(call))
         if isinstance(call, EncodeImages):
             return Started(executor.encode_images(call.pixels))
         if isinstance(call, Prefill):

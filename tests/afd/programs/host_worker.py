@@ -48,6 +48,7 @@ Answer = dict[str, object]
 VOCAB_SIZE, NUM_LAYERS = 97, 3
 # No other axis of an array has this size.
 NUM_PAGES = 38
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
 
 
 @functools.cache
@@ -98,8 +99,8 @@ def make_runner() -> Runner:
     return Runner(make_model())
 
 
-def make_llm(executor: Executor, **settings: int) -> LLM:
-    sizes = {"max_num_seqs": 8, "max_model_len": 192} | settings
+def make_llm(executor: Executor, **settings: object) -> LLM:
+    sizes: dict[str, object] = {"max_num_seqs": 8, "max_model_len": 192, **settings}
     return LLM.from_model(executor, **sizes)  # type: ignore[arg-type]
 
 
@@ -125,10 +126,28 @@ def tokens(request: Answer) -> Answer:
     }
 
 
+def guesses(request: Answer) -> Answer:
+    """Tokens of greedy and of seeded sequences, which often repeat themselves, beside the fused model's without guesses."""
+    llm = make_llm(executor_of(request), speculative_config=NGRAM)
+    found = {"afd": generate_repeating(llm), "fused": generate_repeating(make_llm(make_runner()))}
+    return found | {"accepted": llm.stats.num_accepted_tokens, "drafted": llm.stats.num_draft_tokens}
+
+
+def generate_repeating(llm: LLM) -> list[list[int]]:
+    """Each prompt greedily and drawn, more of them than there are slots, with penalties and ends of all kinds."""
+    given = [{"prompt_token_ids": ids} for ids in ([5, 6, 7] * 6, [9, 4] * 3, [20], list(range(30, 60)) * 2)] * 3
+    plain = [SamplingParams(temperature=0, max_tokens=20 + 7 * index, ignore_eos=True) for index in range(4)]
+    drawn = [SamplingParams(temperature=0.4, top_k=3, seed=index, max_tokens=30) for index in range(4)]
+    mixed = [SamplingParams(temperature=0, max_tokens=12 + index, repetition_penalty=1.1) for index in range(4)]
+    outputs = llm.generate(given, [*plain, *drawn, *mixed])
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 def masks(request: Answer) -> Answer:
     """Tokens of constrained sequences and of one beside them, beside the fused model's."""
+    speculation = NGRAM if request.get("guesses") else None
     return {
-        "afd": run_ruled(executor_of(request), max_model_len=192),
+        "afd": run_ruled(executor_of(request), max_model_len=192, speculative_config=speculation),
         "fused": run_ruled(make_runner(), max_model_len=192),
     }
 
@@ -381,6 +400,7 @@ def main() -> None:
         function.__name__: function
         for function in (
             tokens,
+            guesses,
             masks,
             features,
             images,

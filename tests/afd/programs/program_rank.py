@@ -49,6 +49,7 @@ Answer = dict[str, object]
 T = TypeVar("T")
 # No other axis of an array has this size.
 NUM_PAGES = 38
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
 
 
 @functools.cache
@@ -89,10 +90,10 @@ def make_runner(num_layers: int) -> Runner:
     return Runner(make_model(num_layers))
 
 
-def with_llm(executor: Executor | Worker, use: Callable[[LLM], T], **settings: int) -> T | None:
+def with_llm(executor: Executor | Worker, use: Callable[[LLM], T], **settings: object) -> T | None:
     """What rank 0 does with a model; the others make its calls, and give None."""
     shards = executor.num_shards
-    sizes = {"max_num_seqs": 4 * shards, "max_num_batched_tokens": 32 * shards} | settings
+    sizes: dict[str, object] = {"max_num_seqs": 4 * shards, "max_num_batched_tokens": 32 * shards, **settings}
     try:
         llm = LLM.from_model(executor, max_model_len=64, **sizes)  # type: ignore[arg-type]
     except SystemExit:
@@ -137,6 +138,23 @@ def features(case: Answer) -> Answer:
         temperature=0.9, n=2, top_k=20, seed=11, max_tokens=6, repetition_penalty=1.3, logprobs=3, ignore_eos=True
     )
     return run_both(case, 2, params)
+
+
+def guesses(case: Answer) -> Answer:
+    """Tokens of greedy and seeded sequences that repeat themselves, with guesses, beside the fused model's without."""
+    given = [{"prompt_token_ids": ids} for ids in ([5, 6, 7] * 6, [9, 4] * 3, [20])] * 2
+    plain = [SamplingParams(temperature=0, max_tokens=20 + 5 * index, ignore_eos=True) for index in range(3)]
+    drawn = [SamplingParams(temperature=0.4, top_k=3, seed=index, max_tokens=30) for index in range(3)]
+
+    def use(llm: LLM) -> tuple[list[list[int]], int]:
+        outputs = llm.generate(given, [*plain, *drawn])
+        return [list(output.outputs[0].token_ids) for output in outputs], llm.stats.num_accepted_tokens
+
+    own = with_llm(executor_of(case), use, speculative_config=NGRAM)
+    if own is None:
+        return {}
+    fused = with_llm(make_runner(int(case.get("layers", 2))), use)  # type: ignore[call-overload]
+    return {"afd": own[0], "accepted": own[1], "fused": None if fused is None else fused[0]}
 
 
 def repeat(case: Answer) -> Answer:
@@ -204,16 +222,17 @@ def hlo(case: Answer) -> Answer:
 def callbacks(case: Answer) -> Answer:
     """Calls to Python in this process's lowered decode loop."""
     executor = executor_of(case)
-    numbers = executor._numbers(1, False)
+    numbers = executor._numbers(1)
     if isinstance(executor, FfnProcess):
-        lowered = executor._decode.lower(executor.weights, numbers, 2, 8)
+        lowered = executor._decode.lower(executor.weights, numbers, 2, 8, 0)
     else:
         size = 2 * executor.num_shards
         cache, rows = executor.allocate_cache(NUM_PAGES * executor.num_shards, "float32"), jnp.ones((size,), jnp.int32)
         batch = DecodeBatch(rows, rows, rows, rows > 0, jnp.zeros((size, 2), jnp.int32))
         row = SamplingRow(SamplingParams(temperature=0), 8, (0, 0), ())
         sampling = sampling_batch([row] * size, executor.config.text.vocab_size, size)
-        lowered = executor._decode.lower(executor.weights, cache, batch, sampling, numbers, 8)
+        given = batch, sampling, numbers, jnp.zeros((), bool)
+        lowered = executor._decode.lower(executor.weights, cache, *given, 8, None)
     return {"count": lowered.as_text().count("callback")}
 
 
@@ -261,9 +280,8 @@ def main() -> None:
     jax.config.update("jax_default_matmul_precision", "float32")
     # These programs run for milliseconds and take seconds to compile.
     jax.config.update("jax_disable_most_optimizations", True)
-    answers: dict[str, Callable[[Answer], Answer]] = {
-        function.__name__: function for function in (tokens, features, repeat, places, hlo, callbacks, loaded, shipped)
-    }
+    functions = (tokens, features, guesses, repeat, places, hlo, callbacks, loaded, shipped)
+    answers: dict[str, Callable[[Answer], Answer]] = {function.__name__: function for function in functions}
     found = [answers[str(case["do"])](case) for case in json.loads(sys.argv[1])]
     give_answer(found)
 

@@ -97,5 +97,3 @@ def test_speculation_is_given_as_json() -> None:
             parse("--speculative-config", text)
     with pytest.raises(ValueError, match="num_speculative_tokens is 0; a whole number from 1 to 16"):
         choose("--speculative-config", json.dumps(values | {"num_speculative_tokens": 0}))
-    with pytest.raises(ValueError, match="does not go with attention and FFN on devices of their own"):
-        choose("--speculative-config", json.dumps(values), "--afd", "1a1f")

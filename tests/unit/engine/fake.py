@@ -55,6 +55,8 @@ class FakeExecutor(Executor):
       failures: Errors to raise, by the name of the call, each once; "late" ones when the result is asked for.
       calls: Names of the calls so far.
       prefilled: Tokens prefilled so far.
+      history: Prompt and output of the sequences in slots, as far as they were sent.
+      history_bytes: Sent of it so far.
     """
 
     def __init__(self, num_shards: int = 1) -> None:
@@ -65,6 +67,8 @@ class FakeExecutor(Executor):
         self.failures: dict[str, BaseException] = {}
         self.calls: list[str] = []
         self.prefilled = 0
+        self.history: np.ndarray | None = None
+        self.history_bytes = 0
 
     def allocate_cache(self, num_pages: int, storage: str) -> np.ndarray:
         return np.full((num_pages, PAGE_SIZE), -1, np.int32)
@@ -89,6 +93,7 @@ class FakeExecutor(Executor):
     def decode(self, cache: np.ndarray, call: DecodeCall) -> tuple[np.ndarray, Started[Report]]:
         self._enter("decode")
         batch = call.batch
+        history = self._write_history(call)
         count = len(batch.last)
         tokens = np.zeros((count, call.max_steps), np.int32)
         num_new, finish = np.zeros((count,), np.int32), np.where(batch.is_active, RUNNING, IDLE)
@@ -96,7 +101,7 @@ class FakeExecutor(Executor):
         if call.speculation is not None:
             for row in np.flatnonzero(batch.is_active):
                 ids = [*cache[batch.table[row]].reshape(-1)[: batch.cached[row]], batch.last[row]]
-                assert batch.history[row, : len(ids)].tolist() == ids, "guesses are looked up in other tokens"
+                assert history[row, : len(ids)].tolist() == ids, "guesses are looked up in other tokens"
         for _ in range(call.num_steps):
             steps += finish == RUNNING
             for row in np.flatnonzero(finish == RUNNING):
@@ -125,6 +130,22 @@ class FakeExecutor(Executor):
         none = np.zeros((count, 0 if call.speculation is None else call.speculation.num_speculative_tokens), np.int32)
         drafts = None if call.speculation is None else DraftCounts(steps, none, none)
         return cache, self._started("late_decode", Report(tokens, num_new, finish, None, drafts))
+
+    def _write_history(self, call: DecodeCall) -> np.ndarray | None:
+        """The history of all slots with what a call brings of it."""
+        update = call.history
+        if update is None:
+            return call.batch.history
+        shape = update.num_slots, update.num_tokens
+        is_kept = self.history is not None and self.history.shape == shape
+        assert is_kept or not update.continues, "the call needs what is not there"
+        if not is_kept or (len(update.places) and not update.continues):
+            self.history = np.full(shape, -1, np.int32)
+        places, tokens = update.places.reshape(-1), update.tokens.reshape(-1)
+        is_own = places < self.history.size
+        self.history.reshape(-1)[places[is_own]] = tokens[is_own]
+        self.history_bytes += update.num_bytes
+        return self.history
 
     @staticmethod
     def _num_verified(cache: np.ndarray, call: DecodeCall, row: int, num_new: int) -> int:

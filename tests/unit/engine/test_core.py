@@ -181,14 +181,6 @@ def test_sequences_that_make_several_tokens_a_step_are_preempted_and_streamed_li
     assert stats.num_decode_steps < 300 < stats.num_generated_tokens
 
 
-def test_an_executor_that_cannot_verify_guesses_is_refused() -> None:
-    class Plain(FakeExecutor):
-        can_speculate = False
-
-    with pytest.raises(ValueError, match=r"speculative_config does not go with .* \(AFD\): leave out one of them"):
-        make_core(Plain(), speculative_config={"method": "ngram", "num_speculative_tokens": 4})
-
-
 def test_a_failed_call_ends_its_requests_and_the_others_get_what_they_would_have() -> None:
     executor = FakeExecutor()
     core = make_core(executor, num_pages=40, max_num_batched_tokens=64, enable_prefix_caching=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,19 @@ from hypothesis import strategies as st
 from jaxtyping import Array, Float, Int
 
 from step3_jax.engine.decode_loop import decode_loop
-from step3_jax.engine.state import FULL, RUNNING, STOPPED, DecodeBatch, Report
+from step3_jax.engine.state import (
+    FULL,
+    RUNNING,
+    STOPPED,
+    DecodeBatch,
+    Report,
+    RowState,
+    begin_rows,
+    leaving_rows,
+    next_tokens,
+    place_tokens,
+    verify_tokens,
+)
 from step3_jax.layers.attention import CacheStep
 from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
@@ -235,3 +248,49 @@ def test_a_row_pauses_in_the_middle_of_guesses_that_are_right(mark: int) -> None
     want, _, _ = generate(weights, paused, None)
     got, _, _ = generate(weights, paused, FOUR)
     assert [output.tokens for output in got] == [output.tokens for output in want]
+
+
+def take_step(
+    rows: list[Row], max_new: list[int] | None, speculation: Speculation | None
+) -> tuple[RowState, Callable[[RowState, Array, bool], tuple[RowState, Array, Array]]]:
+    """The state before a call of new rows, and a step: the state after it, the lengths in it, and who leaves after it."""
+    batch = make_batch(rows, [Output([], RUNNING, []) for _ in rows])
+    batch = batch._replace(max_new=None if max_new is None else np.array(max_new, np.int32))
+    sampling = sampling_batch([row.sampling for row in rows], VOCAB_SIZE, ROWS)
+
+    @jax.jit
+    def step(
+        state: RowState, logits: Float[Array, "B T V"], leave_early: bool, batch: DecodeBatch, sampling: SamplingBatch
+    ) -> tuple[RowState, Array, Array]:
+        tokens = next_tokens(state, batch, sampling, speculation)
+        after = verify_tokens(state, logits, tokens, batch, sampling)
+        return after, place_tokens(state, batch, tokens).lengths, leaving_rows(after, batch, leave_early)
+
+    begun = begin_rows(
+        jax.tree.map(jnp.asarray, batch), vocab_size=VOCAB_SIZE, max_steps=MAX_STEPS, speculation=speculation
+    )
+    return begun, lambda state, logits, leave_early: step(state, logits, leave_early, batch, sampling)
+
+
+def test_a_row_that_has_all_it_may_get_of_a_call_does_nothing_in_a_later_step() -> None:
+    """A loop that hears of it one step late takes that step."""
+    rows = [Row([3, 4] * 4, SamplingRow(SamplingParams(temperature=0), 9, (0, 0), ())) for _ in range(ROWS)]
+    state, take = take_step(rows, [1, 3, 6], FOUR)
+    for step in range(1, 5):
+        # A token that has not been there before, so that no guess is right.
+        logits = jnp.zeros((ROWS, FOUR.width, VOCAB_SIZE)).at[:, :, 5 + step].set(1)
+        state, lengths, leaving = take(state, logits, False)
+        assert state.report.num_new.tolist() == [1, min(step, 3), step]
+        assert [bool(length) for length in lengths] == [step <= 1, step <= 3, True]
+        assert leaving.tolist() == [True, step >= 3, False]
+    assert state.report.finish.tolist() == [RUNNING] * ROWS
+    assert state.report.drafts.steps.tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("leave_early", [False, True])
+def test_a_row_that_has_ended_ends_the_call_where_others_wait(leave_early: bool) -> None:
+    rows = [Row([3, 4], SamplingRow(SamplingParams(temperature=0), most, (0, 0), ())) for most in (1, 2, 3)]
+    state, take = take_step(rows, None, None)
+    state, _, leaving = take(state, jnp.zeros((ROWS, 1, VOCAB_SIZE)), leave_early)
+    assert state.report.finish.tolist() == [FULL, RUNNING, RUNNING]
+    assert leaving.tolist() == [leave_early, False, False]

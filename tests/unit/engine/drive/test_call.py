@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -20,7 +22,7 @@ from step3_jax.engine.drive.call import (
     sizes_of,
     to_message,
 )
-from step3_jax.engine.state import DecodeBatch, DecodeCall, PrefillBatch
+from step3_jax.engine.state import DecodeBatch, DecodeCall, HistoryUpdate, PrefillBatch
 from step3_jax.sampling.batch import SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.sampling.speculation import Speculation
@@ -39,7 +41,8 @@ def decode_call(history: np.ndarray | None = None) -> DecodeCall:
     numbers = np.array([4, 5], np.int32)
     table = np.arange(8, dtype=np.int32).reshape(2, 4)
     batch = DecodeBatch(numbers, numbers + 1, numbers, np.array([True, False]), table, history)
-    return DecodeCall(batch, sampling_batch(rows, 61, 2), 3, 32, leave_early=True, speculation=SPECULATION)
+    update = HistoryUpdate(7, 2, 256, True, np.arange(256, dtype=np.int32)[None], np.ones((1, 256), np.int32))
+    return DecodeCall(batch, sampling_batch(rows, 61, 2), 3, 32, True, SPECULATION, update)
 
 
 def test_a_decode_call_arrives_as_it_was() -> None:
@@ -48,12 +51,26 @@ def test_a_decode_call_arrives_as_it_was() -> None:
     assert isinstance(found, Decode)
     call = found.call
     assert (call.num_steps, call.max_steps, call.leave_early, call.speculation) == (3, 32, True, SPECULATION)
+    assert call.history is not None
+    assert given.history is not None
+    assert call.history[:4] == given.history[:4]
+    np.testing.assert_array_equal(call.history.places, given.history.places)
+    np.testing.assert_array_equal(call.history.tokens, given.history.tokens)
     for name, array in (*given.batch._asdict().items(), *given.sampling._asdict().items()):
         got = getattr(call.batch if name in given.batch._fields else call.sampling, name)
         if array is None:
             assert got is None
         else:
             np.testing.assert_array_equal(got, array)
+
+
+def test_a_call_that_writes_no_history_arrives_so() -> None:
+    whole = decode_call()
+    for history in (None, HistoryUpdate(0, 2, 256, False, np.zeros((0, 256), np.int32), np.zeros((0, 256), np.int32))):
+        found, _ = carry(Decode(dataclasses.replace(whole, history=history)))
+        assert isinstance(found, Decode)
+        got = found.call.history
+        assert got is None if history is None else got is not None and got.places.shape == (0, 256)
 
 
 def test_what_did_not_change_since_the_last_call_is_not_sent() -> None:
@@ -98,7 +115,7 @@ def test_other_calls_arrive_as_they_were() -> None:
         AllocateCache(64, "fp8"),
         MeasureMemory(8, 512),
         CopyPages((1, 2), (3, 4)),
-        DecodeSizes(2, 3, 32, True),
+        DecodeSizes(2, 3, 32, 3),
     ):
         assert carry(call)[0] == call
     pixels = np.ones((1, 3, 4, 4), np.float32)
@@ -108,7 +125,7 @@ def test_other_calls_arrive_as_they_were() -> None:
 
 
 def test_sizes_are_enough_where_no_batch_is_needed() -> None:
-    assert sizes_of(Decode(decode_call())) == DecodeSizes(2, 3, 32, True)
+    assert sizes_of(Decode(decode_call())) == DecodeSizes(2, 3, 32, 3)
     numbers = np.zeros((32,), np.int32)
     assert sizes_of(Prefill(PrefillBatch(numbers, numbers, numbers, numbers[None]))) == PrefillSizes(32)
     for call in (AllocateCache(1, "fp8"), CopyPages((), ()), EncodeImages(np.zeros((1, 3, 4, 4), np.float32))):

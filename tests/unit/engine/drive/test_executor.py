@@ -147,8 +147,8 @@ def test_a_worker_that_needs_no_batches_is_told_their_sizes() -> None:
 
 def test_the_least_memory_of_all_is_left_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     own, other = FakeExecutor(), FakeExecutor()
-    monkeypatch.setattr(own, "cache_memory_bytes", lambda rows, chunk_tokens: 7000 + rows)
-    monkeypatch.setattr(other, "cache_memory_bytes", lambda rows, chunk_tokens: 5000 + rows)
+    monkeypatch.setattr(own, "cache_memory_bytes", lambda rows, *_: 7000 + rows)
+    monkeypatch.setattr(other, "cache_memory_bytes", lambda rows, *_: 5000 + rows)
     with driving(CachedWorker(other), own) as pair:
         assert pair.executor.cache_memory_bytes(4, 64) == 5004
     with driving(SizesWorker(), own) as pair:

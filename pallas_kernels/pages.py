@@ -78,7 +78,7 @@ class CachedTokens(NamedTuple):
       pages: One layer's cache, or that of all layers in one pool. A page's rows past a sequence's end may hold anything.
       table: Pages of each sequence in order; entries past its end may hold anything.
       lengths: Cached tokens of each sequence, those whose queries are given among them; 0 for an empty place in the batch.
-      first_page: Added to every page of the table: where a layer's pages start in the pool; may be traced, so that the layers
+      first_page: Added to every page of the table: where a layer's pages start in the pool; may be traced, so that layers
         share one table.
     """
 

@@ -34,7 +34,7 @@ def mfa_prefill(
 
     Args:
       queries: Packed tokens, one sequence behind the other, with the rotary embedding applied.
-      cached: What the sequences have, the rows of these tokens written already; its `lengths` are in [n_b, max_pages * page].
+      cached: What the sequences have, the rows of these tokens written already; `lengths` in [n_b, max_pages * page].
       query_starts: B + 1 row numbers that rise from 0; sequence b has the rows query_starts[b] to query_starts[b + 1].
         Rows behind the last of them are padding and come out as zeros.
       scale: K^-0.5 if None.

@@ -123,7 +123,9 @@ def test_the_quick_choice_has_every_kernel() -> None:
 def test_the_forms_that_a_model_in_fp8_runs_are_checked_and_timed() -> None:
     every = cases.all_cases("gpu", is_quick=False)
     for form in ("mfa_decode_quantised/", "/float16", "norm_quantise/", "swiglu_quantise/", "rope_cache_write/fp8/"):
-        found = [one for one in every if form in one.name and (one.name.endswith("/joined") or "mfa_decode" in one.name)]
+        found = [
+            one for one in every if form in one.name and (one.name.endswith("/joined") or "mfa_decode" in one.name)
+        ]
         assert any(one.tolerance is not None and one.name in order.FORMS for one in found), form
         assert any(one.is_timed for one in found), form
 

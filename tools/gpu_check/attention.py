@@ -60,9 +60,7 @@ def decode_cases(*, is_small: bool) -> list[Case]:
         cases.append(_decode(storage, ragged, is_timed=True))
     for batch, length in ((64, 8192), (128, 4096)):
         for is_quantised in (False, True):
-            half = _decode(
-                "fp8", (length,) * batch, query_dtype=jnp.float16, is_quantised=is_quantised, is_timed=True
-            )
+            half = _decode("fp8", (length,) * batch, query_dtype=jnp.float16, is_quantised=is_quantised, is_timed=True)
             cases.append(_planned(half, "fp8"))
     return cases
 

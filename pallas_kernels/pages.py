@@ -71,6 +71,28 @@ class KVPages(NamedTuple):
         return self.keys.shape[2] * (2 if self.storage == "int4" else 1)
 
 
+class CachedTokens(NamedTuple):
+    """What a batch of sequences has in the cache: all that attention reads.
+
+    Attributes:
+      pages: One layer's cache, or that of all layers in one pool. A page's rows past a sequence's end may hold anything.
+      table: Pages of each sequence in order; entries past its end may hold anything.
+      lengths: Cached tokens of each sequence, those whose queries are given among them; 0 for an empty place in the batch.
+      first_page: Added to every page of the table: where a layer's pages start in the pool; may be traced, so that layers
+        share one table.
+    """
+
+    pages: KVPages
+    table: Int[Array, "B max_pages"]
+    lengths: Int[Array, " B"]
+    first_page: Int[Array, ""] | int = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a row of the table has room for."""
+        return self.table.shape[1] * self.pages.page_size
+
+
 def empty_pages(
     num_pages: int, head_dim: int, storage: Storage, *, page_size: int = PAGE_SIZE, as_bits: bool = False
 ) -> KVPages:
@@ -164,9 +186,9 @@ def write_rows(
     slots: Int[Array, " N"],
 ) -> KVPages:
     """Writes N tokens, each to a slot of a page; a page id outside [0, P) drops its token."""
-    if keys.shape[0] == 1 and jax.default_backend() == "cpu":
+    if keys.shape[0] == 1:
         # XLA:CPU merges a lone update into what reads the pages, and then copies all of them. Of two rows, the second
-        # dropped, it makes a scatter in place.
+        # dropped, it makes a scatter in place. For other platforms the second row does no harm.
         keys, values, slots = (jnp.repeat(array, 2, axis=0) for array in (keys, values, slots))
         page_ids = jnp.append(page_ids, pages.num_pages)
 

@@ -48,9 +48,9 @@ from tools.record_kernels import write
 
 # Of each FFN device: a rank's share of Step3's 48.
 EXPERTS_EACH = 6
-# Rows of a micro-batch on each attention device, and tokens of each in the cache.
-ROWS, CONTEXT, MAX_STEPS = 128, 4096, 32
-CASES = (("1a1f", 3), ("1a1f", 4), ("2a2f", 3))
+# Of an attention device: sequences in all its micro-batches, and tokens of each in the cache, which just fit its memory.
+SEQUENCES, CONTEXT, MAX_STEPS = 384, 4096, 32
+CASES = (("1a1f", 3), ("1a1f", 4), ("2a2f", 3), ("2a2f", 4))
 
 _START = re.compile(r"(collective-permute|all-to-all)-start\(")
 _DONE = re.compile(r"(collective-permute|all-to-all)-done\(")
@@ -90,14 +90,17 @@ class Case:
       num_microbatches: In flight.
       role: "attention" or "ffn".
       num_layers: Of the model; the first and the last are dense if there are fewer than 61.
-      rows: Of a micro-batch on each attention device.
     """
 
     spec: str
     num_microbatches: int
     role: str
     num_layers: int = 61
-    rows: int = ROWS
+
+    @property
+    def num_rows(self) -> int:
+        """Of all micro-batches of an attention device."""
+        return SEQUENCES // self.num_microbatches * self.num_microbatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +142,7 @@ def compile_case(case: Case) -> tuple[jax.stages.Compiled, float, float]:
     parts = take_apart(arrange(placed, Arrangement.of("gpu", config.dtype)))
     form, dtype = PayloadFormat.of(text, "fp8"), jnp.dtype(jnp.bfloat16)
     given = parts, text, topology, form, case.num_microbatches, dtype, None
-    size, num_rows = topology.union.size, case.num_microbatches * case.rows
+    size, num_rows = topology.union.size, case.num_rows
     own, copies = NamedSharding(topology.union, OWN), NamedSharding(topology.union, COPY)
 
     def take(part: Part[nnx.Module]) -> list[jax.ShapeDtypeStruct]:
@@ -238,8 +241,8 @@ def table(found: Iterable[Compiled]) -> str:
         "# AFD's decode loops as compiled for H100s",
         "",
         f"jax {jax.__version__}, without a GPU: `python -m tools.afd_schedule` writes this page and the JSON file beside",
-        f"it. Step3 in FP8 with {EXPERTS_EACH} experts on each FFN device, {ROWS} sequences of {CONTEXT:,} tokens in each",
-        "micro-batch of an attention device, FP8 payload. A row is a loop of the compiled program, whose body is one tick.",
+        f"it. Step3 in FP8 with {EXPERTS_EACH} experts on each FFN device, {SEQUENCES} sequences of {CONTEXT:,} tokens",
+        "on each attention device, FP8 payload. A row is a loop of the compiled program, whose body is one tick.",
         "Kernels are those of `pallas_kernels`, launches all that is launched, the exchange left out; beside is what lies",
         "between start and end of the exchange, in the order of the compiled program. Nothing here was run on a GPU.",
         "",

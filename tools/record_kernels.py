@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 
@@ -28,6 +29,7 @@ CASES: dict[str, str | tuple[str, ...] | None] = {
     "mfa_decode/fp8/1x32768": (E4M3, F16),
     "mfa_decode/fp8/edges-4x16": (E4M3, F16),
     "mfa_decode/int4/64x8192": (E4M3, BF16),
+    "mfa_decode_quantised/fp8/128x4096/float16/planned": (E4M3, F16),
     "fp8_matmul/1x7168x16384": E4M3,
     "fp8_matmul/64x7168x16384": E4M3,
     "fp8_matmul/64x2048x7168": E4M3,
@@ -42,16 +44,19 @@ CASES: dict[str, str | tuple[str, ...] | None] = {
     "dense_attention/vision/4x2708": BF16,
     "norm_quantise/64x7168": None,
     "norm_quantise/4096x7168": None,
+    "norm_quantise/128x2048/joined": None,
     "swiglu_quantise/64x5120": None,
     "swiglu_quantise/77x5120": None,
     "swiglu_quantise/4096x5120": None,
+    "swiglu_quantise/128x5120/joined": None,
     "permute_rows/128x7168": None,
     "rope_cache_write/bfloat16/128": None,
     "rope_cache_write/fp8/128": None,
+    "rope_cache_write/fp8/128/joined": None,
 }
 # Cases, by how their names begin, that may spill registers: bytes of stores a thread, and why. All others may not.
 ALLOWED_SPILLS = {
-    "mfa_decode/": (
+    "mfa_decode": (
         # JAX 0.10 orders it otherwise.
         194 if IS_0_11 else 208,
         "sums of 64 x 256, scores and weights are held at once; most of it in the merge of two warpgroups",
@@ -59,14 +64,35 @@ ALLOWED_SPILLS = {
     "mfa_prefill/fp8/": (28 if IS_0_11 else 56, "the warpgroup that turns 8-bit rows to float16 has few registers"),
     "moe_ffn/fp8/": (44, "gate + up at tiles of 128 rows: two sums and a product are 192 registers; once a work item"),
 }
+
+
+class Turn(NamedTuple):
+    """A count of a turn of `mfa_decode`'s loop, as compiled now.
+
+    Attributes:
+      case: Of `CASES`.
+      count: Of `ptx.Loop`.
+    """
+
+    case: str
+    count: str
+
+
 # What changes of the kernels did to their counts; a turn as in the table, by the same tool. Clocks of shared memory are
 # counted at 128 bytes each, as in the kernels' docstrings.
-CHANGES = (
-    ("`mfa_decode` fp8, 64 x 8192", "keys multiplied as stored", "instructions a turn", "1,341", "1,067"),
-    ("", "", "bytes that a thread moves a turn", "896", "520"),
+FP8, INT4 = "mfa_decode/fp8/64x8192", "mfa_decode/int4/64x8192"
+CHANGES: tuple[tuple[str, str, str, str, str | Turn], ...] = (
+    (
+        "`mfa_decode` fp8, 64 x 8192",
+        "keys multiplied as stored",
+        "instructions a turn",
+        "1,341",
+        Turn(FP8, "instructions"),
+    ),
+    ("", "", "bytes that a thread moves a turn", "896", Turn(FP8, "shared_bytes")),
     ("", "", "clocks of shared memory a block", "1,796", "1,412"),
     ("", "", "launches, with the conversion of the queries", "3", "2"),
-    ("", "no automatic barriers", "barriers a turn", "10", "2"),
+    ("", "no automatic barriers", "barriers a turn", "10", Turn(FP8, "barriers")),
     (
         "`mfa_decode` int4, 64 x 8192",
         "keys in e4m3",
@@ -77,7 +103,7 @@ CHANGES = (
     ("", "", "of them shifts of 16 bits, which become several", "192", "0"),
     ("", "", "bytes that a thread moves a turn", "672", "664"),
     ("", "", "clocks of shared memory a block", "1,552", "1,424"),
-    ("", "no automatic barriers", "barriers a turn", "18", "4"),
+    ("", "no automatic barriers", "barriers a turn", "18", Turn(INT4, "barriers")),
     ("`fp8_matmul` 64 x 2048 x 7168", "K shared in a cluster", "launches", "2", "1"),
     ("", "", "megabytes of partial sums in memory, written and read", "8.4", "0"),
     ("`fp8_matmul` 64 x 7168 x 16384", "K shared in a cluster", "launches", "2", "1"),
@@ -143,8 +169,16 @@ def table(rows: list[dict[str, object]]) -> str:
     lines += ["", "Allowed to spill, in bytes a thread:", ""]
     lines += [f"- `{start}`: {limit}; {why}." for start, (limit, why) in ALLOWED_SPILLS.items()]
     lines += ["", "Counts before and after changes:", "", "| kernel | change | count | before | after |"]
-    lines += ["| --- | --- | --- | --- | --- |", *(f"| {' | '.join(change)} |" for change in CHANGES)]
+    lines += ["| --- | --- | --- | --- | --- |", *(_describe(change, rows) for change in CHANGES)]
     return "\n".join(lines) + "\n"
+
+
+def _describe(change: tuple[str, str, str, str, str | Turn], rows: list[dict[str, object]]) -> str:
+    *cells, after = change
+    if isinstance(after, Turn):
+        loops = [ptx.Loop(*row["loop"]) for row in rows if (row["case"], row["name"]) == (after.case, "mfa_decode")]  # type: ignore[misc]
+        after = f"{getattr(loops[0], after.count):,}" if loops else "-"
+    return f"| {' | '.join([*cells, after])} |"
 
 
 def write(path: pathlib.Path, text: str) -> None:

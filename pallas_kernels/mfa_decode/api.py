@@ -1,4 +1,4 @@
-"""The public function: shapes, formula, and the choice of an implementation."""
+"""The public functions: shapes, formula, and the choice of an implementation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.mfa_decode import mosaic, reference
 from pallas_kernels.mfa_decode.plan import Plan, plan_work
-from pallas_kernels.pages import KVPages
+from pallas_kernels.pages import CachedTokens
 from pallas_kernels.quantise import quantise_rows
 from pallas_kernels.storage import Storage
 
@@ -24,11 +24,8 @@ KERNEL_STORAGES = tuple(mosaic.COMPUTE_DTYPES)
 @overload
 def mfa_decode(
     queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    cached: CachedTokens,
     *,
-    first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     plan: Plan | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
@@ -38,11 +35,8 @@ def mfa_decode(
 @overload
 def mfa_decode(
     queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    cached: CachedTokens,
     *,
-    first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     plan: Plan | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
@@ -51,11 +45,8 @@ def mfa_decode(
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]: ...
 def mfa_decode(
     queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    cached: CachedTokens,
     *,
-    first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     plan: Plan | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
@@ -73,12 +64,7 @@ def mfa_decode(
 
     Args:
       queries: The new tokens' queries, after RoPE.
-      pages: One layer's cache, or that of all layers in one pool. A page's rows past a sequence's end may hold anything.
-      table: Pages of each sequence in order; entries past its end may hold anything.
-      lengths: Cached tokens of each sequence, the T new ones among them; 0 for an empty place in the batch. What the
-        table has no room for is left out.
-      first_page: Added to every page of the table: where a layer's pages start in the pool; may be traced. The kernel
-        adds it, so that the layers share one table.
+      cached: What they see, the T new tokens among it. What the table has no room for is left out.
       scale: Of the scores; 1 / sqrt(K) if None.
       plan: What `plan_decode` made of these lengths, if several layers share it: eight small kernels are saved in each.
       out_dtype: Of the output; that of the queries if None.
@@ -94,33 +80,27 @@ def mfa_decode(
       NotImplementedError: If the kernel is asked for by name and cannot serve these arguments.
     """
     dtype = jnp.dtype(queries.dtype if out_dtype is None else out_dtype)
-    _check(queries, pages, table, lengths, plan)
-    if queries.shape[0] == 0 or table.shape[1] == 0:
+    cached = _check(queries, cached, plan)
+    if _is_empty(cached):
         out, lse = jnp.zeros(queries.shape, dtype), jnp.full(queries.shape[:3], -jnp.inf, jnp.float32)
         return (out, lse) if return_lse else out
-    options = {"scale": 1.0 / math.sqrt(queries.shape[3]) if scale is None else scale, "out_dtype": dtype}
+    options = {"scale": _scale(queries, scale), "out_dtype": dtype}
     out, lse = dispatch(
         implementation,
-        mosaic.unsupported(queries, pages),
+        mosaic.unsupported(queries, cached.pages),
         functools.partial(reference.decode_attention, **options),
         functools.partial(mosaic.decode_attention, **options),
         queries,
-        pages,
-        table,
-        lengths,
+        cached,
         plan,
-        jnp.asarray(first_page, jnp.int32),
     )
     return (out, lse) if return_lse else out
 
 
 def mfa_decode_quantised(
     queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    cached: CachedTokens,
     *,
-    first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     plan: Plan | None = None,
     implementation: Implementation = "auto",
@@ -128,8 +108,7 @@ def mfa_decode_quantised(
     """`mfa_decode` with the heads of each token quantised, as `fp8_matmul` reads them: quantise_rows(out), in float32.
 
     Args:
-      queries, pages, table, lengths: As in `mfa_decode`.
-      first_page, scale, plan: As in `mfa_decode`.
+      queries, cached, scale, plan: As in `mfa_decode`.
       implementation: See `common.Implementation`. The kernel needs H to be a multiple of 64 besides.
 
     Returns:
@@ -140,43 +119,46 @@ def mfa_decode_quantised(
       ValueError: If shapes do not fit together.
       NotImplementedError: If the kernel is asked for by name and cannot serve these arguments.
     """
-    batch, tokens, heads, head_dim = queries.shape
-    _check(queries, pages, table, lengths, plan)
-    if batch == 0 or table.shape[1] == 0:
+    cached = _check(queries, cached, plan)
+    if _is_empty(cached):
+        batch, tokens, heads, head_dim = queries.shape
         return quantise_rows(jnp.zeros((batch * tokens, heads * head_dim)), scales_layout="columns")
-    options = {"scale": 1.0 / math.sqrt(head_dim) if scale is None else scale}
+    options = {"scale": _scale(queries, scale)}
     return dispatch(
         implementation,
-        mosaic.unsupported(queries, pages) or mosaic.unsupported_quantised(queries),
+        mosaic.unsupported(queries, cached.pages) or mosaic.unsupported_quantised(queries),
         functools.partial(reference.decode_quantised, **options),
         functools.partial(mosaic.decode_quantised, **options),
         queries,
-        pages,
-        table,
-        lengths,
+        cached,
         plan,
-        jnp.asarray(first_page, jnp.int32),
     )
 
 
-def _check(
-    queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "rows max_pages"],
-    lengths: Int[Array, "..."],
-    plan: Plan | None,
-) -> None:
-    """Raises ValueError where shapes do not fit together."""
+def _check(queries: Float[Array, "B T H K"], cached: CachedTokens, plan: Plan | None) -> CachedTokens:
+    """`cached` as arrays alone; ValueError where shapes do not fit together."""
     batch, _, _, head_dim = queries.shape
-    if table.shape[0] != batch or lengths.shape != (batch,):
+    if cached.table.shape[0] != batch or cached.lengths.shape != (batch,):
         raise ValueError(
             f"{batch} sequences of queries need a table of {batch} rows and {batch} lengths; "
-            f"given: {table.shape[0]} and {lengths.shape}"
+            f"given: {cached.table.shape[0]} and {cached.lengths.shape}"
         )
-    if pages.head_dim != head_dim:
-        raise ValueError(f"queries have heads of {head_dim}, the pages rows of {pages.head_dim}: they must be equal")
+    if cached.pages.head_dim != head_dim:
+        raise ValueError(
+            f"queries have heads of {head_dim}, the pages rows of {cached.pages.head_dim}: they must be equal"
+        )
     if plan is not None and plan.lengths.shape != (batch,):
         raise ValueError(f"the plan is for {plan.lengths.shape[0]} sequences, the queries are of {batch}")
+    return cached._replace(first_page=jnp.asarray(cached.first_page, jnp.int32))
+
+
+def _is_empty(cached: CachedTokens) -> bool:
+    """Whether there is no sequence, or no page of any."""
+    return cached.table.size == 0
+
+
+def _scale(queries: Float[Array, "B T H K"], scale: float | None) -> float:
+    return 1.0 / math.sqrt(queries.shape[3]) if scale is None else scale
 
 
 def plan_decode(

@@ -45,14 +45,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import tuning
 from pallas_kernels.compat import Ref, Target, swizzled
 from pallas_kernels.mfa_decode import combine, plan
 from pallas_kernels.mfa_decode.geometry import TILE, Geometry
 from pallas_kernels.mfa_decode.worker import compute, load
-from pallas_kernels.pages import KVPages
+from pallas_kernels.pages import CachedTokens, KVPages
 
 HEAD_DIM = 256
 COMPUTE_DTYPES = {"bfloat16": jnp.bfloat16, "fp8": jnp.float16, "int4": jnp.bfloat16}
@@ -94,11 +94,8 @@ def default_blocks(batch: int, rows: int, storage: str, max_tokens: int) -> dict
 
 def decode_attention(
     queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    cached: CachedTokens,
     work: plan.Plan | None = None,
-    first_page: Int[Array, ""] | int = 0,
     *,
     scale: float,
     out_dtype: jax.typing.DTypeLike | None = None,
@@ -109,16 +106,16 @@ def decode_attention(
     """Output and log-sum-exp; see `api.mfa_decode`.
 
     Args:
-      queries, pages, table, lengths, scale: As there.
+      queries, cached, scale: As there.
       work: Of `api.plan_decode`; made here if None.
-      first_page, out_dtype: As there.
+      out_dtype: As there.
       interpret: Run on a CPU.
       detect_races: The interpreter looks for unordered accesses.
       blocks: Overrides of `default_blocks`.
     """
     _, tokens, heads, _ = queries.shape
-    target, sizes = Target(interpret, detect_races), _choose_sizes(queries, pages, table, interpret, blocks)
-    *fragments, work = _attend_fragments(queries, pages, table, lengths, work, first_page, scale, target, sizes)
+    target, sizes = Target(interpret, detect_races), _choose_sizes(queries, cached, interpret, blocks)
+    *fragments, work = _attend_fragments(queries, cached, work, scale, target, sizes)
     out, lse = combine.combine(
         *fragments,
         work.fragments,
@@ -133,11 +130,8 @@ def decode_attention(
 
 def decode_quantised(
     queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    cached: CachedTokens,
     work: plan.Plan | None = None,
-    first_page: Int[Array, ""] | int = 0,
     *,
     scale: float,
     interpret: bool,
@@ -145,8 +139,8 @@ def decode_quantised(
     blocks: dict[str, int] | None = None,
 ) -> tuple[Float[Array, "N columns"], Float[Array, "blocks padded_N"]]:
     """See `api.mfa_decode_quantised`; arguments as of `decode_attention`."""
-    target, sizes = Target(interpret, detect_races), _choose_sizes(queries, pages, table, interpret, blocks)
-    *fragments, work = _attend_fragments(queries, pages, table, lengths, work, first_page, scale, target, sizes)
+    target, sizes = Target(interpret, detect_races), _choose_sizes(queries, cached, interpret, blocks)
+    *fragments, work = _attend_fragments(queries, cached, work, scale, target, sizes)
     return combine.combine_quantised(
         *fragments, work.fragments, heads=queries.shape[2], tokens=queries.shape[1], target=target
     )
@@ -161,13 +155,12 @@ def unsupported_quantised(queries: Float[Array, "B T H K"]) -> str | None:
 
 def _choose_sizes(
     queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
+    cached: CachedTokens,
     interpret: bool,
     blocks: dict[str, int] | None,
 ) -> dict[str, int]:
     batch, tokens, heads, _ = queries.shape
-    sizes = default_blocks(batch, tokens * heads, pages.storage, table.shape[1] * pages.page_size)
+    sizes = default_blocks(batch, tokens * heads, cached.pages.storage, cached.max_tokens)
     sizes.update(INTERPRETED if interpret else {})
     sizes.update(blocks or {})
     return sizes
@@ -175,17 +168,14 @@ def _choose_sizes(
 
 def _attend_fragments(
     queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    cached: CachedTokens,
     work: plan.Plan | None,
-    first_page: Int[Array, ""] | int,
     scale: float,
     target: Target,
     sizes: dict[str, int],
 ) -> tuple[Float[Array, "F R K"], Float[Array, "F R"], Float[Array, "F R"], plan.Plan]:
     """What `_attend` gives, and the plan."""
-    batch, tokens, heads, head_dim = queries.shape
+    (batch, tokens, heads, head_dim), pages = queries.shape, cached.pages
     geometry = Geometry(
         storage=pages.storage,
         tokens=tokens,
@@ -197,28 +187,25 @@ def _attend_fragments(
         dtype=COMPUTE_DTYPES[pages.storage],
     )
     if work is None:
-        capacity = table.shape[1] * pages.page_size
-        work = plan.plan_work(lengths, capacity=capacity, workers=sizes["workers"], min_blocks=sizes["min_blocks"])
+        workers, min_blocks = sizes["workers"], sizes["min_blocks"]
+        work = plan.plan_work(cached.lengths, capacity=cached.max_tokens, workers=workers, min_blocks=min_blocks)
     rows = queries.reshape(batch, tokens * heads, head_dim)
     if not geometry.is_narrow:
         rows = rows.astype(geometry.dtype)
     rows = jnp.pad(rows, ((0, 0), (0, geometry.rows - tokens * heads), (0, 0)))
-    first = jnp.asarray(first_page, jnp.int32).reshape(1)
-    return *_attend(geometry, target, rows, pages, table.astype(jnp.int32), first, work), work
+    return *_attend(geometry, target, rows, cached, work), work
 
 
 def _attend(
     geometry: Geometry,
     target: Target,
     rows: Float[Array, "B R K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
-    first_page: Int[Array, " 1"],
+    cached: CachedTokens,
     work: plan.Plan,
 ) -> tuple[Float[Array, "F R K"], Float[Array, "F R"], Float[Array, "F R"]]:
     """Sums, maxima and norms of each fragment."""
-    workers = work.spans.shape[0]
-    count = plan.num_fragments(table.shape[0], workers)
+    pages, workers = cached.pages, work.spans.shape[0]
+    count = plan.num_fragments(cached.table.shape[0], workers)
     total_slots = geometry.rings * geometry.slots
     num_rows = geometry.tiles_per_cta * TILE
     scratch = {
@@ -254,6 +241,7 @@ def _attend(
             scratch["split"] = plgpu.Barrier(num_arrivals=2)
 
     names = ["starts", "spans", "lengths", "table", "first_page", "rows", "keys", "values"]
+    table, first_page = cached.table.astype(jnp.int32), jnp.asarray(cached.first_page, jnp.int32).reshape(1)
     arrays = [work.starts, work.spans, work.lengths, table, first_page, rows, pages.keys, pages.values]
     if pages.key_scales is not None and pages.value_scales is not None:
         names += ["key_scales", "value_scales"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.mfa_decode.plan import Plan
-from pallas_kernels.pages import KVPages, gather_rows
+from pallas_kernels.pages import CachedTokens, gather_rows
 from pallas_kernels.quantise import quantise_rows
 
 # Tokens of each sequence that are decoded and multiplied at a time, as long as any sequence of the batch has more: so a
@@ -21,17 +21,15 @@ FLOOR = -1e30
 
 def decode_attention(
     queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    cached: CachedTokens,
     work: Plan | None = None,
-    first_page: Int[Array, ""] | int = 0,
     *,
     scale: float,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
     """Output and log-sum-exp; see `api.mfa_decode`. Scores, weights and sums are float32. `work` is for the kernel only."""
     del work
+    pages, table, lengths, first_page = cached
     batch, tokens, heads, head_dim = queries.shape
     num_rows = tokens * heads
     pages_per_chunk = min(max(1, CHUNK // pages.page_size), table.shape[1])
@@ -78,17 +76,12 @@ def decode_attention(
 
 def decode_quantised(
     queries: Float[Array, "B T H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    cached: CachedTokens,
     work: Plan | None = None,
-    first_page: Int[Array, ""] | int = 0,
     *,
     scale: float,
 ) -> tuple[Float[Array, "N columns"], Float[Array, "blocks padded_N"]]:
     """See `api.mfa_decode_quantised`."""
-    out, _ = decode_attention(
-        queries, pages, table, lengths, work, first_page, scale=scale, out_dtype=jnp.dtype(jnp.float32)
-    )
+    out, _ = decode_attention(queries, cached, work, scale=scale, out_dtype=jnp.dtype(jnp.float32))
     batch, tokens, heads, head_dim = out.shape
     return quantise_rows(out.reshape(batch * tokens, heads * head_dim), scales_layout="columns")

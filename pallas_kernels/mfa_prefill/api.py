@@ -9,17 +9,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import Implementation, dispatch
 from pallas_kernels.mfa_prefill import dense, mosaic, reference
-from pallas_kernels.pages import KVPages
+from pallas_kernels.pages import CachedTokens
 
 
 def mfa_prefill(
     queries: Float[Array, "N H K"],
-    pages: KVPages,
-    table: Int[Array, "B max_pages"],
+    cached: CachedTokens,
     query_starts: Int[Array, " starts"],
-    lengths: Int[Array, " B"],
     *,
-    first_page: Int[Array, ""] | int = 0,
     scale: float | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "N H K"]:
@@ -37,12 +34,9 @@ def mfa_prefill(
 
     Args:
       queries: Packed tokens, one sequence behind the other, with the rotary embedding applied.
-      pages: One layer's cache, or that of all layers in one pool; the rows of these tokens are written already.
-      table: Pages of each sequence in order. Entries behind the last token's page are not used.
+      cached: What the sequences have, the rows of these tokens written already; `lengths` in [n_b, max_pages * page].
       query_starts: B + 1 row numbers that rise from 0; sequence b has the rows query_starts[b] to query_starts[b + 1].
         Rows behind the last of them are padding and come out as zeros.
-      lengths: Cached tokens of each sequence, these included, in [n_b, max_pages * page].
-      first_page: Added to every page of the table: where a layer's pages start in the pool; may be traced.
       scale: K^-0.5 if None.
       implementation: See `pallas_kernels.common.dispatch`.
 
@@ -53,6 +47,7 @@ def mfa_prefill(
       ValueError: If shapes do not fit each other.
       NotImplementedError: If the kernel is asked for by name and cannot serve.
     """
+    pages, table, lengths, first_page = cached
     batch = table.shape[0]
     if queries.shape[-1] != pages.head_dim:
         raise ValueError(f"queries have heads of {queries.shape[-1]}, the cache has rows of {pages.head_dim}")

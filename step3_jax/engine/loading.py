@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from step3_jax.checkpoint.load import load_model
@@ -17,7 +16,7 @@ from step3_jax.engine.runner import Runner
 from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.layout.role import fp8_block
-from step3_jax.mesh import make_layout
+from step3_jax.mesh import find_devices, make_layout
 from step3_jax.text.tokenizer import Tokenizer
 
 # An executor, or a function that loads one. With several processes, ranks above 0 may have another kind of worker.
@@ -54,15 +53,16 @@ def load_executor(
     """The given executor, or one for the model in `folder`."""
     if executor is not None:
         return executor() if callable(executor) else executor
+    is_on_cpu = find_devices(1 if parallel is None else parallel.num_devices)[0].platform == "cpu"
     wanted = None if config.dtype == "auto" else jnp.dtype(config.dtype)
-    if wanted is None and jax.default_backend() == "cpu":
+    if wanted is None and is_on_cpu:
         wanted = jnp.dtype("float32")
     form, load_format = config.quantization, config.load_format
     if parallel is None:
         return Runner(load_model(folder, wanted, quantization=form, load_format=load_format))
     sizes = ModelConfig.load(folder)
     # As `load_model` decides it: sharded over emulated devices of a CPU FP8 weights are dequantised unless asked for.
-    is_widened = form == "none" or (form == "auto" and jax.default_backend() == "cpu")
+    is_widened = form == "none" or (form == "auto" and is_on_cpu)
     layout = make_layout(fit_parallel(parallel, sizes.text, fp8_block=None if is_widened else fp8_block(sizes)))
     return ShardedRunner(load_model(folder, wanted, quantization=form, load_format=load_format, layout=layout), layout)
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.common import Implementation
 from pallas_kernels.mfa_decode import KERNEL_STORAGES, Plan, mfa_decode, mfa_decode_quantised, plan_decode
 from pallas_kernels.mfa_prefill import mfa_prefill
-from pallas_kernels.pages import KVPages
+from pallas_kernels.pages import CachedTokens, KVPages
 from pallas_kernels.rope_cache_write import rope_cache_write
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
@@ -269,28 +269,14 @@ def attend_pages(
       quantise: Whether the heads of a decode step come out as quantised rows, one for each token.
     """
     step, wanted = context.step, queries.dtype if dtype is None else dtype
-    first_page, implementation = _first_page(context), _implementation(pages)
+    cached = CachedTokens(pages, step.table, step.lengths, _first_page(context))
+    implementation = _implementation(pages)
     if step.query_starts is not None:
-        starts = step.query_starts
-        return mfa_prefill(
-            queries[0], pages, step.table, starts, step.lengths, first_page=first_page, implementation=implementation
-        )[None]
-    table, lengths, plan = step.table, step.lengths, context.plan
+        return mfa_prefill(queries[0], cached, step.query_starts, implementation=implementation)[None]
     if quantise:
-        values, scales = mfa_decode_quantised(
-            queries, pages, table, lengths, first_page=first_page, plan=plan, implementation=implementation
-        )
+        values, scales = mfa_decode_quantised(queries, cached, plan=context.plan, implementation=implementation)
         return Rows(values, scales, None, wanted)
-    return mfa_decode(
-        queries,
-        pages,
-        table,
-        lengths,
-        first_page=first_page,
-        plan=plan,
-        out_dtype=wanted,
-        implementation=implementation,
-    )
+    return mfa_decode(queries, cached, plan=context.plan, out_dtype=wanted, implementation=implementation)
 
 
 def _first_page(context: AttentionContext) -> Int[Array, ""] | int:

@@ -93,11 +93,25 @@ def linear(
     is_quantised = isinstance(picked, BlockScaled | PackedInt4)
     plain = cast(Array, dequantise(picked, hidden.dtype) if is_quantised else picked)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    num_rows = flat.shape[0]
-    if num_rows < MIN_CPU_ROWS and flat.dtype == plain.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        flat = jnp.pad(flat, ((0, MIN_CPU_ROWS - num_rows), (0, 0)))
-    out = jax.lax.dot_general(flat, plain, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return out[:num_rows].astype(hidden.dtype).reshape(*hidden.shape[:-1], plain.shape[0])
+    if flat.shape[0] < MIN_CPU_ROWS and flat.dtype == plain.dtype == jnp.bfloat16:
+        # By the platform that the program is compiled for: beside GPUs some parts of a model may be on CPUs.
+        out = jax.lax.platform_dependent(flat, plain, cpu=_multiply_filled, default=_multiply)
+    else:
+        out = _multiply(flat, plain)
+    return out.astype(hidden.dtype).reshape(*hidden.shape[:-1], plain.shape[0])
+
+
+def _multiply(
+    rows: Float[Array, "N features_in"], weight: Float[Array, "features_out features_in"]
+) -> Float[Array, "N features_out"]:
+    return jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _multiply_filled(
+    rows: Float[Array, "N features_in"], weight: Float[Array, "features_out features_in"]
+) -> Float[Array, "N features_out"]:
+    filled = jnp.pad(rows, ((0, MIN_CPU_ROWS - rows.shape[0]), (0, 0)))
+    return _multiply(filled, weight)[: rows.shape[0]]
 
 
 def linear_rows(rows: Rows, weight: Float[Array, "..."] | BlockScaled | LayerOf) -> Float[Array, "N features_out"]:

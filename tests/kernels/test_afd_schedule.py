@@ -43,7 +43,14 @@ def test_what_is_launched_beside_an_exchange_is_told_from_what_is_not() -> None:
 
 @pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing()))
 @pytest.mark.parametrize(
-    ("spec", "count", "role"), [("1a1f", "3", "attention"), ("1a1f", "4", "ffn"), ("2a2f", "3", "attention")]
+    ("spec", "count", "role"),
+    [
+        ("1a1f", "3", "attention"),
+        ("1a1f", "4", "attention"),
+        ("1a1f", "4", "ffn"),
+        ("2a2f", "3", "attention"),
+        ("2a2f", "4", "ffn"),
+    ],
 )
 def test_the_kernels_of_a_tick_run_beside_its_exchange(spec: str, count: str, role: str) -> None:
     # In a separate process, where shapes are not checked.

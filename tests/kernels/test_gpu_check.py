@@ -15,7 +15,7 @@ import pytest
 from pallas_kernels import tuning
 from pallas_kernels.compat import IS_0_11
 from tools.gpu_check import __main__ as gpu_check
-from tools.gpu_check import bare, cases, measure, report
+from tools.gpu_check import bare, cases, measure, order, report
 from tools.gpu_check.case import Case, row_errors, same_bits
 from tools.gpu_check.rank_model import RankModel, RankSizes
 
@@ -118,6 +118,38 @@ def test_the_quick_choice_has_every_kernel() -> None:
     quick = cases.all_cases("gpu", is_quick=True)
     assert {one.kernel for one in quick} == {one.kernel for one in every}
     assert len({one.name for one in every}) == len(every)
+
+
+def test_the_forms_that_a_model_in_fp8_runs_are_checked_and_timed() -> None:
+    every = cases.all_cases("gpu", is_quick=False)
+    for form in ("mfa_decode_quantised/", "/float16", "norm_quantise/", "swiglu_quantise/", "rope_cache_write/fp8/"):
+        found = [
+            one for one in every if form in one.name and (one.name.endswith("/joined") or "mfa_decode" in one.name)
+        ]
+        assert any(one.tolerance is not None and one.name in order.FORMS for one in found), form
+        assert any(one.is_timed for one in found), form
+
+
+def test_quantised_heads_are_judged_by_what_they_mean() -> None:
+    one = cases.by_name("mfa_decode_quantised/fp8/edges/float16", "interpret")
+    inputs = one.make(0)
+    values, scales = one.run(*inputs, implementation="reference")
+    expected = one.view((values, scales), inputs)
+    # The kernel leaves what is past the last row undefined.
+    padded = scales.at[:, values.shape[0] :].set(jnp.nan)
+    assert row_errors(one.view((values, padded), inputs), expected).max() == 0
+    wrong = scales.at[3, 2].multiply(2.0)
+    assert np.argmax(row_errors(one.view((values, wrong), inputs), expected)) == 2
+    assert row_errors(one.view((values, wrong), inputs), expected).max() > one.tolerance
+
+
+@pytest.mark.kernels
+def test_the_forms_that_a_model_in_fp8_runs_pass_in_the_interpreter(tmp_path: pathlib.Path) -> None:
+    joined = "norm_quantise/7x1024/joined,swiglu_quantise/7x512/joined,rope_cache_write/fp8/7/joined"
+    code, results = run(tmp_path, "--interpret", "--budget", "280", "--only", f"mfa_decode_quantised,{joined}")
+    assert code == 0
+    assert len(results) == 4
+    assert all(result["status"] == "PASS" and "error" in result for result in results.values())
 
 
 def test_calls_are_timed_one_after_another_in_one_program() -> None:

@@ -19,7 +19,7 @@ from pallas_kernels.compat import race_check
 from pallas_kernels.mfa_decode import mosaic, plan, reference
 from pallas_kernels.mfa_decode.api import mfa_decode, mfa_decode_quantised, plan_decode
 from pallas_kernels.mfa_decode.queries import terms
-from pallas_kernels.pages import KVPages, contiguous_pages, decode_rows, empty_pages, encode_rows
+from pallas_kernels.pages import CachedTokens, KVPages, contiguous_pages, decode_rows, empty_pages, encode_rows
 from pallas_kernels.storage import Storage
 from tests.kernels.support import lower_for_cuda, row_errors
 
@@ -39,8 +39,8 @@ class Case:
     page_size: int = 64
     head_dim: int = 256
 
-    def make(self) -> tuple[jax.Array, KVPages, jax.Array, jax.Array]:
-        """Queries, poisoned pages, table and lengths; the queries are float32, so that outputs are not rounded."""
+    def make(self) -> tuple[jax.Array, CachedTokens]:
+        """Queries, and the cache with poisoned pages; the queries are float32, so that outputs are not rounded."""
         rng = np.random.default_rng(len(self.lengths) + 7 * self.tokens + self.heads)
         batch, size = len(self.lengths), self.page_size
         max_pages = max(1, -(-max(self.lengths) // size)) + 1
@@ -56,7 +56,8 @@ class Case:
         stored = [_poisoned(*encode_rows(array, self.storage), jnp.asarray(poison)) for array in rows]
         pages = KVPages(stored[0][0], stored[1][0], stored[0][1], stored[1][1])
         queries = jnp.asarray(rng.normal(size=(batch, self.tokens, self.heads, self.head_dim)), jnp.bfloat16)
-        return queries.astype(jnp.float32), pages, jnp.asarray(table, jnp.int32), jnp.asarray(self.lengths, jnp.int32)
+        cached = CachedTokens(pages, jnp.asarray(table, jnp.int32), jnp.asarray(self.lengths, jnp.int32))
+        return queries.astype(jnp.float32), cached
 
 
 def _poisoned(stored: jax.Array, scales: jax.Array | None, where: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -67,10 +68,9 @@ def _poisoned(stored: jax.Array, scales: jax.Array | None, where: jax.Array) -> 
     return stored, jnp.swapaxes(jnp.where(where[..., None], jnp.nan, scales), 1, 2).astype(scales.dtype)
 
 
-def _attend_float64(
-    queries: jax.Array, pages: KVPages, table: jax.Array, lengths: jax.Array
-) -> tuple[np.ndarray, np.ndarray]:
+def _attend_float64(queries: jax.Array, cached: CachedTokens) -> tuple[np.ndarray, np.ndarray]:
     """Output and log-sum-exp, one token after the other."""
+    pages, table, lengths, _ = cached
     batch, tokens, _, head_dim = queries.shape
     out, lse = np.zeros(queries.shape), np.full(queries.shape[:3], -np.inf)
     for b in range(batch):
@@ -93,6 +93,11 @@ def _attend_float64(
     return out, lse
 
 
+def _after_one_page(cached: CachedTokens) -> CachedTokens:
+    """The same, as if the sequences' pages were those of a layer that starts after the first page of the pool."""
+    return cached._replace(table=cached.table - 1, first_page=jnp.int32(1))
+
+
 def _errors_by_token(actual: jax.Array, expected: np.ndarray | jax.Array) -> np.ndarray:
     batch, tokens = actual.shape[:2]
     flat = (batch * tokens, -1)
@@ -111,10 +116,10 @@ REFERENCE_CASES = [
 
 @pytest.mark.parametrize("case", REFERENCE_CASES, ids=lambda case: f"{case.storage}-{max(case.lengths)}")
 def test_the_reference_equals_float64_attention(case: Case) -> None:
-    queries, pages, table, lengths = case.make()
+    queries, cached = case.make()
     run = functools.partial(mfa_decode, scale=SCALE, return_lse=True, implementation="reference")
-    out, lse = jax.jit(run)(queries, pages, table - 1, lengths, first_page=jnp.int32(1))
-    expected, expected_lse = _attend_float64(queries, pages, table, lengths)
+    out, lse = jax.jit(run)(queries, _after_one_page(cached))
+    expected, expected_lse = _attend_float64(queries, cached)
     assert np.max(_errors_by_token(out, expected)) < 2e-5
     np.testing.assert_allclose(np.asarray(lse), expected_lse, rtol=1e-5, atol=1e-4)
 
@@ -140,15 +145,13 @@ def _name(value: object) -> str:
 
 
 def _check_kernel(case: Case, detect_races: bool) -> None:
-    args = case.make()
-    assert mosaic.unsupported(args[0], args[1]) is None
+    queries, cached = case.make()
+    assert mosaic.unsupported(queries, cached.pages) is None
     run = functools.partial(mosaic.decode_attention, scale=SCALE, interpret=True, detect_races=detect_races)
-    queries, pages, table, lengths = args
     with race_check():
-        # As if the sequences' pages were those of a layer that starts after the first page of the pool.
-        out, lse = jax.block_until_ready(jax.jit(run)(queries, pages, table - 1, lengths, None, jnp.int32(1)))
-    expected, expected_lse = jax.jit(functools.partial(reference.decode_attention, scale=SCALE))(*args)
-    assert out.dtype == args[0].dtype
+        out, lse = jax.block_until_ready(jax.jit(run)(queries, _after_one_page(cached)))
+    expected, expected_lse = jax.jit(functools.partial(reference.decode_attention, scale=SCALE))(queries, cached)
+    assert out.dtype == queries.dtype
     assert np.max(_errors_by_token(out, expected)) < TOLERANCE[case.storage]
     np.testing.assert_allclose(np.asarray(lse), np.asarray(expected_lse), atol=1e-3)
     is_blind = np.asarray(case.lengths)[:, None] - case.tokens + np.arange(case.tokens) < 0
@@ -187,11 +190,12 @@ def test_the_kernel_gives_the_same_bits_twice() -> None:
 @pytest.mark.kernels
 def test_tiny_values_keep_their_precision_in_fp8() -> None:
     # Weights times the plain scales would vanish in float16.
-    queries, pages, table, lengths = Case("fp8", (100, 64), heads=8).make()
-    tiny = pages._replace(value_scales=pages.value_scales * 1e-20)
+    queries, cached = Case("fp8", (100, 64), heads=8).make()
+    pages = cached.pages
+    tiny = cached._replace(pages=pages._replace(value_scales=pages.value_scales * 1e-20))
     run = functools.partial(mosaic.decode_attention, scale=SCALE, interpret=True)
-    out, _ = run(queries, tiny, table, lengths)
-    expected, _ = reference.decode_attention(queries, tiny, table, lengths, scale=SCALE)
+    out, _ = run(queries, tiny)
+    expected, _ = reference.decode_attention(queries, tiny, scale=SCALE)
     assert np.max(_errors_by_token(out, expected)) < TOLERANCE["fp8"]
 
 
@@ -203,7 +207,7 @@ def test_the_public_function_runs_the_interpreted_kernel_on_a_contiguous_cache()
     pages, table = contiguous_pages(keys, values)
     lengths = jnp.array([128, 70])
     work = plan_decode(lengths, tokens=1, heads=8, storage="bfloat16", max_tokens=128, workers=1)
-    args = (queries, pages, table, lengths)
+    args = (queries, CachedTokens(pages, table, lengths))
     out = jax.jit(functools.partial(mfa_decode, implementation="interpret"))(*args, plan=work)
     expected = jax.jit(mfa_decode)(*args, plan=work)
     assert out.dtype == jnp.bfloat16
@@ -211,13 +215,13 @@ def test_the_public_function_runs_the_interpreted_kernel_on_a_contiguous_cache()
 
 
 def _check_quantised(case: Case) -> None:
-    queries, pages, table, lengths = case.make()
+    queries, cached = case.make()
     assert mosaic.unsupported_quantised(queries) is None
     run = functools.partial(mosaic.decode_quantised, scale=SCALE, interpret=True, detect_races=True)
     num_rows = queries.shape[0] * queries.shape[1]
     with race_check():
-        values, scales = jax.block_until_ready(jax.jit(run)(queries, pages, table, lengths))
-    expected = reference.decode_quantised(queries, pages, table, lengths, scale=SCALE)
+        values, scales = jax.block_until_ready(jax.jit(run)(queries, cached))
+    expected = reference.decode_quantised(queries, cached, scale=SCALE)
     assert values.shape == expected[0].shape
     assert scales.shape == expected[1].shape
     # Heads that see nothing are zeros, and their scale is 1.
@@ -242,12 +246,12 @@ def test_heads_come_out_quantised_in_every_form(case: Case) -> None:
 
 
 def test_heads_that_make_no_whole_tile_are_quantised_by_the_reference() -> None:
-    queries, pages, table, lengths = Case("bfloat16", (70, 5), heads=16).make()
-    values, scales = mfa_decode_quantised(queries, pages, table, lengths)
+    queries, cached = Case("bfloat16", (70, 5), heads=16).make()
+    values, scales = mfa_decode_quantised(queries, cached)
     assert values.shape == (2, 16 * 256)
     assert scales.shape == (32, 4)
     with pytest.raises(NotImplementedError, match="quantises a multiple of 64 heads, not 16"):
-        mfa_decode_quantised(queries, pages, table, lengths, implementation="interpret")
+        mfa_decode_quantised(queries, cached, implementation="interpret")
 
 
 MISSING_WAIT = """
@@ -316,9 +320,7 @@ def test_the_kernel_lowers_for_cuda_at_the_real_models_shapes(
     shape = jax.ShapeDtypeStruct
     args = (
         shape((batch, tokens, heads, 256), jnp.bfloat16),
-        pages,
-        shape((batch, length // 64), jnp.int32),
-        shape((batch,), jnp.int32),
+        CachedTokens(pages, shape((batch, length // 64), jnp.int32), shape((batch,), jnp.int32)),
     )
     assert "mosaic_gpu" in lower_for_cuda(mfa_decode, *args)
     if (storage, heads) == ("fp8", 64):
@@ -371,35 +373,39 @@ def test_equal_sequences_are_cut_at_their_ends_where_that_costs_little() -> None
 
 
 def test_a_length_beyond_the_table_is_cut_off() -> None:
-    queries, pages, table, _ = Case("bfloat16", (128, 64), heads=8).make()
-    table = table[:, :2]
-    full = mfa_decode(queries, pages, table, jnp.array([128, 64]), scale=SCALE)
-    assert np.array_equal(full[0], mfa_decode(queries, pages, table, jnp.array([10_000, 64]), scale=SCALE)[0])
+    queries, cached = Case("bfloat16", (128, 64), heads=8).make()
+    short = cached._replace(table=cached.table[:, :2])
+    longer = short._replace(lengths=jnp.array([10_000, 64]))
+    assert np.array_equal(mfa_decode(queries, short, scale=SCALE)[0], mfa_decode(queries, longer, scale=SCALE)[0])
 
 
 def test_an_empty_batch_or_table_gives_zeros() -> None:
     pages = empty_pages(1, 64, "float32")
     queries = jnp.ones((2, 1, 4, 64))
-    out, lse = mfa_decode(queries, pages, jnp.zeros((2, 0), jnp.int32), jnp.zeros(2, jnp.int32), return_lse=True)
+    empty = CachedTokens(pages, jnp.zeros((2, 0), jnp.int32), jnp.zeros(2, jnp.int32))
+    out, lse = mfa_decode(queries, empty, return_lse=True)
     assert np.all(np.asarray(out) == 0)
     assert np.all(np.asarray(lse) == -np.inf)
-    assert mfa_decode(queries[:0], pages, jnp.zeros((0, 1), jnp.int32), jnp.zeros(0, jnp.int32)).shape == (0, 1, 4, 64)
+    nothing = CachedTokens(pages, jnp.zeros((0, 1), jnp.int32), jnp.zeros(0, jnp.int32))
+    assert mfa_decode(queries[:0], nothing).shape == (0, 1, 4, 64)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    pages = empty_pages(4, 64, "float32")
-    table, lengths = jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32)
+    lengths = jnp.ones(2, jnp.int32)
+    cached = CachedTokens(empty_pages(4, 64, "float32"), jnp.zeros((2, 1), jnp.int32), lengths)
     with pytest.raises(ValueError, match="heads of 32, the pages rows of 64"):
-        mfa_decode(jnp.ones((2, 1, 4, 32)), pages, table, lengths)
+        mfa_decode(jnp.ones((2, 1, 4, 32)), cached)
     other = plan_decode(jnp.ones(3, jnp.int32), tokens=1, heads=4, storage="fp8", max_tokens=64)
     with pytest.raises(ValueError, match="the plan is for 3 sequences, the queries are of 2"):
-        mfa_decode(jnp.ones((2, 1, 4, 64)), pages, table, lengths, plan=other)
+        mfa_decode(jnp.ones((2, 1, 4, 64)), cached, plan=other)
     with pytest.raises(ValueError, match="not for float32"):
         plan_decode(lengths, tokens=1, heads=4, storage="float32", max_tokens=64)
     with pytest.raises(NotImplementedError, match="not float32; use implementation='auto' or 'reference'"):
-        mfa_decode(jnp.ones((2, 1, 4, 64)), pages, table, lengths, implementation="mosaic")
+        mfa_decode(jnp.ones((2, 1, 4, 64)), cached, implementation="mosaic")
     with pytest.raises(NotImplementedError, match="heads of 256, not 64"):
-        mfa_decode(jnp.ones((2, 1, 4, 64)), empty_pages(4, 64, "fp8"), table, lengths, implementation="interpret")
-    odd = empty_pages(4, 256, "bfloat16", page_size=96)
+        mfa_decode(
+            jnp.ones((2, 1, 4, 64)), cached._replace(pages=empty_pages(4, 64, "fp8")), implementation="interpret"
+        )
+    odd = cached._replace(pages=empty_pages(4, 256, "bfloat16", page_size=96))
     with pytest.raises(NotImplementedError, match="pages of 96"):
-        mfa_decode(jnp.ones((2, 1, 4, 256)), odd, table, lengths, implementation="mosaic")
+        mfa_decode(jnp.ones((2, 1, 4, 256)), odd, implementation="mosaic")

@@ -18,7 +18,7 @@ import pytest
 
 from pallas_kernels import compat
 from pallas_kernels.mfa_prefill import dense, dense_attention, mfa_prefill, mosaic, reference, tile
-from pallas_kernels.pages import KVPages, empty_pages, gather_rows, write_rows
+from pallas_kernels.pages import CachedTokens, empty_pages, gather_rows, write_rows
 from tests.kernels.support import lower_for_cuda, row_errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -34,10 +34,8 @@ class Case(NamedTuple):
     """Arguments of `mfa_prefill`."""
 
     queries: jax.Array
-    pages: KVPages
-    table: jax.Array
+    cached: CachedTokens
     query_starts: jax.Array
-    lengths: jax.Array
 
 
 def make_case(
@@ -70,13 +68,15 @@ def make_case(
     total = int(counts.sum())
     queries = jax.random.normal(keys[2], (total + padding, heads, head_dim)).at[total:].set(jnp.nan).astype(dtype)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    return Case(queries, pages, jnp.asarray(table), jnp.asarray(starts), jnp.asarray(lengths))
+    return Case(queries, CachedTokens(pages, jnp.asarray(table), jnp.asarray(lengths)), jnp.asarray(starts))
 
 
 def exact_prefill(case: Case) -> np.ndarray:
     """The formula in float64, token by token."""
-    queries, starts, lengths = (np.asarray(part) for part in (case.queries, case.query_starts, case.lengths))
-    keys, values = (np.asarray(rows, np.float64) for rows in gather_rows(case.pages, case.table, jnp.dtype("float32")))
+    cached = case.cached
+    queries, starts, lengths = (np.asarray(part) for part in (case.queries, case.query_starts, cached.lengths))
+    decoded = gather_rows(cached.pages, cached.table, jnp.dtype("float32"))
+    keys, values = (np.asarray(rows, np.float64) for rows in decoded)
     out = np.zeros(queries.shape)
     for row, length in enumerate(lengths):
         for token in range(starts[row], starts[row + 1]):
@@ -117,10 +117,10 @@ def dense_case(
 
 def interpret(case: Case, **options: int | bool) -> jax.Array:
     """The kernel in the interpreter; raises if that saw a race."""
-    scale = case.queries.shape[-1] ** -0.5
-    run = functools.partial(mosaic.mfa_prefill, scale=scale, interpret=True, **options)
+    queries, cached, starts = case
+    run = functools.partial(mosaic.mfa_prefill, scale=queries.shape[-1] ** -0.5, interpret=True, **options)
     with compat.race_check():
-        return jax.block_until_ready(run(*case))
+        return jax.block_until_ready(run(queries, cached.pages, cached.table, starts, cached.lengths))
 
 
 def test_tiles_cover_every_token_once_and_stay_in_their_sequence() -> None:
@@ -155,10 +155,12 @@ def test_reference_memory_grows_neither_with_the_length_nor_with_the_pages(stora
     def temporary_bytes(num_pages: int, max_pages: int) -> int:
         shapes = (
             jax.ShapeDtypeStruct((256, 16, 128), jnp.float32),
-            jax.eval_shape(lambda: empty_pages(num_pages, 128, storage)),
-            jax.ShapeDtypeStruct((1, max_pages), jnp.int32),
+            CachedTokens(
+                jax.eval_shape(lambda: empty_pages(num_pages, 128, storage)),
+                jax.ShapeDtypeStruct((1, max_pages), jnp.int32),
+                jax.ShapeDtypeStruct((1,), jnp.int32),
+            ),
             jax.ShapeDtypeStruct((2,), jnp.int32),
-            jax.ShapeDtypeStruct((1,), jnp.int32),
         )
         return jax.jit(mfa_prefill).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
@@ -245,10 +247,8 @@ def test_kernel_lowers_for_cuda_at_the_released_sizes(storage: str, heads: int) 
     pages = jax.eval_shape(lambda: empty_pages(4096, 256, storage))
     shapes = (
         jax.ShapeDtypeStruct((2048, heads, 256), jnp.bfloat16),
-        pages,
-        jax.ShapeDtypeStruct((8, 1024), jnp.int32),
+        CachedTokens(pages, jax.ShapeDtypeStruct((8, 1024), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)),
         jax.ShapeDtypeStruct((9,), jnp.int32),
-        jax.ShapeDtypeStruct((8,), jnp.int32),
     )
     assert "mosaic_gpu" in lower_for_cuda(functools.partial(mfa_prefill, implementation="mosaic"), *shapes)
     assert "mosaic_gpu" in lower_for_cuda(mfa_prefill, *shapes)

@@ -11,11 +11,13 @@ import numpy as np
 
 from pallas_kernels import pages as kv_pages
 from pallas_kernels.common import Implementation
-from pallas_kernels.mfa_decode.api import mfa_decode, plan_decode
+from pallas_kernels.mfa_decode.api import mfa_decode, mfa_decode_quantised, plan_decode
 from pallas_kernels.mfa_decode.plan import Plan
 from pallas_kernels.mfa_prefill.api import dense_attention, mfa_prefill
-from pallas_kernels.storage import bytes_per_token
-from tools.gpu_check.case import Case, Inputs, Peer, normal
+from pallas_kernels.pages import CachedTokens
+from pallas_kernels.quantise import quantise_rows
+from pallas_kernels.storage import Storage, bytes_per_token
+from tools.gpu_check.case import ROUNDED_TOLERANCE, Case, Inputs, Peer, as_it_is, dequantised, normal
 
 HEAD_DIM = 256
 NUM_HEADS = 64
@@ -29,87 +31,127 @@ EDGES = (0, 1, PAGE - 1, PAGE, PAGE + 1)
 def decode_cases(*, is_small: bool) -> list[Case]:
     """Correctness over ragged lengths in every storage, then times over batch and context."""
     edges = (*EDGES, 150) if is_small else (*EDGES, 4096, 65_536, 3_000)
-    cases = [
-        _decode(f"mfa_decode/{storage}/edges", storage, edges, num_tokens, num_heads)
-        for storage, num_tokens, num_heads in (
-            ("bfloat16", 1, 64),
-            ("fp8", 1, 64),
-            ("int4", 1, 64),
-            ("fp8", 4, 16),
-        )[: 2 if is_small else None]
-    ]
-    shapes = {
+    forms = (
+        _decode("bfloat16", edges),
+        _decode("fp8", edges),
+        _decode("int4", edges),
+        _decode("fp8", edges, num_tokens=4, num_heads=16),
+        # As a model in FP8 runs them: rotated queries in float16, heads quantised in the combine.
+        _decode("fp8", edges, query_dtype=jnp.float16),
+        _decode("fp8", edges, query_dtype=jnp.float16, is_quantised=True),
+        _decode("bfloat16", edges, is_quantised=True),
+        _decode("fp8", edges, num_tokens=3, query_dtype=jnp.float16, is_quantised=True),
+    )
+    if is_small:
+        return [forms[0], forms[1], forms[5]]
+    cases = list(forms)
+    shapes: dict[Storage, list[tuple[int, int]]] = {
         "bfloat16": [(64, 8192), (64, 32_768), (8, 32_768), (1, 32_768)],
         "fp8": [(64, 8192), (128, 4096), (64, 32_768), (8, 32_768), (1, 32_768), (8, 65_536)],
         "int4": [(64, 8192), (64, 32_768)],
     }
-    if is_small:
-        return cases
     for storage, sizes in shapes.items():
         for batch, length in sizes:
-            name = f"mfa_decode/{storage}/{batch}x{length}"
-            cases.append(_decode(name, storage, (length,) * batch, 1, 64, is_timed=True))
+            cases.append(_decode(storage, (length,) * batch, is_timed=True))
             if cases[-1].goal is not None:
                 # As a step of many layers runs it: they share the plan.
                 cases.append(_planned(cases[-1], storage))
         ragged = tuple(int(length) for length in np.random.default_rng(0).integers(1024, 8193, 64))
-        cases.append(_decode(f"mfa_decode/{storage}/64xragged", storage, ragged, 1, 64, is_timed=True))
+        cases.append(_decode(storage, ragged, is_timed=True))
+    for batch, length in ((64, 8192), (128, 4096)):
+        for is_quantised in (False, True):
+            half = _decode("fp8", (length,) * batch, query_dtype=jnp.float16, is_quantised=is_quantised, is_timed=True)
+            cases.append(_planned(half, "fp8"))
     return cases
 
 
 def _decode(
-    name: str, storage: str, lengths: tuple[int, ...], num_tokens: int, num_heads: int, *, is_timed: bool = False
+    storage: Storage,
+    lengths: tuple[int, ...],
+    *,
+    num_tokens: int = 1,
+    num_heads: int = NUM_HEADS,
+    query_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    is_quantised: bool = False,
+    is_timed: bool = False,
 ) -> Case:
+    is_full, is_half = len(set(lengths)) == 1, query_dtype == jnp.float16
+    size = f"{len(lengths)}x{lengths[0] if is_full else 'ragged'}" if is_timed else "edges"
+    form = ("" if num_tokens == 1 else f"-{num_tokens}x{num_heads}") + ("/float16" if is_half else "")
+    # A query's numbers are 2 bytes, a head's 2, or 1 and a scale for each 128.
+    head_bytes = 1 + 4 / 128 if is_quantised else 2
     num_bytes = sum(lengths) * bytes_per_token(HEAD_DIM, storage)
-    num_bytes += 2 * 2 * len(lengths) * num_tokens * num_heads * HEAD_DIM
-    is_full = len(set(lengths)) == 1
+    num_bytes += int((2 + head_bytes) * len(lengths) * num_tokens * num_heads * HEAD_DIM)
+    is_plain = not is_quantised and not is_half
+    peers: dict[str, Peer] = {}
+    if is_timed and is_full and storage == "bfloat16":
+        peers["cudnn"] = Peer(_cudnn_decode, _contiguous)
+    if is_timed and is_quantised:
+        peers["apart"] = Peer(_attend_then_quantise)
+    tolerance = ROUNDED_TOLERANCE if is_quantised else TOLERANCE[storage]
     return Case(
-        name=name if num_tokens == 1 else f"{name}-{num_tokens}x{num_heads}",
+        name=f"mfa_decode{'_quantised' if is_quantised else ''}/{storage}/{size}{form}",
         kernel="mfa_decode",
-        make=functools.partial(_decode_inputs, storage, lengths, num_tokens, num_heads),
-        run=mfa_decode,
-        tolerance=None if is_timed and sum(lengths) > 1 << 18 else TOLERANCE[storage],
+        make=functools.partial(_decode_inputs, storage, lengths, num_tokens, num_heads, query_dtype),
+        run=_attend_quantised if is_quantised else _attend,
+        view=functools.partial(dequantised, scales_layout="columns") if is_quantised else as_it_is,
+        tolerance=None if is_timed and sum(lengths) > 1 << 18 else tolerance,
         num_bytes=num_bytes if is_timed else 0,
         flops=4 * sum(lengths) * num_tokens * num_heads * HEAD_DIM,
-        goal=GOALS[storage] if is_timed and len(lengths) == 64 and is_full and lengths[0] == 8192 else None,
-        peers={"cudnn": Peer(_cudnn_decode, _contiguous)} if is_timed and storage == "bfloat16" and is_full else {},
+        goal=GOALS[storage] if is_timed and is_plain and is_full and (len(lengths), lengths[0]) == (64, 8192) else None,
+        peers=peers,
         tuned=("mfa_decode",)
-        if is_timed and (len(lengths), lengths[0]) in ((64, 8192), (8, 32_768), (1, 32_768))
+        if is_timed and is_plain and (len(lengths), lengths[0]) in ((64, 8192), (8, 32_768), (1, 32_768))
         else (),
     )
 
 
-def _planned(case: Case, storage: kv_pages.Storage) -> Case:
+def _planned(case: Case, storage: Storage) -> Case:
     """The same with the plan among the inputs, so that its small kernels are not in the time."""
 
     def make(seed: int) -> Inputs:
-        queries, pages, table, lengths = case.make(seed)
+        queries, cached = case.make(seed)
         num_tokens, num_heads = queries.shape[1:3]
-        max_tokens = table.shape[1] * PAGE
-        plan = plan_decode(lengths, tokens=num_tokens, heads=num_heads, storage=storage, max_tokens=max_tokens)
-        return queries, pages, table, lengths, plan
+        plan = plan_decode(
+            cached.lengths, tokens=num_tokens, heads=num_heads, storage=storage, max_tokens=cached.max_tokens
+        )
+        return queries, cached, plan
 
-    return dataclasses.replace(case, name=f"{case.name}/planned", make=make, run=_decode_planned, peers={}, tuned=())
+    peers = {name: peer for name, peer in case.peers.items() if name == "apart"}
+    return dataclasses.replace(case, name=f"{case.name}/planned", make=make, peers=peers, tuned=())
 
 
-def _decode_planned(
-    queries: jax.Array,
-    pages: kv_pages.KVPages,
-    table: jax.Array,
-    lengths: jax.Array,
-    plan: Plan,
-    *,
-    implementation: Implementation,
+def _attend(
+    queries: jax.Array, cached: CachedTokens, plan: Plan | None = None, *, implementation: Implementation
 ) -> jax.Array:
-    return mfa_decode(queries, pages, table, lengths, plan=plan, implementation=implementation)
+    return mfa_decode(queries, cached, plan=plan, out_dtype=jnp.bfloat16, implementation=implementation)
 
 
-def _decode_inputs(storage: str, lengths: tuple[int, ...], num_tokens: int, num_heads: int, seed: int) -> Inputs:
-    """Queries, pages, table and lengths; what no sequence owns, rows past an end included, is NaN."""
+def _attend_quantised(
+    queries: jax.Array, cached: CachedTokens, plan: Plan | None = None, *, implementation: Implementation
+) -> tuple[jax.Array, jax.Array]:
+    return mfa_decode_quantised(queries, cached, plan=plan, implementation=implementation)
+
+
+def _attend_then_quantise(queries: jax.Array, cached: CachedTokens, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """The same in two steps: the kernel's heads, quantised by XLA."""
+    heads = _attend(queries, cached, plan, implementation="auto")
+    return quantise_rows(heads.reshape(heads.shape[0] * heads.shape[1], -1), scales_layout="columns")
+
+
+def _decode_inputs(
+    storage: Storage,
+    lengths: tuple[int, ...],
+    num_tokens: int,
+    num_heads: int,
+    query_dtype: jax.typing.DTypeLike,
+    seed: int,
+) -> Inputs:
+    """Queries and the cache; what no sequence owns, rows past an end included, is NaN."""
     keys = jax.random.split(jax.random.key(seed), 3)
     pages, table = paged(storage, lengths, seed)
     queries = normal(keys[0], (len(lengths), num_tokens, num_heads, HEAD_DIM))
-    return queries, pages, table, jnp.asarray(lengths, jnp.int32)
+    return queries.astype(query_dtype), CachedTokens(pages, table, jnp.asarray(lengths, jnp.int32))
 
 
 def paged(storage: str, lengths: tuple[int, ...], seed: int) -> tuple[kv_pages.KVPages, jax.Array]:
@@ -151,13 +193,12 @@ def _poisoned_pages(keys: jax.Array, owned: jax.Array, storage: str) -> kv_pages
     return kv_pages.KVPages(stored_keys, stored_values, key_scales, value_scales)
 
 
-def _contiguous(
-    queries: jax.Array, pages: kv_pages.KVPages, table: jax.Array, *lengths: jax.Array
-) -> tuple[jax.Array, ...]:
+def _contiguous(queries: jax.Array, cached: CachedTokens, *_: object) -> tuple[jax.Array, ...]:
     """The pages as [B, S, 1, K]; in the order in which they lie, the time is the same."""
-    used = table.size
-    keys, values = (part[:used].reshape(table.shape[0], -1, 1, HEAD_DIM) for part in (pages.keys, pages.values))
-    return queries, keys, values, lengths[-1]
+    batch, used = cached.table.shape[0], cached.table.size
+    pages = cached.pages
+    keys, values = (part[:used].reshape(batch, -1, 1, HEAD_DIM) for part in (pages.keys, pages.values))
+    return queries, keys, values, cached.lengths
 
 
 def _cudnn_decode(queries: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -220,7 +261,7 @@ def _prefill_inputs(storage: str, packs: tuple[tuple[int, int], ...], padding: i
     pages, table = paged(storage, lengths, seed)
     queries = normal(jax.random.key(seed + 1), (int(starts[-1]) + padding, NUM_HEADS, HEAD_DIM))
     queries = queries.at[int(starts[-1]) :].set(jnp.nan)
-    return queries, pages, table, jnp.asarray(starts), jnp.asarray(lengths, jnp.int32)
+    return queries, CachedTokens(pages, table, jnp.asarray(lengths, jnp.int32)), jnp.asarray(starts)
 
 
 def _cudnn_prefill(queries: jax.Array, keys: jax.Array, values: jax.Array, _: jax.Array) -> jax.Array:

@@ -10,13 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A pytree of arrays.
+from pallas_kernels.quantise import ScalesLayout, scales_to_rows
+from pallas_kernels.storage import BLOCK
+
+# Arrays, or pytrees of them.
 Inputs = tuple[object, ...]
 Rate = Literal["bf16", "fp8"]
 
 # Two reads of the L2 cache of an H100 (50 MB) or H200 (60 MB).
 ROTATED_BYTES = 120_000_000
 MAX_SETS = 6
+# Of numbers that are rounded to e4m3: those between two of them may take the one or the other.
+ROUNDED_TOLERANCE = 3e-2
 
 
 def keep(*inputs: object) -> Inputs:
@@ -27,6 +32,14 @@ def keep(*inputs: object) -> Inputs:
 def as_it_is(output: object, _: Inputs) -> object:
     """The output itself."""
     return output
+
+
+def dequantised(output: tuple[jax.Array, ...], _: Inputs, *, scales_layout: ScalesLayout = "rows") -> jax.Array:
+    """What e4m3 rows with a scale for each 128 columns mean: the first two arrays of an output."""
+    values, scales = output[:2]
+    if scales_layout == "columns":
+        scales = scales_to_rows(scales, values.shape[0])
+    return values.astype(jnp.float32) * jnp.repeat(scales, BLOCK, axis=1)[:, : values.shape[1]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,8 @@ FORMS = (
     "mfa_decode/fp8/edges",
     "mfa_decode/int4/edges",
     "mfa_decode/fp8/edges-4x16",
+    "mfa_decode/fp8/edges/float16",
+    "mfa_decode_quantised/fp8/edges/float16",
     "fp8_matmul/1x2048x7168",
     "fp8_matmul/128x2048x7168",
     "fp8_matmul/300x5120x1424",
@@ -38,16 +40,20 @@ FORMS = (
     "mfa_prefill/fp8/edges",
     "dense_attention/edges",
     "norm_quantise/77x7168",
+    "norm_quantise/77x2048/joined",
     "swiglu_quantise/64x5120",
     "swiglu_quantise/77x5120",
+    "swiglu_quantise/77x5120/joined",
     "permute_rows/77x7168",
     "rope_cache_write/bfloat16/77",
     "rope_cache_write/fp8/77",
+    "rope_cache_write/fp8/77/joined",
 )
 FIRST_TIMES = (
     "mfa_decode/bfloat16/64x8192/planned",
     "mfa_decode/fp8/64x8192/planned",
     "mfa_decode/int4/64x8192/planned",
+    "mfa_decode_quantised/fp8/128x4096/float16/planned",
     "fp8_matmul/64x7168x16384",
     "fp8_matmul/64x18432x7168",
     "fp8_matmul/4096x7168x16384",
@@ -55,7 +61,7 @@ FIRST_TIMES = (
     "moe_ffn/fp8/2731x48of48/uniform",
     "mfa_prefill/bfloat16/8k",
     "norm_quantise/64x7168",
-    "rope_cache_write/fp8/128",
+    "rope_cache_write/fp8/128/joined",
 )
 FIRST_SWEEPS = ("mfa_decode/fp8/64x8192", "fp8_matmul/64x7168x16384", "moe_ffn/fp8/1024x6of48/uniform")
 

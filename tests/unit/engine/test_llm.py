@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from step3_jax.checkpoint.save import save_model
+from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.llm import LLM
-from step3_jax.engine.loading import end_tokens
+from step3_jax.engine.loading import end_tokens, load_executor
 from step3_jax.engine.request import CompletionOutput, Logprob, RequestOutput, StreamPiece
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import PrefillBatch
@@ -299,6 +300,22 @@ def test_a_context_that_the_model_lacks_is_refused_before_weights_are_read(
     monkeypatch.setattr("step3_jax.engine.loading.load_model", fail)
     with pytest.raises(ValueError, match=r"max_model_len is 300; .* has positions for at most 256 tokens"):
         LLM(tmp_path, max_model_len=300)
+
+
+def test_the_devices_say_in_which_dtype_weights_are_read_not_the_default_backend(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes: list[object] = []
+
+    def stop(_: pathlib.Path, dtype: object, **__: object) -> None:
+        dtypes.append(dtype)
+        raise InterruptedError
+
+    monkeypatch.setattr("step3_jax.engine.loading.load_model", stop)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    with pytest.raises(InterruptedError):
+        load_executor(tmp_path, EngineConfig(), None, None)
+    assert dtypes == [np.dtype("float32")]
 
 
 def test_an_unknown_setting_is_named_with_the_nearest_one(runner: Runner, tmp_path: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,3 +65,12 @@ def test_few_rows_in_bfloat16_equal_the_same_rows_among_many(num_rows):
     assert found.shape == (num_rows, 16)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), expected[:num_rows], rtol=2**-8, atol=1e-4)
+
+
+def test_rows_are_filled_up_by_the_platform_of_the_program_not_the_default_one(monkeypatch):
+    """On a machine with GPUs a side of the model may be on CPUs, and programs for GPUs are compiled where there are none."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    traced = jax.jit(linear).trace(jnp.ones((1, 64), jnp.bfloat16), jnp.ones((16, 64), jnp.bfloat16))
+    programs = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda")}
+    assert "stablehlo.pad" in programs["cpu"]
+    assert "stablehlo.pad" not in programs["cuda"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import pathlib
 import statistics
 import time
@@ -41,6 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1,4,16,64", help="rows of activations (default: %(default)s)")
     parser.add_argument("--forms", default=",".join(FORMS), help="default: %(default)s")
+    parser.add_argument(
+        "--activations",
+        default="float32,bfloat16",
+        help="what they are rounded to, where the processor can and the form allows it (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--outputs", type=int, default=OUTPUTS, help="rows of the matrix (default: %(default)s)")
     parser.add_argument("--no-layer", action="store_true", help="leave out the MoE layer")
@@ -51,9 +57,10 @@ def main() -> None:
         raise SystemExit(f"no CPU kernels: {kernels.reason}")
     rows = [int(word) for word in arguments.rows.split(",")]
     forms = arguments.forms.split(",")
-    cases = list_products(kernels, forms, rows, arguments.outputs)
+    variants = list(dict.fromkeys(map(kernels.for_activations, arguments.activations.split(","))))
+    cases = list_products(variants, forms, rows, arguments.outputs)
     if not arguments.no_layer:
-        cases += list_layers(kernels, [form for form in forms if form != "float32"])
+        cases += list_layers(variants, [form for form in forms if form != "float32"])
     before = cpu_pressure()
     read_rate, found = measure(cases, arguments.rounds)
     result = {
@@ -73,35 +80,30 @@ def main() -> None:
             write_section(arguments.json, name, value)
 
 
-def list_products(kernels: Kernels, forms: Sequence[str], rows: Sequence[int], outputs: int) -> list[Case]:
+def list_products(
+    variants: Sequence[Kernels], forms: Sequence[str], rows: Sequence[int], outputs: int
+) -> list[Case]:
     """One matrix in each form with some rows of activations, and XLA's float32 product for comparison."""
-    product = jax.jit(lambda x, weight: api.products(kernels, x, [weight])[0])
     cases: list[Case] = []
     weight = _normal(0, outputs, HIDDEN)
     for form in forms:
         held = weight.astype(form) if form in ("float32", "bfloat16") else quantise(weight, cast(Form, form))
-        for count in rows:
+        for count, kernels in itertools.product(rows, _for_form(variants, form)):
+            product = jax.jit(functools.partial(_multiply, kernels))
             call = functools.partial(product, _normal(1, count, HIDDEN), held)
-            row: Row = {"what": "product", "form": form, "rows": count}
+            row: Row = {"what": "product", "form": form, "activations": kernels.activations, "rows": count}
             cases.append((row, _num_bytes(held), 2 * count * weight.size, call))
     if "float32" in forms:
         plain = jax.jit(lambda x, weight: x @ weight.T)
         for count in rows:
             call = functools.partial(plain, _normal(1, count, HIDDEN), weight)
-            cases.append(
-                (
-                    {"what": "product", "form": "float32, XLA", "rows": count},
-                    weight.nbytes,
-                    2 * count * weight.size,
-                    call,
-                )
-            )
+            row = {"what": "product", "form": "float32, XLA", "activations": "float32", "rows": count}
+            cases.append((row, weight.nbytes, 2 * count * weight.size, call))
     return cases
 
 
-def list_layers(kernels: Kernels, forms: Sequence[str]) -> list[Case]:
+def list_layers(variants: Sequence[Kernels], forms: Sequence[str]) -> list[Case]:
     """A MoE layer for one token: three experts and the shared one, in one call."""
-    layer = jax.jit(functools.partial(api.experts, kernels))
     shapes = (WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)
     cases: list[Case] = []
     for form in forms:
@@ -109,11 +111,12 @@ def list_layers(kernels: Kernels, forms: Sequence[str]) -> list[Case]:
         held = [array.astype(form) if form == "bfloat16" else quantise(array, cast(Form, form)) for array in one]
         stacks = jax.tree.map(lambda leaf: jnp.stack([leaf] * EXPERTS), held)
         chosen = jnp.asarray([[1, 4, 6]], jnp.int32)
-        call = functools.partial(layer, _normal(9, 1, HIDDEN), jnp.ones((1, TOP_K)) / TOP_K, chosen, stacks, held)
         num_bytes = (TOP_K + 1) * sum(map(_num_bytes, held))
-        cases.append(
-            ({"what": "MoE layer", "form": form, "rows": 1}, num_bytes, 8 * sum(array.size for array in one), call)
-        )
+        for kernels in _for_form(variants, form):
+            layer = jax.jit(functools.partial(api.experts, kernels))
+            call = functools.partial(layer, _normal(9, 1, HIDDEN), jnp.ones((1, TOP_K)) / TOP_K, chosen, stacks, held)
+            row: Row = {"what": "MoE layer", "form": form, "activations": kernels.activations, "rows": 1}
+            cases.append((row, num_bytes, 8 * sum(array.size for array in one), call))
     return cases
 
 
@@ -144,6 +147,15 @@ def measure(cases: Sequence[Case], rounds: int) -> tuple[float, list[Row]]:
             }
         )
     return rate, found
+
+
+def _multiply(kernels: Kernels, x: Float[Array, "N K"], weight: api.Stored) -> Float[Array, "N O"]:
+    return api.products(kernels, x, [weight])[0]
+
+
+def _for_form(variants: Sequence[Kernels], form: str) -> list[Kernels]:
+    """Those that differ for weights of a form: others than bfloat16 and FP8 meet float32 in any case."""
+    return [one for one in variants if one.activations == "float32" or form in ("bfloat16", "fp8")]
 
 
 def _normal(seed: int, *shape: int) -> Float[Array, "rows columns"]:

@@ -32,12 +32,12 @@ from step3_jax.bench.yardstick import read_meter
 from step3_jax.checkpoint.inspect import inspect_checkpoint
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
-from step3_jax.cpu_kernels.loader import Kernels, describe_kernels, find_kernels
+from step3_jax.cpu_kernels.loader import describe_kernels
 from step3_jax.engine.llm import LLM
 from step3_jax.layers.attention import attention_context
 from step3_jax.layers.router import Routing
 from step3_jax.layout.weight_form import LOAD_FORMATS, QUANTIZATIONS
-from step3_jax.model.cpu import prepare_for_cpu
+from step3_jax.model.cpu import find_model_kernels, prepare_for_cpu
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import AttentionBlock, FfnBlock
 from step3_jax.sampling.params import SamplingParams
@@ -179,8 +179,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, object]:
     model = load_model(
         arguments.model, "float32", quantization=arguments.quantization, load_format=arguments.load_format
     )
-    kernels = find_kernels()
-    model = prepare_for_cpu(model, kernels if isinstance(kernels, Kernels) else None)
+    model = prepare_for_cpu(model, find_model_kernels("float32"))
     jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     load_s = time.perf_counter() - begin
     print(f"loaded {stored / 1e9:.2f} GB in {load_s:.1f} s; {describe_kernels()}; reads {read_gb_s:.1f} GB/s")

@@ -14,6 +14,7 @@ from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
 from step3_jax.layout.payload import choose_payload
 from step3_jax.model import parallel
+from step3_jax.model.cpu import choose_dtype
 from step3_jax.model.step3 import Step3
 
 
@@ -33,7 +34,7 @@ def load_placed_model(
     Args:
       path: Folder with `config.json` and the weights.
       topology: The devices.
-      dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
+      dtype: "float32" or "bfloat16"; if absent the configuration's. On a CPU it is float32.
       quantization: See `load_model`; each side's weights are held as its own devices take them.
       load_format: See there.
       payload: What crosses; checked before anything is loaded.
@@ -42,8 +43,8 @@ def load_placed_model(
       ValueError: As `load_model` does, for an unknown payload, and if the model cannot be sharded so.
     """
     config = ModelConfig.load(pathlib.Path(path))
-    if topology.devices[0].platform == "cpu" and dtype is None:
-        dtype = jnp.float32
+    if topology.devices[0].platform == "cpu":
+        dtype = choose_dtype(dtype, quantization, is_apart=True)
     if topology.ffn_platform == "cpu" and quantization == "auto":
         # FP8 weights are dequantised there, unless they are in one piece.
         config = dataclasses.replace(config, quantization=None)

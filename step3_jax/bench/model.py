@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
+from step3_jax.checkpoint.names import is_fp8_tensor, is_linear_tensor, parameters_of, released_name
 from step3_jax.config import ModelConfig, TextConfig
 from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.layout.weight_form import GROUP_COLUMNS, form_bytes
@@ -70,12 +70,14 @@ def hold_as(model: Step3, form: str) -> Step3:
     The weights that the release has in FP8 are quantised; embedding and head are then in bfloat16, as there.
     """
     graphdef, state = nnx.split(model)
-    change = {"none": jnp.float32, "stored": None}.get(form, jnp.bfloat16)
-    own = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf if change is None else leaf.astype(change), state))
+    own = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if form == "none" else leaf, state))
     if form not in PLAIN_FORMS:
         for (path, target), source in zip(parameters_of(own).items(), parameters_of(model).values(), strict=True):
-            if is_fp8_tensor(released_name(path)):
+            name = released_name(path)
+            if is_fp8_tensor(name):
                 target.set_value(_QUANTISE(source.get_value(), cast(Form, form)))
+            elif is_linear_tensor(name):
+                target.set_value(source.get_value().astype(jnp.bfloat16))
     return own
 
 

@@ -40,7 +40,9 @@ class FormChoice:
     reason: str
 
 
-def choose_form(asked: str, place: Place, *, cpu_obstacle: str | None, has_fp8: bool) -> FormChoice:
+def choose_form(
+    asked: str, place: Place, *, cpu_obstacle: str | None, has_fp8: bool, products: str = "float32"
+) -> FormChoice:
     """How weights are held.
 
     Args:
@@ -48,6 +50,7 @@ def choose_form(asked: str, place: Place, *, cpu_obstacle: str | None, has_fp8: 
       place: The devices that hold them.
       cpu_obstacle: Why the CPU kernels cannot run here; None if they can.
       has_fp8: Whether the checkpoint's linear weights are FP8.
+      products: The dtype that the CPU kernels multiply in, for the message.
 
     Raises:
       ValueError: For an unknown form, or one that cannot be multiplied or made there.
@@ -59,7 +62,7 @@ def choose_form(asked: str, place: Place, *, cpu_obstacle: str | None, has_fp8: 
     if place.num_devices > 1:
         return _choose_shards(asked, has_fp8)
     has_kernels = cpu_obstacle is None
-    kernels = "CPU kernels multiply them" if has_kernels else f"without CPU kernels ({cpu_obstacle})"
+    kernels = f"CPU kernels multiply them in {products}" if has_kernels else f"without CPU kernels ({cpu_obstacle})"
     if asked == "auto":
         if not has_kernels:
             return FormChoice("none", False, f"widened, {kernels}")

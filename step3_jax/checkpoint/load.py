@@ -45,7 +45,7 @@ from step3_jax.checkpoint.view import read_view
 from step3_jax.config import DTYPES as MODEL_DTYPES
 from step3_jax.config import ModelConfig, QuantConfig, VisionConfig
 from step3_jax.cpu_kernels.api import FP8_BLOCKS
-from step3_jax.cpu_kernels.loader import Unavailable, find_kernels
+from step3_jax.cpu_kernels.loader import Kernels, Unavailable, find_kernels
 from step3_jax.gpu import claim_memory
 from step3_jax.layout.parallel import fit_parallel
 from step3_jax.layout.table import view_shape
@@ -139,9 +139,16 @@ def load_model(
         obstacle = (
             _find_obstacle(block if has_fp8 else None) if any(place.is_host for place in places.values()) else None
         )
+        all_places = sorted(set(places.values()))
         choices = {
-            place: choose_form(quantization, place, cpu_obstacle=obstacle, has_fp8=has_fp8)
-            for place in sorted(set(places.values()))
+            place: choose_form(
+                quantization,
+                place,
+                cpu_obstacle=obstacle,
+                has_fp8=has_fp8,
+                products=_find_products(place, obstacle, _held_dtype(place, all_places, dtype_name)),
+            )
+            for place in all_places
         }
         readers = {
             place: TensorReader(
@@ -236,6 +243,12 @@ def _find_obstacle(fp8_block: tuple[int, int] | None) -> str | None:
         return f"they take FP8 in blocks of {FP8_BLOCKS[0]}, not of {fp8_block}"
     kernels = find_kernels()
     return kernels.reason if isinstance(kernels, Unavailable) else None
+
+
+def _find_products(place: Place, obstacle: str | None, dtype: np.dtype) -> str:
+    """The dtype that the CPU kernels multiply in, for activations of `dtype`."""
+    found = find_kernels() if place.is_host and obstacle is None else None
+    return found.for_activations(dtype).activations if isinstance(found, Kernels) else "float32"
 
 
 def _held_dtype(place: Place, places: Iterable[Place], dtype: str) -> np.dtype:

@@ -70,7 +70,7 @@ class QuantisedParts:
 
     def place(self, sharding: jax.sharding.Sharding | None) -> BlockScaled | PackedInt4:
         """The weight as JAX has it, in this memory; nothing is copied on a CPU."""
-        values, scales = jax.device_put(self.values, sharding), jax.device_put(self.scales, sharding)
+        values, scales = (jax.device_put(part, sharding, may_alias=True) for part in (self.values, self.scales))
         if self.form == "int4":
             return PackedInt4(values, scales, self.num_columns)
         return BlockScaled(values, scales, self.block)

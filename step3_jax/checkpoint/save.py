@@ -36,7 +36,10 @@ from step3_jax.model.fuse import separate
 from step3_jax.model.layers import is_stacked, layer_paths
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import FP8, BlockScaled, PackedInt4, quantise
-from step3_jax.stack import LayerOf, parts, pick
+from step3_jax.stack import LayerOf, parts
+
+# Of a weight on its way to the file.
+BAND_BYTES = 2**26
 
 Value = Shaped[Array, "..."] | BlockScaled | PackedInt4 | LayerOf
 
@@ -52,9 +55,9 @@ def save_model(
 ) -> None:
     """Writes `config.json` and the weights under a temporary name, then renames the folder.
 
-    Weights come to the host one slice at a time; of products that are joined, the parts are copied first. Weights that are
-    FP8 in the model are written as they are. Of a sharded
-    model, all of whose devices are of this process, what it is filled up with is left out.
+    Weights come to the host in bands of at most `BAND_BYTES`, so that little memory is taken beside the model's; of products
+    that are joined, the parts are copied first, where they lie. Weights that are FP8 in the model are written as they are.
+    Of a sharded model, all of whose devices are of this process, what it is filled up with is left out.
 
     Args:
       model: The model.
@@ -189,8 +192,8 @@ def _lazy(array: Shaped[Array, "..."] | LayerOf, dtype: np.dtype) -> LazyArray:
 
 
 def _cast(array: Shaped[Array, "..."] | LayerOf, dtype: np.dtype) -> Iterator[Shaped[np.ndarray, "..."]]:
-    for part in _slices(array):
-        yield np.asarray(part).astype(dtype, copy=False)
+    for band in _bands(array):
+        yield np.asarray(band).astype(dtype, copy=False)
 
 
 def _trim(
@@ -202,17 +205,29 @@ def _trim(
 def _quantised(
     array: Float[Array, "*lead rows columns"] | LayerOf, block: tuple[int, int], field: str
 ) -> Iterator[Shaped[np.ndarray, "..."]]:
-    for part in _slices(array):
-        yield np.asarray(getattr(_quantise(part, block=block), field))
+    for band in _bands(array, block[0]):
+        yield np.asarray(getattr(_quantise(band, block=block), field))
 
 
-def _slices(array: Shaped[Array, "..."] | LayerOf) -> Iterator[Shaped[Array, "..."]]:
-    """The experts of a layer one by one; anything else whole."""
-    own = cast(Array, pick(array))
-    if own.ndim == 3:
-        yield from (own[expert] for expert in range(own.shape[0]))
-    else:
-        yield own
+def _bands(
+    array: Shaped[Array, "..."] | LayerOf, multiple: int = 1
+) -> Iterator[Shaped[Array, "..."] | Shaped[np.ndarray, "..."]]:
+    """An array in bands of rows of at most `BAND_BYTES`, in order; each but the last of a matrix is a multiple of `multiple`."""
+    stack, layer = parts(array)
+    whole = cast(Array, stack)
+    # In this machine's memory numpy cuts without a copy; what other devices hold is cut there.
+    is_here = whole.is_fully_replicated and all(device.platform == "cpu" for device in whole.devices())
+    source = np.asarray(whole) if is_here else whole
+    first = () if layer is None else (int(layer),)
+    shape = whole.shape[len(first) :]
+    if len(shape) not in (2, 3):
+        yield source[first] if first else source
+        return
+    row_bytes = max(shape[-1] * whole.dtype.itemsize, 1)
+    num_rows = max(BAND_BYTES // row_bytes // multiple, 1) * multiple
+    for expert in np.ndindex(shape[:-2]):
+        for start in range(0, shape[-2], num_rows):
+            yield source[(*first, *expert, slice(start, min(start + num_rows, shape[-2])))]
 
 
 def _check_target(folder: pathlib.Path, overwrite: bool) -> None:

@@ -6,7 +6,6 @@ So a device holds the stacks and, for each thread that loads, one parameter of o
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 from collections.abc import Callable
 from typing import cast
@@ -19,7 +18,7 @@ from jaxtyping import Array, Int, Shaped
 
 from step3_jax.checkpoint.names import parameters_of
 from step3_jax.layout.tensor import Path
-from step3_jax.model.layers import LayerStack, stack_sharding
+from step3_jax.model.layers import LayerStack, group_layers, stack_sharding
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import DecoderLayer
 from step3_jax.quant import BlockScaled
@@ -32,22 +31,22 @@ class StackFiller:
     """The stacks of a model that is being loaded. Several threads may call `put` at once."""
 
     def __init__(self, model: Step3, is_quantised: Callable[[Path], bool]) -> None:
-        """Decides which layers make a stack: neighbours whose parameters are the same, in the same form.
+        """Decides which layers make a stack, see `group_layers`.
 
         Args:
           model: A model with unstacked layers; their arrays may be shapes. `finish` changes it.
           is_quantised: Whether a parameter will be loaded as values and scales.
         """
         self._model = model
-        forms: list[list[tuple[Path, bool]]] = [[] for _ in model.text.layers]
+        paths: list[list[Path]] = [[] for _ in model.text.layers]
         for path in parameters_of(model):
             if path[:2] == _LAYERS:
-                forms[int(path[2])].append((path[3:], is_quantised(path)))
-        self._groups = [
-            [layer for layer, _ in group] for _, group in itertools.groupby(enumerate(forms), key=lambda item: item[1])
-        ]
+                paths[int(path[2])].append(path)
+        self._groups = group_layers(model.text.layers, [list(map(is_quantised, own)) for own in paths])
         self._group_of = {layer: group for group in self._groups for layer in group}
-        self._stacks = {(group[0], path): _Stack(len(group)) for group in self._groups for path, _ in forms[group[0]]}
+        self._stacks = {
+            (group[0], path[3:]): _Stack(len(group)) for group in self._groups for path in paths[group[0]]
+        }
 
     def put(self, path: Path, value: Value) -> Value | None:
         """Takes a loaded parameter of a layer.

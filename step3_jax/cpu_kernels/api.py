@@ -1,8 +1,10 @@
-"""Products of float32 activations with weights as they are stored, on CPUs.
+"""Products of activations with weights as they are stored, on CPUs.
 
 Stored forms: float32 and bfloat16 arrays, FP8 (`BlockScaled`, 128 x 128), int8 (`BlockScaled`, 1 x 128), int4
 (`PackedInt4`). A weight counts as value * scale rounded to float32; products are summed in float32, in an order that
 neither the number of rows nor that of threads changes: a row's output does not depend on what is computed beside it.
+Where `Kernels.activations` is bfloat16, activations are rounded to it before they meet weights in bfloat16 or FP8, and
+the values of 128 columns of FP8 are summed before they are multiplied with their scale.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def products(kernels: Kernels, hidden: Float[Array, "N K"], weights: Sequence[St
 
     Args:
       kernels: See `loader.find_kernels`.
-      hidden: Worked on in float32; the outputs have its dtype.
+      hidden: Given to the kernel in float32; the outputs have its dtype.
       weights: At most `MAX_PRODUCTS`, of any forms.
     """
     shapes = [jax.ShapeDtypeStruct((hidden.shape[0], weight.shape[0]), jnp.float32) for weight in weights]
@@ -74,7 +76,7 @@ def experts(
 
     Args:
       kernels: See `loader.find_kernels`.
-      hidden: Tokens; worked on in float32.
+      hidden: Tokens; given to the kernel in float32.
       factors: Of each token's experts.
       chosen: Their numbers; a pair whose number no stack has takes no part.
       stacks: Gate and up [E, F, D], and down [E, D, F]; only the chosen experts are read.

@@ -20,19 +20,24 @@ import tempfile
 from collections.abc import Iterator
 from typing import Literal
 
-InstructionSet = Literal["avx512", "avx2", "plain"]
+# The first is AVX-512 with products of bfloat16.
+InstructionSet = Literal["avx512_bf16", "avx512", "avx2", "plain"]
 
 SOURCE = pathlib.Path(__file__).parent / "source"
 INSTALL_HINT = "install a C compiler (gcc or clang), or `pip install 'step3-jax[cpu]'`, which brings one"
 
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 FLAGS: dict[InstructionSet, tuple[str, ...]] = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vbmi"),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "plain": (),
 }
 # The names in /proc/cpuinfo that each needs.
+_NEEDED_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"})
 NEEDED: dict[InstructionSet, frozenset[str]] = {
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}),
+    "avx512_bf16": _NEEDED_AVX512 | {"avx512_bf16", "avx512vbmi"},
+    "avx512": _NEEDED_AVX512,
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "plain": frozenset(),
 }

@@ -10,9 +10,10 @@ import os
 import pathlib
 import platform
 import sys
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 from step3_jax import resources
 from step3_jax.cpu_kernels.build import (
@@ -26,6 +27,8 @@ from step3_jax.cpu_kernels.build import (
 _LOG = logging.getLogger(__name__)
 VARIABLE = "STEP3_CPU_KERNELS"
 OPERATIONS = ("products", "swiglu", "experts")
+# The set whose kernels can multiply in bfloat16.
+BF16_SET: InstructionSet = "avx512_bf16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +38,30 @@ class Kernels:
     Attributes:
       instruction_set: The one they were compiled for.
       path: The library.
+      activations: What activations are rounded to where they meet weights in bfloat16 or FP8; all else is float32.
     """
 
     instruction_set: InstructionSet
     path: pathlib.Path
+    activations: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether the processor multiplies in bfloat16."""
+        return self.instruction_set == BF16_SET
+
+    def for_activations(self, dtype: jax.typing.DTypeLike) -> Kernels:
+        """Those of a model with activations of `dtype`: in bfloat16 where that is asked for and can be had."""
+        is_rounded = self.has_bfloat16 and jnp.dtype(dtype) == jnp.bfloat16
+        return dataclasses.replace(self, activations="bfloat16" if is_rounded else "float32")
+
+    def symbol(self, operation: str) -> str:
+        """The library's function for one of `OPERATIONS`."""
+        return f"step3_{operation}{'_rounded' if self.activations == 'bfloat16' else ''}"
 
     def target(self, operation: str) -> str:
-        """The name under which programs call one of `OPERATIONS`."""
-        return f"step3_{operation}_{self.instruction_set}"
+        """The name under which programs call it."""
+        return f"{self.symbol(operation)}_{self.instruction_set}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +91,12 @@ def find_kernels() -> Kernels | Unavailable:
     best = choose_instruction_set(read_cpu_flags())
     sets = get_args(InstructionSet)
     if wanted == "auto":
-        return load_kernels(best)
+        found = load_kernels(best)
+        # A compiler may be older than the instructions for bfloat16.
+        if isinstance(found, Unavailable) and best == BF16_SET:
+            older = load_kernels("avx512")
+            return older if isinstance(older, Kernels) else found
+        return found
     if wanted not in sets:
         raise ValueError(f"{VARIABLE} is {wanted!r}; allowed: auto, off, {', '.join(sets)}")
     # Most demanding first: each set includes those after it.
@@ -89,9 +113,10 @@ def load_kernels(instruction_set: InstructionSet) -> Kernels | Unavailable:
     except (BuildError, OSError) as error:
         return Unavailable(str(error))
     kernels = Kernels(instruction_set, path)
-    for operation in OPERATIONS:
-        handler = jax.ffi.pycapsule(getattr(library, f"step3_{operation}"))
-        jax.ffi.register_ffi_target(kernels.target(operation), handler, platform="cpu", api_version=1)
+    for variant in {kernels, kernels.for_activations(jnp.bfloat16)}:
+        for operation in OPERATIONS:
+            handler = jax.ffi.pycapsule(getattr(library, variant.symbol(operation)))
+            jax.ffi.register_ffi_target(variant.target(operation), handler, platform="cpu", api_version=1)
     _LOG.info("CPU kernels: %s, %s", instruction_set, path)
     return kernels
 
@@ -116,5 +141,6 @@ def describe_kernels() -> str:
     except ValueError as error:
         return str(error)
     if isinstance(found, Kernels):
-        return f"weights are multiplied as they are stored ({found.instruction_set})"
+        how = "also in bfloat16, with --dtype bfloat16" if found.has_bfloat16 else "in float32 alone"
+        return f"weights are multiplied as they are stored ({found.instruction_set}, {how})"
     return f"weights are widened at load; no CPU kernels: {found.reason}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import mmap
+import os
 import pathlib
 import weakref
 
@@ -40,7 +41,8 @@ class ReadCounts:
 def map_file(path: pathlib.Path) -> UInt8[np.ndarray, "bytes"]:
     """A file's bytes, read-only, mapped for as long as an array uses them.
 
-    If the file is cut short meanwhile, a read of what is missing ends the process with a message that names it.
+    If the file is cut short meanwhile, or the disk fails, a read of what is missing ends the process with a message that
+    names it. Signals of such reads that another library has taken for itself come to it again.
 
     Raises:
       ValueError: If the file cannot be mapped or watched, or there is no library that does so.
@@ -49,12 +51,12 @@ def map_file(path: pathlib.Path) -> UInt8[np.ndarray, "bytes"]:
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = np.frombuffer(mapped, np.uint8)
+            failed = library.step3_watch_mapping(data.ctypes.data, data.nbytes, file.fileno(), os.fsencode(path)) != 0
     except OSError as error:
         raise ValueError(f"{path} cannot be mapped: {error.strerror or error}") from None
-    data = np.frombuffer(mapped, np.uint8)
-    message = f"step3: error: {path} was cut short while its weights were in use (load_format mmap): the process ends\n"
-    if library.step3_watch_mapping(data.ctypes.data, data.nbytes, message.encode()) != 0:
-        raise ValueError(f"{path} cannot be watched: too many files are mapped")
+    if failed:
+        raise ValueError(f"{path} cannot be watched: too many files are mapped or open")
     weakref.finalize(mapped, library.step3_forget_mapping, data.ctypes.data)
     return data
 
@@ -71,7 +73,7 @@ def _library() -> ctypes.CDLL:
     if isinstance(kernels, Unavailable):
         raise ValueError(f"load_format mmap needs the CPU kernels' library, which watches the files: {kernels.reason}")
     library = ctypes.CDLL(str(kernels.path))
-    library.step3_watch_mapping.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p]
+    library.step3_watch_mapping.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p]
     library.step3_watch_mapping.restype = ctypes.c_int
     library.step3_forget_mapping.argtypes = [ctypes.c_size_t]
     library.step3_forget_mapping.restype = None

@@ -17,6 +17,7 @@ from step3_jax.engine.sharded import ShardedRunner
 from step3_jax.layout.parallel import Parallel, fit_parallel
 from step3_jax.layout.role import fp8_block
 from step3_jax.mesh import find_devices, make_layout
+from step3_jax.model.cpu import choose_dtype
 from step3_jax.text.tokenizer import Tokenizer
 
 # An executor, or a function that loads one. With several processes, ranks above 0 may have another kind of worker.
@@ -55,9 +56,9 @@ def load_executor(
         return executor() if callable(executor) else executor
     is_on_cpu = find_devices(1 if parallel is None else parallel.num_devices)[0].platform == "cpu"
     wanted = None if config.dtype == "auto" else jnp.dtype(config.dtype)
-    if wanted is None and is_on_cpu:
-        wanted = jnp.dtype("float32")
     form, load_format = config.quantization, config.load_format
+    if is_on_cpu:
+        wanted = choose_dtype(wanted, form, is_apart=parallel is not None)
     if parallel is None:
         return Runner(load_model(folder, wanted, quantization=form, load_format=load_format))
     sizes = ModelConfig.load(folder)

@@ -14,14 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache, copy_pages, count_pages, empty_cache
 from step3_jax.config import TextConfig
-from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.engine.decode_loop import decode_loop
 from step3_jax.engine.executor import Executor, Started, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 from step3_jax.layers.router import Routing, count_tokens
-from step3_jax.model.cpu import prepare_for_cpu
+from step3_jax.model.cpu import find_model_kernels, prepare_for_cpu
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch
 from step3_jax.sampling.speculation import Speculation
@@ -38,11 +37,10 @@ class Runner(Executor):
     """
 
     def __init__(self, model: Step3) -> None:
-        """Takes a model. On a CPU it runs in float32, see `model.cpu`."""
+        """Takes a model. How it runs on a CPU is in `model.cpu`."""
         super().__init__(model.config, jax.local_devices()[:1], model.text.dtype, num_shards=1)
         if self.is_cpu:
-            kernels = find_kernels()
-            model = prepare_for_cpu(model, kernels if isinstance(kernels, Kernels) else None)
+            model = prepare_for_cpu(model, find_model_kernels(model.text.dtype))
         self._split = SplitModel(model)
         self._traced = TracedCalls(self._split.build, self.num_traces, self.config.text)
         self._prefill = self._jit(self._traced.prefill, donate_argnames=("cache",))

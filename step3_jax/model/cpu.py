@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from step3_jax.cpu_kernels.api import unsupported
-from step3_jax.cpu_kernels.loader import Kernels
+from step3_jax.cpu_kernels.loader import Kernels, Unavailable, find_kernels
 from step3_jax.layers.embed import Embedding
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.mlp import SwiGLU
@@ -19,10 +20,46 @@ from step3_jax.layers.router import Router
 from step3_jax.quant import BlockScaled, PackedInt4, dequantise
 
 M = TypeVar("M", bound=nnx.Module)
+_LOGGER = logging.getLogger(__name__)
+
+
+def choose_dtype(asked: jax.typing.DTypeLike | None, quantization: str, *, is_apart: bool = False) -> jnp.dtype:
+    """The dtype to load a model in that is to run on CPUs.
+
+    It is float32, which the model runs in: one in bfloat16 would be widened after loading, while the first still takes its
+    memory. It is bfloat16 where that is asked for and the CPU kernels multiply in it (see `find_model_kernels`).
+
+    Args:
+      asked: "float32", "bfloat16", or None for the default, which is float32.
+      quantization: As `load_model` takes it.
+      is_apart: Whether weights lie on several devices, for which products are in float32.
+    """
+    if asked is None or jnp.dtype(asked) != jnp.bfloat16:
+        return jnp.dtype(jnp.float32)
+    if is_apart or quantization == "none":
+        obstacle = "weights lie on several devices" if is_apart else "weights are widened, as asked for"
+    else:
+        found = find_kernels()
+        if isinstance(found, Kernels) and found.has_bfloat16:
+            return jnp.dtype(jnp.bfloat16)
+        why = found.reason if isinstance(found, Unavailable) else "the processor has no AVX512_BF16"
+        obstacle = f"there are no CPU kernels for bfloat16: {why}"
+    _LOGGER.info("activations are float32, not bfloat16: %s", obstacle)
+    return jnp.dtype(jnp.float32)
+
+
+def find_model_kernels(dtype: jax.typing.DTypeLike) -> Kernels | None:
+    """The CPU kernels for a model with activations of `dtype`, if there are any.
+
+    All activations are held in float32. Of a bfloat16 model they are rounded for products with weights in bfloat16 and FP8,
+    where the processor multiplies so.
+    """
+    found = find_kernels()
+    return found.for_activations(dtype) if isinstance(found, Kernels) else None
 
 
 def prepare_for_cpu(model: M, kernels: Kernels | None) -> M:
-    """A module of its own that runs on a CPU in float32; `model` stays whole, and arrays that stay are shared.
+    """A module of its own that runs on a CPU; `model` stays whole, and arrays that stay are shared.
 
     Args:
       model: Of one device, its layers apart; or a part of one.
@@ -44,7 +81,7 @@ def copy_module(module: M) -> M:
 
 
 def use_kernels(module: nnx.Module, kernels: Kernels | None) -> None:
-    """Makes a module run on a CPU in float32, as `prepare_for_cpu`; it is changed in place."""
+    """Makes a module run on a CPU, as `prepare_for_cpu`; it is changed in place."""
     kept: set[int] = set()
     if kernels is not None:
         for user, weights in _find_users(module):

@@ -144,8 +144,8 @@ def stack_layers(layers: Sequence[M | LayerStack[M]]) -> list[LayerStack[M]]:
     shapes, with the sharding of one layer after the axis of layers. What is a stack already stays so.
     """
     stacks: list[LayerStack[M]] = []
-    for _, group in itertools.groupby(layers, key=_form):
-        own = list(group)
+    for group in group_layers(layers):
+        own = [layers[index] for index in group]
         if isinstance(own[0], LayerStack):
             stacks += cast(list[LayerStack[M]], own)
             continue
@@ -157,6 +157,19 @@ def stack_layers(layers: Sequence[M | LayerStack[M]]) -> list[LayerStack[M]]:
         ]
         stacks.append(LayerStack(nnx.merge(graphdef, nnx.from_flat_state(flat)), len(own)))
     return stacks
+
+
+def group_layers(layers: Sequence[nnx.Module], held: Sequence[object] | None = None) -> list[list[int]]:
+    """Which layers make a stack each: the numbers of neighbours of one form.
+
+    Args:
+      layers: Modules, whose arrays may be shapes. One form is the same structure of modules and arrays, the same shapes and
+        dtypes.
+      held: What else neighbours have in common: how the arrays of each layer are going to be held, if they are not so yet.
+    """
+    forms = [(_form(layer), None if held is None else held[index]) for index, layer in enumerate(layers)]
+    groups = itertools.groupby(range(len(layers)), key=forms.__getitem__)
+    return [list(group) for _, group in groups]
 
 
 def unstack_layers(layers: Sequence[M | LayerStack[M]]) -> list[M]:

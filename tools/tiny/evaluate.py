@@ -23,14 +23,13 @@ from rich.table import Table
 from step3_jax import resources
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
-from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.layout.count import count_parameters
 from step3_jax.layout.weight_form import QUANTIZATIONS
 from step3_jax.model.arrangement import Arrangement
-from step3_jax.model.cpu import prepare_for_cpu
+from step3_jax.model.cpu import find_model_kernels, prepare_for_cpu
 from step3_jax.text.tokenizer import Tokenizer
 from tools.tiny.evaluate_answers import Reply, ask_all, share_right, share_right_digits, share_right_functions
 from tools.tiny.evaluate_cases import load_sets
@@ -190,8 +189,7 @@ def evaluate(
     form = "stored" if quantise_activations else quantization
     loaded = load_model(model, "float32", quantization=form, arrangement=arrangement)
     if quantization != "none":
-        kernels = find_kernels()
-        loaded = prepare_for_cpu(loaded, kernels if isinstance(kernels, Kernels) else None)
+        loaded = prepare_for_cpu(loaded, find_model_kernels("float32"))
     llm = LLM(model, executor=Runner(loaded), dtype="float32", kv_cache_dtype=kv_cache_dtype, max_num_seqs=64)
     replies, titles = {}, {}
     for cases in load_sets(data):

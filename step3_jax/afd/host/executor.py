@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
@@ -25,13 +26,12 @@ from step3_jax.afd.payload import PayloadFormat
 from step3_jax.afd.placement import load_placed_model
 from step3_jax.afd.topology import AfdTopology
 from step3_jax.cache.paged import Cache, count_pages, empty_cache
-from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.engine.executor import Executor, Started, local_pages, num_copies
 from step3_jax.engine.state import DecodeCall, ExpertTokens, PrefillBatch, Report
 from step3_jax.layout.deployment import DEFAULT_DEADLINE_S, DEFAULT_MICROBATCHES, check_microbatches
 from step3_jax.layout.payload import choose_payload
 from step3_jax.layout.role import Role
-from step3_jax.model.cpu import copy_module, use_kernels, widen
+from step3_jax.model.cpu import copy_module, find_model_kernels, use_kernels, widen
 from step3_jax.model.layers import LayerStack
 from step3_jax.model.step3 import Step3
 from step3_jax.timeline.event import Event, Lane, Stage
@@ -266,8 +266,8 @@ def _prepare_sides(model: Step3, topology: AfdTopology) -> Step3:
     """
     own = copy_module(model)
     text = own.text
-    found = find_kernels() if "cpu" in (topology.devices[0].platform, topology.ffn_platform) else None
-    kernels = found if isinstance(found, Kernels) else None
+    is_on_cpu = "cpu" in (topology.devices[0].platform, topology.ffn_platform)
+    kernels = find_model_kernels(jnp.float32) if is_on_cpu else None
     layers = [layer.stacked if isinstance(layer, LayerStack) else layer for layer in text.layers]
     has_stacks = any(isinstance(layer, LayerStack) for layer in text.layers)
     attention = [text.embed_tokens, text.norm, text.lm_head, *(layer.attention for layer in layers)]
@@ -301,7 +301,7 @@ def load_host_executor(
     Args:
       path: Folder with `config.json` and the weights.
       topology: The devices.
-      dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
+      dtype: "float32" or "bfloat16"; if absent the configuration's. On a CPU it is float32.
       quantization: As for `load_placed_model`, and so is the next.
       load_format: See there.
       num_microbatches: As for `HostExecutor`, like the arguments that follow.

@@ -63,7 +63,7 @@ def load_program_executor(
     Args:
       path: Folder with `config.json` and the weights.
       topology: The devices of all processes.
-      dtype: "float32" or "bfloat16"; if absent the configuration's, but float32 on a CPU.
+      dtype: "float32" or "bfloat16"; if absent the configuration's. On a CPU it is float32.
       quantization: As for `load_placed_model`, and so is the next.
       load_format: See there.
       num_microbatches: As for `make_program_executor`.

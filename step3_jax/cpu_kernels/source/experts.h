@@ -25,19 +25,19 @@ typedef struct {
 
 typedef struct {
   Swiglu weights;
-  int64_t first, stop;  // its pairs
+  int64_t first, stop;  // its pairs of a token and an expert
   int64_t inner;        // where its inner activations start
   int64_t first_unit;   // in the first phase
 } Group;
 
 typedef struct {
   int64_t num_x, width;
-  const float* x;
+  Activations x;
   float* y;
   int64_t* tokens;  // of each pair
   float* factors;
-  const float** rows;        // of x, for each pair
-  const float** inner_rows;  // of `inner`
+  const void** rows[2];     // of x, for each pair: in float32, and rounded
+  const void** inner_rows;  // of `inner`, as the group's down projection takes them
   float* inner;
   Group* groups;
   int64_t first_group, stop_group;  // of this pass
@@ -59,19 +59,32 @@ static void combine(float* gate, const float* up, int64_t count) {
   }
 }
 
+static const void* const* find_rows(const Experts* all, const Matrix* matrix, int64_t pair) {
+  return all->rows[is_paired(matrix->form)] + pair;
+}
+
 static void run_inner(const Experts* all, int64_t unit) {
-  float up[ROW_BLOCK * MAX_UNIT_COLUMNS];
+  float gate[ROW_BLOCK * MAX_UNIT_COLUMNS], up[ROW_BLOCK * MAX_UNIT_COLUMNS];
   int64_t index = all->first_group;
   while (index + 1 < all->stop_group && unit >= all->groups[index + 1].first_unit) index++;
   const Group* group = &all->groups[index];
-  const int64_t size = group->weights.gate.num_rows;
+  const Swiglu* weights = &group->weights;
+  const int64_t size = weights->gate.num_rows;
   const int64_t first = (unit - group->first_unit) * all->unit_inner, stop = least(first + all->unit_inner, size);
+  const int64_t width = stop - first;
   for (int64_t pair = group->first; pair < group->stop; pair += ROW_BLOCK) {
     const int64_t count = least(ROW_BLOCK, group->stop - pair);
-    float* inner = all->inner + group->inner + (pair - group->first) * size + first;
-    multiply_rows(&group->weights.gate, first, stop, all->rows + pair, count, inner, size);
-    multiply_rows(&group->weights.up, first, stop, all->rows + pair, count, up, stop - first);
-    for (int64_t n = 0; n < count; n++) combine(inner + n * size, up + n * (stop - first), stop - first);
+    multiply_rows(&weights->gate, first, stop, find_rows(all, &weights->gate, pair), count, gate, width);
+    multiply_rows(&weights->up, first, stop, find_rows(all, &weights->up, pair), count, up, width);
+    for (int64_t n = 0; n < count; n++) {
+      combine(gate + n * width, up + n * width, width);
+      void* row = (void*)all->inner_rows[pair + n];
+      if (is_paired(weights->down.form)) {
+        round_row(gate + n * width, width, (uint16_t*)row + first);
+      } else {
+        memcpy((float*)row + first, gate + n * width, (size_t)width * sizeof(float));
+      }
+    }
   }
 }
 
@@ -154,7 +167,8 @@ static int run_groups(const XLA_FFI_CallFrame* frame, Experts* all, int64_t num_
       group->first_unit = num_units;
       num_units += (size + all->unit_inner - 1) / all->unit_inner;
       for (int64_t pair = group->first; pair < group->stop; pair++) {
-        all->inner_rows[pair] = all->inner + group->inner + (pair - group->first) * size;
+        const Activations inner = {all->inner + group->inner, all->inner + group->inner};
+        all->inner_rows[pair] = activation_row(&inner, is_paired(group->weights.down.form), pair - group->first, size);
       }
     }
     const int64_t units[MAX_PHASES] = {num_units, (all->width + all->unit_outer - 1) / all->unit_outer};
@@ -165,11 +179,26 @@ static int run_groups(const XLA_FFI_CallFrame* frame, Experts* all, int64_t num_
   return 1;
 }
 
-static int read_swiglu(const XLA_FFI_CallFrame* frame, int64_t* index, int64_t width, Swiglu* weights) {
-  return read_matrix(frame, index, width, &weights->gate) && read_matrix(frame, index, width, &weights->up) &&
-         weights->up.num_rows == weights->gate.num_rows &&
-         read_matrix(frame, index, weights->gate.num_rows, &weights->down) && weights->down.num_rows == width;
+// The three matrices of a SwiGLU, or three stacks of them. Returns NULL, or what is wrong.
+static const char* read_swiglu(Reader* reader, int64_t num_matrices, int64_t width, Swiglu* weights) {
+  const char* problem = read_matrix(reader, num_matrices, width, &weights->gate);
+  const int64_t up = reader->index;
+  if (!problem) problem = read_matrix(reader, num_matrices, width, &weights->up);
+  const int64_t down = reader->index;
+  if (!problem) problem = read_matrix(reader, num_matrices, weights->gate.num_rows, &weights->down);
+  if (problem) return problem;
+  if (weights->up.num_rows != weights->gate.num_rows) {
+    reader->index = up;
+    return "has not as many rows as the gate";
+  }
+  if (weights->down.num_rows != width) {
+    reader->index = down;
+    return "has not as many rows as the activations have columns";
+  }
+  return NULL;
 }
+
+static int has_pairs(const Swiglu* weights) { return is_paired(weights->gate.form) || is_paired(weights->up.form); }
 
 static Swiglu pick_expert(const Swiglu* stack, int64_t expert) {
   return (Swiglu){
@@ -189,14 +218,18 @@ static XLA_FFI_Error* run_mixture(const XLA_FFI_CallFrame* frame, const XLA_FFI_
   const int64_t num_x = x->dims[0], width = x->dims[1], num_routed = num_x * mixture->top_k;
   const int64_t num_pairs = num_routed + (mixture->has_shared ? num_x : 0);
   const int64_t most_groups = mixture->num_experts + 2 + num_pairs / MAX_GROUP_ROWS;
-  Experts all = {.num_x = num_x, .width = width, .x = x->data, .y = result(frame, 0)->data};
+  const int is_rounded =
+      (mixture->num_experts && has_pairs(&mixture->routed)) || (mixture->has_shared && has_pairs(&mixture->shared));
+  Experts all = {.num_x = num_x, .width = width, .y = result(frame, 0)->data};
+  int is_done = read_activations(x, is_rounded, &all.x);
   all.tokens = malloc(sizeof *all.tokens * (size_t)(num_pairs + 1));
   all.factors = malloc(sizeof *all.factors * (size_t)(num_pairs + 1));
-  all.rows = malloc(sizeof *all.rows * (size_t)(num_pairs + 1));
+  all.rows[0] = malloc(2 * sizeof *all.rows[0] * (size_t)(num_pairs + 1));
+  all.rows[1] = all.rows[0] + num_pairs;
   all.inner_rows = malloc(sizeof *all.inner_rows * (size_t)(num_pairs + 1));
   all.groups = malloc(sizeof *all.groups * (size_t)most_groups);
   int64_t* starts = calloc((size_t)mixture->num_experts + 2, sizeof *starts);
-  int is_done = all.tokens && all.factors && all.rows && all.inner_rows && all.groups && starts;
+  is_done = is_done && all.tokens && all.factors && all.rows[0] && all.inner_rows && all.groups && starts;
   if (is_done) {
     // A counting sort by expert; choices of an expert that is not here take no part.
     int64_t num_groups = 0, operations = 0, num_here = 0;
@@ -230,12 +263,17 @@ static XLA_FFI_Error* run_mixture(const XLA_FFI_CallFrame* frame, const XLA_FFI_
       num_here += num_x;
       operations += num_x * 3 * width * mixture->shared.gate.num_rows;
     }
-    for (int64_t place = 0; place < num_here; place++) all.rows[place] = all.x + all.tokens[place] * width;
+    for (int64_t place = 0; place < num_here; place++) {
+      for (int paired = 0; paired <= is_rounded; paired++) {
+        all.rows[paired][place] = activation_row(&all.x, paired, all.tokens[place], width);
+      }
+    }
     is_done = run_groups(frame, &all, num_groups, operations);
   }
   free(all.tokens);
   free(all.factors);
-  free(all.rows);
+  free(all.rows[0]);
+  free(all.x.rounded);
   free(all.inner_rows);
   free(all.groups);
   free(starts);
@@ -249,35 +287,37 @@ static int is_output_of(const XLA_FFI_CallFrame* frame, const XLA_FFI_Buffer* x)
 }
 
 // x [N, D], factors [N, top_k], experts [N, top_k], three stacks, and three matrices of a shared expert if there is one.
-static XLA_FFI_Error* run_experts(const XLA_FFI_CallFrame* frame) {
+static XLA_FFI_Error* run_experts(const XLA_FFI_CallFrame* frame, int rounds) {
+  const char* name = "step3_experts";
   const XLA_FFI_Buffer *x = argument(frame, 0), *factors = argument(frame, 1), *experts = argument(frame, 2);
   const XLA_FFI_Buffer* gate = argument(frame, 3);
-  if (!is_output_of(frame, x) || !factors || factors->dtype != XLA_FFI_DataType_F32 || factors->rank != 2 || !experts ||
-      experts->dtype != XLA_FFI_DataType_S32 || experts->rank != 2 || experts->dims[0] != x->dims[0] ||
-      factors->dims[0] != x->dims[0] || factors->dims[1] != experts->dims[1] || !gate || gate->rank != 3) {
-    return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "step3_experts was given other arrays than it takes");
+  if (!is_output_of(frame, x)) return refuse(frame, name, 0, "is not float32 [N, D] as the output is");
+  if (!experts || experts->dtype != XLA_FFI_DataType_S32 || experts->rank != 2 || experts->dims[0] != x->dims[0]) {
+    return refuse(frame, name, 2, "is not the experts' numbers, int32 [N, top_k]");
   }
+  if (!factors || factors->dtype != XLA_FFI_DataType_F32 || factors->rank != 2 ||
+      factors->dims[0] != x->dims[0] || factors->dims[1] != experts->dims[1]) {
+    return refuse(frame, name, 1, "is not a factor for each number, float32 [N, top_k]");
+  }
+  if (!gate || gate->rank != 3 || gate->dims[0] == 0) return refuse(frame, name, 3, "is not a stack of matrices");
   Mixture mixture = {
       .factors = factors->data, .experts = experts->data, .top_k = experts->dims[1], .num_experts = gate->dims[0]};
-  int64_t index = 3;
-  int is_known = read_swiglu(frame, &index, x->dims[1], &mixture.routed);
-  mixture.has_shared = index < frame->args.size;
-  if (is_known && mixture.has_shared) is_known = read_swiglu(frame, &index, x->dims[1], &mixture.shared);
-  if (!is_known) {
-    return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "step3_experts was given weights of unknown form");
-  }
-  return run_mixture(frame, x, &mixture);
+  Reader reader = {.frame = frame, .rounds = rounds, .index = 3};
+  const char* problem = read_swiglu(&reader, mixture.num_experts, x->dims[1], &mixture.routed);
+  mixture.has_shared = reader.index < frame->args.size;
+  if (!problem && mixture.has_shared) problem = read_swiglu(&reader, 0, x->dims[1], &mixture.shared);
+  return problem ? refuse(frame, name, reader.index, problem) : run_mixture(frame, x, &mixture);
 }
 
 // x [N, D] and the three matrices of one SwiGLU.
-static XLA_FFI_Error* run_swiglu(const XLA_FFI_CallFrame* frame) {
+static XLA_FFI_Error* run_swiglu(const XLA_FFI_CallFrame* frame, int rounds) {
+  const char* name = "step3_swiglu";
   const XLA_FFI_Buffer* x = argument(frame, 0);
+  if (!is_output_of(frame, x)) return refuse(frame, name, 0, "is not float32 [N, D] as the output is");
   Mixture mixture = {.has_shared = 1};
-  int64_t index = 1;
-  if (!is_output_of(frame, x) || !read_swiglu(frame, &index, x->dims[1], &mixture.shared)) {
-    return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "step3_swiglu was given weights of unknown form");
-  }
-  return run_mixture(frame, x, &mixture);
+  Reader reader = {.frame = frame, .rounds = rounds, .index = 1};
+  const char* problem = read_swiglu(&reader, 0, x->dims[1], &mixture.shared);
+  return problem ? refuse(frame, name, reader.index, problem) : run_mixture(frame, x, &mixture);
 }
 
 #endif

@@ -3,6 +3,9 @@
 #ifndef STEP3_FRAME_H_
 #define STEP3_FRAME_H_
 
+#include <stdio.h>
+#include <stdlib.h>
+
 #include "matrix.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -31,40 +34,74 @@ static XLA_FFI_Buffer* result(const XLA_FFI_CallFrame* frame, int64_t index) {
 
 static int64_t dimension(const XLA_FFI_Buffer* buffer, int64_t from_end) { return buffer->dims[buffer->rank - from_end]; }
 
-// A matrix, or a stack of them, from the arguments at *index: values, and scales where its form has them. *index moves
-// after them. Returns 0 for what no kernel takes. `matrix` is the first of the stack.
-static int read_matrix(const XLA_FFI_CallFrame* frame, int64_t* index, int64_t num_columns, Matrix* matrix) {
-  const XLA_FFI_Buffer* values = argument(frame, *index);
-  if (!values || values->rank < 2) return 0;
-  switch (values->dtype) {
-    case XLA_FFI_DataType_F32: matrix->form = FORM_F32; break;
-    case XLA_FFI_DataType_BF16: matrix->form = FORM_BF16; break;
-    case XLA_FFI_DataType_F8E4M3FN: matrix->form = FORM_FP8; break;
-    case XLA_FFI_DataType_S8: matrix->form = FORM_INT8; break;
-    case XLA_FFI_DataType_U8: matrix->form = FORM_INT4; break;
+// Refuses a call because of one of its arguments.
+static XLA_FFI_Error* refuse(const XLA_FFI_CallFrame* frame, const char* operation, int64_t index, const char* problem) {
+  char message[512], shape[160] = "";
+  const XLA_FFI_Buffer* buffer = argument(frame, index);
+  size_t used = 0;
+  for (int64_t i = 0; buffer && i < buffer->rank && used < sizeof shape; i++) {
+    used += (size_t)snprintf(shape + used, sizeof shape - used, i ? ", %lld" : "%lld", (long long)buffer->dims[i]);
+  }
+  snprintf(
+      message, sizeof message, "%s: argument %lld, [%s], %s", operation, (long long)index, buffer ? shape : "missing",
+      problem);
+  return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, message);
+}
+
+// Whether an array is `num_matrices` matrices; 0: one, without an axis for their number.
+static int is_stack(const XLA_FFI_Buffer* buffer, int64_t num_matrices) {
+  return num_matrices ? buffer->rank == 3 && buffer->dims[0] == num_matrices : buffer->rank == 2;
+}
+
+// What weights are read for.
+typedef struct {
+  const XLA_FFI_CallFrame* frame;
+  int rounds;     // activations to bfloat16 where it can
+  int64_t index;  // of the next argument; of the one that is wrong, once something is
+} Reader;
+
+static int find_form(XLA_FFI_DataType dtype, int rounds, Form* form) {
+  switch (dtype) {
+    case XLA_FFI_DataType_F32: *form = FORM_F32; return 1;
+    case XLA_FFI_DataType_BF16: *form = rounds ? FORM_BF16_PAIRS : FORM_BF16; return 1;
+    case XLA_FFI_DataType_F8E4M3FN: *form = rounds ? FORM_FP8_PAIRS : FORM_FP8; return 1;
+    case XLA_FFI_DataType_S8: *form = FORM_INT8; return 1;
+    case XLA_FFI_DataType_U8: *form = FORM_INT4; return 1;
     default: return 0;
   }
+}
+
+// A matrix, or a stack of them, from the next arguments: values, and scales where its form has them. `matrix` is the first
+// of the stack. Returns NULL, or what is wrong.
+static const char* read_matrix(Reader* reader, int64_t num_matrices, int64_t num_columns, Matrix* matrix) {
+  const XLA_FFI_Buffer* values = argument(reader->frame, reader->index);
+  if (!values || !find_form(values->dtype, reader->rounds, &matrix->form)) return "is of no form that is multiplied";
+  if (!is_stack(values, num_matrices)) return "has not as many matrices as the other weights";
   matrix->values = values->data;
   matrix->num_rows = dimension(values, 2);
   matrix->num_columns = num_columns;
   matrix->row_bytes = stored_bytes(matrix->form, num_columns);
   const int64_t stored_columns = matrix->form == FORM_INT4 ? matrix->row_bytes : num_columns;
-  if (dimension(values, 1) != stored_columns) return 0;
+  if (dimension(values, 1) != stored_columns) return "has not as many columns as what it is multiplied with";
   matrix->scales = NULL;
   matrix->scale_columns = 0;
   matrix->rows_per_scale = 1;
-  *index += 1;
-  if (!has_scales(matrix->form)) return 1;
-  const XLA_FFI_Buffer* scales = argument(frame, *index);
-  if (!scales || scales->rank < 2 || scales->dtype != XLA_FFI_DataType_F32) return 0;
+  reader->index += 1;
+  if (!has_scales(matrix->form)) return NULL;
+  const XLA_FFI_Buffer* scales = argument(reader->frame, reader->index);
+  if (!scales || scales->dtype != XLA_FFI_DataType_F32 || !is_stack(scales, num_matrices)) {
+    return "is not the scales, in float32, of as many matrices as the values before it";
+  }
   matrix->scales = scales->data;
   matrix->scale_columns = dimension(scales, 1);
   // One scale for each row, or for each GROUP rows.
   if (dimension(scales, 2) != matrix->num_rows) matrix->rows_per_scale = GROUP;
-  if (dimension(scales, 2) != (matrix->num_rows + matrix->rows_per_scale - 1) / matrix->rows_per_scale) return 0;
-  if (matrix->scale_columns != (num_columns + GROUP - 1) / GROUP) return 0;
-  *index += 1;
-  return 1;
+  if (dimension(scales, 2) != (matrix->num_rows + matrix->rows_per_scale - 1) / matrix->rows_per_scale ||
+      matrix->scale_columns != (num_columns + GROUP - 1) / GROUP) {
+    return "has not a scale for each block of the values before it";
+  }
+  reader->index += 1;
+  return NULL;
 }
 
 // One matrix of a stack.
@@ -74,6 +111,37 @@ static Matrix pick_matrix(Matrix stack, int64_t index) {
     stack.scales += index * ((stack.num_rows + stack.rows_per_scale - 1) / stack.rows_per_scale) * stack.scale_columns;
   }
   return stack;
+}
+
+// Rows of activations: the same in float32 and, for products in pairs, rounded to bfloat16.
+typedef struct {
+  const void* wide;
+  void* rounded;  // NULL if nothing is multiplied so
+} Activations;
+
+INLINE const void* activation_row(const Activations* x, int paired, int64_t row, int64_t num_columns) {
+  return paired ? (const void*)((const uint16_t*)x->rounded + row * num_columns)
+                : (const void*)((const float*)x->wide + row * num_columns);
+}
+
+// Rounds a row, or a part of one.
+INLINE void round_row(const float* from, int64_t count, uint16_t* to) {
+#if HAS_PAIRS
+  round_pairs(from, count, to);
+#else
+  (void)from, (void)count, (void)to;
+#endif
+}
+
+// Activations [N, K] for products of which some may be in pairs. Returns 0 without memory.
+static int read_activations(const XLA_FFI_Buffer* x, int has_pairs, Activations* read) {
+  const int64_t count = x->dims[0] * x->dims[1];
+  *read = (Activations){.wide = x->data};
+  if (!has_pairs) return 1;
+  read->rounded = malloc(sizeof(uint16_t) * (size_t)(count + 1));
+  if (!read->rounded) return 0;
+  round_row(x->data, count, read->rounded);
+  return 1;
 }
 
 // Rows of weights in a unit of work: enough bytes that taking it costs nothing, and units enough for all threads.

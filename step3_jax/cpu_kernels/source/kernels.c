@@ -2,7 +2,8 @@
 //
 // step3_products: x [N, K] with one or more matrices [O, K] -> one output [N, O] for each matrix.
 // step3_experts: the sum of the chosen experts' SwiGLU for each token.
-// Activations, sums and outputs are float32. See cpu_kernels/api.py for what may be given.
+// Activations, sums and outputs are float32. Those named _rounded round activations to bfloat16 before they meet weights in
+// bfloat16 or FP8. See cpu_kernels/api.py for what may be given.
 
 #include "experts.h"
 #include "frame.h"
@@ -13,7 +14,7 @@ enum { MAX_MATRICES = 8 };
 typedef struct {
   int num_matrices;
   int64_t num_x;
-  const float** x;
+  const void** x[2];  // rows in float32, and rounded
   int64_t unit_rows;
   int64_t first_unit[MAX_MATRICES + 1];
   Matrix matrices[MAX_MATRICES];
@@ -29,56 +30,84 @@ static void run_product(const void* job, int phase, int64_t unit) {
   const int64_t first = (unit - products->first_unit[index]) * products->unit_rows;
   const int64_t stop = first + products->unit_rows < matrix->num_rows ? first + products->unit_rows : matrix->num_rows;
   multiply_rows(
-      matrix, first, stop, products->x, products->num_x, products->outputs[index] + first, matrix->num_rows);
+      matrix, first, stop, products->x[is_paired(matrix->form)], products->num_x, products->outputs[index] + first,
+      matrix->num_rows);
 }
 
-XLA_FFI_Error* step3_products(XLA_FFI_CallFrame* frame) {
-  if (answer_metadata(frame)) return NULL;
-  if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return NULL;
+// Runs products that were read. Returns 0 without memory.
+static int share_products(const XLA_FFI_CallFrame* frame, Products* products, int64_t operations) {
   const XLA_FFI_Buffer* x = argument(frame, 0);
-  if (!x || x->rank != 2 || x->dtype != XLA_FFI_DataType_F32) {
-    return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "step3_products takes x as float32 [N, K]");
+  const int64_t num_columns = x->dims[1];
+  int64_t all_rows = 0;
+  int has_pairs = 0;
+  for (int i = 0; i < products->num_matrices; i++) {
+    all_rows += products->matrices[i].num_rows;
+    has_pairs |= is_paired(products->matrices[i].form);
   }
+  const int64_t num_threads = operations < MIN_SHARED_OPERATIONS ? 1 : count_threads(frame);
+  products->unit_rows = choose_unit_rows(all_rows, num_threads);
+  for (int i = 0; i < products->num_matrices; i++) {
+    const int64_t rows = products->matrices[i].num_rows;
+    products->first_unit[i + 1] = products->first_unit[i] + (rows + products->unit_rows - 1) / products->unit_rows;
+  }
+  Activations read;
+  int is_done = read_activations(x, has_pairs, &read);
+  const void** rows = malloc(2 * sizeof *rows * (size_t)(products->num_x + 1));
+  is_done = is_done && rows;
+  if (is_done) {
+    for (int paired = 0; paired <= has_pairs; paired++) {
+      products->x[paired] = rows + paired * products->num_x;
+      for (int64_t n = 0; n < products->num_x; n++) {
+        products->x[paired][n] = activation_row(&read, paired, n, num_columns);
+      }
+    }
+    is_done =
+        run_units(frame, num_threads, 1, &products->first_unit[products->num_matrices], run_product, products);
+  }
+  free(rows);
+  free(read.rounded);
+  return is_done;
+}
+
+static XLA_FFI_Error* run_products(const XLA_FFI_CallFrame* frame, int rounds) {
+  const char* name = "step3_products";
+  const XLA_FFI_Buffer* x = argument(frame, 0);
+  if (!x || x->rank != 2 || x->dtype != XLA_FFI_DataType_F32) return refuse(frame, name, 0, "is not float32 [N, K]");
   Products products = {.num_x = x->dims[0], .num_matrices = (int)frame->rets.size};
   const int64_t num_columns = x->dims[1];
   if (products.num_matrices > MAX_MATRICES) {
     return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "step3_products was given too many matrices");
   }
-  int64_t index = 1, operations = 0, all_rows = 0;
+  Reader reader = {.frame = frame, .rounds = rounds, .index = 1};
+  int64_t operations = 0;
   for (int i = 0; i < products.num_matrices; i++) {
     Matrix* matrix = &products.matrices[i];
     const XLA_FFI_Buffer* out = result(frame, i);
-    if (!read_matrix(frame, &index, num_columns, matrix) || out->dtype != XLA_FFI_DataType_F32 || out->rank != 2 ||
-        out->dims[0] != products.num_x || out->dims[1] != matrix->num_rows) {
-      return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "step3_products was given a matrix of unknown form");
+    const char* problem = read_matrix(&reader, 0, num_columns, matrix);
+    if (problem) return refuse(frame, name, reader.index, problem);
+    if (out->dtype != XLA_FFI_DataType_F32 || out->rank != 2 || out->dims[0] != products.num_x ||
+        out->dims[1] != matrix->num_rows) {
+      return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "step3_products has outputs of other sizes");
     }
     products.outputs[i] = out->data;
-    all_rows += matrix->num_rows;
     operations += matrix->num_rows * num_columns * products.num_x;
   }
-  const int64_t num_threads = operations < MIN_SHARED_OPERATIONS ? 1 : count_threads(frame);
-  products.unit_rows = choose_unit_rows(all_rows, num_threads);
-  for (int i = 0; i < products.num_matrices; i++) {
-    const int64_t rows = products.matrices[i].num_rows;
-    products.first_unit[i + 1] = products.first_unit[i] + (rows + products.unit_rows - 1) / products.unit_rows;
+  if (share_products(frame, &products, operations)) return NULL;
+  return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "no memory for a product");
+}
+
+#define OPERATION(NAME, RUN, ROUNDS) \
+  XLA_FFI_Error* NAME(XLA_FFI_CallFrame* frame) { \
+    if (answer_metadata(frame)) return NULL; \
+    if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return NULL; \
+    return RUN(frame, ROUNDS); \
   }
-  products.x = malloc(sizeof *products.x * (size_t)(products.num_x + 1));
-  if (!products.x) return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "no memory for a product");
-  for (int64_t n = 0; n < products.num_x; n++) products.x[n] = (const float*)x->data + n * num_columns;
-  const int is_done =
-      run_units(frame, num_threads, 1, &products.first_unit[products.num_matrices], run_product, &products);
-  free(products.x);
-  return is_done ? NULL : fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "no memory for a product");
-}
 
-XLA_FFI_Error* step3_experts(XLA_FFI_CallFrame* frame) {
-  if (answer_metadata(frame)) return NULL;
-  if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return NULL;
-  return run_experts(frame);
-}
-
-XLA_FFI_Error* step3_swiglu(XLA_FFI_CallFrame* frame) {
-  if (answer_metadata(frame)) return NULL;
-  if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return NULL;
-  return run_swiglu(frame);
-}
+OPERATION(step3_products, run_products, 0)
+OPERATION(step3_swiglu, run_swiglu, 0)
+OPERATION(step3_experts, run_experts, 0)
+#if HAS_PAIRS
+OPERATION(step3_products_rounded, run_products, 1)
+OPERATION(step3_swiglu_rounded, run_swiglu, 1)
+OPERATION(step3_experts_rounded, run_experts, 1)
+#endif

@@ -63,6 +63,66 @@ INLINE void widen_int4(const uint8_t* unit, int column, Lanes out[2]) {
   out[1] = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(wide, 4), zero));
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define HAS_PAIRS 1
+
+// STEP columns in bfloat16.
+typedef __m512i Pairs;
+
+INLINE Pairs load_pairs(const void* from) { return _mm512_loadu_si512(from); }
+INLINE void store_pairs(void* to, Pairs pairs) { _mm512_storeu_si512(to, pairs); }
+
+// Lane j of `sum` with the products of columns 2 j and 2 j + 1 added.
+INLINE Lanes multiply_pairs(Pairs a, Pairs b, Lanes sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+// `count` values rounded to bfloat16.
+INLINE void round_pairs(const float* from, int64_t count, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + 2 * LANES <= count; i += 2 * LANES) {
+    store_pairs(to + i, (__m512i)_mm512_cvtne2ps_pbh(load(from + i + LANES), load(from + i)));
+  }
+  if (i < count) {
+    float rest[2 * LANES] = {0};
+    uint16_t rounded[2 * LANES];
+    memcpy(rest, from + i, (size_t)(count - i) * sizeof(float));
+    store_pairs(rounded, (__m512i)_mm512_cvtne2ps_pbh(load(rest + LANES), load(rest)));
+    memcpy(to + i, rounded, (size_t)(count - i) * sizeof(uint16_t));
+  }
+}
+
+// The bits in bfloat16 of an e4m3 code without its sign; NaN stays NaN.
+#define FP8_BITS(CODE) \
+  ((CODE) == 0x7F ? 0x7FC0 \
+   : (CODE) >= 8 ? ((CODE) << 4) + 0x3C00 \
+   : (CODE) >= 4 ? 0x3C00 + ((CODE) - 4) * 0x20 \
+   : (CODE) >= 2 ? 0x3B80 + ((CODE) - 2) * 0x40 \
+                 : (CODE) * 0x3B00)
+#define LOW_BYTE(CODE) FP8_BITS(CODE) & 0xFF
+#define HIGH_BYTE(CODE) FP8_BITS(CODE) >> 8
+#define LIST_4(WHAT, CODE) WHAT(CODE), WHAT(CODE + 1), WHAT(CODE + 2), WHAT(CODE + 3)
+#define LIST_16(WHAT, CODE) \
+  LIST_4(WHAT, CODE), LIST_4(WHAT, CODE + 4), LIST_4(WHAT, CODE + 8), LIST_4(WHAT, CODE + 12)
+#define LIST_64(WHAT, CODE) \
+  LIST_16(WHAT, CODE), LIST_16(WHAT, CODE + 16), LIST_16(WHAT, CODE + 32), LIST_16(WHAT, CODE + 48)
+#define TWICE(INDEX) (INDEX) / 2
+static const uint8_t fp8_low_bytes[128] __attribute__((aligned(64))) = {LIST_64(LOW_BYTE, 0), LIST_64(LOW_BYTE, 64)};
+static const uint8_t fp8_high_bytes[128] __attribute__((aligned(64))) = {LIST_64(HIGH_BYTE, 0), LIST_64(HIGH_BYTE, 64)};
+static const uint8_t each_twice[64] __attribute__((aligned(64))) = {LIST_64(TWICE, 0)};
+
+// Each code stands twice: the even places become the low bytes, the odd ones the high bytes.
+INLINE Pairs widen_fp8_pairs(const uint8_t* from) {
+  const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+  const __m512i codes = _mm512_permutexvar_epi8(load_pairs(each_twice), bytes);
+  __m512i pairs = _mm512_mask2_permutex2var_epi8(
+      load_pairs(fp8_low_bytes), codes, 0x5555555555555555, load_pairs(fp8_low_bytes + 64));
+  pairs = _mm512_mask2_permutex2var_epi8(
+      load_pairs(fp8_high_bytes), pairs, 0xAAAAAAAAAAAAAAAA, load_pairs(fp8_high_bytes + 64));
+  // With the sign of each: a | (b & c).
+  return _mm512_ternarylogic_epi32(pairs, codes, _mm512_set1_epi16((short)0x8000), 0xF8);
+}
+
+#endif
+
 #elif defined(__AVX2__)
 
 enum { LANES = 8, TILE_ROWS = 3 };
@@ -157,6 +217,11 @@ INLINE void widen_int4(const uint8_t* unit, int column, Lanes out[2]) {
   }
 }
 
+#endif
+
+// Whether pairs of columns in bfloat16 are multiplied in one instruction.
+#ifndef HAS_PAIRS
+#define HAS_PAIRS 0
 #endif
 
 // The sums over the lanes of four vectors, each in the same order.

@@ -1,104 +1,25 @@
-// Weights as they are stored, and the product of rows of activations with some of their rows.
+// The product of rows of activations with some rows of a matrix.
 //
 // The sum of an output goes over blocks of COLUMN_BLOCK columns. In a block, lane j sums columns j, j + LANES, ... one after
 // the other; then the lanes are summed, and the block's sum is added to the output. That order is the same for one row of
 // activations and for many, whatever is computed beside it and by how many threads: only blocking and the order of outputs
-// change. A weight is value * scale rounded to float32, as the reference has it.
+// change. Rows of activations are float32, or bfloat16 for the forms that are multiplied in pairs.
 
 #ifndef STEP3_MATRIX_H_
 #define STEP3_MATRIX_H_
 
-#include "lanes.h"
-
-// FORM_PANEL is what other forms are widened to: TILE_COLUMNS rows of float32, interleaved vector by vector.
-typedef enum { FORM_F32, FORM_BF16, FORM_FP8, FORM_INT8, FORM_INT4, FORM_PANEL } Form;
-
-enum {
-  STEP = 2 * LANES,     // columns that are widened at once
-  GROUP = 128,          // columns that share a scale
-  INT4_UNIT = 32,       // columns of 16 packed bytes
-  COLUMN_BLOCK = 1024,  // widened weights of a tile stay in the first cache
-  MAX_DIRECT_ROWS = 2 * TILE_ROWS,
-  ROW_BLOCK = 96,       // activations of so many rows and COLUMN_BLOCK columns stay in the second cache
-};
-
-typedef struct {
-  Form form;
-  int64_t num_rows, num_columns;
-  int64_t row_bytes;
-  const uint8_t* values;
-  const float* scales;  // NULL for FORM_F32 and FORM_BF16
-  int64_t scale_columns;
-  int64_t rows_per_scale;
-} Matrix;
-
-// Bytes of `columns` stored columns.
-INLINE int64_t stored_bytes(Form form, int64_t columns) {
-  switch (form) {
-    case FORM_F32: return 4 * columns;
-    case FORM_BF16: return 2 * columns;
-    case FORM_INT4: return (columns + INT4_UNIT - 1) / INT4_UNIT * (INT4_UNIT / 2);
-    default: return columns;
-  }
-}
-
-// STEP columns of one row from `column` on, a multiple of STEP; without the scale.
-INLINE void widen(Form form, const uint8_t* row, int64_t column, Lanes out[2]) {
-  switch (form) {
-    case FORM_F32:
-      out[0] = load((const float*)row + column);
-      out[1] = load((const float*)row + column + LANES);
-      break;
-    case FORM_PANEL: break;  // see add_step
-    case FORM_BF16: widen_bf16(row + 2 * column, out); break;
-    case FORM_FP8: widen_fp8(row + column, out); break;
-    case FORM_INT8: widen_int8(row + column, out); break;
-    case FORM_INT4:
-      widen_int4(row + column / INT4_UNIT * (INT4_UNIT / 2), column % INT4_UNIT != 0, out);
-      break;
-  }
-}
-
-INLINE int has_scales(Form form) { return form == FORM_FP8 || form == FORM_INT8 || form == FORM_INT4; }
-
-// The factor of a stored value in the group of `column`. FP8 is widened to value / 256.
-INLINE Lanes find_scale(Form form, const float* scales, int64_t column) {
-  return fill(form == FORM_FP8 ? scales[column / GROUP] * 256.0f : scales[column / GROUP]);
-}
-
-// Rows of weights that a tile multiplies with: where each one starts, and its scales.
-typedef struct {
-  const uint8_t* rows[TILE_COLUMNS];
-  const float* scales[TILE_COLUMNS];
-} TileWeights;
-
-INLINE TileWeights pick_weights(const Matrix* matrix, int64_t first, int64_t stop) {
-  TileWeights picked;
-  for (int i = 0; i < TILE_COLUMNS; i++) {
-    // After the last row it is repeated, and the output dropped.
-    const int64_t row = first + i < stop ? first + i : stop - 1;
-    picked.rows[i] = matrix->values + row * matrix->row_bytes;
-    picked.scales[i] = matrix->scales ? matrix->scales + row / matrix->rows_per_scale * matrix->scale_columns : NULL;
-  }
-  return picked;
-}
-
-// The stored bytes of the columns from `column` on, fewer than STEP, and zeros after them. `widen` takes it as column 0.
-INLINE void copy_rest(Form form, const uint8_t* row, int64_t column, int64_t num_columns, uint8_t out[STEP * 4]) {
-  memset(out, 0, STEP * 4);
-  const int64_t from = stored_bytes(form, column);
-  memcpy(out, row + from, (size_t)(stored_bytes(form, num_columns) - from));
-}
+#include "pairs.h"
+#include "weights.h"
 
 // Adds STEP columns to the accumulators.
 INLINE void add_step(
-    Form form, int rows, const TileWeights* weights, int64_t column, const float* const* x, int64_t x_column,
+    Form form, int rows, const TileWeights* weights, int64_t column, const void* const* x, int64_t x_column,
     const Lanes scales[TILE_COLUMNS], Lanes sums[][TILE_COLUMNS]) {
   if (form == FORM_PANEL) {
     // Vector by vector, so that what all columns are multiplied with stays in registers.
     UNROLL for (int half = 0; half < 2; half++) {
       Lanes values[TILE_ROWS];
-      UNROLL for (int r = 0; r < rows; r++) values[r] = load(x[r] + x_column + half * LANES);
+      UNROLL for (int r = 0; r < rows; r++) values[r] = load((const float*)x[r] + x_column + half * LANES);
       UNROLL for (int i = 0; i < TILE_COLUMNS; i++) {
         const Lanes weight = load((const float*)weights->rows[i] + (column + half * LANES) * TILE_COLUMNS);
         UNROLL for (int r = 0; r < rows; r++) sums[r][i] = multiply_add(values[r], weight, sums[r][i]);
@@ -114,25 +35,16 @@ INLINE void add_step(
       wide[1] = wide[1] * scales[i];
     }
     UNROLL for (int r = 0; r < rows; r++) {
-      sums[r][i] = multiply_add(load(x[r] + x_column), wide[0], sums[r][i]);
-      sums[r][i] = multiply_add(load(x[r] + x_column + LANES), wide[1], sums[r][i]);
+      sums[r][i] = multiply_add(load((const float*)x[r] + x_column), wide[0], sums[r][i]);
+      sums[r][i] = multiply_add(load((const float*)x[r] + x_column + LANES), wide[1], sums[r][i]);
     }
-  }
-}
-
-// Fetches the next tile's columns ahead: rows of narrow weights are too short for the processor to see where they lead. Wide
-// ones are read best without (measured on Zen 5: 0.97 of a plain sum's rate against 0.65).
-INLINE void prefetch(Form form, const uint8_t* row, int64_t column, int64_t stop, int64_t distance) {
-  if (form == FORM_F32) return;
-  for (int64_t byte = stored_bytes(form, column); byte < stored_bytes(form, stop); byte += 64) {
-    __builtin_prefetch(row + byte + distance, 0, 2);
   }
 }
 
 // The sums of `rows` rows with TILE_COLUMNS rows of weights over the columns [start, stop) of one block. With FORM_PANEL
 // the weights' column 0 is `start`.
 INLINE void sum_tile(
-    Form form, int rows, const TileWeights* weights, const float* const* x, int64_t start, int64_t stop,
+    Form form, int rows, const TileWeights* weights, const void* const* x, int64_t start, int64_t stop,
     int64_t num_columns, int64_t prefetch_bytes, float out[][TILE_COLUMNS]) {
   Lanes sums[TILE_ROWS][TILE_COLUMNS], scales[TILE_COLUMNS];
   UNROLL for (int r = 0; r < rows; r++) {
@@ -155,12 +67,12 @@ INLINE void sum_tile(
   if (whole < stop) {
     // The last columns of all: both sides with zeros after them.
     float rest[TILE_ROWS][STEP];
-    const float* rest_x[TILE_ROWS];
+    const void* rest_x[TILE_ROWS];
     uint8_t bytes[TILE_COLUMNS][STEP * 4];
     TileWeights last = *weights;
     UNROLL for (int r = 0; r < rows; r++) {
       memset(rest[r], 0, sizeof rest[r]);
-      memcpy(rest[r], x[r] + whole, (size_t)(stop - whole) * sizeof(float));
+      memcpy(rest[r], (const float*)x[r] + whole, (size_t)(stop - whole) * sizeof(float));
       rest_x[r] = rest[r];
     }
     if (form == FORM_PANEL) {  // it has zeros there
@@ -180,37 +92,51 @@ INLINE void sum_tile(
   UNROLL for (int r = 0; r < rows; r++) sum_lanes(sums[r], out[r]);
 }
 
-// A tile of up to TILE_ROWS rows.
-static void sum_rows(
-    Form form, int rows, const TileWeights* weights, const float* const* x, int64_t start, int64_t stop,
-    int64_t num_columns, int64_t prefetch_bytes, float out[][TILE_COLUMNS]);
-
-#define SUM_ROWS(FORM, ROWS) \
-  case ROWS: sum_tile(FORM, ROWS, weights, x, start, stop, num_columns, prefetch_bytes, out); break;
+#define SUM_ROWS(SUM, FORM, ROWS) \
+  case ROWS: SUM(FORM, ROWS, weights, x, start, stop, num_columns, prefetch_bytes, out); break;
+#define SUM_THREE_ROWS(SUM, FORM) SUM_ROWS(SUM, FORM, 1) SUM_ROWS(SUM, FORM, 2) SUM_ROWS(SUM, FORM, 3)
+#define SUM_FOUR_ROWS(SUM, FORM) SUM_THREE_ROWS(SUM, FORM) SUM_ROWS(SUM, FORM, 4)
+#define SUM_SIX_ROWS(SUM, FORM) SUM_FOUR_ROWS(SUM, FORM) SUM_ROWS(SUM, FORM, 5) SUM_ROWS(SUM, FORM, 6)
 #if defined(__AVX512BW__)
-#define SUM_ALL_ROWS(FORM) \
-  SUM_ROWS(FORM, 1) SUM_ROWS(FORM, 2) SUM_ROWS(FORM, 3) SUM_ROWS(FORM, 4) SUM_ROWS(FORM, 5) SUM_ROWS(FORM, 6)
+#define SUM_ALL_ROWS(FORM) SUM_SIX_ROWS(sum_tile, FORM)
 #elif defined(__AVX2__)
-#define SUM_ALL_ROWS(FORM) SUM_ROWS(FORM, 1) SUM_ROWS(FORM, 2) SUM_ROWS(FORM, 3)
+#define SUM_ALL_ROWS(FORM) SUM_THREE_ROWS(sum_tile, FORM)
 #else
-#define SUM_ALL_ROWS(FORM) SUM_ROWS(FORM, 1) SUM_ROWS(FORM, 2)
+#define SUM_ALL_ROWS(FORM) SUM_ROWS(sum_tile, FORM, 1) SUM_ROWS(sum_tile, FORM, 2)
 #endif
-#define SUM_FORM(FORM) \
+#define SUM_FORM(FORM, ALL_ROWS) \
   case FORM: \
-    switch (rows) { SUM_ALL_ROWS(FORM) } \
+    switch (rows) { ALL_ROWS } \
     break;
 
+// A tile of up to `count_tile_rows` rows.
 static void sum_rows(
-    Form form, int rows, const TileWeights* weights, const float* const* x, int64_t start, int64_t stop,
+    Form form, int rows, const TileWeights* weights, const void* const* x, int64_t start, int64_t stop,
     int64_t num_columns, int64_t prefetch_bytes, float out[][TILE_COLUMNS]) {
   switch (form) {
-    SUM_FORM(FORM_F32)
-    SUM_FORM(FORM_BF16)
-    SUM_FORM(FORM_FP8)
-    SUM_FORM(FORM_INT8)
-    SUM_FORM(FORM_INT4)
-    SUM_FORM(FORM_PANEL)
+    SUM_FORM(FORM_F32, SUM_ALL_ROWS(FORM_F32))
+    SUM_FORM(FORM_BF16, SUM_ALL_ROWS(FORM_BF16))
+    SUM_FORM(FORM_FP8, SUM_ALL_ROWS(FORM_FP8))
+    SUM_FORM(FORM_INT8, SUM_ALL_ROWS(FORM_INT8))
+    SUM_FORM(FORM_INT4, SUM_ALL_ROWS(FORM_INT4))
+    SUM_FORM(FORM_PANEL, SUM_ALL_ROWS(FORM_PANEL))
+#if HAS_PAIRS
+    SUM_FORM(FORM_BF16_PAIRS, SUM_SIX_ROWS(sum_pairs, FORM_BF16_PAIRS))
+    SUM_FORM(FORM_FP8_PAIRS, SUM_FOUR_ROWS(sum_pairs, FORM_FP8_PAIRS))
+    SUM_FORM(FORM_PANEL_PAIRS, SUM_FOUR_ROWS(sum_pairs, FORM_PANEL_PAIRS))
+#endif
+    default: break;
   }
+}
+
+// Rows of activations whose sums with TILE_COLUMNS rows of weights stay in registers.
+static int count_tile_rows(Form form) {
+#if HAS_PAIRS
+  if (is_paired(form)) return form == FORM_BF16_PAIRS ? PAIRED_ROWS : PAIRED_SCALED_ROWS;
+#else
+  (void)form;
+#endif
+  return TILE_ROWS;
 }
 
 INLINE void store_panel(Form form, const uint8_t* row, int64_t column, Lanes scale, float* to) {
@@ -250,22 +176,34 @@ INLINE void fill_panel_of(
   }
 }
 
-static void fill_panel(
-    Form form, const TileWeights* weights, int64_t start, int64_t stop, int64_t num_columns, int64_t distance,
-    float* panel) {
+// Widens a tile's columns [start, stop) to `panel`, and points the tile there. Returns the form that they have then. What
+// is multiplied as it is stays where it is.
+static Form fill_panel(
+    Form form, TileWeights* weights, int64_t start, int64_t stop, int64_t num_columns, int64_t distance, float* panel) {
+  Form made = FORM_PANEL;
+  int64_t row_bytes = sizeof(Lanes);
   switch (form) {
     case FORM_F32: fill_panel_of(FORM_F32, weights, start, stop, num_columns, distance, panel); break;
     case FORM_BF16: fill_panel_of(FORM_BF16, weights, start, stop, num_columns, distance, panel); break;
     case FORM_FP8: fill_panel_of(FORM_FP8, weights, start, stop, num_columns, distance, panel); break;
     case FORM_INT8: fill_panel_of(FORM_INT8, weights, start, stop, num_columns, distance, panel); break;
     case FORM_INT4: fill_panel_of(FORM_INT4, weights, start, stop, num_columns, distance, panel); break;
-    case FORM_PANEL: break;
+#if HAS_PAIRS
+    case FORM_FP8_PAIRS:
+      fill_pairs(weights, start, stop, num_columns, distance, (uint8_t*)panel);
+      made = FORM_PANEL_PAIRS;
+      row_bytes = sizeof(Pairs);
+      break;
+#endif
+    default: return form;
   }
+  for (int i = 0; i < TILE_COLUMNS; i++) weights->rows[i] = (const uint8_t*)panel + i * row_bytes;
+  return made;
 }
 
 // Adds the sums of one tile over the columns [start, end) to the outputs; the first block overwrites them.
 INLINE void add_tile(
-    Form form, const Matrix* matrix, const TileWeights* weights, const float* const* x, int rows, int64_t start,
+    Form form, const Matrix* matrix, const TileWeights* weights, const void* const* x, int rows, int64_t start,
     int64_t end, int64_t prefetch_bytes, int valid, float* out, int64_t out_stride) {
   float sums[TILE_ROWS][TILE_COLUMNS];
   sum_rows(form, rows, weights, x, start, end, matrix->num_columns, prefetch_bytes, sums);
@@ -279,23 +217,25 @@ INLINE void add_tile(
   }
 }
 
-// out[n][row - first] = the product of x[n] with the matrix's rows [first, stop).
+// out[n][row - first] = the product of x[n] with the matrix's rows [first, stop). `x` has rows of bfloat16 where the form
+// is one of pairs, else of float32.
 //
-// Up to MAX_DIRECT_ROWS rows are multiplied while the weights are widened, TILE_ROWS at a time: a tile's weights come from
-// memory once, then from the first cache. For more, the weights of a tile are widened once for ROW_BLOCK rows, to a panel
-// that stays in the first cache.
+// Two tiles of rows are multiplied while the weights are widened: a tile's weights come from memory once, then from the
+// first cache. For more, the weights of a tile are widened once for ROW_BLOCK rows, to a panel that stays in the first
+// cache.
 static void multiply_rows(
-    const Matrix* matrix, int64_t first, int64_t stop, const float* const* x, int64_t num_x, float* out,
+    const Matrix* matrix, int64_t first, int64_t stop, const void* const* x, int64_t num_x, float* out,
     int64_t out_stride) {
   const int64_t columns = matrix->num_columns, distance = TILE_COLUMNS * matrix->row_bytes;
-  if (num_x <= MAX_DIRECT_ROWS) {
+  const int tile_rows = count_tile_rows(matrix->form);
+  if (num_x <= 2 * tile_rows) {
     for (int64_t row = first; row < stop; row += TILE_COLUMNS) {
       const TileWeights weights = pick_weights(matrix, row, stop);
       const int valid = stop - row < TILE_COLUMNS ? (int)(stop - row) : TILE_COLUMNS;
       for (int64_t start = 0; start < columns; start += COLUMN_BLOCK) {
         const int64_t end = start + COLUMN_BLOCK < columns ? start + COLUMN_BLOCK : columns;
-        for (int64_t n = 0; n < num_x; n += TILE_ROWS) {
-          const int rows = num_x - n < TILE_ROWS ? (int)(num_x - n) : TILE_ROWS;
+        for (int64_t n = 0; n < num_x; n += tile_rows) {
+          const int rows = num_x - n < tile_rows ? (int)(num_x - n) : tile_rows;
           add_tile(
               matrix->form, matrix, &weights, x + n, rows, start, end, n == 0 ? distance : 0, valid,
               out + n * out_stride + (row - first), out_stride);
@@ -312,13 +252,12 @@ static void multiply_rows(
       for (int64_t row = first; row < stop; row += TILE_COLUMNS) {
         TileWeights weights = pick_weights(matrix, row, stop);
         const int valid = stop - row < TILE_COLUMNS ? (int)(stop - row) : TILE_COLUMNS;
-        fill_panel(matrix->form, &weights, start, end, columns, distance, panel);
-        for (int i = 0; i < TILE_COLUMNS; i++) weights.rows[i] = (const uint8_t*)(panel + i * LANES);
-        for (int64_t n = block; n < block_end; n += TILE_ROWS) {
-          const int rows = block_end - n < TILE_ROWS ? (int)(block_end - n) : TILE_ROWS;
+        const Form form = fill_panel(matrix->form, &weights, start, end, columns, distance, panel);
+        for (int64_t n = block; n < block_end; n += tile_rows) {
+          const int rows = block_end - n < tile_rows ? (int)(block_end - n) : tile_rows;
           add_tile(
-              FORM_PANEL, matrix, &weights, x + n, rows, start, end, 0, valid, out + n * out_stride + (row - first),
-              out_stride);
+              form, matrix, &weights, x + n, rows, start, end, form == matrix->form && n == block ? distance : 0, valid,
+              out + n * out_stride + (row - first), out_stride);
         }
       }
     }

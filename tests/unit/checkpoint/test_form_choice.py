@@ -55,3 +55,9 @@ def test_shards_of_emulated_devices_are_widened() -> None:
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="quantization is 'fp4'; allowed: auto, none, stored, fp8, int8, int4"):
         choose("fp4")
+
+
+def test_the_message_says_what_the_kernels_multiply_in() -> None:
+    for products in ("float32", "bfloat16"):
+        found = choose_form("stored", CPU, cpu_obstacle=None, has_fp8=True, products=products)
+        assert found.reason == f"as stored, CPU kernels multiply them in {products}"

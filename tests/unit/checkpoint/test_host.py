@@ -17,6 +17,7 @@ from step3_jax.checkpoint import load, reader
 from step3_jax.checkpoint.load import load_model
 from step3_jax.checkpoint.memory import anonymous_bytes
 from step3_jax.checkpoint.names import expected_tensors, is_fp8_tensor, parameters_of, released_name
+from step3_jax.checkpoint.quantised import QuantisedParts
 from step3_jax.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
 from step3_jax.config import ModelConfig, QuantConfig
 from step3_jax.cpu_kernels.loader import Kernels, Unavailable
@@ -154,3 +155,11 @@ def test_too_little_memory_is_said_with_the_form_and_both_sizes(goldens, monkeyp
         ValueError, match=r"take .*B of memory \(widened, without CPU kernels \(no C compiler.*1\.0 kB are left"
     ):
         load_model(goldens / "tiny_fp8", "float32")
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
+def test_what_is_quantised_here_is_not_copied_again(form):
+    parts = QuantisedParts.empty(form, (3, 256, 256), (128, 128))
+    parts.values[:], parts.scales[:] = np.zeros((), parts.values.dtype), 1
+    for array, placed in zip((parts.values, parts.scales), jax.tree.leaves(parts.place(None)), strict=True):
+        assert placed.unsafe_buffer_pointer() == array.ctypes.data

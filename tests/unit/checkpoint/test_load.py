@@ -66,6 +66,23 @@ def test_every_problem_is_reported_at_once(copy):
     )
 
 
+def test_stacks_of_experts_that_disagree_are_refused_before_anything_is_read(copy, monkeypatch):
+    def change(tensors):
+        moe = "model.layers.1.moe."
+        tensors[f"{moe}up_proj.weight"] = tensors[f"{moe}up_proj.weight"][:-1]
+        tensors[f"{moe}down_proj.weight_scale_inv"] = tensors[f"{moe}down_proj.weight_scale_inv"][:-1]
+        tensors[f"{moe}gate_proj.weight_scale_inv"] = tensors[f"{moe}gate_proj.weight_scale_inv"].repeat(2, axis=1)
+
+    monkeypatch.setattr(load, "_fill", lambda *_, **__: pytest.fail("it is read"))
+    check_error(
+        copy("tiny_fp8", change),
+        "3 tensors of the wrong shape",
+        "moe.up_proj.weight is [",
+        "moe.down_proj.weight_scale_inv is [",
+        "moe.gate_proj.weight_scale_inv is [",
+    )
+
+
 def test_no_vision_tensor_gives_a_text_only_model(goldens):
     model = load_model(goldens / "tiny_text")
     assert model.config.vision is None

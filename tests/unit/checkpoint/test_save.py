@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from step3_jax.checkpoint import save
 from step3_jax.checkpoint.load import load_model
 from step3_jax.checkpoint.names import expected_scales, expected_tensors
+from step3_jax.checkpoint.safetensors_io import LazyArray
 from step3_jax.checkpoint.save import save_model
 from step3_jax.checkpoint.shards import Checkpoint
 from step3_jax.config import ModelConfig
@@ -65,6 +67,32 @@ def test_quantised_save_has_the_fp8_layout_and_is_stable(text_model, tmp_path):
     found = np.asarray(up.text.layers[1].ffn.moe.up_proj[...])
     wanted = np.asarray(was.text.layers[1].ffn.moe.up_proj[...])
     assert np.abs(found - wanted).max() <= np.abs(wanted).max() / 16
+
+
+
+
+@pytest.mark.parametrize("quantise_fp8", [False, True])
+def test_weights_are_written_in_bands_and_are_the_same(text_model, tmp_path, monkeypatch, quantise_fp8):
+    save_model(text_model, tmp_path / "whole", dtype="bfloat16", quantise_fp8=quantise_fp8)
+    monkeypatch.setattr(save, "BAND_BYTES", 2000)
+    sizes = []
+    # One row of the widest matrix, or of blocks, takes more.
+    widest = max(shape[-1] for shape in expected_tensors(text_model.config).values())
+    written = LazyArray.__init__
+
+    def init(self, shape, dtype, pieces):
+        def watched():
+            for piece in pieces():
+                sizes.append(piece.nbytes)
+                yield piece
+
+        written(self, shape, dtype, watched)
+
+    monkeypatch.setattr(LazyArray, "__init__", init)
+    save_model(text_model, tmp_path / "bands", dtype="bfloat16", quantise_fp8=quantise_fp8)
+    assert contents(tmp_path / "bands") == contents(tmp_path / "whole")
+    assert max(sizes) <= (widest * 128 if quantise_fp8 else max(2000, 2 * widest))
+    assert len(sizes) > 2 * len(contents(tmp_path / "bands"))
 
 
 def test_shards_and_index(text_model, tmp_path):

@@ -36,13 +36,17 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+# Operation by operation each would be compiled by itself.
+QUANTISE, DEQUANTISE = jax.jit(quantise, static_argnums=1), jax.jit(dequantise)
+
+
 def hold(weight, form):
-    return weight.astype(form) if form in ("float32", "bfloat16") else quantise(weight, form)
+    return weight.astype(form) if form in ("float32", "bfloat16") else QUANTISE(weight, form)
 
 
 def widen(weight):
     """The weight that counts, in float64."""
-    plain = dequantise(weight) if isinstance(weight, BlockScaled | PackedInt4) else weight.astype(jnp.float32)
+    plain = DEQUANTISE(weight) if isinstance(weight, BlockScaled | PackedInt4) else weight.astype(jnp.float32)
     return np.asarray(plain, np.float64)
 
 
@@ -146,3 +150,100 @@ def test_what_is_not_taken_is_said():
     )
     assert "float16" in (api.unsupported(jnp.ones((2, 2), jnp.float16)) or "")
     assert all(api.unsupported(hold(jnp.ones((2, 2)), form)) is None for form in FORMS)
+
+
+@pytest.fixture
+def rounding(kernels):
+    """Kernels that round activations to bfloat16 where they meet weights in bfloat16 or FP8."""
+    if not kernels.has_bfloat16:
+        pytest.skip(f"{kernels.instruction_set} has no products of bfloat16")
+    return kernels.for_activations(jnp.bfloat16)
+
+
+def as_met(x, form):
+    """Activations as a weight of this form meets them in a bfloat16 model, in float64."""
+    rounded = x.astype(jnp.bfloat16) if form in ("bfloat16", "fp8") else x
+    return np.asarray(rounded.astype(jnp.float32), np.float64)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(130, 1100), (3, 20)])
+def test_products_in_bfloat16_agree_with_rounded_activations(rounding, outputs, inputs):
+    weight = normal(outputs, inputs, seed=1)
+    weights = [hold(weight, form) for form in FORMS]
+    for rows in (1, 3, 5, 7, 13, 100):
+        x = normal(rows, inputs)
+        found = api.products(rounding, x, weights)
+        for form, out, stored in zip(FORMS, found, weights, strict=True):
+            assert_close(out, as_met(x, form) @ widen(stored).T)
+
+
+def test_every_byte_of_e4m3_is_exact_in_bfloat16_and_nan_stays(rounding):
+    values = jnp.asarray(np.arange(256, dtype=np.uint8)).view(jnp.float8_e4m3fn)
+    stored = BlockScaled(jnp.tile(values[:, None], (1, 32)), jnp.ones((2, 1)), (128, 128))
+    for rows in (1, 20):
+        (out,) = api.products(rounding, jnp.eye(rows, 32), [stored])
+        is_number = ~np.isnan(np.asarray(values.astype(jnp.float32)))
+        np.testing.assert_array_equal(out[0][is_number], values.astype(jnp.float32)[is_number])
+        assert np.isnan(np.asarray(out[0])[~is_number]).all()
+
+
+def test_an_output_in_bfloat16_depends_on_its_own_row_alone(rounding):
+    x, weights = normal(50, 1300), [hold(normal(9, 1300, seed=1), form) for form in FORMS]
+    whole = api.products(rounding, x, weights)
+    for rows in (1, 3, 4, 6, 7, 13):
+        for out, of_all in zip(api.products(rounding, x[:rows], weights), whole, strict=True):
+            np.testing.assert_array_equal(out, of_all[:rows])
+
+
+# Mixed forms: what is rounded stands beside what is not, in the inner activations too.
+@pytest.mark.parametrize("forms", [("fp8", "fp8", "fp8"), ("bfloat16", "float32", "fp8"), ("fp8", "bfloat16", "float32")])
+def test_swiglu_in_bfloat16_agrees_with_rounded_activations(rounding, forms):
+    shapes = (40, 150), (40, 150), (150, 40)
+    weights = [hold(normal(*shape, seed=seed), form) for seed, (shape, form) in enumerate(zip(shapes, forms, strict=True))]
+    x = normal(9, 150, seed=4)
+    gate, up = (as_met(x, form) @ widen(weight).T for form, weight in zip(forms[:2], weights, strict=False))
+    inner = jnp.asarray(gate / (1 + np.exp(-gate)) * up, jnp.float32)
+    expected = as_met(inner, forms[2]) @ widen(weights[2]).T
+    # An inner activation that lies between two bfloat16 numbers may be rounded to either.
+    assert np.abs(api.swiglu(rounding, x, *weights) - expected).max() <= 2**-9 * np.abs(expected).max()
+
+
+def test_experts_in_bfloat16_are_their_swiglus(rounding):
+    stacks = [hold(normal(*shape, seed=seed), "fp8") for seed, shape in enumerate(((3, 40, 50), (3, 40, 50), (3, 50, 40)))]
+    x, factors = normal(7, 50, seed=4), jnp.ones((7, 1))
+    chosen = jnp.asarray([[0], [2], [2], [1], [0], [2], [2]], jnp.int32)
+    found = api.experts(rounding, x, factors, chosen, stacks)
+    for token, expert in enumerate(chosen[:, 0].tolist()):
+        own = [jax.tree.map(lambda leaf, expert=expert: leaf[expert], stack) for stack in stacks]
+        np.testing.assert_array_equal(found[token], api.swiglu(rounding, x[token : token + 1], *own)[0])
+
+
+def call_experts(kernels, **changes):
+    """A mixture of three experts in FP8 as the kernel gets it, some arrays of other shapes."""
+    shapes = {"gate": (3, 40, 50), "up": (3, 40, 50), "down": (3, 50, 40)} | changes
+    weights = []
+    for shape in shapes.values():
+        values, scales = (shape, (*shape[:-2], 1, 1)) if isinstance(shape[0], int) else shape
+        weights += [np.zeros(values, jnp.float8_e4m3fn), np.ones(scales, np.float32)]
+    call = jax.ffi.ffi_call(kernels.target("experts"), jax.ShapeDtypeStruct((1, 50), jnp.float32))
+    return np.asarray(call(np.ones((1, 50), np.float32), np.ones((1, 1), np.float32), np.full((1, 1), 2, np.int32), *weights))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"up": (2, 40, 50)}, r"argument 5, \[2, 40, 50\], has not as many matrices as the other weights"),
+        ({"down": (2, 50, 40)}, r"argument 7, \[2, 50, 40\], has not as many matrices"),
+        ({"up": (40, 50)}, r"argument 5, \[40, 50\], has not as many matrices"),
+        ({"up": (3, 39, 50)}, r"argument 5, \[3, 39, 50\], has not as many rows as the gate"),
+        ({"down": (3, 50, 30)}, r"argument 7, \[3, 50, 30\], has not as many columns as what it is multiplied with"),
+        ({"down": (3, 49, 40)}, r"argument 7, \[3, 49, 40\], has not as many rows as the activations have columns"),
+        ({"up": ((3, 40, 50), (2, 1, 1))}, r"argument 6, \[2, 1, 1\], is not the scales, in float32, of as many matrices"),
+        ({"up": ((3, 40, 50), (3, 2, 1))}, r"argument 6, \[3, 2, 1\], has not a scale for each block"),
+        ({"up": ((3, 40, 50), (3, 1, 2))}, r"argument 6, \[3, 1, 2\], has not a scale for each block"),
+    ],
+)
+def test_weights_that_do_not_fit_each_other_are_refused_and_not_read(kernels, changes, problem):
+    assert not call_experts(kernels).any()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"step3_experts: {problem}"):
+        call_experts(kernels, **changes)

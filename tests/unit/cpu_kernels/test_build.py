@@ -50,3 +50,5 @@ def test_the_best_instruction_set_is_chosen():
     assert choose_instruction_set(frozenset({"sse2"})) == "plain"
     assert choose_instruction_set(avx2) == "avx2"
     assert choose_instruction_set(avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}) == "avx512"
+    assert choose_instruction_set(build.NEEDED["avx512"] | {"avx512_bf16"}) == "avx512"
+    assert choose_instruction_set(build.NEEDED["avx512"] | {"avx512_bf16", "avx512vbmi"}) == "avx512_bf16"

@@ -12,7 +12,8 @@ from flax import nnx
 
 from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_name
 from step3_jax.config import ModelConfig
-from step3_jax.cpu_kernels.loader import Kernels, find_kernels
+from step3_jax.cpu_kernels.loader import Kernels, Unavailable, find_kernels
+from step3_jax.model import cpu
 from step3_jax.model.cpu import copy_module, prepare_for_cpu
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import BlockScaled, dequantise, quantise
@@ -99,3 +100,36 @@ def test_rows_of_a_stored_embedding_are_looked_up_and_widened(form):
     found = prepare_for_cpu(model, kernels()).text.embed_tokens(IDS)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, plain[IDS])
+
+
+@pytest.mark.parametrize(
+    ("instruction_set", "asked", "quantization", "is_apart", "expected"),
+    [
+        ("avx512_bf16", "bfloat16", "auto", False, "bfloat16"),
+        ("avx512_bf16", None, "auto", False, "float32"),
+        ("avx512_bf16", "float32", "auto", False, "float32"),
+        ("avx512_bf16", "bfloat16", "none", False, "float32"),
+        ("avx512_bf16", "bfloat16", "auto", True, "float32"),
+        ("avx512", "bfloat16", "fp8", False, "float32"),
+        (None, "bfloat16", "auto", False, "float32"),
+    ],
+)
+def test_a_model_is_loaded_in_what_it_runs_in(
+    monkeypatch, tmp_path, instruction_set, asked, quantization, is_apart, expected
+):
+    found = Kernels(instruction_set, tmp_path) if instruction_set else Unavailable("no C compiler was found")
+    monkeypatch.setattr(cpu, "find_kernels", lambda: found)
+    assert cpu.choose_dtype(asked, quantization, is_apart=is_apart) == expected
+
+
+# A model is compiled twice.
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["bfloat16", "fp8"])
+def test_products_in_bfloat16_give_nearly_what_float32_gives(form):
+    rounding = kernels().for_activations("bfloat16")
+    if rounding.activations != "bfloat16":
+        pytest.skip("this processor has no products of bfloat16")
+    model = held_in(form)
+    found, expected = run(prepare_for_cpu(model, rounding)), run(prepare_for_cpu(model, kernels()))
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 1e-5 < error < 0.05

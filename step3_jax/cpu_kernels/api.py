@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from step3_jax.cpu_kernels.loader import Kernels
 from step3_jax.quant import FP8, GROUP, BlockScaled, PackedInt4
@@ -85,3 +85,13 @@ def experts(
     call = jax.ffi.ffi_call(kernels.target("experts"), jax.ShapeDtypeStruct(hidden.shape, jnp.float32))
     given = (hidden.astype(jnp.float32), factors.astype(jnp.float32), chosen.astype(jnp.int32))
     return call(*given, *jax.tree.leaves([list(stacks), list(shared)])).astype(hidden.dtype)
+
+
+def rows(kernels: Kernels, table: Shaped[Array, "V K"], ids: Int[Array, "N"]) -> Shaped[Array, "N K"]:
+    """Rows of an array of float32, bfloat16, FP8, int8 or uint8; ids out of range take the first or the last row.
+
+    XLA:CPU would convert a whole array of small floats to float32 for that, or copy it whole to read it as bits: 1.8 GB
+    for each decode call with Step3's embedding.
+    """
+    shape = jax.ShapeDtypeStruct((ids.shape[0], table.shape[1]), table.dtype)
+    return jax.ffi.ffi_call(kernels.target("rows"), shape)(table, ids.astype(jnp.int32))

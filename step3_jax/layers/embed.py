@@ -26,7 +26,7 @@ class Embedding(nnx.Module):
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         table = self.weight[...]
         if self.cpu_kernels is not None:
-            return take_rows(table, ids)
+            return take_rows(self.cpu_kernels, table, ids)
         if table.dtype != jnp.bfloat16:
             return jnp.take(table, ids, axis=0, mode="clip")
         bits = jax.lax.bitcast_convert_type(table, jnp.uint16)

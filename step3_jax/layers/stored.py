@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -31,21 +30,16 @@ def run_swiglu(
     return api.swiglu(kernels, hidden.reshape(-1, hidden.shape[-1]), *weights).reshape(hidden.shape)
 
 
-def take_rows(table: Stored, ids: Int[Array, "*batch"]) -> Float[Array, "*batch columns"]:
+def take_rows(kernels: Kernels, table: Stored, ids: Int[Array, "*batch"]) -> Float[Array, "*batch columns"]:
     """Rows of a table, widened to float32; nothing else of it is read."""
+    picked = ids.reshape(-1)
     if isinstance(table, PackedInt4):
-        picked = PackedInt4(_take(table.values, ids), _take(table.scales, ids), table.num_columns)
-        return dequantise(picked)
-    if isinstance(table, BlockScaled):
-        rows = jnp.clip(ids, 0, table.shape[0] - 1)
-        scales = _take(table.scales, rows // table.block[0])
-        return dequantise(BlockScaled(_take(table.values, rows), scales, (1, table.block[1])))
-    return _take(table, ids).astype(jnp.float32)
-
-
-def _take(table: Shaped[Array, "rows columns"], ids: Int[Array, "*batch"]) -> Shaped[Array, "*batch columns"]:
-    """Rows of an array, read as bits: XLA:CPU would convert a whole array of small floats to float32 for that."""
-    if table.dtype.itemsize > 2:
-        return jnp.take(table, ids, axis=0, mode="clip")
-    bits = jax.lax.bitcast_convert_type(table, jnp.uint8 if table.dtype.itemsize == 1 else jnp.uint16)
-    return jax.lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), table.dtype)
+        values, scales = (api.rows(kernels, part, picked) for part in (table.values, table.scales))
+        rows = dequantise(PackedInt4(values, scales, table.num_columns))
+    elif isinstance(table, BlockScaled):
+        picked = jnp.clip(picked, 0, table.shape[0] - 1)
+        scales = api.rows(kernels, table.scales, picked // table.block[0])
+        rows = dequantise(BlockScaled(api.rows(kernels, table.values, picked), scales, (1, table.block[1])))
+    else:
+        rows = api.rows(kernels, table, picked).astype(jnp.float32)
+    return rows.reshape(*ids.shape, -1)

@@ -71,6 +71,18 @@ static int find_form(XLA_FFI_DataType dtype, int rounds, Form* form) {
   }
 }
 
+// Bytes of a stored value; 0 for what no table has.
+static int64_t count_value_bytes(XLA_FFI_DataType dtype) {
+  switch (dtype) {
+    case XLA_FFI_DataType_F32: return 4;
+    case XLA_FFI_DataType_BF16: return 2;
+    case XLA_FFI_DataType_F8E4M3FN:
+    case XLA_FFI_DataType_S8:
+    case XLA_FFI_DataType_U8: return 1;
+    default: return 0;
+  }
+}
+
 // A matrix, or a stack of them, from the next arguments: values, and scales where its form has them. `matrix` is the first
 // of the stack. Returns NULL, or what is wrong.
 static const char* read_matrix(Reader* reader, int64_t num_matrices, int64_t num_columns, Matrix* matrix) {

@@ -2,6 +2,7 @@
 //
 // step3_products: x [N, K] with one or more matrices [O, K] -> one output [N, O] for each matrix.
 // step3_experts: the sum of the chosen experts' SwiGLU for each token.
+// step3_rows: rows of a table [V, K] by ids [N], as they are stored.
 // Activations, sums and outputs are float32. Those named _rounded round activations to bfloat16 before they meet weights in
 // bfloat16 or FP8. See cpu_kernels/api.py for what may be given.
 
@@ -96,6 +97,27 @@ static XLA_FFI_Error* run_products(const XLA_FFI_CallFrame* frame, int rounds) {
   return fail(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "no memory for a product");
 }
 
+// table [V, K], ids [N] -> [N, K]. An id below or above all rows takes the first or the last one.
+static XLA_FFI_Error* run_rows(const XLA_FFI_CallFrame* frame, int rounds) {
+  (void)rounds;
+  const XLA_FFI_Buffer *table = argument(frame, 0), *ids = argument(frame, 1);
+  const XLA_FFI_Buffer* out = result(frame, 0);
+  const int64_t value_bytes = table ? count_value_bytes(table->dtype) : 0;
+  if (!value_bytes || table->rank != 2 || table->dims[0] < 1) return refuse(frame, "step3_rows", 0, "is not a table [V, K]");
+  if (!ids || ids->rank != 1 || ids->dtype != XLA_FFI_DataType_S32) return refuse(frame, "step3_rows", 1, "is not int32 [N]");
+  if (!out || out->rank != 2 || out->dtype != table->dtype || out->dims[0] != ids->dims[0] ||
+      out->dims[1] != table->dims[1]) {
+    return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "step3_rows has an output of another size");
+  }
+  const int64_t row_bytes = table->dims[1] * value_bytes;
+  for (int64_t n = 0; n < ids->dims[0]; n++) {
+    int64_t row = ((const int32_t*)ids->data)[n];
+    row = row < 0 ? 0 : row < table->dims[0] ? row : table->dims[0] - 1;
+    memcpy((uint8_t*)out->data + n * row_bytes, (const uint8_t*)table->data + row * row_bytes, (size_t)row_bytes);
+  }
+  return NULL;
+}
+
 #define OPERATION(NAME, RUN, ROUNDS) \
   XLA_FFI_Error* NAME(XLA_FFI_CallFrame* frame) { \
     if (answer_metadata(frame)) return NULL; \
@@ -106,8 +128,10 @@ static XLA_FFI_Error* run_products(const XLA_FFI_CallFrame* frame, int rounds) {
 OPERATION(step3_products, run_products, 0)
 OPERATION(step3_swiglu, run_swiglu, 0)
 OPERATION(step3_experts, run_experts, 0)
+OPERATION(step3_rows, run_rows, 0)
 #if HAS_PAIRS
 OPERATION(step3_products_rounded, run_products, 1)
 OPERATION(step3_swiglu_rounded, run_swiglu, 1)
 OPERATION(step3_experts_rounded, run_experts, 1)
+OPERATION(step3_rows_rounded, run_rows, 1)
 #endif

@@ -39,14 +39,6 @@ INLINE void widen_bf16(const uint8_t* from, Lanes out[2]) {
   }
 }
 
-// e4m3 as half precision is the value / 256: the sign to bit 15, the others to bits 13 to 7. Subnormals stay exact.
-INLINE void widen_fp8(const uint8_t* from, Lanes out[2]) {
-  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
-  const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16((short)0xBFFF));
-  out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-  out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
-}
-
 INLINE void widen_int8(const uint8_t* from, Lanes out[2]) {
   for (int half = 0; half < 2; half++) {
     out[half] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + 16 * half))));
@@ -105,20 +97,41 @@ INLINE void round_pairs(const float* from, int64_t count, uint16_t* to) {
 #define LIST_64(WHAT, CODE) \
   LIST_16(WHAT, CODE), LIST_16(WHAT, CODE + 16), LIST_16(WHAT, CODE + 32), LIST_16(WHAT, CODE + 48)
 #define TWICE(INDEX) (INDEX) / 2
+#define HALF_TWICE(INDEX) (INDEX) / 4 + ((INDEX) & 2) * 8
 static const uint8_t fp8_low_bytes[128] __attribute__((aligned(64))) = {LIST_64(LOW_BYTE, 0), LIST_64(LOW_BYTE, 64)};
 static const uint8_t fp8_high_bytes[128] __attribute__((aligned(64))) = {LIST_64(HIGH_BYTE, 0), LIST_64(HIGH_BYTE, 64)};
 static const uint8_t each_twice[64] __attribute__((aligned(64))) = {LIST_64(TWICE, 0)};
+static const uint8_t each_half_twice[64] __attribute__((aligned(64))) = {LIST_64(HALF_TWICE, 0)};
 
-// Each code stands twice: the even places become the low bytes, the odd ones the high bytes.
-INLINE Pairs widen_fp8_pairs(const uint8_t* from) {
+// STEP columns in an order in which each stands twice: the even places become the low bytes, the odd ones the high bytes.
+INLINE Pairs find_fp8(const uint8_t* from, __m512i order) {
   const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
-  const __m512i codes = _mm512_permutexvar_epi8(load_pairs(each_twice), bytes);
+  const __m512i codes = _mm512_permutexvar_epi8(order, bytes);
   __m512i pairs = _mm512_mask2_permutex2var_epi8(
       load_pairs(fp8_low_bytes), codes, 0x5555555555555555, load_pairs(fp8_low_bytes + 64));
   pairs = _mm512_mask2_permutex2var_epi8(
       load_pairs(fp8_high_bytes), pairs, 0xAAAAAAAAAAAAAAAA, load_pairs(fp8_high_bytes + 64));
   // With the sign of each: a | (b & c).
   return _mm512_ternarylogic_epi32(pairs, codes, _mm512_set1_epi16((short)0x8000), 0xF8);
+}
+
+INLINE Pairs widen_fp8_pairs(const uint8_t* from) { return find_fp8(from, load_pairs(each_twice)); }
+
+// The columns come as the low and the high halves of 32 bits: column j, and LANES + j.
+INLINE void widen_fp8(const uint8_t* from, Lanes out[2]) {
+  const __m512i pairs = find_fp8(from, load_pairs(each_half_twice));
+  out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  out[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
+}
+
+#else
+
+// e4m3 as half precision is the value / 256: the sign to bit 15, the others to bits 13 to 7. Subnormals stay exact.
+INLINE void widen_fp8(const uint8_t* from, Lanes out[2]) {
+  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
+  const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16((short)0xBFFF));
+  out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
 }
 
 #endif

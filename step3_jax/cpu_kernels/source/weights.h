@@ -77,7 +77,7 @@ INLINE void widen(Form form, const uint8_t* row, int64_t column, Lanes out[2]) {
 
 // The factor of a stored value in the group of `column`. In float32 FP8 is widened to value / 256.
 INLINE Lanes find_scale(Form form, const float* scales, int64_t column) {
-  return fill(form == FORM_FP8 ? scales[column / GROUP] * 256.0f : scales[column / GROUP]);
+  return fill(form == FORM_FP8 ? scales[column / GROUP] * (HAS_PAIRS ? 1.0f : 256.0f) : scales[column / GROUP]);
 }
 
 // Rows of weights that a tile multiplies with: where each one starts, and its scales.

@@ -80,9 +80,7 @@ def main() -> None:
             write_section(arguments.json, name, value)
 
 
-def list_products(
-    variants: Sequence[Kernels], forms: Sequence[str], rows: Sequence[int], outputs: int
-) -> list[Case]:
+def list_products(variants: Sequence[Kernels], forms: Sequence[str], rows: Sequence[int], outputs: int) -> list[Case]:
     """One matrix in each form with some rows of activations, and XLA's float32 product for comparison."""
     cases: list[Case] = []
     weight = _normal(0, outputs, HIDDEN)

@@ -212,7 +212,7 @@ def _quantised(
 def _bands(
     array: Shaped[Array, "..."] | LayerOf, multiple: int = 1
 ) -> Iterator[Shaped[Array, "..."] | Shaped[np.ndarray, "..."]]:
-    """An array in bands of rows of at most `BAND_BYTES`, in order; each but the last of a matrix is a multiple of `multiple`."""
+    """An array in bands of rows of about `BAND_BYTES`, in order; each but a last one is a multiple of `multiple`."""
     stack, layer = parts(array)
     whole = cast(Array, stack)
     # In this machine's memory numpy cuts without a copy; what other devices hold is cut there.

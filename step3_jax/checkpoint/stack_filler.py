@@ -44,9 +44,7 @@ class StackFiller:
                 paths[int(path[2])].append(path)
         self._groups = group_layers(model.text.layers, [list(map(is_quantised, own)) for own in paths])
         self._group_of = {layer: group for group in self._groups for layer in group}
-        self._stacks = {
-            (group[0], path[3:]): _Stack(len(group)) for group in self._groups for path in paths[group[0]]
-        }
+        self._stacks = {(group[0], path[3:]): _Stack(len(group)) for group in self._groups for path in paths[group[0]]}
 
     def put(self, path: Path, value: Value) -> Value | None:
         """Takes what is loaded of a layer.

@@ -69,8 +69,6 @@ def test_quantised_save_has_the_fp8_layout_and_is_stable(text_model, tmp_path):
     assert np.abs(found - wanted).max() <= np.abs(wanted).max() / 16
 
 
-
-
 @pytest.mark.parametrize("quantise_fp8", [False, True])
 def test_weights_are_written_in_bands_and_are_the_same(text_model, tmp_path, monkeypatch, quantise_fp8):
     save_model(text_model, tmp_path / "whole", dtype="bfloat16", quantise_fp8=quantise_fp8)

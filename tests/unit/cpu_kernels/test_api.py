@@ -196,10 +196,14 @@ def test_an_output_in_bfloat16_depends_on_its_own_row_alone(rounding):
 
 
 # Mixed forms: what is rounded stands beside what is not, in the inner activations too.
-@pytest.mark.parametrize("forms", [("fp8", "fp8", "fp8"), ("bfloat16", "float32", "fp8"), ("fp8", "bfloat16", "float32")])
+@pytest.mark.parametrize(
+    "forms", [("fp8", "fp8", "fp8"), ("bfloat16", "float32", "fp8"), ("fp8", "bfloat16", "float32")]
+)
 def test_swiglu_in_bfloat16_agrees_with_rounded_activations(rounding, forms):
     shapes = (40, 150), (40, 150), (150, 40)
-    weights = [hold(normal(*shape, seed=seed), form) for seed, (shape, form) in enumerate(zip(shapes, forms, strict=True))]
+    weights = [
+        hold(normal(*shape, seed=seed), form) for seed, (shape, form) in enumerate(zip(shapes, forms, strict=True))
+    ]
     x = normal(9, 150, seed=4)
     gate, up = (as_met(x, form) @ widen(weight).T for form, weight in zip(forms[:2], weights, strict=False))
     inner = jnp.asarray(gate / (1 + np.exp(-gate)) * up, jnp.float32)
@@ -209,7 +213,9 @@ def test_swiglu_in_bfloat16_agrees_with_rounded_activations(rounding, forms):
 
 
 def test_experts_in_bfloat16_are_their_swiglus(rounding):
-    stacks = [hold(normal(*shape, seed=seed), "fp8") for seed, shape in enumerate(((3, 40, 50), (3, 40, 50), (3, 50, 40)))]
+    stacks = [
+        hold(normal(*shape, seed=seed), "fp8") for seed, shape in enumerate(((3, 40, 50), (3, 40, 50), (3, 50, 40)))
+    ]
     x, factors = normal(7, 50, seed=4), jnp.ones((7, 1))
     chosen = jnp.asarray([[0], [2], [2], [1], [0], [2], [2]], jnp.int32)
     found = api.experts(rounding, x, factors, chosen, stacks)
@@ -226,7 +232,9 @@ def call_experts(kernels, **changes):
         values, scales = (shape, (*shape[:-2], 1, 1)) if isinstance(shape[0], int) else shape
         weights += [np.zeros(values, jnp.float8_e4m3fn), np.ones(scales, np.float32)]
     call = jax.ffi.ffi_call(kernels.target("experts"), jax.ShapeDtypeStruct((1, 50), jnp.float32))
-    return np.asarray(call(np.ones((1, 50), np.float32), np.ones((1, 1), np.float32), np.full((1, 1), 2, np.int32), *weights))
+    return np.asarray(
+        call(np.ones((1, 50), np.float32), np.ones((1, 1), np.float32), np.full((1, 1), 2, np.int32), *weights)
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,7 +246,10 @@ def call_experts(kernels, **changes):
         ({"up": (3, 39, 50)}, r"argument 5, \[3, 39, 50\], has not as many rows as the gate"),
         ({"down": (3, 50, 30)}, r"argument 7, \[3, 50, 30\], has not as many columns as what it is multiplied with"),
         ({"down": (3, 49, 40)}, r"argument 7, \[3, 49, 40\], has not as many rows as the activations have columns"),
-        ({"up": ((3, 40, 50), (2, 1, 1))}, r"argument 6, \[2, 1, 1\], is not the scales, in float32, of as many matrices"),
+        (
+            {"up": ((3, 40, 50), (2, 1, 1))},
+            r"argument 6, \[2, 1, 1\], is not the scales, in float32, of as many matrices",
+        ),
         ({"up": ((3, 40, 50), (3, 2, 1))}, r"argument 6, \[3, 2, 1\], has not a scale for each block"),
         ({"up": ((3, 40, 50), (3, 1, 2))}, r"argument 6, \[3, 1, 2\], has not a scale for each block"),
     ],

@@ -212,7 +212,7 @@ def _quantised(
 def _bands(
     array: Shaped[Array, "..."] | LayerOf, multiple: int = 1
 ) -> Iterator[Shaped[Array, "..."] | Shaped[np.ndarray, "..."]]:
-    """An array in bands of at most `BAND_BYTES`, in order; each but a matrix's last has a multiple of `multiple` rows."""
+    """An array in bands of about `BAND_BYTES`, in order; all but a matrix's last have a multiple of `multiple` rows."""
     stack, layer = parts(array)
     whole = cast(Array, stack)
     # In this machine's memory numpy cuts without a copy; what other devices hold is cut there.

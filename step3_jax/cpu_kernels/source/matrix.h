@@ -176,8 +176,8 @@ INLINE void fill_panel_of(
   }
 }
 
-// Widens a tile's columns [start, stop) to `panel`, and points the tile there. Returns the form that they have then. What
-// is multiplied as it is stays where it is.
+// Widens a tile's columns [start, stop) to `panel`, and points the tile there. Returns the form that they have then. Columns
+// that are multiplied in their own form stay where they are.
 static Form fill_panel(
     Form form, TileWeights* weights, int64_t start, int64_t stop, int64_t num_columns, int64_t distance, float* panel) {
   Form made = FORM_PANEL;

@@ -35,10 +35,9 @@ def test_one_prompt_is_padded_with_idle_rows(host: Ask) -> None:
 @pytest.mark.parametrize(
     ("afd", "microbatches"),
     [
-        ("1a1f", 1),
         ("2a2f", 3),
-        # Others have programs of their own, which take seconds to compile.
-        *[pytest.param("1a1f", count, marks=pytest.mark.slow) for count in (2, 3)],
+        # Each has programs of its own, which take seconds to compile; 1A1F is tested over two processes too.
+        *[pytest.param("1a1f", count, marks=pytest.mark.slow) for count in (1, 2, 3)],
         *[pytest.param("2a2f", count, marks=pytest.mark.slow) for count in (1, 2)],
     ],
 )

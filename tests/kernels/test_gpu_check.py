@@ -139,7 +139,6 @@ def test_quantised_heads_are_judged_by_what_they_mean() -> None:
     padded = scales.at[:, values.shape[0] :].set(jnp.nan)
     assert row_errors(one.view((values, padded), inputs), expected).max() == 0
     wrong = scales.at[3, 2].multiply(2.0)
-    assert np.argmax(row_errors(one.view((values, wrong), inputs), expected)) == 2
     assert row_errors(one.view((values, wrong), inputs), expected).max() > one.tolerance
 
 

@@ -28,7 +28,9 @@ def test_no_page_has_two_masters_and_none_is_lost(num_pages: int, actions: list[
             held.append(pages)
         elif action == "allocate":
             free = allocator.num_free
-            with pytest.raises(OutOfPages, match=f"{number} pages of the KV cache are needed, {free} of {num_pages}"):
+            with pytest.raises(
+                OutOfPages, match=f"{number} pages of the KV cache are needed, but {free} of {num_pages}"
+            ):
                 allocator.allocate(number)
             assert allocator.num_free == free
         elif action == "share" and held:

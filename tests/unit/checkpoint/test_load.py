@@ -171,7 +171,7 @@ def test_a_checkpoint_that_memory_cannot_hold_is_refused_with_the_sizes(goldens,
     monkeypatch.setattr(load, "available_bytes", lambda: 1000)
     with pytest.raises(
         ValueError,
-        match=r"weights take .* [kM]B of memory \(widened, as asked for\), and 1\.0 kB are left.*quantization",
+        match=r"weights take .* [kM]B of memory \(widened, as asked for\), but 1\.0 kB are left.*quantization",
     ):
         load_model(goldens / "tiny_text", "float32", quantization="none")
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))

@@ -132,3 +132,15 @@ def test_padding_is_written_nowhere() -> None:
     tokens = padding._replace(tokens=np.full_like(padding.tokens, 9))
     assert isinstance(tokens, HistoryUpdate)
     assert not np.asarray(history.write(tokens)).any()
+
+
+def test_the_figures_of_the_documentation_are_those_of_a_call() -> None:
+    num_slots, num_tokens = 64, 32_768
+    packer = HistoryPacker(num_tokens, MAX_STEPS)
+    slots: list[Sequence | None] = [sequence_of(100) for _ in range(num_slots)]
+    packer.pack(slots)
+    for one in slots:
+        assert one is not None
+        one.token_ids += range(MAX_STEPS)
+    assert packer.pack(slots).num_bytes == 16 * 2**10
+    assert 4 * num_slots * num_tokens == 8 * 2**20

@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,6 +20,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Before jax is imported, here and in the processes that tests start.
 os.environ["JAX_PLATFORMS"] = os.environ.get("STEP3_TEST_PLATFORM", "cpu")
+
+# Programs of tests run for milliseconds and take seconds to compile. Tests of the numbers that users get, and of compiled
+# programs themselves, ask for `optimised`.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # The kernels' interpreter holds a thread for each warpgroup that waits; with as few as this machine may have cores it hangs.
 os.environ.setdefault("PJRT_NPROC", "8")
@@ -77,6 +83,18 @@ def tiny_model_path() -> pathlib.Path:
     if not (path / "model.safetensors").exists():
         pytest.skip(f"{path} has no model.safetensors: the shipped model's weights are not in this checkout")
     return path
+
+
+def _compile_optimised() -> Iterator[None]:
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+# Programs are compiled as they are for users: those of a test, or of a file and its fixtures.
+optimised = pytest.fixture(_compile_optimised, name="optimised")
+optimised_file = pytest.fixture(_compile_optimised, scope="module", name="optimised_file")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from tools.tiny.evaluate_answers import Reply, ask_all, share_right, share_right
 from tools.tiny.evaluate_cases import load_committed_sets
 from tools.tiny.evaluate_text import score_text
 
+pytestmark = pytest.mark.usefixtures("optimised_file")
 FLOORS = {
     "unseen": 0.65,
     "seen": 0.80,

@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from step3_jax.cli.main import main
 from tests.process import step3
 
 
@@ -46,13 +47,18 @@ def test_a_timeline_is_drawn(tmp_path: pathlib.Path) -> None:
             ["--afd", "2a2f", "--dp", "2"],
             "--data-parallel-size and --attention-parallelism cannot be combined with --afd",
         ),
-        (["--afd", "1a5f"], "moe_num_experts is 24, which ep = 5 does not cut into equal parts"),
     ],
 )
-def test_mistakes_are_told(words: list[str], message: str) -> None:
-    ran = step3("generate", "-p", "x", *words)
+def test_mistakes_are_told(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "-p", "x", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+# In processes of their own, which look like as many devices as are wanted.
+def test_experts_that_the_devices_do_not_divide_are_told() -> None:
+    ran = step3("generate", "-p", "x", "--afd", "1a5f")
     assert ran.returncode == 2
-    assert message in ran.stderr
+    assert "moe_num_experts is 24, which ep = 5 does not cut into equal parts" in ran.stderr
 
 
 def test_devices_that_are_too_few_are_counted() -> None:

@@ -13,8 +13,6 @@ from tests.afd.conftest import PROGRAMS
 from tests.process import ROOT, environment, free_port, run_together
 
 Answer = dict
-# Compiling is most of the time here, and nothing runs long.
-QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 PAIR = [
     {"do": "tokens", "afd": "1a1f", "microbatches": 1, "together": True},
@@ -42,7 +40,7 @@ MORE_PAIR = [
 
 def run_ranks(num_processes: int, cases: Sequence[Answer], **more: str | list[str]) -> list[list[Answer]]:
     """What each process answers to the cases; a variable in `more` may have a value for each process."""
-    own = QUICK_COMPILE | {
+    own = {
         "STEP3_COORDINATOR": f"127.0.0.1:{free_port()}",
         "STEP3_NUM_PROCESSES": str(num_processes),
         "STEP3_CPU_DEVICES": "1",

@@ -29,7 +29,6 @@ def test_two_processes_answer_as_one_does() -> None:
             "generate -p x --afd 1a1f --afd-executor program",
             "this is one process: start it with step3 launch --local 2",
         ),
-        ("launch --local 3 -- generate -p x --afd 1a1f", "--afd 1a1f needs 2 processes"),
         (
             "launch --local 2 -- generate -p x --afd 1a1f --afd-executor host",
             "--afd-executor host runs 1a1f in one process, but there are 2",

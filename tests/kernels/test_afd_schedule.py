@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.process import ROOT, environment
+from tests.process import OPTIMISED, ROOT, environment
 from tools import gpu_compile
 from tools.afd_schedule import read_ticks
 
@@ -57,7 +57,7 @@ def test_the_kernels_of_a_tick_run_beside_its_exchange(spec: str, count: str, ro
     done = subprocess.run(
         [sys.executable, "-m", "tools.afd_schedule", "--case", spec, count, role, "--layers", "4"],
         cwd=ROOT,
-        env=environment(),
+        env=environment(**OPTIMISED),
         capture_output=True,
         text=True,
         check=False,

@@ -15,7 +15,7 @@ import pytest
 
 from pallas_kernels.mfa_prefill import mosaic as prefill
 from pallas_kernels.swiglu_quantise import mosaic as swiglu
-from tests.process import ROOT, environment
+from tests.process import OPTIMISED, ROOT, environment
 from tools import gpu_compile, launch_count, ptx, record_kernels
 from tools.gpu_check import cases as case_list
 from tools.gpu_check import rank
@@ -23,6 +23,7 @@ from tools.gpu_check.rank_model import RankModel, RankSizes
 
 pytestmark = [
     pytest.mark.kernels,
+    pytest.mark.usefixtures("optimised_file"),
     pytest.mark.skipif(gpu_compile.missing() is not None, reason=str(gpu_compile.missing())),
 ]
 
@@ -135,7 +136,7 @@ def test_a_gpu_filled_with_weights_and_cache_computes_nothing_twice(options: str
     done = subprocess.run(
         [sys.executable, str(program), options],
         cwd=ROOT,
-        env=environment(),
+        env=environment(**OPTIMISED),
         capture_output=True,
         text=True,
         check=False,

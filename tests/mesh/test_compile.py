@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.mesh.conftest import PROGRAMS
-from tests.process import ROOT, environment
+from tests.process import OPTIMISED, ROOT, environment
 from tools import gpu_compile
 
 pytestmark = [
@@ -23,7 +23,7 @@ def compile_step(num_devices: int, num_layers: int) -> dict[str, object]:
     """What tests/mesh/programs/compile_step.py prints, in a separate process where shapes are not checked."""
     command = [sys.executable, str(PROGRAMS / "compile_step.py"), str(num_devices), str(num_layers)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=1800
+        command, cwd=ROOT, env=environment(**OPTIMISED), capture_output=True, text=True, check=False, timeout=1800
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])

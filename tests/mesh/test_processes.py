@@ -11,13 +11,13 @@ import pytest
 
 from step3_jax.checkpoint.shards import Checkpoint
 from step3_jax.distributed import initialise_distributed
-from tests.mesh.conftest import PROGRAMS, QUICK_COMPILE
+from tests.mesh.conftest import PROGRAMS
 from tests.process import environment, free_port, run_together
 
 
 def run_ranks(num_processes: int, *words: str, cpu_devices: int = 1) -> list[dict[str, object]]:
     """What each process answers."""
-    own = QUICK_COMPILE | {"STEP3_CPU_DEVICES": str(cpu_devices)}
+    own = {"STEP3_CPU_DEVICES": str(cpu_devices)}
     if num_processes > 1:
         own |= {"STEP3_COORDINATOR": f"127.0.0.1:{free_port()}", "STEP3_NUM_PROCESSES": str(num_processes)}
     ranks = [{"STEP3_PROCESS_ID": str(rank)} if num_processes > 1 else {} for rank in range(num_processes)]

@@ -16,8 +16,6 @@ from tests.server.running import Running, running
 
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-# Compiling is most of the time here.
-QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 WORDS = "serve --port 0 --no-warm-up --max-num-seqs 2 --max-model-len 1024 --max-num-batched-tokens 128"
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [12, 34]}}, "required": ["n"], "additionalProperties": False}
 
@@ -25,7 +23,7 @@ SCHEMA = {"type": "object", "properties": {"n": {"enum": [12, 34]}}, "required":
 @contextlib.contextmanager
 def launched(devices: str, words: str = WORDS) -> Iterator[Running]:
     command = f"-m step3_jax.cli.main launch --local 2 --grace 5 -- {words} {devices}"
-    with running(command.split(), **QUICK_COMPILE) as server:
+    with running(command.split()) as server:
         ranks = ranks_of(server)
         server.wait_for("ready: ")
         yield server

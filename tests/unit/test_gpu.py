@@ -85,18 +85,20 @@ exec(sys.argv[1])
 print(json.dumps([seen[0] if seen else None, [os.environ.get(name) for name in names]]))
 """
 TINY = "from step3_jax.resources import find; folder = find('models/step3-tiny'); "
+COMMAND = "from step3_jax.cli.main import main; main(['env', '--json'])"
 
 
 @pytest.mark.parametrize(
-    "code",
+    ("code", "own"),
     [
-        "from step3_jax.cli.main import main; main(['env', '--json'])",
-        TINY + "from step3_jax import load_model; load_model(folder)",
-        TINY + "from step3_jax import LLM; LLM(folder, max_model_len=64, max_num_seqs=1)",
+        (COMMAND, None),
+        # That it stays is of one function, which all call.
+        (COMMAND, "0.6"),
+        (TINY + "from step3_jax import load_model; load_model(folder)", None),
+        (TINY + "from step3_jax import LLM; LLM(folder, max_model_len=64, max_num_seqs=1)", None),
     ],
-    ids=["command", "load_model", "LLM"],
+    ids=["command", "command with a share of its own", "load_model", "LLM"],
 )
-@pytest.mark.parametrize("own", [None, "0.6"])
 def test_the_share_is_set_before_the_first_device_is_used(code: str, own: str | None) -> None:
     given = {name: value for name, value in environment().items() if name not in gpu.POOL_VARIABLES}
     if own is not None:

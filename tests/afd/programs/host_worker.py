@@ -394,8 +394,6 @@ def main() -> None:
     warnings.simplefilter("error")
     force_cpu_devices(int(sys.argv[1]))
     jax.config.update("jax_default_matmul_precision", "float32")
-    # These programs run for milliseconds and take seconds to compile.
-    jax.config.update("jax_disable_most_optimizations", True)
     answers: dict[str, Callable[[Answer], Answer]] = {
         function.__name__: function
         for function in (

@@ -201,7 +201,6 @@ def hlo(case: Answer) -> Answer:
         return {}
     shards, num_rows, vocab_size = executor.num_shards, case.get("rows"), executor.config.text.vocab_size
     cache = executor.allocate_cache(NUM_PAGES * shards, str(case["storage"]))  # type: ignore[arg-type]
-    jax.config.update("jax_disable_most_optimizations", False)
     if isinstance(num_rows, int):
         rows = shards * num_rows
         numbers = jnp.ones((rows,), jnp.int32)
@@ -213,7 +212,6 @@ def hlo(case: Answer) -> Answer:
         table = jnp.zeros((shards * 2, 2), jnp.int32)
         chunk = PrefillBatch(jnp.zeros((shards * 32,), jnp.int32), starts, lengths, table)
         program = executor.prefill_program(cache, chunk)
-    jax.config.update("jax_disable_most_optimizations", True)
     num_pages = cache.keys.addressable_data(0).shape[0]
     done = re.findall(rf"= \w+\[{num_pages},\S+ ([\w-]+)\(", program.as_text() or "")
     return {"done": dict(collections.Counter(done))}

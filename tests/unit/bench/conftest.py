@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import pytest
 
 from step3_jax.bench.model import bench_config, random_model
@@ -11,15 +10,7 @@ from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.runner import Runner
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation():
-    """These programs run for milliseconds and take seconds to compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def runner() -> Runner:
     """Shared, so that each program is compiled once for all tests."""
     return Runner(random_model(bench_config(128, 1)))

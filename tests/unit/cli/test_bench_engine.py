@@ -5,21 +5,12 @@ from __future__ import annotations
 import json
 import pathlib
 
-import jax
 import pytest
 
 from step3_jax.cli import bench, bench_engine
 from step3_jax.cli.main import main
 
 FEW = ["--preset", "tiny", "--rounds", "1", "--max-num-batched-tokens", "64"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These programs run for milliseconds and take seconds to compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize(

@@ -91,14 +91,6 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(json.dumps(description), bos="<bos>", eos=["<eot>"])
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation():
-    """These programs run for milliseconds and take seconds to compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def model() -> Step3:
     make = jax.jit(lambda: nnx.split(Step3(make_config(), rngs=nnx.Rngs(0)))[1])

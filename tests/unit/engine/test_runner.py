@@ -128,17 +128,14 @@ def test_the_cache_is_given_away_and_the_report_stays(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize(("num_rows", "storage"), [(1, "float32"), (4, "float32"), (1, "fp8"), (4, "fp8")])
+@pytest.mark.usefixtures("optimised")
 def test_no_copy_of_the_cache_is_in_the_compiled_calls(runner: Runner, num_rows: int, storage: str) -> None:
     cache = jax.eval_shape(lambda: runner.allocate_cache(NUM_PAGES, storage))
     num_layers = runner.config.text.num_hidden_layers
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        decode = runner.decode_program(cache, decode_batch(num_rows), sampling_of([9] * num_rows), max_steps=MAX_STEPS)
-        programs = [decode]
-        if num_rows == 4:
-            programs.append(runner.prefill_program(cache, chunk(num_rows)))
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+    decode = runner.decode_program(cache, decode_batch(num_rows), sampling_of([9] * num_rows), max_steps=MAX_STEPS)
+    programs = [decode]
+    if num_rows == 4:
+        programs.append(runner.prefill_program(cache, chunk(num_rows)))
     assert "while(" in decode.as_text()
     for program in programs:
         # Whatever has as many rows as the cache has pages: the only things done to it are writes in place, each of

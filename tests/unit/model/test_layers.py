@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +33,6 @@ TEXT = small_text(
     max_position_embeddings=128,
 )
 CONFIG = ModelConfig(text=TEXT, vision=None, dtype="bfloat16", image_token_id=1, eos_token_id=0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """These programs run for milliseconds and take seconds to compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ class Executor(ModelPart, abc.ABC):
 
     @functools.cached_property
     def _history(self) -> DeviceHistory:
-        return DeviceHistory(self._jit, self._everywhere, self.num_traces)
+        return DeviceHistory(self._jit, self._everywhere)
 
     @property
     def _everywhere(self) -> jax.sharding.Sharding | None:

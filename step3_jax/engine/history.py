@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import jax
@@ -78,23 +78,19 @@ class HistoryPacker:
 class DeviceHistory:
     """The history on an executor's devices."""
 
-    def __init__(
-        self, jit: Callable[..., jax.stages.Wrapped], sharding: Sharding | None, num_traces: MutableMapping[str, int]
-    ) -> None:
+    def __init__(self, jit: Callable[..., jax.stages.Wrapped], sharding: Sharding | None) -> None:
         """Takes what compiles.
 
         Args:
           jit: `jax.jit` with the options of the executor's platform.
           sharding: Where the array lies, whole on every device; None for the default device.
-          num_traces: Counts each trace as "history".
         """
         self._held: tuple[int, Int[Array, "B M"]] | None = None
-        self._num_traces = num_traces
         placed: dict[str, object] = {} if sharding is None else {"out_shardings": sharding}
         self._begin = jit(_begin, static_argnums=(0, 1), **placed)
         if sharding is not None:
             placed["in_shardings"] = (sharding, sharding, sharding)
-        self._write = jit(self._traced_write, donate_argnums=0, **placed)
+        self._write = jit(_write, donate_argnums=0, **placed)
 
     def write(self, update: HistoryUpdate) -> Int[Array, "B M"]:
         """The history with what a call brings; the array that was given before is consumed if anything is written.
@@ -118,11 +114,9 @@ class DeviceHistory:
         self._held = update.owner, history
         return history
 
-    def _traced_write(
-        self, history: Int[Array, "B M"], places: Int[Array, " N"], tokens: Int[Array, " N"]
-    ) -> Int[Array, "B M"]:
-        self._num_traces["history"] += 1
-        return history.reshape(-1).at[places].set(tokens, mode="drop").reshape(history.shape)
+
+def _write(history: Int[Array, "B M"], places: Int[Array, " N"], tokens: Int[Array, " N"]) -> Int[Array, "B M"]:
+    return history.reshape(-1).at[places].set(tokens, mode="drop").reshape(history.shape)
 
 
 def _begin(num_slots: int, num_tokens: int) -> Int[Array, "B M"]:

@@ -17,7 +17,7 @@ from step3_jax.layers.rows import as_plain
 from step3_jax.model.layers import layer_modules, over_layers
 from step3_jax.model.step3 import Step3
 from step3_jax.model.text import Decoder
-from step3_jax.train.data import TokenRows
+from step3_jax.train.data import PREFIX, TokenRows
 from step3_jax.train.loss import router_load, token_loss
 
 
@@ -54,11 +54,11 @@ class RowLoss(NamedTuple):
 
 
 def packed_context(decoder: Decoder, rows: TokenRows) -> AttentionContext:
-    """Causal attention within each sequence of a packed row."""
+    """Causal attention within each sequence of a packed row, and to the row's prefix if it has one."""
     config = decoder.config
     cos, sin = rope_table(rows.positions, head_dim=config.head_dim, theta=config.rope_theta)
     order = jnp.arange(rows.ids.shape[1])
-    same = rows.segments[:, :, None] == rows.segments[:, None, :]
+    same = (rows.segments[:, :, None] == rows.segments[:, None, :]) | (rows.segments[:, None, :] == PREFIX)
     mask = same & (order[None, :] <= order[:, None])
     return AttentionContext(cos, sin, mask)
 

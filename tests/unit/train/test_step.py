@@ -15,7 +15,7 @@ from PIL import Image
 from step3_jax.config import ModelConfig
 from step3_jax.model.step3 import Step3
 from step3_jax.text.images import ImageSettings, process
-from step3_jax.train.data import Example, TokenRows, pack_rows
+from step3_jax.train.data import Example, TokenRows, pack_prefixed, pack_rows
 from step3_jax.train.optimizer import make_optimizer
 from step3_jax.train.step import (
     RowLoss,
@@ -71,6 +71,18 @@ def test_packed_sequences_cost_what_they_cost_alone(text_model: Step3) -> None:
     examples = _examples(np.random.default_rng(1), (5, 9, 7))
     together = _loss(text_model, _rows(examples))
     alone = [_loss(text_model, _rows([example])) for example in examples]
+    np.testing.assert_allclose(together.total, sum(loss.total for loss in alone), rtol=1e-5)
+    np.testing.assert_allclose(together.weight, sum(loss.weight for loss in alone), rtol=1e-6)
+
+
+def test_sequences_with_a_common_prefix_cost_what_they_cost_with_it_alone(text_model: Step3) -> None:
+    prefix, *examples = _examples(np.random.default_rng(7), (8, 5, 9))
+    together = _loss(text_model, pack_prefixed([(prefix.ids, examples)], length=LENGTH))
+    whole = [
+        Example([*prefix.ids, *example.ids], [0.0] * (len(prefix.ids) + 1) + example.weights[1:])
+        for example in examples
+    ]
+    alone = [_loss(text_model, _rows([example])) for example in whole]
     np.testing.assert_allclose(together.total, sum(loss.total for loss in alone), rtol=1e-5)
     np.testing.assert_allclose(together.weight, sum(loss.weight for loss in alone), rtol=1e-6)
 

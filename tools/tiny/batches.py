@@ -42,7 +42,7 @@ FACT_KINDS = ("capital", "country", "region", "definition")
 TOOL_SHARES = {"tools": 0.8, "results": 0.2}
 # Of the last two stages: some of the text asks for a word back, and some rows are nothing but copying.
 RECALL_SHARES = TEXT_SHARES | {"recall": 0.2}
-COPY_SHARES = {"repeat": 0.5, "quote": 0.5}
+COPY_SHARES = {"repeat": 0.4, "quote": 0.6}
 # The reasoning before an answer about a picture is always the same and counts little.
 REASONING_WEIGHT = 0.2
 # So does the form of a tool call: what counts is the function's name and the values, each with the mark that ends it.
@@ -152,8 +152,8 @@ class Dialogues:
     def after_prefix(self, record: dict) -> Example:
         """A dialogue with tools from its first turn on.
 
-        What the form settles counts little: in a call the function's name and the values count in full, in an answer all that
-        follows the reasoning.
+        What the form settles counts little: in a call the function's name and the values count in full, in an answer all
+        that follows the reasoning.
         """
         prompt = self._prompt_ids({**record, "tools": None})  # the turns are the same, and quicker to make
         prompt = prompt[prompt.index(self.bot) :]

@@ -16,6 +16,7 @@ from step3_jax import resources
 from step3_jax.config import ModelConfig
 from tools.tiny.evaluate import Result, show_figure
 from tools.tiny.fetch import DEFAULT_DATA, say, write_json
+from tools.tiny.pictures import LARGE_SIZE, POOL_SIZES
 from tools.tiny.stages import STAGES
 
 # Why an aim was missed, by the name of the measure; to be written by whoever looked into it.
@@ -32,9 +33,8 @@ BESIDE_NOTE = """\
 As shipped: weights in bfloat16, computed in float32, the cache in float32. FP8 weights: `step3 convert MODEL DST --to hf
 --dtype fp8`, dequantised and computed in float32. INT8 and INT4 weights: `--quantization int8` and `int4`, with a scale for
 each row and 128 columns. FP8 and INT4 cache: `--kv-cache-dtype fp8` and `int4`; sentences are read
-without a cache. On GPUs the activations of an FP8 model are quantised before each product as well, which is in none of
-these columns: `python -m tools.tiny.evaluate FP8-MODEL --quantise-activations` computes the same on a CPU, and has not
-been run in full."""
+without a cache. On GPUs the activations of an FP8 model are quantised before each product as well: "FP8 activations" computes
+the same on a CPU (`python -m tools.tiny.evaluate FP8-MODEL --quantise-activations`)."""
 
 FRONT = """\
 ---
@@ -88,14 +88,16 @@ pictures with questions, dialogues and plain text. Muon for the layers' matrices
 (`tools/tiny/train.py` has the recipe, `tools/tiny/batches.py` the mix). The mix was changed three times while the second
 stage ran, and the tools hold the last one: first the tower got further numbers to read with its own heads, then facts
 were drawn by kind so that capitals came more often, and for the last quarter there were more numbers and larger pictures
-and fewer sentences. Pictures are painted from the sources below: {pictures}.
+and fewer sentences. Pictures are painted from the sources below: {first_pictures}.
 
-These two made the weights that were shipped first, which did not copy: 7.3 % of the tool calls had the right arguments, where
-most values were another name with the same first letters. The last two stages went on from those weights with a new
-optimiser (`--from`). `copy` leaves the tower as it is and trains the decoder on text that asks for copying, drawn anew in each
-batch (`tools/tiny/copying.py`): random tokens repeated, values quoted, words and numbers asked back, and tool calls with new
-values, of which several share one prompt of tools. `calls` trains everything again, with such tool calls in each step. No tool
-call is drawn that one of the new questions above asks for. The pictures of these two stages are as many, painted anew.
+These two made weights that did not copy: 7.3 % of the tool calls had the right arguments, and most values were another name
+with the same first letters. Their third layer had heads that look at the token before, the earlier ones had none, so that no
+later head could look for what followed it. The last two stages went on from those weights with a new optimiser (`--from`).
+`copy` leaves the tower as it is and trains the decoder on text that asks for copying, drawn anew in each batch
+(`tools/tiny/copying.py`): random tokens repeated, values quoted, words and numbers asked back, and tool calls with new
+values, of which several share one prompt of tools. A few heads are told where to look (`tools/tiny/guide.py`): without that
+the loss on copies did not move in 200 steps. `calls` trains everything again, with such tool calls in each step. No tool call
+is drawn that one of the new questions above asks for. These two stages had pools of their own, painted anew: {pictures}.
 
 ## Data and licences
 
@@ -259,6 +261,11 @@ def cpu_seconds(lines: Sequence[Mapping[str, float]]) -> float:
     return total + last
 
 
+def count_pictures(pools: Mapping[str, int]) -> str:
+    """How many pictures there are of each kind."""
+    return ", ".join(f"{count:,} {name}" for name, count in pools.items())
+
+
 def licence_lines(data: Path) -> str:
     """Every package the model was made or tested with."""
     packages = json.loads((data / "licences.json").read_text(encoding="utf-8"))
@@ -321,7 +328,8 @@ def write_card(
         missed=missed_lines(results),
         beside=beside_table(results, others),
         training=training_lines(training_record(data / "run", stages)),
-        pictures=", ".join(f"{count:,} {name}" for name, count in pictures.items()),
+        first_pictures=count_pictures({**POOL_SIZES, "large": LARGE_SIZE}),
+        pictures=count_pictures(pictures),
         licences=licence_lines(data),
     )
     temporary = out.with_name(f".{out.name}.tmp")

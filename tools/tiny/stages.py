@@ -35,10 +35,9 @@ from tools.tiny.batches import (
 )
 from tools.tiny.copying import Calls, Values
 from tools.tiny.evaluate_cases import held_out_calls
+from tools.tiny.guide import bare_ids, find_sources
 
 Counts = tuple[int, int, int]
-
-NUM_TOOL_ROWS = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Stage:
       extra: The same for the tower and its heads alone, which is cheap: numbers need the most pictures.
       large: Larger pictures in dialogues.
       text: Rows of plain text and dialogues.
+      tools: Rows of tool calls.
       copies: Rows of text that asks for copying; with them tool calls are new each time, not the recorded ones.
       fixes_tower: Whether the tower and the projector stay as they are.
       minutes, rate: Time, and the highest learning rate, unless the command line has others.
@@ -60,6 +60,7 @@ class Stage:
     extra: Counts
     large: int
     text: int
+    tools: int = 1
     copies: int = 0
     fixes_tower: bool = False
     minutes: float = 0.0
@@ -75,8 +76,12 @@ class Stage:
 STAGES = {
     "tower": Stage((64, 56, 16), (0, 0, 0), 0, 0, minutes=25),
     "joint": Stage((12, 32, 4), (4, 60, 0), 12, 6, minutes=100),
-    "copy": Stage((1, 3, 1), (2, 4, 1), 1, 2, copies=6, fixes_tower=True, minutes=16, warmup=0.05, decay=0.1),
-    "calls": Stage((8, 20, 6), (20, 40, 12), 4, 4, copies=2, minutes=30, rate=1.5e-3, warmup=0.05, decay=0.8),
+    "copy": Stage(
+        (1, 3, 1), (2, 4, 1), 1, 2, tools=2, copies=4, fixes_tower=True, minutes=20, rate=1e-3, warmup=0.05, decay=0.1
+    ),
+    "calls": Stage(
+        (10, 20, 8), (2, 4, 1), 4, 4, tools=2, copies=2, fixes_tower=True, minutes=14, rate=6e-4, warmup=0.05, decay=0.9
+    ),
 }
 # What goes on from a finished model.
 LATER_STAGES = ("copy", "calls")
@@ -127,23 +132,25 @@ def recorded_rows(
     while True:
         yield {
             "text": pack_rows(texts, num_rows=stage.text, length=TEXT_LENGTH),
-            "tools": pack_rows(tools, num_rows=NUM_TOOL_ROWS, length=TOOL_LENGTH),
+            "tools": pack_rows(tools, num_rows=stage.tools, length=TOOL_LENGTH),
         }
 
 
 def copying_rows(
     stage: Stage, data: pathlib.Path, dialogues: Dialogues, rng: np.random.Generator
-) -> Iterator[dict[str, TokenRows]]:
-    """Rows of text, of tool calls with new values, and of text that asks for copying."""
+) -> Iterator[dict[str, TokenRows | np.ndarray]]:
+    """Rows of text, of tool calls with new values and of text that asks for copying; of these two the places copied from."""
     draw = random.Random(int(rng.integers(2**62)))
     values = Values.load(data, draw)
     facts = [json.loads(line) for line in (data / "chat-facts.jsonl").read_text(encoding="utf-8").splitlines()]
     groups = tool_groups(Calls(values, facts, held_out_calls(data), draw), dialogues)
     sources = recorded_sources(data, dialogues, rng) | copying_sources(values, dialogues, draw)
     texts, copies = mixed(sources, RECALL_SHARES, rng), mixed(sources, COPY_SHARES, rng)
+    bare = bare_ids(dialogues.tokenizer)
     while True:
-        yield {
-            "text": pack_rows(texts, num_rows=stage.text, length=TEXT_LENGTH),
-            "tools": pack_prefixed([next(groups) for _ in range(NUM_TOOL_ROWS)], length=GROUP_LENGTH),
+        guided = {
+            "tools": pack_prefixed([next(groups) for _ in range(stage.tools)], length=GROUP_LENGTH),
             "copies": pack_rows(copies, num_rows=stage.copies, length=COPY_LENGTH),
         }
+        sources_of = {f"{name}_sources": find_sources(rows, bare) for name, rows in guided.items()}
+        yield {"text": pack_rows(texts, num_rows=stage.text, length=TEXT_LENGTH)} | guided | sources_of

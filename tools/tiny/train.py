@@ -30,6 +30,7 @@ from step3_jax.train.loop import Metrics, train
 from step3_jax.train.loss import token_loss
 from step3_jax.train.optimizer import make_optimizer
 from step3_jax.train.step import (
+    Guide,
     RowLoss,
     TrainState,
     apply_gradients,
@@ -49,6 +50,10 @@ PICTURE_WEIGHT, HEAD_WEIGHT, BALANCE_WEIGHT = 2.0, 0.6, 0.1
 # Of tool calls and copies beside plain text, in the stages that have copies; elsewhere all tokens of text count the same.
 GROUP_WEIGHT, COPY_WEIGHT = 1.0, 1.0
 TEXT_PARTS = ("text", "tools", "copies")
+# Layer and head of those that are told where to look in tools and copies: at what is copied, and at the token before. The
+# second were the ones that did so most before; the last layers are where a copy can still become the next token.
+COPYING_HEADS, PREVIOUS_HEADS = ((2, 6), (2, 7), (3, 0), (3, 7)), ((1, 2), (1, 5), (2, 1))
+GUIDE_WEIGHT = 0.5
 CAPACITY_FACTOR, BRANCH_GAIN = 1.5, 0.25
 
 
@@ -89,6 +94,12 @@ def text_loss(losses: Mapping[str, RowLoss]) -> Array:
     return text + GROUP_WEIGHT * tools + COPY_WEIGHT * copies
 
 
+def guide(batch: PyTree, name: str) -> Guide | None:
+    """Where heads should look in a part of text, if that is known."""
+    sources = batch.get(f"{name}_sources")
+    return None if sources is None else Guide(sources, COPYING_HEADS, PREVIOUS_HEADS)
+
+
 def make_step(graphdef: nnx.GraphDef, optimizer, settings: ImageSettings, stage: str):
     """The jitted step of a stage: (state, batch, rate) -> (state, metrics)."""
     pixels = functools.partial(normalise_pixels, mean=tuple(settings.image_mean), std=tuple(settings.image_std))
@@ -118,12 +129,14 @@ def make_step(graphdef: nnx.GraphDef, optimizer, settings: ImageSettings, stage:
             "small": row_loss(model, batch["small"], small_features.reshape(-1, width), num_scored=NUM_SCORED),
             "large": row_loss(model, batch["large"], large_features.reshape(-1, width), num_scored=NUM_SCORED),
         }
-        texts = {name: row_loss(model, batch[name]) for name in TEXT_PARTS if name in batch}
+        texts = {name: row_loss(model, batch[name], guide=guide(batch, name)) for name in TEXT_PARTS if name in batch}
         picture_loss = mean_loss(losses["small"], losses["large"])
         every = [*losses.values(), *texts.values()]
         balance = sum(loss.balance for loss in every) / len(every)
         heads, metrics = head_loss(params["heads"], features[:num_seen], **batch["targets"])
         total = PICTURE_WEIGHT * picture_loss + text_loss(texts) + HEAD_WEIGHT * heads + BALANCE_WEIGHT * balance
+        strays = sum(loss.guide for loss in texts.values())
+        total += GUIDE_WEIGHT * strays
         shares = texts["text"].shares
         parts_of_text = {name: mean_loss(loss) for name, loss in texts.items()}
         parts_of_text |= {f"{name}_right": loss.correct / loss.weight for name, loss in texts.items()}
@@ -132,6 +145,7 @@ def make_step(graphdef: nnx.GraphDef, optimizer, settings: ImageSettings, stage:
             "picture": picture_loss,
             "large": mean_loss(losses["large"]),
             "balance": balance,
+            "strays": strays,
             "max_share": jnp.max(shares) * shares.shape[1],
             "min_share": jnp.min(shares) * shares.shape[1],
         } | parts_of_text | metrics

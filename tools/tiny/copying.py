@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,6 @@ REPEAT_LENGTHS, MAX_REPEATED, MAX_REPEATS = (3, 24), 72, 4
 # Of the tokens of a random sequence; all ids between the first and the last control tokens.
 FIRST_TEXT_ID, LAST_TEXT_ID = 3, 4080
 MAX_QUOTED = 5
-# One word, name or number in 16 is kept for the test: no text of training but a tool call asks for it back.
-TEST_SHARE = 16
-TEST_SEED, NUM_TEST_RECORDS = 103, 96
 SYLLABLES = (
     "b br c ch d dr f g gr h j k kl l m n p pr r s sh st t th tr v w y z".split(),
     "a e i o u ai ea ou".split(),
@@ -66,11 +62,6 @@ GROUP_SHARES = {"call": 0.74, "two-calls": 0.08, "no-call": 0.06, "result": 0.12
 MAX_IN_GROUP = 9
 
 
-def is_kept_for_test(value: str) -> bool:
-    """Whether a word, name or number is asked back in the test alone."""
-    return zlib.crc32(value.encode()) % TEST_SHARE == 0
-
-
 def read_places(data: Path) -> tuple[list[str], list[str]]:
     """Cities and countries of the recorded tool calls, sorted."""
     rows = [json.loads(line) for line in (data / "chat-tools.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -86,7 +77,6 @@ class Values:
       cities, countries: Of the recorded tool calls.
       names, words: Names, and words in lower case.
       rng: Source of randomness.
-      for_test: Whether to draw from the side of the split that is kept for the test.
     """
 
     def __init__(
@@ -96,34 +86,30 @@ class Values:
         names: Sequence[str],
         words: Sequence[str],
         rng: random.Random,
-        *,
-        for_test: bool = False,
     ) -> None:
         self.cities, self.countries, self.names, self.words = cities, countries, names, words
-        self._rng, self._for_test = rng, for_test
+        self._rng = rng
 
     @classmethod
-    def load(cls, data: Path, rng: random.Random, *, for_test: bool = False) -> Values:
+    def load(cls, data: Path, rng: random.Random) -> Values:
         """Takes places from the recorded tool calls, names and words from what `tools.tiny.text_corpus` wrote."""
         names, words = (
             (data / f"copy-{kind}.txt").read_text(encoding="utf-8").splitlines() for kind in ("names", "words")
         )
         cities, countries = read_places(data)
-        if for_test:  # tool calls of training ask for recorded places
-            names = sorted({*names} - {*cities, *countries})
-        return cls(cities, countries, names, words, rng, for_test=for_test)
+        return cls(cities, countries, names, words, rng)
 
     def word(self) -> str:
         """A lower-case word."""
-        return self._kept(lambda: self._rng.choice(self.words))
+        return self._rng.choice(self.words)
 
     def name(self) -> str:
         """A name of WordNet's, or one of random syllables."""
-        return self._kept(lambda: self._rng.choice(self.names) if self._rng.random() < 0.5 else self._invent())
+        return self._rng.choice(self.names) if self._rng.random() < 0.5 else self._invent()
 
     def number(self) -> str:
         """One to six digits."""
-        return self._kept(lambda: str(self._rng.randrange(10 ** self._rng.randint(1, 6))))
+        return str(self._rng.randrange(10 ** self._rng.randint(1, 6)))
 
     def place(self, places: Sequence[str]) -> str:
         """Mostly one of `places`, else a name."""
@@ -134,12 +120,6 @@ class Values:
         rng = self._rng
         syllables = [rng.choice(onsets) + rng.choice(vowels) + rng.choice(ENDINGS) for _ in range(rng.randint(1, 3))]
         return "".join(syllables).capitalize()
-
-    def _kept(self, draw: Callable[[], str]) -> str:
-        """Draws until the value is one of this side of the split."""
-        while is_kept_for_test(value := draw()) is not self._for_test:
-            pass
-        return value
 
 
 def repeated_tokens(rng: random.Random) -> tuple[list[int], list[float]]:
@@ -192,13 +172,6 @@ def draw_other(draw: Callable[[], str], first: str) -> str:
     while (value := draw()) == first:
         pass
     return value
-
-
-def recall_test(data: Path) -> list[Record]:
-    """The questions of the test: their names, words and numbers are in no question of training."""
-    rng = random.Random(TEST_SEED)
-    values = Values.load(data, rng, for_test=True)
-    return [recall_record(values, rng) for _ in range(NUM_TEST_RECORDS)]
 
 
 class Calls:

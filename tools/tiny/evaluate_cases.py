@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tools.tiny.copying import read_places, recall_test
+from tools.tiny.copying import read_places
 from tools.tiny.text_tools import FUNCTIONS, ask, draw_arguments, format_tool_calls, offer
 
 TILE, TILES_IN_ROW = 64, 10
@@ -168,18 +168,11 @@ def held_out_calls(data: Path) -> frozenset[str]:
     return frozenset(case.answer for case, is_new in draw_call_cases(data) if is_new)
 
 
-def load_recall_set(data: Path) -> CaseSet:
-    """Questions that ask for a word, a name or a number back."""
-    cases = tuple(Case(record["question"], record["answer"]) for record in recall_test(data))
-    return CaseSet("recall", "words, names and numbers given back, none of them asked in training", cases)
-
-
 def load_sets(data: Path) -> Iterator[CaseSet]:
     """Every set of the evaluation, from a data folder."""
     yield from load_picture_sets(data)
     yield from load_fact_sets(data)
     yield load_call_set(data)
-    yield load_recall_set(data)
 
 
 def load_committed_sets(folder: Path) -> list[CaseSet]:

@@ -83,8 +83,8 @@ STAGES = {
         (10, 20, 8), (2, 4, 1), 4, 4, tools=2, copies=2, fixes_tower=True, minutes=14, rate=6e-4, warmup=0.05, decay=0.9
     ),
 }
-# What goes on from a finished model.
-LATER_STAGES = ("copy", "calls")
+# From scratch, and on from a finished model. Shipped are weights of the first two: the others teach copying and lose facts.
+FIRST_STAGES, COPYING_STAGES = ("tower", "joint"), ("copy", "calls")
 
 
 def head_targets(batch: PictureBatch) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
-"""Trains the tiny Step3 in four stages: the vision tower with throw-away heads, the whole model, copying, tool calls.
+"""Trains the tiny Step3 in two stages, the vision tower with throw-away heads, then the whole model; or goes on from one.
 
 Trained together from scratch the decoder learns the form of the answers and ignores the picture; a tower that can
-already see makes the difference. In the later stages the heads stay on as a small extra loss. Copying from the prompt is not
-learnt from a few recorded tool calls: it takes a stage of text that asks for little else, and tool calls with new values.
+already see makes the difference. After that stage the heads stay on as a small extra loss. Copying from the prompt is not
+learnt from a few recorded tool calls: the two stages that go on from a finished model have text that asks for it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from step3_jax.train.step import (
 )
 from tools.tiny.batches import IMAGE_TOKENS, NO_DIGIT, NUM_PLACES, NUM_SCORED, Pools
 from tools.tiny.fetch import DEFAULT_DATA
-from tools.tiny.stages import LATER_STAGES, STAGES, joint_batches, tower_batches
+from tools.tiny.stages import COPYING_STAGES, FIRST_STAGES, STAGES, joint_batches, tower_batches
 
 NUM_THINGS = 80
 PICTURE_WEIGHT, HEAD_WEIGHT, BALANCE_WEIGHT = 2.0, 0.6, 0.1
@@ -219,7 +219,7 @@ def main() -> None:
         dest="start",
         type=pathlib.Path,
         metavar="MODEL",
-        help="go on from this model's weights; the stages `tower` and `joint` are left out",
+        help="go on from this model's weights with the stages `copy` and `calls`, instead of `tower` and `joint`",
     )
     parser.add_argument("--out", type=pathlib.Path, help="folder for the finished weights (released format)")
     options = parser.parse_args()
@@ -229,7 +229,7 @@ def main() -> None:
     if options.start:
         model = load_model(options.start, "float32", quantization="none")
         params = {"model": split_model(model)[1], "heads": make_heads(model.config.text.hidden_size)}
-    for name in LATER_STAGES if options.start else STAGES:
+    for name in COPYING_STAGES if options.start else FIRST_STAGES:
         minutes = getattr(options, f"{name}_minutes")
         params = run_stage(name, run, options.data, minutes, options.rate, options.seed, params)
     if options.out:

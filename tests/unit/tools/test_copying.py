@@ -14,7 +14,6 @@ from tools.tiny.copying import (
     GROUP_SHARES,
     Calls,
     Values,
-    is_kept_for_test,
     quoted_values,
     recall_record,
     repeated_tokens,
@@ -27,8 +26,8 @@ WORDS = [f"word{first}{second}" for first in "abcdefghijklmnopqrstuvwxyz" for se
 FACTS = [{"question": "Where is Chad?", "reasoning": "The user asks.", "answer": "Chad is in Africa."}]
 
 
-def _values(seed: int = 0, *, for_test: bool = False) -> Values:
-    return Values(["Oslo", "Lima"], ["Chad"], NAMES, WORDS, random.Random(seed), for_test=for_test)
+def _values(seed: int = 0) -> Values:
+    return Values(["Oslo", "Lima"], ["Chad"], NAMES, WORDS, random.Random(seed))
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +62,6 @@ def test_recalled_values_stand_in_the_question() -> None:
         record = recall_record(values, rng)
         assert record["answer"].split()[-1].rstrip(".") in record["question"]
         assert "{" not in record["question"] + record["answer"]
-
-
-def test_what_the_test_asks_is_never_asked_in_training() -> None:
-    train, test = _values(3), _values(3, for_test=True)
-    for draw in ("word", "name", "number"):
-        asked = {getattr(train, draw)() for _ in range(300)}
-        kept = {getattr(test, draw)() for _ in range(20)}
-        assert not asked & kept
-        assert all(map(is_kept_for_test, kept))
 
 
 def test_dialogues_of_a_group_offer_the_same_tools_and_call_them() -> None:

@@ -21,8 +21,9 @@ from step3_jax.train.optimizer import make_optimizer
 from step3_jax.train.step import TrainState, is_block_matrix, prepare_for_training, split_model
 from tools.tiny.batches import Dialogues, PictureBatch, picture_batches
 from tools.tiny.drawings import THINGS, answer_for
+from tools.tiny.stages import head_targets
 from tools.tiny.text_corpus import PICTURES
-from tools.tiny.train import head_targets, make_heads, make_step
+from tools.tiny.train import make_heads, make_step
 
 NUM_STEPS = 20
 COLOURS = ((220, 40, 40), (40, 180, 60), (50, 70, 220))

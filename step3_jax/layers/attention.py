@@ -7,6 +7,7 @@ batch · L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -137,6 +138,19 @@ class MFA(nnx.Module):
             )
         heads = heads if isinstance(heads, Rows) else heads.reshape(batch, length, -1)
         return self.o_proj(heads).reshape(batch, length, -1), pages
+
+    def scores(
+        self, hidden: Float[Array, "B T D"], context: AttentionContext, heads: Sequence[int]
+    ) -> Float[Array, "B T heads S"]:
+        """Masked scores of some heads before the softmax, without a cache; for training that tells heads where to look."""
+        batch, length, _ = context.cos.shape
+        low, keys, _ = self._project(hidden)
+        queries = self.wq(self.inter_norm(low.reshape(batch * length, -1)))
+        queries = queries.reshape(batch, length, self.num_heads, self.head_dim)[:, :, jnp.asarray(heads)]
+        queries = apply_rope(queries, context.cos, context.sin)
+        own_keys = apply_rope(keys.take().reshape(batch, length, -1), context.cos, context.sin)
+        scores = jnp.einsum("BTHK,BSK->BTHS", queries, own_keys) * self.head_dim**-0.5
+        return jnp.where(context.mask[:, :, None, :], scores, jnp.finfo(jnp.float32).min)
 
     def _project(self, hidden: Float[Array, "B T D"] | Rows) -> tuple[Float[Array, "*batch low"], Columns, Columns]:
         """The low-rank query, which may have other columns after it, and where key and value are."""

@@ -114,6 +114,7 @@ def train(
 
         budget = minutes * 60
         ready = prefetch(batches)
+        cpu_start = time.process_time()
         bar = tqdm(total=round(budget), initial=round(used), unit="s", desc=folder.name, dynamic_ncols=True)
         sums: dict[str, list[jax.Array]] = {}
         last_save = used
@@ -133,7 +134,7 @@ def train(
                 line = {
                     "step": number,
                     "used_s": round(used, 1),
-                    "cpu_s": round(time.process_time(), 1),
+                    "cpu_s": round(time.process_time() - cpu_start, 1),
                     "rate": rate,
                 }
                 with (folder / "log.jsonl").open("a", encoding="utf-8") as log:

@@ -74,15 +74,28 @@ def make_optimizer(
     *,
     weight_decay: float,
     clip_norm: float,
+    is_fixed: Callable[[tuple[object, ...]], bool] | None = None,
 ) -> optax.GradientTransformation:
     """Muon for the leaves that `is_matrix(path, leaf)` names, Adam for the others, decoupled weight decay for both.
 
-    The updates have unit learning rate: the caller multiplies by minus the rate of the step.
+    The leaves that `is_fixed(path)` names are left as they are. The updates have unit learning rate: the caller multiplies
+    by minus the rate of the step.
     """
-    labels = jax.tree_util.tree_map_with_path(lambda path, leaf: "muon" if is_matrix(path, leaf) else "adam", params)
-    decay = optax.add_decayed_weights(weight_decay, mask=jax.tree.map(lambda leaf: leaf.ndim >= 2, params))
+
+    def label(path: tuple[object, ...], leaf: Array) -> str:
+        if is_fixed is not None and is_fixed(path):
+            return "fixed"
+        return "muon" if is_matrix(path, leaf) else "adam"
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    decays = jax.tree.map(lambda leaf, name: leaf.ndim >= 2 and name != "fixed", params, labels)
+    rules = {
+        "muon": scale_by_muon(),
+        "adam": optax.scale_by_adam(b1=0.9, b2=0.95),
+        "fixed": optax.set_to_zero(),
+    }
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.partition({"muon": scale_by_muon(), "adam": optax.scale_by_adam(b1=0.9, b2=0.95)}, labels),
-        decay,
+        optax.partition(rules, labels),
+        optax.add_decayed_weights(weight_decay, mask=decays),
     )

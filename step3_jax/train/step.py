@@ -16,8 +16,8 @@ from step3_jax.layers.rope import rope_table
 from step3_jax.layers.rows import as_plain
 from step3_jax.model.layers import layer_modules, over_layers
 from step3_jax.model.step3 import Step3
-from step3_jax.model.text import Decoder
-from step3_jax.train.data import TokenRows
+from step3_jax.model.text import Decoder, DecoderLayer
+from step3_jax.train.data import PREFIX, TokenRows
 from step3_jax.train.loss import router_load, token_loss
 
 
@@ -35,6 +35,20 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
 
 
+class Guide(NamedTuple):
+    """Where some heads should look; the same heads of layers in a row.
+
+    Attributes:
+      sources: Place that each token should look at, int32 [B, T]; -1 for none.
+      heads: Layer and head of those that should look there.
+      previous: Layer and head of those that should look at the token before.
+    """
+
+    sources: Int[Array, "B T"]
+    heads: tuple[tuple[int, int], ...]
+    previous: tuple[tuple[int, int], ...]
+
+
 class RowLoss(NamedTuple):
     """What a forward pass over rows gives.
 
@@ -44,6 +58,7 @@ class RowLoss(NamedTuple):
       correct: Weighted sum of tokens whose most probable prediction is right.
       balance: Mean router balance loss of the mixture layers.
       shares: Share of pairs of each expert, [mixture layers, E].
+      guide: Mean negative log of the attention that guided heads pay where they should look; 0 without a guide.
     """
 
     total: Float[Array, ""]
@@ -51,14 +66,15 @@ class RowLoss(NamedTuple):
     correct: Float[Array, ""]
     balance: Float[Array, ""]
     shares: Float[Array, "layers E"]
+    guide: Float[Array, ""]
 
 
 def packed_context(decoder: Decoder, rows: TokenRows) -> AttentionContext:
-    """Causal attention within each sequence of a packed row."""
+    """Causal attention within each sequence of a packed row, and to the row's prefix if it has one."""
     config = decoder.config
     cos, sin = rope_table(rows.positions, head_dim=config.head_dim, theta=config.rope_theta)
     order = jnp.arange(rows.ids.shape[1])
-    same = rows.segments[:, :, None] == rows.segments[:, None, :]
+    same = (rows.segments[:, :, None] == rows.segments[:, None, :]) | (rows.segments[:, None, :] == PREFIX)
     mask = same & (order[None, :] <= order[:, None])
     return AttentionContext(cos, sin, mask)
 
@@ -69,6 +85,7 @@ def row_loss(
     features: Float[Array, "M D"] | None = None,
     *,
     num_scored: int | None = None,
+    guide: Guide | None = None,
 ) -> RowLoss:
     """Next-token loss over packed rows.
 
@@ -78,12 +95,19 @@ def row_loss(
       features: Image features that `rows.image_rows` points into; None for text.
       num_scored: At most so many tokens of a row have a weight; logits are computed for that many only, which
         saves most of the head's cost where only short answers are learnt. None for all.
+      guide: Where some heads should look.
     """
     decoder = model.text
     hidden = decoder.embed_tokens(rows.ids)
     if features is not None:
         hidden = merge_image_features(hidden, features, rows.image_rows)
-    hidden, _, loads = over_layers(decoder.layers, hidden, packed_context(decoder, rows), observe=router_load)
+    context = packed_context(decoder, rows)
+    loads, strays = [], []
+    for index, layer in enumerate(decoder.layers):
+        if guide is not None:
+            strays += guide_losses(layer, index, hidden, context, rows, guide)
+        hidden, _, found = over_layers([layer], hidden, context, observe=router_load)
+        loads += found
     hidden, targets, weights = as_plain(decoder.norm(hidden)), rows.targets, rows.weights
     if num_scored is not None:
         _, picked = jax.lax.top_k(weights, num_scored)
@@ -98,7 +122,39 @@ def row_loss(
         correct=jnp.sum((jnp.argmax(logits, axis=1) == targets) * weights),
         balance=jnp.mean(jnp.concatenate([load.loss for load in loads])) if loads else jnp.zeros(()),
         shares=jnp.concatenate([load.shares for load in loads]) if loads else jnp.zeros((0, 1)),
+        guide=sum(strays) / len(strays) if strays else jnp.zeros(()),
     )
+
+
+def guide_losses(
+    layer: DecoderLayer,
+    index: int,
+    hidden: Float[Array, "B T D"],
+    context: AttentionContext,
+    rows: TokenRows,
+    guide: Guide,
+) -> list[Float[Array, ""]]:
+    """For each guided head of a layer the mean negative log of its attention to where it should look."""
+    told = [(head, guide.sources) for at, head in guide.heads if at == index]
+    told += [(head, previous_places(rows)) for at, head in guide.previous if at == index]
+    if not told:
+        return []
+    heads = [head for head, _ in told]
+    scores = layer.attention.self_attn.scores(layer.attention.input_layernorm(hidden), context, heads)
+    logs = jax.nn.log_softmax(scores, axis=-1)
+    losses = []
+    for number, (_, places) in enumerate(told):
+        is_told = places >= 0
+        picked = jnp.take_along_axis(logs[:, :, number], jnp.maximum(places, 0)[..., None], axis=2)[..., 0]
+        losses.append(-jnp.sum(jnp.where(is_told, picked, 0)) / jnp.maximum(jnp.sum(is_told), 1))
+    return losses
+
+
+def previous_places(rows: TokenRows) -> Int[Array, "B T"]:
+    """The place before each token in its own sequence; -1 for first tokens and padding."""
+    order = jnp.arange(rows.ids.shape[1])[None]
+    same = jnp.pad(rows.segments[:, 1:] == rows.segments[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(same & (rows.segments != 0), order - 1, -1)
 
 
 def normalise_pixels(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
-from collections.abc import Iterator
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +16,7 @@ from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.images import ImageTokenIds
 from step3_jax.text.tokenizer import Tokenizer
 from step3_jax.train.data import Example, TokenRows, dialogue, pack_rows
+from tools.tiny.copying import Calls, Values, quoted_values, recall_record, repeated_tokens
 from tools.tiny.text_corpus import assistant_text
 from tools.tiny.text_tools import format_tool_calls
 
@@ -21,6 +25,7 @@ NUM_PLACES, NO_DIGIT = 4, 10
 IMAGE_TOKENS, WINDOW_TOKENS, MAX_WINDOWS = 16, 9, 4
 LARGE_ROWS = MAX_WINDOWS * WINDOW_TOKENS + IMAGE_TOKENS
 SMALL_LENGTH, LARGE_LENGTH, TEXT_LENGTH, TOOL_LENGTH = 60, 104, 224, 448
+GROUP_LENGTH, COPY_LENGTH = 768, 160
 # Answers with their reasoning are at most this long, so that logits are computed for these places only.
 NUM_SCORED = 22
 # Share of each kind by sequences drawn: a sequence of plain text is about 100 tokens, a fact about 55.
@@ -35,8 +40,14 @@ TEXT_SHARES = {
 }
 FACT_KINDS = ("capital", "country", "region", "definition")
 TOOL_SHARES = {"tools": 0.8, "results": 0.2}
+# Of the last two stages: some of the text asks for a word back, and some rows are nothing but copying.
+RECALL_SHARES = TEXT_SHARES | {"recall": 0.2}
+COPY_SHARES = {"repeat": 0.4, "quote": 0.6}
 # The reasoning before an answer about a picture is always the same and counts little.
 REASONING_WEIGHT = 0.2
+# So does the form of a tool call: what counts is the function's name and the values, each with the mark that ends it.
+FORM_WEIGHT = 0.2
+_CALL_TARGETS = re.compile(r'((?<=invoke name=")[^"]*|(?<=">)[^<>]*</(?=steptml:parameter>))')
 
 
 class PictureBatch(NamedTuple):
@@ -102,6 +113,7 @@ class Dialogues:
         self.template = ChatTemplate.load(model)
         self.image_ids = self.tokenizer.image_token_ids()
         self.eot = self.tokenizer.control_id("<|EOT|>")
+        self.bot = self.tokenizer.control_id("<|BOT|>")
         self.end_of_reasoning = self.tokenizer.control_id("</think>")
         self.pictures = json.loads((data / "chat-pictures.json").read_text(encoding="utf-8"))
         self.things = json.loads((data / "things.json").read_text(encoding="utf-8"))
@@ -129,12 +141,41 @@ class Dialogues:
 
     def record(self, record: dict) -> Example:
         """A recorded dialogue: a fact, a tool call, or the answer after a tool's result."""
-        messages = record.get("messages") or [{"role": "user", "content": record["question"]}]
-        prompt = self.template.encode_chat(self.tokenizer, messages, record.get("tools"))
-        answer = record["answer"]
+        answer = format_tool_calls(record["calls"]) if record.get("calls") else record["answer"]
+        return dialogue(self._prompt_ids(record), self._answer_ids(record["reasoning"], answer))
+
+    def prefix_ids(self, tools: list[dict]) -> list[int]:
+        """What all dialogues with the same tools start with."""
+        prompt = self._prompt_ids({"question": "", "tools": tools})
+        return prompt[: prompt.index(self.bot)]
+
+    def after_prefix(self, record: dict) -> Example:
+        """A dialogue with tools from its first turn on.
+
+        What the form settles counts little: in a call the function's name and the values count in full, in an answer all
+        that follows the reasoning.
+        """
+        prompt = self._prompt_ids({**record, "tools": None})  # the turns are the same, and quicker to make
+        prompt = prompt[prompt.index(self.bot) :]
         if record.get("calls"):
-            answer = format_tool_calls(record["calls"])
-        return dialogue(prompt, self._answer_ids(record["reasoning"], answer))
+            pieces = _CALL_TARGETS.split(assistant_text(record["reasoning"], format_tool_calls(record["calls"])))
+            ids, weights = self.copies(pieces, outside=FORM_WEIGHT)
+            ids, weights = [*ids, self.eot], [*weights, FORM_WEIGHT]
+        else:
+            ids = self._answer_ids(record["reasoning"], record["answer"])
+            end = ids.index(self.end_of_reasoning)
+            weights = [FORM_WEIGHT] * end + [1.0] * (len(ids) - end)
+        return Example([*prompt, *ids], [0.0] * len(prompt) + weights)
+
+    def copies(self, pieces: Sequence[str], *, outside: float = 0.0) -> Example:
+        """Pieces of text of which every second one is a copy of something before it and counts in full."""
+        encoded = [self.tokenizer.encode(piece) for piece in pieces]
+        weights = [1.0 if number % 2 else outside for number, ids in enumerate(encoded) for _ in ids]
+        return Example([token for ids in encoded for token in ids], weights)
+
+    def _prompt_ids(self, record: dict) -> list[int]:
+        messages = record.get("messages") or [{"role": "user", "content": record["question"]}]
+        return self.template.encode_chat(self.tokenizer, messages, record.get("tools"))
 
     def _answer_ids(self, reasoning: str, answer: str) -> list[int]:
         return [*self.tokenizer.encode(assistant_text(reasoning, answer)), self.eot]
@@ -186,11 +227,10 @@ def _skip_missing_windows(image_rows: np.ndarray, num_windows: np.ndarray) -> np
     return np.where((image_rows >= 0) & is_view, image_rows + missing, image_rows)
 
 
-def text_examples(
-    data: pathlib.Path, dialogues: Dialogues, shares: dict[str, float], rng: np.random.Generator
-) -> Iterator[Example]:
-    """Endless mix of plain text and dialogues in the given shares."""
-    tokenizer = dialogues.tokenizer
+def recorded_sources(
+    data: pathlib.Path, dialogues: Dialogues, rng: np.random.Generator
+) -> dict[str, Callable[[], Example]]:
+    """What gives the next example of each kind of recorded text, in an order of its own."""
     records = {
         name: [json.loads(line) for line in (data / file).read_text(encoding="utf-8").splitlines()]
         for name, file in (
@@ -206,21 +246,55 @@ def text_examples(
         for name in ("sentences", "glosses")
     }
     examples: dict[tuple[str, int], Example] = {}
-    names, chances = list(shares), np.array(list(shares.values()))
-    orders: dict[str, Iterator[int]] = {
-        name: _endless_order(len(records.get(name) or lines[name]), rng) for name in names
+
+    def next_lines(name: str, order: Iterator[int]) -> Example:
+        text = "\n".join(lines[name][next(order)] for _ in range(8 if name == "sentences" else 5))
+        ids = dialogues.tokenizer.encode(text + "\n", add_bos=True)
+        return Example(ids, [1.0] * len(ids))
+
+    def next_record(name: str, order: Iterator[int]) -> Example:
+        key = (name, next(order))
+        if key not in examples:
+            examples[key] = dialogues.record(records[name][key[1]])
+        return examples[key]
+
+    def source(name: str, size: int, draw: Callable[[str, Iterator[int]], Example]) -> Callable[[], Example]:
+        return functools.partial(draw, name, _endless_order(size, rng))
+
+    return {name: source(name, len(found), next_record) for name, found in records.items()} | {
+        name: source(name, len(found), next_lines) for name, found in lines.items()
     }
+
+
+def copying_sources(values: Values, dialogues: Dialogues, rng: random.Random) -> dict[str, Callable[[], Example]]:
+    """What gives the next example of each kind of text that asks for copying."""
+    bos = dialogues.tokenizer.bos_id
+
+    def repeat() -> Example:
+        ids, weights = repeated_tokens(rng)
+        return Example([bos, *ids], [0.0, *weights])
+
+    def quote() -> Example:
+        ids, weights = dialogues.copies(quoted_values(values, rng))
+        return Example([bos, *ids], [0.0, *weights])
+
+    return {"repeat": repeat, "quote": quote, "recall": lambda: dialogues.record(recall_record(values, rng))}
+
+
+def mixed(
+    sources: Mapping[str, Callable[[], Example]], shares: Mapping[str, float], rng: np.random.Generator
+) -> Iterator[Example]:
+    """Endless mix of the sources named in `shares`."""
+    names, chances = list(shares), np.array(list(shares.values()))
     while True:
-        name = names[rng.choice(len(names), p=chances / chances.sum())]
-        if name in lines:
-            text = "\n".join(lines[name][next(orders[name])] for _ in range(8 if name == "sentences" else 5))
-            ids = tokenizer.encode(text + "\n", add_bos=True)
-            yield Example(ids, [1.0] * len(ids))
-        else:
-            key = (name, next(orders[name]))
-            if key not in examples:
-                examples[key] = dialogues.record(records[name][key[1]])
-            yield examples[key]
+        yield sources[names[rng.choice(len(names), p=chances / chances.sum())]]()
+
+
+def tool_groups(calls: Calls, dialogues: Dialogues) -> Iterator[tuple[list[int], list[Example]]]:
+    """Endless groups of dialogues with the same tools: their common prefix, and how each goes on."""
+    while True:
+        group = calls.group()
+        yield dialogues.prefix_ids(group[0]["tools"]), [dialogues.after_prefix(record) for record in group]
 
 
 def _endless_order(size: int, rng: np.random.Generator) -> Iterator[int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tools.tiny.copying import read_places
 from tools.tiny.text_tools import FUNCTIONS, ask, draw_arguments, format_tool_calls, offer
 
 TILE, TILES_IN_ROW = 64, 10
@@ -137,26 +138,34 @@ def load_fact_sets(data: Path) -> list[CaseSet]:
     ]
 
 
-def load_call_set(data: Path) -> CaseSet:
-    """Fresh questions that need one tool call, in the training's own form; new to the model where one can be."""
+def draw_call_cases(data: Path) -> Iterator[tuple[Case, bool]]:
+    """Questions that need one tool call, in the training's own form, and whether each is new to the recorded ones."""
     rows = [json.loads(line) for line in (data / "chat-tools.jsonl").read_text(encoding="utf-8").splitlines()]
     known = {row["question"] for row in rows}
-    arguments = [call["arguments"] for row in rows for call in row["calls"]]
-    cities, countries = (sorted({each[key] for each in arguments if key in each}) for key in ("city", "country"))
+    places = read_places(data)
     rng = random.Random(CALL_SEED)
-    cases, num_new = [], 0
     for name in FUNCTIONS:
         for _ in range(NUM_CALLS_EACH):
             for _ in range(CALL_TRIES):  # some functions have few possible questions, all of them known
-                values = draw_arguments(name, cities, countries, rng)
+                values = draw_arguments(name, *places, rng)
                 question = ask(name, values, rng)
                 if question not in known:
                     break
-            num_new += question not in known
             answer = format_tool_calls([{"name": name, "arguments": values}])
-            cases.append(Case(question, answer, tools=tuple(offer([name], rng))))
-    title = f"tool calls in the training's form, {num_new} of {len(cases)} questions new"
-    return CaseSet("tool-calls", title, tuple(cases))
+            yield Case(question, answer, tools=tuple(offer([name], rng))), question not in known
+
+
+def load_call_set(data: Path) -> CaseSet:
+    """Fresh questions that need one tool call; new to the model where one can be."""
+    drawn = list(draw_call_cases(data))
+    num_new = sum(is_new for _, is_new in drawn)
+    title = f"tool calls in the training's form, {num_new} of {len(drawn)} questions new"
+    return CaseSet("tool-calls", title, tuple(case for case, _ in drawn))
+
+
+def held_out_calls(data: Path) -> frozenset[str]:
+    """The calls, as the model has to write them, that answer the new questions: training draws none of them afresh."""
+    return frozenset(case.answer for case, is_new in draw_call_cases(data) if is_new)
 
 
 def load_sets(data: Path) -> Iterator[CaseSet]:

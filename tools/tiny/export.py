@@ -1,11 +1,12 @@
 """Writes the newest checkpoint of a run, also of one that is still training, as a model in the released format.
 
-python -m tools.tiny.export FOLDER [--run DIR] [--stage joint]
+python -m tools.tiny.export FOLDER [--run DIR] [--stage calls]
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from flax import nnx
 from step3_jax import resources
 from step3_jax.config import ModelConfig
 from step3_jax.model.step3 import Step3
-from step3_jax.train.optimizer import make_optimizer
-from step3_jax.train.step import TrainState, is_block_matrix, split_model
+from step3_jax.train.step import TrainState, split_model
 from tools.tiny.fetch import DEFAULT_DATA, say
-from tools.tiny.train import export, make_heads
+from tools.tiny.stages import STAGES
+from tools.tiny.train import export, make_heads, stage_optimizer
 
 TEXT_FILES = (
     "tokenizer.json",
@@ -31,17 +32,16 @@ TEXT_FILES = (
 )
 
 
-def first_state() -> TrainState:
-    """The state a run starts from; its shapes are those of every checkpoint."""
+def first_state(stage: str) -> TrainState:
+    """The state that a stage starts from; its shapes are those of every checkpoint of it."""
     config = ModelConfig.preset("step3-tiny")
     _, params = split_model(Step3(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     params = {"model": params, "heads": make_heads(config.text.hidden_size)}
-    optimizer = make_optimizer(params, is_block_matrix, weight_decay=0.02, clip_norm=1.0)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, stage_optimizer(stage, params).init(params), jnp.zeros((), jnp.int32))
 
 
-def restore_newest(checkpoints: Path) -> TrainState:
-    """Reads the newest checkpoint and changes nothing in the folder.
+def restore_newest(checkpoints: Path, stage: str) -> TrainState:
+    """Reads the newest checkpoint of a stage and changes nothing in the folder.
 
     Raises:
       ValueError: If there is none.
@@ -54,7 +54,7 @@ def restore_newest(checkpoints: Path) -> TrainState:
         if newest is None:
             raise ValueError(f"{checkpoints} holds no checkpoint yet; the first comes after some minutes of training")
         say(f"step {newest} of {checkpoints}")
-        template = jax.tree.map(jnp.zeros_like, jax.eval_shape(first_state))
+        template = jax.tree.map(jnp.zeros_like, jax.eval_shape(functools.partial(first_state, stage)))
         return manager.restore(newest, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
 
 
@@ -63,10 +63,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to write the model")
     parser.add_argument("--run", type=Path, default=DEFAULT_DATA / "run", help="folder of the run")
-    parser.add_argument("--stage", default="joint", choices=("tower", "joint"))
+    parser.add_argument("--stage", default="calls", choices=tuple(STAGES))
     options = parser.parse_args()
     shipped = resources.find("models/step3-tiny")
-    export(restore_newest(options.run / options.stage / "checkpoints").params, options.folder)
+    checkpoints = options.run / options.stage / "checkpoints"
+    export(restore_newest(checkpoints, options.stage).params, options.folder)
     if options.folder.resolve() != shipped.resolve():
         for name in TEXT_FILES:
             shutil.copyfile(shipped / name, options.folder / name)

@@ -3,7 +3,7 @@
 Pools are plain `.npy` arrays, to be memory-mapped; all pixels are uint8 RGB. They follow from one seed,
 whatever the number of worker processes.
 
-    python -m tools.tiny.pictures [--data DIR] [--seed N] [--force]
+    python -m tools.tiny.pictures [--data DIR] [--seed N] [--fraction F] [--force]
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ def chunks(count: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
 
-def build_pool(data: Path, kind: str, seed: int, pool: ProcessPoolExecutor) -> None:
-    """Writes `pool-KIND-pixels.npy` [n, 64, 64, 3] and `pool-KIND-label.npy` int32 [n]."""
+def build_pool(data: Path, kind: str, size: int, seed: int, pool: ProcessPoolExecutor) -> None:
+    """Writes `pool-KIND-pixels.npy` [size, 64, 64, 3] and `pool-KIND-label.npy` int32 [size]."""
     sources, number = load_sources(data), KINDS.index(kind)
-    items = choose_items(kind, POOL_SIZES[kind], sources, np.random.default_rng((seed, number)))
+    items = choose_items(kind, size, sources, np.random.default_rng((seed, number)))
     parts = [
         pool.submit(paint_chunk, data, kind, items[part], (seed, number, index))
         for index, part in enumerate(chunks(len(items)))
@@ -125,10 +125,10 @@ def build_pool(data: Path, kind: str, seed: int, pool: ProcessPoolExecutor) -> N
     say(f"pool of {kind}: {len(items)} pictures")
 
 
-def build_large_pool(data: Path, seed: int, pool: ProcessPoolExecutor) -> None:
-    """Writes `pool-large-{view,windows,count,kind,label}.npy`."""
+def build_large_pool(data: Path, size: int, seed: int, pool: ProcessPoolExecutor) -> None:
+    """Writes `pool-large-{view,windows,count,kind,label}.npy`, about `size` pictures."""
     sources, rng = load_sources(data), np.random.default_rng((seed, len(KINDS)))
-    shares = [round(LARGE_SIZE * share) for share in LARGE_SHARES]
+    shares = [round(size * share) for share in LARGE_SHARES]
     kinds = rng.permutation(np.repeat(np.arange(len(KINDS), dtype=np.int32), shares))
     items = np.zeros(len(kinds), np.int32)
     for number, kind in enumerate(KINDS):
@@ -192,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pictures that the tiny Step3 is trained and tested on.")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"data folder (default {DEFAULT_DATA})")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training pools (default 0)")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the pools' sizes (default %(default)s)")
     parser.add_argument("--force", action="store_true", help="make again what is there already")
     options = parser.parse_args()
     data = options.data.resolve()
@@ -200,14 +201,14 @@ def main() -> None:
     with ProcessPoolExecutor(WORKERS) as pool:
         for kind in KINDS:
             if options.force or not (data / f"pool-{kind}-label.npy").exists():
-                build_pool(data, kind, options.seed, pool)
+                build_pool(data, kind, round(POOL_SIZES[kind] * options.fraction), options.seed, pool)
         if options.force or not (data / "pool-large-label.npy").exists():
-            build_large_pool(data, options.seed, pool)
+            build_large_pool(data, round(LARGE_SIZE * options.fraction), options.seed, pool)
     things = json.loads((data / "things.json").read_text(encoding="utf-8"))
     summary = {
         "seed": options.seed,
         "things": len(things),
-        "pictures": {**POOL_SIZES, "large": LARGE_SIZE},
+        "pictures": {kind: len(np.load(data / f"pool-{kind}-label.npy")) for kind in (*KINDS, "large")},
         "held_out_artist": TEST_ARTIST,
         "held_out_fonts": list(HELD_OUT_FONTS),
         "held_out_numbers": held_out_numbers().tolist(),

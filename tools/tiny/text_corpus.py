@@ -7,6 +7,8 @@ drawn things. Everything is deterministic. Outputs in `DATA`, one record per lin
       example sentences; 1,000 are held out
   text-glosses-train.txt
       "word: definition", free of held-out sentences
+  copy-names.txt, copy-words.txt
+      names, and words in lower case, to be copied
   chat-facts.jsonl, chat-small.jsonl
       {"question", "reasoning", "answer", "kind"}
   chat-tools.jsonl
@@ -41,6 +43,8 @@ from tools.tiny.text_words import (
 
 NUM_HELDOUT_SENTENCES = 1000
 HELDOUT_SEED = 20250731
+# Nouns that the model is asked to copy; see `tools.tiny.copying`.
+COPIED_NAME, COPIED_WORD = re.compile(r"[A-Z][a-z]{2,11}( [A-Z][a-z]{2,9})?"), re.compile(r"[a-z]{3,9}")
 
 
 # countryinfo 1.0.1 lists territories beside states; these are no states, or name or capital is disputed.
@@ -282,6 +286,12 @@ def write_corpus(data: Path) -> None:
     write_lines(data / "text-sentences-train.txt", train)
     write_lines(data / "text-sentences-heldout.txt", heldout)
     write_lines(data / "text-glosses-train.txt", drop_containing(glosses, heldout))
+
+    nouns = sorted({word for s in parts["noun"] for word in s.words})
+    for kind, form in (("names", COPIED_NAME), ("words", COPIED_WORD)):
+        write_lines(
+            data / f"copy-{kind}.txt", (word for word in nouns if form.fullmatch(word) and not offensive.search(word))
+        )
 
     countries = read_countries(countries_folder)
     facts = country_rows(countries) + definition_rows(wordnet, parts["noun"], things)

@@ -127,6 +127,13 @@ def ask(name: str, arguments: Arguments, rng: random.Random) -> str:
     return rng.choice(QUESTIONS[name]).format(**arguments, state=state)
 
 
+def ask_twice(calls: Sequence[ToolCall]) -> str:
+    """A question that two calls for the weather or the time answer."""
+    first, second = (call["arguments"]["city"] for call in calls)
+    what = "weather" if calls[0]["name"] == "get_weather" else "time"
+    return f"What is the {what} in {first} and in {second}?"
+
+
 def offer(names: Sequence[str], rng: random.Random) -> list[dict[str, object]]:
     """The functions `names` and up to two others, in any order."""
     others = [name for name in FUNCTIONS if name not in names]
@@ -151,11 +158,7 @@ def tool_examples(
         if name in ("get_weather", "get_time") and rng.random() < 0.25:
             second = {"city": rng.choice([city for city in cities if city != arguments["city"]])}
             calls.append({"name": name, "arguments": second})
-            what = "weather" if name == "get_weather" else "time"
-            question, kind = (
-                f"What is the {what} in {arguments['city']} and in {second['city']}?",
-                "two-calls",
-            )
+            question, kind = ask_twice(calls), "two-calls"
         row = {
             "tools": offer([name], rng),
             "question": question,
@@ -197,6 +200,15 @@ def draw_result(name: str, arguments: Arguments, rng: random.Random) -> tuple[st
     return json.dumps({"ok": True}), f"The light in the {arguments.get('room')} is {state}."
 
 
+def result_messages(call: ToolCall, question: str, result: str) -> list[dict[str, object]]:
+    """A conversation up to the tool's reply."""
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "call_0", "type": "function", "function": call}]},
+        {"role": "tool", "tool_call_id": "call_0", "content": result},
+    ]
+
+
 def tool_result_examples(cities: Sequence[str], countries: Sequence[str]) -> list[dict[str, object]]:
     """Conversations that end in a tool's reply, with the answer that the model gives from it."""
     rng = random.Random(SEED + 1)
@@ -207,12 +219,7 @@ def tool_result_examples(cities: Sequence[str], countries: Sequence[str]) -> lis
         name = names[index % len(names)]
         arguments = draw_arguments(name, cities, countries, rng)
         result, answer = draw_result(name, arguments, rng)
-        call = {"id": "call_0", "type": "function", "function": {"name": name, "arguments": arguments}}
-        messages = [
-            {"role": "user", "content": ask(name, arguments, rng)},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "call_0", "content": result},
-        ]
+        messages = result_messages({"name": name, "arguments": arguments}, ask(name, arguments, rng), result)
         row = {"tools": offer([name], rng), "messages": messages, "reasoning": "The tool has answered."}
         rows.append({**row, "answer": answer, "kind": "result"})
     return rows

@@ -1,7 +1,8 @@
-"""Trains the tiny Step3 in two stages: the vision tower with throw-away heads, then the whole model.
+"""Trains the tiny Step3 in two stages, the vision tower with throw-away heads, then the whole model; or goes on from one.
 
 Trained together from scratch the decoder learns the form of the answers and ignores the picture; a tower that can
-already see makes the difference. In the joint stage the heads stay on as a small extra loss.
+already see makes the difference. After that stage the heads stay on as a small extra loss. Copying from the prompt is not
+learnt from a few recorded tool calls: the two stages that go on from a finished model have text that asks for it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
@@ -24,11 +26,11 @@ from step3_jax.config import ModelConfig
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.text.image_settings import ImageSettings
-from step3_jax.train.data import pack_rows
-from step3_jax.train.loop import Metrics, Schedule, train
+from step3_jax.train.loop import Metrics, train
 from step3_jax.train.loss import token_loss
 from step3_jax.train.optimizer import make_optimizer
 from step3_jax.train.step import (
+    Guide,
     RowLoss,
     TrainState,
     apply_gradients,
@@ -39,30 +41,19 @@ from step3_jax.train.step import (
     set_capacity,
     split_model,
 )
-from tools.tiny.batches import (
-    IMAGE_TOKENS,
-    NO_DIGIT,
-    NUM_PLACES,
-    NUM_SCORED,
-    TEXT_LENGTH,
-    TEXT_SHARES,
-    TOOL_LENGTH,
-    TOOL_SHARES,
-    Dialogues,
-    PictureBatch,
-    Pools,
-    digit_places,
-    picture_batches,
-    text_examples,
-)
+from tools.tiny.batches import IMAGE_TOKENS, NO_DIGIT, NUM_PLACES, NUM_SCORED, Pools
 from tools.tiny.fetch import DEFAULT_DATA
+from tools.tiny.stages import COPYING_STAGES, FIRST_STAGES, STAGES, joint_batches, tower_batches
 
 NUM_THINGS = 80
-TOWER_COUNTS = (64, 56, 16)  # drawings, numbers, handwriting in a step of the first stage
-JOINT_COUNTS = (12, 32, 4)
-EXTRA_COUNTS = (4, 60, 0)  # for the tower and its heads alone, which is cheap: numbers need the most pictures
-NUM_LARGE, NUM_TEXT_ROWS, NUM_TOOL_ROWS = 12, 6, 1
 PICTURE_WEIGHT, HEAD_WEIGHT, BALANCE_WEIGHT = 2.0, 0.6, 0.1
+# Of tool calls and copies beside plain text, in the stages that have copies; elsewhere all tokens of text count the same.
+GROUP_WEIGHT, COPY_WEIGHT = 1.0, 1.0
+TEXT_PARTS = ("text", "tools", "copies")
+# Layer and head of those that are told where to look in tools and copies: at what is copied, and at the token before. The
+# second were the ones that did so most before; the last layers are where a copy can still become the next token.
+COPYING_HEADS, PREVIOUS_HEADS = ((2, 6), (2, 7), (3, 0), (3, 7)), ((1, 2), (1, 5), (2, 1))
+GUIDE_WEIGHT = 0.5
 CAPACITY_FACTOR, BRANCH_GAIN = 1.5, 0.25
 
 
@@ -90,50 +81,32 @@ def make_heads(width: int) -> PyTree:
     return {"thing": jnp.zeros((flat, NUM_THINGS)), "digits": jnp.zeros((flat, NUM_PLACES * (NO_DIGIT + 1)))}
 
 
-def head_targets(batch: PictureBatch) -> dict[str, np.ndarray]:
-    """What the heads are to say about each picture."""
-    return {
-        "is_drawing": batch.kinds == 0,
-        "labels": np.where(batch.kinds == 0, batch.labels, -1).astype(np.int32),
-        "places": digit_places(batch.kinds, batch.labels),
-    }
-
-
-def tower_batches(pools: Pools, rng: np.random.Generator) -> Iterator[PyTree]:
-    """Endless batches of the first stage."""
-    while True:
-        batch = pools.draw(TOWER_COUNTS, rng)
-        yield {"views": batch.views, "targets": head_targets(batch)}
-
-
-def joint_batches(data: pathlib.Path, model: pathlib.Path, pools: Pools, rng: np.random.Generator) -> Iterator[PyTree]:
-    """Endless batches of the second stage."""
-    dialogues = Dialogues(data, model)
-    texts = text_examples(data, dialogues, TEXT_SHARES, rng)
-    tools = text_examples(data, dialogues, TOOL_SHARES, rng)
-    for small, large in picture_batches(pools, dialogues, JOINT_COUNTS, NUM_LARGE, rng):
-        extra = pools.draw(EXTRA_COUNTS, rng)
-        yield {
-            "views": small.views,
-            "extra_views": extra.views,
-            "targets": jax.tree.map(lambda *parts: np.concatenate(parts), head_targets(small), head_targets(extra)),
-            "small": small.rows,
-            "large_views": large.views,
-            "windows": large.windows,
-            "large": large.rows,
-            "text": pack_rows(texts, num_rows=NUM_TEXT_ROWS, length=TEXT_LENGTH),
-            "tools": pack_rows(tools, num_rows=NUM_TOOL_ROWS, length=TOOL_LENGTH),
-        }
-
-
 def mean_loss(*losses: RowLoss) -> Array:
     """Loss of a token in nats, over all rows given."""
     return sum(loss.total for loss in losses) / sum(loss.weight for loss in losses)
 
 
+def text_loss(losses: Mapping[str, RowLoss]) -> Array:
+    """What the parts of text contribute to the loss of a step."""
+    if "copies" not in losses:
+        return mean_loss(*losses.values())
+    text, tools, copies = (mean_loss(losses[name]) for name in TEXT_PARTS)
+    return text + GROUP_WEIGHT * tools + COPY_WEIGHT * copies
+
+
+def guide(batch: PyTree, name: str) -> Guide | None:
+    """Where heads should look in a part of text, if that is known."""
+    sources = batch.get(f"{name}_sources")
+    return None if sources is None else Guide(sources, COPYING_HEADS, PREVIOUS_HEADS)
+
+
 def make_step(graphdef: nnx.GraphDef, optimizer, settings: ImageSettings, stage: str):
     """The jitted step of a stage: (state, batch, rate) -> (state, metrics)."""
     pixels = functools.partial(normalise_pixels, mean=tuple(settings.image_mean), std=tuple(settings.image_std))
+
+    def encode(model: Step3, images: Array) -> Array:
+        features = model.encode_images(pixels(images))
+        return jax.lax.stop_gradient(features) if STAGES[stage].fixes_tower else features
 
     def tower_loss(params: PyTree, batch: PyTree) -> tuple[Array, Metrics]:
         model = nnx.merge(graphdef, params["model"])
@@ -145,35 +118,37 @@ def make_step(graphdef: nnx.GraphDef, optimizer, settings: ImageSettings, stage:
         model = nnx.merge(graphdef, params["model"])
         parts = [batch["views"], batch["extra_views"], batch["large_views"]]
         num_small, num_extra, num_large = (len(part) for part in parts)
-        features = model.encode_images(pixels(jnp.concatenate(parts)))
+        features = encode(model, jnp.concatenate(parts))
         num_seen = num_small + num_extra
         windows = batch["windows"].reshape(-1, *batch["windows"].shape[2:])
-        window_features = model.encode_images(pixels(windows))
+        window_features = encode(model, windows)
         width = features.shape[-1]
         small_features = features[:num_small]
         large_features = jnp.concatenate([window_features.reshape(num_large, -1, width), features[num_seen:]], axis=1)
         losses = {
             "small": row_loss(model, batch["small"], small_features.reshape(-1, width), num_scored=NUM_SCORED),
             "large": row_loss(model, batch["large"], large_features.reshape(-1, width), num_scored=NUM_SCORED),
-            "text": row_loss(model, batch["text"]),
-            "tools": row_loss(model, batch["tools"]),
         }
+        texts = {name: row_loss(model, batch[name], guide=guide(batch, name)) for name in TEXT_PARTS if name in batch}
         picture_loss = mean_loss(losses["small"], losses["large"])
-        text_loss = mean_loss(losses["text"], losses["tools"])
-        balance = sum(loss.balance for loss in losses.values()) / len(losses)
+        every = [*losses.values(), *texts.values()]
+        balance = sum(loss.balance for loss in every) / len(every)
         heads, metrics = head_loss(params["heads"], features[:num_seen], **batch["targets"])
-        total = PICTURE_WEIGHT * picture_loss + text_loss + HEAD_WEIGHT * heads + BALANCE_WEIGHT * balance
-        shares = losses["text"].shares
+        total = PICTURE_WEIGHT * picture_loss + text_loss(texts) + HEAD_WEIGHT * heads + BALANCE_WEIGHT * balance
+        strays = sum(loss.guide for loss in texts.values())
+        total += GUIDE_WEIGHT * strays
+        shares = texts["text"].shares
+        parts_of_text = {name: mean_loss(loss) for name, loss in texts.items()}
+        parts_of_text |= {f"{name}_right": loss.correct / loss.weight for name, loss in texts.items()}
         return total, {
             "loss": total,
             "picture": picture_loss,
             "large": mean_loss(losses["large"]),
-            "text": mean_loss(losses["text"]),
-            "tools": mean_loss(losses["tools"]),
             "balance": balance,
+            "strays": strays,
             "max_share": jnp.max(shares) * shares.shape[1],
             "min_share": jnp.min(shares) * shares.shape[1],
-        } | metrics
+        } | parts_of_text | metrics
 
     loss = tower_loss if stage == "tower" else joint_loss
 
@@ -185,12 +160,23 @@ def make_step(graphdef: nnx.GraphDef, optimizer, settings: ImageSettings, stage:
     return step
 
 
+def stage_optimizer(stage: str, params: PyTree) -> optax.GradientTransformation:
+    """The optimiser of a stage."""
+    is_fixed = is_of_tower if STAGES[stage].fixes_tower else None
+    return make_optimizer(params, is_block_matrix, weight_decay=0.02, clip_norm=1.0, is_fixed=is_fixed)
+
+
+def is_of_tower(path: tuple[object, ...]) -> bool:
+    """Whether a parameter belongs to the tower or the projector."""
+    return bool({str(getattr(key, "key", key)) for key in path} & {"vision", "projector"})
+
+
 def run_stage(
-    stage: str,
+    name: str,
     folder: pathlib.Path,
     data: pathlib.Path,
     minutes: float,
-    rate: float,
+    rate: float | None,
     seed: int,
     start: PyTree | None,
 ) -> PyTree:
@@ -201,13 +187,13 @@ def run_stage(
     prepare_for_training(model, capacity_factor=CAPACITY_FACTOR, branch_gain=BRANCH_GAIN)
     graphdef, params = split_model(model)
     params = start or {"model": params, "heads": make_heads(config.text.hidden_size)}
-    optimizer = make_optimizer(params, is_block_matrix, weight_decay=0.02, clip_norm=1.0)
+    optimizer = stage_optimizer(name, params)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     rng = np.random.default_rng()  # a resumed run goes on with other pictures, not the same again
-    pools = Pools(data)
-    batches = tower_batches(pools, rng) if stage == "tower" else joint_batches(data, shipped, pools, rng)
-    step = make_step(graphdef, optimizer, ImageSettings.load(shipped), stage)
-    return train(state, step, batches, folder / stage, minutes=minutes, schedule=Schedule(rate)).params
+    pools, stage = Pools(data), STAGES[name]
+    batches = tower_batches(pools, rng) if name == "tower" else joint_batches(stage, data, shipped, pools, rng)
+    step = make_step(graphdef, optimizer, ImageSettings.load(shipped), name)
+    return train(state, step, batches, folder / name, minutes=minutes, schedule=stage.schedule(rate)).params
 
 
 def export(params: PyTree, folder: pathlib.Path) -> None:
@@ -224,27 +210,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, default=DEFAULT_DATA, help="prepared data (tools.tiny.fetch)")
     parser.add_argument("--run", type=pathlib.Path, default=None, help="folder of this run (default: DATA/run)")
-    parser.add_argument("--tower-minutes", type=float, default=25)
-    parser.add_argument("--joint-minutes", type=float, default=100)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    for name, stage in STAGES.items():
+        parser.add_argument(f"--{name}-minutes", type=float, default=stage.minutes, help="default: %(default)s")
+    parser.add_argument("--rate", type=float, help="peak learning rate of every stage (default: each its own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--start",
+        "--from",
+        dest="start",
         type=pathlib.Path,
         metavar="MODEL",
-        help="go on from this model's weights; the first stage is left out",
+        help="go on from this model's weights with the stages `copy` and `calls`, instead of `tower` and `joint`",
     )
     parser.add_argument("--out", type=pathlib.Path, help="folder for the finished weights (released format)")
     options = parser.parse_args()
     enable_compile_cache()
     run = options.run or options.data / "run"
-    common = {"data": options.data, "rate": options.rate, "seed": options.seed}
+    params = None
     if options.start:
         model = load_model(options.start, "float32", quantization="none")
         params = {"model": split_model(model)[1], "heads": make_heads(model.config.text.hidden_size)}
-    else:
-        params = run_stage("tower", minutes=options.tower_minutes, start=None, folder=run, **common)
-    params = run_stage("joint", minutes=options.joint_minutes, start=params, folder=run, **common)
+    for name in COPYING_STAGES if options.start else FIRST_STAGES:
+        minutes = getattr(options, f"{name}_minutes")
+        params = run_stage(name, run, options.data, minutes, options.rate, options.seed, params)
     if options.out:
         export(params, options.out)
 

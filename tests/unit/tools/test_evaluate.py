@@ -169,6 +169,7 @@ def test_results_join_figures_baselines_and_aims(tmp_path: pathlib.Path) -> None
     results = {
         row.name: row for row in collect_results(replies, dict.fromkeys(names, ""), text, load_baselines(tmp_path))
     }
+    assert list(results)[-3:] == ["tool-calls", "tool-functions", "text"]
     assert list(results)[:4] == ["unseen-clean", "unseen-mild", "unseen", "seen"]
     assert results["unseen"].model == 0.5
     assert results["unseen"].aim == AIMS["unseen"]

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from tools.tiny.evaluate import Result
-from tools.tiny.model_card import cpu_seconds, figure_table, missed_lines, router_line, write_card
+from tools.tiny.model_card import cpu_seconds, figure_table, missed_lines, router_line, training_record, write_card
 
 RESULTS = [
     Result("unseen", "drawings, unseen artist", "share", 0.7, 240, 0.45, "pixel nearest neighbour", 0.65),
@@ -50,10 +50,12 @@ def test_cpu_time_counts_all_runs_of_a_stage() -> None:
 
 @pytest.fixture
 def data(tmp_path: pathlib.Path) -> pathlib.Path:
-    for stage in ("tower", "joint"):
+    for stage in ("tower", "copy", "calls"):
         (tmp_path / "run" / stage).mkdir(parents=True)
         line = {"step": 700, "used_s": 1200.0, "cpu_s": 1500.0, "loss": 1.5}
         (tmp_path / "run" / stage / "log.jsonl").write_text(json.dumps(line) + "\n")
+    joint = {"steps": 2000, "minutes": 90, "cpu_minutes": 140, "loss": 3.5}
+    (tmp_path / "stages.json").write_text(json.dumps({"joint": joint}))
     (tmp_path / "pictures.json").write_text(json.dumps({"pictures": {"drawings": 60000}}))
     package = {"name": "wordnet-base", "registry": "Debian", "version": "3.0", "licence": "WordNet3.0", "use": "text"}
     (tmp_path / "licences.json").write_text(json.dumps([package]))
@@ -86,11 +88,13 @@ def test_card_holds_figures_training_data_and_notices(data: pathlib.Path) -> Non
         model,
         card,
         {"FP8 cache": _write_results(data / "fp8.json", None)},
+        data / "stages.json",
     )
     text = card.read_text()
     parts = (
         "**70.0%**",
         "| tower | 700 | 20 | 25 | 1.50 |",
+        "| joint | 2,000 | 90 | 140 | 3.50 |",
         "60,000 drawings",
         "Short of the mark",
         "| as shipped | FP8 cache |",
@@ -103,4 +107,13 @@ def test_card_holds_figures_training_data_and_notices(data: pathlib.Path) -> Non
 
 def test_a_quick_run_makes_no_card(data: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="--quick 4"):
-        write_card(_write_results(data / "results.json", 4), data, data, data / "README.md", {})
+        write_card(_write_results(data / "results.json", 4), data, data, data / "README.md", {}, data / "stages.json")
+
+
+def test_stages_of_earlier_runs_are_kept_and_new_ones_added(data: pathlib.Path) -> None:
+    stages = training_record(data / "run", data / "stages.json")
+    assert list(stages) == ["tower", "joint", "copy", "calls"]
+    assert json.loads((data / "stages.json").read_text()) == stages
+    assert list(training_record(data / "nowhere", data / "stages.json")) == list(stages)
+    with pytest.raises(ValueError, match="no stage has a log"):
+        training_record(data / "nowhere", data / "none.json")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 
-from step3_jax.train.data import Example, TokenRows, dialogue, pack_rows
+from step3_jax.train.data import PREFIX, Example, TokenRows, dialogue, pack_prefixed, pack_rows
 
 
 def _pack(sequences: list[Example], **options: int) -> TokenRows:
@@ -61,3 +62,18 @@ def test_image_places_point_at_the_feature_rows_of_their_own_picture() -> None:
 def test_rows_without_pictures_point_nowhere() -> None:
     rows = _pack([Example([1, 2], [1.0, 1.0])], num_rows=1, length=4)
     assert (rows.image_rows == -1).all()
+
+
+def test_sequences_go_on_from_the_prefix_of_their_row() -> None:
+    sequences = [dialogue([3], [4, 5]), dialogue([6], [7]), dialogue([8], [9])]
+    rows = pack_prefixed([([1, 2], sequences[:2]), ([1], sequences)], length=7)
+    np.testing.assert_array_equal(rows.ids, [[1, 2, 3, 4, 5, 6, 7], [1, 3, 4, 5, 6, 7, 0]])
+    np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 3, 4, 2, 3], [0, 1, 2, 3, 1, 2, 0]])
+    np.testing.assert_array_equal(rows.segments, [[PREFIX, PREFIX, 1, 1, 1, 2, 2], [PREFIX, 1, 1, 1, 2, 2, 0]])
+    np.testing.assert_array_equal(rows.weights, [[0, 0, 1, 1, 0, 1, 0], [0, 1, 1, 0, 1, 0, 0]])
+    np.testing.assert_array_equal(rows.targets[rows.weights > 0], [4, 5, 7, 4, 5, 7])
+
+
+def test_a_prefix_that_leaves_no_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 tokens leaves no room"):
+        pack_prefixed([([1, 2, 3], [dialogue([4], [5])])], length=4)

@@ -95,3 +95,17 @@ def test_gradients_are_clipped_together() -> None:
     second_moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (4,)]
     assert all(float(jnp.max(leaf)) <= 1.0 for leaf in second_moments)
     np.testing.assert_allclose(huge["norm"], 1.0, rtol=1e-3)
+
+
+def test_fixed_leaves_neither_move_nor_decay() -> None:
+    params = {"moving": jnp.ones((4, 4)), "fixed": jnp.ones((4, 4))}
+    optimizer = make_optimizer(
+        params,
+        lambda path, leaf: True,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        is_fixed=lambda path: path[0].key == "fixed",
+    )
+    updates, _ = optimizer.update(jax.tree.map(lambda leaf: 3 * leaf, params), optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["fixed"], 0)
+    assert np.abs(updates["moving"]).min() > 0

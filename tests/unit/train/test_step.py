@@ -15,15 +15,18 @@ from PIL import Image
 from step3_jax.config import ModelConfig
 from step3_jax.model.step3 import Step3
 from step3_jax.text.images import ImageSettings, process
-from step3_jax.train.data import Example, TokenRows, pack_rows
+from step3_jax.train.data import Example, TokenRows, pack_prefixed, pack_rows
 from step3_jax.train.optimizer import make_optimizer
 from step3_jax.train.step import (
+    Guide,
     RowLoss,
     TrainState,
     apply_gradients,
     is_block_matrix,
     normalise_pixels,
+    packed_context,
     prepare_for_training,
+    previous_places,
     row_loss,
     set_capacity,
     split_model,
@@ -71,6 +74,18 @@ def test_packed_sequences_cost_what_they_cost_alone(text_model: Step3) -> None:
     examples = _examples(np.random.default_rng(1), (5, 9, 7))
     together = _loss(text_model, _rows(examples))
     alone = [_loss(text_model, _rows([example])) for example in examples]
+    np.testing.assert_allclose(together.total, sum(loss.total for loss in alone), rtol=1e-5)
+    np.testing.assert_allclose(together.weight, sum(loss.weight for loss in alone), rtol=1e-6)
+
+
+def test_sequences_with_a_common_prefix_cost_what_they_cost_with_it_alone(text_model: Step3) -> None:
+    prefix, *examples = _examples(np.random.default_rng(7), (8, 5, 9))
+    together = _loss(text_model, pack_prefixed([(prefix.ids, examples)], length=LENGTH))
+    whole = [
+        Example([*prefix.ids, *example.ids], [0.0] * (len(prefix.ids) + 1) + example.weights[1:])
+        for example in examples
+    ]
+    alone = [_loss(text_model, _rows([example])) for example in whole]
     np.testing.assert_allclose(together.total, sum(loss.total for loss in alone), rtol=1e-5)
     np.testing.assert_allclose(together.weight, sum(loss.weight for loss in alone), rtol=1e-6)
 
@@ -154,3 +169,29 @@ def test_an_update_goes_against_the_gradient_at_the_given_rate(rate: float) -> N
     state = apply_gradients(state, {"bias": jnp.asarray([1.0, -2.0, 3.0])}, optimizer, jnp.float32(rate))
     np.testing.assert_allclose(state.params["bias"], [-rate, rate, -rate], rtol=1e-3)
     assert int(state.step) == 1
+
+
+def test_a_guide_measures_attention_and_changes_nothing_else(text_model: Step3) -> None:
+    rows = _rows(_examples(np.random.default_rng(8), (6,)))
+    told = jnp.full((1, LENGTH), -1).at[0, 4].set(2)
+
+    @jax.jit
+    def run(params, rows, sources):
+        model = nnx.merge(graphdef, params)
+        guided = row_loss(model, rows, guide=Guide(sources, heads=((0, 1),), previous=()))
+        layer = model.text.layers[0]
+        hidden = layer.attention.input_layernorm(model.text.embed_tokens(rows.ids))
+        scores = layer.attention.self_attn.scores(hidden, packed_context(model.text, rows), [1])
+        return guided, row_loss(model, rows), jax.nn.softmax(scores[0, 4, 0])
+
+    graphdef, params = split_model(text_model)
+    guided, plain, attention = run(params, rows, told)
+    np.testing.assert_allclose(guided.guide, -np.log(attention[2]), rtol=1e-5)
+    np.testing.assert_allclose(np.sum(attention[:5]), 1, rtol=1e-5)  # a token sees itself and those before
+    assert float(plain.guide) == 0
+    np.testing.assert_allclose(guided.total, plain.total, rtol=1e-6)
+
+
+def test_the_token_before_is_never_that_of_another_sequence() -> None:
+    rows = _rows(_examples(np.random.default_rng(9), (3, 2)))
+    np.testing.assert_array_equal(previous_places(rows)[0, :6], [-1, 0, 1, -1, 3, -1])

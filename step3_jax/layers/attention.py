@@ -143,6 +143,7 @@ class MFA(nnx.Module):
         self, hidden: Float[Array, "B T D"], context: AttentionContext, heads: Sequence[int]
     ) -> Float[Array, "B T heads S"]:
         """Masked scores of some heads before the softmax, without a cache; for training that tells heads where to look."""
+        assert context.mask is not None, "scores are of a sequence without a cache"
         batch, length, _ = context.cos.shape
         low, keys, _ = self._project(hidden)
         queries = self.wq(self.inter_norm(low.reshape(batch * length, -1)))

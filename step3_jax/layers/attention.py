@@ -8,7 +8,7 @@ batch · L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,7 @@ class MFA(nnx.Module):
         queries = apply_rope(queries, context.cos, context.sin)
         own_keys = apply_rope(keys.take().reshape(batch, length, -1), context.cos, context.sin)
         scores = jnp.einsum("BTHK,BSK->BTHS", queries, own_keys) * self.head_dim**-0.5
-        return jnp.where(context.mask[:, :, None, :], scores, jnp.finfo(jnp.float32).min)
+        return jnp.where(cast(Array, context.mask)[:, :, None, :], scores, jnp.finfo(jnp.float32).min)
 
     def _project(self, hidden: Float[Array, "B T D"] | Rows) -> tuple[Float[Array, "*batch low"], Columns, Columns]:
         """The low-rank query, which may have other columns after it, and where key and value are."""

@@ -14,6 +14,7 @@ from step3_jax.checkpoint.names import is_fp8_tensor, parameters_of, released_na
 from step3_jax.config import ModelConfig
 from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.model.cpu import copy_module, prepare_for_cpu
+from step3_jax.model.fuse import set_quantised
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import BlockScaled, dequantise, quantise
 from tests.small import small_text
@@ -99,3 +100,15 @@ def test_rows_of_a_stored_embedding_are_looked_up_and_widened(form):
     found = prepare_for_cpu(model, kernels()).text.embed_tokens(IDS)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, plain[IDS])
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_products_of_quantised_activations_keep_their_weights_and_take_no_kernels(has_kernels):
+    model = held_in("fp8")
+    set_quantised(model, wanted=True)
+    prepared = prepare_for_cpu(model, kernels() if has_kernels else None)
+    ffn, attention = prepared.text.layers[1].ffn, prepared.text.layers[1].attention.self_attn
+    for module in (ffn.moe, ffn.share_expert, attention.wq):
+        assert module.takes_rows
+        assert module.cpu_kernels is None
+    assert np.isfinite(run(prepared)).all()

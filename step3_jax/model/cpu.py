@@ -83,11 +83,13 @@ def copy_module(module: M) -> M:
 def use_kernels(module: nnx.Module, kernels: Kernels | None) -> None:
     """Makes a module run on a CPU, as `prepare_for_cpu`; it is changed in place."""
     kept: set[int] = set()
-    if kernels is not None:
-        for user, weights in _find_users(module):
-            if all(unsupported(weight.get_value()) is None for weight in weights):
-                user.cpu_kernels = kernels
-                kept |= {id(weight) for weight in weights}
+    for user, weights in _find_users(module):
+        if isinstance(user, Linear | Experts | SwiGLU) and user.takes_rows:
+            # It multiplies quantised activations with the weights as they are; the kernels take plain ones.
+            kept |= {id(weight) for weight in weights}
+        elif kernels is not None and all(unsupported(weight.get_value()) is None for weight in weights):
+            user.cpu_kernels = kernels
+            kept |= {id(weight) for weight in weights}
     for _, weight in nnx.iter_graph(module):
         if isinstance(weight, nnx.Param) and id(weight) not in kept:
             weight.set_value(_widen(weight.get_value()))

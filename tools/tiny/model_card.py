@@ -68,8 +68,8 @@ MEASURES = """
 ## Measured
 
 By `python -m tools.tiny.evaluate`: greedy answers of `LLM.chat` in float32 on a CPU; an answer is right only if the
-whole sentence is, letter by letter. "Aim" is what was written down before training. A baseline is the best simple
-method that was tried, as named.
+whole sentence is, letter by letter. "Aim" is what was written down before training, that of tool calls later. A
+baseline is the best simple method that was tried, as named.
 
 {table}
 

@@ -15,6 +15,7 @@ from step3_jax.config import ModelConfig
 from step3_jax.cpu_kernels.loader import Kernels, Unavailable, find_kernels
 from step3_jax.model import cpu
 from step3_jax.model.cpu import copy_module, prepare_for_cpu
+from step3_jax.model.fuse import set_quantised
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import BlockScaled, dequantise, quantise
 from tests.small import small_text
@@ -133,3 +134,15 @@ def test_products_in_bfloat16_give_nearly_what_float32_gives(form):
     found, expected = run(prepare_for_cpu(model, rounding)), run(prepare_for_cpu(model, kernels()))
     error = np.abs(found - expected).max() / np.abs(expected).max()
     assert 1e-5 < error < 0.05
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_products_of_quantised_activations_keep_their_weights_and_take_no_kernels(has_kernels):
+    model = held_in("fp8")
+    set_quantised(model, wanted=True)
+    prepared = prepare_for_cpu(model, kernels() if has_kernels else None)
+    ffn, attention = prepared.text.layers[1].ffn, prepared.text.layers[1].attention.self_attn
+    for module in (ffn.moe, ffn.share_expert, attention.wq):
+        assert module.takes_rows
+        assert module.cpu_kernels is None
+    assert np.isfinite(run(prepared)).all()

@@ -199,9 +199,9 @@ def test_wrong_arguments_are_refused() -> None:
         api.permute_rows(jnp.zeros((5, 128)), permutation)
     with pytest.raises(ValueError, match="the permutation has 32"):
         api.combine_rows(jnp.zeros((5, 128)), permutation)
-    with pytest.raises(ValueError, match="of pairs"):
+    with pytest.raises(ValueError, match="for pairs"):
         api.permute_weights(jnp.zeros((4, 2)), permutation)
-    with pytest.raises(ValueError, match="of 5 tokens"):
+    with pytest.raises(ValueError, match="for 5 tokens"):
         api.permute_scales(jnp.zeros((5, 2)), permutation)
     with pytest.raises(NotImplementedError, match="multiple of 128 columns"):
         api.permute_rows(jnp.zeros((4, 100)), permutation, implementation="interpret")

@@ -46,7 +46,7 @@ def test_pages_come_from_the_shard_that_is_asked_and_go_back_to_it() -> None:
     allocator = PageAllocator(6, 3)
     assert allocator.allocate(2, 1) == [2, 3]
     assert [allocator.num_free_in(shard) for shard in range(3)] == [2, 0, 2]
-    with pytest.raises(OutOfPages, match="1 pages of the KV cache are needed, 0 of 2 are free"):
+    with pytest.raises(OutOfPages, match="1 pages of the KV cache are needed, but 0 of 2 are free"):
         allocator.allocate(1, 1)
     allocator.free([2, 3])
     assert (allocator.num_free, allocator.num_free_in(1), allocator.shard_of(3)) == (6, 2, 1)

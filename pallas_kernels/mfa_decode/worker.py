@@ -153,7 +153,7 @@ def compute(geometry: Geometry, target: Target, warpgroup: jax.Array, refs: Refs
 
         def merge() -> None:
             # One branch or the other, not two separate conditions: the sums fill the registers, and must be dead in a
-            # branch as soon as it is done with them.
+            # branch once it has finished with them.
             tokens = (count * BLOCK).astype(jnp.float32)
             lax.cond(
                 warpgroup == 0,

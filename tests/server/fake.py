@@ -18,7 +18,7 @@ from step3_jax.sampling.sampler import StepLogprobs
 from step3_jax.text.tokenizer import Tokenizer
 from tests.process import HARD_LIMIT_S
 
-# Written where the reply is not allowed to continue; it ends a request with an error, as it is not allowed either.
+# Written where the grammar forbids any more of the reply; forbidden too, it ends the request with an error.
 NO_WAY = 1
 
 # What the model writes after a prompt, given as text.

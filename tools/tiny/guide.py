@@ -24,7 +24,7 @@ def bare_ids(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def find_sources(rows: TokenRows, bare: np.ndarray) -> np.ndarray:
-    """The place that each token which counts in full is copied from, as it is for the place before it.
+    """For each place before a token that counts in full: the place that the token is copied from.
 
     Args:
       rows: Rows [B, T].

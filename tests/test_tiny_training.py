@@ -23,7 +23,7 @@ from tools.tiny.batches import Dialogues, PictureBatch, picture_batches
 from tools.tiny.drawings import THINGS, answer_for
 from tools.tiny.stages import head_targets
 from tools.tiny.text_corpus import PICTURES
-from tools.tiny.train import make_heads, make_step
+from tools.tiny.train import average, make_heads, make_step
 
 NUM_STEPS = 20
 COLOURS = ((220, 40, 40), (40, 180, 60), (50, 70, 220))
@@ -113,3 +113,10 @@ def test_loss_falls_in_twenty_steps_of_the_joint_stage(data: pathlib.Path) -> No
     # The twelve small pictures of each step are new, so they cannot be memorised.
     assert np.mean([metrics["head_things"] for metrics in history[-5:]]) > 0.6
     assert int(state.step) == NUM_STEPS
+
+
+def test_weights_written_are_the_mean_of_those_before_and_after() -> None:
+    before, after = {"a": np.float32([1, 2]), "b": np.float32(0)}, {"a": np.float32([3, 2]), "b": np.float32(5)}
+    mean = average(before, after, 0.2)
+    np.testing.assert_allclose(mean["a"], [2.6, 2.0])
+    np.testing.assert_allclose(mean["b"], 4.0)

@@ -51,6 +51,7 @@ class Stage:
       text: Rows of plain text and dialogues.
       tools: Rows of tool calls.
       copies: Rows of text that asks for copying; with them tool calls are new each time, not the recorded ones.
+      text_weight: Of plain text and dialogues beside tool calls and copies, in the stages that have copies.
       fixes_tower: Whether the tower and the projector stay as they are.
       minutes, rate: Time, and the highest learning rate, unless the command line has others.
       warmup, decay: Of the learning rate, see `Schedule`.
@@ -62,6 +63,7 @@ class Stage:
     text: int
     tools: int = 1
     copies: int = 0
+    text_weight: float = 1.0
     fixes_tower: bool = False
     minutes: float = 0.0
     rate: float = 2e-3
@@ -82,9 +84,12 @@ STAGES = {
     "calls": Stage(
         (10, 20, 8), (2, 4, 1), 4, 4, tools=2, copies=2, fixes_tower=True, minutes=14, rate=6e-4, warmup=0.05, decay=0.9
     ),
+    "review": Stage(
+        (8, 28, 3), (2, 40, 0), 8, 8, tools=2, copies=1, text_weight=2.0, minutes=45, rate=1e-3, warmup=0.03, decay=0.9
+    ),
 }
-# From scratch, and on from a finished model. Shipped are weights of the first two: the others teach copying and lose facts.
-FIRST_STAGES, COPYING_STAGES = ("tower", "joint"), ("copy", "calls")
+# From scratch, and on from a finished model: two that teach copying and lose facts, and one that brings the facts back.
+FIRST_STAGES, COPYING_STAGES = ("tower", "joint"), ("copy", "calls", "review")
 
 
 def head_targets(batch: PictureBatch) -> dict[str, np.ndarray]:

@@ -2,7 +2,8 @@
 
 Trained together from scratch the decoder learns the form of the answers and ignores the picture; a tower that can
 already see makes the difference. After that stage the heads stay on as a small extra loss. Copying from the prompt is not
-learnt from a few recorded tool calls: the two stages that go on from a finished model have text that asks for it.
+learnt from a few recorded tool calls: two of the stages that go on from a finished model have text that asks for it, and a
+third brings back the facts that those two lose. The mean of the weights before and after knows most of both.
 """
 
 from __future__ import annotations
@@ -86,12 +87,12 @@ def mean_loss(*losses: RowLoss) -> Array:
     return sum(loss.total for loss in losses) / sum(loss.weight for loss in losses)
 
 
-def text_loss(losses: Mapping[str, RowLoss]) -> Array:
+def text_loss(losses: Mapping[str, RowLoss], text_weight: float) -> Array:
     """What the parts of text contribute to the loss of a step."""
     if "copies" not in losses:
         return mean_loss(*losses.values())
     text, tools, copies = (mean_loss(losses[name]) for name in TEXT_PARTS)
-    return text + GROUP_WEIGHT * tools + COPY_WEIGHT * copies
+    return text_weight * text + GROUP_WEIGHT * tools + COPY_WEIGHT * copies
 
 
 def guide(batch: PyTree, name: str) -> Guide | None:
@@ -134,7 +135,12 @@ def make_step(graphdef: nnx.GraphDef, optimizer, settings: ImageSettings, stage:
         every = [*losses.values(), *texts.values()]
         balance = sum(loss.balance for loss in every) / len(every)
         heads, metrics = head_loss(params["heads"], features[:num_seen], **batch["targets"])
-        total = PICTURE_WEIGHT * picture_loss + text_loss(texts) + HEAD_WEIGHT * heads + BALANCE_WEIGHT * balance
+        total = (
+            PICTURE_WEIGHT * picture_loss
+            + text_loss(texts, STAGES[stage].text_weight)
+            + HEAD_WEIGHT * heads
+            + BALANCE_WEIGHT * balance
+        )
         strays = sum(loss.guide for loss in texts.values())
         total += GUIDE_WEIGHT * strays
         shares = texts["text"].shares
@@ -196,6 +202,11 @@ def run_stage(
     return train(state, step, batches, folder / name, minutes=minutes, schedule=stage.schedule(rate)).params
 
 
+def average(before: PyTree, after: PyTree, share_before: float) -> PyTree:
+    """The weighted mean of a model's weights before and after training (Wortsman et al. 2022, arXiv:2109.01903)."""
+    return jax.tree.map(lambda old, new: share_before * old + (1 - share_before) * new, before, after)
+
+
 def export(params: PyTree, folder: pathlib.Path) -> None:
     """Writes the weights in the released checkpoint format."""
     config = ModelConfig.preset("step3-tiny")
@@ -219,20 +230,29 @@ def main() -> None:
         dest="start",
         type=pathlib.Path,
         metavar="MODEL",
-        help="go on from this model's weights with the stages `copy` and `calls`, instead of `tower` and `joint`",
+        help="go on from this model's weights with the stages `copy`, `calls` and `review`, not `tower` and `joint`",
+    )
+    parser.add_argument(
+        "--start-share",
+        type=float,
+        default=0.2,
+        help="of the weights of --from in those written (default: %(default)s)",
     )
     parser.add_argument("--out", type=pathlib.Path, help="folder for the finished weights (released format)")
     options = parser.parse_args()
     enable_compile_cache()
     run = options.run or options.data / "run"
-    params = None
+    start = params = None
     if options.start:
         model = load_model(options.start, "float32", quantization="none")
         params = {"model": split_model(model)[1], "heads": make_heads(model.config.text.hidden_size)}
+        start = jax.tree.map(np.array, params["model"])  # a copy: training consumes what it starts from
     for name in COPYING_STAGES if options.start else FIRST_STAGES:
         minutes = getattr(options, f"{name}_minutes")
         params = run_stage(name, run, options.data, minutes, options.rate, options.seed, params)
     if options.out:
+        if start is not None:
+            params = {"model": average(start, params["model"], options.start_share)}
         export(params, options.out)
 
 

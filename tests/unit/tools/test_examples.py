@@ -53,4 +53,4 @@ def test_examples_are_written_with_their_sources_and_old_pictures_go(tmp_path: p
 
 def test_a_run_without_checkpoints_is_an_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="there is no folder"):
-        restore_newest(tmp_path / "checkpoints")
+        restore_newest(tmp_path / "checkpoints", "calls")

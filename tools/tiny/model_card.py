@@ -130,7 +130,7 @@ The weights are licensed under **Apache-2.0**. The text comes in part from WordN
 
 ## Limits
 
-- Given a photograph, a thing that is not among the 80, another alphabet or several things in one picture, it names one of the 80.
+- Given a photograph, a thing other than the 80, another alphabet or several things in one picture, it names one of the 80.
 - Asked in words or about facts that it was not trained on, it answers fluent nonsense.
 - Its dialogues have one turn, or one tool call with its result; it never learnt to use what was said before.
 - Facts come from countryinfo 1.0.1 and WordNet 3.0, including their mistakes.

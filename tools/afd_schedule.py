@@ -1,10 +1,10 @@
-"""AFD's decode loops compiled for H100s on a machine that has none, and what is launched beside each exchange.
+"""AFD's decode loops compiled for H100s on a machine that has none, and what overlaps with each exchange.
 
     python -m tools.afd_schedule --out benchmarks/afd-compiled
 
 Executor `program` overlaps an exchange with a tick's work only if the compiler starts the exchange before that work and
-waits for it afterwards. A compiled program lists its launches in the order in which they happen; here the loops over ticks
-are found in it, and of each it is said how much of a tick lies between start and end of its exchange.
+waits for it afterwards. A compiled program lists its launches in the order in which they happen; this tool finds
+the loops over ticks in it, and counts how much of a tick lies between start and end of its exchange.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ CASES = (("1a1f", 3), ("1a1f", 4), ("2a2f", 3), ("2a2f", 4))
 
 _START = re.compile(r"(collective-permute|all-to-all)-start\(")
 _DONE = re.compile(r"(collective-permute|all-to-all)-done\(")
-# One that is waited for at once.
+# An exchange that is waited for at once.
 _AT_ONCE = re.compile(r" (collective-permute|all-to-all)\(")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(")
-# What the compiler turns into no launch.
+# Instructions that do not become a launch.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
 _MOSAIC = "mosaic_gpu"
 
@@ -236,17 +236,17 @@ def compile_and_read(case: Case) -> Compiled:
 
 
 def table(found: Iterable[Compiled]) -> str:
-    """What was found, as a page."""
+    """The results as a page."""
     lines = [
         "# AFD's decode loops as compiled for H100s",
         "",
-        f"jax {jax.__version__}, without a GPU: `python -m tools.afd_schedule` writes this page and the JSON file beside",
-        f"it. Step3 in FP8 with {EXPERTS_EACH} experts on each FFN device, {SEQUENCES} sequences of {CONTEXT:,} tokens",
-        "on each attention device, FP8 payload. A row is a loop of the compiled program, whose body is one tick.",
-        "Kernels are those of `pallas_kernels`, launches all that is launched, the exchange left out; beside is what lies",
+        f"jax {jax.__version__}, without a GPU: `python -m tools.afd_schedule` writes this page and the JSON file of the",
+        f"same name. Step3 in FP8 with {EXPERTS_EACH} experts on each FFN device, {SEQUENCES} sequences of {CONTEXT:,}",
+        "tokens on each attention device, FP8 payload. A row is a loop of the compiled program, whose body is one tick.",
+        "Kernels are those of `pallas_kernels`; launches are all launches but the exchange. Overlapped are those that lie",
         "between start and end of the exchange, in the order of the compiled program. Nothing here was run on a GPU.",
         "",
-        "| devices | micro-batches | role | layers | kernels beside / of a tick | launches beside / of a tick |",
+        "| devices | micro-batches | role | layers | kernels overlapped / in a tick | launches overlapped / in a tick |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for one in found:

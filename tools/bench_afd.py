@@ -2,15 +2,15 @@
 
     python -m tools.bench_afd --json out.json
 
-Two processes, 1A1F, each bound to a core, run a model with random weights. Measured are, in turns:
+Two processes, 1A1F, each bound to a core, run a model with random weights. Measured alternately are:
 
 - alone: each role's decode program with the exchange left out, on its core, while the other core rests;
 - exchange: as many exchanges as ticks, of the same size, with nothing computed;
 - pipelined: the complete decode program, with 1 to 4 micro-batches of the same number of rows in flight.
 
 A tick is a layer of one micro-batch. Efficiency is max(attention, FFN, exchange) / tick; both roles' times are of their
-whole program, sampling and head included. `--context` and `--expert-width` are to be chosen so that both sides take about
-as long. The machine must have two cores to itself.
+complete program, including sampling and head. Choose `--context` and `--expert-width` so that both sides take about equally
+long. The machine must have two cores to itself.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Rank:
 
         Args:
           num_ticks: How many.
-          computes_in_turn: Whether before each exchange one of the two, in turn, computes for a few milliseconds.
+          computes_in_turn: Whether one of the two, alternately, computes for a few milliseconds before each exchange.
         """
         executor = self.executor(1)
         wire = Wire(self._topology, executor.form, self._arguments.rows)

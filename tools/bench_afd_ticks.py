@@ -2,19 +2,21 @@
 
     python -m tools.bench_afd_ticks --json benchmarks/afd.json
 
-The two processes, the model and the sizes are those of `tools.bench_afd`. Measured in turns, for 1 to 4 micro-batches:
+The two processes, the model and the sizes are those of `tools.bench_afd`. Measured alternately, for 1 to 4
+micro-batches:
 
-- alone: a role's decode program without the exchange, while the other core rests: once as a whole, which gives the mean of
-  an item, and once with the time of each tick, which gives the distribution (noting a time takes a part of a millisecond);
+- alone: a role's decode program without the exchange, while the other core rests: once without other timing, which
+  gives the mean of an item, and once with the time of each tick, which gives the distribution (noting a time takes a
+  part of a millisecond);
 - beside: the same while the other role runs its own on the other core;
-- exchange: the two roles compute products of a few milliseconds in turn and exchange after each; what that takes longer than
-  both roles' products without the exchange. (With nothing computed a quarter of the exchanges take 4 ms, in which the
-  system wakes an idle process);
-- pipelined: the complete decode program, in which nothing is timed but the whole.
+- exchange: the two roles alternately compute products of a few milliseconds and exchange after each; the time is what
+  that takes beyond both roles' products without the exchange. (With nothing computed a quarter of the exchanges take 4
+  ms, in which the system wakes an idle process);
+- pipelined: the complete decode program, of which only the total is timed.
 
 The times are written as equally spaced quantiles, with their mean. From those of the parts, alone and beside each
 other, a tick is simulated (`planner/simulation/lockstep.py`) and shown next to the pipelined one. The machine must
-have two cores to itself: where other work runs, an exchange alone takes longer than a whole tick.
+have two cores to itself: where other work runs, an exchange alone takes longer than a complete tick.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ class TickRank:
         self.is_attention = jax.process_index() == 0
 
     def pipelined(self, count: int) -> Callable[[], list[float]]:
-        """The whole decode call; its seconds for each item."""
+        """The complete decode call; its seconds for each item."""
         run, items = self._rank.pipelined(count), self._arguments.layers * count * self._arguments.steps
 
         def timed() -> list[float]:
@@ -101,7 +103,7 @@ class TickRank:
         return timed
 
     def products(self, *, is_exchanging: bool) -> Callable[[], list[float]]:
-        """Both roles' products in turn, each followed by an exchange or not; the seconds of an exchange with its product."""
+        """Both roles' products alternately, with or without exchanges; the seconds of an exchange with its product."""
         num_ticks = self._arguments.layers * 3 * self._arguments.steps
         with contextlib.nullcontext() if is_exchanging else mock.patch.object(Wire, "_swap", lambda _, slot: slot):
             run = self._rank.exchange(num_ticks, computes_in_turn=True)

@@ -1,12 +1,12 @@
 """What driving other processes costs rank 0: `python -m tools.bench_drive --json benchmarks/drive.json`.
 
 No model is computed. Workers are processes of their own with the channel and loop of real ones; their part of each call, and
-rank 0's, returns at once. Three things are timed in turns, so that they share the machine's conditions:
+rank 0's, returns at once. Three things are timed alternately, so that they share the machine's conditions:
 
 - an empty call to one worker and back;
 - an echo of as many bytes over a loopback connection of the same library, with the same keys, and nothing else;
-- a decode call of 32 sequences of up to 65,536 tokens, made through `DrivenExecutor` and without it: what it takes longer is
-  rank 0's cost. Timed with an answer of the worker after it, it says how much later than rank 0 a worker begins at most.
+- a decode call of 32 sequences of up to 65,536 tokens, made through `DrivenExecutor` and without it: the difference is
+  rank 0's cost. Timed with a worker's answer after it, it says how much later than rank 0 a worker begins at most.
 """
 
 from __future__ import annotations
@@ -128,12 +128,12 @@ def make_call(number: int, kept: DecodeCall | None) -> DecodeCall:
 
 
 def measure(num_workers: int, rounds: int, calls: int) -> dict[str, object]:
-    """Times all sides in turns.
+    """Times all sides alternately.
 
     Args:
       num_workers: Processes that are driven.
-      rounds: Turns.
-      calls: Of each side in a turn.
+      rounds: Rounds to take.
+      calls: Calls of each side in a round.
 
     Returns:
       Microseconds of each, as JSON takes them.

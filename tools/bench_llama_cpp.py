@@ -1,4 +1,4 @@
-"""Decode compared with llama.cpp, batch 1, in turns in one run: bytes of weights per second.
+"""Decode compared with llama.cpp, batch 1, alternating in one run: bytes of weights per second.
 
     python -m venv .venv-peer && .venv-peer/bin/pip install xllamacpp gguf
     python -m tools.bench_llama_cpp --peer-python .venv-peer/bin/python --json benchmarks/decode-cpu.json

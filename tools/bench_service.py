@@ -3,7 +3,7 @@
     python -m tools.bench_service --json benchmarks/service.json
 
 The model is that of `step3 bench` with random weights. One process serves it, a second one sends requests,
-and this one runs the same requests through `LLM.generate`, in turns with the other two. All are on the same cores: the
+and this one runs the same requests through `LLM.generate`, alternating with the other two. All are on the same cores: the
 clients' work takes time from the engine, and the processor seconds of each say how much. Other services, such as that of
 `tools/llama_cpp_server.py`, can be measured alongside with `--peer`.
 """
@@ -304,7 +304,7 @@ def main() -> int:
         action="append",
         default=[],
         metavar="NAME=URL",
-        help="another service that gets the same requests in turn",
+        help="another service that gets the same requests, alternating with this one",
     )
     parser.add_argument("--preset", choices=PRESETS, default="100m", help="size of the model (default: %(default)s)")
     parser.add_argument(

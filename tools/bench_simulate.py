@@ -2,9 +2,9 @@
 
     python -m tools.bench_simulate --json benchmarks/simulate.json
 
-An event is a stage that ends on an instance: attention, FFN, or the flow from one instance to another. The plain loop takes
-the next event of some chains from a heap and pushes its successor: no lanes, no links, nothing is kept. Rounds take turns;
-times are processor time.
+An event is a stage that ends on an instance: attention, FFN, or the flow from one instance to another. The plain loop
+takes the next event of some chains from a heap and pushes its successor: no lanes, no links, nothing is kept. Rounds
+are interleaved; times are processor time.
 """
 
 from __future__ import annotations

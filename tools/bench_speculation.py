@@ -1,7 +1,7 @@
 """What guessed tokens save: `python -m tools.bench_speculation --json FILE`.
 
-The same requests with and without `speculative_config`, in turn: how many steps they take, how many guesses are right, and
-tokens per second. The outputs are compared as well.
+The same requests with and without `speculative_config`, alternately: how many steps they take, how many guesses are
+right, and tokens per second. The outputs are compared as well.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def run(llm: LLM, work: Work, batch_size: int) -> Measured:
 def measure(
     sides: Mapping[int, LLM], works: Mapping[str, Work], batch_size: int, rounds: int
 ) -> list[dict[str, object]]:
-    """All sides in turn, after an uncounted round that compiles all programs.
+    """All sides alternately, after an uncounted round that compiles all programs.
 
     Args:
       sides: Models by how many tokens they guess; 0 guesses none.

@@ -1,7 +1,8 @@
 """What a structured request costs a stream running next to it: `python -m tools.bench_structured --json FILE`.
 
 A stream of a random model of 100 million active parameters is measured alone, next to another free request, and next to
-one that must follow a JSON schema, in turn. With a mask a call makes one token, and the mask is filled between two calls.
+one that must follow a JSON schema, alternately. With a mask a call generates one token, and the mask is filled between
+two calls.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def stream_rate(llm: LLM, prompts: Sequence[Sequence[int]], num_tokens: int, sid
 
 
 def measure(llm: LLM, *, num_tokens: int, rounds: int) -> dict[str, object]:
-    """Rates of all sides, in turn, after an uncounted round."""
+    """Rates of all sides, measured alternately, after an uncounted round."""
     rates: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(rounds + 1):
         prompts = random_prompts([Lengths(32, num_tokens)] * 2, llm.config.text.vocab_size - 1, seed=number)

@@ -39,7 +39,7 @@ KERNEL = 'custom_call_target="mosaic_gpu_v2"'
 
 
 def measure(num_devices: int, num_layers: int, *, stacks: bool) -> dict[str, object]:
-    """Seconds taken to lower and to compile a decode loop, and what came out."""
+    """Seconds taken to lower and to compile a decode loop, and the size of the program."""
     config = ModelConfig.preset("step3-fp8")
     text = dataclasses.replace(config.text, moe_num_experts=EXPERTS_EACH * num_devices)
     if num_layers < text.num_hidden_layers:
@@ -92,9 +92,8 @@ def table(found: list[dict[str, object]]) -> str:
         "",
         "Without a GPU: `python -m tools.compile_time` adds a row. Real widths, 128 sequences of 4,096 tokens on each",
         f"device, FP8 weights and pages, {EXPERTS_EACH} experts on each device. `cpu_s` is the processor time of the",
-        "process (Python and XLA, on two cores). Where `load` is far above two, others were computing, and the wall",
-        "times of lowering and compiling say little.",
-        "Nothing was run.",
+        "process (Python and XLA, on two cores). Where `load` is far above two, other programs were running, and the",
+        "wall times of lowering and compiling say little. The programs were not run.",
         "",
         "| " + " | ".join(names) + " |",
         "| " + " | ".join("---" for _ in names) + " |",

@@ -142,7 +142,7 @@ def read_loops(folder: pathlib.Path, program: str) -> list[Loop]:
 
 
 def table(loop: Loop) -> list[str]:
-    """Lines of a Markdown table: launches by the part of the layer that they come from, ours and XLA's apart."""
+    """Lines of a Markdown table: launches by the part of the layer that they come from, ours and XLA's separately."""
     parts: dict[str, list[Launch]] = {}
     for launch in loop.launches:
         parts.setdefault(launch.part, []).append(launch)
@@ -151,7 +151,7 @@ def table(loop: Loop) -> list[str]:
         ours, theirs = ([launch.name for launch in launches if launch.is_ours is wanted] for wanted in (True, False))
         lines.append(f"| {part} | {_list(ours)} | {_list(theirs)} |")
     num_ours = sum(launch.is_ours for launch in loop.launches)
-    lines.append(f"| together {len(loop.launches)} | {num_ours} | {len(loop.launches) - num_ours} |")
+    lines.append(f"| total: {len(loop.launches)} | {num_ours} | {len(loop.launches) - num_ours} |")
     return lines
 
 
@@ -162,7 +162,7 @@ def section(num_layers: int = 4) -> str:
         "## What a layer launches in a decode step",
         "",
         f"{BATCH} sequences, FP8 weights and cache, {NUM_EXPERTS} experts on the device, as XLA lists it for an H100",
-        "(`python -m tools.launch_count`); the loop's counter is among it. Layers 0 and 1 are dense.",
+        "(`python -m tools.launch_count`), including the loop's counter. Layers 0 and 1 are dense.",
     ]
     with tempfile.TemporaryDirectory() as folder:
         program = compile_step(num_layers, pathlib.Path(folder)).as_text() or ""

@@ -1,8 +1,8 @@
-"""Compiles every kernel at the real model's shapes for an H100, without one, and writes down what the assembler says.
+"""Compiles every kernel at the real model's shapes for an H100, without one, and records what the assembler reports.
 
     python -m tools.record_kernels --out benchmarks/kernels-compiled
 
-Needs Python 3.12 and the extra `aot`. The tests of the same (`make kernels`) hold these figures to their limits.
+Needs Python 3.12 and the extra `aot`. The tests of `make kernels` check these figures against their limits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tools.gpu_check.case import Case
 
 # What a kernel's tensor-core products must be.
 E4M3, F16, BF16 = "f32.e4m3.e4m3", "f32.f16.f16", "f32.bf16.bf16"
-# Every kernel in every form that the blocks' defaults give it at the model's sizes, and its products.
+# Every kernel in every form that it has with the default block sizes at the model's sizes, and its products.
 CASES: dict[str, str | tuple[str, ...] | None] = {
     "mfa_decode/bfloat16/64x8192": BF16,
     "mfa_decode/fp8/64x8192": (E4M3, F16),
@@ -54,20 +54,20 @@ CASES: dict[str, str | tuple[str, ...] | None] = {
     "rope_cache_write/fp8/128": None,
     "rope_cache_write/fp8/128/joined": None,
 }
-# Cases, by how their names begin, that may spill registers: bytes of stores a thread, and why. All others may not.
+# Cases that may spill registers, by the start of their names: bytes of stores a thread, and why. All others may not.
 ALLOWED_SPILLS = {
     "mfa_decode": (
-        # JAX 0.10 orders it otherwise.
+        # JAX 0.10 orders the instructions differently.
         194 if IS_0_11 else 208,
-        "sums of 64 x 256, scores and weights are held at once; most of it in the merge of two warpgroups",
+        "sums of 64 x 256, scores and weights are live at once; mostly in the merge of two warpgroups",
     ),
-    "mfa_prefill/fp8/": (28 if IS_0_11 else 56, "the warpgroup that turns 8-bit rows to float16 has few registers"),
+    "mfa_prefill/fp8/": (28 if IS_0_11 else 56, "the warpgroup that converts 8-bit rows to float16 has few registers"),
     "moe_ffn/fp8/": (44, "gate + up at tiles of 128 rows: two sums and a product are 192 registers; once a work item"),
 }
 
 
-class Turn(NamedTuple):
-    """A count of a turn of `mfa_decode`'s loop, as compiled now.
+class IterationCount(NamedTuple):
+    """A count of one iteration of `mfa_decode`'s loop, as compiled now.
 
     Attributes:
       case: Of `CASES`.
@@ -78,38 +78,38 @@ class Turn(NamedTuple):
     count: str
 
 
-# What changes of the kernels did to their counts; a turn as in the table, by the same tool. Clocks of shared memory are
-# counted at 128 bytes each, as in the kernels' docstrings.
+# How changes of the kernels affected their counts; iterations as in the table, by the same tool. Clocks of shared memory
+# are counted at 128 bytes each, as in the kernels' docstrings.
 FP8, INT4 = "mfa_decode/fp8/64x8192", "mfa_decode/int4/64x8192"
-CHANGES: tuple[tuple[str, str, str, str, str | Turn], ...] = (
+CHANGES: tuple[tuple[str, str, str, str, str | IterationCount], ...] = (
     (
         "`mfa_decode` fp8, 64 x 8192",
         "keys multiplied as stored",
-        "instructions a turn",
+        "instructions an iteration",
         "1,341",
-        Turn(FP8, "instructions"),
+        IterationCount(FP8, "instructions"),
     ),
-    ("", "", "bytes that a thread moves a turn", "896", Turn(FP8, "shared_bytes")),
+    ("", "", "bytes that a thread moves an iteration", "896", IterationCount(FP8, "shared_bytes")),
     ("", "", "clocks of shared memory a block", "1,796", "1,412"),
     ("", "", "launches, with the conversion of the queries", "3", "2"),
-    ("", "no automatic barriers", "barriers a turn", "10", Turn(FP8, "barriers")),
+    ("", "no automatic barriers", "barriers an iteration", "10", IterationCount(FP8, "barriers")),
     (
         "`mfa_decode` int4, 64 x 8192",
         "keys in e4m3",
-        "instructions a turn, the inner loop three times",
+        "instructions an iteration, counting the inner loop three times",
         "1,476",
         "1,725",
     ),
     ("", "", "of them shifts of 16 bits, which become several", "192", "0"),
-    ("", "", "bytes that a thread moves a turn", "672", "664"),
+    ("", "", "bytes that a thread moves an iteration", "672", "664"),
     ("", "", "clocks of shared memory a block", "1,552", "1,424"),
-    ("", "no automatic barriers", "barriers a turn", "18", Turn(INT4, "barriers")),
+    ("", "no automatic barriers", "barriers an iteration", "18", IterationCount(INT4, "barriers")),
     ("`fp8_matmul` 64 x 2048 x 7168", "K shared in a cluster", "launches", "2", "1"),
     ("", "", "megabytes of partial sums in memory, written and read", "8.4", "0"),
     ("`fp8_matmul` 64 x 7168 x 16384", "K shared in a cluster", "launches", "2", "1"),
     ("", "", "megabytes of partial sums in memory, written and read", "14.7", "0"),
-    ("`moe_ffn` fp8, 171 rows an expert", "the empty half left out", "rows multiplied", "256", "192"),
-    ("`mfa_prefill` fp8", "no automatic barriers", "barriers in the whole kernel", "43", "8"),
+    ("`moe_ffn` fp8, 171 rows an expert", "empty halves of tiles left out", "rows multiplied", "256", "192"),
+    ("`mfa_prefill` fp8", "no automatic barriers", "barriers in the kernel", "43", "8"),
 )
 
 
@@ -140,23 +140,23 @@ def compile_case(mesh: jax.sharding.Mesh, case: Case) -> list[gpu_compile.Kernel
 
 
 def allowed_spill_bytes(name: str) -> int:
-    """What the kernels of a case may spill."""
+    """Bytes that the kernels of a case may spill."""
     return max((limit for start, (limit, _) in ALLOWED_SPILLS.items() if name.startswith(start)), default=0)
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """The same as a page."""
+    """The figures as a page."""
     lines = [
         "# The kernels as compiled for an H100",
         "",
         f"sm_90a, jax {jax.__version__}, without a GPU: `python -m tools.record_kernels` writes this page and the",
-        "JSON file beside it; `make kernels` compiles the same and checks it. Registers are a thread's when a kernel",
-        "starts; warpgroups then trade them (`setmaxnreg`). Shared memory is a block's, of 227 KB. Code that two cases",
-        "have in common is listed once. A turn is one of the product loop: PTX instructions, barriers, and bytes that a",
-        "thread moves to and from shared memory; what only some turns do is counted, too. Nothing here was run: no time",
-        "is given because none was measured.",
+        "JSON file of the same name; `make kernels` compiles the same and checks it. Registers are those of a thread when",
+        "a kernel starts; warpgroups then trade them (`setmaxnreg`). Shared memory is that of a block, of at most 227 KB.",
+        "Code that two cases have in common is listed once. An iteration is one of the product loop: PTX instructions,",
+        "barriers, and bytes that a thread moves to and from shared memory; code that only some iterations run is counted",
+        "too. Nothing here was run: no time is given because none was measured.",
         "",
-        "| case | kernel | registers | spilled bytes | shared memory, KB | wgmma | bulk copies | a turn |",
+        "| case | kernel | registers | spilled bytes | shared memory, KB | wgmma | bulk copies | an iteration |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -173,9 +173,9 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _describe(change: tuple[str, str, str, str, str | Turn], rows: list[dict[str, object]]) -> str:
+def _describe(change: tuple[str, str, str, str, str | IterationCount], rows: list[dict[str, object]]) -> str:
     *cells, after = change
-    if isinstance(after, Turn):
+    if isinstance(after, IterationCount):
         loops = [ptx.Loop(*row["loop"]) for row in rows if (row["case"], row["name"]) == (after.case, "mfa_decode")]  # type: ignore[misc]
         after = f"{getattr(loops[0], after.count):,}" if loops else "-"
     return f"| {' | '.join([*cells, after])} |"

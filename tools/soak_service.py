@@ -2,11 +2,12 @@
 
     python -m tools.soak_service --minutes 60 --json benchmarks/service.json
 
-Starts `step3 serve` with the shipped model. Clients ask for streams and whole answers: chats, images, long prompts, sampled
-with several completions. They abandon some of them after a number of chunks, or by a time-out that may strike before the
-first. Then it waits until the service is idle. It exits with 1 unless every request that was not abandoned got a whole
-answer or a refusal with `Retry-After`, nothing runs, waits or holds pages at the end, no program was compiled
-meanwhile, and the anonymous memory of the last quarter is within 2 % of that of the quarter before.
+Starts `step3 serve` with the shipped model. Clients ask for streams and for complete answers: chats, images, long
+prompts, sampled with several completions. They abandon some of them after a number of chunks, or by a time-out that may
+strike before the first. Then it waits until the service is idle. It exits with 1 unless every request that was not
+abandoned got a complete answer or a refusal with `Retry-After`, nothing runs, waits or holds pages at the end, no
+program was compiled meanwhile, and the anonymous memory of the last quarter is within 2 % of that of the quarter
+before.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The two roles' steps: pure functions around the modules of the fused model.
 
-What a layer's attention half passes on crosses to the FFN side as rows of bytes (`payload`), and what comes back is
-added to the residual stream by the next attention step. All of them run on each device's own tokens, inside
+The output of a layer's attention half crosses to the FFN side as rows of bytes (`payload`), and what comes back is
+added to the residual stream by the next attention step. All steps run on each device's own tokens, inside
 `jax.shard_map` over the mesh of their role; an executor decides when, where and how rows cross.
 """
 
@@ -155,7 +155,7 @@ class Vision:
         self.leaves: list[Array] = [] if self._part is None else self._part.leaves
 
     def encode(self, leaves: Sequence[Array], pixels: Float[Array, "images 3 S S"]) -> Float[Array, "images tokens D"]:
-        """Features of squares, equally many for each of the layout's "images"; to be traced.
+        """Features of squares, equally many for each shard of the layout's "images"; to be traced.
 
         Args:
           leaves: In the order of `leaves`, of any dtype.
@@ -206,12 +206,12 @@ def begin_step(
     Args:
       ends: For the embedding.
       config: Head size and rotary base.
-      form: Of the rows that come back.
+      form: The format of the rows that come back.
       token_ids: [B, T] in a decode step, [1, N] for a chunk of prompts.
-      step: Where the tokens stand in the cache.
+      step: Where the tokens are in the cache.
       page_size: Tokens of a page.
-      features: Image features; None without pictures.
-      feature_rows: Row of `features` for each token, -1 for none; None without pictures.
+      features: Image features; None without images.
+      feature_rows: Row of `features` for each token, -1 for none; None without images.
     """
     hidden = ends.embed_tokens(token_ids).astype(ends.norm.weight[...].dtype)
     if features is not None and feature_rows is not None:
@@ -259,9 +259,9 @@ def ffn_step(
     """FFN half of a layer.
 
     Args:
-      block: This device's part of the layer's.
+      block: This device's part of the layer's block.
       layout: The FFN devices.
-      num_experts: Experts of the whole layer.
+      num_experts: Experts of the layer, on all devices.
       form: The format of the rows in both directions.
       rows: Tokens that arrived at this device.
       dtype: The dtype to compute in.
@@ -280,7 +280,7 @@ def ffn_step(
 def unpack_tokens(
     block: FfnBlock, form: PayloadFormat, rows: UInt8[Array, "N row_bytes"], dtype: jax.typing.DTypeLike
 ) -> tuple[Float[Array, "N D"] | Rows, Int[Array, "N top_k"], Float[Array, "N top_k"]]:
-    """Tokens, expert ids and mixing weights for an FFN half: in FP8 if sent so and its matrix products take it."""
+    """Tokens, expert ids and mixing weights for an FFN half: in FP8 if they came so and its products take that."""
     products = [part for part in (block.mlp, block.moe, block.share_expert) if part is not None]
     if form.payload == "fp8" and all(part.takes_rows for part in products):
         return form.unpack_rows(rows, dtype)
@@ -293,7 +293,7 @@ def end_step(ends: Ends, form: PayloadFormat, tokens: Tokens) -> Float[Array, "B
 
 
 def token_logits(ends: Ends, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """The same of the residual stream after the last layer, with what came back of it."""
+    """The same from the residual stream after the last layer, with what came back already added."""
     normed = as_plain(ends.norm(hidden))
     with jax.named_scope("lm_head"):
         return ends.lm_head(normed).astype(jnp.float32)

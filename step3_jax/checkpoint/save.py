@@ -38,7 +38,7 @@ from step3_jax.model.step3 import Step3
 from step3_jax.quant import FP8, BlockScaled, PackedInt4, quantise
 from step3_jax.stack import LayerOf, parts
 
-# Of a weight on its way to the file.
+# The most of a weight that is copied to the host at a time.
 BAND_BYTES = 2**26
 
 Value = Shaped[Array, "..."] | BlockScaled | PackedInt4 | LayerOf
@@ -55,9 +55,9 @@ def save_model(
 ) -> None:
     """Writes `config.json` and the weights under a temporary name, then renames the folder.
 
-    Weights come to the host in bands of at most `BAND_BYTES`, so that little memory is taken beside the model's; of products
-    that are joined, the parts are copied first, where they lie. Weights that are FP8 in the model are written as they are.
-    Of a sharded model, all of whose devices are of this process, what it is filled up with is left out.
+    Weights are copied to the host in bands of at most `BAND_BYTES`, so that little memory is needed besides the model's; the
+    parts of joined products are first copied on their device. Weights that are FP8 in the model are written unchanged. The
+    padding of a sharded model, all of whose devices must be of this process, is left out.
 
     Args:
       model: The model.
@@ -69,8 +69,8 @@ def save_model(
         files (tokenizer, chat template) stay.
 
     Raises:
-      ValueError: If `folder` is in the way, for an unknown dtype, or for weights in INT8 or INT4, for which the released
-        layout has no form.
+      ValueError: If `folder` may not be replaced, for an unknown dtype, or for weights in INT8 or INT4, for which the
+        released layout has no form.
     """
     folder = pathlib.Path(folder)
     _check_target(folder, overwrite)
@@ -176,7 +176,7 @@ def _entries(
                 value.shape, np.dtype(ml_dtypes.float8_e4m3fn), functools.partial(_quantised, own, block, "values")
             ),
         ),
-        # Quantised a second time: cheaper than keeping a layer's scales until their turn.
+        # Quantised a second time: cheaper than keeping a layer's scales until they are written.
         (
             scale_name(name),
             LazyArray(scales, np.dtype(np.float32), functools.partial(_quantised, own, block, "scales")),
@@ -212,10 +212,10 @@ def _quantised(
 def _bands(
     array: Shaped[Array, "..."] | LayerOf, multiple: int = 1
 ) -> Iterator[Shaped[Array, "..."] | Shaped[np.ndarray, "..."]]:
-    """An array in bands of about `BAND_BYTES`, in order; all but a matrix's last have a multiple of `multiple` rows."""
+    """An array in bands of about `BAND_BYTES`, in order; all but a matrix's last one have a multiple of `multiple` rows."""
     stack, layer = parts(array)
     whole = cast(Array, stack)
-    # In this machine's memory numpy cuts without a copy; what other devices hold is cut there.
+    # numpy slices what is in this machine's memory without a copy; arrays of other devices are sliced there.
     is_here = whole.is_fully_replicated and all(device.platform == "cpu" for device in whole.devices())
     source = np.asarray(whole) if is_here else whole
     first = () if layer is None else (int(layer),)

@@ -113,9 +113,9 @@ class ModelPart:
 class Executor(ModelPart, abc.ABC):
     """Runs a model's calls; the base of all executors.
 
-    `runner.Runner` runs them on one device; others spread a model over many. The engine decides which pages belong to which
-    sequence and hands the cache back at each call, which consumes it. Of a sequence an executor remembers its tokens between
-    calls (`DeviceHistory`), and those only where they are looked up.
+    `runner.Runner` runs them on one device; others shard a model over several. The engine decides which pages belong to
+    which sequence and hands the cache back at each call, which consumes it. Between calls an executor remembers only the
+    tokens of sequences (`DeviceHistory`), and only if they are looked up.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Executor(ModelPart, abc.ABC):
 
     @property
     def _everywhere(self) -> jax.sharding.Sharding | None:
-        """Where an array lies of which every device has all; None for the default device."""
+        """The sharding of an array that every device has in full; None for the default device."""
         return None
 
     @property
@@ -167,13 +167,13 @@ class Executor(ModelPart, abc.ABC):
     def cache_memory_bytes(
         self, rows: int, chunk_tokens: int, step_tokens: int = 1, history_tokens: int = 0
     ) -> int | None:
-        """Memory left for each shard of the cache, by the rule of `step3 plan memory`; None where devices do not say.
+        """Memory left for each shard of the cache, by the rule of `step3 plan memory`; None if devices do not report it.
 
         Args:
           rows: Sequences of a shard that decode at once.
           chunk_tokens: Prompt tokens of a shard that are prefilled at once.
-          step_tokens: Of each sequence in a decode step; more than one where tokens are guessed.
-          history_tokens: That all sequences of a shard have room for.
+          step_tokens: Tokens of each sequence in a decode step; more than one where tokens are guessed.
+          history_tokens: Tokens that the sequences of a shard have room for, all together.
         """
         workspace = estimate_workspace(
             self.config,
@@ -228,7 +228,7 @@ class Executor(ModelPart, abc.ABC):
 
     @abc.abstractmethod
     def copy_pages(self, cache: Cache, sources: Sequence[int], targets: Sequence[int]) -> Cache:
-        """Copies whole pages inside their shards, in all layers.
+        """Copies pages inside their shards, in all layers.
 
         Args:
           cache: From the last call; it is consumed.
@@ -248,7 +248,7 @@ class Executor(ModelPart, abc.ABC):
           call: The call that would be made.
 
         Returns:
-          None where only calling makes the program.
+          None if only the call itself makes the program.
         """
         return None
 
@@ -276,7 +276,7 @@ class Executor(ModelPart, abc.ABC):
         return self._placed[1]
 
     def _place_wide(self, call: DecodeCall) -> DecodeBatch:
-        """A call's batch with its wide arrays on the devices: of these what is the same as in the last call stays there."""
+        """A call's batch with its wide arrays on the devices, where an array stays as long as calls pass the same one."""
         batch = call.batch
         for name in ("history", "mask"):
             array = getattr(batch, name)

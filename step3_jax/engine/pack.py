@@ -75,7 +75,7 @@ class Packer:
             mask=self._no_masks(scheduler.slots) if masks is None else masks
         )
         history = self._history.pack([one if self._needs_history(one) else None for one in scheduler.slots])
-        # What may come behind a pause is only known once the tokens before it have been looked at.
+        # What may follow a pause is only known once the tokens before it have been looked at.
         has_pause = any(one is not None and one.is_ready and one.sampling.pause_id >= 0 for one in scheduler.slots)
         leave_early = scheduler.num_waiting > 0 or has_pause
         most = num_steps if max_new is None else max_new
@@ -86,13 +86,13 @@ class Packer:
         slots = [None] * (num_seqs * self._buckets.num_shards)
         batch = pack_decode(slots, pack_table(slots, self._buckets.max_pages))
         batch = batch._replace(mask=self._no_masks(slots))
-        # A write of nothing, so that its program is compiled too; afterwards the devices keep what has this size.
+        # An empty write, so that its program is compiled too; afterwards the devices keep a history of this size.
         self._history.forget()
         history = self._history.pack_nothing(len(slots), num_writes=1)
         return self._call(slots, batch, pack_sampling(slots, self._vocab_size), history, 1, 1)
 
     def forget(self) -> None:
-        """A call has failed: what the devices keep is unknown."""
+        """To be called when a call has failed: what the devices keep is unknown."""
         self._history.forget()
 
     def _call(

@@ -1,8 +1,8 @@
 """What goes to the device and comes back, and the pure functions of a decode step, shared by all executors.
 
-Between two calls the device keeps the KV cache, and the tokens of sequences as far as they are looked up there. All that is
-known of a sequence stands on the host, and each call brings along what is new: a few numbers a row. Batches are numpy on
-the host; the same classes hold arrays and tracers on the device.
+Between two calls the device keeps the KV cache, and the tokens of sequences if they are looked up there. The host knows
+everything about a sequence, and passes what is new with each call: a few numbers per row. Batches are numpy on the host;
+the same classes hold arrays and tracers on the device.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class DecodeBatch(NamedTuple):
       num_generated: Output tokens so far; 0 where `last` ends the prompt.
       is_active: Rows with work to do. The others write to no page.
       table: Pages of each sequence, with room for all tokens it may get.
-      history: Prompt and output so far, `last` included; after them may stand anything. Not read unless some row has
-        penalties or the call speculates. None if none ever does, and in an engine's call, which has what to write to it.
-      mask: Which tokens a row may get, a bit for each, the lowest of the first word that of token 0; all bits for any. None
-        if no row ever has a mask. It is that of the next token alone, so a call with one takes one step.
+      history: Prompt and output so far, including `last`; what follows them is undefined. Not read unless some row has
+        penalties or the call speculates. None if none ever does, and in an engine's call, which has an update instead.
+      mask: The tokens that a row may get, one bit for each, starting with the lowest bit of the first word; all bits are
+        set if any may come. None if no row ever has a mask. It is for the next token only: a call with one takes one step.
       max_new: Most tokens of each row in this call, for which it has pages; 1 for a row with a mask. The call ends with the
-        step in which a row gets there. None in a call that does not speculate, where they are its steps.
+        step in which a row reaches it. None in a call that does not speculate, where the number of steps is the limit.
     """
 
     last: Int[Array, " B"]
@@ -84,9 +84,9 @@ class HistoryUpdate(NamedTuple):
     Attributes:
       owner: Number of the packer that it comes from.
       num_slots: B.
-      num_tokens: M, that each slot has room for.
+      num_tokens: M, the tokens that each slot has room for.
       continues: Whether something that was written before is still needed.
-      places: For each write where its tokens go: slot * M + position, and B * M for padding.
+      places: Where the tokens of each write go: slot * M + position, and B * M for padding.
       tokens: What is written there.
     """
 
@@ -99,7 +99,7 @@ class HistoryUpdate(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """What goes to the devices."""
+        """Bytes that are sent to the devices."""
         return self.places.nbytes + self.tokens.nbytes
 
 
@@ -113,8 +113,8 @@ class DecodeCall:
       num_steps: Steps to take at most.
       max_steps: The most tokens per row that the report has room for; part of the compiled program's key.
       leave_early: Whether to return as soon as a row has ended.
-      speculation: How tokens are guessed; a part of the compiled program's key. None: each step makes one token.
-      history: What is new of the history that the executor keeps; None where the batch has it whole.
+      speculation: How tokens are guessed; part of the compiled program's key. None: each step generates one token.
+      history: The update of the history that the executor keeps; None if the batch has the complete history.
     """
 
     batch: DecodeBatch
@@ -195,7 +195,7 @@ class StepTokens(NamedTuple):
 
 
 class _Verified(NamedTuple):
-    """What the verification of a step's guesses carries: the place of the logits, rows that get one more token, all rows."""
+    """What the verification of guesses carries: the next column of logits, the rows that still get a token, all rows."""
 
     place: Int[Array, ""]
     is_open: Bool[Array, " B"]
@@ -237,8 +237,8 @@ def leaving_rows(rows: RowState, batch: DecodeBatch, leave_early: Bool[Array, ""
 
     Args:
       rows: After a step.
-      batch: A row that has got its `max_new` tokens is one of them.
-      leave_early: Whether a row that has ended is one too, as others wait for its place.
+      batch: A row that has reached its `max_new` tokens is one of them.
+      leave_early: Whether a row that has ended is one too, because others wait for its slot.
     """
     finish = rows.report.finish
     has_ended = leave_early & ((finish == STOPPED) | (finish == FULL))
@@ -248,7 +248,7 @@ def leaving_rows(rows: RowState, batch: DecodeBatch, leave_early: Bool[Array, ""
 def next_tokens(
     rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, speculation: Speculation | None
 ) -> StepTokens:
-    """The tokens of a step, as many of each row in every step: its last one, and guesses if there is speculation."""
+    """The tokens of a step, equally many for every row and step: its last one, and guesses if there is speculation."""
     return last_tokens(rows) if speculation is None else draft_tokens(rows, batch, sampling, speculation)
 
 
@@ -258,7 +258,7 @@ def last_tokens(rows: RowState) -> StepTokens:
 
 
 def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, speculation: Speculation) -> StepTokens:
-    """The tokens of a step with guesses, at most as many as the row may get.
+    """The tokens of a step with guesses, at most as many as a row may get.
 
     Args:
       rows: As `begin_rows` made them for this speculation.
@@ -275,7 +275,7 @@ def draft_tokens(rows: RowState, batch: DecodeBatch, sampling: SamplingBatch, sp
     drafts, is_found = find_drafts(rows.history, batch.cached + 1 + num_new, speculation)
     room = jnp.minimum(batch.max_new, sampling.max_tokens - batch.num_generated) - num_new
     num_ids = jnp.where(is_found & running_rows(rows, batch), jnp.clip(room, 1, speculation.width), 1)
-    # Padding stands in front, so that all that a step reads is of the sequence.
+    # Padding comes first, so that everything that a step reads belongs to the sequence.
     order = jnp.arange(speculation.width) + num_ids[:, None] - speculation.width
     every = jnp.concatenate([rows.last[:, None], drafts], axis=1)
     return StepTokens(jnp.take_along_axis(every, jnp.maximum(order, 0), axis=1), num_ids.astype(jnp.int32))
@@ -290,7 +290,7 @@ def place_tokens(rows: RowState, batch: DecodeBatch, tokens: StepTokens) -> Cach
 
 def step_lengths(rows: RowState, batch: DecodeBatch, num_ids: Int[Array, " B"] | int = 1) -> Int[Array, " B"]:
     """Tokens of each sequence in the cache once the next step has written its own; 0 for a row that does not run."""
-    # Of a running row all new tokens but the last are cached, and now the last one and the guesses too.
+    # A running row has all new tokens but the last in the cache; the step adds the last one and the guesses.
     return jnp.where(running_rows(rows, batch), batch.cached + rows.report.num_new + num_ids, 0)
 
 
@@ -300,7 +300,7 @@ def verify_tokens(
     """Takes a step's logits: a token for each running row, and more as long as its guesses are the chosen tokens.
 
     Each token is chosen as without guesses, from the logits after the tokens before it. So guesses change how many
-    tokens a step generates, and never which.
+    tokens a step generates, but never which.
     """
     width = tokens.ids.shape[1]
     if width == 1:
@@ -309,7 +309,7 @@ def verify_tokens(
     every = jnp.arange(tokens.num_ids.shape[0])
 
     def column(place: Int[Array, ""]) -> Int[Array, " B"]:
-        """The entry of each row's token at `place` after its padding; of its last token if it has fewer."""
+        """The column of each row's token at `place` after its padding; of its last token if it has fewer."""
         return jnp.minimum(width - tokens.num_ids + place, width - 1)
 
     def choose(now: _Verified) -> _Verified:
@@ -320,7 +320,7 @@ def verify_tokens(
         return _Verified(place, now.is_open & is_right & (chosen.report.finish == RUNNING), chosen)
 
     start = _Verified(jnp.zeros((), jnp.int32), running_rows(rows, batch), rows)
-    # As many turns as the luckiest row has tokens; nothing in it communicates.
+    # As many iterations as the row with the most right guesses needs; devices do not communicate in them.
     end = jax.lax.while_loop(lambda now: (now.place < width) & jnp.any(now.is_open), choose, start)
     return _count_step(rows, end.rows, batch, tokens)
 

@@ -1,7 +1,7 @@
-"""Memory for activations, estimated from shapes: what one call needs besides weights and cache.
+"""Memory for activations, estimated from shapes: what one call needs in addition to weights and cache.
 
 A program compiled for a CPU does not show it: XLA:CPU widens FP8 and BF16 and has none of the GPU's kernels. The sums
-below count the arrays that the GPU's path holds at once, each expert's rows in the worst case (all tokens choose experts
+below count the arrays that a GPU holds at once, with each expert's rows in the worst case (all tokens choose experts
 of one device, as no token is dropped), and take the largest phase. They are estimates, and are labelled so.
 """
 
@@ -15,11 +15,11 @@ from step3_jax.layout.role import Role
 
 # Rows that the last tile of each expert is padded to.
 TILE_ROWS = 128
-# Arrays of a decode step that have a number for each token of the device's own sequences: its part of the history, what the
-# loop carries of it, and two of the look-up.
+# Arrays of a decode step that have a number for each token of the device's own sequences: its part of the history, the copy
+# that the loop carries, and two of the look-up.
 _LOOKUP_ARRAYS = 4
 _TOKEN_BYTES = 4
-# Prompt tokens that each device reads at once, unless a user says otherwise.
+# Prompt tokens that each device prefills at once, unless a user says otherwise.
 DEFAULT_CHUNK_TOKENS = 1024
 
 
@@ -30,8 +30,8 @@ class Workspace:
     Attributes:
       decode: A decode step.
       prefill: A chunk of prompts.
-      image: One picture in the vision tower; 0 without one.
-      history: Prompt and output of the sequences, there in all phases where tokens are guessed; else 0.
+      image: One image in the vision tower; 0 without a tower.
+      history: Prompts and outputs of the sequences, held in all phases if tokens are guessed; else 0.
     """
 
     decode: int
@@ -41,7 +41,7 @@ class Workspace:
 
     @property
     def total(self) -> int:
-        """Of the largest phase, with what is there in all of them."""
+        """The largest phase, with what is held in all of them."""
         return self.history + max(self.decode, self.prefill, self.image)
 
     @property
@@ -69,19 +69,19 @@ def estimate_workspace(
       config: From `role.deployed_config`.
       weights: One of `weight_form.WEIGHTS`.
       role: What the device holds.
-      rows: Sequences that each device with a cache decodes at once; of a micro-batch where there are several.
-      chunk_tokens: Prompt tokens that each such device reads at once.
-      num_sources: Devices that tokens come from; all of the role if absent.
-      num_microbatches: In flight between attention and FFN; 0 where every device does both.
-      step_tokens: T, of each sequence in a decode step: more than one where tokens are guessed.
-      history_tokens: That all sequences of a device with a cache have room for; read where tokens are guessed.
+      rows: Sequences that each device with a cache decodes at once; those of one micro-batch if there are several.
+      chunk_tokens: Prompt tokens that each such device prefills at once.
+      num_sources: Number of devices that tokens come from; all of the role's if absent.
+      num_microbatches: Micro-batches in flight between attention and FFN; 0 where every device does both.
+      step_tokens: T, the tokens of each sequence in a decode step: more than one where tokens are guessed.
+      history_tokens: Tokens that all sequences of a device with a cache have room for; used where tokens are guessed.
     """
     itemsize = 4 if weights == "float32" else 2
-    # A gathered batch: every device computes its experts' part of the tokens of all.
+    # A gathered batch: every device computes its experts' part of all devices' tokens.
     num_sources = role.num_devices if num_sources is None else num_sources
 
     def phase(tokens: int, *, has_head: bool) -> int:
-        # Both directions of each micro-batch in flight, at most one row a token each.
+        # Both directions of each micro-batch in flight, with at most one row per token.
         exchange = num_microbatches * tokens * config.text.hidden_size * 2 * itemsize
         if role.name == FFN:
             exchange = exchange * num_sources // role.num_devices
@@ -89,7 +89,7 @@ def estimate_workspace(
         if role.has_cache:
             needed.append(_attention_bytes(config, tokens, itemsize))
         if role.has_cache and has_head:
-            # The device's part, the whole row, and the row in float32.
+            # The device's part, the complete row, and the row in float32.
             needed.append(tokens * config.text.vocab_size * (2 * itemsize + 4))
         if role.name != ATTENTION:
             needed.append(_ffn_bytes(config, weights, role, tokens * num_sources, itemsize))
@@ -99,21 +99,21 @@ def estimate_workspace(
     image = _image_bytes(config, role, itemsize) if role.has_cache else 0
     decode = phase(rows * step_tokens, has_head=True)
     history = _TOKEN_BYTES * history_tokens if step_tokens > 1 and role.has_cache else 0
-    # Every device keeps the tokens of the sequences of all.
+    # Every device keeps the tokens of all devices' sequences.
     return Workspace(
         decode + _LOOKUP_ARRAYS * history, phase(chunk_tokens, has_head=False), image, history * _count_shards(role)
     )
 
 
 def _count_shards(role: Role) -> int:
-    """Parts that the sequences of a role with a cache are in."""
+    """Shards that the sequences of a role with a cache are divided into."""
     return role.parallel.dp if role.parallel.attention == "tensor" else role.num_devices
 
 
 def _attention_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
     text = config.text
     low_rank = tokens * text.share_q_dim * itemsize
-    # Queries, attention's output, and what o-proj's exchange turns it into; the sums before it in float32.
+    # Queries, attention's output, and the same after o-proj's exchange; the sums before it in float32.
     heads = tokens * text.query_size * (3 * itemsize + 4)
     return low_rank + heads + tokens * text.hidden_size * itemsize
 

@@ -41,7 +41,7 @@ class CompiledBytes:
       weights: Arguments, without the cache and the step's own inputs.
       kv_cache: Aliases: inputs that are returned in place.
       kv_tokens: Tokens that this cache holds.
-      history: Of the inputs, the sequences' tokens in which guesses are looked up; 0 without.
+      history: Inputs that hold the sequences' tokens, in which guesses are looked up; 0 without speculation.
     """
 
     weights: int
@@ -57,7 +57,7 @@ class RolePlan:
     Attributes:
       role: The devices.
       parts: Weights by part of the model, by arithmetic.
-      weights: All of them: from the compiled program, if there is one.
+      weights: All weights: from the compiled program, if there is one.
       kv_per_token: Cache of one token in all layers; 0 without a cache.
       cache: The workload's cache; None without a workload or a cache.
       workspace: The estimate.
@@ -102,14 +102,14 @@ class MemoryPlan:
     """The plan of a deployment.
 
     Attributes:
-      deployment: It.
-      config: Of the model, as deployed.
-      memory_bytes: Of a device; None for unlimited.
-      ffn_memory_bytes: Of a device of the FFN side, where there is one; else the same.
-      memory_share: What of it may be used.
-      chunk_tokens: Prompt tokens that each device with a cache reads at once.
-      step_tokens: T, of each sequence in a decode step.
-      roles: One or two.
+      deployment: The deployment.
+      config: The model's configuration, as deployed.
+      memory_bytes: Memory of a device; None for unlimited.
+      ffn_memory_bytes: Memory of a device of the FFN side, if there is one; else the same.
+      memory_share: The share of it that may be used.
+      chunk_tokens: Prompt tokens that each device with a cache prefills at once.
+      step_tokens: T, the tokens of each sequence in a decode step.
+      roles: One or two roles.
       problems: Why it does not fit; empty if it does.
       remedies: Single changes that would make it fit.
     """
@@ -160,11 +160,11 @@ def plan_memory(
       memory_gib: Memory of a device, in GiB; None for unlimited.
       ffn_memory_gib: The same for a device of the FFN side, if it is of another kind; None for the same.
       text_only: Whether vision tower and projector are left out.
-      memory_share: What of the memory may be used, above 0 and at most 1.
-      chunk_tokens: Prompt tokens that each device with a cache reads at once.
+      memory_share: The share of the memory that may be used, above 0 and at most 1.
+      chunk_tokens: Prompt tokens that each device with a cache prefills at once.
       compiled: Bytes of the compiled programs by the name of their role; they replace the arithmetic.
-      has_remedies: Whether to look for what would make it fit, where it does not.
-      step_tokens: T, of each sequence in a decode step: one more than tokens are guessed at a time.
+      has_remedies: Whether to look for changes that would make it fit, if it does not.
+      step_tokens: T, the tokens of each sequence in a decode step: one more than are guessed at a time.
 
     Raises:
       ValueError: If a number is out of its range.
@@ -278,7 +278,7 @@ def _find_problems(plan: RolePlan, deployment: Deployment) -> Iterator[str]:
 def _vary(
     deployment: Deployment, config: ModelConfig, text_only: bool, chunk_tokens: int
 ) -> Iterator[tuple[str, Deployment, bool, int]]:
-    """Changes that a user may make, one at a time: their descriptions, and what to plan then."""
+    """Changes that a user may make, one at a time: a description of each, and what to plan with it."""
     load, limit = deployment.workload, config.text.max_position_embeddings
     if load is not None and load.context_tokens > limit:
         shorter = dataclasses.replace(deployment, workload=Workload(load.sequences, limit))
@@ -291,7 +291,7 @@ def _vary(
             yield "mm_encoder_tp_mode weights shards the vision tower", sharded, text_only, chunk_tokens
         yield "--text-only leaves out the vision tower", deployment, True, chunk_tokens
     if chunk_tokens > 256:
-        yield "--max-num-batched-tokens 256 reads prompts in smaller chunks", deployment, text_only, 256
+        yield "--max-num-batched-tokens 256 prefills prompts in smaller chunks", deployment, text_only, 256
     if deployment.topology is None:
         for one in list_parallels(deployment.num_devices):
             is_finer = one.tp > deployment.parallel.tp and one.tp % deployment.parallel.tp == 0

@@ -21,16 +21,16 @@ from tools.tiny.stages import STAGES
 
 # Why an aim was missed, by the name of the measure; to be written by whoever looked into it.
 REASONS: dict[str, str] = {
-    "numbers": "Four digits in 64 pixels need the most pictures, and the time was spent: the figure was still rising.",
+    "numbers": "Four digits in 64 pixels need the most pictures, and the time ran out while the figure was still rising.",
     "unseen-clean": (
-        "Plain drawings centred on white suit a comparison of pixels; turned and coloured anew it falls to 28 %, which the "
-        "model does not."
+        "Plain drawings centred on white suit a comparison of pixels; with drawings turned and recoloured the baseline "
+        "falls to 28 %, but the model does not."
     ),
     "tool-calls": (
         "A value is mostly another name with the same first letters: no layer before the third looks at the token before, "
         "without which a later one cannot look for what followed it. What was tried stands under Training."
     ),
-    "handwriting": "The nearest neighbour looks at the 8 x 8 originals; the model sees them painted at 64 x 64.",
+    "handwriting": "The nearest neighbour compares the 8 x 8 originals; the model sees them painted at 64 x 64.",
 }
 
 BESIDE_NOTE = """\
@@ -53,7 +53,7 @@ factorisation attention, routed and shared experts, chat template, control token
 repository on two CPU cores. It is there so that every part of the system can be seen working, and tested, with real
 weights and without a download. **It is a toy**: it was taught to name 80 kinds of drawings, to read numbers of up to
 four digits, to recall capitals and short definitions and to call eight tools, and nothing else. How well it does each
-of them stands below.
+of them is shown below.
 
 ```sh
 step3 generate --image models/step3-tiny/examples/{example} -p "What is this?"
@@ -68,8 +68,8 @@ MEASURES = """
 ## Measured
 
 By `python -m tools.tiny.evaluate`: greedy answers of `LLM.chat` in float32 on a CPU; an answer is right only if the
-whole sentence is, letter by letter. "Aim" is what was written down before training, that of tool calls later. A
-baseline is the best simple method that was tried, as named.
+whole sentence is, letter by letter. "Aim" is what was written down before training, for tool calls later. A
+baseline is the best simple method that was tried; it is named.
 
 {table}
 
@@ -108,7 +108,7 @@ handwriting to 96.3 %. They lost recall of capitals (89.6 %) and of other facts 
 
 Handwritten digits: E. Alpaydin and C. Kaynak, *Optical Recognition of Handwritten Digits*, UCI Machine Learning
 Repository, 1998, https://doi.org/10.24432/C50P49, CC-BY-4.0, as scikit-learn carries them. Fonts are not shipped; only
-pictures of numbers in them were used. Twemoji (copyright Twitter, Inc and other contributors, CC-BY-4.0) was used for
+pictures of numbers set in them were used. Twemoji (copyright Twitter, Inc and other contributors, CC-BY-4.0) was used for
 the test alone: no weight was trained on it.
 
 The weights are licensed under **Apache-2.0**. The text comes in part from WordNet, whose notice is:
@@ -130,11 +130,11 @@ The weights are licensed under **Apache-2.0**. The text comes in part from WordN
 
 ## Limits
 
-- Photographs, other things than the 80, other alphabets, several things in one picture: it will name one of the 80.
-- Questions in words it was not trained on, and facts it was not trained on, get fluent nonsense.
+- Given a photograph, a thing other than the 80, another alphabet or several things in one picture, it names one of the 80.
+- Asked in words or about facts that it was not trained on, it answers fluent nonsense.
 - Its dialogues have one turn, or one tool call with its result; it never learnt to use what was said before.
-- Facts come from countryinfo 1.0.1 and WordNet 3.0, with the mistakes that these have.
-- It was not checked for anything that a model meant for use has to be checked for. Do not put it before users.
+- Facts come from countryinfo 1.0.1 and WordNet 3.0, including their mistakes.
+- It has had none of the checks that a model meant for use needs. Do not put it before users.
 
 This card is generated: `python -m tools.tiny.model_card`.
 """

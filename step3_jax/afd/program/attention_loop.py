@@ -1,4 +1,4 @@
-"""What an attention device does in executor `program`: all of a call, inside `jax.shard_map` over the union mesh."""
+"""What an attention device does in executor `program`: complete calls, inside `jax.shard_map` over the union mesh."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AttentionWeights(NamedTuple):
     layers: list[list[Array]]
 
 
-# Whether some row runs, and whether the call ends with one; see `Wire.is_over`.
+# Whether any row runs, and whether one of them ends the call; see `Wire.is_over`.
 Status = tuple[Bool[Array, ""], Bool[Array, ""]]
 
 
@@ -80,14 +80,14 @@ Streams = Float[Array, "n B T D"]
 
 
 class _Loop(NamedTuple):
-    """What the decode loop carries from one rotation to the next.
+    """What the decode loop carries from one rotation, in which each micro-batch passes all layers, to the next.
 
     Attributes:
       step: Rotations so far.
       is_over: Whether to leave.
-      rows: Of all micro-batches, stacked.
-      tokens: That they have in the step under way.
-      hidden: Of micro-batches on their way through the last layer.
+      rows: State of the rows of all micro-batches, stacked.
+      tokens: Their tokens in the current step.
+      hidden: Residual streams of micro-batches that are on their way through the last layer.
       way: What the loops over ticks carry.
     """
 
@@ -192,18 +192,18 @@ class AttentionLoop:
     ) -> tuple[Cache, Report, Int[Array, ""]]:
         """Takes up to `numbers.num_steps` steps of each active row, as `engine.decode_loop` does.
 
-        That rows have ended is known one step late: a call may take a step more, in which they do nothing. With speculation
-        every step has as many tokens of a row, whether there are guesses or not: the FFN side is not told.
+        Whether rows have ended is known one step late, so a call may take one more step, in which they do nothing. With
+        speculation every step has the same number of tokens of a row, with guesses or without, as the FFN side is not told.
 
         Args:
-          weights: Of this device.
-          cache: Of this device.
-          batch: The rows of all devices; all have the same.
-          sampling: Of all rows.
+          weights: This device's weights.
+          cache: This device's cache.
+          batch: The rows of all devices, the same on each.
+          sampling: Parameters of all rows.
           numbers: How many steps.
           leave_early: Whether to leave soon after a row has ended.
           max_steps: Tokens of a row that the report has room for.
-          speculation: How tokens are guessed; None makes one token a step.
+          speculation: How tokens are guessed; None for one token a step.
 
         Returns:
           The cache, the report of all devices' rows, and the steps taken.
@@ -219,7 +219,7 @@ class AttentionLoop:
         def end(
             part: _Part, rows: RowState, tokens: StepTokens, hidden: Float[Array, "B T D"], arrived: Slots
         ) -> RowState:
-            """Tokens of a micro-batch, once its last layer has come back."""
+            """Chooses a micro-batch's tokens, once the output of its last layer has arrived."""
             logits = token_logits(ends, add_returned(self._form, hidden, wire.outputs(arrived)))
             return verify_tokens(rows, logits, tokens, part.batch, part.sampling)
 
@@ -229,9 +229,9 @@ class AttentionLoop:
             def begin(
                 carry: tuple[_Way, Status], given: tuple[_Part, RowState, StepTokens, Float[Array, "B T D"]]
             ) -> tuple[tuple[_Way, Status], tuple[RowState, StepTokens, Float[Array, "B T D"], AttentionContext]]:
-                """A micro-batch's first layer, after head and sampling of the step before."""
+                """A micro-batch's first layer, after the head and sampling of the step before."""
                 (way, (runs, leaves)), (part, rows, tokens, hidden) = carry, given
-                # What came back is the step before's, of which the first rotation has none.
+                # What has arrived belongs to the step before, and the first rotation has no such step.
                 rows = jax.lax.cond(
                     loop.step > 0, end, lambda part, rows, *_: rows, part, rows, tokens, hidden, way.arrived
                 )

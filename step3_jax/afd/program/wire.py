@@ -1,11 +1,11 @@
 """The exchange of executor `program`: one collective over all devices per tick, which carries both directions.
 
-Every device sends each other one a slot of equal size: the payload's bytes, padded to the larger direction's size, and
-two more bytes.
+Every device sends every other one a slot of the same size: the payload's bytes, padded to the size of the larger
+direction, and two more bytes:
 
-- A count of the exchanges, which each takes from the one before. So an exchange depends on the last one whatever else the
-  program does, and both roles' programs, which are compiled apart, have them in the same order.
-- Whether some row of an attention device runs, and whether the call ends with one of its rows: so all devices leave the
+- A count of the exchanges, which each exchange takes from the one before. So an exchange depends on the last one, whatever
+  else the program does, and both roles' programs, which are compiled separately, have them in the same order.
+- Whether any row of an attention device runs, and whether one of its rows ends the call: so all devices leave the
   decode loop together, and there is no other collective to keep in order.
 """
 
@@ -59,9 +59,9 @@ class Wire:
 
         Args:
           rows: The rows.
-          before: What came by the last exchange.
-          runs: Whether some row of the device runs; see `is_over`.
-          leaves: Whether the call ends with one of its rows.
+          before: What the last exchange brought.
+          runs: Whether any row of the device runs; see `is_over`.
+          leaves: Whether one of its rows ends the call.
 
         Returns:
           What has arrived, a slot from each device.
@@ -94,12 +94,12 @@ class Wire:
         return arrived[self._num_attention :, : self._num_rows * size].reshape(-1, size)
 
     def is_over(self, arrived: Slots) -> Bool[Array, ""]:
-        """Whether no row runs, or the call ends with one; the same on all devices."""
+        """Whether no row runs, or one of them ends the call; the same on all devices."""
         status = arrived[: self._num_attention, -1]
         return ~jnp.any(status & _RUNS > 0) | jnp.any(status & _LEAVES > 0)
 
     def tell(self, observe: Observe | None, step: Int[Array, ""], exchange: Int[Array, ""], arrived: Slots) -> None:
-        """Calls `observe`, if there is one, once an exchange has arrived."""
+        """Calls `observe`, if there is one, once an exchange is complete."""
         if observe is not None:
             # The bytes make the call wait for the exchange, whichever role this is.
             jax.debug.callback(

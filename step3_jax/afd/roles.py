@@ -210,8 +210,8 @@ def begin_step(
       token_ids: [B, T] in a decode step, [1, N] for a chunk of prompts.
       step: Where the tokens stand in the cache.
       page_size: Tokens of a page.
-      features: Image features; None without pictures.
-      feature_rows: Row of `features` for each token, -1 for none; None without pictures.
+      features: Image features; None without images.
+      feature_rows: Row of `features` for each token, -1 for none; None without images.
     """
     hidden = ends.embed_tokens(token_ids).astype(ends.norm.weight[...].dtype)
     if features is not None and feature_rows is not None:

@@ -30,7 +30,7 @@ class Workspace:
     Attributes:
       decode: A decode step.
       prefill: A chunk of prompts.
-      image: One picture in the vision tower; 0 without one.
+      image: One image in the vision tower; 0 without one.
       history: Prompt and output of the sequences, there in all phases where tokens are guessed; else 0.
     """
 

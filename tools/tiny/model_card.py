@@ -21,7 +21,7 @@ from tools.tiny.stages import STAGES
 
 # Why an aim was missed, by the name of the measure; to be written by whoever looked into it.
 REASONS: dict[str, str] = {
-    "numbers": "Four digits in 64 pixels need the most pictures, and the time was spent: the figure was still rising.",
+    "numbers": "Four digits in 64 pixels need the most images, and the time was spent: the figure was still rising.",
     "unseen-clean": (
         "Plain drawings centred on white suit a comparison of pixels; turned and coloured anew it falls to 28 %, which the "
         "model does not."
@@ -86,11 +86,11 @@ baseline is the best simple method that was tried, as named.
 {training}
 
 The first stage trains the vision tower alone, with heads that are thrown away; the second trains everything on
-pictures with questions, dialogues and plain text. Muon for the layers' matrices, Adam for the rest
+images with questions, conversations and plain text. Muon for the layers' matrices, Adam for the rest
 (`tools/tiny/train.py` has the recipe, `tools/tiny/batches.py` the mix). The mix was changed three times while the second
 stage ran, and the tools hold the last one: first the tower got further numbers to read with its own heads, then facts
-were drawn by kind so that capitals came more often, and for the last quarter there were more numbers and larger pictures
-and fewer sentences. Pictures are painted from the sources below: {pictures}.
+were drawn by kind so that capitals came more often, and for the last quarter there were more numbers and larger images
+and fewer sentences. Images are painted from the sources below: {images}.
 
 Two more stages were tried and are not in these weights, as they cost more than they gave. `--from` goes on from finished
 weights with text that asks for copying, new in each batch (`tools/tiny/copying.py`), then with everything again; in both
@@ -108,7 +108,7 @@ handwriting to 96.3 %. They lost recall of capitals (89.6 %) and of other facts 
 
 Handwritten digits: E. Alpaydin and C. Kaynak, *Optical Recognition of Handwritten Digits*, UCI Machine Learning
 Repository, 1998, https://doi.org/10.24432/C50P49, CC-BY-4.0, as scikit-learn carries them. Fonts are not shipped; only
-pictures of numbers in them were used. Twemoji (copyright Twitter, Inc and other contributors, CC-BY-4.0) was used for
+images of numbers in them were used. Twemoji (copyright Twitter, Inc and other contributors, CC-BY-4.0) was used for
 the test alone: no weight was trained on it.
 
 The weights are licensed under **Apache-2.0**. The text comes in part from WordNet, whose notice is:
@@ -130,9 +130,9 @@ The weights are licensed under **Apache-2.0**. The text comes in part from WordN
 
 ## Limits
 
-- Photographs, other things than the 80, other alphabets, several things in one picture: it will name one of the 80.
+- Photographs, other things than the 80, other alphabets, several things in one image: it will name one of the 80.
 - Questions in words it was not trained on, and facts it was not trained on, get fluent nonsense.
-- Its dialogues have one turn, or one tool call with its result; it never learnt to use what was said before.
+- Its conversations in training had one turn, or one tool call with its result; it never learnt to use what was said before.
 - Facts come from countryinfo 1.0.1 and WordNet 3.0, with the mistakes that these have.
 - It was not checked for anything that a model meant for use has to be checked for. Do not put it before users.
 
@@ -141,7 +141,7 @@ This card is generated: `python -m tools.tiny.model_card`.
 
 
 def architecture_lines(config: ModelConfig, parameters: Mapping[str, int]) -> str:
-    """The model's sizes, with the released model's beside them."""
+    """The model's sizes, next to those of the released model."""
     released = ModelConfig.preset("step3")
     rows = [("", "step3-tiny", "Step3")]
     for title, read in (
@@ -157,9 +157,9 @@ def architecture_lines(config: ModelConfig, parameters: Mapping[str, int]) -> st
             lambda c: f"{c.text.moe_num_experts}, {c.text.moe_top_k}, {c.text.moe_intermediate_size}",
         ),
         ("vocabulary", lambda c: f"{c.text.vocab_size}"),
-        ("picture, patch", lambda c: f"{c.vision.image_size}, {c.vision.patch_size}"),
+        ("image size, patch size", lambda c: f"{c.vision.image_size}, {c.vision.patch_size}"),
         ("tower layers, width", lambda c: f"{c.vision.num_hidden_layers}, {c.vision.hidden_size}"),
-        ("tokens of a picture, of a window", lambda c: f"{c.image_token_len}, {c.patch_token_len}"),
+        ("tokens of a view, of a window", lambda c: f"{c.image_token_len}, {c.patch_token_len}"),
     ):
         rows.append((title, read(config), read(released)))
     rows.append(("parameters", f"{parameters['total']:,}", "320,969,912,832"))
@@ -266,8 +266,8 @@ def cpu_seconds(lines: Sequence[Mapping[str, float]]) -> float:
     return total + last
 
 
-def count_pictures(pools: Mapping[str, int]) -> str:
-    """How many pictures there are of each kind."""
+def count_images(pools: Mapping[str, int]) -> str:
+    """How many training images there are of each kind."""
     return ", ".join(f"{count:,} {name}" for name, count in pools.items())
 
 
@@ -323,7 +323,7 @@ def write_card(
     )
     text = FRONT.format(
         megabytes=sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e6,
-        example=images[0] if images else "PICTURE.png",
+        example=images[0] if images else "IMAGE.png",
         architecture=architecture_lines(ModelConfig.load(model), record["parameters"]),
     )
     text += MEASURES.format(
@@ -332,7 +332,7 @@ def write_card(
         missed=missed_lines(results),
         beside=beside_table(results, others),
         training=training_lines(training_record(data / "run", stages)),
-        pictures=count_pictures({**POOL_SIZES, "large": LARGE_SIZE}),
+        images=count_images({**POOL_SIZES, "large": LARGE_SIZE}),
         licences=licence_lines(data),
     )
     temporary = out.with_name(f".{out.name}.tmp")

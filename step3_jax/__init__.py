@@ -1,4 +1,4 @@
-"""Step3 in JAX: the model, its checkpoints, and a decode loop for text and images.
+"""Step3 in JAX: the model, its checkpoints, and an engine that generates from text and images, offline or as a service.
 
 The names in `__all__` are imported on first use, so that `step3 --help` does not wait for jax.
 """

@@ -75,7 +75,7 @@ def _print_plan(plan: Plan, target: pathlib.Path) -> None:
     copied = len(plan.tasks) - sum(actions.values())
     print("tensors  " + ", ".join(shown + ([f"copy {copied}"] if copied else [])))
     names = [source.config_path.name, *source.companion_names]
-    print(f"beside them  {', '.join(names)}")
+    print(f"other files  {', '.join(names)}")
     if source.left_out:
         print(f"left out  {', '.join(source.left_out)}")
     free = _free_bytes(target)

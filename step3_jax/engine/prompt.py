@@ -256,7 +256,7 @@ def split_prompts(
         return [(several[0], _as_images([entry for entry in entries if entry is not None]))]
     if len(entries) != len(several):
         raise ValueError(
-            f"{len(entries)} entries of images are given for {len(several)} prompt(s); give a list of pictures for each "
+            f"{len(entries)} entries of images are given for {len(several)} prompt(s); give a list of images for each "
             "prompt, or None"
         )
     return [(prompt, _as_images(entry)) for prompt, entry in zip(several, entries, strict=True)]

@@ -137,7 +137,7 @@ def _name(source: ImageSource) -> str:
     if isinstance(source, bytes):
         return f"The image of {len(source):,} bytes"
     if isinstance(source, Image.Image):
-        return f"The {source.mode} picture"
+        return f"The {source.mode} image"
     text = str(source)
     # Omit the middle: a data URL is recognised by its start, a file by its end.
     return f"Image {text[:40] + '...' + text[-40:] if len(text) > 83 else text!r}"

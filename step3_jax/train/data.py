@@ -64,7 +64,7 @@ def pack_rows(
       length: Tokens T of a row.
       image_id: Id of an image place. With it every row holds one sequence, and the places of row b are numbered
         from b * rows_each.
-      rows_each: Feature rows that belong to each picture.
+      rows_each: Feature rows that belong to each image.
     """
     rows = _empty_rows(num_rows, length)
     waiting = next(sequences)

@@ -105,12 +105,12 @@ def load_picture_sets(data: Path) -> list[CaseSet]:
         "numbers": ("numbers and fonts held out", arrays["numbers_pixels"], arrays["numbers_label"]),
         "handwriting": ("handwritten digits held out", arrays["handwriting_pixels"], arrays["handwriting_label"]),
         "large-drawings": (
-            "larger pictures: drawings, unseen artist",
+            "larger images: drawings, unseen artist",
             arrays["large_drawings_pixels"],
             arrays["large_drawings_label"],
         ),
         "large-numbers": (
-            "larger pictures: numbers and fonts held out",
+            "larger images: numbers and fonts held out",
             arrays["large_numbers_pixels"],
             arrays["large_numbers_label"],
         ),

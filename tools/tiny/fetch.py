@@ -46,14 +46,14 @@ class Package:
 PACKAGES = (
     Package("Debian", "wordnet-base", "1:3.0-37", "text: definitions and example sentences"),
     Package("Debian", "unicode-data", "15.0.0-1", "English names of emoji"),
-    Package("Debian", "fonts-dejavu-core", "2.37-6", "rendering of number pictures; fonts are not shipped"),
-    Package("Debian", "fonts-liberation", "1:1.07.4-11", "rendering of number pictures; fonts are not shipped"),
-    Package("Debian", "fonts-freefont-ttf", "20120503-10", "rendering of number pictures; fonts are not shipped"),
+    Package("Debian", "fonts-dejavu-core", "2.37-6", "rendering of images of numbers; fonts are not shipped"),
+    Package("Debian", "fonts-liberation", "1:1.07.4-11", "rendering of images of numbers; fonts are not shipped"),
+    Package("Debian", "fonts-freefont-ttf", "20120503-10", "rendering of images of numbers; fonts are not shipped"),
     Package("npm", "@iconify-json/noto", "1.2.9", "drawings, training"),
     Package("npm", "@iconify-json/noto-v1", "1.2.5", "drawings, training"),
     Package("npm", "@iconify-json/fluent-emoji-flat", "1.2.6", "drawings, training"),
     Package("npm", "@iconify-json/fxemoji", "1.2.2", "drawings, training"),
-    Package("npm", "@iconify-json/twemoji", "1.2.5", "drawings, test only: never in a training picture"),
+    Package("npm", "@iconify-json/twemoji", "1.2.5", "drawings, test only: never in a training image"),
     Package("PyPI", "countryinfo", "1.0.1", "text: countries and capitals"),
 )
 

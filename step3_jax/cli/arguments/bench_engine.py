@@ -92,7 +92,7 @@ def _add_common(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None
         "--rounds", type=int, default=4, metavar="N", help="rounds, of which medians are reported (default: 4)"
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="also write the figures to FILE, beside those of the other benches"
+        "--json", metavar="FILE", help="also write the figures to FILE, which may hold those of the other benches"
     )
     add_engine(parser, ("batch", "cache"))
 

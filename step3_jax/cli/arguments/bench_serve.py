@@ -76,7 +76,9 @@ def add_serve_bench(what: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="NAME:MS,...",
         help=f"count requests that meet all of these; names: {', '.join(TARGETS)}",
     )
-    found.add_argument("--json", metavar="FILE", help="also write the figures to FILE, beside those of other benches")
+    found.add_argument(
+        "--json", metavar="FILE", help="also write the figures to FILE, which may hold those of other benches"
+    )
     found.add_argument("--plot", metavar="FILE", help="draw the latencies; .png, .svg or .pdf")
 
 

@@ -9,7 +9,7 @@ WHAT = {
     "memory": "weights, KV cache and workspace of each device, and the KV tokens that fit",
     "cost": "USD per million tokens on given hardware: ideal, and as expected from what others measured",
     "search": "the cheapest deployment of an inventory within a target time",
-    "report": "the tables of the Step-3 report, recomputed beside the printed ones",
+    "report": "the tables of the Step-3 report, recomputed next to the printed ones",
     "simulate": "simulate attention and FFN on separate devices: time per token, throughput, bubbles",
 }
 

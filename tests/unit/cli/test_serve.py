@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import sys
 
 import pytest
@@ -28,6 +29,18 @@ def test_every_setting_is_an_option() -> None:
     )
     assert (config.port, config.api_key, config.served_model_name, config.ui) == (9000, ("a", "b"), ("x", "y"), False)
     assert (config.shutdown_timeout, config.reasoning_parser, config.metrics_prefix) == (5.0, "none", "vllm")
+
+
+def test_help_has_every_option_under_a_heading_that_says_what_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["serve", "--help"]) == 0
+    first, *sections = re.split(r"^(?=\S.*:$)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert first.startswith("usage:")
+    options = {part.partition(":")[0]: re.findall(r"^  .*?(--[\w-]+)", part, re.MULTILINE) for part in sections}
+    assert options.pop("positional arguments") == []
+    # What every command has.
+    assert set(options.pop("options")) == {"--help", "--debug", "--log-level"}
+    assert len(options) >= 9
+    assert max(map(len, options.values())) <= 11
 
 
 def test_a_key_may_be_in_the_environment_where_no_other_user_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,8 +50,8 @@ def test_a_name_that_two_devices_begin_with_is_unknown() -> None:
 
 def test_every_shipped_deployment_names_a_device_of_the_table() -> None:
     for file in resources.find("configs/afd").glob("*.yaml"):
-        hardware = load_deployment(file).hardware
-        assert hardware is None or hardware in list_hardware(), file.name
+        found = load_deployment(file)
+        assert {found.hardware, found.ffn_hardware} <= {None, *list_hardware()}, file.name
 
 
 def test_a_device_without_fp8_products_has_none() -> None:

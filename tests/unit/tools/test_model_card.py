@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from dataclasses import asdict
 
 import pytest
@@ -103,6 +104,8 @@ def test_card_holds_figures_training_data_and_notices(data: pathlib.Path) -> Non
     for part in (*parts, *notices):
         assert part in text, part
     assert "{" not in text
+    # The glossary's words: an image of a prompt is not a picture, a conversation not a dialogue.
+    assert not re.search("pictures?|dialogues?", text)
 
 
 def test_a_quick_run_makes_no_card(data: pathlib.Path) -> None:

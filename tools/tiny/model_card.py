@@ -30,9 +30,9 @@ REASONS: dict[str, str] = {
 
 BESIDE_NOTE = """\
 As shipped: weights in bfloat16, computed in float32, the cache in float32. FP8 weights: `step3 convert MODEL DST --to hf
---dtype fp8`, kept in FP8 (`--quantization stored`) and computed in float32. INT8 and INT4 weights: `--quantization int8` and `int4`, with a scale for
-each row and 128 columns. FP8 and INT4 cache: `--kv-cache-dtype fp8` and `int4`; sentences are read
-without a cache. On GPUs the activations of an FP8 model are quantised before each product as well: "FP8 activations"
+--dtype fp8`, kept in FP8 (`--quantization stored`) and computed in float32. INT8 and INT4 weights: `--quantization int8`
+and `int4`, with a scale for each row and 128 columns. FP8 and INT4 cache: `--kv-cache-dtype fp8` and `int4`; sentences are
+read without a cache. On GPUs the activations of an FP8 model are quantised before each product as well: "FP8 activations"
 computes the same on a CPU (`python -m tools.tiny.evaluate FP8-MODEL --quantise-activations`)."""
 
 FRONT = """\
@@ -87,16 +87,16 @@ stage ran, and the tools hold the last one: first the tower got further numbers 
 were drawn by kind so that capitals came more often, and for the last quarter there were more numbers and larger images
 and fewer sentences. Images are painted from the sources below: {images}.
 
-The other three go on from weights of the first two (`--from`). After the joint stage the model had 7.3 % of tool calls right:
-no layer before the third had heads that look at the token before, without which a later one cannot look for what followed
-it. `copy` trains on text that asks for copying, new in each batch (`tools/tiny/copying.py`), `calls` on everything again; in
+The other three go on from weights of the first two (`--from`). After the joint stage 7.3 % of tool calls were right: no
+layer before the third had heads that look at the token before, without which a later one cannot look for what followed it.
+`copy` trains on text that asks for copying, new in each batch (`tools/tiny/copying.py`), `calls` on everything again; in
 all three stages several tool calls with arguments drawn anew share one prompt of tools, none of them a call that the new
 questions above ask for. Three heads are told to look at the token before, and four at what is copied
-(`tools/tiny/guide.py`): after 200 steps the tokens of tool calls that count cost 0.52 nats, and 0.74 without a guide and at
-twice the rate. These two stages keep the tower fixed. They taught copying (70.8 % of tool calls right) and lost facts
-(capitals 89.6 %, others 35.3 %) and sentences (2.149 bits/byte), so `review` trains everything, the tower too, with four
-times as many rows of text. After it the figures were: tool calls 94.8 %, capitals 100 %, other facts 76.7 %, numbers 79.0 %,
-unseen drawings 67.9 %, sentences 2.021 bits/byte.
+(`tools/tiny/guide.py`): after 200 steps the tokens of tool calls that count cost 0.52 nats, and 0.74 without a guide and
+at twice the rate. These two stages keep the tower fixed. They taught copying (70.8 % of tool calls right) and lost facts
+(capitals 89.6 %, others 35.3 %) and sentences (2.149 bits/byte), so `review` trains everything, the tower too, with more
+rows of text, which count double. After it the figures were: tool calls 94.8 %, capitals 100 %, other facts 76.7 %, numbers
+79.0 %, unseen drawings 67.9 %, sentences 2.021 bits/byte.
 
 What is shipped is a mean: 0.8 of these weights and 0.2 of those before `copy`, as fine-tuned weights near their start
 can be averaged with it (Wortsman et al. 2022, arXiv:2109.01903). Shares of 0.15, 0.2, 0.25 and 0.3 were tried and 0.2 was
@@ -133,7 +133,7 @@ The weights are licensed under **Apache-2.0**. The text comes in part from WordN
 
 - Given a photograph, a thing other than the 80, another alphabet or several things in one image, it names one of the 80.
 - Asked in words or about facts that it was not trained on, it answers fluent nonsense.
-- Its dialogues have one turn, or one tool call with its result; it never learnt to use what was said before.
+- Its conversations in training had one turn, or one tool call with its result; it never learnt to use what was said before.
 - Facts come from countryinfo 1.0.1 and WordNet 3.0, including their mistakes.
 - It has had none of the checks that a model meant for use needs. Do not put it before users.
 

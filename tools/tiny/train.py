@@ -24,6 +24,7 @@ from step3_jax.checkpoint.load import load_model
 from step3_jax.checkpoint.save import save_model
 from step3_jax.config import ModelConfig
 from step3_jax.engine.compile_cache import enable_compile_cache
+from step3_jax.model.arrangement import Arrangement
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.text.image_settings import ImageSettings
 from step3_jax.train.loop import Metrics, train
@@ -196,6 +197,12 @@ def run_stage(
     return train(state, step, batches, folder / name, minutes=minutes, schedule=stage.schedule(rate)).params
 
 
+def start_from(folder: pathlib.Path) -> PyTree:
+    """The parameters of a finished model, and new heads. Layers are apart on every platform, as in a fresh model."""
+    model = load_model(folder, "float32", quantization="none", arrangement=Arrangement())
+    return {"model": split_model(model)[1], "heads": make_heads(model.config.text.hidden_size)}
+
+
 def export(params: PyTree, folder: pathlib.Path) -> None:
     """Writes the weights in the released checkpoint format."""
     config = ModelConfig.preset("step3-tiny")
@@ -227,8 +234,7 @@ def main() -> None:
     run = options.run or options.data / "run"
     params = None
     if options.start:
-        model = load_model(options.start, "float32", quantization="none")
-        params = {"model": split_model(model)[1], "heads": make_heads(model.config.text.hidden_size)}
+        params = start_from(options.start)
     for name in COPYING_STAGES if options.start else FIRST_STAGES:
         minutes = getattr(options, f"{name}_minutes")
         params = run_stage(name, run, options.data, minutes, options.rate, options.seed, params)

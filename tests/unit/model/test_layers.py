@@ -16,7 +16,7 @@ from step3_jax.config import ModelConfig
 from step3_jax.layers.attention import CacheStep
 from step3_jax.model.arrangement import Arrangement, arrange, unstack
 from step3_jax.model.layers import LayerStack, count_layers
-from step3_jax.model.step3 import Step3, abstract_step3, stack_model
+from step3_jax.model.step3 import Step3, stack_model
 from step3_jax.quant import dequantise, quantise
 from step3_jax.stack import LayerOf, pick
 from tests.small import small_text
@@ -101,11 +101,3 @@ def test_only_neighbours_of_one_form_make_a_stack(model: Step3) -> None:
     stacked = stack_model(mixed)
     assert [part.count for part in stacked.text.layers] == [1, 1, 1, 1]
     assert count_layers(stacked.text.layers) == TEXT.num_hidden_layers
-
-
-def test_every_layer_of_a_stack_has_the_path_it_has_apart() -> None:
-    abstract = abstract_step3(CONFIG)
-    stacked = arrange(abstract, Arrangement(stacks=True, fuses=True))
-    assert parameters_of(stacked).keys() != parameters_of(abstract).keys()
-    again = {path: variable.get_value().shape for path, variable in parameters_of(unstack(stacked)).items()}
-    assert again == {path: variable.get_value().shape for path, variable in parameters_of(abstract).items()}

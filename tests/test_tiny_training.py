@@ -14,6 +14,7 @@ from flax import nnx
 
 from step3_jax import resources
 from step3_jax.config import ModelConfig
+from step3_jax.model.arrangement import Arrangement
 from step3_jax.model.step3 import Step3
 from step3_jax.text.image_settings import ImageSettings
 from step3_jax.train.data import pack_rows
@@ -23,7 +24,7 @@ from tools.tiny.batches import Dialogues, PictureBatch, picture_batches
 from tools.tiny.drawings import THINGS, answer_for
 from tools.tiny.stages import head_targets
 from tools.tiny.text_corpus import PICTURES
-from tools.tiny.train import average, make_heads, make_step
+from tools.tiny.train import average, make_heads, make_step, start_from
 
 NUM_STEPS = 20
 COLOURS = ((220, 40, 40), (40, 180, 60), (50, 70, 220))
@@ -120,3 +121,14 @@ def test_weights_written_are_the_mean_of_those_before_and_after() -> None:
     mean = average(before, after, 0.2)
     np.testing.assert_allclose(mean["a"], [2.6, 2.0])
     np.testing.assert_allclose(mean["b"], 4.0)
+
+
+def test_a_finished_model_is_taken_apart_for_training_also_where_loading_stacks(
+    tiny_model_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The default on GPUs.
+    monkeypatch.setattr(Arrangement, "of", classmethod(lambda cls, platform, dtype: cls(stacks=True, fuses=True)))
+    params = start_from(tiny_model_path)
+    config = ModelConfig.load(tiny_model_path)
+    fresh = jax.eval_shape(lambda: split_model(Step3(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))[1])
+    assert jax.tree.structure(params["model"]) == jax.tree.structure(fresh)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from step3_jax.checkpoint.names import (
@@ -32,8 +31,7 @@ from step3_jax.checkpoint.view import leave_view
 from step3_jax.config import DTYPES, ModelConfig, QuantConfig
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import scale_shape
-from step3_jax.model.fuse import separate
-from step3_jax.model.layers import is_stacked, layer_paths
+from step3_jax.model.arrangement import unstack
 from step3_jax.model.step3 import Step3
 from step3_jax.quant import FP8, BlockScaled, PackedInt4, quantise
 from step3_jax.stack import LayerOf, parts
@@ -74,9 +72,8 @@ def save_model(
     """
     folder = pathlib.Path(folder)
     _check_target(folder, overwrite)
-    model = nnx.merge(*nnx.split(model))
-    separate(model)
-    flat = dict(_list_values(model))
+    model = unstack(model)
+    flat = {released_name(path): parameter.get_value() for path, parameter in parameters_of(model).items()}
     _check_forms(flat)
     kept = model.text.embed_tokens.weight[...].dtype
     dtype_name = jnp.dtype(kept if dtype is None else dtype).name
@@ -105,14 +102,6 @@ def save_model(
         _replace(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def _list_values(model: Step3) -> Iterator[tuple[str, Value]]:
-    """Every parameter by its released name; a stacked one as its layer of the stack."""
-    for path, parameter in parameters_of(model).items():
-        value = parameter.get_value()
-        for index, own in enumerate(layer_paths(model.text.layers, path)):
-            yield released_name(own), LayerOf(value, jnp.int32(index)) if is_stacked(path) else value
 
 
 def _check_forms(flat: Mapping[str, Value]) -> None:

@@ -54,8 +54,13 @@ def arrange(model: Step3, arrangement: Arrangement) -> Step3:
 
 
 def unstack(model: Step3) -> Step3:
-    """A model like `model` in the checkpoint's form, for training: unstacked, products separate, activations unquantised."""
-    model = unstack_model(model)
+    """A model like `model` in the checkpoint's form: layers apart, products separate, activations unquantised.
+
+    It has the parameters of a checkpoint, by their paths there: for saving and for comparing. Of stacked layers each weight
+    is a place in its stack (`stack.LayerOf`), and nothing is copied but the parts of joined products. Training, which needs
+    arrays, loads a model with `Arrangement()`.
+    """
+    model = nnx.merge(*nnx.split(model))
     separate(model)
     set_quantised(model, wanted=False)
-    return model
+    return unstack_model(model)

@@ -173,49 +173,16 @@ def group_layers(layers: Sequence[nnx.Module], held: Sequence[object] | None = N
 
 
 def unstack_layers(layers: Sequence[M | LayerStack[M]]) -> list[M]:
-    """The layers as modules of their own; arrays are copied out of their stacks."""
+    """The layers as modules of their own; each weight of a stacked one is a place in its stack, and nothing is copied."""
     found: list[M] = []
     for part in layers:
-        if isinstance(part, LayerStack):
-            found += [_map_values(part.stacked, _Slice(index)) for index in range(part.count)]
-        else:
-            found.append(part)
+        found += [part.at(index) for index in range(part.count)] if isinstance(part, LayerStack) else [part]
     return found
-
-
-def layer_paths(layers: Sequence[nnx.Module], path: Path) -> list[Path]:
-    """The paths that the parameter at `path` of a `Step3` has in a model whose layers are apart: one for each layer.
-
-    Args:
-      layers: Those of the model's decoder.
-      path: In the model.
-    """
-    if path[:2] != ("text", "layers"):
-        return [path]
-    place = int(path[2])
-    first, count = count_layers(layers[:place]), count_layers(layers[place : place + 1])
-    rest = path[4:] if is_stacked(path) else path[3:]
-    return [("text", "layers", first + index, *rest) for index in range(count)]
 
 
 def is_stacked(path: Path) -> bool:
     """Whether the parameter at `path` of a `Step3` lies in a stack, its first axis being that of layers."""
     return path[:2] == ("text", "layers") and path[3] == STACKED
-
-
-class _Slice:
-    """Takes one layer out of a stacked value."""
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-
-    def __call__(self, value: object) -> object:
-        return jax.tree.map(self._slice, value)
-
-    def _slice(self, leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-        return leaf[self._index]
 
 
 def _map_values(module: M, change: Callable[[object], object]) -> M:

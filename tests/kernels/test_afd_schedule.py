@@ -64,7 +64,10 @@ def test_the_kernels_of_a_tick_run_beside_its_exchange(spec: str, count: str, ro
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    ticks = json.loads(done.stdout.splitlines()[-1])["ticks"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["lower_s"] > 0
+    assert found["compile_s"] > 0
+    ticks = found["ticks"]
     assert len(ticks) >= 3
     for tick in ticks:
         assert tick["kernels_beside"] == tick["kernels"] > 0, tick

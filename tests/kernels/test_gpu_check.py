@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.compat import IS_0_11
+from tools import demo
 from tools.gpu_check import __main__ as gpu_check
-from tools.gpu_check import bare, cases, measure, order, report
+from tools.gpu_check import answers, bare, cases, measure, order, report
 from tools.gpu_check.case import Case, row_errors, same_bits
 from tools.gpu_check.rank_model import RankModel, RankSizes
 
@@ -59,6 +61,36 @@ def test_every_quick_case_passes_on_a_cpu(tmp_path: pathlib.Path, mode: str) -> 
     code, results = run(tmp_path, mode, "--quick", "--budget", "280")
     assert code == 0
     assert len(results) >= 9
+
+
+@pytest.mark.kernels
+def test_the_tiny_model_gives_the_answers_that_ship_with_it(tmp_path: pathlib.Path) -> None:
+    code, results = run(tmp_path, "--interpret", "--rest", "--only", "tiny_model")
+    assert code == 0
+    found = results["tiny_model"]
+    assert found["status"] == "PASS"
+    assert found["equal"] == found["answers"] > 2
+    assert found["equal_bfloat16"] > 0
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_an_answer_that_differs_from_the_one_that_ships_fails(is_right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(llm: object, folder: pathlib.Path, example: demo.Example) -> str | None:
+        is_last = example.image is None
+        return example.answer if is_right or not is_last else "The capital of France is Lyon."
+
+    loaded: list[object] = []
+    monkeypatch.setattr("step3_jax.engine.llm.LLM", lambda folder, dtype, **settings: loaded.append(dtype))
+    monkeypatch.setattr(demo, "ask", ask)
+    said: list[object] = []
+    found = answers.answer_questions(
+        "interpret", lambda *doing: said.append(doing[0]), lambda **known: None, is_quick=True, deadline=math.inf
+    )
+    assert loaded == ["float32"]
+    assert said == ["loading the tiny model in float32", "question 1 of 2 in float32", "question 2 of 2 in float32"]
+    assert found["status"] == ("PASS" if is_right else "FAIL")
+    assert found["equal"] == (2 if is_right else 1)
+    assert ("'The capital of France is Lyon.' instead of" in str(found["reason"])) is not is_right
 
 
 @pytest.mark.kernels

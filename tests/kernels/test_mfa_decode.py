@@ -21,6 +21,7 @@ from pallas_kernels.mfa_decode.api import mfa_decode, mfa_decode_quantised, plan
 from pallas_kernels.mfa_decode.queries import terms
 from pallas_kernels.pages import CachedTokens, KVPages, contiguous_pages, decode_rows, empty_pages, encode_rows
 from pallas_kernels.storage import Storage
+from step3_jax.sampling.speculation import MAX_SPECULATIVE_TOKENS
 from tests.kernels.support import lower_for_cuda, row_errors
 
 SCALE = 0.05
@@ -125,16 +126,27 @@ def test_the_reference_equals_float64_attention(case: Case) -> None:
 
 
 EDGES = (0, 1, 63, 64, 65, 200)
+MOST_TOKENS = 1 + MAX_SPECULATIVE_TOKENS
 # T * H <= 64 rows use the kernel's first form, more use its second.
 SHORT_CASES = [
     (Case("bfloat16", EDGES), True),
     (Case("int4", (*EDGES, 2), tokens=4, heads=16, page_size=128), False),
     (Case("fp8", (*EDGES, 2), tokens=8, heads=16), False),
+    # A token and the most guesses that a step may have.
+    (Case("fp8", (0, 5, 17, 70), tokens=MOST_TOKENS, heads=4), False),
 ]
 LONG_CASES = [
     (Case(storage, (*EDGES, 3, 127, 128, 129, 400), tokens, heads, page_size), True)
     for storage in ("bfloat16", "fp8", "int4")
-    for tokens, heads, page_size in ((1, 64, 64), (8, 8, 64), (1, 16, 128), (2, 64, 64), (4, 64, 192), (8, 32, 64))
+    for tokens, heads, page_size in (
+        (1, 64, 64),
+        (8, 8, 64),
+        (1, 16, 128),
+        (2, 64, 64),
+        (4, 64, 192),
+        (8, 32, 64),
+        (MOST_TOKENS, 16, 64),
+    )
 ]
 
 
@@ -240,7 +252,9 @@ def test_heads_come_out_quantised_as_the_reference_has_them() -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("case", [Case("fp8", (*EDGES, 2)), Case("fp8", (5, 70, 1), tokens=3)], ids=_name)
+@pytest.mark.parametrize(
+    "case", [Case("fp8", (*EDGES, 2)), Case("fp8", (5, 70, 1), tokens=3), Case("fp8", (70, 9), tokens=5)], ids=_name
+)
 def test_heads_come_out_quantised_in_every_form(case: Case) -> None:
     _check_quantised(case)
 
@@ -311,6 +325,10 @@ def test_a_missing_wait_for_a_free_slot_is_caught() -> None:
         ("fp8", 1, 8, 64, 65_536),
         ("int4", 16, 8, 16, 32_768),
         ("fp8", 64, 1, 8, 8192),
+        ("fp8", 64, 5, 64, 8192),
+        ("bfloat16", 64, MOST_TOKENS, 64, 8192),
+        ("fp8", 8, MOST_TOKENS, 64, 8192),
+        ("int4", 64, MOST_TOKENS, 8, 8192),
     ],
 )
 def test_the_kernel_lowers_for_cuda_at_the_real_models_shapes(

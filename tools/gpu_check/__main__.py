@@ -24,8 +24,8 @@ from tools.gpu_check.parent import ROOT, Children, Settings
 
 # Nothing new is started in the last tenth of a run.
 USABLE_BUDGET = 0.9
-# What the results are valid for, besides versions: the text of these files.
-SOURCES = ("pallas_kernels/**/*.py", "tools/**/*.py", "step3_jax/gpu.py")
+# What the results are valid for, besides versions: these files.
+SOURCES = ("pallas_kernels/**/*.py", "tools/**/*.py", "step3_jax/**/*.py", "models/step3-tiny/*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,7 +172,7 @@ def _keep_target_config(out: pathlib.Path) -> None:
 def _conditions(mode: str, *, is_quick: bool) -> dict[str, object]:
     """What the results are valid for."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file()):
         digest.update(path.read_bytes())
     conditions: dict[str, object] = {"mode": mode, "quick": is_quick, "sources": digest.hexdigest()[:16]}
     conditions["python"] = sys.version.split()[0]

@@ -17,6 +17,7 @@ from pallas_kernels.mfa_prefill.api import dense_attention, mfa_prefill
 from pallas_kernels.pages import CachedTokens
 from pallas_kernels.quantise import quantise_rows
 from pallas_kernels.storage import Storage, bytes_per_token
+from step3_jax.sampling.speculation import MAX_SPECULATIVE_TOKENS
 from tools.gpu_check.case import ROUNDED_TOLERANCE, Case, Inputs, Peer, as_it_is, dequantised, normal
 
 HEAD_DIM = 256
@@ -41,6 +42,8 @@ def decode_cases(*, is_small: bool) -> list[Case]:
         _decode("fp8", edges, query_dtype=jnp.float16, is_quantised=True),
         _decode("bfloat16", edges, is_quantised=True),
         _decode("fp8", edges, num_tokens=3, query_dtype=jnp.float16, is_quantised=True),
+        # With the most guesses that a step may have.
+        _decode("fp8", edges, num_tokens=1 + MAX_SPECULATIVE_TOKENS, query_dtype=jnp.float16, is_quantised=True),
     )
     if is_small:
         return [forms[0], forms[1], forms[5]]
@@ -62,6 +65,9 @@ def decode_cases(*, is_small: bool) -> list[Case]:
         for is_quantised in (False, True):
             half = _decode("fp8", (length,) * batch, query_dtype=jnp.float16, is_quantised=is_quantised, is_timed=True)
             cases.append(_planned(half, "fp8"))
+    # A token and four guesses.
+    several = _decode("fp8", (8192,) * 64, num_tokens=5, query_dtype=jnp.float16, is_quantised=True, is_timed=True)
+    cases.append(_planned(several, "fp8"))
     return cases
 
 

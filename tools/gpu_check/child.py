@@ -18,10 +18,10 @@ import jax
 
 from pallas_kernels import tuning
 from tools import gpu_compile, ptx
+from tools.gpu_check import answers, measure, rank, sweep
 from tools.gpu_check import cases as case_list
-from tools.gpu_check import measure, rank, sweep
 from tools.gpu_check.case import Case, Inputs, row_errors, same_bits
-from tools.gpu_check.order import FIRST, STEP, Phase
+from tools.gpu_check.order import ANSWERS, FIRST, STEP, Phase
 
 # Longest search for better blocks in one case.
 SWEEP_SECONDS = 20.0
@@ -83,8 +83,10 @@ def run_one(name: str, args: argparse.Namespace) -> dict[str, object]:
 
     if name == FIRST:
         return rank.ceilings(args.mode, say, are_more=args.phase == "more_rates")
+    report = functools.partial(tell, event="partial", name=name)
+    if name == ANSWERS:
+        return answers.answer_questions(args.mode, say, report, is_quick=args.quick, deadline=args.deadline)
     if name == STEP:
-        report = functools.partial(tell, event="partial", name=name)
         return rank.rank_step(
             args.mode, say, report, is_quick=args.quick, copy_rate=args.copy_rate, deadline=args.deadline
         )

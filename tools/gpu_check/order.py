@@ -8,8 +8,8 @@ from typing import Literal
 
 from tools.gpu_check.case import Case
 
-# Not kernels: the device's own rates, and a whole rank's step.
-FIRST, STEP = "ceilings", "rank_step"
+# Not kernels: the device's own rates, a whole rank's step, and the answers of the shipped model.
+FIRST, STEP, ANSWERS = "ceilings", "rank_step", "tiny_model"
 
 # What is done with a case. "rates": a copy and a large product; "more_rates": the others. "check": against the reference,
 # with one seed, and the same bits twice; "check_again": with another seed. "time", "peers", "sweep": alone on the GPU.
@@ -121,6 +121,7 @@ def rest(cases: Iterable[Case], mode: str) -> list[Stage]:
         Stage("check", _spread(forms, known)),
         alone("time", [name for name in FIRST_TIMES if name in timed]),
         alone("time", [STEP]),
+        alone("check", [ANSWERS] if mode != "compile" else []),
         Stage("check_again", _spread(again, known)),
         alone("time", goals),
         alone("peers", [name for name in goals if known[name].peers]),

@@ -25,6 +25,7 @@ from step3_jax.checkpoint.load import load_model
 from step3_jax.checkpoint.save import save_model
 from step3_jax.config import ModelConfig
 from step3_jax.engine.compile_cache import enable_compile_cache
+from step3_jax.model.arrangement import Arrangement
 from step3_jax.model.step3 import Step3, abstract_step3
 from step3_jax.text.image_settings import ImageSettings
 from step3_jax.train.loop import Metrics, train
@@ -207,6 +208,12 @@ def average(before: PyTree, after: PyTree, share_before: float) -> PyTree:
     return jax.tree.map(lambda old, new: share_before * old + (1 - share_before) * new, before, after)
 
 
+def start_from(folder: pathlib.Path) -> PyTree:
+    """The parameters of a finished model, and new heads. Layers are apart on every platform, as in a fresh model."""
+    model = load_model(folder, "float32", quantization="none", arrangement=Arrangement())
+    return {"model": split_model(model)[1], "heads": make_heads(model.config.text.hidden_size)}
+
+
 def export(params: PyTree, folder: pathlib.Path) -> None:
     """Writes the weights in the released checkpoint format."""
     config = ModelConfig.preset("step3-tiny")
@@ -244,8 +251,7 @@ def main() -> None:
     run = options.run or options.data / "run"
     start = params = None
     if options.start:
-        model = load_model(options.start, "float32", quantization="none")
-        params = {"model": split_model(model)[1], "heads": make_heads(model.config.text.hidden_size)}
+        params = start_from(options.start)
         start = jax.tree.map(np.array, params["model"])  # a copy: training consumes what it starts from
     for name in COPYING_STAGES if options.start else FIRST_STAGES:
         minutes = getattr(options, f"{name}_minutes")

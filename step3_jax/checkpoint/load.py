@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ from step3_jax.cpu_kernels.api import FP8_BLOCKS
 from step3_jax.cpu_kernels.loader import Kernels, Unavailable, find_kernels
 from step3_jax.gpu import claim_memory
 from step3_jax.layout.parallel import fit_parallel
+from step3_jax.layout.role import is_ffn
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
@@ -168,7 +169,7 @@ def load_model(
         _check_memory(flat, places, readers, shardings, load_format=load_format, reason=reason, vision=config.vision)
         _LOGGER.info("%s: weights %s", folder, reason)
         if arrangement is None:
-            arrangement = _choose_arrangement(places.values(), dtype_name)
+            arrangement = _choose_arrangement(places, dtype_name)
         _fill(model, places, readers, shardings, load_format=load_format, stacks=arrangement.stacks, progress=progress)
         return arrange(model, arrangement)
 
@@ -257,12 +258,10 @@ def _held_dtype(place: Place, places: Iterable[Place], dtype: str) -> np.dtype:
     return np.dtype("float32" if is_beside else dtype)
 
 
-def _choose_arrangement(places: Collection[Place], dtype: str) -> Arrangement:
-    """How layers are arranged by default; if some weights are on a CPU, whose kernels read layers one by one, unstacked."""
-    fastest = next((place.platform for place in places if place.platform != "cpu"), "cpu")
-    arrangement = Arrangement.of(fastest, dtype)
-    is_mixed = len({place.platform for place in places}) > 1
-    return dataclasses.replace(arrangement, stacks=False, fuses=False) if is_mixed else arrangement
+def _choose_arrangement(places: Mapping[Path, Place], dtype: str) -> Arrangement:
+    """How layers are arranged by default, for parameters that are held in these places."""
+    ffn, others = (next(place.platform for path, place in places.items() if is_ffn(path) is it) for it in (True, False))
+    return Arrangement.of(others, dtype, ffn_platform=ffn)
 
 
 def _fill(

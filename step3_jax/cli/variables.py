@@ -24,6 +24,7 @@ VARIABLES = {
     "STEP3_LOG_LEVEL": "what of the log commands show: debug, info, warning or error",
     "CUDA_VISIBLE_DEVICES": "NVIDIA's: the GPUs that JAX sees",
     "XLA_FLAGS": "XLA's: options of its compiler",
+    "PJRT_NPROC": "XLA's: threads on a CPU, of its own and of the CPU kernels",
     "JAX_PLATFORMS": "JAX's: cpu or cuda, in place of the best there is",
     "JAX_COMPILATION_CACHE_DIR": "JAX's: folder or address of the compile cache",
     "JAX_ENABLE_COMPILATION_CACHE": "JAX's: 0 turns the compile cache off",

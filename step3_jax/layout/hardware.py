@@ -26,7 +26,8 @@ class Hardware:
       description: One line for people.
       memory_gib: Memory as the driver reports it, in GiB.
       bandwidth_tb_s: Memory bandwidth, in TB/s.
-      bf16_tflops: Peak of dense BF16 products, in 1e12 operations per second.
+      bf16_tflops: Peak of dense BF16 products, in 1e12 operations per second; of processors, that of the products that
+        the CPU kernels compute, which are in float32.
       fp8_tflops: The same for FP8; None if the device has no FP8 products.
       link_gb_s: Bandwidth to the other devices of its machine, in GB/s in each direction.
       int8_tops: Peak of dense INT8 products, in 1e12 operations per second; None if it has none, or it is not known.

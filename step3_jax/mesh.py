@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from step3_jax.cpu_count import limit_threads
 from step3_jax.distributed import read_number, set_cpu_devices, too_few_cpu_devices
 from step3_jax.layout.parallel import AttentionForm, Parallel
 from step3_jax.layout.table import AXES, mesh_axes
@@ -127,6 +128,7 @@ def find_devices(count: int = 1) -> list[jax.Device]:
         if chosen > 1:
             with contextlib.suppress(RuntimeError):
                 jax.config.update("jax_num_cpu_devices", chosen)
+    limit_threads()
     try:
         return jax.devices()
     except (AssertionError, RuntimeError) as error:

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from step3_jax.bench.machine import conditions, cpu_pressure, num_threads
+from step3_jax.bench.machine import conditions, cpu_pressure
 from step3_jax.bench.report import format_report, write_section
 from step3_jax.bench.yardstick import read_meter
+from step3_jax.cpu_count import count_cpus
 from step3_jax.cpu_kernels import api
 from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.quant import Form, quantise
@@ -120,7 +121,7 @@ def list_layers(variants: Sequence[Kernels], forms: Sequence[str]) -> list[Case]
 
 def measure(cases: Sequence[Case], rounds: int) -> tuple[float, list[Row]]:
     """The rate at which memory is read, and a row for each case; medians over rounds."""
-    read = read_meter(num_threads())
+    read = read_meter(count_cpus())
     rates: list[float] = []
     seconds: list[list[float]] = [[] for _ in cases]
     for _, _, _, call in cases:

@@ -22,11 +22,12 @@ import urllib.request
 import numpy as np
 
 from step3_jax.bench.loop import Ours
-from step3_jax.bench.machine import conditions, cpu_pressure, num_threads
+from step3_jax.bench.machine import conditions, cpu_pressure
 from step3_jax.bench.model import bench_config, hold_as, random_model, weight_sizes
 from step3_jax.bench.report import format_report, write_section
 from step3_jax.bench.yardstick import read_meter
 from step3_jax.cli.arguments.bench import PRESETS
+from step3_jax.cpu_count import count_cpus
 from step3_jax.layout.count import active_parameters
 from tools import llama_cpp_sizes as peer_sizes
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures to this file, under llama_cpp")
     arguments = parser.parse_args()
     script = pathlib.Path(__file__).with_name("llama_cpp_server.py")
-    threads = num_threads()
+    threads = count_cpus()
     command = [arguments.peer_python, str(script), "--type", "q8_0", "--parallel", "1"]
     with subprocess.Popen(
         [*command, "--threads", str(threads), "--port", str(PORT)], stdout=subprocess.DEVNULL
@@ -69,7 +70,7 @@ def measure(forms: list[str], rounds: int, steps: int) -> dict[str, object]:
         side.prefill(ids, steps * (rounds + 1))
         side.decode(steps)
     _ask(ids[0].tolist(), steps)
-    read = read_meter(num_threads())
+    read = read_meter(count_cpus())
     rates: list[float] = []
     times: dict[str, list[float]] = {name: [] for name in (*sides, "llama.cpp q8_0")}
     before = cpu_pressure()

@@ -27,11 +27,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from step3_jax.bench.machine import conditions, cpu_pressure, num_threads
+from step3_jax.bench.machine import conditions, cpu_pressure
 from step3_jax.bench.yardstick import read_meter
 from step3_jax.checkpoint.inspect import inspect_checkpoint
 from step3_jax.checkpoint.load import load_model
 from step3_jax.config import ModelConfig
+from step3_jax.cpu_count import count_cpus
 from step3_jax.cpu_kernels.loader import describe_kernels
 from step3_jax.engine.llm import LLM
 from step3_jax.layers.attention import attention_context
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> dict[str, object]:
     stored = inspect_checkpoint(arguments.model).num_bytes
-    read_gb_s = read_meter(num_threads())() / 1e9
+    read_gb_s = read_meter(count_cpus())() / 1e9
     begin = time.perf_counter()
     model = load_model(
         arguments.model, "float32", quantization=arguments.quantization, load_format=arguments.load_format

@@ -14,11 +14,12 @@ from jaxtyping import Int
 
 from step3_jax.afd.executor import AfdChoice
 from step3_jax.bench.loop import Ours
-from step3_jax.bench.machine import conditions, cpu_pressure, num_threads
+from step3_jax.bench.machine import conditions, cpu_pressure
 from step3_jax.bench.model import PLAIN_FORMS, hold_as, random_model, weight_sizes
 from step3_jax.bench.peer import TorchPeer, check_agreement
 from step3_jax.bench.yardstick import prefill_products, product_rate, read_meter
 from step3_jax.config import ModelConfig
+from step3_jax.cpu_count import count_cpus
 from step3_jax.layout.count import active_parameters, prefill_flops
 from step3_jax.layout.parallel import Parallel
 from step3_jax.model.step3 import Step3
@@ -81,7 +82,7 @@ def measure_decode(
         for name in dtypes
         for form in quantizations
     }
-    read = read_meter(num_threads())
+    read = read_meter(count_cpus())
     rates: list[float] = []
     decode_rows: list[Row] = []
     prefill_rows: list[Row] = []
@@ -91,7 +92,7 @@ def measure_decode(
         peer = None
         if torch_python is not None:
             tell("starting PyTorch, and comparing logits ...")
-            peer = stack.enter_context(TorchPeer(torch_python, model, dtypes, num_threads()))
+            peer = stack.enter_context(TorchPeer(torch_python, model, dtypes, count_cpus()))
             ids = rng.integers(2, config.text.vocab_size, (2, 24))
             versions = peer.versions
             # Quantised weights are other weights.

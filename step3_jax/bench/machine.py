@@ -8,6 +8,7 @@ import pathlib
 import platform
 
 from step3_jax import __version__
+from step3_jax.cpu_count import count_cpus
 
 
 def conditions(device: str | None = None) -> dict[str, object]:
@@ -21,14 +22,9 @@ def conditions(device: str | None = None) -> dict[str, object]:
         "jax": importlib.metadata.version("jax"),
         "python": platform.python_version(),
         "cpu": cpu_name(),
-        "threads": num_threads(),
+        "threads": count_cpus(),
     }
     return found if device is None else found | {"device": device}
-
-
-def num_threads() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_pressure() -> float | None:

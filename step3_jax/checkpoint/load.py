@@ -12,7 +12,8 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,7 @@ from step3_jax.cpu_kernels.api import FP8_BLOCKS
 from step3_jax.cpu_kernels.loader import Kernels, Unavailable, find_kernels
 from step3_jax.gpu import claim_memory
 from step3_jax.layout.parallel import fit_parallel
+from step3_jax.layout.role import is_ffn
 from step3_jax.layout.table import view_shape
 from step3_jax.layout.tensor import Path, scale_shape
 from step3_jax.mesh import Layout, find_devices, padded_shape
@@ -144,7 +146,7 @@ def load_model(
             place: choose_form(
                 quantization,
                 place,
-                cpu_obstacle=obstacle,
+                cpu_obstacle=None if obstacle is None else obstacle.reason,
                 has_fp8=has_fp8,
                 products=_find_products(place, obstacle, _held_dtype(place, all_places, dtype_name)),
             )
@@ -166,9 +168,9 @@ def load_model(
             fit_parallel(layout.parallel, config.text, fp8_block=block if keeps_fp8 else None)
         reason = "; ".join(dict.fromkeys(one.reason for one in choices.values()))
         _check_memory(flat, places, readers, shardings, load_format=load_format, reason=reason, vision=config.vision)
-        _LOGGER.info("%s: weights %s", folder, reason)
+        _log_form(folder, reason, is_slow=quantization != "none" and obstacle is not None and not obstacle.is_wanted)
         if arrangement is None:
-            arrangement = _choose_arrangement(places.values(), dtype_name)
+            arrangement = _choose_arrangement(places, dtype_name)
         _fill(model, places, readers, shardings, load_format=load_format, stacks=arrangement.stacks, progress=progress)
         return arrange(model, arrangement)
 
@@ -237,15 +239,27 @@ def _place_of(sharding: NamedSharding | None) -> Place:
     return Place(sharding.mesh.devices.flat[0].platform, sharding.mesh.size)
 
 
-def _find_obstacle(fp8_block: tuple[int, int] | None) -> str | None:
+def _log_form(folder: pathlib.Path, reason: str, *, is_slow: bool) -> None:
+    """Says how weights are held; as a warning if the CPU kernels would serve, and neither form nor machine lets them."""
+    if is_slow:
+        _LOGGER.warning(
+            "%s: weights %s; with the kernels they take less memory and time (--quantization none asks for this way)",
+            folder,
+            reason,
+        )
+    else:
+        _LOGGER.info("%s: weights %s", folder, reason)
+
+
+def _find_obstacle(fp8_block: tuple[int, int] | None) -> Unavailable | None:
     """Why the CPU kernels cannot multiply a checkpoint's weights, with FP8 scales of this block size; None if they can."""
     if fp8_block is not None and fp8_block not in FP8_BLOCKS:
-        return f"they take FP8 in blocks of {FP8_BLOCKS[0]}, not of {fp8_block}"
+        return Unavailable(f"they take FP8 in blocks of {FP8_BLOCKS[0]}, not of {fp8_block}")
     kernels = find_kernels()
-    return kernels.reason if isinstance(kernels, Unavailable) else None
+    return kernels if isinstance(kernels, Unavailable) else None
 
 
-def _find_products(place: Place, obstacle: str | None, dtype: np.dtype) -> str:
+def _find_products(place: Place, obstacle: Unavailable | None, dtype: np.dtype) -> str:
     """The dtype that the CPU kernels multiply in, for activations of `dtype`."""
     found = find_kernels() if place.is_host and obstacle is None else None
     return found.for_activations(dtype).activations if isinstance(found, Kernels) else "float32"
@@ -257,12 +271,10 @@ def _held_dtype(place: Place, places: Iterable[Place], dtype: str) -> np.dtype:
     return np.dtype("float32" if is_beside else dtype)
 
 
-def _choose_arrangement(places: Collection[Place], dtype: str) -> Arrangement:
-    """How layers are arranged by default; if some weights are on a CPU, whose kernels read layers one by one, unstacked."""
-    fastest = next((place.platform for place in places if place.platform != "cpu"), "cpu")
-    arrangement = Arrangement.of(fastest, dtype)
-    is_mixed = len({place.platform for place in places}) > 1
-    return dataclasses.replace(arrangement, stacks=False, fuses=False) if is_mixed else arrangement
+def _choose_arrangement(places: Mapping[Path, Place], dtype: str) -> Arrangement:
+    """How layers are arranged by default, for parameters that are held in these places."""
+    ffn, others = (next(place.platform for path, place in places.items() if is_ffn(path) is it) for it in (True, False))
+    return Arrangement.of(others, dtype, ffn_platform=ffn)
 
 
 def _fill(

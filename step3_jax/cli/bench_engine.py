@@ -13,7 +13,7 @@ import numpy as np
 
 from step3_jax.bench.latency import measure_alone, measure_arrival, measure_cached
 from step3_jax.bench.loop import Ours
-from step3_jax.bench.machine import conditions, cpu_pressure, load_average, num_threads
+from step3_jax.bench.machine import conditions, cpu_pressure, load_average
 from step3_jax.bench.model import bench_config, random_model
 from step3_jax.bench.peer import TorchPeer, check_agreement
 from step3_jax.bench.report import format_report, write_section
@@ -22,6 +22,7 @@ from step3_jax.bench.throughput import Bench, measure_throughput
 from step3_jax.bench.workload import Lengths, draw_lengths, read_lengths
 from step3_jax.cli.engine import read_config
 from step3_jax.config import ModelConfig
+from step3_jax.cpu_count import count_cpus
 from step3_jax.engine.config import EngineConfig
 from step3_jax.engine.runner import Runner
 
@@ -81,7 +82,7 @@ def _throughput(arguments: argparse.Namespace, config: ModelConfig, engine: Engi
     with contextlib.ExitStack() as stack:
         peer, agreement, versions = None, {}, {}
         if python is not None:
-            peer = stack.enter_context(TorchPeer(python, model, arguments.torch_dtype, num_threads()))
+            peer = stack.enter_context(TorchPeer(python, model, arguments.torch_dtype, count_cpus()))
             ids = np.random.default_rng(0).integers(2, config.text.vocab_size, (2, 24))
             ours = Ours(model)
             agreement = {name: check_agreement(ours, peer, name, ids) for name in arguments.torch_dtype}

@@ -18,6 +18,7 @@ import step3_jax
 from step3_jax import __version__, resources
 from step3_jax.cli.choice import DEFAULT_MODEL
 from step3_jax.cli.variables import VARIABLES, read_variables
+from step3_jax.cpu_count import count_cpus
 from step3_jax.cpu_kernels.loader import describe_kernels
 from step3_jax.engine.compile_cache import enable_compile_cache
 from step3_jax.mesh import find_devices
@@ -65,7 +66,7 @@ def describe_environment() -> dict[str, object]:
         "executable": sys.executable,
         "platform": platform.platform(),
         "processor": _find_processor(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": count_cpus(),
         "memory_bytes": _host_memory(),
         "backend": backend,
         "devices": devices,

@@ -2,10 +2,11 @@
 
 A deployment whose devices do everything uses the decode loop of the engine's own executor. With AFD, each role's whole
 decode step of one micro-batch is compiled for as many devices as it has; what the other role sends is an argument and
-what goes to it is a result, so that each role is independent. Weights and cache are arranged as in the running system: on
-GPUs, layers of the same structure are stacked. The bytes of arguments and aliases are those of the real parameter tree and
-cache; those of temporaries would mislead, as the programs are compiled for CPU devices, where layers are copied out of
-their stacks and FP8 is widened.
+what goes to it is a result, so that each role is independent. A role whose devices are CPUs is left out: its layers call
+kernels that need a C compiler. Weights and cache are arranged as in the running system: on GPUs, layers of the same
+structure are stacked. The bytes of arguments and aliases are those of the real parameter tree and cache; those of
+temporaries would mislead, as the programs are compiled for CPU devices, where layers are copied out of their stacks and
+FP8 is widened.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from step3_jax.layers.attention import CacheStep
 from step3_jax.layout.deployment import Deployment
 from step3_jax.layout.parallel import ATTENTION, BOTH, FFN
 from step3_jax.layout.payload import choose_payload
-from step3_jax.layout.role import check_deployment
+from step3_jax.layout.role import check_deployment, is_on_cpu
 from step3_jax.mesh import Layout, make_layout
 from step3_jax.model.arrangement import Arrangement, arrange
 from step3_jax.model.parallel import Places, place_shapes
@@ -85,7 +86,7 @@ def compile_alone(
 def compile_here(
     config: ModelConfig, deployment: Deployment, cache: CacheShape, speculation: Speculation | None = None
 ) -> dict[str, CompiledBytes]:
-    """The bytes by the name of the role; this process needs as many devices as the deployment has."""
+    """The bytes by the name of each compiled role; this process needs as many devices as the deployment has."""
     if deployment.topology is None:
         layout = make_layout(check_deployment(config, deployment))
         return {BOTH: _compile_both(_place(config, layout), layout, deployment, cache, speculation)}
@@ -95,10 +96,12 @@ def compile_here(
     model = _place(config, topology)
     rows = rows_at_once(deployment)
     received = -(-rows * _step_tokens(speculation) * topology.num_attention // topology.num_ffn)
-    return {
-        ATTENTION: _compile_attention(model, topology, deployment, cache, form, rows, speculation),
-        FFN: _compile_ffn(model, topology.ffn, form, received),
-    }
+    found: dict[str, CompiledBytes] = {}
+    if not is_on_cpu(deployment, ATTENTION):
+        found[ATTENTION] = _compile_attention(model, topology, deployment, cache, form, rows, speculation)
+    if not is_on_cpu(deployment, FFN):
+        found[FFN] = _compile_ffn(model, topology.ffn, form, received)
+    return found
 
 
 def _place(config: ModelConfig, places: Places) -> Step3:

@@ -16,7 +16,7 @@ from step3_jax.cli.process import interruptible
 from step3_jax.config import ModelConfig
 from step3_jax.layout.deployment import Deployment, Workload, load_deployment
 from step3_jax.layout.hardware import load_hardware
-from step3_jax.layout.role import check_deployment, deployed_config, roles_of
+from step3_jax.layout.role import check_deployment, deployed_config, is_on_cpu, roles_of
 from step3_jax.layout.weight_form import CPU_FORMS
 from step3_jax.planner.memory import CacheShape, MemoryPlan, plan_memory, shape_cache
 from step3_jax.planner.memory_table import to_dict, to_lines
@@ -54,10 +54,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     # First without compiling, so that wrong numbers are refused immediately.
     found, compilation = plan(None), None
+    compiled = [role for role in roles_of(deployment) if not is_on_cpu(deployment, role.name)]
     if deployment.weights in CPU_FORMS:
         write_note(f"weights {deployment.weights} are for CPUs: only arithmetic, nothing is compiled")
+    elif not compiled:
+        write_note("the devices are CPUs: only arithmetic, nothing is compiled")
     elif not arguments.no_compile:
-        write_note(f"compiling the decode step for {deployment.num_devices} devices from shapes (about a minute) ...")
+        for role in roles_of(deployment):
+            if role not in compiled:
+                write_note(f"the {role.name} side's devices are CPUs: its bytes are arithmetic, and it is not compiled")
+        num_devices = sum(role.num_devices for role in compiled)
+        write_note(f"compiling the decode step for {num_devices} devices from shapes (about a minute) ...")
         with interruptible():
             compilation = _compile(deployed, deployment, speculation)
         found = plan(compilation)

@@ -24,6 +24,7 @@ VARIABLES = {
     "STEP3_LOG_LEVEL": "level of the log messages that commands show: debug, info, warning or error",
     "CUDA_VISIBLE_DEVICES": "NVIDIA's: the GPUs that JAX sees",
     "XLA_FLAGS": "XLA's: options of its compiler",
+    "PJRT_NPROC": "XLA's: number of threads on a CPU, its own and those of the CPU kernels",
     "JAX_PLATFORMS": "JAX's: cpu or cuda, instead of the best that is available",
     "JAX_COMPILATION_CACHE_DIR": "JAX's: folder or address of the compile cache",
     "JAX_ENABLE_COMPILATION_CACHE": "JAX's: 0 turns the compile cache off",

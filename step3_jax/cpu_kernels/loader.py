@@ -70,9 +70,11 @@ class Unavailable:
 
     Attributes:
       reason: Why, and what to do, in one line.
+      is_wanted: Whether they were turned off.
     """
 
     reason: str
+    is_wanted: bool = False
 
 
 def find_kernels() -> Kernels | Unavailable:
@@ -85,7 +87,7 @@ def find_kernels() -> Kernels | Unavailable:
     """
     wanted = os.environ.get(VARIABLE) or "auto"
     if wanted == "off":
-        return Unavailable(f"{VARIABLE} is off")
+        return Unavailable(f"{VARIABLE} is off", is_wanted=True)
     if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
         return Unavailable(f"they are for Linux on x86-64, and this is {sys.platform} on {platform.machine()}")
     best = choose_instruction_set(read_cpu_flags())

@@ -13,7 +13,8 @@ from step3_jax.nearest import describe_known
 
 _NUMBERS = ("memory_gib", "bandwidth_tb_s", "bf16_tflops", "link_gb_s")
 _OPTIONAL_NUMBERS = ("fp8_tflops", "int8_tops", "network_gb_s", "usd_per_hour")
-_OTHERS = ("description", "devices_per_machine", "sources")
+_OTHERS = ("description", "platform", "devices_per_machine", "sources")
+PLATFORMS = ("gpu", "cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Hardware:
       description: One line for people.
       memory_gib: Memory as the driver reports it, in GiB.
       bandwidth_tb_s: Memory bandwidth, in TB/s.
-      bf16_tflops: Peak of dense BF16 products, in 1e12 operations per second.
+      bf16_tflops: Peak of dense BF16 products, in 1e12 operations per second; of processors, that of the products that
+        the CPU kernels compute, which are in float32.
       fp8_tflops: The same for FP8; None if the device has no FP8 products.
       link_gb_s: Bandwidth to the other devices of its machine, in GB/s in each direction.
       int8_tops: Peak of dense INT8 products, in 1e12 operations per second; None if it has none, or it is not known.
@@ -34,6 +36,7 @@ class Hardware:
       devices_per_machine: Devices that the links connect.
       usd_per_hour: Price of one device; None if no source has one.
       sources: The source of each figure, in words, by the figure's name here.
+      platform: "cpu" for the processors of a machine, which are one device; else "gpu", for any accelerator.
     """
 
     name: str
@@ -48,6 +51,12 @@ class Hardware:
     devices_per_machine: int = 8
     usd_per_hour: float | None = None
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    platform: str = "gpu"
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it is a machine's processors and memory, to which accelerators are linked."""
+        return self.platform == "cpu"
 
 
 def list_hardware() -> list[str]:
@@ -90,6 +99,9 @@ def load_hardware(name: str) -> Hardware:
     per_machine = _number(path, values, "devices_per_machine") if "devices_per_machine" in values else 8
     if per_machine != int(per_machine):
         raise ValueError(f"{path}: devices_per_machine is {per_machine}; a whole number of at least 1 is needed")
+    platform = values.get("platform", "gpu")
+    if platform not in PLATFORMS:
+        raise ValueError(f"{path}: platform is {platform!r}; allowed: {', '.join(PLATFORMS)}")
     return Hardware(
         path.stem,
         str(values.get("description", "")),
@@ -97,6 +109,7 @@ def load_hardware(name: str) -> Hardware:
         fp8_tflops=optional.pop("fp8_tflops", None),
         devices_per_machine=int(per_machine),
         sources=_sources(path, values),
+        platform=platform,
         **optional,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from step3_jax.config import ModelConfig, QuantConfig
 from step3_jax.layout.deployment import Deployment, Topology
+from step3_jax.layout.hardware import load_hardware
 from step3_jax.layout.parallel import ATTENTION, BOTH, FFN, Parallel, RoleName, VisionForm, fit_parallel
 
 
@@ -54,6 +55,19 @@ def is_ffn(path: Sequence[str | int]) -> bool:
 def is_tower(path: Sequence[str | int]) -> bool:
     """Whether a parameter of `Step3` belongs to the vision tower or to the projector."""
     return path[0] in ("vision", "projector")
+
+
+def is_on_cpu(deployment: Deployment, name: RoleName) -> bool:
+    """Whether a role's devices are the processors of a machine; of hardware that the deployment does not name, no.
+
+    Args:
+      deployment: What runs where.
+      name: The role.
+    """
+    if name == FFN and deployment.ffn_device == "cpu":
+        return True
+    hardware = (deployment.ffn_hardware if name == FFN else None) or deployment.hardware
+    return hardware is not None and load_hardware(hardware).is_host
 
 
 def roles_of(deployment: Deployment) -> list[Role]:

@@ -21,22 +21,31 @@ class Arrangement:
       stacks: Whether neighbouring layers of the same structure are stacked and run in a loop, see `model.layers`.
       fuses: Whether products of the same input are joined, see `model.fuse`.
       quantises: Whether activations are quantised before products with weights in FP8, see `model.fuse`.
+      has_plain_ffn: Whether the FFN halves are left out of that.
     """
 
     stacks: bool = False
     fuses: bool = False
     quantises: bool = False
+    has_plain_ffn: bool = False
 
     @classmethod
-    def of(cls, platform: str, dtype: jax.typing.DTypeLike) -> Arrangement:
+    def of(cls, platform: str, dtype: jax.typing.DTypeLike, *, ffn_platform: str | None = None) -> Arrangement:
         """The default: everything on GPUs, and nothing elsewhere.
+
+        With the FFN halves on a CPU beside a GPU, layers stay apart, since the CPU kernels read them one by one; these take
+        float32, so that only attention's activations are quantised.
 
         Args:
           platform: The devices' platform, named as by `jax.Device.platform`.
           dtype: The dtype of activations: if wider than 16 bits, they are not quantised.
+          ffn_platform: That of the devices that hold the FFN halves; None for the same.
         """
         is_fast = is_gpu(platform)
-        return cls(is_fast, is_fast, is_fast and jnp.dtype(dtype).itemsize <= 2)
+        quantises = is_fast and jnp.dtype(dtype).itemsize <= 2
+        if is_fast and ffn_platform == "cpu":
+            return cls(quantises=quantises, has_plain_ffn=True)
+        return cls(is_fast, is_fast, quantises)
 
 
 def arrange(model: Step3, arrangement: Arrangement) -> Step3:
@@ -49,7 +58,7 @@ def arrange(model: Step3, arrangement: Arrangement) -> Step3:
     model = stack_model(model) if arrangement.stacks else nnx.merge(*nnx.split(model))
     if arrangement.fuses:
         fuse(model)
-    set_quantised(model, wanted=arrangement.quantises)
+    set_quantised(model, wanted=arrangement.quantises, has_plain_ffn=arrangement.has_plain_ffn)
     return model
 
 

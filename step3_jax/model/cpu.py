@@ -44,7 +44,7 @@ def choose_dtype(asked: jax.typing.DTypeLike | None, quantization: str, *, is_ap
             return jnp.dtype(jnp.bfloat16)
         why = found.reason if isinstance(found, Unavailable) else "the processor has no AVX512_BF16"
         obstacle = f"there are no CPU kernels for bfloat16: {why}"
-    _LOGGER.info("activations are float32, not bfloat16: %s", obstacle)
+    _LOGGER.warning("activations are float32, not bfloat16 (leave out --dtype bfloat16): %s", obstacle)
     return jnp.dtype(jnp.float32)
 
 

@@ -2,8 +2,8 @@
 
 `fuse` joins the first products of attention (q, k and v) and of a feed-forward network (gate and up), so that one product
 reads their weights in one stream. `separate` is its inverse, for saving and for training. `set_quantised` says whether
-activations are quantised before products with weights in FP8; that is a property of the model, so that references on a
-CPU compute what the kernels do.
+activations are quantised before products with weights in FP8; that is a property of the model and not of the platform
+that it runs on, so that references on a CPU compute what the kernels do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from step3_jax.layers.attention import MFA
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.mlp import SwiGLU
 from step3_jax.layers.moe import Experts
-from step3_jax.model.text import DecoderLayer
+from step3_jax.model.text import DecoderLayer, FfnBlock
 from step3_jax.quant import BlockScaled
 
 # An array, or the shape of one.
@@ -62,7 +62,7 @@ def separate(model: nnx.Module) -> None:
         setattr(module, joined, None)
 
 
-def set_quantised(model: nnx.Module, *, wanted: bool) -> None:
+def set_quantised(model: nnx.Module, *, wanted: bool, has_plain_ffn: bool = False) -> None:
     """Sets whether activations are quantised before products with weights in FP8.
 
     They are quantised to e4m3 with a scale for each 128 columns of a row, and multiplied in FP8, on any device: by kernels
@@ -71,10 +71,15 @@ def set_quantised(model: nnx.Module, *, wanted: bool) -> None:
     Args:
       model: Changed in place.
       wanted: Whether to quantise them.
+      has_plain_ffn: Whether those of the FFN halves are not quantised all the same.
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear | Experts):
             module.quantises = wanted
+    for _, block in nnx.iter_modules(model):
+        for _, module in nnx.iter_modules(block) if has_plain_ffn and isinstance(block, FfnBlock) else ():
+            if isinstance(module, Linear | Experts):
+                module.quantises = False
     for _, module in nnx.iter_modules(model):
         # The products after a norm decide the form of its rows.
         if isinstance(module, MFA):

@@ -14,7 +14,7 @@ from step3_jax.layout.hardware import Hardware, load_hardware
 from step3_jax.layout.parallel import BOTH, FFN, Parallel, RoleName, find_problems
 from step3_jax.layout.role import fp8_block
 from step3_jax.planner.cost import Prices
-from step3_jax.planner.pipeline import Machines, is_host
+from step3_jax.planner.pipeline import Machines
 
 # Attention and FFN on separate devices; every device does both, in one group or in several.
 Kind = Literal["afd", "ep", "tp"]
@@ -187,9 +187,9 @@ def _list_joint(config: ModelConfig, pool: Pool) -> Iterator[Parallel]:
 def _list_instances(own: Pool, other: Pool) -> Iterator[tuple[int, int, int]]:
     """Attention instances, FFN instances, and devices of each."""
     size_own, size_other = own.hardware.devices_per_machine, other.hardware.devices_per_machine
-    if is_host(own.hardware):
+    if own.hardware.is_host:
         return
-    if is_host(other.hardware):
+    if other.hardware.is_host:
         yield from ((count, 1, 1) for count in range(1, min(size_own, own.count) + 1))
         return
     is_same = own.hardware.name == other.hardware.name

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from step3_jax.layout.hardware import Hardware
 from step3_jax.planner.efficiency import base_batch
 from step3_jax.planner.estimate import CostAnswer, Estimate, PartEstimate
 from step3_jax.planner.published import AFD
 
-NOTHING_MEASURED = "nothing on a GPU: no figure of cost or speed here was measured with this project"
+_NOTHING_MEASURED = "nothing on a GPU: no figure of cost or speed here was measured with this project"
+_PROCESSORS_MEASURED = "nothing on a GPU; with this project the shares of a processor's rates, on another than these"
 _CELL = 11
 
 
@@ -56,6 +57,11 @@ def to_dict(answer: CostAnswer) -> dict[str, object]:
         },
         "hardware": {hardware.name: _hardware_dict(hardware, answer) for hardware in _hardware_of(answer)},
     }
+
+
+def describe_measured(hardware: Iterable[Hardware]) -> str:
+    """What this project measured of the figures for some hardware, where the user has measured nothing."""
+    return _PROCESSORS_MEASURED if any(one.is_host for one in hardware) else _NOTHING_MEASURED
 
 
 def _title(one: Estimate) -> str:
@@ -107,7 +113,7 @@ def _notes(answer: CostAnswer) -> Iterator[str]:
 
 def _measured(answer: CostAnswer) -> str:
     if not answer.measurements:
-        return NOTHING_MEASURED
+        return describe_measured(_hardware_of(answer))
     return "; ".join(own.source for own in answer.measurements)
 
 

@@ -6,7 +6,8 @@ and devices differ, so a share is
 
     share(run) x kernel(design, hardware, context) / kernel(the run's design, hardware and context)
 
-but never more than the kernel alone reaches. Devices without a measurement use a sibling's, and say so.
+but never more than the kernel alone reaches. Devices without a measurement use a sibling's, and say so. Processors have
+the shares that this project measured.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from step3_jax.planner.published import (
     Run,
     layer_source,
     load_layer_times,
+    load_processor_shares,
     load_runs,
 )
 from step3_jax.planner.shape import ModelShape, load_shape
@@ -153,6 +155,8 @@ def attention_share(
       kv_dtype: Dtype of the cache.
       arrangement: `AFD` or `EP`.
     """
+    if hardware.is_host:
+        return _processor_share(hardware, load_processor_shares().attention)
     run = base_run(arrangement, kv_dtype)
     run_design = load_shape(run.model).design
     own, reference = kernel_share(design, hardware, context_tokens), base_kernel_share(run)
@@ -175,12 +179,20 @@ def ffn_share(hardware: Hardware, *, kv_dtype: str = "fp8", arrangement: str = A
       kv_dtype: Dtype of the cache, which chooses the run.
       arrangement: `AFD` or `EP`.
     """
+    if hardware.is_host:
+        return _processor_share(hardware, load_processor_shares().ffn)
     run = base_run(arrangement, kv_dtype)
     if hardware.name == run.hardware:
         return Share(fit_shares(run).ffn, run.source, True)
     return Share(
         fit_shares(run).ffn, f"{run.source}; nothing is published for {hardware.name}, the same share assumed", False
     )
+
+
+def _processor_share(hardware: Hardware, read: float) -> Share:
+    """The lesser share, as it depends on the batch which rate binds."""
+    found = load_processor_shares()
+    return Share(min(read, found.products), f"{found.source}; carried over to {hardware.name}", False)
 
 
 @functools.cache

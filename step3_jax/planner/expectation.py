@@ -62,6 +62,8 @@ def expect(
     attention = choose_attention_share(shape, context_tokens, kv_dtype, machines.attention, arrangement, measurements)
     ffn = choose_ffn_share(kv_dtype, machines.ffn, arrangement, measurements)
     own, other = _convert(kv_dtype) if machines.is_apart else (1.0, 1.0)
+    # Shares of processors are of layers, which have no such losses in them.
+    other = 1.0 if machines.ffn.is_host else other
     shares = Shares(min(attention.value * own, 1.0), min(ffn.value * other, 1.0), NETWORK_SHARE)
     sources = tuple(dict.fromkeys((attention.source, ffn.source, _NETWORK_SOURCE)))
     return Expectation(shares, sources, attention.is_measured and ffn.is_measured)

@@ -27,9 +27,14 @@ def to_lines(plan: MemoryPlan) -> Iterator[str]:
     names = list(dict.fromkeys(name for one in plan.roles for name in one.parts))
     for name in names:
         yield _row(f"  {name}", [_gib(one.parts.get(name)) for one in plan.roles])
-    is_compiled = all(one.compiled is not None for one in plan.roles)
-    source = "compiled" if is_compiled else "arithmetic"
-    yield _row(f"weights ({source})", [_gib(one.weights) for one in plan.roles])
+    sources = ["arithmetic" if one.compiled is None else "compiled" for one in plan.roles]
+    # Of the side that has a cache.
+    source = sources[0]
+    if len(set(sources)) == 1:
+        yield _row(f"weights ({source})", [_gib(one.weights) for one in plan.roles])
+    else:
+        yield _row("weights", [_gib(one.weights) for one in plan.roles])
+        yield _row("  found by", sources)
     yield _row(f"KV cache ({source})", [_gib(one.kv_needed or None) for one in plan.roles])
     yield _row("workspace (estimate)", [_gib(one.workspace.total) for one in plan.roles])
     yield _row("  largest in", [one.workspace.phase for one in plan.roles])

@@ -71,7 +71,7 @@ class Machines:
         Raises:
           ValueError: If devices in several machines have no network.
         """
-        if is_host(self.ffn):
+        if self.ffn.is_host:
             # Each accelerator has its own lanes to the processor.
             return self.ffn.link_gb_s, self.ffn.link_gb_s * self.num_attention
         if self.attention.name == self.ffn.name and self.num_devices <= self.attention.devices_per_machine:
@@ -80,11 +80,6 @@ class Machines:
             if one.network_gb_s is None:
                 raise ValueError(f"{one.name} has no network to other machines: its file has no network_gb_s")
         return self.attention.network_gb_s or 0.0, self.ffn.network_gb_s or 0.0
-
-
-def is_host(hardware: Hardware) -> bool:
-    """Whether a device is a machine's processor, to which accelerators are linked."""
-    return hardware.devices_per_machine == 1 and hardware.network_gb_s is None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs and kernels that others measured, from `configs/planner/measured.yaml`."""
+"""Runs and kernels that were measured, by others but for processors, from `configs/planner/measured.yaml`."""
 
 from __future__ import annotations
 
@@ -83,6 +83,23 @@ class LayerTime:
     us: Mapping[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class ProcessorShares:
+    """Shares of a processor's rates that this project measured.
+
+    Attributes:
+      attention: Of the rate of reading memory, by attention with its projections.
+      ffn: The same by the feed-forward layers.
+      products: Of the best rate of products, by a whole prompt.
+      source: Where and how.
+    """
+
+    attention: float
+    ffn: float
+    products: float
+    source: str
+
+
 @functools.cache
 def load_runs() -> Mapping[str, Run]:
     """The measured runs by name.
@@ -108,6 +125,24 @@ def load_layer_times() -> tuple[LayerTime, ...]:
 def layer_source() -> str:
     """The source of the layers' times."""
     return _reader().section("attention_layers").text("source")
+
+
+@functools.cache
+def load_processor_shares() -> ProcessorShares:
+    """The measured shares of a processor.
+
+    Raises:
+      ValueError: If the file is wrong.
+    """
+    reader = _reader().section("processors")
+    found = ProcessorShares(
+        attention=reader.number("attention"),
+        ffn=reader.number("ffn"),
+        products=reader.number("products"),
+        source=reader.text("source"),
+    )
+    reader.check_all_read()
+    return found
 
 
 def _reader() -> Reader:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from step3_jax.planner.candidate import Candidate, Pool
-from step3_jax.planner.cost_table import NOTHING_MEASURED
+from step3_jax.planner.cost_table import describe_measured
 from step3_jax.planner.query import FIRST_TOKEN_TARGET, MEMORY, Found, Query, Speed
 from step3_jax.planner.search import Answer
 
@@ -69,7 +69,7 @@ def to_dict(answer: Answer, fronts: Mapping[str, Sequence[Found]], seconds: floa
         "fronts": {name: [_found_dict(one, query) for one in front] for name, front in fronts.items()},
         "num_deployments": answer.num_candidates,
         "seconds": seconds,
-        "measured": NOTHING_MEASURED,
+        "measured": describe_measured(pool.hardware for pool in query.pools),
     }
 
 
@@ -173,7 +173,7 @@ def _describe_sources(answer: Answer) -> Iterator[str]:
     for source in dict.fromkeys(source for one in shown for source in one.expectation.sources):
         yield f"  {source}"
     yield f"experts: {query.load.source}{_describe_imbalance(shown[0], query) if shown else ''}"
-    yield f"measured: {NOTHING_MEASURED}"
+    yield f"measured: {describe_measured(pool.hardware for pool in query.pools)}"
     for pool in query.pools:
         yield from _describe_hardware(pool)
     missing = [pool.given_as for pool in query.pools if pool.usd_per_hour is None]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import statistics
 
 import pytest
 
 from step3_jax.layout.hardware import list_hardware, load_hardware
-from step3_jax.planner.cost import attention_seconds, count_token_work, ffn_seconds
+from step3_jax.planner.cost import attention_seconds, count_token_work, ffn_seconds, peak_flops
 from step3_jax.planner.efficiency import (
     attention_share,
     base_kernel_share,
@@ -18,8 +20,9 @@ from step3_jax.planner.efficiency import (
     kernel_share,
     predict_rate,
 )
-from step3_jax.planner.published import AFD, ARRANGEMENTS, EP, load_runs
+from step3_jax.planner.published import AFD, ARRANGEMENTS, EP, load_processor_shares, load_runs
 from step3_jax.planner.shape import load_shape
+from tests.process import ROOT
 
 
 @pytest.mark.parametrize(
@@ -83,8 +86,8 @@ def test_one_deployment_of_deepseek_predicts_the_others_at_its_latency_within_a_
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("design", ["mfa", "mla", "gqa", "linear", "hybrid"])
 def test_a_deployment_never_reaches_more_than_its_kernel(design: str, arrangement: str) -> None:
-    for name in list_hardware():
-        hardware = load_hardware(name)
+    # Processors have shares of their own, of layers.
+    for hardware in (one for one in map(load_hardware, list_hardware()) if not one.is_host):
         share = attention_share(design, hardware, context_tokens=8192, arrangement=arrangement)
         assert 0 < share.value <= kernel_share(design, hardware, 8192).value
         assert 0 < ffn_share(hardware, arrangement=arrangement).value < 1
@@ -126,3 +129,43 @@ def test_the_page_has_the_shares_of_each_run(name: str) -> None:
     cells = [f"{shares.attention:.0%}", f"{shares.ffn:.0%}"][: 1 if run.arrangement == EP else 2]
     end = f"| {run.tokens_per_s_per_device:,.0f} | {of_ideal:.0%} | {' / '.join(cells)} |"
     assert end.replace("%", " %") in text
+
+
+def test_processors_have_the_shares_that_the_benchmarks_have() -> None:
+    layers, decode = (
+        json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))
+        for name in ("time-layers.json", "decode-cpu.json")
+    )
+    read = layers["conditions"]["read_gb_s"]
+
+    def reached(kind: str) -> float:
+        return statistics.mean(row["gb_s"] / read for row in layers["layers"] if row["name"].startswith(kind))
+
+    (prompt,) = (
+        row
+        for row in decode["prefill"]
+        if (row["dtype"], row["quantization"], row["tokens"]) == ("float32", "fp8", 512)
+    )
+    found = load_processor_shares()
+    assert found.attention == pytest.approx(reached("attention"), abs=0.006)
+    assert found.ffn == pytest.approx(reached("experts"), abs=0.006)
+    assert found.products == pytest.approx(prompt["share_of_gemm"], abs=0.006)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_processors_do_not_reach_what_accelerators_do(arrangement: str) -> None:
+    host, measured = load_hardware("cpu-2-socket-384gb"), load_processor_shares()
+    attention = attention_share("mfa", host, context_tokens=8192, arrangement=arrangement)
+    ffn = ffn_share(host, arrangement=arrangement)
+    assert (attention.value, ffn.value) == (measured.attention, measured.ffn)
+    for share in (attention, ffn):
+        assert "time-layers.json" in share.source
+        assert "h800" not in share.source
+        assert not share.is_measured
+
+
+def test_a_processors_peak_is_that_of_products_in_vector_registers() -> None:
+    # Two units of 16 numbers, each a product and a sum.
+    host = load_hardware("cpu-2-socket-384gb")
+    assert peak_flops(host) == pytest.approx(2 * 56 * 2.0e9 * 2 * 16 * 2, rel=0.01)
+    assert host.int8_tops is None

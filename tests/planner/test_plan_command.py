@@ -17,7 +17,8 @@ from step3_jax.layout.count import weight_bytes
 from step3_jax.layout.deployment import Deployment, load_deployment, parse_deployment
 from step3_jax.layout.page import kv_bytes_per_token
 from step3_jax.layout.role import deployed_config, roles_of
-from step3_jax.planner.memory import CacheShape, shape_cache
+from step3_jax.planner.memory import CacheShape, plan_memory, shape_cache
+from step3_jax.planner.memory_table import to_lines
 from step3_jax.sampling.speculation import Speculation
 from tests.process import ROOT, environment
 
@@ -80,6 +81,85 @@ def test_compiled_bytes_with_guesses_are_those_of_the_arithmetic(afd: dict[str, 
     values = afd or {"afd": "off", "devices": 2, "parallel": {"dp": 1, "tp": 2, "ep": 2}}
     values = values | {"weights": "bfloat16", "kv_cache": "fp8"}
     check(parse_deployment("guesses", values), CacheShape(3, 2), Speculation(num_speculative_tokens=2))
+
+
+def test_a_side_on_cpus_is_not_compiled() -> None:
+    values = {"afd": "1a1f", "weights": "fp8", "kv_cache": "fp8", "ffn_device": "cpu"}
+    deployment, cache = parse_deployment("mixed", values), CacheShape(2, 1)
+    config = deployed_config(SMALL, deployment.weights)
+    found = compile_deployment(config, deployment, cache).roles
+    attention, _ = roles_of(deployment)
+    assert set(found) == {"attention"}
+    assert found["attention"].weights == sum(weight_bytes(config, deployment.weights, attention).values())
+    plan = plan_memory(SMALL, deployment, memory_gib=None, compiled=found)
+    rows = {line[:28].strip(): line[28:].split() for line in to_lines(plan)}
+    assert rows["found by"] == ["compiled", "arithmetic"]
+    assert "KV cache (compiled)" in rows
+
+
+def test_nothing_is_compiled_for_a_server_without_accelerators(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "memory", "cpu-384gb", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "the devices are CPUs: only arithmetic, nothing is compiled" in said.err
+    assert json.loads(said.out)["compilation"] is None
+
+
+# Numbers of the released model: width, heads x head size, low-rank query, head size, expert width, layers (5 of them dense).
+WIDTH, QUERY, RANK, HEAD, EXPERT, LAYERS, DENSE = 7168, 64 * 256, 2048, 256, 5120, 61, 5
+VOCABULARY, DENSE_WIDTH, NUM_EXPERTS = 128_815, 18_432, 48
+# Vision tower and projector in bfloat16, from the released checkpoint's index.
+VISION_BYTES = 9_350_749_184
+
+
+PHASES = ("decode", "prefill", "image")
+
+
+def count_fp8(*shapes: tuple[int, int]) -> int:
+    """Bytes of matrices in FP8, with a float32 scale for each 128 x 128."""
+    return sum(rows * columns + 4 * -(-rows // 128) * -(-columns // 128) for rows, columns in shapes)
+
+
+def count_sides() -> tuple[int, int]:
+    """Bytes of the weights outside the feed-forward halves, and of these."""
+    attention = count_fp8((RANK, WIDTH), (HEAD, WIDTH), (HEAD, WIDTH), (QUERY, RANK), (WIDTH, QUERY)) * LAYERS
+    norms = 2 * ((2 * WIDTH + RANK) * LAYERS + WIDTH)
+    routers = 2 * NUM_EXPERTS * WIDTH * (LAYERS - DENSE)
+    ends = 2 * 2 * VOCABULARY * WIDTH
+    expert = count_fp8((EXPERT, WIDTH), (EXPERT, WIDTH), (WIDTH, EXPERT))
+    dense = count_fp8((DENSE_WIDTH, WIDTH), (DENSE_WIDTH, WIDTH), (WIDTH, DENSE_WIDTH))
+    ffn = DENSE * dense + (LAYERS - DENSE) * (NUM_EXPERTS + 1) * expert
+    return attention + norms + routers + ends + VISION_BYTES, ffn
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gib", "weights"),
+    [
+        (
+            "1gpu-48gb-cpu-384gb",
+            {"attention": 44.9, "ffn": 384},
+            dict(zip(("attention", "ffn"), count_sides(), strict=True)),
+        ),
+        ("cpu-384gb", {"both": 384}, {"both": sum(count_sides())}),
+    ],
+)
+def test_what_is_said_of_deployments_with_cpus_is_what_another_count_gives(
+    capsys: pytest.CaptureFixture[str], name: str, memory_gib: dict[str, float], weights: dict[str, int]
+) -> None:
+    assert main(["plan", "memory", name, "--no-compile", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    roles = found["roles"]
+    assert {side: one["weights"] for side, one in roles.items()} == weights
+    # A key and a value with a scale each in every layer.
+    token = LAYERS * 2 * (HEAD + 4)
+    assert {one["kv_per_token"] for side, one in roles.items() if side != "ffn"} == {token}
+    for side, one in roles.items():
+        budget = int(memory_gib[side] * 2**30 * 0.95)
+        assert abs(one["budget"] - budget) <= 1
+        left = budget - weights[side] - max(0.03 * budget, *(one["workspace_estimate"][part] for part in PHASES))
+        assert one["left_for_kv_cache"] == pytest.approx(left, abs=2)
+        if side != "ffn":
+            assert found["kv_tokens"] == pytest.approx(left // (64 * token) * 64, abs=64)
+    assert found["fits"]
 
 
 @pytest.mark.slow

@@ -52,6 +52,13 @@ def test_every_figure_has_its_source(capsys: pytest.CaptureFixture[str]) -> None
     assert "Table 8, 2A2F" in text
 
 
+def test_what_was_measured_of_processors_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "cost", "--hardware", "cpu-2-socket-384gb"]) == 0
+    text = capsys.readouterr().out
+    assert "Measured: nothing on a GPU; with this project the shares of a processor's rates, on another" in text
+    assert "float32 operations a cycle" in text
+
+
 def test_a_missing_price_is_said_and_devices_are_ranked_by_speed(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--hardware", "h100,h200"]
     assert main(["plan", "cost", *words]) == 0

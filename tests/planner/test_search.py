@@ -18,6 +18,7 @@ from step3_jax.planner.estimate import Judge
 from step3_jax.planner.expert_load import even_load
 from step3_jax.planner.front import find_front, find_undominated
 from step3_jax.planner.memory import plan_memory
+from step3_jax.planner.published import load_processor_shares
 from step3_jax.planner.query import FIRST_TOKEN_TARGET, MEMORY, TARGET, Found, Query
 from step3_jax.planner.search import Answer, Search
 
@@ -122,6 +123,7 @@ def test_experts_in_host_memory_decode_where_one_card_is_all_there_is() -> None:
     assert best.expected.step_s < 1
     assert best.expected.usd_per_million_tokens is None
     assert not answer.query.has_prices
+    assert best.expectation.shares.ffn == load_processor_shares().ffn
 
 
 @given(

@@ -16,7 +16,7 @@ from step3_jax.planner.context import parse_contexts
 from step3_jax.planner.efficiency import base_run
 from step3_jax.planner.expectation import NETWORK_SHARE, expect
 from step3_jax.planner.expert_load import even_load
-from step3_jax.planner.pipeline import BACK, SEND, Machines, count_decode, count_prefill, is_host
+from step3_jax.planner.pipeline import BACK, SEND, Machines, count_decode, count_prefill
 from step3_jax.planner.published import AFD, load_runs
 from step3_jax.planner.shape import load_shape
 from step3_jax.planner.stage import PROJECTIONS, Arithmetic, Model, Shares, stage_seconds
@@ -196,8 +196,8 @@ def test_prefilling_takes_longer_for_longer_prompts_and_more_tokens() -> None:
 
 def test_the_processor_of_a_machine_is_reached_over_the_links_of_its_accelerators() -> None:
     host = load_hardware("cpu-2-socket")
-    assert is_host(host)
-    assert not is_host(H800)
+    assert host.is_host
+    assert not H800.is_host
     values = {"afd": "4a1f", "devices_per_instance": 1}
     machines = Machines.of(parse_deployment("mixed", values), H800, host)
     assert machines.rates == (host.link_gb_s, 4 * host.link_gb_s)

@@ -16,7 +16,7 @@ MAX_LINES = 500
 # Each row may import its own part and those of the rows above; parts of one row do not import each other.
 ROWS = (
     ("pallas_kernels", "rank"),
-    ("resources", "stored_file", "json_schema", "gpu", "timeline", "nearest", "beacon", "channel"),
+    ("resources", "stored_file", "json_schema", "gpu", "timeline", "nearest", "beacon", "channel", "cpu_count"),
     ("config_file",),
     ("config",),
     ("layout",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import shutil
 import tracemalloc
 
@@ -22,6 +23,8 @@ from step3_jax.checkpoint.safetensors_io import SafetensorsFile, write_safetenso
 from step3_jax.config import ModelConfig, QuantConfig
 from step3_jax.cpu_kernels.loader import Kernels, Unavailable
 from step3_jax.quant import BlockScaled, PackedInt4, dequantise, quantise
+
+OFF = Unavailable("STEP3_CPU_KERNELS is off", is_wanted=True)
 
 
 @pytest.fixture
@@ -61,10 +64,24 @@ def test_fp8_and_bfloat16_stay_as_stored_beside_float32(goldens, with_kernels):
     assert kept == {"bfloat16", "float32"}
 
 
-def test_without_kernels_all_is_widened(goldens, without_kernels):
+def test_without_kernels_all_is_widened(goldens, without_kernels, caplog):
     model = load_model(goldens / "tiny_fp8", "float32")
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "weights widened, without CPU kernels (no C compiler was found)" in record.getMessage()
     assert {parameter.get_value().dtype.name for parameter in parameters_of(model).values()} == {"float32"}
     assert model.config.quantization is None
+
+
+@pytest.mark.parametrize(
+    ("found", "quantization"),
+    [(Kernels("plain", pathlib.Path()), "auto"), (OFF, "auto"), (Unavailable("no C compiler was found"), "none")],
+)
+def test_no_warning_where_kernels_run_or_are_not_wanted(goldens, monkeypatch, caplog, found, quantization):
+    monkeypatch.setattr(load, "find_kernels", lambda: found)
+    with caplog.at_level("INFO", "step3_jax"):
+        load_model(goldens / "tiny_text", "float32", quantization=quantization)
+    (record,) = (record for record in caplog.records if ": weights " in record.getMessage())
+    assert record.levelname == "INFO"
 
 
 # int8 is int4 without its packing.

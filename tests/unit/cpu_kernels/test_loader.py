@@ -11,7 +11,7 @@ from step3_jax.cpu_kernels.loader import Kernels, Unavailable, describe_kernels,
 
 def test_they_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("STEP3_CPU_KERNELS", "off")
-    assert find_kernels() == Unavailable("STEP3_CPU_KERNELS is off")
+    assert find_kernels() == Unavailable("STEP3_CPU_KERNELS is off", is_wanted=True)
     assert describe_kernels() == "weights are widened at load; no CPU kernels: STEP3_CPU_KERNELS is off"
 
 

@@ -116,11 +116,15 @@ def test_rows_of_a_stored_embedding_are_looked_up_and_widened(form):
     ],
 )
 def test_a_model_is_loaded_in_what_it_runs_in(
-    monkeypatch, tmp_path, instruction_set, asked, quantization, is_apart, expected
+    monkeypatch, caplog, tmp_path, instruction_set, asked, quantization, is_apart, expected
 ):
     found = Kernels(instruction_set, tmp_path) if instruction_set else Unavailable("no C compiler was found")
     monkeypatch.setattr(cpu, "find_kernels", lambda: found)
     assert cpu.choose_dtype(asked, quantization, is_apart=is_apart) == expected
+    # Commands show warnings: an option without effect is said.
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (asked == "bfloat16" and expected == "float32")
+    assert all(text.startswith("activations are float32, not bfloat16 (leave out") for text in warnings)
 
 
 # A model is compiled twice.

@@ -136,6 +136,16 @@ def test_quantised_activations_are_the_models_to_say_and_no_platforms() -> None:
     np.testing.assert_allclose(run(decoder), found, atol=1e-5)
 
 
+def test_the_ffn_alone_may_meet_plain_activations() -> None:
+    decoder = make_decoder("fp8")
+    set_quantised(decoder, wanted=True, has_plain_ffn=True)
+    layer = decoder.layers[1]
+    assert layer.attention.input_layernorm.quantises
+    assert layer.attention.self_attn.o_proj.takes_rows
+    assert not layer.attention.post_attention_layernorm.quantises
+    assert not is_quantised(layer.ffn)
+
+
 def test_weights_that_are_not_in_fp8_meet_plain_activations(expected: np.ndarray) -> None:
     decoder = make_decoder()
     set_quantised(decoder, wanted=True)

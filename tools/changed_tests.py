@@ -44,8 +44,19 @@ _OUTSIDE = {
     "pallas_kernels": ("tests/kernels/test_common.py",),
     "tools": ("tests/unit/tools",),
 }
-# Files without which their rooms take under a minute, with the seconds that each takes.
-LONG: dict[str, int] = {}
+# Files that start services or processes or compile many programs, without "test_". With them their rooms take over a minute.
+_LONG = {
+    "tests/afd": "faults host program",
+    "tests/launch": "cluster distributed local schedule supervisor",
+    "tests/server": "openai process several",
+    "tests/unit/checkpoint": "convert host larger_than_memory load mapped orbax_io resume stack_filler",
+    "tests/unit/cli": "bench bench_engine bench_serve chat chat_remote convert generate process run_batch",
+    "tests/unit/engine": "aborts decode_loop engine llm prefix runner speculation structured warm_up",
+    "tests/unit/model": "cpu fuse layers",
+    "tests/unit/tools": "bench_checkpoint",
+    "tests/unit/train": "loop loss step",
+}
+LONG = frozenset(f"{folder}/test_{name}.py" for folder, names in _LONG.items() for name in names.split())
 # Tests of files that are not modules, by the start of their path.
 _OTHERS = {
     ".dockerignore": ("tests/packaging",),
@@ -141,7 +152,7 @@ def _of_module(path: str, root: pathlib.Path) -> set[str]:
     if mirror is not None:
         return {mirror} | room
     importers = _find_importers(file, root)
-    return (importers - LONG.keys()) | room or importers
+    return (importers - LONG) | room or importers
 
 
 def _find_mirror(file: pathlib.Path, root: pathlib.Path) -> str | None:
@@ -195,7 +206,7 @@ def _without_long(path: str, root: pathlib.Path) -> set[str]:
     """A file or folder, or the files of a folder in which some take long."""
     if not any(long.startswith(path) for long in LONG):
         return {path}
-    return {str(test.relative_to(root)) for test in (root / path).rglob("test_*.py")} - LONG.keys()
+    return {str(test.relative_to(root)) for test in (root / path).rglob("test_*.py")} - LONG
 
 
 def _git(*words: str) -> list[str]:

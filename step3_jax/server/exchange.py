@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from step3_jax.engine.request import StreamPiece
 from step3_jax.server.admission import Ticket
 from step3_jax.server.body import Disconnected, read_body
-from step3_jax.server.constraint import refuse_former_names
+from step3_jax.server.constraint import refuse_unheeded
 from step3_jax.server.context import find_log
 from step3_jax.server.error import ApiError, internal_error
 from step3_jax.server.generation import Generation
@@ -116,7 +116,7 @@ async def receive_body(request: Request, service: Service, model: type[BodyModel
     """The body of a request; notes unknown fields."""
 
     def inspect(body: Mapping[str, object]) -> None:
-        refuse_former_names(body)
+        refuse_unheeded(body)
         service.note_unknown(body, model)
 
     return await read_body(

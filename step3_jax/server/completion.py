@@ -49,6 +49,11 @@ async def plan_completion(service: Service, request: CompletionRequest, ticket: 
         default_max_tokens=DEFAULT_MAX_TOKENS,
         logprobs=num_top,
     )
+    if is_scored and plan.form is not None:
+        raise bad_request(
+            f"{plan.form.param} cannot be combined with echo and logprobs, which score the prompt: leave out one of them",
+            plan.form.param,
+        )
     given = request.prompt
     num_prompts = 1 if isinstance(given, str) or isinstance(given[0], int) else len(given)
     ticket.add_completions(num_prompts * plan.n - 1)

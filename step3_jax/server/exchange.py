@@ -9,6 +9,7 @@ import abc
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Generic, TypeVar
 
@@ -103,7 +104,7 @@ class Exchange(Response, Generic[BodyModel]):
                 generation.start()
                 async with _interrupted_by_leaving(receive, generation):
                     if job.is_stream:
-                        await _send_stream(job, send, service.config.sse_keep_alive_interval or None)
+                        await send_stream(job, send, service.config.sse_keep_alive_interval or None)
                         return
                     while not generation.is_over:
                         for place, piece in await generation.take():
@@ -128,17 +129,33 @@ async def receive_body(request: Request, service: Service, model: type[BodyModel
     )
 
 
-async def _send_stream(job: Job, send: Send, keep_alive_s: float | None) -> None:
+async def send_stream(job: Job, send: Send, keep_alive_s: float | None) -> None:
+    """Sends a job's events as its output is generated.
+
+    Args:
+      job: The job, whose generation has started.
+      send: Takes ASGI messages.
+      keep_alive_s: A comment is sent when nothing else has been for this long; None for never.
+
+    Raises:
+      Disconnected: If the client has disconnected.
+    """
     headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     last = job.end_mark
     try:
         await _send_events(send, job.start())
+        sent_s = time.monotonic()
         while not job.generation.is_over:
-            pieces = await job.generation.take(keep_alive_s)
-            if not pieces:
-                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-            await _send_events(send, [event for place, piece in pieces for event in job.add(place, piece)])
+            wait_s = None if keep_alive_s is None else max(0.0, sent_s + keep_alive_s - time.monotonic())
+            pieces = await job.generation.take(wait_s)
+            events = [event for place, piece in pieces for event in job.add(place, piece)]
+            # Tokens that are not sent, such as those of an unfinished tool call, do not keep a connection alive.
+            if not events and keep_alive_s is not None and time.monotonic() >= sent_s + keep_alive_s:
+                events = [KEEP_ALIVE]
+            if events:
+                await _send_events(send, events)
+                sent_s = time.monotonic()
         await _send_events(send, job.end())
     except Disconnected:
         raise

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+from step3_jax.engine.request import StreamPiece
+from step3_jax.server.exchange import Job, send_stream
+from step3_jax.server.protocol.common import Answer
+from step3_jax.server.stream import DONE, KEEP_ALIVE
 from tests.server.client import Client, Reply, ask
 from tests.server.conftest import Open
 
@@ -41,6 +45,45 @@ def test_silence_is_filled_with_comments(open_client: Open) -> None:
             return await call.finish()
 
         assert client.run(run()).events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+class UnsentTokens(Job):
+    """A stream whose tokens are not sent, such as those of a tool call; it is its own generation."""
+
+    def __init__(self) -> None:
+        super().__init__(self, is_stream=True)  # type: ignore[arg-type]
+        self.sent = b""
+        self.num_taken = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.sent.count(KEEP_ALIVE) == 3 or self.num_taken == 500_000
+
+    async def take(self, timeout_s: float | None = None) -> list[tuple[int, StreamPiece]]:
+        self.num_taken += 1
+        await asyncio.sleep(0)
+        return [(0, StreamPiece(0, 0, "", (5,), None))]
+
+    async def send(self, message: dict) -> None:
+        self.sent += message.get("body", b"")
+
+    def start(self) -> list[bytes]:
+        return []
+
+    def add(self, place: int, piece: StreamPiece) -> list[bytes]:
+        return []
+
+    def end(self) -> list[bytes]:
+        return []
+
+    def answer(self) -> Answer:
+        raise AssertionError("it is a stream")
+
+
+def test_tokens_that_are_not_sent_are_silence_too() -> None:
+    job = UnsentTokens()
+    asyncio.run(send_stream(job, job.send, 0.001))
+    assert job.sent == KEEP_ALIVE * 3 + DONE
 
 
 def test_pieces_come_as_they_are_generated(open_client: Open) -> None:

@@ -13,6 +13,10 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 MAX_SOURCE_BYTES = 256 * 1024
 
 
+class GrammarBusyError(ValueError):
+    """A structured output whose grammar was not compiled, because others still are; it may be a little later."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
     """What an output must match, in exactly one of the fields.

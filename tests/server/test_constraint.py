@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
-from tests.server.client import Client
+from step3_jax.sampling.structured import GrammarBusyError
+from step3_jax.server.service import NUM_GRAMMAR_THREADS
+from tests.server.client import LIMIT_S, Client, Reply, ask
+from tests.server.conftest import Open
 from tests.server.test_chat import TOOLS, join
+
+pytest.importorskip("llguidance", reason="the extra grammar is not installed")
+
+from step3_jax.sampling.grammar import Grammar, GrammarCompiler
 
 SCHEMA = {
     "type": "object",
@@ -127,3 +135,35 @@ def test_deep_and_large_schemas_are_refused(client: Client) -> None:
         reply = client.chat(response_format=form)
         assert (reply.status, reply.error["param"]) == (400, "response_format")
         assert said in reply.error["message"], reply.error
+
+
+def test_a_known_grammar_does_not_wait_for_slow_ones_and_a_new_one_is_asked_to_come_back(
+    open_client: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"structured_outputs": {"choice": ["yes", "no"]}}
+    compile_in_time, may_end = GrammarCompiler._compile_in_time, threading.Event()
+
+    def compile_slowly(compiler: GrammarCompiler, kind: str, source: str) -> Grammar:
+        if source.startswith("busy"):
+            raise GrammarBusyError("structured_outputs: other grammars are still being compiled")
+        assert not source.startswith("slow") or may_end.wait(LIMIT_S)
+        return compile_in_time(compiler, kind, source)
+
+    monkeypatch.setattr(GrammarCompiler, "_compile_in_time", compile_slowly)
+    with open_client("</think>yes") as client:
+        assert client.chat(**known).status == 200
+
+        async def run() -> list[Reply]:
+            slow = [
+                client.start("/v1/chat/completions", ask(structured_outputs={"regex": f"slow{number}|yes"}))
+                for number in range(NUM_GRAMMAR_THREADS)
+            ]
+            await client.wait_until(lambda: client.service.admission.num_requests == len(slow))
+            assert (await client.start("/v1/chat/completions", ask(**known)).finish()).status == 200
+            may_end.set()
+            return [await call.finish() for call in slow]
+
+        assert [reply.status for reply in client.run(run())] == [200] * NUM_GRAMMAR_THREADS
+        reply = client.chat(structured_outputs={"regex": "busy"})
+        assert (reply.status, reply.error["code"], reply.headers["retry-after"]) == (503, "grammar_busy", "1")
+        assert client.metric("admission_rejections_total", reason="grammar_busy") == 1

@@ -171,7 +171,9 @@ class GrammarCompiler:
             self._num_late += is_late
             self._changed.notify_all()
         if is_late:
-            raise GrammarError(f"structured_outputs.{kind} takes longer than {self._deadline_s:g} s to compile; simplify it")
+            raise GrammarError(
+                f"structured_outputs.{kind} takes longer than {self._deadline_s:g} s to compile; simplify it"
+            )
         if not found:
             raise GrammarError(f"structured_outputs.{kind} cannot be compiled")
         if isinstance(found[0], GrammarError):

@@ -40,10 +40,9 @@ async def plan_completion(service: Service, request: CompletionRequest, ticket: 
     max_tokens = request.max_tokens
     if is_scored and max_tokens is None:
         max_tokens = DEFAULT_MAX_TOKENS
-    plan = plan_sampling(
+    plan = await plan_sampling(
+        service,
         request,
-        llm,
-        service.config,
         # Scoring only the prompt is allowed.
         max_tokens=1 if is_scored and max_tokens == 0 else request.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,

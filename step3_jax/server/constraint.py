@@ -51,8 +51,14 @@ class WantedForm:
         return _refuse(error, self.param, self.source) if str(error).startswith(_OWN_NAME) else None
 
 
+def may_have_form(request: SamplingFields) -> bool:
+    """Whether there is anything for `read_form`."""
+    has_tools = isinstance(request, ChatCompletionRequest) and (request.tools or request.tool_choice)
+    return bool(request.structured_outputs or request.response_format or has_tools)
+
+
 def read_form(request: SamplingFields) -> WantedForm | None:
-    """What the answer must match; None for anything.
+    """What the answer must match; None for anything. Reading a schema may take long: not for the event loop.
 
     Args:
       request: Its `structured_outputs`, `response_format`, `tool_choice` and `parallel_tool_calls` say so.
@@ -62,7 +68,9 @@ def read_form(request: SamplingFields) -> WantedForm | None:
     """
     found: list[WantedForm] = []
     if request.structured_outputs is not None:
-        values = request.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+        given = request.structured_outputs
+        # Without copying a schema, which may be large.
+        values = {field.alias or name: getattr(given, name) for name, field in type(given).model_fields.items()}
         found.append(_make(_OWN_NAME, lambda: StructuredOutputsParams(**values)))
     if request.response_format is not None and request.response_format.type != "text":
         found.append(_read_format(request.response_format))

@@ -167,3 +167,50 @@ def test_a_known_grammar_does_not_wait_for_slow_ones_and_a_new_one_is_asked_to_c
         reply = client.chat(structured_outputs={"regex": "busy"})
         assert (reply.status, reply.error["code"], reply.headers["retry-after"]) == (503, "grammar_busy", "1")
         assert client.metric("admission_rejections_total", reason="grammar_busy") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("/v1/chat/completions", {"response_format": FORMAT}),
+        ("/v1/chat/completions", {"structured_outputs": {"json": SCHEMA}}),
+        ("/v1/chat/completions", {"tools": TOOLS, "tool_choice": "required"}),
+        ("/v1/completions", {"response_format": FORMAT}),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "trip", "schema": SCHEMA}}}),
+    ],
+)
+def test_health_is_answered_while_a_schema_is_read(
+    client: Client, path: str, values: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_reading, may_go_on = threading.Event(), threading.Event()
+
+    def check_slowly(schema: object, name: str) -> None:
+        is_reading.set()
+        assert threading.current_thread() is not threading.main_thread()
+        assert may_go_on.wait(LIMIT_S)
+
+    monkeypatch.setattr("step3_jax.sampling.structured.check_schema", check_slowly)
+    monkeypatch.setattr("step3_jax.text.tool_grammar.check_schema", check_slowly)
+    prompt = {"/v1/completions": {"prompt": "a"}, "/v1/responses": {"input": "a"}}.get(path, ask("a"))
+
+    async def run() -> Reply:
+        call = client.start(path, prompt | {"max_tokens": 1, "max_output_tokens": 16} | values)
+        await client.wait_until(is_reading.is_set)
+        assert (await client.start("/health").finish()).status == 200
+        may_go_on.set()
+        return await call.finish()
+
+    # What the model would say is no such answer.
+    assert client.run(run()).status in (200, 500)
+
+
+def test_a_schema_is_refused_by_its_size_before_anything_else(client: Client) -> None:
+    large = {"anyOf": [{"type": "foo", "items": [{}]}] * 20_000}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": large}}
+    reply = client.chat(response_format=form)
+    assert (reply.status, reply.error["param"]) == (400, "response_format")
+    assert "response_format.json_schema.schema is larger than 256 KiB" in reply.error["message"]
+    tools = [{"type": "function", "function": {"name": "a", "parameters": large}}]
+    reply = client.chat(tools=tools, tool_choice="required")
+    assert (reply.status, reply.error["param"]) == (400, "tool_choice")
+    assert "larger than 256 KiB" in reply.error["message"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Awaitable, Callable
 
@@ -14,7 +15,7 @@ from starlette.responses import Response
 
 from step3_jax import __version__
 from step3_jax.engine.llm import LLM
-from step3_jax.server.auth import KeyMiddleware
+from step3_jax.server.auth import KeyMiddleware, needs_key
 from step3_jax.server.chat import plan_chat
 from step3_jax.server.chat_page import INDEX, page_response
 from step3_jax.server.completion import plan_completion
@@ -248,6 +249,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             *(TokenizeResponse, DetokenizeResponse),
             *(ModelCard, ModelList, Status, Version, ErrorBody),
         ],
+        functools.partial(
+            needs_key, has_keys=bool(service.config.api_key), has_metrics_key=service.config.metrics_key is not None
+        ),
     )
 
 

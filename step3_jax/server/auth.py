@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from step3_jax.server.error import ApiError
 
-# Their clients have no key: load balancers, the kubelet, Prometheus. The page is where a user enters the key.
-OPEN = frozenset(("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/{name}"))
+# Their clients have no key: load balancers, the kubelet, Prometheus, browsers. The page is where a user enters the key.
+OPEN = frozenset(("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/{name}", "/docs"))
 
 
 def needs_key(path: str | None, *, has_keys: bool, has_metrics_key: bool) -> bool:

@@ -11,7 +11,7 @@ from tests.server.client import Client, ask
 from tests.server.conftest import Open
 
 KEYS = ("alpha-key", "beta-key")
-OPEN = ("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/page.js")
+OPEN = ("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/page.js", "/docs")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jsonschema
 import pytest
 
@@ -111,8 +113,19 @@ def test_the_description_is_that_of_the_real_answers(client: Client) -> None:
 
 
 def test_the_page_about_the_api_is_there_if_it_is_asked_for(open_client: Open) -> None:
-    with open_client(docs=True) as client:
-        assert client.call("/docs").status == 200
+    with open_client(docs=True, api_key=("k",)) as client:
+        reply = client.call("/docs")
+        page = reply.body.decode()
+        assert (reply.status, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert "http://" not in page
+        assert "https://" not in page, "it needs no other site"
+        assert reply.headers["content-security-policy"].startswith("default-src 'none'")
+        for path, operations in client.app.openapi()["paths"].items():
+            for method in operations:
+                assert f"<h2>{method.upper()} {path}</h2>" in page
+        assert '<code>messages</code>: list of <a href="#ChatMessage">ChatMessage</a>, required' in page
+        anchors = set(re.findall(r'<h2 id="(\w+)">', page))
+        assert set(re.findall(r'href="#(\w+)"', page)) <= anchors
 
 
 def test_defaults_come_from_the_model_unless_they_are_not_wanted(open_client: Open) -> None:

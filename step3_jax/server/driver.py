@@ -65,15 +65,17 @@ class StepRecord(NamedTuple):
 class Subscription:
     """Events of one request, for one reader in the event loop."""
 
-    def __init__(self, request: Request, driver: Driver, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, request: Request, driver: Driver, on_event: Callable[[Event], None], log_id: str) -> None:
         """Starts without events.
 
         Args:
           request: The request.
           driver: The driver that runs it.
           on_event: Called with each event, in the event loop.
+          log_id: Its id in the log.
         """
         self.request = request
+        self.log_id = log_id
         self._driver = driver
         self._on_event = on_event
         self._is_over = False
@@ -137,12 +139,13 @@ class Driver:
         """Starts the thread."""
         self._thread.start()
 
-    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Subscription:
+    def submit(self, request: Request, on_event: Callable[[Event], None], log_id: str) -> Subscription:
         """Submits a request, from the event loop.
 
         Args:
           request: A checked request.
           on_event: Called with its events, in the event loop.
+          log_id: The `X-Request-Id` that it belongs to.
 
         Raises:
           ApiError: 503, if too many wait to be seen or the thread has ended.
@@ -151,7 +154,7 @@ class Driver:
             raise unavailable("engine_dead", _LOST)
         if len(self._given) >= self._max_waiting:
             raise unavailable("queue_full", "too many requests wait for the engine: try again a little later")
-        subscription = Subscription(request, self, on_event)
+        subscription = Subscription(request, self, on_event, log_id)
         self._given.append(subscription)
         self._wake.set()
         return subscription
@@ -243,7 +246,9 @@ class Driver:
             event = Event(piece, whole, output.num_cached_tokens, time.monotonic(), output.admitted_s)
         except Exception:
             # The error concerns only this request; the core must not see it.
-            _LOG.exception("the text of request %s could not be made", output.request_id)
+            # After the first one nobody waits for it any more.
+            if subscription is not None:
+                _LOG.exception("the text of request %s could not be made", subscription.log_id)
             self._core.abort(output.request_id)
             event = Event(error="its text could not be made")
         if event.is_last:

@@ -101,7 +101,7 @@ class Exchange(Response, Generic[BodyModel]):
                 log.records = generation.records
                 if service.config.log_prompts:
                     log.prompts = [request.prompt.text or "" for request in generation.requests]
-                generation.start()
+                generation.start(log.request_id)
                 async with _interrupted_by_leaving(receive, generation):
                     if job.is_stream:
                         await send_stream(job, send, service.config.sse_keep_alive_interval or None)
@@ -118,7 +118,7 @@ async def receive_body(request: Request, service: Service, model: type[BodyModel
 
     def inspect(body: Mapping[str, object]) -> None:
         refuse_unheeded(body)
-        service.note_unknown(body, model)
+        service.note_unknown(body, model, find_log(request.scope).request_id)
 
     return await read_body(
         request,
@@ -162,7 +162,7 @@ async def send_stream(job: Job, send: Send, keep_alive_s: float | None) -> None:
     except ApiError as error:
         last = job.fail(error)
     except Exception:
-        _LOG.exception("a stream failed with an internal server error")
+        _LOG.exception("request %s: internal server error in the stream", job.generation.log_id)
         last = job.fail(internal_error())
     await send({"type": "http.response.body", "body": last, "more_body": False})
 

@@ -8,6 +8,8 @@ import jsonschema
 import pytest
 
 from step3_jax import __version__
+from step3_jax.engine.output import OutputProcessor
+from step3_jax.server.chat import ChatJob
 from tests.server.client import Client, ask
 from tests.server.conftest import Open
 
@@ -48,6 +50,36 @@ def test_a_request_is_one_line_of_the_log(client: Client, caplog: pytest.LogCapt
     assert "generated=" in line
     assert "finish=stop" in line
     assert not any("\n" in line or "secret" in line or "/health" in line for line in lines)
+
+
+def test_every_line_about_a_request_has_its_id(
+    open_client: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    def send(client: Client, **values: object) -> None:
+        client.call("/v1/chat/completions", ask(**values), headers={"x-request-id": "abc-123"})
+
+    with caplog.at_level("INFO", "step3_jax.server"):
+        with open_client() as client:
+            client.executor.failure = RuntimeError("out of memory")
+            send(client, frobnicate=1)
+            with monkeypatch.context() as patch:
+                patch.setattr(OutputProcessor, "push", crash)
+                send(client)
+            with monkeypatch.context() as patch:
+                patch.setattr(ChatJob, "add", crash)
+                send(client, stream=True)
+                send(client)
+        with open_client(request_timeout=0.05) as client:
+            client.executor.gate.clear()
+            send(client)
+            client.executor.gate.set()
+    lines = [record.getMessage() for record in caplog.records]
+    for said in ("unknown field", "failed: ", "the text of", "in the stream", ": internal server error", "has taken"):
+        assert any(said in line for line in lines), said
+    assert [line for line in lines if "abc-123" not in line] == []
 
 
 def test_prompts_are_logged_if_that_is_asked_for(open_client: Open, caplog: pytest.LogCaptureFixture) -> None:

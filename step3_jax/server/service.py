@@ -110,6 +110,7 @@ class Service:
             max_waiting=limit,
             on_death=self._die,
             on_step=self.metrics.observe_step,
+            on_refused=self.metrics.count_rejection,
         )
         self._driver.start()
 

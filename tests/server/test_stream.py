@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 from step3_jax.engine.request import StreamPiece
+from step3_jax.engine.state import DecodeCall, PrefillBatch
 from step3_jax.server.exchange import Job, send_stream
 from step3_jax.server.protocol.common import Answer
 from step3_jax.server.stream import DONE, KEEP_ALIVE
@@ -170,6 +172,40 @@ def test_a_deadline_ends_a_request_with_length(open_client: Open) -> None:
         whole = client.run(run(False))
         assert [choice["finish_reason"] for choice in whole.json()["choices"]] == ["length", "length"]
         assert client.run(run(True)).events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_stream_goes_on_while_eight_long_prompts_are_prefilled(open_client: Open) -> None:
+    with open_client(LONG, {"max_num_batched_tokens": 128, "max_num_seqs": 16, "stream_interval": 1}) as client:
+        executor, calls = client.executor, []
+        prefill, decode = executor.prefill, executor.decode
+
+        def note_prefill(cache: object, batch: PrefillBatch) -> object:
+            calls.append("prefill")
+            return prefill(cache, batch)
+
+        def note_decode(cache: object, call: DecodeCall) -> object:
+            calls.append("decode")
+            return decode(cache, call)
+
+        async def run() -> None:
+            stream = client.start("/v1/chat/completions", ask(stream=True, max_tokens=300))
+            await stream.see(lambda reply: b'"content":"word' in reply.body)
+            executor.prefill, executor.decode = note_prefill, note_decode
+            executor.gate.clear()
+            prompts = [
+                client.start("/v1/chat/completions", ask(f"{number} " * 700, max_tokens=1)) for number in range(8)
+            ]
+            await client.wait_until(lambda: client.service.admission.num_tokens > 8 * 700)
+            num_before = stream.reply.body.count(b"data: ")
+            executor.gate.set()
+            for call in prompts:
+                assert (await call.finish()).status == 200
+            assert stream.reply.body.count(b"data: ") - num_before > 8 * 700 // 128
+            assert (await stream.finish()).events
+
+        client.run(run())
+    assert calls.count("prefill") > 8 * 700 // 128
+    assert ("prefill", "prefill") not in itertools.pairwise(calls), "each chunk is followed by a step of the stream"
 
 
 def test_many_streams_share_the_engine_and_each_gets_its_own(open_client: Open) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 # Whitespace between the tokens of generated JSON, as a regular expression: one blank or none, as small models get lost
 # in blanks, and each costs a step.
 BLANKS = " "
+# Beyond anything written by hand; a larger one is a mistake or an attack.
+MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
 MAX_PROPERTIES = 2000
 
@@ -23,6 +25,34 @@ _OUTDATED = {
 }
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+
+
+def is_larger(value: object, num_bytes: int, *, ignored: frozenset[str] = frozenset()) -> bool:
+    """Whether the JSON text of a value is surely larger than this. Looks at no more of the value than that.
+
+    Args:
+      value: A value of any size, such as an untrusted schema before anything else looks at it.
+      num_bytes: The size.
+      ignored: Keys whose texts do not count.
+    """
+    waiting, size = [value], 0
+    while waiting and size <= num_bytes:
+        node = waiting.pop()
+        if isinstance(node, str):
+            size += len(node) + 2
+        elif isinstance(node, (Mapping, list, tuple)):
+            # Brackets and commas, before anything in it is looked at.
+            size += len(node) + 1
+            if size > num_bytes:
+                break
+            if isinstance(node, Mapping):
+                size += sum(len(key) for key in node if isinstance(key, str))
+                waiting += [child for key, child in node.items() if key not in ignored or not isinstance(child, str)]
+            else:
+                waiting += node
+        else:
+            size += 1
+    return size > num_bytes
 
 
 def check_schema(schema: Mapping[str, object], name: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -111,6 +112,26 @@ def run_together(program: pathlib.Path, words: Sequence[str], variables: Sequenc
 def give_answer(answer: object) -> None:
     """Returns JSON from a process of `run_together`. Not over standard output, to which gloo writes too."""
     pathlib.Path(os.environ[_ANSWER_FILE]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def anonymous_kib(pid: int | str = "self") -> int:
+    """Memory of a process that belongs to no file, swapped out or not."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return sum(int(value) for value in re.findall(r"^(?:RssAnon|VmSwap):\s+(\d+)", status, re.MULTILINE))
+
+
+def measure_peak_kib(call: Callable[[], object]) -> int:
+    """By how much this process grows at most while `call` runs."""
+    # Makes the peak what is resident now.
+    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = _resident_kib("VmRSS")
+    call()
+    return _resident_kib("VmHWM") - before
+
+
+def _resident_kib(name: str) -> int:
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition(f"{name}:")[2].split()[0])
 
 
 def free_port() -> int:

@@ -64,6 +64,7 @@ def _answer(arguments: argparse.Namespace, given: BatchInput, output: BatchOutpu
     # Modules of the service need its libraries.
     from step3_jax.server.app import build_app  # noqa: PLC0415
     from step3_jax.server.batch import run_batch  # noqa: PLC0415
+    from step3_jax.server.protocol.completion import MAX_PROMPTS  # noqa: PLC0415
 
     choice = read_engine(arguments)
     config = read_server_config(arguments, SETTINGS)
@@ -75,7 +76,8 @@ def _answer(arguments: argparse.Namespace, given: BatchInput, output: BatchOutpu
     config = dataclasses.replace(
         config,
         served_model_name=config.served_model_name or (folder.resolve().name,),
-        max_num_queued_reqs=concurrency * config.max_n,
+        # `concurrency` is the limit: any request that it lets through must fit.
+        max_num_queued_reqs=concurrency * config.max_n * MAX_PROMPTS,
     )
     app = build_app(llm, config)
     service = app.state.service

@@ -124,6 +124,7 @@ class EngineCore:
         self._inbox: collections.deque[Group | Abort] = collections.deque()
         self._sinks: dict[str, OutputSink] = {}
         self._groups: dict[str, Group] = {}
+        self._num_sequences = 0
         self._outbox: list[tuple[OutputSink, SequenceOutput]] = []
 
     @property
@@ -138,8 +139,8 @@ class EngineCore:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for one."""
-        return self.scheduler.num_waiting
+        """Sequences that wait for one, each of a request's `n`."""
+        return max(0, self._num_sequences - self.num_running)
 
     @property
     def num_traced(self) -> int:
@@ -236,6 +237,7 @@ class EngineCore:
             given = self._inbox.popleft()
             if isinstance(given, Group):
                 self._groups[given.request.request_id] = given
+                self._num_sequences += len(given.sequences)
                 # The others share the prompt's pages once the first has prefilled it.
                 self.scheduler.add(given.sequences[:1])
                 continue
@@ -333,6 +335,7 @@ class EngineCore:
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.num_computed += chunk.num_tokens
+            self.stats.num_prefilled_tokens += chunk.num_tokens
             scheduler.publish(sequence)
             if not sequence.num_to_prefill:
                 sequence.group.features = None
@@ -428,6 +431,7 @@ class EngineCore:
 
     def _end(self, sequence: Sequence) -> None:
         group = sequence.group
+        self._num_sequences -= 1
         self.scheduler.release(sequence)
         if group.is_finished:
             del self._groups[group.request.request_id]

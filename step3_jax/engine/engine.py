@@ -89,6 +89,10 @@ class Engine:
         """Turns the core's outputs into text, for one thread."""
         return OutputProcessor(self._tokenizer, self._eos_ids)
 
+    def has_grammar(self, params: SamplingParams) -> bool:
+        """Whether `new_request` has no grammar to compile; never waits."""
+        return self._constraints.is_ready(params)
+
     def new_request(
         self, prompt: Prompt, params: SamplingParams, seed: int, steps_per_call: int, *, must_fit: bool = False
     ) -> Request:

@@ -54,7 +54,8 @@ class ConstraintMaker:
           params: Their `structured_outputs` say what the output must be.
 
         Raises:
-          ValueError: If it cannot be enforced, the model has no tokenizer or end token, or llguidance is not installed.
+          ValueError: If it cannot be enforced, the model has no tokenizer or end token, or llguidance is not installed;
+            GrammarBusyError if it may be possible later.
         """
         form = params.structured_outputs
         if form is None:
@@ -66,6 +67,11 @@ class ConstraintMaker:
         last = next((token for token in reversed(prompt.token_ids) if token in marks), None)
         is_thinking = last is not None and last == marks[0]
         return GrammarConstraint(grammar, marks[1] if is_thinking else None)
+
+    def is_ready(self, params: SamplingParams) -> bool:
+        """Whether `make` has nothing to compile; never waits."""
+        form, compiler = params.structured_outputs, self._compiler
+        return form is None or (compiler is not None and compiler.is_cached(form))
 
     def _get_compiler(self, tokenizer: Tokenizer) -> GrammarCompiler:
         try:

@@ -261,12 +261,16 @@ class LLM:
           must_fit: See `Request`.
 
         Raises:
-          ValueError: If it cannot be served; the message says what could be.
+          ValueError: If it cannot be served; the message says what could be. GrammarBusyError if it can be later.
         """
         seed = self._draw_seed(params)
         request = self._engine.new_request(prompt, params, seed, steps_per_call, must_fit=must_fit)
         self._engine.check(request)
         return request
+
+    def has_grammar(self, params: SamplingParams) -> bool:
+        """Whether `new_request` has no grammar to compile for these; never waits."""
+        return self._engine.has_grammar(params)
 
     @overload
     def generate(

@@ -18,6 +18,7 @@ class EngineStats:
     Attributes:
       num_requests: Requests that have ended.
       num_prompt_tokens: Tokens of the prompts that were prefilled or found cached, each prompt once.
+      num_prefilled_tokens: Tokens prefilled, recomputed ones too. A prompt's last token is part of its first decode step.
       num_generated_tokens: Tokens generated.
       num_preemptions: Sequences that lost their pages to others and were recomputed.
       prefix_cache_queries: Prompt tokens looked up in the prefix cache.
@@ -43,6 +44,7 @@ class EngineStats:
 
     num_requests: int = 0
     num_prompt_tokens: int = 0
+    num_prefilled_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
     prefix_cache_queries: int = 0

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Int
 
 from step3_jax.json_schema import BLANKS, subschemas
-from step3_jax.sampling.structured import StructuredOutputsParams
+from step3_jax.sampling.structured import GrammarBusyError, StructuredOutputsParams
 
-# Longest wait for a grammar to compile.
+# Longest wait for a grammar to compile, and before that for others to be compiled.
 DEADLINE_S = 5.0
 # Compilations at once, so that hostile ones leave processors to others.
 MAX_COMPILING = 2
@@ -112,7 +112,14 @@ class GrammarCompiler:
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._cache: collections.OrderedDict[tuple[str, str], Grammar] = collections.OrderedDict()
-        self._places = threading.Semaphore(MAX_COMPILING)
+        self._changed = threading.Condition()
+        # Compilations in progress, and those of them that took too long, for which nobody waits any more.
+        self._num_compiling = self._num_late = 0
+
+    def is_cached(self, params: StructuredOutputsParams) -> bool:
+        """Whether the grammar of a structured output is known, so that `compile` returns at once."""
+        with self._lock:
+            return (params.kind, params.source) in self._cache
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """The grammar of a structured output; the last 64 are cached.
@@ -123,6 +130,7 @@ class GrammarCompiler:
         Raises:
           GrammarError: If it is not valid, cannot be enforced exactly, or takes longer than the deadline. For a JSON schema
             the message gives the place.
+          GrammarBusyError: If others are still being compiled; the grammar may be fine.
         """
         key = params.kind, params.source
         with self._lock:
@@ -139,29 +147,52 @@ class GrammarCompiler:
     def _compile_in_time(self, kind: str, source: str) -> Grammar:
         """Compiles in a thread, which is abandoned if it takes too long; llguidance's own limits end it."""
         found: list[Grammar | GrammarError] = []
+        is_over = is_late = False
 
         def run() -> None:
+            nonlocal is_over
             try:
                 found.append(self._compile_now(kind, source))
             except GrammarError as error:
                 found.append(error)
             finally:
-                self._places.release()
+                with self._changed:
+                    is_over = True
+                    self._num_compiling -= 1
+                    self._num_late -= is_late
+                    self._changed.notify_all()
 
-        late = GrammarError(
-            f"structured_outputs.{kind} takes longer than {self._deadline_s:g} s to compile; simplify it or try again"
-        )
-        end_s = time.monotonic() + self._deadline_s
-        if not self._places.acquire(timeout=self._deadline_s):
-            raise late
+        self._take_place()
         thread = threading.Thread(target=run, name="compile-grammar", daemon=True)
         thread.start()
-        thread.join(max(0.0, end_s - time.monotonic()))
+        thread.join(self._deadline_s)
+        with self._changed:
+            is_late = not is_over
+            self._num_late += is_late
+            self._changed.notify_all()
+        if is_late:
+            raise GrammarError(
+                f"structured_outputs.{kind} takes longer than {self._deadline_s:g} s to compile; simplify it"
+            )
         if not found:
-            raise late
+            raise GrammarError(f"structured_outputs.{kind} cannot be compiled")
         if isinstance(found[0], GrammarError):
             raise found[0]
         return found[0]
+
+    def _take_place(self) -> None:
+        """Waits until another grammar may be compiled. Raises GrammarBusyError if that may take long."""
+        end_s = time.monotonic() + self._deadline_s
+        with self._changed:
+            while self._num_compiling >= MAX_COMPILING:
+                left_s = end_s - time.monotonic()
+                # A place is free soon, unless all are taken by grammars that are late already.
+                if self._num_late >= MAX_COMPILING or left_s <= 0:
+                    raise GrammarBusyError(
+                        "structured_outputs: other grammars are still being compiled; try again a little later"
+                    )
+                self._changed.wait(left_s)
+            self._num_compiling += 1
 
     def _compile_now(self, kind: str, source: str) -> Grammar:
         try:

@@ -6,11 +6,13 @@ import dataclasses
 import json as json_module
 from collections.abc import Mapping, Sequence
 
-from step3_jax.json_schema import check_schema
+from step3_jax.json_schema import MAX_BYTES, check_schema, is_larger
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
-# Beyond anything written by hand; a larger one is a mistake or an attack.
-MAX_SOURCE_BYTES = 256 * 1024
+
+
+class GrammarBusyError(ValueError):
+    """A structured output whose grammar was not compiled, because others still are; it may be a little later."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class StructuredOutputsParams:
             raise ValueError(f"structured_outputs has {found}; exactly one of {', '.join(_KINDS)} is needed")
         if self.json_object not in (None, False, True):
             raise ValueError(f"structured_outputs.json_object is {self.json_object!r}; True is needed")
+        if not self.json_object and is_larger(getattr(self, self.kind), MAX_BYTES + 2):
+            raise _refuse_size(self.kind)
         for kind in ("regex", "grammar"):
             value = getattr(self, kind)
             if value is not None and (not isinstance(value, str) or not value):
@@ -60,10 +64,8 @@ class StructuredOutputsParams:
         if self.kind == "json" and not self.json_object:
             # A copy as text, so that later changes by the caller have no effect here.
             object.__setattr__(self, "json", json_module.dumps(_read_schema(self.json), ensure_ascii=False))
-        if len(self.source.encode("utf-8", "surrogatepass")) > MAX_SOURCE_BYTES:
-            raise ValueError(
-                f"structured_outputs.{self.kind} is larger than {MAX_SOURCE_BYTES // 1024} KiB; shorten it"
-            )
+        if len(self.source.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+            raise _refuse_size(self.kind)
 
     @property
     def kind(self) -> str:
@@ -81,12 +83,14 @@ class StructuredOutputsParams:
         return value if isinstance(value, str) else json_module.dumps(value, ensure_ascii=False)
 
 
+def _refuse_size(kind: str) -> ValueError:
+    return ValueError(f"structured_outputs.{kind} is larger than {MAX_BYTES // 1024} KiB; shorten it")
+
+
 def _read_schema(given: object) -> object:
     """A JSON schema, checked for keywords that llguidance would ignore."""
     schema = given
     if isinstance(given, str):
-        if len(given) > MAX_SOURCE_BYTES:
-            raise ValueError(f"structured_outputs.json is larger than {MAX_SOURCE_BYTES // 1024} KiB; shorten it")
         try:
             schema = json_module.loads(given)
         except (json_module.JSONDecodeError, RecursionError) as error:

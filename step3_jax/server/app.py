@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Awaitable, Callable
 
@@ -14,12 +15,13 @@ from starlette.responses import Response
 
 from step3_jax import __version__
 from step3_jax.engine.llm import LLM
-from step3_jax.server.auth import KeyMiddleware
+from step3_jax.server.auth import KeyMiddleware, needs_key
 from step3_jax.server.chat import plan_chat
 from step3_jax.server.chat_page import INDEX, page_response
 from step3_jax.server.completion import plan_completion
 from step3_jax.server.config import ServerConfig
 from step3_jax.server.context import ContextMiddleware
+from step3_jax.server.docs_page import docs_response
 from step3_jax.server.error import RETRY_AFTER_S, ApiError
 from step3_jax.server.exchange import BodyModel, Exchange, Planner, receive_body
 from step3_jax.server.lifecycle import State
@@ -60,7 +62,7 @@ def build_app(llm: LLM | None = None, config: ServerConfig | None = None) -> Fas
     app = FastAPI(
         title="step3-jax",
         version=__version__,
-        docs_url="/docs" if config.docs else None,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
@@ -71,6 +73,8 @@ def build_app(llm: LLM | None = None, config: ServerConfig | None = None) -> Fas
     _add_generation(app, service)
     if config.has_page:
         _add_page(app)
+    if config.docs:
+        _add_docs(app)
     app.add_exception_handler(HTTPException, _answer_http)
     # The last one is the outermost.
     app.add_middleware(
@@ -145,6 +149,13 @@ def _add_page(app: FastAPI) -> None:
 
     for path, name in (("/", "page"), ("/page/{name}", "page_file")):
         app.add_api_route(path, page, name=name, response_class=Response, include_in_schema=False)
+
+
+def _add_docs(app: FastAPI) -> None:
+    async def docs(request: Request) -> Response:
+        return docs_response(app.openapi())
+
+    app.add_api_route("/docs", docs, response_class=Response, include_in_schema=False)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -248,6 +259,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             *(TokenizeResponse, DetokenizeResponse),
             *(ModelCard, ModelList, Status, Version, ErrorBody),
         ],
+        functools.partial(
+            needs_key, has_keys=bool(service.config.api_key), has_metrics_key=service.config.metrics_key is not None
+        ),
     )
 
 

@@ -10,8 +10,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from step3_jax.server.error import ApiError
 
-# Their clients have no key: load balancers, the kubelet, Prometheus. The page is where a user enters the key.
-OPEN = frozenset(("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/{name}"))
+# Their clients have no key: load balancers, the kubelet, Prometheus, browsers. The page is where a user enters the key.
+OPEN = frozenset(("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/{name}", "/docs"))
+
+
+def needs_key(path: str | None, *, has_keys: bool, has_metrics_key: bool) -> bool:
+    """Whether a route needs a key.
+
+    Args:
+      path: The route's path; None for an unknown path, which needs a key too.
+      has_keys: Whether there are keys.
+      has_metrics_key: Whether there is one for /metrics.
+    """
+    return has_metrics_key if path == "/metrics" else has_keys and path not in OPEN
 
 
 class KeyMiddleware:
@@ -52,10 +63,8 @@ class KeyMiddleware:
     def _keys_for(self, scope: Scope) -> Sequence[bytes]:
         """The keys, one of which a request needs."""
         path = _find_path(scope, self._routes())
-        if path == "/metrics":
-            return self._metrics_keys
-        # An unknown path needs a key too.
-        return () if path in OPEN else self._keys
+        is_guarded = needs_key(path, has_keys=bool(self._keys), has_metrics_key=bool(self._metrics_keys))
+        return () if not is_guarded else self._metrics_keys if path == "/metrics" else self._keys
 
 
 def _find_path(scope: Scope, routes: Sequence[BaseRoute]) -> str | None:

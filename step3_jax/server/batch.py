@@ -9,6 +9,10 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Scope
 
 from step3_jax.server.batch_file import BatchInput, BatchLine, BatchOutput
+from step3_jax.server.error import ENDED
+
+# Before a request that found the service busy with others is sent again.
+_RETRY_S = 0.1
 
 
 class BatchStopped(RuntimeError):
@@ -26,7 +30,7 @@ async def run_batch(
     """Answers every request that has no answer yet.
 
     Args:
-      app: The service, see `build_app`. Its queue must hold `concurrency` requests.
+      app: The service, see `build_app`. Requests that find its queue full are sent again.
       given: The requests.
       output: Receives the answers, in the order of completion.
       concurrency: Requests at a time; somewhat more than the engine's slots keep it busy.
@@ -45,10 +49,15 @@ async def run_batch(
     async def work() -> None:
         nonlocal num_errors
         for line in left:
-            status, request_id, body = await _call(app, line, given.read_body(line))
-            # Not the request's fault: it must be asked again.
-            if status == 503:
-                raise BatchStopped(json.loads(body)["error"]["message"])
+            while True:
+                status, request_id, body = await _call(app, line, given.read_body(line))
+                # Not the request's fault: it must be sent again.
+                if status != 503:
+                    break
+                error = json.loads(body)["error"]
+                if error["code"] in ENDED:
+                    raise BatchStopped(error["message"])
+                await asyncio.sleep(_RETRY_S)
             await output.add(line.custom_id, status, request_id, body)
             num_errors += status != 200
             tell(status)

@@ -84,10 +84,9 @@ async def prepare_chat(
         raise bad_request("top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
     num_top = (check_logprobs("top_logprobs", request.top_logprobs) or 0) if request.logprobs else None
     newer = request.max_completion_tokens
-    plan = plan_sampling(
+    plan = await plan_sampling(
+        service,
         request,
-        llm,
-        service.config,
         max_tokens=request.max_tokens if newer is None else newer,
         max_tokens_name=max_tokens_name,
         default_max_tokens=None,

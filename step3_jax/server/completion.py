@@ -40,15 +40,19 @@ async def plan_completion(service: Service, request: CompletionRequest, ticket: 
     max_tokens = request.max_tokens
     if is_scored and max_tokens is None:
         max_tokens = DEFAULT_MAX_TOKENS
-    plan = plan_sampling(
+    plan = await plan_sampling(
+        service,
         request,
-        llm,
-        service.config,
         # Scoring only the prompt is allowed.
         max_tokens=1 if is_scored and max_tokens == 0 else request.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         logprobs=num_top,
     )
+    if is_scored and plan.form is not None:
+        raise bad_request(
+            f"{plan.form.param} cannot be combined with echo and logprobs, which score the prompt: leave out one of them",
+            plan.form.param,
+        )
     given = request.prompt
     num_prompts = 1 if isinstance(given, str) or isinstance(given[0], int) else len(given)
     ticket.add_completions(num_prompts * plan.n - 1)

@@ -12,16 +12,24 @@ from step3_jax.server.protocol.chat import ChatCompletionRequest, NamedToolChoic
 from step3_jax.server.protocol.common import ResponseFormat, SamplingFields
 from step3_jax.text.tool_grammar import tool_grammar
 
-_FORMER = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _OWN_NAME = "structured_outputs"
+# Fields that would change the answer, so that ignoring them like other unknown ones would silently give another one.
+_REFUSED = {
+    **{
+        f"guided_{kind}": f'is not known; give structured_outputs: {{"{kind}": ...}}'
+        for kind in ("json", "regex", "choice", "grammar")
+    },
+    "allowed_token_ids": "is not supported; give structured_outputs, or logit_bias for single tokens",
+    "bad_words": "is not supported; give structured_outputs, or logit_bias of -100 for single tokens",
+    "chat_template": "is not supported, as a template is code: leave it out, and the model's own is used",
+}
 
 
-def refuse_former_names(body: Mapping[str, object]) -> None:
-    """Raises ApiError 400 for names that would be ignored, which would silently leave the answer unconstrained."""
-    for name in _FORMER:
-        if body.get(name) is not None:
-            new = name.removeprefix("guided_")
-            raise bad_request(f'{name} is not known; give structured_outputs: {{"{new}": ...}}', name)
+def refuse_unheeded(body: Mapping[str, object]) -> None:
+    """Raises ApiError 400 for unknown fields that must not be ignored. An empty list is as good as none."""
+    for name, text in _REFUSED.items():
+        if body.get(name) not in (None, []):
+            raise bad_request(f"{name} {text}", name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +51,14 @@ class WantedForm:
         return _refuse(error, self.param, self.source) if str(error).startswith(_OWN_NAME) else None
 
 
+def may_have_form(request: SamplingFields) -> bool:
+    """Whether there is anything for `read_form`."""
+    has_tools = isinstance(request, ChatCompletionRequest) and (request.tools or request.tool_choice)
+    return bool(request.structured_outputs or request.response_format or has_tools)
+
+
 def read_form(request: SamplingFields) -> WantedForm | None:
-    """What the answer must match; None for anything.
+    """What the answer must match; None for anything. Reading a schema may take long: not for the event loop.
 
     Args:
       request: Its `structured_outputs`, `response_format`, `tool_choice` and `parallel_tool_calls` say so.
@@ -54,7 +68,9 @@ def read_form(request: SamplingFields) -> WantedForm | None:
     """
     found: list[WantedForm] = []
     if request.structured_outputs is not None:
-        values = request.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+        given = request.structured_outputs
+        # Without copying a schema, which may be large.
+        values = {field.alias or name: getattr(given, name) for name, field in type(given).model_fields.items()}
         found.append(_make(_OWN_NAME, lambda: StructuredOutputsParams(**values)))
     if request.response_format is not None and request.response_format.type != "text":
         found.append(_read_format(request.response_format))

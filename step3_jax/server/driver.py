@@ -53,7 +53,7 @@ class StepRecord(NamedTuple):
 
     Attributes:
       seconds: Time it took.
-      num_tokens: Tokens it generated.
+      num_tokens: Tokens it prefilled or generated.
       num_decode_steps: Steps of its decode call; 0 if it made none.
     """
 
@@ -63,31 +63,39 @@ class StepRecord(NamedTuple):
 
 
 class Subscription:
-    """Events of one request, for one reader in the event loop."""
+    """Events of one request, for one reader in the event loop.
 
-    def __init__(self, request: Request, driver: Driver, on_event: Callable[[Event], None]) -> None:
+    Attributes:
+      request: The request.
+      log_id: Its id in the log.
+      is_over: Whether no event follows.
+    """
+
+    def __init__(self, request: Request, driver: Driver, on_event: Callable[[Event], None], log_id: str) -> None:
         """Starts without events.
 
         Args:
           request: The request.
           driver: The driver that runs it.
           on_event: Called with each event, in the event loop.
+          log_id: Its id in the log.
         """
         self.request = request
+        self.log_id = log_id
         self._driver = driver
         self._on_event = on_event
-        self._is_over = False
+        self.is_over = False
 
     def push(self, event: Event) -> None:
         """Takes an event, in the event loop."""
-        if not self._is_over:
-            self._is_over = event.is_last
+        if not self.is_over:
+            self.is_over = event.is_last
             self._on_event(event)
 
     def close(self) -> None:
         """Ends the request if it is still running; no event follows. May be called at any time, repeatedly."""
-        if not self._is_over:
-            self._is_over = True
+        if not self.is_over:
+            self.is_over = True
             self._driver.abort(self.request.request_id)
 
 
@@ -106,6 +114,7 @@ class Driver:
         max_waiting: int,
         on_death: Callable[[], None],
         on_step: Callable[[StepRecord], None] = lambda record: None,
+        on_refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """Takes an engine, of which it is the only stepper.
 
@@ -115,14 +124,16 @@ class Driver:
           max_waiting: Most requests that the thread has not seen yet.
           on_death: Called in the event loop if the thread dies from an error.
           on_step: Called in the thread after each step.
+          on_refused: Called in the event loop with the reason why a request was refused.
         """
         self.is_dead = False
         self._core = llm.core
         self._processor = llm.new_processor()
         self._loop = loop
         self._max_waiting = max_waiting
-        self._on_death, self._on_step = on_death, on_step
-        self._given: collections.deque[Subscription | str] = collections.deque()
+        self._on_death, self._on_step, self._on_refused = on_death, on_step, on_refused
+        self._given: collections.deque[Subscription] = collections.deque()
+        self._aborted: collections.deque[str] = collections.deque()
         self._wake = threading.Event()
         self._is_stopping = False
         # Used only by the thread.
@@ -137,12 +148,13 @@ class Driver:
         """Starts the thread."""
         self._thread.start()
 
-    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Subscription:
+    def submit(self, request: Request, on_event: Callable[[Event], None], log_id: str) -> Subscription:
         """Submits a request, from the event loop.
 
         Args:
           request: A checked request.
           on_event: Called with its events, in the event loop.
+          log_id: The `X-Request-Id` that it belongs to.
 
         Raises:
           ApiError: 503, if too many wait to be seen or the thread has ended.
@@ -150,15 +162,16 @@ class Driver:
         if self.is_dead:
             raise unavailable("engine_dead", _LOST)
         if len(self._given) >= self._max_waiting:
+            self._on_refused("queue_full")
             raise unavailable("queue_full", "too many requests wait for the engine: try again a little later")
-        subscription = Subscription(request, self, on_event)
+        subscription = Subscription(request, self, on_event, log_id)
         self._given.append(subscription)
         self._wake.set()
         return subscription
 
     def abort(self, request_id: str) -> None:
         """Ends a request with the next step, from any thread; does nothing if it has ended."""
-        self._given.append(request_id)
+        self._aborted.append(request_id)
         self._wake.set()
 
     def stop(self, timeout_s: float | None = None) -> bool:
@@ -193,7 +206,7 @@ class Driver:
     def _step(self) -> None:
         stats = self._core.stats
         start, num_tokens, compile_s = time.monotonic(), stats.num_generated_tokens, stats.compile_s
-        num_steps = stats.num_decode_steps
+        num_steps, num_prefilled = stats.num_decode_steps, stats.num_prefilled_tokens
         self._num_traced = self._core.num_traced
         if not self._is_busy:
             self._is_busy, self._progress_s = True, start
@@ -204,7 +217,8 @@ class Driver:
         # Compiling takes minutes and is not a stall.
         if new or self._count_computed() != before or stats.compile_s != compile_s:
             self._progress_s = now
-        self._on_step(StepRecord(now - start, new, stats.num_decode_steps - num_steps))
+        num_tokens = new + stats.num_prefilled_tokens - num_prefilled
+        self._on_step(StepRecord(now - start, num_tokens, stats.num_decode_steps - num_steps))
 
     def _count_computed(self) -> int:
         return sum(sequence.num_computed for sequence in self._core.scheduler.running)
@@ -213,11 +227,13 @@ class Driver:
         self._wake.clear()
         while self._given:
             given = self._given.popleft()
-            if isinstance(given, str):
-                if self._subscriptions.pop(given, None) is not None:
-                    self._core.abort(given)
-            else:
+            # Otherwise its abort may have been taken already.
+            if not given.is_over:
                 self._add(given)
+        while self._aborted:
+            request_id = self._aborted.popleft()
+            if self._subscriptions.pop(request_id, None) is not None:
+                self._core.abort(request_id)
 
     def _add(self, subscription: Subscription) -> None:
         request = subscription.request
@@ -243,7 +259,9 @@ class Driver:
             event = Event(piece, whole, output.num_cached_tokens, time.monotonic(), output.admitted_s)
         except Exception:
             # The error concerns only this request; the core must not see it.
-            _LOG.exception("the text of request %s could not be made", output.request_id)
+            # After the first one nobody waits for it any more.
+            if subscription is not None:
+                _LOG.exception("the text of request %s could not be made", subscription.log_id)
             self._core.abort(output.request_id)
             event = Event(error="its text could not be made")
         if event.is_last:
@@ -259,7 +277,7 @@ class Driver:
 
     def _die(self) -> None:
         self.is_dead = True
-        waiting = [*self._subscriptions.values(), *(one for one in self._given if isinstance(one, Subscription))]
+        waiting = [*self._subscriptions.values(), *self._given]
         outbox = [*self._outbox, *((one, Event(error=_LOST)) for one in waiting)]
         # First, so that clients learn what happened.
         self._call(self._on_death)

@@ -12,6 +12,8 @@ from starlette.responses import Response
 from step3_jax.server.protocol.error import ErrorBody, ErrorDetail
 
 MAX_MESSAGE = 1024
+# Codes of a server that will not answer any more.
+ENDED = frozenset(("engine_dead", "shutting_down"))
 # Seconds after which a client may try again.
 RETRY_AFTER_S = 1
 _MAX_SHOWN = 80

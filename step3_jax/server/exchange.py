@@ -9,6 +9,7 @@ import abc
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Generic, TypeVar
 
@@ -20,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from step3_jax.engine.request import StreamPiece
 from step3_jax.server.admission import Ticket
 from step3_jax.server.body import Disconnected, read_body
-from step3_jax.server.constraint import refuse_former_names
+from step3_jax.server.constraint import refuse_unheeded
 from step3_jax.server.context import find_log
 from step3_jax.server.error import ApiError, internal_error
 from step3_jax.server.generation import Generation
@@ -100,10 +101,10 @@ class Exchange(Response, Generic[BodyModel]):
                 log.records = generation.records
                 if service.config.log_prompts:
                     log.prompts = [request.prompt.text or "" for request in generation.requests]
-                generation.start()
+                generation.start(log.request_id)
                 async with _interrupted_by_leaving(receive, generation):
                     if job.is_stream:
-                        await _send_stream(job, send, service.config.sse_keep_alive_interval or None)
+                        await send_stream(job, send, service.config.sse_keep_alive_interval or None)
                         return
                     while not generation.is_over:
                         for place, piece in await generation.take():
@@ -116,8 +117,8 @@ async def receive_body(request: Request, service: Service, model: type[BodyModel
     """The body of a request; notes unknown fields."""
 
     def inspect(body: Mapping[str, object]) -> None:
-        refuse_former_names(body)
-        service.note_unknown(body, model)
+        refuse_unheeded(body)
+        service.note_unknown(body, model, find_log(request.scope).request_id)
 
     return await read_body(
         request,
@@ -128,24 +129,40 @@ async def receive_body(request: Request, service: Service, model: type[BodyModel
     )
 
 
-async def _send_stream(job: Job, send: Send, keep_alive_s: float | None) -> None:
+async def send_stream(job: Job, send: Send, keep_alive_s: float | None) -> None:
+    """Sends a job's events as its output is generated.
+
+    Args:
+      job: The job, whose generation has started.
+      send: Takes ASGI messages.
+      keep_alive_s: A comment is sent when nothing else has been for this long; None for never.
+
+    Raises:
+      Disconnected: If the client has disconnected.
+    """
     headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     last = job.end_mark
     try:
         await _send_events(send, job.start())
+        sent_s = time.monotonic()
         while not job.generation.is_over:
-            pieces = await job.generation.take(keep_alive_s)
-            if not pieces:
-                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-            await _send_events(send, [event for place, piece in pieces for event in job.add(place, piece)])
+            wait_s = None if keep_alive_s is None else max(0.0, sent_s + keep_alive_s - time.monotonic())
+            pieces = await job.generation.take(wait_s)
+            events = [event for place, piece in pieces for event in job.add(place, piece)]
+            # Tokens that are not sent, such as those of an unfinished tool call, do not keep a connection alive.
+            if not events and keep_alive_s is not None and time.monotonic() >= sent_s + keep_alive_s:
+                events = [KEEP_ALIVE]
+            if events:
+                await _send_events(send, events)
+                sent_s = time.monotonic()
         await _send_events(send, job.end())
     except Disconnected:
         raise
     except ApiError as error:
         last = job.fail(error)
     except Exception:
-        _LOG.exception("a stream failed with an internal server error")
+        _LOG.exception("request %s: internal server error in the stream", job.generation.log_id)
         last = job.fail(internal_error())
     await send({"type": "http.response.body", "body": last, "more_body": False})
 

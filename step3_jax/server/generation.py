@@ -53,6 +53,7 @@ class Generation:
     Attributes:
       num_choices: Completions of all prompts.
       num_reasoning_tokens: Counted by the code that reads the text.
+      log_id: The `X-Request-Id` of the request, for the log; known once it has started.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Generation:
         self._plan = plan
         self.num_choices = len(requests) * plan.n
         self.num_reasoning_tokens = 0
+        self.log_id = ""
         self._events: collections.deque[tuple[int, Event]] = collections.deque()
         self._wake = asyncio.Event()
         self._interrupt: Exception | None = None
@@ -97,14 +99,19 @@ class Generation:
         """The records of the prompts' requests."""
         return [part.record for part in self._parts]
 
-    def start(self) -> None:
+    def start(self, log_id: str) -> None:
         """Submits the requests.
+
+        Args:
+          log_id: The `X-Request-Id` of the request.
 
         Raises:
           ApiError: 503, if the engine takes no more requests.
         """
+        self.log_id = log_id
         for place, part in enumerate(self._parts):
-            part.subscription = self._service.driver.submit(part.request, functools.partial(self._push, place))
+            push = functools.partial(self._push, place)
+            part.subscription = self._service.driver.submit(part.request, push, log_id)
 
     def interrupt(self, error: Exception) -> None:
         """Makes `take` raise this from now on: the client has disconnected, or the server is shutting down."""
@@ -218,11 +225,11 @@ class Generation:
                 part.finished[index] = "length"
                 for copy in range(self._plan.num_copies):
                     pieces.append((place, StreamPiece(place, index + copy, "", (), "length")))
-        _LOG.info("a request has taken %g s and ends", self._service.config.request_timeout)
+        _LOG.info("request %s has taken %g s and ends", self.log_id, self._service.config.request_timeout)
         return pieces
 
     def _fail(self, part: _Part, reason: str) -> ApiError:
-        _LOG.error("request %s failed: %s", part.request.request_id, reason)
+        _LOG.error("request %s failed: %s", self.log_id, reason)
         for index in range(self._plan.params.n):
             part.finished.setdefault(index, "error")
         if self._service.lifecycle.is_dead:

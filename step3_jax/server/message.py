@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from step3_jax.server.error import bad_request
-from step3_jax.server.protocol.chat import ChatMessage, ImagePart, RefusalPart, TextPart, Tool
+from step3_jax.server.protocol.chat import ChatMessage, FunctionDefinition, ImagePart, RefusalPart, TextPart, Tool
 
 # Template variables that clients must not set: a template is code, and the others have their own fields.
 RESERVED = frozenset(
@@ -28,10 +28,8 @@ def read_tools(tools: Sequence[Tool] | None) -> list[dict[str, object]] | None:
     """Tools of a request as the template shows them; None without any."""
     if not tools:
         return None
-    return [
-        {"type": "function", "function": tool.function.model_dump(exclude_none=True, exclude={"strict"})}
-        for tool in tools
-    ]
+    # Without copying schemas, which may be large.
+    return [{"type": "function", "function": _read_function(tool.function)} for tool in tools]
 
 
 def check_variables(variables: dict[str, object] | None) -> dict[str, object]:
@@ -42,6 +40,11 @@ def check_variables(variables: dict[str, object] | None) -> dict[str, object]:
             f"chat_template_kwargs has {', '.join(wrong)}, which cannot be set there", "chat_template_kwargs"
         )
     return dict(variables or {})
+
+
+def _read_function(function: FunctionDefinition) -> dict[str, object]:
+    values = {"name": function.name, "description": function.description, "parameters": function.parameters}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _read_message(message: ChatMessage) -> dict[str, object]:

@@ -98,7 +98,9 @@ class Metrics:
         self._generation = self._histogram("request_generation_tokens", "Tokens generated for a request.", lengths)
         self._max_tokens = self._histogram("request_params_max_tokens", "Requested max_tokens.", lengths)
         self._n = self._histogram("request_params_n", "Requested n.", _COUNT)
-        self._iteration = self._histogram("iteration_tokens_total", "Tokens generated in a step.", _ITERATION)
+        self._iteration = self._histogram(
+            "iteration_tokens_total", "Tokens prefilled or generated in a step.", _ITERATION
+        )
         self._grammar = self._histogram(
             "grammar_compile_seconds", "Compiling the grammar of a structured output.", _REQUEST
         )
@@ -199,7 +201,10 @@ class _EngineCollector(Collector):
         allocator = core.allocator
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "num_requests_running": ("Sequences with a slot.", lambda: core.num_running),
-            "num_requests_waiting": ("Sequences that wait for a slot.", lambda: core.num_waiting),
+            "num_requests_waiting": (
+                "Sequences that wait for a slot, each of a request's n.",
+                lambda: core.num_waiting,
+            ),
             "kv_cache_usage_perc": (
                 "Pages of running sequences, 0 to 1.",
                 lambda: 1 - allocator.num_free / allocator.num_pages,
@@ -209,10 +214,12 @@ class _EngineCollector(Collector):
             yield self._family(GaugeMetricFamily, name, text, read())
         waiting = GaugeMetricFamily(
             f"{self._prefix}:num_requests_waiting_by_reason",
-            "Sequences that wait, by reason.",
+            "Sequences that wait: for capacity, or deferred until another one of their request has prefilled the prompt.",
             labels=(*_LABELS, "reason"),
         )
-        waiting.add_metric((*self._values, "capacity"), core.num_waiting)
+        num_waiting, num_queued = core.num_waiting, core.scheduler.num_waiting
+        waiting.add_metric((*self._values, "capacity"), min(num_waiting, num_queued))
+        waiting.add_metric((*self._values, "deferred"), max(0, num_waiting - num_queued))
         yield waiting
         counters: dict[str, tuple[str, float]] = {
             "prompt_tokens": ("Tokens of prompts that were prefilled or cached.", stats.num_prompt_tokens),

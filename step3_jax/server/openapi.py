@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -58,13 +58,19 @@ def describe_errors(statuses: Sequence[int]) -> dict[int | str, dict[str, object
     }
 
 
-def set_openapi(app: FastAPI, requests: Sequence[type[BaseModel]], answers: Sequence[type[BaseModel]]) -> None:
+def set_openapi(
+    app: FastAPI,
+    requests: Sequence[type[BaseModel]],
+    answers: Sequence[type[BaseModel]],
+    needs_key: Callable[[str], bool],
+) -> None:
     """Gives an application its description, made once, on the first request.
 
     Args:
       app: An application with all its routes.
       requests: Models of requests that routes refer to.
       answers: The same for answers.
+      needs_key: Whether the route with a path needs a key.
     """
 
     def openapi() -> dict[str, object]:
@@ -72,6 +78,9 @@ def set_openapi(app: FastAPI, requests: Sequence[type[BaseModel]], answers: Sequ
             described = get_openapi(title="step3-jax", version=__version__, routes=app.routes)
             described.setdefault("components", {}).setdefault("schemas", {}).update(_schemas(requests, answers))
             described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, operations in described["paths"].items():
+                for operation in operations.values() if needs_key(path) else ():
+                    operation["security"] = [{"key": []}]
             app.openapi_schema = described
         return app.openapi_schema
 

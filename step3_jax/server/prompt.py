@@ -10,7 +10,8 @@ from typing import TypeVar
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.request import ContextLengthError, Prompt, Request
 from step3_jax.layout.admission import STEPS_PER_CALL
-from step3_jax.server.error import ApiError, bad_request, refused
+from step3_jax.sampling.structured import GrammarBusyError
+from step3_jax.server.error import ApiError, bad_request, refused, unavailable
 from step3_jax.server.message import check_variables, read_messages, read_tools
 from step3_jax.server.protocol.chat import ChatMessage, Tool
 from step3_jax.server.sampling import SamplingPlan
@@ -115,7 +116,7 @@ async def make_requests(
       param: The field of the prompt.
 
     Raises:
-      ApiError: 400, for requests that the engine cannot serve.
+      ApiError: 400, for requests that the engine cannot serve; 503, if too many grammars are being compiled.
     """
     llm = service.llm
     steps = llm.engine_config.stream_interval if is_stream else STEPS_PER_CALL
@@ -127,11 +128,15 @@ async def make_requests(
 
     start = time.monotonic()
     try:
-        if plan.form is None:
+        # Those whose grammar is known must not wait behind one that compiles for seconds.
+        if llm.has_grammar(plan.params):
             return await service.call(make)
         made = await service.compile(make)
         service.metrics.observe_grammar(time.monotonic() - start)
         return made
+    except GrammarBusyError as error:
+        service.metrics.count_rejection("grammar_busy")
+        raise unavailable("grammar_busy", str(error)) from None
     except ContextLengthError as error:
         text = str(error).replace("lower max_tokens", f"lower {plan.max_tokens_name}")
         raise bad_request(text, param, "context_length_exceeded") from None

@@ -49,7 +49,8 @@ async def plan_response(service: Service, request: ResponseRequest, ticket: Tick
             )
     if request.truncation == "auto":
         raise bad_request("truncation is auto; only disabled is possible: send less input", "truncation")
-    chat = to_chat(request)
+    # It copies schemas, which may be large.
+    chat = await service.call(to_chat, request)
     try:
         prepared = await prepare_chat(service, chat, ticket, prompt_name="input", max_tokens_name="max_output_tokens")
     except ApiError as error:

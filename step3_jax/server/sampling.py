@@ -6,13 +6,12 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from step3_jax.engine.llm import LLM
 from step3_jax.sampling.batch import NUM_BIASES, NUM_STOP_IDS
 from step3_jax.sampling.params import GREEDY_TEMPERATURE, MAX_LOGPROBS, SamplingParams
-from step3_jax.server.config import ServerConfig
-from step3_jax.server.constraint import WantedForm, read_form
+from step3_jax.server.constraint import WantedForm, may_have_form, read_form
 from step3_jax.server.error import bad_request, refused
 from step3_jax.server.protocol.common import SamplingFields
+from step3_jax.server.service import Service
 
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
@@ -51,10 +50,9 @@ class SamplingPlan:
         return self.params.n * self.num_copies
 
 
-def plan_sampling(
+async def plan_sampling(
+    service: Service,
     request: SamplingFields,
-    llm: LLM,
-    config: ServerConfig,
     *,
     max_tokens: int | None,
     max_tokens_name: str = "max_tokens",
@@ -64,9 +62,8 @@ def plan_sampling(
     """Reads the sampling fields.
 
     Args:
+      service: Has the model and the limits.
       request: The request; a field that is None takes the model's default.
-      llm: The model.
-      config: Limits.
       max_tokens: Requested tokens; None if not given.
       max_tokens_name: The field that gave them.
       default_max_tokens: Tokens if not given; None for what is left of the context.
@@ -75,6 +72,7 @@ def plan_sampling(
     Raises:
       ApiError: 400, for a value that is not allowed.
     """
+    llm, config = service.llm, service.config
     # More would need another program, compiled while others wait.
     _check_fields(request, max_stop_ids=NUM_STOP_IDS - len(llm.eos_ids))
     n = 1 if request.n is None else request.n
@@ -86,7 +84,7 @@ def plan_sampling(
     values |= {name: value for name in _COPIED if (value := getattr(request, name)) is not None}
     if max_tokens is not None:
         values["max_tokens"] = max_tokens
-    form = read_form(request)
+    form = await service.call(read_form, request) if may_have_form(request) else None
     values |= {"stop": _read_stop(request), "logprobs": logprobs}
     values["structured_outputs"] = None if form is None else form.params
     values["logit_bias"] = _read_bias(request.logit_bias, llm.config.text.vocab_size)

@@ -110,6 +110,7 @@ class Service:
             max_waiting=limit,
             on_death=self._die,
             on_step=self.metrics.observe_step,
+            on_refused=self.metrics.count_rejection,
         )
         self._driver.start()
 
@@ -161,12 +162,12 @@ class Service:
             )
         return wanted
 
-    def note_unknown(self, body: Mapping[str, object], model: type[BaseModel]) -> None:
-        """Logs each unknown field once."""
+    def note_unknown(self, body: Mapping[str, object], model: type[BaseModel], log_id: str) -> None:
+        """Logs each unknown field once, with the id of the first request that has it."""
         for name in unknown_names(body, model):
             if name not in self._unknown and len(self._unknown) < _MAX_UNKNOWN:
                 self._unknown.add(name)
-                _LOG.info("a request has the unknown field %.80r, which is ignored", name)
+                _LOG.info("request %s has the unknown field %.80r, which is ignored", log_id, name)
 
     def _die(self) -> None:
         self.lifecycle.die()

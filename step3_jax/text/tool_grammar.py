@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from step3_jax.json_schema import BLANKS, check_schema
+from step3_jax.json_schema import BLANKS, MAX_BYTES, check_schema, is_larger
 from step3_jax.text.tool_call import (
     BLOCK_BEGIN,
     BLOCK_END,
@@ -65,13 +65,17 @@ def tool_grammar(
       A grammar for `StructuredOutputsParams(grammar=...)`. Properties come in the schema's order, and no others.
 
     Raises:
-      ValueError: If there is no such tool, or a schema cannot be enforced; the message names the place.
+      ValueError: If there is no such tool, or a schema cannot be enforced or is too large; the message names the place.
     """
     schemas = collect_schemas(tools)
     if choice is not None and choice not in schemas:
         raise ValueError(f"tool_choice names {choice!r}; the tools are {', '.join(schemas) or 'none'}")
     if not schemas:
         raise ValueError("a call is required but there are no tools; give tools with names")
+    if is_larger(list(schemas.items()), MAX_BYTES, ignored=frozenset(("description",))):
+        raise ValueError(
+            f"tools: names and parameters are larger than {MAX_BYTES // 1024} KiB, descriptions not counted; leave some out"
+        )
     rules = _Rules()
     names = [rules.add_tool(name, schema) for name, schema in schemas.items() if choice in (None, name)]
     block = f'{BLOCK_BEGIN} "\\n"? call{"+" if is_parallel else ""} {BLOCK_END}'

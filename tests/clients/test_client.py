@@ -60,17 +60,36 @@ def test_python_clients_get_what_they_expect(url: str, name: str, program: str) 
 
 def test_the_llm_command_answers(url: str, tmp_path: pathlib.Path) -> None:
     model = {"model_id": "tiny", "model_name": "step3-tiny", "api_base": url, "api_key_name": "step3"}
+    model |= {"vision": True, "supports_schema": True, "supports_tools": True}
     # JSON is YAML too.
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))
-    command = [str(ENVIRONMENTS / "llm" / "bin" / "llm"), "-m", "tiny", "--key", KEY, "-o", "temperature", "0"]
-    said = run("llm", *command, "What is the capital of France?", LLM_USER_PATH=str(tmp_path))
-    assert "Paris" in said
-    said = run("llm", *command, "--no-stream", "What is the capital of France?", LLM_USER_PATH=str(tmp_path))
-    assert "Paris" in said
+
+    def ask(*words: str, key: str = KEY, temperature: float = 0) -> str:
+        command = [str(ENVIRONMENTS / "llm" / "bin" / "llm"), "-m", "tiny", "--key", key]
+        return run("llm", *command, "-o", "temperature", str(temperature), *words, LLM_USER_PATH=str(tmp_path))
+
+    question = "What is the capital of France?"
+    answer = ask(question)
+    assert "Paris" in answer
+    assert ask("--no-stream", question) == answer
+    word = answer.split()[1]
+    assert word not in ask("-o", "stop", word, question)
+    warm = [ask("-o", "seed", "7", "-o", "max_tokens", "40", question, temperature=1.5) for _ in range(2)]
+    assert warm[0] == warm[1]
+    schema = {"type": "object", "properties": {"name": {"enum": ["Paris", "Rome"]}}, "required": ["name"]}
+    found = json.loads(ask("--schema", json.dumps(schema | {"additionalProperties": False}), question))
+    assert found["name"] in ("Paris", "Rome")
+    assert ask("-a", str(IMAGE), "-o", "max_tokens", "200", "What is this?")
+    function = "def add(a: int, b: int) -> int:\n    return a + b\n"
+    assert "Paris" in ask("--functions", function, question)
+    with pytest.raises(AssertionError, match="401"):
+        ask(question, key="wrong")
+    with pytest.raises(AssertionError, match="max_tokens"):
+        ask("-o", "max_tokens", "100000", question)
 
 
 def test_the_javascript_client_gets_what_it_expects(url: str) -> None:
-    said = run("openai-js", "node", str(ENVIRONMENTS / "openai-js" / "openai_js.mjs"), url, KEY)
+    said = run("openai-js", "node", str(ENVIRONMENTS / "openai-js" / "openai_js.mjs"), url, KEY, str(IMAGE))
     assert "all checks held" in said
 
 

@@ -11,7 +11,7 @@ from tests.server.client import Client, ask
 from tests.server.conftest import Open
 
 KEYS = ("alpha-key", "beta-key")
-OPEN = ("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/page.js")
+OPEN = ("/health", "/ready", "/live", "/version", "/metrics", "/", "/page/page.js", "/docs")
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +91,31 @@ def test_pages_of_other_origins_may_call_only_where_they_are_named(open_client: 
         assert "access-control-allow-origin" not in bad.headers
     with open_client() as client:
         assert "access-control-allow-origin" not in client.call("/v1/models", headers=origin).headers
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, set()),
+        ({"metrics_key": "m"}, {"/metrics"}),
+        (
+            {"api_key": KEYS},
+            {
+                *("/v1/models", "/v1/models/{model_id}", "/v1/chat/completions", "/v1/completions", "/v1/responses"),
+                *("/tokenize", "/detokenize"),
+            },
+        ),
+    ],
+)
+def test_the_description_says_which_routes_need_a_key(
+    open_client: Open, keys: dict[str, object], expected: set[str]
+) -> None:
+    with open_client(**keys) as client:
+        found = client.call("/openapi.json", headers=bearer(KEYS[0])).json()
+        guarded = {
+            path
+            for path, operations in found["paths"].items()
+            if all(operation.get("security") == [{"key": []}] for operation in operations.values())
+        }
+        assert guarded == expected
+        assert found["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}

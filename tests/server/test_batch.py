@@ -79,6 +79,21 @@ def test_what_is_answered_is_not_asked_again(client: Client, files: tuple[pathli
     assert files[1].read_bytes().startswith(b"\n".join(lines[:7]))
 
 
+def test_requests_that_find_the_queue_full_are_sent_again(open_client: Open, tmp_path: pathlib.Path) -> None:
+    files = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = [f"SAY {number}" for number in range(40)]
+    entries = [
+        {"custom_id": f"p{number}", "url": "/v1/completions", "body": {"prompt": prompts, "max_tokens": 3}}
+        for number in range(4)
+    ]
+    files[0].write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    with open_client("Yes.", max_num_queued_reqs=64) as client:
+        assert run(client, files, concurrency=4) == (0, [200] * 4)
+        assert client.metric("admission_rejections_total", reason="queue_full") > 0, "it was full"
+    for response in read(files[1]).values():
+        assert len(response["body"]["choices"]) == 40  # type: ignore[index]
+
+
 def test_an_engine_that_stops_ends_the_batch_without_an_answer_for_what_is_left(
     open_client: Open, files: tuple[pathlib.Path, pathlib.Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

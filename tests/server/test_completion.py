@@ -147,3 +147,15 @@ def test_scored_prompts_of_a_list_have_choices_each(client: Client) -> None:
 def test_a_prompt_that_would_end_its_own_output_is_not_scored(client: Client) -> None:
     reply = complete(client, "a<|EOT|>b", echo=True, logprobs=0)
     assert (reply.status, reply.error["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [("structured_outputs", {"choice": ["yes", "no"]}), ("response_format", {"type": "json_object"})],
+)
+def test_a_form_is_not_dropped_where_the_prompt_is_scored(client: Client, param: str, value: object) -> None:
+    reply = complete(client, echo=True, logprobs=1, **{param: value})
+    assert (reply.status, reply.error["param"]) == (400, param)
+    assert "cannot be combined with echo and logprobs" in reply.error["message"]
+    reply = complete(client, "SAY no", echo=True, structured_outputs={"choice": ["yes", "no"]})
+    assert texts(reply) == ["SAY nono"], "echo alone does not score"

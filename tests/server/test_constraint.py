@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
-from tests.server.client import Client
+from step3_jax.sampling.structured import GrammarBusyError
+from step3_jax.server.service import NUM_GRAMMAR_THREADS
+from tests.server.client import LIMIT_S, Client, Reply, ask
+from tests.server.conftest import Open
 from tests.server.test_chat import TOOLS, join
+
+pytest.importorskip("llguidance", reason="the extra grammar is not installed")
+
+from step3_jax.sampling.grammar import Grammar, GrammarCompiler
 
 SCHEMA = {
     "type": "object",
@@ -127,3 +135,82 @@ def test_deep_and_large_schemas_are_refused(client: Client) -> None:
         reply = client.chat(response_format=form)
         assert (reply.status, reply.error["param"]) == (400, "response_format")
         assert said in reply.error["message"], reply.error
+
+
+def test_a_known_grammar_does_not_wait_for_slow_ones_and_a_new_one_is_asked_to_come_back(
+    open_client: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"structured_outputs": {"choice": ["yes", "no"]}}
+    compile_in_time, may_end = GrammarCompiler._compile_in_time, threading.Event()
+
+    def compile_slowly(compiler: GrammarCompiler, kind: str, source: str) -> Grammar:
+        if source.startswith("busy"):
+            raise GrammarBusyError("structured_outputs: other grammars are still being compiled")
+        assert not source.startswith("slow") or may_end.wait(LIMIT_S)
+        return compile_in_time(compiler, kind, source)
+
+    monkeypatch.setattr(GrammarCompiler, "_compile_in_time", compile_slowly)
+    with open_client("</think>yes") as client:
+        assert client.chat(**known).status == 200
+
+        async def run() -> list[Reply]:
+            slow = [
+                client.start("/v1/chat/completions", ask(structured_outputs={"regex": f"slow{number}|yes"}))
+                for number in range(NUM_GRAMMAR_THREADS)
+            ]
+            await client.wait_until(lambda: client.service.admission.num_requests == len(slow))
+            assert (await client.start("/v1/chat/completions", ask(**known)).finish()).status == 200
+            may_end.set()
+            return [await call.finish() for call in slow]
+
+        assert [reply.status for reply in client.run(run())] == [200] * NUM_GRAMMAR_THREADS
+        reply = client.chat(structured_outputs={"regex": "busy"})
+        assert (reply.status, reply.error["code"], reply.headers["retry-after"]) == (503, "grammar_busy", "1")
+        assert client.metric("admission_rejections_total", reason="grammar_busy") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("/v1/chat/completions", {"response_format": FORMAT}),
+        ("/v1/chat/completions", {"structured_outputs": {"json": SCHEMA}}),
+        ("/v1/chat/completions", {"tools": TOOLS, "tool_choice": "required"}),
+        ("/v1/completions", {"response_format": FORMAT}),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "trip", "schema": SCHEMA}}}),
+    ],
+)
+def test_health_is_answered_while_a_schema_is_read(
+    client: Client, path: str, values: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_reading, may_go_on = threading.Event(), threading.Event()
+
+    def check_slowly(schema: object, name: str) -> None:
+        is_reading.set()
+        assert threading.current_thread() is not threading.main_thread()
+        assert may_go_on.wait(LIMIT_S)
+
+    monkeypatch.setattr("step3_jax.sampling.structured.check_schema", check_slowly)
+    monkeypatch.setattr("step3_jax.text.tool_grammar.check_schema", check_slowly)
+    prompt = {"/v1/completions": {"prompt": "a"}, "/v1/responses": {"input": "a"}}.get(path, ask("a"))
+
+    async def run() -> Reply:
+        call = client.start(path, prompt | {"max_tokens": 1, "max_output_tokens": 16} | values)
+        await client.wait_until(is_reading.is_set)
+        assert (await client.start("/health").finish()).status == 200
+        may_go_on.set()
+        return await call.finish()
+
+    # What the model would say is no such answer.
+    assert client.run(run()).status in (200, 500)
+
+
+def test_a_schema_is_refused_by_its_size_before_anything_else(client: Client) -> None:
+    large = {"anyOf": [{"type": "foo", "items": [{}]}] * 20_000}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": large}}
+    reply = client.chat(response_format=form)
+    assert (reply.status, reply.error["param"]) == (400, "response_format")
+    assert "response_format.json_schema.schema is larger than 256 KiB" in reply.error["message"]
+    tools = [{"type": "function", "function": {"name": "a", "parameters": large}}]
+    reply = client.chat(tools=tools, tool_choice="required")
+    assert (reply.status, reply.error["param"]) == (400, "tool_choice")
+    assert "larger than 256 KiB" in reply.error["message"]

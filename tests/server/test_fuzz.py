@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.process import anonymous_kib
 from tests.server.client import Client, ask
 from tests.server.conftest import Open
 from tests.server.test_chat import CALL, TOOLS
@@ -78,10 +79,14 @@ def break_text(text: bytes, dice: random.Random) -> bytes:
     return dice.choice(changes)()
 
 
-def run(client: Client, count: int) -> None:
+def run(client: Client, count: int) -> int:
+    """Returns by how many KiB the process grew after the first tenth."""
     client.executor.is_stubborn = False
     dice = random.Random(0)
+    before_kib = 0
     for number in range(count):
+        if number == count // 10:
+            before_kib = anonymous_kib()
         path = dice.choice(list(BODIES))
         body: object = dice.choice(BODIES[path])
         for _ in range(dice.randrange(1, 4)):
@@ -100,6 +105,7 @@ def run(client: Client, count: int) -> None:
     core = client.service.llm.core
     assert not core.has_work
     assert core.allocator.num_free == core.allocator.num_pages
+    return anonymous_kib() - before_kib
 
 
 @pytest.fixture
@@ -115,5 +121,5 @@ def test_wrong_bodies_are_answered(short: Client) -> None:
 
 @pytest.mark.slow
 def test_very_many_wrong_bodies_are_answered(short: Client) -> None:
-    """The same for a quarter of an hour."""
-    run(short, 100_000)
+    """The same for a quarter of an hour, with the same memory."""
+    assert run(short, 100_000) < 16 * 1024

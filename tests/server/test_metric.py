@@ -9,13 +9,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from step3_jax.engine.state import DraftCounts, Report
+from tests.server.client import Call, ask
 from tests.server.conftest import Open
 
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = (
     *("prompt_tokens", "prompt_tokens_cached", "generation_tokens", "num_preemptions", "prefix_cache_queries"),
     *("prefix_cache_hits", "mm_cache_queries", "mm_cache_hits", "http_requests_client_disconnected"),
-    *("tool_call_parser_invocations", "compile_seconds"),
+    *("tool_call_parser_invocations", "compile_seconds", "compilations", "decode_call_seconds", "mask_seconds"),
+    "image_encode_seconds",
 )
 HISTOGRAMS = (
     *("time_to_first_token_seconds", "inter_token_latency_seconds", "request_time_per_output_token_seconds"),
@@ -41,6 +43,10 @@ def test_all_names_are_there_from_the_start(open_client: Open, prefix: str) -> N
             assert families[f"{prefix}:{name}"].type == "histogram", name
         for reason in ("stop", "length", "abort", "error"):
             assert f'{prefix}:request_success_total{{engine="0",finished_reason="{reason}"' in text
+        for reason in ("capacity", "deferred"):
+            assert (
+                f'{prefix}:num_requests_waiting_by_reason{{engine="0",model_name="toy",reason="{reason}"}} 0.0' in text
+            )
         assert f"{prefix}:cache_config_info{{" in text
 
 
@@ -61,7 +67,57 @@ def test_counts_are_those_of_the_answers(open_client: Open) -> None:
         for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
             assert client.metric(f"{name}_count") == 3
         assert client.metric("inter_token_latency_seconds_count") > 0
-        assert client.metric("iteration_tokens_total_sum") == client.metric("generation_tokens_total")
+        # The last token of each prompt is part of its first decode step.
+        num_prefilled = sum(usage["prompt_tokens"] for usage in usages) - cached - len(usages)
+        assert client.metric("iteration_tokens_total_sum") == client.metric("generation_tokens_total") + num_prefilled
+
+
+def test_each_of_n_sequences_waits_for_itself(open_client: Open) -> None:
+    with open_client(engine={"max_num_seqs": 1}) as client:
+
+        async def run() -> None:
+            client.executor.gate.clear()
+            call = client.start("/v1/chat/completions", ask(n=3, temperature=1))
+            await client.wait_until(lambda: client.metric("num_requests_running") == 1)
+            assert client.metric("num_requests_waiting") == 2
+            reasons = [
+                client.metric("num_requests_waiting_by_reason", reason=reason) for reason in ("capacity", "deferred")
+            ]
+            assert sum(reasons) == 2
+            client.executor.gate.set()
+            assert (await call.finish()).status == 200
+            assert client.metric("num_requests_waiting") == 0
+
+        client.run(run())
+
+
+def test_aborts_take_no_place_of_requests_and_what_is_refused_is_counted(open_client: Open) -> None:
+    with open_client(max_num_queued_reqs=2) as client:
+
+        async def start(has_left: bool = False) -> Call:
+            call = client.start("/v1/chat/completions", ask(stream=True))
+            await call.see(lambda reply: b"assistant" in reply.body)
+            if has_left:
+                call.leave()
+                await call.finish()
+            return call
+
+        async def run() -> None:
+            client.executor.gate.clear()
+            first = await start()
+            await client.wait_until(lambda: client.service.llm.core.num_running == 1)
+            # The engine sees neither these nor their end while its call goes on.
+            for _ in range(2):
+                assert (await start(has_left=True)).reply.status == 200
+            reply = (await start()).reply
+            assert (reply.status, reply.error["code"]) == (503, "queue_full")
+            assert client.metric("admission_rejections_total", reason="queue_full") == 1
+            client.executor.gate.set()
+            assert (await first.finish()).events
+            await client.wait_until(lambda: not client.service.llm.core.has_work)
+
+        client.run(run())
+        assert client.chat().status == 200
 
 
 def test_what_became_of_guesses_is_there_where_tokens_are_guessed(open_client: Open) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import jsonschema
 import pytest
 
 from step3_jax import __version__
+from step3_jax.engine.output import OutputProcessor
+from step3_jax.server.chat import ChatJob
 from tests.server.client import Client, ask
 from tests.server.conftest import Open
 
@@ -46,6 +50,36 @@ def test_a_request_is_one_line_of_the_log(client: Client, caplog: pytest.LogCapt
     assert "generated=" in line
     assert "finish=stop" in line
     assert not any("\n" in line or "secret" in line or "/health" in line for line in lines)
+
+
+def test_every_line_about_a_request_has_its_id(
+    open_client: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    def send(client: Client, **values: object) -> None:
+        client.call("/v1/chat/completions", ask(**values), headers={"x-request-id": "abc-123"})
+
+    with caplog.at_level("INFO", "step3_jax.server"):
+        with open_client() as client:
+            client.executor.failure = RuntimeError("out of memory")
+            send(client, frobnicate=1)
+            with monkeypatch.context() as patch:
+                patch.setattr(OutputProcessor, "push", crash)
+                send(client)
+            with monkeypatch.context() as patch:
+                patch.setattr(ChatJob, "add", crash)
+                send(client, stream=True)
+                send(client)
+        with open_client(request_timeout=0.05) as client:
+            client.executor.gate.clear()
+            send(client)
+            client.executor.gate.set()
+    lines = [record.getMessage() for record in caplog.records]
+    for said in ("unknown field", "failed: ", "the text of", "in the stream", ": internal server error", "has taken"):
+        assert any(said in line for line in lines), said
+    assert [line for line in lines if "abc-123" not in line] == []
 
 
 def test_prompts_are_logged_if_that_is_asked_for(open_client: Open, caplog: pytest.LogCaptureFixture) -> None:
@@ -111,8 +145,19 @@ def test_the_description_is_that_of_the_real_answers(client: Client) -> None:
 
 
 def test_the_page_about_the_api_is_there_if_it_is_asked_for(open_client: Open) -> None:
-    with open_client(docs=True) as client:
-        assert client.call("/docs").status == 200
+    with open_client(docs=True, api_key=("k",)) as client:
+        reply = client.call("/docs")
+        page = reply.body.decode()
+        assert (reply.status, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert "http://" not in page
+        assert "https://" not in page, "it needs no other site"
+        assert reply.headers["content-security-policy"].startswith("default-src 'none'")
+        for path, operations in client.app.openapi()["paths"].items():
+            for method in operations:
+                assert f"<h2>{method.upper()} {path}</h2>" in page
+        assert '<code>messages</code>: list of <a href="#ChatMessage">ChatMessage</a>, required' in page
+        anchors = set(re.findall(r'<h2 id="(\w+)">', page))
+        assert set(re.findall(r'href="#(\w+)"', page)) <= anchors
 
 
 def test_defaults_come_from_the_model_unless_they_are_not_wanted(open_client: Open) -> None:

@@ -82,6 +82,9 @@ def check_form(reply: Reply, status: int) -> dict:
         ({"guided_regex": "a"}, "guided_regex", "structured_outputs"),
         ({"guided_choice": ["a"]}, "guided_choice", "structured_outputs"),
         ({"guided_grammar": "a"}, "guided_grammar", "structured_outputs"),
+        ({"allowed_token_ids": [5]}, "allowed_token_ids", "structured_outputs"),
+        ({"bad_words": ["no"]}, "bad_words", "logit_bias of -100"),
+        ({"chat_template": "{{ messages }}"}, "chat_template", "a template is code"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages, which cannot be set"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "false"),
         ({"continue_final_message": True}, "messages", "assistant's"),
@@ -91,6 +94,22 @@ def test_a_wrong_field_is_named(client: Client, values: dict[str, object], param
     error = check_form(client.call("/v1/chat/completions", ask() | values), 400)
     assert (error["param"], error["type"]) == (param, "invalid_request_error"), error
     assert said in error["message"], error
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "allowed_token_ids": [5]}),
+        ("/v1/completions", {"prompt": "a", "bad_words": ["no"]}),
+        ("/v1/responses", {"input": "a", "guided_json": {}}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": "b"}),
+    ],
+)
+def test_what_would_change_the_answer_is_ignored_by_no_endpoint(
+    client: Client, path: str, body: dict[str, object]
+) -> None:
+    assert check_form(client.call(path, body), 400)["param"] == list(body)[-1]
+    assert client.call("/v1/completions", {"prompt": "SAY a", "bad_words": [], "allowed_token_ids": None}).status == 200
 
 
 def test_a_prompt_that_is_too_long_is_told_with_all_numbers(client: Client) -> None:

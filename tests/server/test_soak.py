@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import http.client
 import json
-import pathlib
 import random
-import re
 import threading
 import time
 
 import pytest
 
+from tests.process import anonymous_kib
 from tests.server.client import ask
 from tests.server.running import PROGRAM, Running, running
 
 NUM_CLIENTS = 32
 SECONDS = 180.0
 LEAVING = 0.3
-
-
-def anonymous_kib(server: Running) -> int:
-    """Memory of the process that belongs to no file, swapped out or not."""
-    status = pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
-    return sum(int(value) for value in re.findall(r"^(?:RssAnon|VmSwap):\s+(\d+)", status, re.MULTILINE))
 
 
 def call_until(server: Running, seed: int, end_s: float, counts: list[int], wrong: list[str]) -> None:
@@ -63,7 +56,7 @@ def test_nothing_is_left_behind_and_memory_does_not_grow() -> None:
         for thread in threads:
             thread.start()
         time.sleep(SECONDS / 2)
-        middle = anonymous_kib(server)
+        middle = anonymous_kib(server.process.pid)
         for thread in threads:
             thread.join()
         assert not wrong, wrong[:3]
@@ -71,4 +64,4 @@ def test_nothing_is_left_behind_and_memory_does_not_grow() -> None:
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             while server.metric(name):
                 time.sleep(0.05)
-        assert anonymous_kib(server) <= 1.02 * middle + 4096
+        assert anonymous_kib(server.process.pid) <= 1.02 * middle + 4096

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
+from step3_jax.engine.request import StreamPiece
+from step3_jax.engine.state import DecodeCall, PrefillBatch
+from step3_jax.server.exchange import Job, send_stream
+from step3_jax.server.protocol.common import Answer
+from step3_jax.server.stream import DONE, KEEP_ALIVE
 from tests.server.client import Client, Reply, ask
 from tests.server.conftest import Open
 
@@ -41,6 +47,45 @@ def test_silence_is_filled_with_comments(open_client: Open) -> None:
             return await call.finish()
 
         assert client.run(run()).events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+class UnsentTokens(Job):
+    """A stream whose tokens are not sent, such as those of a tool call; it is its own generation."""
+
+    def __init__(self) -> None:
+        super().__init__(self, is_stream=True)  # type: ignore[arg-type]
+        self.sent = b""
+        self.num_taken = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.sent.count(KEEP_ALIVE) == 3 or self.num_taken == 500_000
+
+    async def take(self, timeout_s: float | None = None) -> list[tuple[int, StreamPiece]]:
+        self.num_taken += 1
+        await asyncio.sleep(0)
+        return [(0, StreamPiece(0, 0, "", (5,), None))]
+
+    async def send(self, message: dict) -> None:
+        self.sent += message.get("body", b"")
+
+    def start(self) -> list[bytes]:
+        return []
+
+    def add(self, place: int, piece: StreamPiece) -> list[bytes]:
+        return []
+
+    def end(self) -> list[bytes]:
+        return []
+
+    def answer(self) -> Answer:
+        raise AssertionError("it is a stream")
+
+
+def test_tokens_that_are_not_sent_are_silence_too() -> None:
+    job = UnsentTokens()
+    asyncio.run(send_stream(job, job.send, 0.001))
+    assert job.sent == KEEP_ALIVE * 3 + DONE
 
 
 def test_pieces_come_as_they_are_generated(open_client: Open) -> None:
@@ -127,6 +172,40 @@ def test_a_deadline_ends_a_request_with_length(open_client: Open) -> None:
         whole = client.run(run(False))
         assert [choice["finish_reason"] for choice in whole.json()["choices"]] == ["length", "length"]
         assert client.run(run(True)).events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_stream_goes_on_while_eight_long_prompts_are_prefilled(open_client: Open) -> None:
+    with open_client(LONG, {"max_num_batched_tokens": 128, "max_num_seqs": 16, "stream_interval": 1}) as client:
+        executor, calls = client.executor, []
+        prefill, decode = executor.prefill, executor.decode
+
+        def note_prefill(cache: object, batch: PrefillBatch) -> object:
+            calls.append("prefill")
+            return prefill(cache, batch)
+
+        def note_decode(cache: object, call: DecodeCall) -> object:
+            calls.append("decode")
+            return decode(cache, call)
+
+        async def run() -> None:
+            stream = client.start("/v1/chat/completions", ask(stream=True, max_tokens=300))
+            await stream.see(lambda reply: b'"content":"word' in reply.body)
+            executor.prefill, executor.decode = note_prefill, note_decode
+            executor.gate.clear()
+            prompts = [
+                client.start("/v1/chat/completions", ask(f"{number} " * 700, max_tokens=1)) for number in range(8)
+            ]
+            await client.wait_until(lambda: client.service.admission.num_tokens > 8 * 700)
+            num_before = stream.reply.body.count(b"data: ")
+            executor.gate.set()
+            for call in prompts:
+                assert (await call.finish()).status == 200
+            assert stream.reply.body.count(b"data: ") - num_before > 8 * 700 // 128
+            assert (await stream.finish()).events
+
+        client.run(run())
+    assert calls.count("prefill") > 8 * 700 // 128
+    assert ("prefill", "prefill") not in itertools.pairwise(calls), "each chunk is followed by a step of the stream"
 
 
 def test_many_streams_share_the_engine_and_each_gets_its_own(open_client: Open) -> None:

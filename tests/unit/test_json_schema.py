@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+
 import pytest
 
-from step3_jax.json_schema import check_schema, subschemas
+from step3_jax.json_schema import check_schema, is_larger, subschemas
 
 
 def nested(depth: int) -> dict[str, object]:
@@ -42,3 +45,37 @@ def test_names_of_properties_and_values_are_no_keywords() -> None:
 def test_places_are_json_pointers() -> None:
     schema = {"properties": {"a": {"type": "string"}}, "anyOf": [{}, True], "items": {"x": 1}, "enum": [{}], "not": 3}
     assert dict(subschemas(schema)) == {"/properties/a": {"type": "string"}, "/anyOf/0": {}, "/items": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    "value", [{}, [], "", 7, None, {"a": [1, 2, {"b": "c"}], "d": {}}, ["xy"] * 9, nested(9), {"é": [None, True, 1.5]}]
+)
+def test_a_value_is_larger_than_less_than_its_text_at_most(value: object) -> None:
+    size = len(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    assert not is_larger(value, size)
+    assert is_larger(value, 0)
+
+
+def test_what_does_not_count_is_text_alone() -> None:
+    notes = {"properties": {"a": {"description": "x" * 1000}}}
+    assert is_larger(notes, 500)
+    assert not is_larger(notes, 500, ignored=frozenset(("description",)))
+    schema = {"properties": {"description": {"enum": ["x" * 1000]}}}
+    assert is_larger(schema, 500, ignored=frozenset(("description",)))
+
+
+def test_no_more_of_a_large_value_is_looked_at_than_its_limit() -> None:
+    num_seen = 0
+
+    class Node(dict):
+        def __iter__(self) -> Iterator[str]:
+            nonlocal num_seen
+            num_seen += 1
+            return super().__iter__()
+
+    wide = {"anyOf": [Node(type="string") for _ in range(100_000)]}
+    assert is_larger(wide, 1000)
+    assert num_seen == 0, "the list alone is too long"
+    many = {"allOf": [{"anyOf": [Node(type="string") for _ in range(10)]} for _ in range(900)]}
+    assert is_larger(many, 1000)
+    assert num_seen < 100

@@ -156,16 +156,67 @@ def check_errors(client: openai.OpenAI, model: str) -> None:
     assert catch(openai.AuthenticationError, stranger.models.list).code == "invalid_api_key"
 
 
-async def check_async(url: str, key: str, model: str) -> None:
-    async with openai.AsyncOpenAI(base_url=url, api_key=key) as client:
-        asked = [
-            client.chat.completions.create(model=model, messages=QUESTION, temperature=0, stream=True) for _ in range(3)
-        ]
-        texts = []
-        for stream in await asyncio.gather(*asked):
-            texts.append("".join([chunk.choices[0].delta.content or "" async for chunk in stream]))
-        assert len(set(texts)) == 1
-        assert "Paris" in texts[0]
+async def check_async(url: str, key: str, model: str, image: pathlib.Path) -> None:
+    """The same with the asynchronous client, all at once."""
+    async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0) as client:
+        assert [one.id async for one in client.models.list()] == [model]
+        await asyncio.gather(
+            check_async_chat(client, model),
+            check_async_forms(client, model, image),
+            check_async_sampling(client, model),
+            check_async_errors(client, model),
+        )
+
+
+async def check_async_chat(client: openai.AsyncOpenAI, model: str) -> None:
+    asked = {"model": model, "messages": QUESTION, "temperature": 0}
+    whole = await client.chat.completions.create(**asked)
+    create = client.chat.completions.create
+    streams = [create(**asked, stream=True, stream_options={"include_usage": True}) for _ in range(3)]
+    for stream in await asyncio.gather(*streams):
+        chunks = [chunk async for chunk in stream]
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert text == whole.choices[0].message.content
+        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+async def check_async_forms(client: openai.AsyncOpenAI, model: str, image: pathlib.Path) -> None:
+    asked = {"model": model, "temperature": 0, "max_tokens": 400}
+    answer = await client.chat.completions.parse(**asked, messages=QUESTION, response_format=Town)
+    assert isinstance(answer.choices[0].message.parsed, Town)
+    weather = [{"role": "user", "content": "What is the weather in Paris?"}]
+    async with client.chat.completions.stream(
+        **asked, messages=weather, tools=[WEATHER], tool_choice="required"
+    ) as stream:
+        called = (await stream.get_final_completion()).choices[0]
+    assert called.finish_reason == "tool_calls"
+    assert json.loads(called.message.tool_calls[0].function.arguments)["city"] in ("Paris", "Rome")
+    url = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+    seen = await client.chat.completions.create(**asked, messages=[{"role": "user", "content": content}])
+    assert seen.choices[0].message.content
+
+
+async def check_async_sampling(client: openai.AsyncOpenAI, model: str) -> None:
+    asked = {"model": model, "messages": QUESTION, "max_tokens": 12}
+    warm = asked | {"n": 2, "seed": 7, "temperature": 1.5, "logprobs": True, "top_logprobs": 2}
+    answers = await asyncio.gather(*(client.chat.completions.create(**warm) for _ in range(2)))
+    texts = [[choice.message.reasoning_content for choice in answer.choices] for answer in answers]
+    assert texts[0] == texts[1]
+    assert all(len(token.top_logprobs) == 2 for token in answers[0].choices[0].logprobs.content)
+    first = (await client.chat.completions.create(**asked, temperature=0)).choices[0].message
+    word = (first.reasoning_content or first.content).split()[1]
+    stopped = (await client.chat.completions.create(**asked, temperature=0, stop=[word])).choices[0]
+    assert (word in (stopped.message.reasoning_content or ""), stopped.finish_reason) == (False, "stop")
+
+
+async def check_async_errors(client: openai.AsyncOpenAI, model: str) -> None:
+    asked = [{"model": "another"}, {"model": model, "temperature": -1}]
+    answers = (client.chat.completions.create(**values, messages=QUESTION) for values in asked)
+    missing, wrong = await asyncio.gather(*answers, return_exceptions=True)
+    assert isinstance(missing, openai.NotFoundError)
+    assert isinstance(wrong, openai.BadRequestError)
+    assert (missing.param, wrong.param) == ("model", "temperature")
 
 
 def main() -> None:
@@ -179,7 +230,7 @@ def main() -> None:
     check_tools(client, model)
     check_sampling(client, model)
     check_errors(client, model)
-    asyncio.run(check_async(url, key, model))
+    asyncio.run(check_async(url, key, model, pathlib.Path(image)))
     print(f"openai {openai.__version__}: all checks held")
 
 

@@ -48,6 +48,19 @@ def test_a_batch_is_answered_and_gone_on_with(
     assert capsys.readouterr().err == "6 requests, 0 of them answered now\n"
 
 
+def test_a_request_with_more_prompts_than_a_service_would_queue_is_answered(
+    random_model_path: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    given, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    body = {"prompt": [f"Word {number}" for number in range(40)], "max_tokens": 1}
+    entries = [{"custom_id": name, "url": "/v1/completions", "body": body} for name in "ab"]
+    given.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    command = ["run-batch", str(random_model_path), "-i", str(given), "-o", str(output), "--max-num-seqs", "1"]
+    assert main(command) == 0
+    for line in output.read_text(encoding="utf-8").splitlines():
+        assert len(json.loads(line)["response"]["body"]["choices"]) == 40
+
+
 def test_mistakes_are_told_before_a_model_is_loaded(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     given, output = write(tmp_path / "in.jsonl", 1), tmp_path / "out.jsonl"
     output.write_text('{"custom_id": "other", "response": {}}\n', encoding="utf-8")

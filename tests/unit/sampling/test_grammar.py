@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from step3_jax import resources
+from step3_jax.sampling.structured import GrammarBusyError
 from step3_jax.sampling.structured import StructuredOutputsParams as Form
 from step3_jax.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance", reason="the extra grammar is not installed")
 
-from step3_jax.sampling.grammar import Grammar, GrammarCompiler, GrammarError, GrammarMatcher
+from step3_jax.sampling.grammar import MAX_COMPILING, Grammar, GrammarCompiler, GrammarError, GrammarMatcher
 
 VOCAB_SIZE = 4096
 FOLDER = resources.find("models/step3-tiny")
@@ -148,6 +149,51 @@ def test_a_deadline_ends_the_wait(tokenizer: Tokenizer, monkeypatch: pytest.Monk
     with pytest.raises(GrammarError, match=r"regex takes longer than 0.02 s"):
         compiler.compile(Form(regex="a"))
     may_end.set()
+
+
+def test_a_grammar_is_not_blamed_for_others_that_take_too_long(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = GrammarCompiler(DESCRIPTION, vocab_size=VOCAB_SIZE, eos_ids=tokenizer.eos_ids, deadline_s=0.02)
+    compile_now, may_end = compiler._compile_now, threading.Event()
+
+    def compile_slowly(kind: str, source: str) -> Grammar:
+        assert not source.startswith("slow") or may_end.wait(30)
+        return compile_now(kind, source)
+
+    monkeypatch.setattr(compiler, "_compile_now", compile_slowly)
+    monkeypatch.setattr(compiler, "_deadline_s", 30)
+    known = compiler.compile(Form(regex="known"))
+    monkeypatch.setattr(compiler, "_deadline_s", 0.02)
+    for number in range(MAX_COMPILING):
+        with pytest.raises(GrammarError, match="takes longer"):
+            compiler.compile(Form(regex=f"slow{number}"))
+    with pytest.raises(GrammarBusyError, match="try again a little later"):
+        compiler.compile(Form(regex="fine"))
+    assert compiler.compile(Form(regex="known")) is known
+    may_end.set()
+    monkeypatch.setattr(compiler, "_deadline_s", 30)
+    # The places are free once the threads have ended.
+    while True:
+        with contextlib.suppress(GrammarBusyError):
+            assert compiler.compile(Form(regex="fine"))
+            break
+
+
+def test_a_compiler_that_crashes_is_an_error_and_frees_its_place(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(kind: str, source: str) -> Grammar:
+        raise RuntimeError("a bug")
+
+    # The thread's traceback goes to stderr.
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_compile_now", crash)
+        for _ in range(MAX_COMPILING + 1):
+            with pytest.raises(GrammarError, match=r"regex cannot be compiled"):
+                compiler.compile(Form(regex="crash"))
+    assert compiler.compile(Form(regex="crash"))
 
 
 def test_only_the_last_grammars_are_kept(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ def test_each_form_has_a_kind_and_a_text(fields: dict[str, object], kind: str, s
         ({"json": {"const": object()}}, "is not JSON"),
         ({"json": {"items": [{}]}}, "structured_outputs.json/items is a list"),
         ({"json": "[" * 300_000}, "larger than 256 KiB"),
+        ({"json": {"anyOf": [{"type": "foo", "items": [{}]}] * 20_000}}, "json is larger than 256 KiB"),
+        ({"choice": ["a"] * 100_000}, "choice is larger than 256 KiB"),
         ({"regex": ""}, "regex is ''"),
         ({"regex": 3}, "regex is 3; text"),
         ({"regex": "a" * 300_000}, "regex is larger than 256 KiB"),

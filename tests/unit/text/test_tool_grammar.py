@@ -172,6 +172,8 @@ def test_what_cannot_be_enforced_is_refused_with_its_place(schema, message: str)
         ([{"name": 'a"b'}], None, "cannot be written in a tool call"),
         ([{"name": "a", "parameters": {"type": "array"}}], None, "object is needed"),
         ([{"name": "a", "parameters": {"required": ["b"]}}], None, "not one of the properties"),
+        ([{"name": "a", "parameters": {"$defs": {"b": {"enum": [7] * 200_000}}}}], None, "larger than 256 KiB"),
+        ([{"name": f"tool_{number}"} for number in range(40_000)], None, "larger than 256 KiB"),
         ([{"name": "a", "parameters": {"minProperties": 1}}], None, "a.parameters/minProperties cannot be enforced"),
     ],
 )

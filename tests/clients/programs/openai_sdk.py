@@ -17,7 +17,14 @@ WEATHER = {
     "type": "function",
     "function": {
         "name": "get_weather",
-        "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+        # Version 2 streams no other tools with its helper.
+        "strict": True,
     },
 }
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

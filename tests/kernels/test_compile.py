@@ -13,6 +13,7 @@ import sys
 import jax
 import pytest
 
+from pallas_kernels.compat import IS_0_11
 from pallas_kernels.mfa_prefill import mosaic as prefill
 from pallas_kernels.swiglu_quantise import mosaic as swiglu
 from tests.process import OPTIMISED, ROOT, environment
@@ -122,7 +123,7 @@ def test_a_layer_launches_no_more_than_it_must(tmp_path: pathlib.Path) -> None:
     loops = launch_count.read_loops(tmp_path, program.as_text() or "")
     counts = {loop.layers: len(loop.launches) for loop in loops}
     # Of a layer with experts, the loop's counter among them; a dense layer has neither router nor plan.
-    most = {"layers.0-1": 18, "layers.2-3": 28}
+    most = {"layers.0-1": 16 if IS_0_11 else 18, "layers.2-3": 27 if IS_0_11 else 28}
     assert counts.keys() == most.keys()
     assert all(counts[name] <= most[name] for name in most), [launch_count.table(loop) for loop in loops]
     # A slice in a loop is a launch whose address the host recomputes in each iteration.

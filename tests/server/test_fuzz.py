@@ -121,5 +121,5 @@ def test_wrong_bodies_are_answered(short: Client) -> None:
 
 @pytest.mark.slow
 def test_very_many_wrong_bodies_are_answered(short: Client) -> None:
-    """The same for a quarter of an hour, with the same memory."""
+    """The same for some minutes, with the same memory."""
     assert run(short, 100_000) < 16 * 1024

@@ -108,7 +108,7 @@ def test_stop_log_probabilities_and_length(client: openai.OpenAI) -> None:
 def test_an_answer_is_parsed_by_its_schema(client: openai.OpenAI) -> None:
     class Trip(pydantic.BaseModel):
         city: Literal["Graz", "Wien"]
-        days: int
+        days: int = pydantic.Field(ge=1, le=30)
 
     found = client.chat.completions.parse(
         model="tiny", messages=QUESTION, temperature=0, max_tokens=100, response_format=Trip

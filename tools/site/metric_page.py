@@ -40,7 +40,8 @@ def read_metrics() -> list[Metric]:
 def _idle_engine() -> types.SimpleNamespace:
     """What the metrics read from an `LLM`, without a model."""
     allocator = types.SimpleNamespace(num_free=1, num_pages=1)
-    core = types.SimpleNamespace(allocator=allocator, num_running=0, num_waiting=0)
+    scheduler = types.SimpleNamespace(num_waiting=0)
+    core = types.SimpleNamespace(allocator=allocator, scheduler=scheduler, num_running=0, num_waiting=0)
     stats = EngineStats()
     return types.SimpleNamespace(core=core, stats=stats, engine_config=EngineConfig())
 

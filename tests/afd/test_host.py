@@ -13,10 +13,11 @@ Ask = Callable[..., dict]
 CASES = [
     {"afd": "1a1f", "microbatches": 1},
     {"afd": "2a2f", "microbatches": 3},
-    {"afd": "2a1f", "microbatches": 2},
+    # Slow: each compiles for its devices, and the counts of sides and micro-batches are in others too.
+    pytest.param({"afd": "2a1f", "microbatches": 2}, marks=pytest.mark.slow),
     {"afd": "1a2f", "parallel": [1, 2, 1], "microbatches": 4},
     {"afd": "1a1f", "devices": 2, "parallel": [2, 1, 2], "microbatches": 3},
-    {"afd": "2a3f", "parallel": [1, 3, 3], "microbatches": 2},
+    pytest.param({"afd": "2a3f", "parallel": [1, 3, 3], "microbatches": 2}, marks=pytest.mark.slow),
 ]
 
 

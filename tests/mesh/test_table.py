@@ -37,7 +37,11 @@ def assert_same(found: dict[str, object], expected: dict[str, object]) -> None:
     assert found["free_pages"] == found["pages"], "pages are left behind"
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+# Each compiles for eight devices; what these cut is cut in others too.
+SLOW = ("all data", "experts cut in width alone", "both, width along tensor and data")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SETTINGS])
 def test_every_setting_gives_the_answer_of_one_device(eight: Ask, alone: dict[str, object], name: str) -> None:
     setting = SETTINGS[name]
     found = eight("generate", parallel=setting or {"dp": 1}, lengths=LENGTHS, counts=COUNTS)

@@ -86,6 +86,7 @@ def check_loss(server: Running, rank: int, number: signal.Signals, code: int) ->
     assert server.wait() == code, server.said[-3000:]
 
 
+@pytest.mark.slow  # It starts a service of two processes, which both compile.
 def test_a_service_of_two_processes_answers_as_one_does() -> None:
     with launched("--tp 2") as server:
         check_service(server)

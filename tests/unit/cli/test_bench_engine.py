@@ -30,6 +30,7 @@ def test_a_mistake_is_told_before_anything_is_measured(options, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow  # It runs all benches of the engine.
 def test_benches_write_their_sections_to_one_file(tmp_path: pathlib.Path, capsys, monkeypatch):
     # With one layer less it compiles in half the time.
     monkeypatch.setitem(bench.PRESETS, "tiny", (128, 1))

@@ -113,7 +113,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._cache: collections.OrderedDict[tuple[str, str], Grammar] = collections.OrderedDict()
         self._changed = threading.Condition()
-        # Compilations in progress, and those of them that took too long, for which nobody waits any more.
+        # Compilations in progress, and those of them that took too long, that requests no longer wait for.
         self._num_compiling = self._num_late = 0
 
     def is_cached(self, params: StructuredOutputsParams) -> bool:

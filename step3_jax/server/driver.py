@@ -259,7 +259,7 @@ class Driver:
             event = Event(piece, whole, output.num_cached_tokens, time.monotonic(), output.admitted_s)
         except Exception:
             # The error concerns only this request; the core must not see it.
-            # After the first one nobody waits for it any more.
+            # After the first one nothing waits for it any more.
             if subscription is not None:
                 _LOG.exception("the text of request %s could not be made", subscription.log_id)
             self._core.abort(output.request_id)

@@ -39,7 +39,7 @@ def kernels() -> Kernels:
 
 
 def prepare(attention: str, ffn: str) -> Step3:
-    """A model in bfloat16 with matrices in FP8, arranged and prepared as it is for sides on these platforms."""
+    """A model in bfloat16 with matrices in FP8, arranged and prepared for sides on these platforms."""
     config = ModelConfig(text=small_text(), vision=None, dtype="bfloat16", image_token_id=1, eos_token_id=0)
     model = Step3(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     flat = parameters_of(model)

@@ -18,7 +18,7 @@ from tests.server.conftest import Open
 from tests.server.stand_in import serve
 
 
-def test_a_body_that_comes_a_byte_at_a_time_is_408_and_holds_up_nobody(
+def test_a_body_that_comes_a_byte_at_a_time_is_408_and_holds_up_no_other(
     open_client: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A byte a second for a minute, in a sixtieth of the time.

@@ -272,24 +272,23 @@ def measure(arguments: argparse.Namespace) -> int:
     with running_service(arguments) as (url, pid):
         tell(f"throughput, {arguments.rounds} rounds")
         rows = measure_throughput(arguments, llm, url)
-        tell("first token")
-        first_token = measure_first_token(arguments, llm, url)
-        tell("overload")
-        overload = measure_overload(arguments, llm, url)
-        tell("idle connections")
         found: dict[str, object] = {
             "clients": CLIENTS,
             "requests": arguments.requests,
             "throughput_ratio": statistics.median(float(str(row["ratio"])) for row in rows),
             "throughput": rows,
-            "first_token": first_token,
-            "overload": overload,
-            "idle": measure_idle(url, pid, IDLE_CONNECTIONS),
         }
+        if not arguments.only_throughput:
+            tell("first token")
+            found["first_token"] = measure_first_token(arguments, llm, url)
+            tell("overload")
+            found["overload"] = measure_overload(arguments, llm, url)
+            tell("idle connections")
+            found["idle"] = measure_idle(url, pid, IDLE_CONNECTIONS)
     machine = conditions() | before | {"cpu_pressure_after": cpu_pressure()}
     found = {"conditions": machine | {"preset": arguments.preset}} | found
     if arguments.json:
-        write_section(arguments.json, "service", found)
+        write_section(arguments.json, "throughput" if arguments.only_throughput else "service", found)
     print(format_report(found))
     return 0
 
@@ -305,6 +304,11 @@ def main() -> int:
         default=[],
         metavar="NAME=URL",
         help="another service that gets the same requests, alternating with this one",
+    )
+    parser.add_argument(
+        "--only-throughput",
+        action="store_true",
+        help="no more than that, written as `throughput`, to compare with peers",
     )
     parser.add_argument("--preset", choices=PRESETS, default="100m", help="size of the model (default: %(default)s)")
     parser.add_argument(

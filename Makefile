@@ -57,8 +57,9 @@ test-changed: check
 kernels:
 	@$(MAKE) --no-print-directory VENV="$(KERNELS_VENV)" PYTHON="$(or $(PYTHON),python3.12)" kernels-here
 
+# A test in which warpgroups wait for each other for ever ends with the stacks of all threads.
 kernels-here: $(VENV)/.installed-aot
-	@$(BIN)/python -m pytest $(PARALLEL) tests/kernels $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true tests/kernels $(PYTEST_ARGS)
 
 clients: $(VENV)/.installed-dev $(CLIENTS:%=$(CLIENTS_VENV)/%/.installed)
 	@STEP3_TEST_CLIENTS="$(abspath $(CLIENTS_VENV))" $(BIN)/python -m pytest tests/clients $(PYTEST_ARGS)

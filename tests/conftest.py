@@ -26,8 +26,9 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("STEP3_TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-# The kernels' interpreter holds a thread for each warpgroup that waits; with as few as this machine may have cores it hangs.
-os.environ.setdefault("PJRT_NPROC", "8")
+# The kernels' interpreter holds one of XLA's threads for each warpgroup that waits, in all thread blocks of a cluster: with
+# as many as this machine may have cores it hangs. XLA computes 32 programs at a time at most.
+os.environ.setdefault("PJRT_NPROC", "32")
 
 # One compile cache for all processes of a run, so that the same program is compiled once; the user's is not touched.
 # The processes that pytest-xdist starts inherit it.

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import jax
 import numpy as np
-
-# Each waiting thread in the interpreter holds one of XLA's, of which there are as many as cores: three warpgroups on two
-# cores can wait for ever. XLA reads this when it first computes, after pytest has imported all tests.
-os.environ.setdefault("PJRT_NPROC", "8")
 
 # Errors are judged row by row: in a norm over all rows, a short row, exact and large, would hide a long one's error.
 

@@ -249,6 +249,10 @@ def test_a_layer_outside_the_stack_is_refused() -> None:
 @pytest.mark.parametrize(("split_k", "cluster"), [(1, 1), (2, 1), (8, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 128, 128), (8, 72, 640), (130, 320, 272), (200, 136, 384)])
 def test_the_kernel_in_every_tiling(m: int, n: int, k: int, split_k: int, cluster: int, block_m: int) -> None:
+    if split_k * (block_m // 64 + 1) > 24:
+        pytest.skip(
+            "the interpreter needs a thread for each warpgroup of a cluster, and XLA has 32 for all it computes"
+        )
     given = operands(m, n, k, seed=m)
     options = {"block_m": block_m, "split_k": split_k, "cluster": cluster, "num_ctas": 4, "stages": 3}
     result = run_kernel(given, **options)

@@ -1,4 +1,4 @@
-"""What the service costs over the engine alone, in one run: throughput, first token, overload, idle connections.
+"""What the service costs over the engine alone, in one run: starts, throughput, first token, overload, idle sockets.
 
     python -m tools.bench_service --json benchmarks/service.json
 
@@ -21,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from step3_jax.bench.serve import find_waits, summarise
 from step3_jax.bench.workload import draw_lengths, random_prompts, word_tokenizer
 from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.client import ServiceClient
+from step3_jax.engine.compile_cache import FOLDER_VARIABLE
 from step3_jax.engine.llm import LLM
 from step3_jax.sampling.params import SamplingParams
 from step3_jax.server.app import build_app
@@ -123,20 +125,30 @@ def send_apart(
 @contextlib.contextmanager
 def running_service(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """The service in a separate process: its URL and process id."""
+    command = [sys.executable, "-m", "tools.bench_service", "--role", "serve"]
+    command += ["--preset", arguments.preset, "--max-num-batched-tokens", str(arguments.max_num_batched_tokens)]
+    with _started(command) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def _started(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
+    """A service that is ready, on a port that was free: its URL and process id."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tools.bench_service", "--role", "serve", "--port", str(port)]
-    command += ["--preset", arguments.preset, "--max-num-batched-tokens", str(arguments.max_num_batched_tokens)]
     url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen([*command, "--port", str(port)], env=environment) as process:
         try:
-            for _ in range(START_S * 2):
+            deadline = time.monotonic() + START_S
+            while True:
                 with contextlib.suppress(httpx2.HTTPError):
                     if httpx2.get(f"{url}/health").status_code == 200:
                         break
                 if process.poll() is not None:
                     raise RuntimeError(f"the service exited with {process.returncode}")
-                time.sleep(0.5)
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the service was not ready after {START_S} s")
+                time.sleep(0.1)
             yield url, process.pid
         finally:
             process.kill()
@@ -257,14 +269,30 @@ def measure_idle(url: str, pid: int, count: int) -> dict[str, object]:
     return {"connections": count, "kib_each": each / 1024, "health_ms_meanwhile": (time.perf_counter() - begin) * 1e3}
 
 
+def measure_starts() -> dict[str, float]:
+    """Seconds until `step3 serve` with the shipped model is ready: with an empty compile cache, then with what that left."""
+    command = [sys.executable, "-m", "step3_jax.cli.main", "serve", "--log-level", "warning"]
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("cold_s", "cached_s"):
+            begin = time.perf_counter()
+            with _started(command, {**os.environ, FOLDER_VARIABLE: folder}):
+                found[name] = time.perf_counter() - begin
+    return found
+
+
 def measure(arguments: argparse.Namespace) -> int:
     """Runs everything, prints it and writes it."""
     before = {"load_average_before": load_average(), "cpu_pressure_before": cpu_pressure()}
     begin = time.perf_counter()
+    found: dict[str, object] = {"clients": CLIENTS, "requests": arguments.requests}
 
     def tell(what: str) -> None:
         print(f"{time.perf_counter() - begin:5.0f} s: {what}", file=sys.stderr, flush=True)
 
+    if not arguments.only_throughput:
+        tell("starting step3 serve, twice")
+        found["start"] = measure_starts()
     tell("making the model")
     llm = make_llm(arguments)
     llm.warm_up()
@@ -272,12 +300,8 @@ def measure(arguments: argparse.Namespace) -> int:
     with running_service(arguments) as (url, pid):
         tell(f"throughput, {arguments.rounds} rounds")
         rows = measure_throughput(arguments, llm, url)
-        found: dict[str, object] = {
-            "clients": CLIENTS,
-            "requests": arguments.requests,
-            "throughput_ratio": statistics.median(float(str(row["ratio"])) for row in rows),
-            "throughput": rows,
-        }
+        found["throughput_ratio"] = statistics.median(float(str(row["ratio"])) for row in rows)
+        found["throughput"] = rows
         if not arguments.only_throughput:
             tell("first token")
             found["first_token"] = measure_first_token(arguments, llm, url)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import threading
 
 import pytest
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from step3_jax.server import body, media, prompt
 from step3_jax.server.app import build_app
 from step3_jax.server.body import MAX_DEPTH, read_body
 from step3_jax.server.error import ApiError
-from step3_jax.server.protocol.chat import ChatMessage
+from step3_jax.server.protocol.chat import ChatCompletionRequest, ChatMessage
+from step3_jax.server.protocol.completion import CompletionRequest
+from step3_jax.server.protocol.response import ResponseRequest
+from step3_jax.server.tokenize import MAX_CHARACTERS
+from step3_jax.text.tokenizer import Tokenizer
 from tests.server.client import Client, Reply, ask, opened
 from tests.server.conftest import Open
+from tests.server.test_chat import data_url
 
 
 def check_form(reply: Reply, status: int) -> dict:
@@ -145,10 +153,13 @@ def test_another_models_name_is_404(client: Client) -> None:
         (b'{"\\udfff": 1}', "surrogate"),
         (b"\xff\xfe", "not UTF-8"),
         (b'{"a": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}", "nested"),
-        (b"[" * 100_000, "nested"),
-        (b'{"a":' * 100_000, "nested"),
+        (b"[" * 30_000, "nested"),
+        (b'{"a":' * 30_000, "nested"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b"[" + b"[]," * 2_200_000 + b"[]]", "more than 2,097,152 values"),
+        (b"[" + b"[]," * 2**15 + b"[]]", "32,770 lists and objects; at most 32,768 are allowed"),
+        (b"[" + b"1," * (2**19 + 1) + b"1]", "524,289 values; at most 524,288 are allowed"),
+        (b"{" + b'"a":1,' * (2**16 + 1) + b'"a":1}', "65,538 names; at most 65,536 are allowed"),
+        (b"[" + b'"",' * 2**21 + b'""]', "2,097,152 values; at most 524,288 are allowed"),
     ],
 )
 def test_a_body_that_is_no_plain_json_is_refused(client: Client, body: bytes, said: str) -> None:
@@ -254,3 +265,73 @@ def test_a_body_that_takes_too_long_is_408() -> None:
     with pytest.raises(ApiError) as refused:
         asyncio.run(run())
     assert (refused.value.status, refused.value.headers["Connection"]) == (408, "close")
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "values"),
+    [
+        ("/v1/chat/completions", "messages", ask("long " * 100_000)),
+        ("/v1/completions", "prompt", {"prompt": "long " * 100_000}),
+        ("/v1/responses", "input", {"input": "long " * 100_000}),
+        ("/tokenize", "messages", {"messages": ask("long " * 100_000)["messages"]}),
+    ],
+)
+def test_a_text_that_cannot_fit_is_not_encoded(
+    client: Client, monkeypatch: pytest.MonkeyPatch, path: str, name: str, values: dict[str, object]
+) -> None:
+    monkeypatch.setattr(Tokenizer, "_run", None)
+    error = check_form(client.call(path, values), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", name)
+    assert "characters, at least" in error["message"]
+    assert "max_model_len = 2048" in error["message"]
+
+
+def test_a_text_to_tokenize_has_a_limit(client: Client) -> None:
+    error = check_form(client.call("/tokenize", {"prompt": "a" * (MAX_CHARACTERS + 1)}), 400)
+    assert error["param"] == "prompt"
+    assert "1048577 characters; at most 1048576" in error["message"]
+
+
+@pytest.mark.parametrize("text", ["{" * 40_000, '\\"[' * 40_000, ',:"' * 200_000])
+def test_marks_inside_a_text_are_not_counted(client: Client, text: str) -> None:
+    found = client.call("/tokenize", {"prompt": text, "add_special_tokens": False})
+    assert client.call("/detokenize", {"tokens": found.json()["tokens"]}).json()["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, {"prompt": [1.5] * 1000}),
+        (CompletionRequest, {"prompt": ["a", 1] * 1000}),
+        (ChatCompletionRequest, {"messages": [{}] * 1000}),
+        (ChatCompletionRequest, {"messages": [], "stop": [1] * 1000}),
+        (ChatCompletionRequest, {"messages": [], "logit_bias": {str(key): "x" for key in range(2000)}}),
+        (ResponseRequest, {"input": [{}] * 1000, "metadata": {str(key): 1 for key in range(2000)}}),
+    ],
+)
+def test_the_first_wrong_item_ends_the_check(model: type[BaseModel], body: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(body)
+    assert refused.value.error_count() < 10
+
+
+def test_large_bodies_are_read_in_threads(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, str] = {}
+
+    def note(place: object, name: str) -> None:
+        original = getattr(place, name)
+
+        def call(*given: object, **options: object) -> object:
+            threads[name] = threading.current_thread().name
+            return original(*given, **options)
+
+        monkeypatch.setattr(place, name, call)
+
+    note(body, "parse_json")
+    note(prompt, "read_messages")
+    note(media, "collect_images")
+    note(media, "replace_images")
+    parts = [{"type": "text", "text": "a"}] * 1500 + [{"type": "image_url", "image_url": {"url": data_url((8, 8))}}]
+    assert client.call("/v1/chat/completions", ask() | {"messages": [{"role": "user", "content": parts}]}).status == 200
+    assert len(threads) == 4
+    assert {name.partition("_")[0] for name in threads.values()} == {"step3-request"}

@@ -22,7 +22,7 @@ from step3_jax.server.tokenize import MAX_CHARACTERS
 from step3_jax.text.tokenizer import Tokenizer
 from tests.server.client import Client, Reply, ask, opened
 from tests.server.conftest import Open
-from tests.server.test_chat import data_url
+from tests.server.test_chat import TOOLS, data_url
 
 
 def check_form(reply: Reply, status: int) -> dict:
@@ -93,6 +93,22 @@ def check_form(reply: Reply, status: int) -> dict:
         ({"allowed_token_ids": [5]}, "allowed_token_ids", "structured_outputs"),
         ({"bad_words": ["no"]}, "bad_words", "logit_bias of -100"),
         ({"chat_template": "{{ messages }}"}, "chat_template", "a template is code"),
+        ({"echo": True}, "echo", "in front of its continuation"),
+        ({"logits_processors": ["a.b"]}, "logits_processors", "structured_outputs"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs", "/v1/completions"),
+        ({"thinking_token_budget": 0}, "thinking_token_budget", "max_tokens"),
+        ({"truncate_prompt_tokens": -1}, "truncate_prompt_tokens", "send less"),
+        ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
+        (
+            {"chat_template_kwargs": {"check_rendered": 1}},
+            "chat_template_kwargs",
+            "check_rendered, which cannot be set",
+        ),
+        ({"logit_bias": {"5": "x"}}, "logit_bias.5", "'x'"),
+        ({"tools": TOOLS, "tool_choice": {}}, "tool_choice", "'required'"),
+        ({"structured_outputs": {"regex": {"1": "a"}}}, "structured_outputs.regex", "string"),
+        ({"stream_options": {"include_usage": None}}, "stream_options", "set stream to true"),
+        ({"stop_token_ids": [4096]}, "stop_token_ids", "4096"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages, which cannot be set"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "false"),
         ({"continue_final_message": True}, "messages", "assistant's"),
@@ -109,6 +125,7 @@ def test_a_wrong_field_is_named(client: Client, values: dict[str, object], param
     [
         ("/v1/completions", {"prompt": "a", "allowed_token_ids": [5]}),
         ("/v1/completions", {"prompt": "a", "bad_words": ["no"]}),
+        ("/v1/completions", {"prompt": "a", "prompt_logprobs": 1}),
         ("/v1/responses", {"input": "a", "guided_json": {}}),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": "b"}),
     ],
@@ -117,7 +134,9 @@ def test_what_would_change_the_answer_is_ignored_by_no_endpoint(
     client: Client, path: str, body: dict[str, object]
 ) -> None:
     assert check_form(client.call(path, body), 400)["param"] == list(body)[-1]
-    assert client.call("/v1/completions", {"prompt": "SAY a", "bad_words": [], "allowed_token_ids": None}).status == 200
+    kept = {"bad_words": [], "allowed_token_ids": None, "echo": False, "prompt_logprobs": False}
+    assert client.call("/v1/completions", {"prompt": "SAY a"} | kept).status == 200
+    assert client.chat(**kept).status == 200
 
 
 def test_a_prompt_that_is_too_long_is_told_with_all_numbers(client: Client) -> None:

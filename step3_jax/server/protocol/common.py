@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from step3_jax.sampling.batch import NUM_BIASES
 from step3_jax.server.stream import format_event
 
+NonEmpty = Annotated[str, Field(min_length=1)]
 Item = TypeVar("Item")
 # A list of a request. Only its first wrong item is reported, and to describe half a million of them would take seconds.
 Items = Annotated[list[Item], Field(fail_fast=True)]
@@ -124,8 +125,9 @@ class SamplingFields(Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    cache_salt: str | None = None
+    cache_salt: NonEmpty | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     user: str | None = None
 
 
@@ -151,5 +153,4 @@ class Usage(Answer):
     completion_tokens_details: CompletionTokensDetails
 
 
-NonEmpty = Annotated[str, Field(min_length=1)]
 FinishReason = Literal["stop", "length", "tool_calls"]

@@ -185,7 +185,10 @@ class LLM:
         self.max_model_len = choose_length(config, self.config, source)
         self.default_sampling_params = SamplingParams.from_generation_config(generation_config)
         self.sampling_defaults = pick_defaults(generation_config)
-        self.prompts = PromptBuilder(self.config, tokenizer, template=template, settings=settings, source=source)
+        length = self.max_model_len
+        self.prompts = PromptBuilder(
+            self.config, tokenizer, template=template, settings=settings, max_model_len=length, source=source
+        )
         self._random = np.random.default_rng(config.seed)
         self._random_lock = threading.Lock()
         self.eos_ids = eos_ids = end_tokens(generation_config.get("eos_token_id"), self.config.eos_token_ids, tokenizer)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from step3_jax.config import ModelConfig
-from step3_jax.engine.request import Prompt
+from step3_jax.engine.request import ContextLengthError, Prompt
 from step3_jax.text.chat_template import ChatTemplate
 from step3_jax.text.image_input import ImageSource, open_image
 from step3_jax.text.image_settings import ImageSettings
@@ -35,6 +35,7 @@ class PromptBuilder:
         *,
         template: ChatTemplate | None = None,
         settings: ImageSettings | None = None,
+        max_model_len: int | None = None,
         source: str = "this model",
     ) -> None:
         """Takes what a model's folder has.
@@ -44,12 +45,14 @@ class PromptBuilder:
           tokenizer: None serves only token ids.
           template: None serves no chats.
           settings: Settings of the image processor; None for the released ones.
+          max_model_len: Texts that cannot have so few tokens are refused before they are encoded; None for no limit.
           source: The model's name in messages.
         """
         self._config = config
         self._tokenizer = tokenizer
         self._template = template
         self._settings = settings or ImageSettings()
+        self._max_model_len = max_model_len
         self._source = source
 
     @property
@@ -72,8 +75,10 @@ class PromptBuilder:
 
         Raises:
           ValueError: Without a tokenizer, or if the images do not match their places or cannot be read.
+          ContextLengthError: If the text cannot fit in the context.
         """
         tokenizer = self._require_tokenizer("a prompt of text")
+        self._check_length(text)
         ids = tokenizer.encode(text)
         bos = _begin_token(tokenizer)
         if bos is not None and ids[:1] != [bos]:
@@ -140,13 +145,20 @@ class PromptBuilder:
 
         Raises:
           ValueError: Without tokenizer or template, or if messages or images cannot be used.
+          ContextLengthError: If the text cannot fit in the context.
         """
         tokenizer = self._require_tokenizer("a chat")
         if self._template is None:
             raise ValueError(f"{self._source} has no chat template; give the prompt as plain text to generate()")
         sources = collect_images(messages)
         ids = self._template.encode_chat(
-            tokenizer, messages, tools, add_generation_prompt, continue_final_message, **dict(template_kwargs or {})
+            tokenizer,
+            messages,
+            tools,
+            add_generation_prompt,
+            continue_final_message,
+            self._check_length,
+            **dict(template_kwargs or {}),
         )
         # Files are decoded one at a time, where they are processed: sixteen large ones at once would take gigabytes.
         images = [one if isinstance(one, bytes) else open_image(one, allow_paths=allow_paths) for one in sources]
@@ -169,6 +181,15 @@ class PromptBuilder:
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         built = self.from_input(cast(PromptInput, ids if text is None else text), own or images)
         return dataclasses.replace(built, cache_salt=str(prompt.get("cache_salt") or ""))
+
+    def _check_length(self, text: str) -> None:
+        """Raises ContextLengthError for a text that cannot fit: encoding tens of megabytes takes a minute."""
+        longest = None if self._tokenizer is None else self._tokenizer.longest
+        if self._max_model_len is not None and longest and len(text) > longest * self._max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {len(text)} characters, at least {-(-len(text) // longest)} tokens; at most max_model_len "
+                f"= {self._max_model_len} are allowed: shorten the prompt, or load with a larger max_model_len"
+            )
 
     def _process(self, source: ImageSource) -> ProcessedImage:
         return process(open_image(source), self._settings)

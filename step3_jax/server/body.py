@@ -14,8 +14,11 @@ from starlette.requests import ClientDisconnect, Request
 from step3_jax.server.error import ApiError, bad_request, describe_invalid
 
 MAX_DEPTH = 64
-# Most values in a body, roughly: a list of many small ones takes many times its text in memory.
-MAX_VALUES = 2**21
+# The most of each in a body: many small values take many times their text in memory, and Python parses and checks them
+# without letting other threads run, so that no stream goes on meanwhile.
+_LIMITS = (("values", b",", 2**19), ("names", b":", 2**16), ("lists and objects", b"[{", 2**15))
+# Two around each string; a body with more of them has too many values or names.
+_MAX_QUOTES = 2 * sum(most for _, _, most in _LIMITS)
 # The longest that a body may take to arrive.
 ARRIVAL_S = 60.0
 # Larger ones are parsed in a thread.
@@ -76,9 +79,7 @@ def parse_json(data: bytes) -> object:
     Raises:
       ApiError: 400, if it is not valid JSON, holds NaN, an infinity or half a surrogate pair, or is nested too deeply.
     """
-    # A list of many empty ones would fill the memory.
-    if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES:
-        raise _invalid(f"the body has more than {MAX_VALUES:,} values")
+    _check_size(data)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -123,6 +124,27 @@ def _read(data: bytes, model: type[BodyModel], inspect: Callable[[Mapping[str, o
         return model.model_validate(value)
     except ValidationError as error:
         raise describe_invalid(error, value) from None
+
+
+def _check_size(data: bytes) -> None:
+    """Refuses JSON that has too many parts, without parsing it."""
+    if not _find_excess(data):
+        return
+    # They count outside strings only.
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if bare.count(b'"') <= _MAX_QUOTES:
+        bare = b"".join(bare.split(b'"')[::2])
+    excess = _find_excess(bare)
+    if excess:
+        raise _invalid(excess)
+
+
+def _find_excess(data: bytes) -> str:
+    for name, marks, most in _LIMITS:
+        count = sum(data.count(mark) for mark in marks)
+        if count > most:
+            return f"the body has {count:,} {name}; at most {most:,} are allowed"
+    return ""
 
 
 def _check(value: object) -> None:

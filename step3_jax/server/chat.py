@@ -245,4 +245,10 @@ class ChatJob(Job):
         )
 
     def _logprobs(self, token_ids: Sequence[int], records: Sequence[Mapping[int, Logprob]]) -> ChoiceLogprobs:
-        return chat_logprobs(token_ids, records, self._request.top_logprobs or 0, self._tokenizer)
+        return chat_logprobs(
+            token_ids,
+            records,
+            self._request.top_logprobs or 0,
+            self._tokenizer,
+            as_ids=bool(self._request.return_tokens_as_token_ids),
+        )

@@ -73,6 +73,7 @@ class _Choice:
     Attributes:
       text: Pieces of its text, starting with the prompt or the prompt's first token if it is echoed.
       num_echoed: Tokens that belong to the prompt.
+      has_begun: Whether a stream has had a chunk of it.
       writer: Writes log-probabilities.
       first: Log-probabilities of the first token, if it belongs to the prompt.
     """
@@ -80,6 +81,7 @@ class _Choice:
     def __init__(self, text: str, num_echoed: int, writer: CompletionLogprobWriter | None) -> None:
         self.text = [text]
         self.num_echoed = num_echoed
+        self.has_begun = False
         self.writer = writer
         self.first: CompletionLogprobs | None = None
         self.token_ids: list[int] = []
@@ -152,10 +154,12 @@ class CompletionJob(Job):
         values: dict[str, object] = {"logprobs": None}
         if choice.writer is not None and piece.token_ids:
             values["logprobs"] = choice.writer.write(piece.token_ids, piece.logprobs or ())
-        own = choice.token_ids[max(choice.num_echoed, len(choice.token_ids) - len(piece.token_ids)) :]
-        if self._request.return_token_ids and own:
-            values["token_ids"] = own
-        if len(values) == 1 and values["logprobs"] is None and not piece.text and choice.finish_reason is None:
+        own: list[int] = []
+        if self._request.return_token_ids:
+            values["token_ids"] = own = choice.token_ids[
+                max(choice.num_echoed, len(choice.token_ids) - len(piece.token_ids)) :
+            ]
+        if not own and values["logprobs"] is None and not piece.text and choice.finish_reason is None:
             return []
         return [self._chunk(index, piece.text, values)]
 
@@ -183,6 +187,11 @@ class CompletionJob(Job):
         return Completion.of(self._head, choices=choices, usage=self.generation.usage())
 
     def _chunk(self, index: int, text: str, values: Mapping[str, object]) -> bytes:
+        if self._request.return_token_ids and not self._choices[index].has_begun:
+            values = {"token_ids": [], "prompt_token_ids": list(self._prompts[index // self._n].token_ids)} | dict(
+                values
+            )
+        self._choices[index].has_begun = True
         choice = self._choice(index, text, values)
         more: dict[str, object] = {}
         if self._has_running_usage:
@@ -215,7 +224,12 @@ class CompletionJob(Job):
         if num_top is None:
             return _Choice(text, 0, None)
         detokenizer = Detokenizer(tokenizer, skip_special_tokens=self._skips_special)
-        writer = CompletionLogprobWriter(num_top, detokenizer, 0 if is_scored else len(text))
+        writer = CompletionLogprobWriter(
+            num_top,
+            detokenizer,
+            0 if is_scored else len(text),
+            as_ids=bool(self._request.return_tokens_as_token_ids),
+        )
         choice = _Choice(text, len(ids) - 1 if is_scored else 0, writer)
         if is_scored:
             choice.first = writer.write_first(ids[0], tokenizer.decode(ids[:1]), text)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+from pydantic import BaseModel
+
 from step3_jax.sampling.structured import StructuredOutputsParams
 from step3_jax.server.error import ApiError, bad_request
 from step3_jax.server.message import read_tools
@@ -22,14 +24,21 @@ _REFUSED = {
     "allowed_token_ids": "is not supported; give structured_outputs, or logit_bias for single tokens",
     "bad_words": "is not supported; give structured_outputs, or logit_bias of -100 for single tokens",
     "chat_template": "is not supported, as a template is code: leave it out, and the model's own is used",
+    "echo": "is not known here; put the message in front of its continuation yourself",
+    "logits_processors": "is not supported; give structured_outputs, or logit_bias for single tokens",
+    "prompt_logprobs": "is not supported; give echo and logprobs to /v1/completions",
+    "thinking_token_budget": "is not supported; max_tokens counts reasoning and answer together",
+    "truncate_prompt_tokens": "is not supported, as it drops part of the prompt: send less",
 }
 
 
-def refuse_unheeded(body: Mapping[str, object]) -> None:
-    """Raises ApiError 400 for unknown fields that must not be ignored. An empty list is as good as none."""
+def refuse_unheeded(body: Mapping[str, object], model: type[BaseModel]) -> None:
+    """Raises ApiError 400 for unknown fields that must not be ignored. false and an empty list are as good as none."""
     for name, text in _REFUSED.items():
-        if body.get(name) not in (None, []):
-            raise bad_request(f"{name} {text}", name)
+        value = body.get(name)
+        if value is None or value is False or value == [] or name in model.model_fields:
+            continue
+        raise bad_request(f"{name} {text}", name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,5 +157,5 @@ def _find(body: object, part: str | int) -> object:
 
 
 def _show(value: object) -> str:
-    text = repr(value)
+    text = repr(value[: _MAX_SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

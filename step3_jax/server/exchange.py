@@ -117,7 +117,7 @@ async def receive_body(request: Request, service: Service, model: type[BodyModel
     """The body of a request; notes unknown fields."""
 
     def inspect(body: Mapping[str, object]) -> None:
-        refuse_unheeded(body)
+        refuse_unheeded(body, model)
         service.note_unknown(body, model, find_log(request.scope).request_id)
 
     return await read_body(

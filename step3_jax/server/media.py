@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 from step3_jax.server.fetch import MediaFetcher
 from step3_jax.text.image_input import WEB_FORMATS, read_image
 from step3_jax.text.message import Message, collect_images, replace_images
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,7 @@ class MediaReader:
           ValueError: For malformed messages, and for images that are too many, too large, from elsewhere, or of an
             unknown format; the message says which and what is allowed.
         """
-        sources = collect_images(messages)
+        sources = await self._call(collect_images, messages)
         if not sources:
             return [dict(message) for message in messages]
         if len(sources) > self._limits.max_images:
@@ -76,7 +80,7 @@ class MediaReader:
         addresses = [_check_address(source, number) for number, source in enumerate(sources)]
         # One after the other: a request must not take all threads or connections.
         files = [await self._read_one(address) for address in addresses]
-        return replace_images(messages, files)
+        return await self._call(replace_images, messages, files)
 
     async def _read_one(self, address: str) -> bytes:
         source: str | bytes = address
@@ -87,7 +91,10 @@ class MediaReader:
                     "data:image/png;base64,... URL."
                 )
             source = await self._fetcher.fetch(address, max_bytes=self._limits.max_bytes)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._check, source)
+        return await self._call(self._check, source)
+
+    async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: function(*args, **kwargs))
 
     def _check(self, source: str | bytes) -> bytes:
         limits = self._limits

@@ -14,7 +14,7 @@ from step3_jax.server.protocol.chat import ChatMessage, FunctionDefinition, Imag
 RESERVED = frozenset(
     (
         *("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenizer", "chat_template"),
-        *("self", "bos_token", "eos_token"),
+        *("self", "check_rendered", "bos_token", "eos_token"),
     )
 )
 
@@ -22,6 +22,16 @@ RESERVED = frozenset(
 def read_messages(messages: Sequence[ChatMessage]) -> list[dict[str, object]]:
     """Messages of a request in the form of `ChatTemplate.render`."""
     return [_read_message(message) for message in messages]
+
+
+def has_images(messages: Sequence[ChatMessage]) -> bool:
+    """Whether there is an image in any message."""
+    return any(
+        isinstance(part, ImagePart)
+        for message in messages
+        if isinstance(message.content, list)
+        for part in message.content
+    )
 
 
 def read_tools(tools: Sequence[Tool] | None) -> list[dict[str, object]] | None:

@@ -12,10 +12,11 @@ from step3_jax.engine.request import ContextLengthError, Prompt, Request
 from step3_jax.layout.admission import STEPS_PER_CALL
 from step3_jax.sampling.structured import GrammarBusyError
 from step3_jax.server.error import ApiError, bad_request, refused, unavailable
-from step3_jax.server.message import check_variables, read_messages, read_tools
+from step3_jax.server.message import check_variables, has_images, read_messages, read_tools
 from step3_jax.server.protocol.chat import ChatMessage, Tool
 from step3_jax.server.sampling import SamplingPlan
 from step3_jax.server.service import Service
+from step3_jax.text.message import Message
 from step3_jax.text.output_parser import THINK_BEGIN, THINK_END
 from step3_jax.text.tokenizer import Tokenizer
 
@@ -56,12 +57,7 @@ async def build_chat_prompt(
     llm, variables = service.llm, check_variables(template_kwargs)
     has_generation_prompt = add_generation_prompt is not False and not continue_final_message
 
-    try:
-        read = await service.media.read(read_messages(messages))
-    except ValueError as error:
-        raise _refuse(error, "messages") from None
-
-    def build() -> Prompt:
+    def build(read: Sequence[Message]) -> Prompt:
         prompt = llm.prompts.from_chat(
             read,
             tools=read_tools(tools),
@@ -77,7 +73,19 @@ async def build_chat_prompt(
             )
         return dataclasses.replace(prompt, cache_salt=cache_salt)
 
-    return await _call(service, build, "messages")
+    def start() -> Prompt | list[dict[str, object]]:
+        read = read_messages(messages)
+        return read if has_images(messages) else build(read)
+
+    # Text takes one visit to a thread; images take several, as they may be fetched in between.
+    made = await _call(service, start, "messages")
+    if isinstance(made, Prompt):
+        return made
+    try:
+        read = await service.media.read(made)
+    except ValueError as error:
+        raise _refuse(error, "messages") from None
+    return await _call(service, lambda: build(read), "messages")
 
 
 async def build_completion_prompts(
@@ -167,6 +175,8 @@ def thinking_ids(tokenizer: Tokenizer | None) -> tuple[int, int] | None:
 async def _call(service: Service, build: Callable[[], Made], param: str) -> Made:
     try:
         return await service.call(build)
+    except ContextLengthError as error:
+        raise bad_request(str(error), param, "context_length_exceeded") from None
     except ValueError as error:
         raise _refuse(error, param) from None
 

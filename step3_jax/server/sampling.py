@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from step3_jax.sampling.batch import NUM_BIASES, NUM_STOP_IDS
+from step3_jax.sampling.batch import NUM_STOP_IDS
 from step3_jax.sampling.params import GREEDY_TEMPERATURE, MAX_LOGPROBS, SamplingParams
 from step3_jax.server.constraint import WantedForm, may_have_form, read_form
 from step3_jax.server.error import bad_request, refused
@@ -143,8 +143,6 @@ def _read_stop(request: SamplingFields) -> tuple[str, ...]:
 def _read_bias(bias: Mapping[str, float] | None, vocab_size: int) -> dict[int, float] | None:
     if not bias:
         return None
-    if len(bias) > NUM_BIASES:
-        raise bad_request(f"logit_bias has {len(bias)} entries; at most {NUM_BIASES} are allowed", "logit_bias")
     wrong = [key for key in bias if not _WHOLE.fullmatch(key) or int(key) >= vocab_size]
     if wrong:
         shown = ", ".join(repr(key[:24]) for key in wrong[:_MAX_NAMED])

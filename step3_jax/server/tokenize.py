@@ -12,6 +12,8 @@ from step3_jax.server.protocol.tokenize import (
 )
 from step3_jax.server.service import Service
 
+# The most characters of a text: many times a context, and encoded in seconds.
+MAX_CHARACTERS = 2**20
 # The most ids that a message names.
 _MAX_NAMED = 8
 
@@ -26,6 +28,11 @@ async def tokenize(service: Service, request: TokenizeRequest) -> TokenizeRespon
     llm = service.llm
     if (request.prompt is None) == (request.messages is None):
         raise bad_request("prompt and messages are alternatives; give exactly one of them", "prompt")
+    if request.prompt is not None and len(request.prompt) > MAX_CHARACTERS:
+        raise bad_request(
+            f"prompt has {len(request.prompt)} characters; at most {MAX_CHARACTERS} are allowed: send it in parts",
+            "prompt",
+        )
     if request.messages is not None:
         prompt = await build_chat_prompt(
             service,
@@ -58,10 +65,14 @@ async def detokenize(service: Service, request: DetokenizeRequest) -> Detokenize
     """
     service.choose_name(request.model)
     size = service.llm.config.text.vocab_size
-    wrong = [token for token in request.tokens if not 0 <= token < size]
-    if wrong:
-        raise bad_request(f"tokens has {wrong[:_MAX_NAMED]}; token ids from 0 to {size - 1} are needed", "tokens")
+
+    def decode() -> str:
+        wrong = [token for token in request.tokens if not 0 <= token < size]
+        if wrong:
+            raise ValueError(f"tokens has {wrong[:_MAX_NAMED]}; token ids from 0 to {size - 1} are needed")
+        return service.llm.get_tokenizer().decode(request.tokens)
+
     try:
-        return DetokenizeResponse(prompt=await service.call(service.llm.get_tokenizer().decode, request.tokens))
+        return DetokenizeResponse(prompt=await service.call(decode))
     except ValueError as error:
         raise bad_request(str(error), "tokens") from None

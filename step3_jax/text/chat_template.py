@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -140,6 +140,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        check_rendered: Callable[[str], None] | None = None,
         **template_kwargs: object,
     ) -> list[int]:
         """The prompt as token ids, in which control tokens come only from the template.
@@ -155,6 +156,7 @@ class ChatTemplate:
           add_generation_prompt: As in `render`.
           continue_final_message: Whether the prompt ends with the text of the last message, an assistant's, which the
             model continues. Then there is no generation prompt.
+          check_rendered: Called with the rendered text before it is encoded; may raise.
           **template_kwargs: As in `render`.
 
         Returns:
@@ -167,6 +169,8 @@ class ChatTemplate:
         clean = normalise_messages(messages)
         add_generation_prompt &= not continue_final_message
         rendered = self._render(clean, tools, add_generation_prompt, template_kwargs)
+        if check_rendered is not None:
+            check_rendered(rendered)
         opening, closing, end = _free_marks(rendered)
         if continue_final_message:
             clean[-1] = _with_end(clean[-1], end)

@@ -27,6 +27,9 @@ from step3_jax.text.vocabulary import (
     without_control_tokens,
 )
 
+# Characters, or ids, that take about a millisecond.
+_SHORT = 2**12
+
 
 class Tokenizer:
     """Text to token ids and back. Safe to share between threads."""
@@ -75,7 +78,9 @@ class Tokenizer:
         self._added = dict(self._splitter.get_added_tokens_decoder())
         # Vocabularies that are not a table number added tokens after their end, in order.
         self._plain_ids = {self._plain.token_to_id(name): number for name, number in words.items()}
-        self._num_ids = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocabulary = self._full.get_vocab(with_added_tokens=True)
+        self._num_ids = max(vocabulary.values(), default=-1) + 1
+        self._longest = max(map(len, vocabulary), default=0)
         self._byte_of = byte_alphabet() if is_byte_level(stored.get("decoder")) else None
         self._bos = None if bos is None else self._resolve(bos, "bos")
         self._eos = tuple(dict.fromkeys(self._resolve(token, "eos") for token in eos))
@@ -123,6 +128,11 @@ class Tokenizer:
     def num_ids(self) -> int:
         """The largest token id plus one."""
         return self._num_ids
+
+    @property
+    def longest(self) -> int | None:
+        """The most characters that one token stands for; None if this tokenizer's tokens have no fixed bytes."""
+        return None if self._byte_of is None else self._longest
 
     @property
     def bos_id(self) -> int:
@@ -262,7 +272,10 @@ class Tokenizer:
 
     def _run(self, tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
         try:
-            return tokenizer.encode(text, add_special_tokens=False)
+            if len(text) <= _SHORT:
+                return tokenizer.encode(text, add_special_tokens=False)
+            # Only the library's calls for batches let other threads run meanwhile: a service streams on while it encodes.
+            return tokenizer.encode_batch([text], add_special_tokens=False)[0]
         except (UnicodeEncodeError, TypeError) as error:
             raise ValueError(f"The text cannot be encoded, as it is not valid Unicode: {error}") from error
 
@@ -281,7 +294,9 @@ class Tokenizer:
           ValueError: If an id is negative or beyond 32 bits.
         """
         try:
-            return self._full.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            if len(ids) <= _SHORT:
+                return self._full.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            return self._full.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
         except (OverflowError, TypeError) as error:
             raise ValueError(f"Token ids must be whole numbers of at least 0: {error}") from error
 

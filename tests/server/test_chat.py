@@ -100,6 +100,8 @@ def test_running_usage_grows_to_the_whole(client: Client) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     counts = [event["usage"]["completion_tokens"] for event in client.chat(stream=True, stream_options=options).events]
     assert counts == sorted(counts)
+    alone = client.chat(stream=True, stream_options={"include_usage": False, "continuous_usage_stats": True}).events
+    assert not any("usage" in event for event in alone)
     assert counts[0] == 0
     assert counts[-1] == client.chat().json()["usage"]["completion_tokens"]
 
@@ -150,7 +152,9 @@ def test_a_length_inside_the_reasoning_leaves_no_content(client: Client) -> None
 
 
 def test_reasoning_is_left_out_if_it_is_not_wanted(client: Client) -> None:
-    message = client.chat(include_reasoning=False).json()["choices"][0]["message"]
+    answer = client.chat(include_reasoning=False).json()
+    message = answer["choices"][0]["message"]
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
     assert (message["content"], "reasoning" in message) == ("Hello there, world!", False)
     assert "reasoning" not in client.chat(include_reasoning=False, stream=True).body.decode()
 
@@ -214,6 +218,11 @@ def test_log_probabilities_are_the_same_whole_and_streamed(client: Client) -> No
     assert join(client.chat(logprobs=True, top_logprobs=2, stream=True))["logprobs"] == whole
     assert b"".join(bytes(one["bytes"]) for one in whole).decode() == "I think.</think>Hello there, world!"
     assert all(one["logprob"] == -0.5 and len(one["top_logprobs"]) == 2 for one in whole)
+    named = client.chat(logprobs=True, return_tokens_as_token_ids=True, return_token_ids=True).json()["choices"][0]
+    assert [one["token"] for one in named["logprobs"]["content"]] == [
+        f"token_id:{token}" for token in named["token_ids"]
+    ]
+    assert [one["bytes"] for one in named["logprobs"]["content"]] == [one["bytes"] for one in whole]
     plain = client.chat(logprobs=True).json()["choices"][0]["logprobs"]["content"]
     assert all(one["top_logprobs"] == [] for one in plain)
     assert (
@@ -255,6 +264,18 @@ def test_roles_and_forms_of_messages_reach_the_template(client: Client) -> None:
     assert '<steptml:parameter name="city">Graz</steptml:parameter>' in prompt
     assert "<|BOT|>tool\n sun <|EOT|>" in prompt
     assert answer["choices"][0]["message"]["content"] == "ok"
+
+
+@pytest.mark.parametrize("arguments", ["", "{}", None, {}])
+def test_a_call_without_arguments_may_be_in_a_history(client: Client, arguments: object) -> None:
+    calls = [{"id": "1", "type": "function", "function": {"name": "now", "arguments": arguments}}]
+    messages = [
+        {"role": "user", "content": "What time is it?", "extra": "0"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "SAY </think>noon"},
+    ]
+    answer = client.call("/v1/chat/completions", ask() | {"messages": messages}).json()
+    assert answer["choices"][0]["message"]["content"] == "noon"
 
 
 def test_the_last_message_is_continued(client: Client) -> None:

@@ -73,7 +73,8 @@ def test_log_probabilities_count_the_characters_of_the_text(client: Client) -> N
     assert all(-0.5 in top.values() for top in found["top_logprobs"])
     for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
         assert "\ufffd" in token or text[offset:].startswith(token)
-    events = complete(client, f"SAY {text}", logprobs=2, max_tokens=50, stream=True).events
+    # Text that may be a stop string is held back.
+    events = complete(client, f"SAY {text}", logprobs=2, max_tokens=50, stream=True, stop=["好?", "xyz"]).events
     pieces = [event["choices"][0]["logprobs"] for event in events if event["choices"][0]["logprobs"]]
     for name in ("tokens", "text_offset", "token_logprobs", "top_logprobs"):
         assert [one for piece in pieces for one in piece[name]] == found[name]
@@ -83,6 +84,28 @@ def test_token_ids_come_back_if_they_are_wanted(client: Client) -> None:
     choice = complete(client, "SAY one", return_token_ids=True).json()["choices"][0]
     decode = client.service.llm.tokenizer.decode
     assert (decode(choice["token_ids"]), decode(choice["prompt_token_ids"][1:])) == ("one", "SAY one")
+    for echo in (False, True):
+        events = complete(client, ["SAY one", "SAY two"], return_token_ids=True, stream=True, echo=echo).events
+        chunks = [event["choices"][0] for event in events if event["choices"][0]["index"] == 1]
+        assert decode([token for chunk in chunks for token in chunk["token_ids"]]) == "two"
+        assert decode(chunks[0]["prompt_token_ids"][1:]) == "SAY two"
+        assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_tokens_can_be_named_by_their_ids(client: Client, echo: bool) -> None:
+    options = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": 1, "echo": echo}
+    choice = complete(client, "SAY Grüße 你好", **options).json()["choices"][0]
+    ids = (choice["prompt_token_ids"] if echo else []) + choice["token_ids"]
+    assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in ids]
+    tops = choice["logprobs"]["top_logprobs"][1:]
+    assert [next(iter(top)) for top in tops] == choice["logprobs"]["tokens"][1:]
+
+
+def test_no_log_probabilities_are_not_those_of_the_chosen_alone(client: Client) -> None:
+    assert complete(client).json()["choices"][0]["logprobs"] is None
+    found = complete(client, logprobs=0).json()["choices"][0]["logprobs"]
+    assert [list(top) for top in found["top_logprobs"]] == [[token] for token in found["tokens"]]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +119,8 @@ def test_token_ids_come_back_if_they_are_wanted(client: Client) -> None:
         ({"prompt": ["a"] * 1000}, "prompt", "at most 256"),
         ({"prompt": [1, "a"]}, "prompt[1]", "'a'"),
         ({"prompt": [99999999]}, "prompt", "99999999"),
+        ({"prompt": [-1]}, "prompt", "-1"),
+        ({"prompt": [[5], [-1]]}, "prompt", "-1"),
         ({"prompt": "see <im_patch>"}, "prompt", "image place"),
         ({"prompt": None}, "prompt", "None"),
         ({"logprobs": 21}, "logprobs", "from 0 to 20"),

@@ -61,6 +61,13 @@ def test_an_answer_that_matches_comes_whole_and_the_reasoning_is_free(
     assert choice["message"]["reasoning"] == "Any thought, {."
 
 
+def test_a_tool_choice_of_null_is_none_at_all(client: Client) -> None:
+    reply = client.chat(f"SAY </think>{ANSWER}", structured_outputs={"json": SCHEMA}, tool_choice=None)
+    assert reply.json()["choices"][0]["message"]["content"] == ANSWER
+    choice = client.chat(f"SAY </think>{CALL}", tools=TOOLS, tool_choice=None).json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+
+
 @pytest.mark.parametrize("values", [{"response_format": FORMAT}, {"structured_outputs": {"choice": ["yes", "no"]}}])
 def test_an_answer_that_does_not_match_is_never_given(client: Client, values: dict[str, object]) -> None:
     # The model insists, so the request ends with nothing but its error.
@@ -87,6 +94,12 @@ def test_a_call_that_is_asked_for_is_made(client: Client, values: dict[str, obje
     (call,) = choice["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"]) == {"city": "Graz", "days": 3}
     assert choice["finish_reason"] == "tool_calls"
+    short = client.chat(f"SAY Let me see.</think>{CALL}", tools=TOOLS, max_tokens=1, **values).json()["choices"][0]
+    assert (short["finish_reason"], "tool_calls" in short["message"], short["message"]["content"]) == (
+        "length",
+        False,
+        None,
+    )
     text = client.chat("SAY Let me see.</think>No call.", tools=TOOLS, **values)
     assert text.status == (200 if "tool_choice" not in values else 500)
 
@@ -98,6 +111,9 @@ def test_a_call_that_is_asked_for_is_made(client: Client, values: dict[str, obje
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one of"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "structured_outputs.regex"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs", "none of them empty"),
+        ({"structured_outputs": {"grammar": ""}}, "structured_outputs", "grammar"),
+        ({"structured_outputs": {"grammar": "root ::= nowhere"}}, "structured_outputs", "structured_outputs.grammar"),
+        ({"structured_outputs": {"json": {"properties": {"a": "b"}}}}, "structured_outputs", "structured_outputs.json"),
         ({"structured_outputs": {"grammar": "start: nowhere"}}, "structured_outputs", "structured_outputs.grammar"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs", "not valid JSON"),
         ({"structured_outputs": {"json": {"type": "object", "not": {}}}}, "structured_outputs", "not"),
@@ -205,7 +221,7 @@ def test_health_is_answered_while_a_schema_is_read(
 
 
 def test_a_schema_is_refused_by_its_size_before_anything_else(client: Client) -> None:
-    large = {"anyOf": [{"type": "foo", "items": [{}]}] * 20_000}
+    large = {"anyOf": [{"type": "foo" * 9, "items": [{}]}] * 10_000}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": large}}
     reply = client.chat(response_format=form)
     assert (reply.status, reply.error["param"]) == (400, "response_format")

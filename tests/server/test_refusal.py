@@ -5,16 +5,24 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import threading
 
 import pytest
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from step3_jax.server import body, media, prompt
 from step3_jax.server.app import build_app
 from step3_jax.server.body import MAX_DEPTH, read_body
 from step3_jax.server.error import ApiError
-from step3_jax.server.protocol.chat import ChatMessage
+from step3_jax.server.protocol.chat import ChatCompletionRequest, ChatMessage
+from step3_jax.server.protocol.completion import CompletionRequest
+from step3_jax.server.protocol.response import ResponseRequest
+from step3_jax.server.tokenize import MAX_CHARACTERS
+from step3_jax.text.tokenizer import Tokenizer
 from tests.server.client import Client, Reply, ask, opened
 from tests.server.conftest import Open
+from tests.server.test_chat import TOOLS, data_url
 
 
 def check_form(reply: Reply, status: int) -> dict:
@@ -85,6 +93,22 @@ def check_form(reply: Reply, status: int) -> dict:
         ({"allowed_token_ids": [5]}, "allowed_token_ids", "structured_outputs"),
         ({"bad_words": ["no"]}, "bad_words", "logit_bias of -100"),
         ({"chat_template": "{{ messages }}"}, "chat_template", "a template is code"),
+        ({"echo": True}, "echo", "in front of its continuation"),
+        ({"logits_processors": ["a.b"]}, "logits_processors", "structured_outputs"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs", "/v1/completions"),
+        ({"thinking_token_budget": 0}, "thinking_token_budget", "max_tokens"),
+        ({"truncate_prompt_tokens": -1}, "truncate_prompt_tokens", "send less"),
+        ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
+        (
+            {"chat_template_kwargs": {"check_rendered": 1}},
+            "chat_template_kwargs",
+            "check_rendered, which cannot be set",
+        ),
+        ({"logit_bias": {"5": "x"}}, "logit_bias.5", "'x'"),
+        ({"tools": TOOLS, "tool_choice": {}}, "tool_choice", "'required'"),
+        ({"structured_outputs": {"regex": {"1": "a"}}}, "structured_outputs.regex", "string"),
+        ({"stream_options": {"include_usage": None}}, "stream_options", "set stream to true"),
+        ({"stop_token_ids": [4096]}, "stop_token_ids", "4096"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages, which cannot be set"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "false"),
         ({"continue_final_message": True}, "messages", "assistant's"),
@@ -101,6 +125,7 @@ def test_a_wrong_field_is_named(client: Client, values: dict[str, object], param
     [
         ("/v1/completions", {"prompt": "a", "allowed_token_ids": [5]}),
         ("/v1/completions", {"prompt": "a", "bad_words": ["no"]}),
+        ("/v1/completions", {"prompt": "a", "prompt_logprobs": 1}),
         ("/v1/responses", {"input": "a", "guided_json": {}}),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": "b"}),
     ],
@@ -109,7 +134,9 @@ def test_what_would_change_the_answer_is_ignored_by_no_endpoint(
     client: Client, path: str, body: dict[str, object]
 ) -> None:
     assert check_form(client.call(path, body), 400)["param"] == list(body)[-1]
-    assert client.call("/v1/completions", {"prompt": "SAY a", "bad_words": [], "allowed_token_ids": None}).status == 200
+    kept = {"bad_words": [], "allowed_token_ids": None, "echo": False, "prompt_logprobs": False}
+    assert client.call("/v1/completions", {"prompt": "SAY a"} | kept).status == 200
+    assert client.chat(**kept).status == 200
 
 
 def test_a_prompt_that_is_too_long_is_told_with_all_numbers(client: Client) -> None:
@@ -145,10 +172,13 @@ def test_another_models_name_is_404(client: Client) -> None:
         (b'{"\\udfff": 1}', "surrogate"),
         (b"\xff\xfe", "not UTF-8"),
         (b'{"a": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}", "nested"),
-        (b"[" * 100_000, "nested"),
-        (b'{"a":' * 100_000, "nested"),
+        (b"[" * 30_000, "nested"),
+        (b'{"a":' * 30_000, "nested"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b"[" + b"[]," * 2_200_000 + b"[]]", "more than 2,097,152 values"),
+        (b"[" + b"[]," * 2**15 + b"[]]", "32,770 lists and objects; at most 32,768 are allowed"),
+        (b"[" + b"1," * (2**19 + 1) + b"1]", "524,289 values; at most 524,288 are allowed"),
+        (b"{" + b'"a":1,' * (2**16 + 1) + b'"a":1}', "65,538 names; at most 65,536 are allowed"),
+        (b"[" + b'"",' * 2**21 + b'""]', "2,097,152 values; at most 524,288 are allowed"),
     ],
 )
 def test_a_body_that_is_no_plain_json_is_refused(client: Client, body: bytes, said: str) -> None:
@@ -254,3 +284,73 @@ def test_a_body_that_takes_too_long_is_408() -> None:
     with pytest.raises(ApiError) as refused:
         asyncio.run(run())
     assert (refused.value.status, refused.value.headers["Connection"]) == (408, "close")
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "values"),
+    [
+        ("/v1/chat/completions", "messages", ask("long " * 100_000)),
+        ("/v1/completions", "prompt", {"prompt": "long " * 100_000}),
+        ("/v1/responses", "input", {"input": "long " * 100_000}),
+        ("/tokenize", "messages", {"messages": ask("long " * 100_000)["messages"]}),
+    ],
+)
+def test_a_text_that_cannot_fit_is_not_encoded(
+    client: Client, monkeypatch: pytest.MonkeyPatch, path: str, name: str, values: dict[str, object]
+) -> None:
+    monkeypatch.setattr(Tokenizer, "_run", None)
+    error = check_form(client.call(path, values), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", name)
+    assert "characters, at least" in error["message"]
+    assert "max_model_len = 2048" in error["message"]
+
+
+def test_a_text_to_tokenize_has_a_limit(client: Client) -> None:
+    error = check_form(client.call("/tokenize", {"prompt": "a" * (MAX_CHARACTERS + 1)}), 400)
+    assert error["param"] == "prompt"
+    assert "1048577 characters; at most 1048576" in error["message"]
+
+
+@pytest.mark.parametrize("text", ["{" * 40_000, '\\"[' * 40_000, ',:"' * 200_000])
+def test_marks_inside_a_text_are_not_counted(client: Client, text: str) -> None:
+    found = client.call("/tokenize", {"prompt": text, "add_special_tokens": False})
+    assert client.call("/detokenize", {"tokens": found.json()["tokens"]}).json()["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, {"prompt": [1.5] * 1000}),
+        (CompletionRequest, {"prompt": ["a", 1] * 1000}),
+        (ChatCompletionRequest, {"messages": [{}] * 1000}),
+        (ChatCompletionRequest, {"messages": [], "stop": [1] * 1000}),
+        (ChatCompletionRequest, {"messages": [], "logit_bias": {str(key): "x" for key in range(2000)}}),
+        (ResponseRequest, {"input": [{}] * 1000, "metadata": {str(key): 1 for key in range(2000)}}),
+    ],
+)
+def test_the_first_wrong_item_ends_the_check(model: type[BaseModel], body: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(body)
+    assert refused.value.error_count() < 10
+
+
+def test_large_bodies_are_read_in_threads(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, str] = {}
+
+    def note(place: object, name: str) -> None:
+        original = getattr(place, name)
+
+        def call(*given: object, **options: object) -> object:
+            threads[name] = threading.current_thread().name
+            return original(*given, **options)
+
+        monkeypatch.setattr(place, name, call)
+
+    note(body, "parse_json")
+    note(prompt, "read_messages")
+    note(media, "collect_images")
+    note(media, "replace_images")
+    parts = [{"type": "text", "text": "a"}] * 1500 + [{"type": "image_url", "image_url": {"url": data_url((8, 8))}}]
+    assert client.call("/v1/chat/completions", ask() | {"messages": [{"role": "user", "content": parts}]}).status == 200
+    assert len(threads) == 4
+    assert {name.partition("_")[0] for name in threads.values()} == {"step3-request"}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from step3_jax.server.protocol.common import Answer, Body, FinishReason, NonEmpty, SamplingFields, Usage
+from step3_jax.server.protocol.common import Answer, Body, FinishReason, Items, NonEmpty, SamplingFields, Usage
 
 
 class TextPart(Body):
@@ -59,10 +59,10 @@ class ChatMessage(Body):
     """One message. Reasoning of earlier turns is accepted under both of its names; `reasoning` takes precedence."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Items[ContentPart] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -99,8 +99,8 @@ class NamedToolChoice(Body):
 class ChatFields(Body):
     """The fields that turn a conversation into a prompt."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    tools: list[Tool] | None = None
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
+    tools: Items[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
+from step3_jax.sampling.batch import NUM_BIASES
 from step3_jax.server.stream import format_event
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+Item = TypeVar("Item")
+# A list of a request. Only its first wrong item is reported, and to describe half a million of them would take seconds.
+Items = Annotated[list[Item], Field(fail_fast=True)]
+
+
+def _limit_entries(value: object) -> object:
+    if isinstance(value, dict) and len(value) > NUM_BIASES:
+        raise PydanticCustomError("too_long", f"it has {len(value)} entries, at most {NUM_BIASES} are allowed")
+    return value
+
+
+# An object of a request with names of the client's choice, few enough that all wrong values can be described.
+Entries = Annotated[dict[str, Item], BeforeValidator(_limit_entries)]
 
 
 class Body(BaseModel):
@@ -60,7 +77,7 @@ class StructuredOutputs(Body):
 
     json_schema: dict[str, object] | str | bool | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -93,8 +110,8 @@ class SamplingFields(Body):
     best_of: int | None = None
     use_beam_search: bool | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[int] | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
@@ -103,13 +120,14 @@ class SamplingFields(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Entries[float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    cache_salt: str | None = None
+    cache_salt: NonEmpty | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     user: str | None = None
 
 
@@ -135,5 +153,4 @@ class Usage(Answer):
     completion_tokens_details: CompletionTokensDetails
 
 
-NonEmpty = Annotated[str, Field(min_length=1)]
 FinishReason = Literal["stop", "length", "tool_calls"]

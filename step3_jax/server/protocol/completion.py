@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from step3_jax.server.protocol.common import Answer, FinishReason, SamplingFields, Usage
+from step3_jax.server.protocol.common import Answer, FinishReason, Items, SamplingFields, Usage
 
 # The most prompts that one request may have; each counts in the queue.
 MAX_PROMPTS = 256
 
-TextPrompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-TokenPrompt = Annotated[list[int], Field(min_length=1)]
-TokenPrompts = Annotated[list[TokenPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+TextPrompts = Annotated[Items[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenPrompt = Annotated[Items[int], Field(min_length=1)]
+TokenPrompts = Annotated[Items[TokenPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
 class CompletionRequest(SamplingFields):

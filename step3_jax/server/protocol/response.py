@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag
 
-from step3_jax.server.protocol.common import Answer, Body, NonEmpty
+from step3_jax.server.protocol.common import Answer, Body, Entries, Items, NonEmpty
 
 
 class InputText(Body):
@@ -39,7 +39,7 @@ class InputMessage(Body):
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputPart]
+    content: str | Items[InputPart]
 
 
 class FunctionCallItem(Body):
@@ -56,7 +56,7 @@ class FunctionOutputItem(Body):
 
     type: Literal["function_call_output"]
     call_id: str | None = None
-    output: str | list[InputPart]
+    output: str | Items[InputPart]
 
 
 class ReasoningText(Body):
@@ -69,8 +69,8 @@ class ReasoningItem(Body):
     """Earlier reasoning; templates that show it get it with the message after it."""
 
     type: Literal["reasoning"]
-    content: list[ReasoningText] | None = None
-    summary: list[ReasoningText] | None = None
+    content: Items[ReasoningText] | None = None
+    summary: Items[ReasoningText] | None = None
 
 
 def _kind_of(item: object) -> str:
@@ -131,13 +131,13 @@ class ResponseRequest(Body):
     """The body of a request. Null counts as not given."""
 
     model: str | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[Items[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     stream: bool | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Items[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolName | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
@@ -147,7 +147,7 @@ class ResponseRequest(Body):
     conversation: str | dict[str, object] | None = None
     background: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Entries[str] | None = None
     user: str | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from step3_jax.server.protocol.chat import ChatMessage, Tool
-from step3_jax.server.protocol.common import Answer, Body
+from step3_jax.server.protocol.common import Answer, Body, Items
 
 
 class TokenizeRequest(Body):
@@ -15,8 +15,8 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
-    tools: list[Tool] | None = None
+    messages: Items[ChatMessage] | None = Field(default=None, min_length=1)
+    tools: Items[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
@@ -35,7 +35,7 @@ class DetokenizeRequest(Body):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Items[int]
 
 
 class DetokenizeResponse(Answer):

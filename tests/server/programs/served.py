@@ -9,6 +9,7 @@ engine's thread.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 import threading
@@ -71,7 +72,7 @@ def main() -> int:
     ending = serve(load, config, opened, say)
     listener.stop()
     with contextlib.suppress(OSError):
-        say(f"ended with {ending}")
+        say(f"ended with {ending}, frozen={gc.get_freeze_count() > 0}")
     return ending.code
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from step3_jax.config import ModelConfig
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.prompt import PromptBuilder, split_prompts
+from step3_jax.engine.request import ContextLengthError
 from step3_jax.engine.runner import Runner
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.params import SamplingParams
@@ -128,3 +129,12 @@ def test_bytes_are_no_token_ids(value: object) -> None:
             builder.from_input(prompt)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="text is needed"):
         builder.from_input({"prompt": value})
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = llm.tokenizer.longest
+    builder = PromptBuilder(llm.config, llm.tokenizer, max_model_len=4)
+    assert builder.from_text("a" * 4 * longest).token_ids, "what is too long by a little is for the engine to refuse"
+    monkeypatch.setattr(llm.tokenizer, "encode", None)
+    with pytest.raises(ContextLengthError, match=f"{4 * longest + 1} characters, at least 5 tokens; at most .* = 4"):
+        builder.from_text("a" * (4 * longest + 1))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -259,3 +262,45 @@ def test_shipped_tokenizer_keeps_user_text(shipped):
     assert not set(ids) & set(tokenizer.control_tokens.values())
     assert tokenizer.decode(ids) == text
     assert tokenizer.eos_ids == (tokenizer.control_id("<|EOT|>"),)
+
+
+def test_a_long_text_has_the_ids_of_the_library_and_comes_back(tokenizer):
+    text = "Grüße, 你好! <think> {}\n" * 1000
+    ids = tokenizer.encode(text)
+    assert ids == LibraryTokenizer.from_str(tokenizer.description).encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode_user_text(text)) == text
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        tokenizer.encode(text + "\ud800")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded_and_decoded(tokenizer):
+    interval = sys.getswitchinterval()
+    count, has_ended = 0, threading.Event()
+    seen: list[tuple[int, int]] = []
+
+    def work() -> None:
+        text, ids = "word " * 40_000, [5] * 100_000
+        for call in (lambda: tokenizer.encode(text), lambda: tokenizer.decode(ids)):
+            before = count
+            call()
+            seen.append((before, count))
+        has_ended.set()
+
+    # Threads now change only where one lets the others run by itself.
+    sys.setswitchinterval(60)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        while not has_ended.is_set():
+            count += 1
+            time.sleep(0)
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(after > before for before, after in seen), seen
+
+
+def test_no_token_stands_for_more_characters_than_the_longest(tokenizer):
+    texts = [tokenizer.decode([token]) for token in range(tokenizer.num_ids)]
+    assert max(map(len, texts)) == tokenizer.longest

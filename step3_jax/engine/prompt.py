@@ -66,12 +66,13 @@ class PromptBuilder:
             return ()
         return self._settings.image_size, self._settings.window_size
 
-    def from_text(self, text: str, images: Sequence[ImageSource] = ()) -> Prompt:
+    def from_text(self, text: str, images: Sequence[ImageSource] = (), *, add_bos: bool = True) -> Prompt:
         """A prompt from text, in which control tokens are control tokens.
 
         Args:
-          text: With one `<im_patch>` per image; BOS is prepended unless it is there.
+          text: With one `<im_patch>` per image.
           images: The images, in the order of their places.
+          add_bos: Prepend BOS unless it is there.
 
         Raises:
           ValueError: Without a tokenizer, or if the images do not match their places or cannot be read.
@@ -80,7 +81,7 @@ class PromptBuilder:
         tokenizer = self._require_tokenizer("a prompt of text")
         self._check_length(text)
         ids = tokenizer.encode(text)
-        bos = _begin_token(tokenizer)
+        bos = _begin_token(tokenizer) if add_bos else None
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         return self.from_ids(ids, images, text=text)

@@ -56,7 +56,9 @@ async def plan_completion(service: Service, request: CompletionRequest, ticket: 
     given = request.prompt
     num_prompts = 1 if isinstance(given, str) or isinstance(given[0], int) else len(given)
     ticket.add_completions(num_prompts * plan.n - 1)
-    prompts = await build_completion_prompts(service, given, request.cache_salt or "")
+    prompts = await build_completion_prompts(
+        service, given, add_bos=request.add_special_tokens is not False, cache_salt=request.cache_salt or ""
+    )
     ticket.add_tokens(sum(len(prompt.token_ids) for prompt in prompts))
     requests = await make_requests(service, prompts, plan, is_stream=bool(request.stream), param="prompt")
     if is_scored:

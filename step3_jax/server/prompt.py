@@ -89,9 +89,15 @@ async def build_chat_prompt(
 
 
 async def build_completion_prompts(
-    service: Service, given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]], cache_salt: str = ""
+    service: Service,
+    given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+    *,
+    add_bos: bool = True,
+    cache_salt: str = "",
 ) -> list[Prompt]:
     """Prompts in the forms of /v1/completions: text, token ids, or a list of either.
+
+    BOS is prepended to texts, unless it is there or `add_bos` is false.
 
     Raises:
       ApiError: 400, for anything that cannot be a prompt.
@@ -103,7 +109,7 @@ async def build_completion_prompts(
     def build() -> list[Prompt]:
         # By its type a list of texts might hold ids; the request's model has ruled that out.
         made = [
-            llm.prompts.from_text(one) if isinstance(one, str) else llm.prompts.from_ids(one)  # type: ignore[arg-type]
+            llm.prompts.from_text(one, add_bos=add_bos) if isinstance(one, str) else llm.prompts.from_ids(one)  # type: ignore[arg-type]
             for one in several
         ]
         return [dataclasses.replace(prompt, cache_salt=cache_salt) for prompt in made]

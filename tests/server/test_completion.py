@@ -43,6 +43,20 @@ def test_prompts_of_all_forms_have_choices_in_their_order(client: Client, stream
     assert texts(complete(client, several, n=2, stream=stream)) == ["one", "one", "two", "two", "three", "three"]
 
 
+def test_a_text_has_no_bos_in_front_if_the_client_says_so(client: Client) -> None:
+    tokenizer = client.service.llm.tokenizer
+    text, bos = "SAY one", tokenizer.decode([tokenizer.bos_id])
+    found = {
+        (prompt, given): complete(client, prompt, return_token_ids=True, add_special_tokens=given).json()["choices"][0]
+        for prompt in (text, bos + text)
+        for given in (None, True, False)
+    }
+    without = tokenizer.encode(text)
+    for (prompt, given), choice in found.items():
+        expected = without if prompt == text and given is False else [tokenizer.bos_id, *without]
+        assert choice["prompt_token_ids"] == expected, (prompt, given)
+
+
 def test_usage_counts_all_prompts(client: Client) -> None:
     usages = [complete(client, prompt).json()["usage"] for prompt in ("SAY one", "SAY two")]
     both = complete(client, ["SAY one", "SAY two"]).json()["usage"]

@@ -21,6 +21,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: str | TextPrompts | TokenPrompt | TokenPrompts
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
 

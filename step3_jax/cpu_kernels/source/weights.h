@@ -40,6 +40,8 @@ typedef struct {
   int64_t rows_per_scale;
 } Matrix;
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 INLINE int is_paired(Form form) {
   return form == FORM_BF16_PAIRS || form == FORM_FP8_PAIRS || form == FORM_PANEL_PAIRS;
 }

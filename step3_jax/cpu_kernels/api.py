@@ -1,4 +1,4 @@
-"""Products of activations with weights as they are stored, on CPUs.
+"""Products of activations with weights as they are stored, and attention over the KV cache, on CPUs.
 
 Stored forms: float32 and bfloat16 arrays, FP8 (`BlockScaled`, 128 x 128), int8 (`BlockScaled`, 1 x 128), int4
 (`PackedInt4`). A weight counts as value * scale rounded to float32; products are summed in float32, in an order that
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels.pages import CachedTokens, KVPages
 from step3_jax.cpu_kernels.loader import Kernels
 from step3_jax.quant import FP8, GROUP, BlockScaled, PackedInt4
 
@@ -24,6 +25,8 @@ FP8_BLOCKS = ((GROUP, GROUP), (1, GROUP))
 # Sizes differ from weight to weight, so the axes have no names, which would be bound.
 Stored = Float[Array, "..."] | BlockScaled | PackedInt4
 MAX_PRODUCTS = 8
+# Columns of a key that `attend` widens at once, at most.
+HEAD_STEP = 32
 
 
 def unsupported(weight: Stored) -> str | None:
@@ -85,6 +88,28 @@ def experts(
     call = jax.ffi.ffi_call(kernels.target("experts"), jax.ShapeDtypeStruct(hidden.shape, jnp.float32))
     given = (hidden.astype(jnp.float32), factors.astype(jnp.float32), chosen.astype(jnp.int32))
     return call(*given, *jax.tree.leaves([list(stacks), list(shared)])).astype(hidden.dtype)
+
+
+def attends(pages: KVPages) -> bool:
+    """Whether `attend` takes these pages: in float32 or bfloat16, also as bits."""
+    return pages.storage in ("float32", "bfloat16") and pages.head_dim % HEAD_STEP == 0
+
+
+def attend(kernels: Kernels, queries: Float[Array, "B T H K"], cached: CachedTokens) -> Float[Array, "B T H K"]:
+    """Attention of the newest T tokens of each sequence over its pages, as `mfa_decode` defines it, with its scale.
+
+    All is computed in float32, each token by itself: its output has the same bits whatever else is in the call.
+
+    Args:
+      kernels: See `loader.find_kernels`.
+      queries: After RoPE; given to the kernel in float32.
+      cached: What they see; its pages are those that `attends` accepts.
+    """
+    pages, table, lengths, first_page = cached
+    call = jax.ffi.ffi_call(kernels.target("attend"), jax.ShapeDtypeStruct(queries.shape, jnp.float32))
+    scaled = queries.astype(jnp.float32) * queries.shape[-1] ** -0.5
+    numbers = (array.astype(jnp.int32) for array in (table, lengths, jnp.asarray(first_page)))
+    return call(scaled, pages.keys, pages.values, *numbers).astype(queries.dtype)
 
 
 def rows(kernels: Kernels, table: Shaped[Array, "V K"], ids: Int[Array, "N"]) -> Shaped[Array, "N K"]:

@@ -26,7 +26,7 @@ from step3_jax.cpu_kernels.build import (
 
 _LOG = logging.getLogger(__name__)
 VARIABLE = "STEP3_CPU_KERNELS"
-OPERATIONS = ("products", "swiglu", "experts", "rows")
+OPERATIONS = ("products", "swiglu", "experts", "attend", "rows")
 # The set whose kernels can multiply in bfloat16.
 BF16_SET: InstructionSet = "avx512_bf16"
 

@@ -22,6 +22,9 @@ from pallas_kernels.pages import CachedTokens, KVPages
 from pallas_kernels.rope_cache_write import rope_cache_write
 from pallas_kernels.storage import PAGE_SIZE
 from step3_jax.config import TextConfig
+from step3_jax.cpu_kernels.api import attend as attend_on_cpu
+from step3_jax.cpu_kernels.api import attends
+from step3_jax.cpu_kernels.loader import Kernels
 from step3_jax.layers.linear import Linear, project
 from step3_jax.layers.norm import RMSNorm
 from step3_jax.layers.rope import apply_rope, rope_table
@@ -81,6 +84,7 @@ class MFA(nnx.Module):
 
     Attributes:
       qkv_down_proj: The three products of x joined into one, replacing them, if `model.fuse.fuse` has done so.
+      cpu_kernels: Compute attention of decode steps, if `model.cpu` has set them.
     """
 
     def __init__(self, config: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -94,6 +98,7 @@ class MFA(nnx.Module):
         self.o_proj = Linear(config.query_size, hidden, dtype=dtype, rngs=rngs)
         self.num_heads = config.num_attention_heads
         self.head_dim = head_dim
+        self.cpu_kernels: Kernels | None = None
 
     @property
     def takes_rows(self) -> bool:
@@ -134,7 +139,12 @@ class MFA(nnx.Module):
                 implementation=_implementation(pages),
             )
             heads = attend_pages(
-                rotated.reshape(queries.shape), pages, context, dtype=queries.dtype, quantise=self.o_proj.takes_rows
+                rotated.reshape(queries.shape),
+                pages,
+                context,
+                dtype=queries.dtype,
+                quantise=self.o_proj.takes_rows,
+                cpu_kernels=self.cpu_kernels,
             )
         heads = heads if isinstance(heads, Rows) else heads.reshape(batch, length, -1)
         return self.o_proj(heads).reshape(batch, length, -1), pages
@@ -273,6 +283,7 @@ def attend_pages(
     *,
     dtype: jnp.dtype | None = None,
     quantise: bool = False,
+    cpu_kernels: Kernels | None = None,
 ) -> Float[Array, "B T H K"] | Rows:
     """Attention of a decode step or of a packed chunk over the cache, which has the step's own rows already.
 
@@ -282,6 +293,7 @@ def attend_pages(
       context: The context of the step and the layer.
       dtype: The dtype of the heads; that of the queries if None.
       quantise: Whether the heads of a decode step come out as quantised rows, one for each token.
+      cpu_kernels: Compute a decode step whose pages they take and whose heads are not quantised.
     """
     step, wanted = context.step, queries.dtype if dtype is None else dtype
     cached = CachedTokens(pages, step.table, step.lengths, _first_page(context))
@@ -291,6 +303,8 @@ def attend_pages(
     if quantise:
         values, scales = mfa_decode_quantised(queries, cached, plan=context.plan, implementation=implementation)
         return Rows(values, scales, None, wanted)
+    if cpu_kernels is not None and attends(pages):
+        return attend_on_cpu(cpu_kernels, queries, cached).astype(wanted)
     return mfa_decode(queries, cached, plan=context.plan, out_dtype=wanted, implementation=implementation)
 
 

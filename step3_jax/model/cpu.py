@@ -12,6 +12,7 @@ from flax import nnx
 
 from step3_jax.cpu_kernels.api import unsupported
 from step3_jax.cpu_kernels.loader import Kernels, Unavailable, find_kernels
+from step3_jax.layers.attention import MFA
 from step3_jax.layers.embed import Embedding
 from step3_jax.layers.linear import Linear
 from step3_jax.layers.mlp import SwiGLU
@@ -90,6 +91,9 @@ def use_kernels(module: nnx.Module, kernels: Kernels | None) -> None:
         elif kernels is not None and all(unsupported(weight.get_value()) is None for weight in weights):
             user.cpu_kernels = kernels
             kept |= {id(weight) for weight in weights}
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, MFA):
+            part.cpu_kernels = kernels
     for _, weight in nnx.iter_graph(module):
         if isinstance(weight, nnx.Param) and id(weight) not in kept:
             weight.set_value(_widen(weight.get_value()))

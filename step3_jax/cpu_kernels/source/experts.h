@@ -44,8 +44,6 @@ typedef struct {
   int64_t unit_inner, unit_outer;   // rows of weights in a unit of each phase
 } Experts;
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static void combine(float* gate, const float* up, int64_t count) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) apply_swiglu(gate + i, up + i);

@@ -2,10 +2,12 @@
 //
 // step3_products: x [N, K] with one or more matrices [O, K] -> one output [N, O] for each matrix.
 // step3_experts: the sum of the chosen experts' SwiGLU for each token.
+// step3_attend: attention of the newest tokens over pages of the KV cache.
 // step3_rows: rows of a table [V, K] by ids [N], as they are stored.
 // Activations, sums and outputs are float32. Those named _rounded round activations to bfloat16 before they meet weights in
 // bfloat16 or FP8. See cpu_kernels/api.py for what may be given.
 
+#include "attention.h"
 #include "experts.h"
 #include "frame.h"
 #include "work.h"
@@ -128,10 +130,12 @@ static XLA_FFI_Error* run_rows(const XLA_FFI_CallFrame* frame, int rounds) {
 OPERATION(step3_products, run_products, 0)
 OPERATION(step3_swiglu, run_swiglu, 0)
 OPERATION(step3_experts, run_experts, 0)
+OPERATION(step3_attend, run_attend, 0)
 OPERATION(step3_rows, run_rows, 0)
 #if HAS_PAIRS
 OPERATION(step3_products_rounded, run_products, 1)
 OPERATION(step3_swiglu_rounded, run_swiglu, 1)
 OPERATION(step3_experts_rounded, run_experts, 1)
+OPERATION(step3_attend_rounded, run_attend, 1)
 OPERATION(step3_rows_rounded, run_rows, 1)
 #endif

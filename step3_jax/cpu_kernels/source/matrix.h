@@ -201,19 +201,16 @@ static Form fill_panel(
   return made;
 }
 
-// Adds the sums of one tile over the columns [start, end) to the outputs; the first block overwrites them.
+// Adds the sums of one tile over the columns [start, end) to the outputs, `apart` from each other for one row of
+// activations; the first block overwrites them.
 INLINE void add_tile(
     Form form, const Matrix* matrix, const TileWeights* weights, const void* const* x, int rows, int64_t start,
-    int64_t end, int64_t prefetch_bytes, int valid, float* out, int64_t out_stride) {
+    int64_t end, int64_t prefetch_bytes, int valid, float* out, int64_t out_stride, int64_t apart) {
   float sums[TILE_ROWS][TILE_COLUMNS];
   sum_rows(form, rows, weights, x, start, end, matrix->num_columns, prefetch_bytes, sums);
   for (int r = 0; r < rows; r++) {
     float* to = out + r * out_stride;
-    if (valid == TILE_COLUMNS) {
-      for (int i = 0; i < TILE_COLUMNS; i++) to[i] = start == 0 ? sums[r][i] : to[i] + sums[r][i];
-    } else {
-      for (int i = 0; i < valid; i++) to[i] = start == 0 ? sums[r][i] : to[i] + sums[r][i];
-    }
+    for (int i = 0; i < valid; i++, to += apart) *to = start == 0 ? sums[r][i] : *to + sums[r][i];
   }
 }
 
@@ -221,43 +218,48 @@ INLINE void add_tile(
 // is one of pairs, else of float32.
 //
 // Two tiles of rows are multiplied while the weights are widened: a tile's weights come from memory once, then from the
-// first cache. For more, the weights of a tile are widened once for ROW_BLOCK rows, to a panel that stays in the first
-// cache.
+// first cache. Its rows of weights lie a quarter of [first, stop) apart, so that memory is read in TILE_COLUMNS long
+// streams, which the processor fetches ahead; from tiles of neighbours it sees short rows in turns (measured on Zen 4: 1.2
+// to 1.6 times the rate for rows of 512 to 1,024 bytes).
+//
+// For more, the weights of a tile are widened once for ROW_BLOCK rows, to a panel that stays in the first cache.
 static void multiply_rows(
     const Matrix* matrix, int64_t first, int64_t stop, const void* const* x, int64_t num_x, float* out,
     int64_t out_stride) {
-  const int64_t columns = matrix->num_columns, distance = TILE_COLUMNS * matrix->row_bytes;
+  const int64_t columns = matrix->num_columns;
   const int tile_rows = count_tile_rows(matrix->form);
   if (num_x <= 2 * tile_rows) {
-    for (int64_t row = first; row < stop; row += TILE_COLUMNS) {
-      const TileWeights weights = pick_weights(matrix, row, stop);
-      const int valid = stop - row < TILE_COLUMNS ? (int)(stop - row) : TILE_COLUMNS;
+    const int64_t apart = (stop - first + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    for (int64_t row = first; row < first + apart; row++) {
+      const TileWeights weights = pick_weights(matrix, row, stop, apart);
+      const int valid = count_valid(row, stop, apart);
       for (int64_t start = 0; start < columns; start += COLUMN_BLOCK) {
         const int64_t end = start + COLUMN_BLOCK < columns ? start + COLUMN_BLOCK : columns;
         for (int64_t n = 0; n < num_x; n += tile_rows) {
           const int rows = num_x - n < tile_rows ? (int)(num_x - n) : tile_rows;
           add_tile(
-              matrix->form, matrix, &weights, x + n, rows, start, end, n == 0 ? distance : 0, valid,
-              out + n * out_stride + (row - first), out_stride);
+              matrix->form, matrix, &weights, x + n, rows, start, end, n == 0 ? STREAM_AHEAD : 0, valid,
+              out + n * out_stride + (row - first), out_stride, apart);
         }
       }
     }
     return;
   }
+  const int64_t distance = TILE_COLUMNS * matrix->row_bytes;
   float panel[(COLUMN_BLOCK + STEP) * TILE_COLUMNS] __attribute__((aligned(64)));
   for (int64_t start = 0; start < columns; start += COLUMN_BLOCK) {
     const int64_t end = start + COLUMN_BLOCK < columns ? start + COLUMN_BLOCK : columns;
     for (int64_t block = 0; block < num_x; block += ROW_BLOCK) {
       const int64_t block_end = block + ROW_BLOCK < num_x ? block + ROW_BLOCK : num_x;
       for (int64_t row = first; row < stop; row += TILE_COLUMNS) {
-        TileWeights weights = pick_weights(matrix, row, stop);
-        const int valid = stop - row < TILE_COLUMNS ? (int)(stop - row) : TILE_COLUMNS;
+        TileWeights weights = pick_weights(matrix, row, stop, 1);
+        const int valid = count_valid(row, stop, 1);
         const Form form = fill_panel(matrix->form, &weights, start, end, columns, distance, panel);
         for (int64_t n = block; n < block_end; n += tile_rows) {
           const int rows = block_end - n < tile_rows ? (int)(block_end - n) : tile_rows;
           add_tile(
               form, matrix, &weights, x + n, rows, start, end, form == matrix->form && n == block ? distance : 0, valid,
-              out + n * out_stride + (row - first), out_stride);
+              out + n * out_stride + (row - first), out_stride, 1);
         }
       }
     }

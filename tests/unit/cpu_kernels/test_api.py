@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.pages import CachedTokens, KVPages, empty_pages
 from step3_jax.cpu_kernels import api
 from step3_jax.cpu_kernels.build import NEEDED, InstructionSet, choose_instruction_set, read_cpu_flags
 from step3_jax.cpu_kernels.loader import Kernels, load_kernels
@@ -278,3 +279,106 @@ def test_rows_are_taken_as_they_are_stored(kernels, dtype):
 def test_rows_of_what_is_not_a_table_are_refused(kernels, table, ids, argument):
     with pytest.raises(Exception, match=argument):
         jax.block_until_ready(api.rows(kernels, table, ids))
+
+
+PAGE, HEAD_DIM, FIRST_PAGE = 64, 96, 2
+
+
+def make_cache(lengths, dtype):
+    """Sequences in pages of a pool in any order; NaN where none has a token, entries of the table that lead nowhere."""
+    rng = np.random.default_rng(4)
+    counts = [-(-length // PAGE) for length in lengths]
+    order = rng.permutation(sum(counts)).astype(np.int32)
+    table = np.full((len(lengths), max(counts) + 1), 10**6, np.int32)
+    stored = np.full((2, FIRST_PAGE + sum(counts), PAGE, HEAD_DIM), np.nan, np.float32)
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        table[row, :count] = order[sum(counts[:row]) :][:count]
+        for place in range(length):
+            page = FIRST_PAGE + table[row, place // PAGE]
+            stored[:, page, place % PAGE] = rng.normal(size=(2, HEAD_DIM))
+    keys, values = jnp.asarray(stored).astype(jnp.bfloat16 if dtype == jnp.int16 else dtype)
+    if dtype == jnp.int16:
+        keys, values = keys.view(dtype), values.view(dtype)
+    return CachedTokens(KVPages(keys, values), jnp.asarray(table), jnp.asarray(lengths, jnp.int32), FIRST_PAGE)
+
+
+def attention_of(queries, cached):
+    """In float64, token by token."""
+    keys, values = (
+        np.asarray((array.view(jnp.bfloat16) if array.dtype == jnp.int16 else array).astype(jnp.float32), np.float64)
+        for array in (cached.pages.keys, cached.pages.values)
+    )
+    out = np.zeros(queries.shape)
+    for row, length in enumerate(np.asarray(cached.lengths)):
+        pages = FIRST_PAGE + np.asarray(cached.table[row, : -(-length // PAGE)])
+        own_keys, own_values = (array[pages].reshape(-1, HEAD_DIM) for array in (keys, values))
+        for token in range(queries.shape[1]):
+            end = length - queries.shape[1] + 1 + token
+            if end > 0:
+                scores = np.asarray(queries[row, token], np.float64) @ own_keys[:end].T * HEAD_DIM**-0.5
+                weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+                out[row, token] = weights @ own_values[:end] / weights.sum(axis=1, keepdims=True)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int16])
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 16), (3, 5)])
+def test_attention_over_pages_agrees_with_a_plain_softmax(kernels, dtype, tokens, heads):
+    cached = make_cache([0, 1, 64, 70, 200], dtype)
+    assert api.attends(cached.pages)
+    # Scores of up to 60, whose exponentials differ by more than float32 holds.
+    queries = 8 * normal(5, tokens, heads, HEAD_DIM, seed=2)
+    expected = attention_of(queries, cached)
+    assert_close(api.attend(kernels, queries, cached), expected)
+    assert not expected[0].any()
+    half = api.attend(kernels, queries.astype(jnp.bfloat16), cached)
+    assert half.dtype == jnp.bfloat16
+
+
+def test_attention_of_a_token_does_not_depend_on_the_others_of_the_call(kernels):
+    lengths = [130, 67, 200]
+    cached, queries = make_cache(lengths, jnp.float32), normal(3, 4, 19, HEAD_DIM, seed=2)
+    whole = np.asarray(api.attend(kernels, queries, cached))
+    for row, length in enumerate(lengths):
+        own = cached._replace(table=cached.table[row : row + 1], lengths=jnp.asarray([length], jnp.int32))
+        np.testing.assert_array_equal(api.attend(kernels, queries[row : row + 1], own)[0], whole[row])
+        for token in range(4):
+            seen = own._replace(lengths=jnp.asarray([length - 3 + token], jnp.int32))
+            alone = api.attend(kernels, queries[row : row + 1, token : token + 1, token:], seen)
+            np.testing.assert_array_equal(alone[0, 0], whole[row, token, token:])
+
+
+def test_a_table_too_small_for_a_sequence_leaves_its_last_tokens_out(kernels):
+    cached, queries = make_cache([200], jnp.float32), normal(1, 1, 2, HEAD_DIM)
+    short = cached._replace(table=cached.table[:, :2])
+    same = short._replace(lengths=jnp.asarray([2 * PAGE], jnp.int32))
+    np.testing.assert_array_equal(api.attend(kernels, queries, short), api.attend(kernels, queries, same))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"queries": (1, 1, 2, 40)}, "argument 0, .*K a multiple of 32"),
+        ({"keys": (3, 64, 64)}, r"argument 1, \[3, 64, 64\], is not pages"),
+        ({"values": (3, 32, 32)}, r"argument 2, \[3, 32, 32\], is not as the keys are"),
+        ({"table": (2, 3)}, r"argument 3, \[2, 3\], is not a table of pages"),
+        ({"lengths": (2,)}, r"argument 4, \[2\], is not lengths"),
+        ({"first_page": (1,)}, r"argument 5, \[1\], is not an int32"),
+    ],
+)
+def test_attention_over_arrays_that_do_not_fit_is_refused(kernels, changes, problem):
+    floats = {"queries": (1, 1, 2, 32), "keys": (3, 64, 32), "values": (3, 64, 32)}
+    numbers = {"table": (1, 3), "lengths": (1,), "first_page": ()}
+    shapes = floats | numbers | changes
+    given = [np.zeros(shape, np.float32 if name in floats else np.int32) for name, shape in shapes.items()]
+    call = jax.ffi.ffi_call(kernels.target("attend"), jax.ShapeDtypeStruct(shapes["queries"], jnp.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"step3_attend: {problem}"):
+        np.asarray(call(*given))
+
+
+def test_pages_that_attention_does_not_take():
+    for storage in ("float32", "bfloat16"):
+        assert api.attends(empty_pages(2, 64, storage))
+        assert api.attends(empty_pages(2, 64, storage, as_bits=True))
+        assert not api.attends(empty_pages(2, 48, storage))
+    assert not any(api.attends(empty_pages(2, 64, storage, as_bits=True)) for storage in ("fp8", "int4"))

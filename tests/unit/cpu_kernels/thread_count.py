@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.pages import CachedTokens, KVPages
 from step3_jax.cpu_kernels import api
 from step3_jax.cpu_kernels.loader import Kernels, Unavailable, find_kernels
 from step3_jax.quant import FP8, GROUP, BlockScaled, PackedInt4
@@ -51,6 +52,10 @@ def run(kernels: Kernels, weights: dict[str, list[api.Stored]]) -> dict[str, str
             given = x[:rows], factors[:rows], chosen[:rows], stacks, (gate, up, down)
             found[f"swiglu {rows} {form}"] = api.swiglu(kernels, x[:rows], gate, up, down)
             found[f"experts {rows} {form}"] = api.experts(kernels, *given)
+        table = jnp.asarray(RNG.permutation(rows * 5).reshape(rows, 5), jnp.int32)
+        pages = KVPages(normal(rows * 5, 64, 32), normal(rows * 5, 64, 32))
+        cached = CachedTokens(pages, table, jnp.asarray(RNG.integers(250, 320, rows), jnp.int32))
+        found[f"attend {rows}"] = api.attend(kernels, normal(rows, 1, 20, 32), cached)
     return {name: hashlib.sha256(np.asarray(out).tobytes()).hexdigest() for name, out in found.items()}
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from pallas_kernels.pages import empty_pages
 from step3_jax.config import TextConfig
+from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.layers.attention import (
     MFA,
     NO_PAGE,
@@ -89,13 +90,19 @@ def test_given_positions_change_the_rotation_and_not_the_mask():
     assert np.abs(np.asarray(plain.cos - moved.cos)).max() > 0.1
 
 
+@pytest.mark.parametrize("has_kernels", [False, True])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "fp8"])
-def test_attention_over_pages_in_chunks_and_steps_is_that_without_a_cache(storage):
+def test_attention_over_pages_in_chunks_and_steps_is_that_without_a_cache(storage, has_kernels):
     """Two sequences: the first read in two chunks and two single steps, the second in one chunk beside the first's."""
     config = TextConfig(
-        hidden_size=32, head_dim=16, num_attention_heads=2, share_q_dim=16, num_hidden_layers=1, moe_layers=()
+        hidden_size=32, head_dim=32, num_attention_heads=2, share_q_dim=16, num_hidden_layers=1, moe_layers=()
     )
     layer = MFA(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    if has_kernels:
+        kernels = find_kernels()
+        if not isinstance(kernels, Kernels):
+            pytest.skip(kernels.reason)
+        layer.cpu_kernels = kernels
     graphdef, state = nnx.split(layer)
     hidden = jax.random.normal(jax.random.key(1), (2, 90, 32))
 
@@ -104,7 +111,7 @@ def test_attention_over_pages_in_chunks_and_steps_is_that_without_a_cache(storag
         return nnx.merge(graphdef, state)(hidden, attention_context(config, hidden.shape[:2], step=step), pages)
 
     whole, _ = run(state, hidden, None, None)
-    pages = empty_pages(5, 16, storage, as_bits=True)
+    pages = empty_pages(5, 32, storage, as_bits=True)
     table = jnp.asarray([[3, 1], [0, 2]])
     found = np.zeros(whole.shape, np.float32)
 
@@ -122,6 +129,10 @@ def test_attention_over_pages_in_chunks_and_steps_is_that_without_a_cache(storag
 
     pages = chunk(pages, [(0, 30), (0, 0)], 128)
     pages = chunk(pages, [(30, 88), (0, 61)], 128)
+    step = CacheStep(table, jnp.asarray([89, 0]))
+    assert ("step3_attend" in run.lower(state, hidden[:, :1], pages, step).as_text()) == (
+        has_kernels and storage != "fp8"
+    )
     for place in (88, 89):
         out, pages = run(state, hidden[:, place : place + 1], pages, CacheStep(table, jnp.asarray([place + 1, 0])))
         found[0, place] = out[0, 0]

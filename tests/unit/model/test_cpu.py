@@ -68,6 +68,7 @@ def test_matrices_stay_as_stored_and_the_rest_is_widened():
     kept, given = (part.text.layers[1].ffn.moe.down_proj.get_value() for part in (prepared, model))
     assert kept.values is given.values
     assert isinstance(layer.attention.self_attn.wq.weight.get_value(), BlockScaled)
+    assert layer.attention.self_attn.cpu_kernels == kernels()
     assert prepared.text.embed_tokens.weight.get_value().dtype == jnp.bfloat16
     assert layer.attention.input_layernorm.weight.get_value().dtype == jnp.float32
     # The given model is unchanged.
@@ -88,6 +89,7 @@ def test_what_the_kernels_do_not_take_is_widened():
 def test_without_kernels_all_is_float32():
     prepared = prepare_for_cpu(held_in("fp8"), None)
     leaves = jax.tree.leaves(nnx.state(prepared, nnx.Param))
+    assert prepared.text.layers[0].attention.self_attn.cpu_kernels is None
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
 
 

@@ -32,6 +32,8 @@ def test_chat_answers_on_two_devices() -> None:
     assert "Paris" in ran.stdout
 
 
+# tests/mesh/test_processes.py compares the tokens of two processes of a smaller model.
+@pytest.mark.thorough
 def test_several_processes_show_the_answer_once() -> None:
     ran = step3("launch", "--local", "2", "--", "generate", "--dp", "2", "-p", QUESTION, "--max-tokens", "64")
     assert ran.returncode == 0, ran.stderr

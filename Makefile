@@ -1,6 +1,7 @@
 # make demo      ask the shipped model about its images (needs only Python >= 3.11 and a package index)
 # make serve     OpenAI's API and a chat page on http://127.0.0.1:8000 (SERVE_ARGS="--port 9000 MODEL" and the like)
 # make test      fast tests          make test-all   all of them
+# make test-thorough   more cases of what make test covers; .ci/run runs both
 # make test-changed   the tests of what you changed (CHANGED_ARGS="--since REVISION"), after make check
 # make kernels   every kernel in every case, and compiled for an H100 (needs Python 3.12, and ptxas for the second)
 # make clients   the service with clients of other people, each in an environment of its own (npm for JavaScript's)
@@ -33,7 +34,7 @@ PIP := env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX
 PIP_OPTIONS := --quiet --disable-pip-version-check
 PIP_INSTALL = $(PIP) $(BIN)/python -m pip install $(PIP_OPTIONS) --constraint constraints.txt
 
-.PHONY: help demo serve test test-all test-changed kernels kernels-here clients check docs bench clean
+.PHONY: help demo serve test test-thorough test-all test-changed kernels kernels-here clients check docs bench clean
 
 help:
 	@sed -n "/^#$$/q; s/^# //p" Makefile
@@ -45,7 +46,10 @@ serve: $(VENV)/.installed-serve
 	@exec $(BIN)/step3 serve $(SERVE_ARGS)
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not kernels" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not kernels and not thorough" $(PYTEST_ARGS)
+
+test-thorough: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest $(PARALLEL) -m "thorough and not slow and not kernels" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not kernels" $(PYTEST_ARGS)

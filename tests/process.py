@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Nothing takes a tenth of it; a hang fails its test and not the whole run.
 HARD_LIMIT_S = 300
 # Variables of processes whose programs are compiled as they are for users; see tests/conftest.py.
-OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 _ANSWER_FILE = "TEST_ANSWER_FILE"
 
 Ask = Callable[..., dict[str, object]]

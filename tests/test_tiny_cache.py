@@ -10,7 +10,8 @@ from step3_jax.engine.llm import LLM
 from tools.tiny.evaluate_answers import ask_all
 from tools.tiny.evaluate_cases import load_committed_sets
 
-pytestmark = pytest.mark.usefixtures("optimised_file")
+# The formats by themselves are compared on smaller models by `make test` too.
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("optimised_file")]
 HELD_OUT = pathlib.Path(__file__).parent / "heldout"
 # Every third drawing of the unseen artist. Of these 27 the float32 cache has 16 right, FP8 and INT4 17.
 EVERY, NUM_RIGHT, MARGIN = 3, 16, 3

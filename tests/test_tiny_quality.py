@@ -32,6 +32,8 @@ DIGITS_FLOOR = 0.80
 FUNCTIONS_FLOOR = 0.70
 # The busiest expert's share of the tokens, over an even share; without a balance loss it is about 8.
 LOAD_CEILING = 4.0
+# The model answers hundreds of questions, a minute in all.
+thorough = pytest.mark.thorough
 HELD_OUT = pathlib.Path(__file__).parent / "heldout"
 
 
@@ -42,21 +44,25 @@ def replies(tiny_model_path: pathlib.Path) -> dict[str, list[Reply]]:
     return {part.name: ask_all(llm, part.cases) for part in load_committed_sets(HELD_OUT)}
 
 
+@thorough
 @pytest.mark.parametrize("name", list(FLOORS))
 def test_answers_are_right_letter_by_letter(name: str, replies: dict[str, list[Reply]]) -> None:
     wrong = [(reply.case.answer, reply.answer) for reply in replies[name] if not reply.is_right]
     assert share_right(replies[name]) >= FLOORS[name], f"{len(wrong)} of {len(replies[name])} wrong: {wrong[:8]}"
 
 
+@thorough
 def test_digits_of_held_out_numbers_are_read_at_their_place(replies: dict[str, list[Reply]]) -> None:
     assert share_right_digits(replies["numbers"]) >= DIGITS_FLOOR
 
 
+@thorough
 def test_tools_are_called_by_name_in_the_right_form(replies: dict[str, list[Reply]]) -> None:
     texts = [reply.answer for reply in replies["tool-calls"]]
     assert share_right_functions(replies["tool-calls"]) >= FUNCTIONS_FLOOR, texts
 
 
+@thorough
 def test_reasoning_is_always_closed(replies: dict[str, list[Reply]]) -> None:
     unclosed = [reply.text for part in replies.values() for reply in part if "</think>" not in reply.text]
     assert not unclosed, unclosed[:3]

@@ -73,6 +73,7 @@ def data(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
+@pytest.mark.thorough
 def test_loss_falls_in_twenty_steps_of_the_joint_stage(data: pathlib.Path) -> None:
     shipped, config = resources.find("models/step3-tiny"), _config()
     model = nnx.jit(lambda: Step3(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))()

@@ -21,6 +21,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ALWAYS = "tests/unit/test_imports.py"
 # So many files run in one process.
 FEW = 4
+# Those of `make test`.
+MARKS = "not slow and not kernels and not thorough"
 _PACKAGES = ("step3_jax", "pallas_kernels", "tools")
 # Folders that hold the tests of a package, in folders that have its rooms' names.
 _BASES = {"step3_jax": ("tests/unit", "tests"), "pallas_kernels": ("tests/kernels",), "tools": ("tests/unit/tools",)}
@@ -136,7 +138,7 @@ def main() -> int:
     # A process takes seconds to start, most of them the import of jax.
     num_files = sum(1 if path.endswith(".py") else len([*(ROOT / path).rglob("test_*.py")]) for path in tests)
     parallel = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"] if num_files > FEW else []
-    command = [sys.executable, "-m", "pytest", "-q", *parallel, "-m", "not slow and not kernels", *options, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", *parallel, "-m", MARKS, *options, *tests]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 

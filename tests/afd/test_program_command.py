@@ -9,6 +9,8 @@ import pytest
 from tests.process import ROOT, step3
 
 
+# tests/afd/test_program.py compares the tokens of two processes of a smaller model.
+@pytest.mark.thorough
 def test_two_processes_answer_as_one_does() -> None:
     picture = str(ROOT / "models" / "step3-tiny" / "examples" / "number-6267.png")
     words = ["generate", "--image", picture, "-p", "What number is this?", "--max-tokens", "24", "--json"]

@@ -35,6 +35,7 @@ def run_all(kind: str, folder: pathlib.Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.thorough
 def test_the_examples_run(tmp_path: pathlib.Path) -> None:
     run_all("fast", tmp_path)
 

@@ -41,6 +41,8 @@ def run(tmp_path: pathlib.Path, *args: str) -> tuple[int, dict[str, dict[str, ob
     return done.returncode, results
 
 
+# Its kernels are interpreted by their own tests too.
+@pytest.mark.thorough
 def test_interpret_mode_passes_on_a_cpu(tmp_path: pathlib.Path) -> None:
     code, results = run(tmp_path, "--interpret", "--quick", "--first", "--only", "rope_cache_write,fp8_matmul")
     assert code == 0

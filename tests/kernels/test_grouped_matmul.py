@@ -254,7 +254,9 @@ def test_the_layer_in_the_interpreter_repeats_bit_by_bit(dtype: jnp.dtype) -> No
     assert row_errors(first, run(implementation="reference")).max() < 1e-2
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.kernels), FP8])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.kernels), pytest.param(FP8, marks=pytest.mark.thorough)]
+)
 def test_a_layer_in_the_interpreter_equals_the_reference(dtype: jnp.dtype) -> None:
     """A shard of a stack of layers, from tokens to tokens; some tokens have no expert here."""
     layers = [random_layer(2, 128, 128, jnp.dtype(dtype), seed=seed) for seed in range(2)]
@@ -291,7 +293,7 @@ PLANTED = """
     ("old", "new"),
     [
         # The ring is overwritten before the products have read it.
-        ("plgpu.barrier_wait(free.at[slot])", "pass"),
+        pytest.param("plgpu.barrier_wait(free.at[slot])", "pass", marks=pytest.mark.thorough),
         # The two halves of a row's scale are read before they are there.
         pytest.param("plgpu.barrier_wait(met)", "pass", marks=pytest.mark.kernels),
     ],

@@ -128,10 +128,9 @@ def test_the_reference_equals_float64_attention(case: Case) -> None:
 EDGES = (0, 1, 63, 64, 65, 200)
 MOST_TOKENS = 1 + MAX_SPECULATIVE_TOKENS
 # T * H <= 64 rows use the kernel's first form, more use its second.
-SHORT_CASES = [
-    (Case("bfloat16", EDGES), True),
+SHORT_CASES = [(Case("bfloat16", EDGES), True), (Case("fp8", (*EDGES, 2), tokens=8, heads=16), False)]
+THOROUGH_CASES = [
     (Case("int4", (*EDGES, 2), tokens=4, heads=16, page_size=128), False),
-    (Case("fp8", (*EDGES, 2), tokens=8, heads=16), False),
     # A token and the most guesses that a step may have.
     (Case("fp8", (0, 5, 17, 70), tokens=MOST_TOKENS, heads=4), False),
 ]
@@ -176,6 +175,12 @@ def test_the_kernel_equals_the_reference_and_reads_no_poison(case: Case, detect_
     _check_kernel(case, detect_races)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(("case", "detect_races"), THOROUGH_CASES, ids=_name)
+def test_the_kernel_equals_the_reference_in_other_forms(case: Case, detect_races: bool) -> None:
+    _check_kernel(case, detect_races)
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize(("case", "detect_races"), LONG_CASES, ids=_name)
 def test_the_kernel_equals_the_reference_in_every_form(case: Case, detect_races: bool) -> None:
@@ -211,6 +216,7 @@ def test_tiny_values_keep_their_precision_in_fp8() -> None:
     assert np.max(_errors_by_token(out, expected)) < TOLERANCE["fp8"]
 
 
+@pytest.mark.thorough
 def test_the_public_function_runs_the_interpreted_kernel_on_a_contiguous_cache() -> None:
     queries, keys, values = (
         jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)

@@ -8,17 +8,19 @@ import os
 import pytest
 
 from tests.mesh.conftest import PROGRAMS
-from tests.process import ROOT, step3
+from tests.process import OPTIMISED, ROOT, step3
 
 QUESTION = "What is the capital of France?"
 IMAGE = "models/step3-tiny/examples/number-6267.png"
 
 
+@pytest.mark.thorough
 def test_generate_answers_about_an_image_as_on_one_device() -> None:
+    """Compiled as for users, for four devices."""
     found = []
     for more in ([], ["--dp", "2", "--tp", "2"]):
         words = ["--image", IMAGE, "-p", "What number is this?", "--max-tokens", "16", "--json"]
-        ran = step3("generate", *words, *more)
+        ran = step3("generate", *words, *more, **OPTIMISED)
         assert ran.returncode == 0, ran.stderr
         found.append(json.loads(ran.stdout.splitlines()[-1])["token_ids"])
     assert found[0] == found[1]
@@ -30,6 +32,8 @@ def test_chat_answers_on_two_devices() -> None:
     assert "Paris" in ran.stdout
 
 
+# tests/mesh/test_processes.py compares the tokens of two processes of a smaller model.
+@pytest.mark.thorough
 def test_several_processes_show_the_answer_once() -> None:
     ran = step3("launch", "--local", "2", "--", "generate", "--dp", "2", "-p", QUESTION, "--max-tokens", "64")
     assert ran.returncode == 0, ran.stderr

@@ -39,9 +39,14 @@ def assert_same(found: dict[str, object], expected: dict[str, object]) -> None:
 
 # Each compiles for eight devices; what these cut is cut in others too.
 SLOW = ("all data", "experts cut in width alone", "both, width along tensor and data")
+THOROUGH = ("all tensor", "tensor parallel attention of one group")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SETTINGS])
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (name in SLOW) + [pytest.mark.thorough] * (name in THOROUGH)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in SETTINGS])
 def test_every_setting_gives_the_answer_of_one_device(eight: Ask, alone: dict[str, object], name: str) -> None:
     setting = SETTINGS[name]
     found = eight("generate", parallel=setting or {"dp": 1}, lengths=LENGTHS, counts=COUNTS)

@@ -97,17 +97,19 @@ def make_model(kind: str) -> Step3:
         image_token_id=1,
         eos_token_id=0,
     )
-    # Compiled as one program: operation by operation takes seconds.
-    model = nnx.jit(lambda: Step3(config, rngs=nnx.Rngs(3)))()
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if path[-1] == "bias":
-            # In a new model they are zeros, where adding them twice would not show.
-            variable.set_value(jnp.sin(jnp.arange(variable.get_value().size, dtype=jnp.float32)))
-    if kind == "fp8":
+
+    def build() -> Step3:
+        model = Step3(config, rngs=nnx.Rngs(3))
         for path, variable in nnx.to_flat_state(nnx.state(model)):
-            if any(str(part).endswith("_proj") for part in path):
+            if path[-1] == "bias":
+                # In a new model they are zeros, where adding them twice would not show.
+                variable.set_value(jnp.sin(jnp.arange(variable.get_value().size, dtype=jnp.float32)))
+            if kind == "fp8" and any(str(part).endswith("_proj") for part in path):
                 variable.set_value(quantise(variable.get_value()))
-    return model
+        return model
+
+    # Compiled as one program: operation by operation takes seconds.
+    return nnx.jit(build)()
 
 
 @functools.cache

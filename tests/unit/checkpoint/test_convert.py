@@ -435,6 +435,7 @@ def test_a_process_that_holds_a_model_can_convert_one(goldens, tmp_path, monkeyp
         run(goldens / "tiny_text", tmp_path / "other", max_memory=2**32)
 
 
+@pytest.mark.thorough
 def test_memory_stays_in_its_budget(tmp_path):
     """2.3 GB with tensors of 590 MB, in 440 MiB, what the program itself takes included."""
     config = ModelConfig.preset("step3")

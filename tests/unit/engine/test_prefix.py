@@ -121,7 +121,9 @@ def test_an_image_over_two_pages_marks_both_with_its_part() -> None:
         image_marks([1, 2, 3, 4], [(b"a", 3)])
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["fp8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kv_cache_dtype", [pytest.param("fp8", marks=pytest.mark.thorough), pytest.param("int4", marks=pytest.mark.slow)]
+)
 def test_the_shipped_model_answers_the_same_from_a_small_cache(
     tiny_model_path: pathlib.Path, kv_cache_dtype: str
 ) -> None:

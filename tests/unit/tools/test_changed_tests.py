@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.process import ROOT
-from tools.changed_tests import ALWAYS, LONG, choose_tests
+from tools.changed_tests import ALWAYS, LONG, MARKS, choose_tests
 
 
 def files_of(changed: str) -> set[str]:
@@ -78,6 +78,10 @@ def test_what_takes_long_runs_for_what_it_mirrors_and_not_for_its_room() -> None
     found = files_of("step3_jax/engine/stats.py")
     assert found
     assert not found & LONG
+
+
+def test_what_make_test_leaves_out_is_left_out_here_too() -> None:
+    assert f'-m "{MARKS}" ' in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_a_module_outside_rooms_is_tested_by_the_files_that_import_it() -> None:

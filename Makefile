@@ -1,7 +1,7 @@
 # make demo      ask the shipped model about its images (needs only Python >= 3.11 and a package index)
 # make serve     OpenAI's API and a chat page on http://127.0.0.1:8000 (SERVE_ARGS="--port 9000 MODEL" and the like)
 # make test      fast tests          make test-all   all of them
-# make test-thorough   more cases of what make test covers; .ci/run runs both
+# make test-thorough   more cases of what make test covers, and parity compiled as for users; .ci/run runs both
 # make test-changed   the tests of what you changed (CHANGED_ARGS="--since REVISION"), after make check
 # make kernels   every kernel in every case, and compiled for an H100 (needs Python 3.12, and ptxas for the second)
 # make clients   the service with clients of other people, each in an environment of its own (npm for JavaScript's)
@@ -48,8 +48,9 @@ serve: $(VENV)/.installed-serve
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not kernels and not thorough" $(PYTEST_ARGS)
 
+# Without the flags that make tests compile faster (tests/conftest.py): compiled as for users.
 test-thorough: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(PARALLEL) -m "thorough and not slow and not kernels" $(PYTEST_ARGS)
+	@XLA_FLAGS= $(BIN)/python -m pytest $(PARALLEL) -m "(thorough or parity) and not slow and not kernels" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not kernels" $(PYTEST_ARGS)

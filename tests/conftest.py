@@ -25,8 +25,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("STEP3_TEST_PLATFORM", "cpu")
 # programs themselves, ask for `optimised`.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    # XLA's older emitters of fusions compile in half the time. XLA reads its flags once: `optimised` keeps them, and only
-    # processes that tests start can have the newer ones that users get (`OPTIMISED` in tests/process.py).
+    # XLA's older emitters of fusions compile in half the time. XLA reads its flags once: `optimised` keeps them. The newer
+    # ones, which users get, are in `make test-thorough` and in processes that ask for them (`OPTIMISED` in process.py).
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 
 # The kernels' interpreter holds one of XLA's threads for each warpgroup that waits, in all thread blocks of a cluster: with

@@ -13,7 +13,7 @@ from step3_jax.cache.paged import empty_cache
 from step3_jax.layers.attention import CacheStep
 from step3_jax.layers.embed import merge_image_features
 
-pytestmark = pytest.mark.usefixtures("optimised_file")
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("optimised_file")]
 STEPS = 30
 TOLERANCE = 1e-4
 

@@ -11,7 +11,7 @@ from step3_jax.checkpoint.load import load_model
 from step3_jax.layers.attention import attention_context
 from step3_jax.model.step3 import Step3
 
-pytestmark = pytest.mark.usefixtures("optimised_file")
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("optimised_file")]
 CASES = (("tiny_text", 0), ("tiny_text", 1), ("tiny_fp8", 0), ("tiny_fp8 as stored", 0))
 TOLERANCE = 5e-5
 

@@ -11,7 +11,7 @@ from step3_jax.config import NUM_CLASS_TOKENS
 from step3_jax.layers.attention import attention_context
 from step3_jax.model.step3 import Step3
 
-pytestmark = pytest.mark.usefixtures("optimised_file")
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("optimised_file")]
 TOLERANCE = 5e-5
 PROMPT_TOLERANCE = 1e-4
 

@@ -98,4 +98,5 @@ def test_nothing_that_the_description_allows_breaks_the_service(url: str) -> Non
     checks += ",unsupported_method,ignored_auth"
     command = [str(ENVIRONMENTS / "schemathesis" / "bin" / "st"), "run", f"{url.removesuffix('/v1')}/openapi.json"]
     command += ["--header", f"Authorization: Bearer {KEY}", "--checks", checks, "--max-examples", "30", "--no-color"]
-    run("schemathesis", *command, "--continue-on-failure")
+    # An answer as long as the context takes longer than the 10 s that it waits by default.
+    run("schemathesis", *command, "--request-timeout", "60", "--continue-on-failure")

@@ -181,8 +181,9 @@ def test_the_forms_that_a_model_in_fp8_runs_pass_in_the_interpreter(tmp_path: pa
     joined = "norm_quantise/7x1024/joined,swiglu_quantise/7x512/joined,rope_cache_write/fp8/7/joined"
     code, results = run(tmp_path, "--interpret", "--budget", "280", "--only", f"mfa_decode_quantised,{joined}")
     assert code == 0
-    assert len(results) == 4
-    assert all(result["status"] == "PASS" and "error" in result for result in results.values())
+    checked = {name: result for name, result in results.items() if name != "ceilings"}
+    assert len(checked) == 4
+    assert all(result["status"] == "PASS" and "error" in result for result in checked.values())
 
 
 def test_calls_are_timed_one_after_another_in_one_program() -> None:

@@ -210,9 +210,12 @@ def summarise(
 
 
 def _exchange_us(*sides: Mapping[str, Mapping[str, Any]]) -> float:
-    """What an exchange takes: all of them with both sides' products, less the products, of which each side has half."""
-    exchanged = max(side["products exchanged"]["mean_us"] for side in sides)
-    return round(exchanged - sum(side["products"]["mean_us"] for side in sides), 1)
+    """What an exchange takes: all of them with both sides' products, less the products, of which each side has half.
+
+    A median over rounds, since one that was disturbed can make the difference negative; at least what is written of it.
+    """
+    exchanged = max(side["products exchanged"]["median_us"] for side in sides)
+    return max(0.1, round(exchanged - sum(side["products"]["median_us"] for side in sides), 1))
 
 
 def simulate_us(found: Mapping[str, Any], count: int, where: str = "") -> float:
@@ -269,9 +272,9 @@ def main() -> int:
     found = start_ranks("tools.bench_afd_ticks", arguments.timeout)
     if found is None:
         return 1
-    show(found)
     if arguments.json is not None:
         bench_afd.write_json(arguments.json, found)
+    show(found)
     return 0
 
 

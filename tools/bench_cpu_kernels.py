@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from step3_jax.bench.machine import conditions, cpu_pressure
-from step3_jax.bench.report import format_report, write_section
+from step3_jax.bench.report import format_report, write_sections
 from step3_jax.bench.yardstick import read_meter
 from step3_jax.cpu_count import count_cpus
 from step3_jax.cpu_kernels import api
@@ -77,8 +77,7 @@ def main() -> None:
     }
     print(format_report(result))
     if arguments.json:
-        for name, value in result.items():
-            write_section(arguments.json, name, value)
+        write_sections(arguments.json, result)
 
 
 def list_products(variants: Sequence[Kernels], forms: Sequence[str], rows: Sequence[int], outputs: int) -> list[Case]:

@@ -23,14 +23,19 @@ def format_report(found: Mapping[str, object]) -> str:
 
 
 def write_section(path: str | pathlib.Path, name: str, found: object) -> None:
-    """Puts figures under a name into a JSON file, keeping those under other names.
+    """Puts figures under a name into a JSON file, keeping those under other names: see `write_sections`."""
+    write_sections(path, {name: found})
+
+
+def write_sections(path: str | pathlib.Path, found: Mapping[str, object]) -> None:
+    """Puts figures under their names into a JSON file, keeping those under other names.
 
     Raises:
       ValueError: If the file does not hold a JSON object.
     """
     target = pathlib.Path(path)
     sections = _read_object(target) if target.exists() else {}
-    sections[name] = found
+    sections |= found
     new = target.with_name(target.name + ".new")
     new.write_text(json.dumps(sections, indent=2) + "\n", encoding="utf-8")
     new.replace(target)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
 import sys
 
 from step3_jax.bench.decode import measure_decode
 from step3_jax.bench.model import bench_config
-from step3_jax.bench.report import format_report
+from step3_jax.bench.report import format_report, write_sections
 from step3_jax.cli.arguments.bench import PRESETS
 from step3_jax.cli.bench_engine import run_engine_bench
 from step3_jax.cli.display import write_note
@@ -54,10 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(format_report(found), flush=True)
     if arguments.json:
-        target = pathlib.Path(arguments.json)
-        new = target.with_name(target.name + ".new")
-        new.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        new.replace(target)
+        write_sections(arguments.json, found)
     if found["is_partial"]:
         raise KeyboardInterrupt("interrupted; what had been measured until then is above")
     return 0

@@ -10,7 +10,7 @@ import pytest
 
 from step3_jax.bench.latency import measure_alone, measure_arrival, measure_cached
 from step3_jax.bench.machine import anonymous_bytes, conditions, cpu_pressure, load_average
-from step3_jax.bench.report import format_report, write_section
+from step3_jax.bench.report import format_report, write_section, write_sections
 from step3_jax.bench.scaling import measure_memory, measure_prompts, measure_sequences
 from step3_jax.bench.throughput import Bench, measure_throughput, run_static
 from step3_jax.bench.workload import Lengths
@@ -127,8 +127,8 @@ def test_sections_stand_beside_each_other_in_the_file(tmp_path: pathlib.Path):
     file = tmp_path / "engine.json"
     write_section(file, "latency", {"x": 1.5})
     write_section(file, "throughput", {"y": None})
-    write_section(file, "latency", {"x": 2})
-    assert json.loads(file.read_text()) == {"latency": {"x": 2}, "throughput": {"y": None}}
+    write_sections(file, {"latency": {"x": 2}, "rows": [1]})
+    assert json.loads(file.read_text()) == {"latency": {"x": 2}, "throughput": {"y": None}, "rows": [1]}
     assert [path.name for path in tmp_path.iterdir()] == ["engine.json"]
     file.write_text("[]")
     with pytest.raises(ValueError, match=r"engine\.json"):

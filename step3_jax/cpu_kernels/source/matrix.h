@@ -57,7 +57,8 @@ INLINE void sum_tile(
       UNROLL for (int i = 0; i < TILE_COLUMNS; i++) scales[i] = find_scale(form, weights->scales[i], group);
     }
     const int64_t end = group + GROUP < whole ? group + GROUP : whole;
-    if (form != FORM_PANEL && prefetch_bytes) {
+    // Float32 is read best without (measured on Zen 5: 0.97 of a plain sum's rate against 0.65).
+    if (form != FORM_PANEL && form != FORM_F32 && prefetch_bytes) {
       UNROLL for (int i = 0; i < TILE_COLUMNS; i++) prefetch(form, weights->rows[i], group, end, prefetch_bytes);
     }
     for (int64_t column = group; column < end; column += STEP) {

@@ -9,7 +9,9 @@ the values of 128 columns of FP8 are summed before they are multiplied with thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,24 @@ def unsupported(weight: Stored) -> str | None:
     return None
 
 
+# The number of rows that are not padding, and the number of rows with it.
+_FILLED: contextvars.ContextVar[tuple[Int[Array, ""], int] | None] = contextvars.ContextVar("filled", default=None)
+
+
+@contextlib.contextmanager
+def filled_rows(count: Int[Array, ""], num_rows: int) -> Iterator[None]:
+    """Leaves padding out while the calls of a `with` block are traced: its outputs are 0.
+
+    Applies to `products`, `swiglu` and `experts` of `num_rows` rows, of which `count` lead and the others are padding. The
+    rows before it are computed as without it.
+    """
+    token = _FILLED.set((count, num_rows))
+    try:
+        yield
+    finally:
+        _FILLED.reset(token)
+
+
 def products(kernels: Kernels, hidden: Float[Array, "N K"], weights: Sequence[Stored]) -> list[Float[Array, "N _"]]:
     """x W^T for several weights [O, K] in one call, which costs less than one call each.
 
@@ -55,7 +75,7 @@ def products(kernels: Kernels, hidden: Float[Array, "N K"], weights: Sequence[St
     """
     shapes = [jax.ShapeDtypeStruct((hidden.shape[0], weight.shape[0]), jnp.float32) for weight in weights]
     call = jax.ffi.ffi_call(kernels.target("products"), shapes)
-    outputs = call(hidden.astype(jnp.float32), *jax.tree.leaves(list(weights)))
+    outputs = call(hidden.astype(jnp.float32), _count_filled(hidden), *jax.tree.leaves(list(weights)))
     return [out.astype(hidden.dtype) for out in outputs]
 
 
@@ -64,7 +84,8 @@ def swiglu(
 ) -> Float[Array, "N D"]:
     """down(silu(gate x) * up x) in one call."""
     call = jax.ffi.ffi_call(kernels.target("swiglu"), jax.ShapeDtypeStruct(hidden.shape, jnp.float32))
-    return call(hidden.astype(jnp.float32), *jax.tree.leaves([gate, up, down])).astype(hidden.dtype)
+    weights = jax.tree.leaves([gate, up, down])
+    return call(hidden.astype(jnp.float32), _count_filled(hidden), *weights).astype(hidden.dtype)
 
 
 def experts(
@@ -86,7 +107,8 @@ def experts(
       shared: The same three of an expert that all tokens go to with factor 1, without E; none if empty.
     """
     call = jax.ffi.ffi_call(kernels.target("experts"), jax.ShapeDtypeStruct(hidden.shape, jnp.float32))
-    given = (hidden.astype(jnp.float32), factors.astype(jnp.float32), chosen.astype(jnp.int32))
+    routing = factors.astype(jnp.float32), chosen.astype(jnp.int32)
+    given = hidden.astype(jnp.float32), _count_filled(hidden), *routing
     return call(*given, *jax.tree.leaves([list(stacks), list(shared)])).astype(hidden.dtype)
 
 
@@ -120,3 +142,11 @@ def rows(kernels: Kernels, table: Shaped[Array, "V K"], ids: Int[Array, "N"]) ->
     """
     shape = jax.ShapeDtypeStruct((ids.shape[0], table.shape[1]), table.dtype)
     return jax.ffi.ffi_call(kernels.target("rows"), shape)(table, ids.astype(jnp.int32))
+
+
+def _count_filled(hidden: Float[Array, "N _"]) -> Int[Array, ""]:
+    """How many rows a kernel computes; see `filled_rows`."""
+    num_rows = hidden.shape[0]
+    filled = _FILLED.get()
+    count = num_rows if filled is None or filled[1] != num_rows else filled[0]
+    return jnp.asarray(count, jnp.int32)

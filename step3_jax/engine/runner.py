@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.storage import Storage
 from step3_jax.cache.paged import Cache, copy_pages, count_pages, empty_cache
 from step3_jax.config import TextConfig
+from step3_jax.cpu_kernels.api import filled_rows
 from step3_jax.engine.decode_loop import decode_loop
 from step3_jax.engine.executor import Executor, Started, num_copies
 from step3_jax.engine.state import DecodeBatch, DecodeCall, ExpertTokens, PrefillBatch, Report
@@ -185,7 +186,8 @@ class TracedCalls:
         def count(routing: Routing) -> Int[Array, " E"]:
             return count_tokens(routing, batch.query_starts[-1], num_experts)
 
-        _, filled, counts = decoder.run(embeddings, cache=cache, step=step, observe=count)
+        with filled_rows(step.count_filled(batch.token_ids.shape[0]), batch.token_ids.shape[0]):
+            _, filled, counts = decoder.run(embeddings, cache=cache, step=step, observe=count)
         if self._config.is_moe_layer(self._config.num_hidden_layers - 1):
             # The hidden states are unused, so the parts of the last layer that only they need are not computed; nor is its
             # routing.
@@ -210,8 +212,9 @@ class TracedCalls:
         decoder = self._build(weights).text
 
         def forward(ids: Int[Array, "B T"], cache: Cache, step: CacheStep) -> tuple[Float[Array, "B T V"], Cache]:
-            hidden, filled = decoder(decoder.embed(ids), cache=cache, step=step)
-            return decoder.logits(hidden), cache if filled is None else filled
+            with filled_rows(step.count_filled(ids.shape[1]), ids.size):
+                hidden, filled = decoder(decoder.embed(ids), cache=cache, step=step)
+                return decoder.logits(hidden), cache if filled is None else filled
 
         return decode_loop(
             forward,

@@ -54,6 +54,13 @@ class CacheStep(NamedTuple):
     query_starts: Int[Array, " starts"] | None = None
     num_new: Int[Array, " B"] | None = None
 
+    def count_filled(self, length: int) -> Int[Array, ""]:
+        """Of the step's tokens, [B, `length`] row by row, those before the padding or the idle rows at the end."""
+        if self.query_starts is not None:
+            return self.query_starts[-1]
+        places = jnp.arange(1, self.lengths.shape[0] + 1)
+        return length * jnp.max(jnp.where(self.lengths > 0, places, 0))
+
 
 class AttentionContext(NamedTuple):
     """Shared by all layers of one step.

@@ -212,14 +212,17 @@ typedef struct {
   int has_shared;
 } Mixture;
 
-static XLA_FFI_Error* run_mixture(const XLA_FFI_CallFrame* frame, const XLA_FFI_Buffer* x, const Mixture* mixture) {
-  const int64_t num_x = x->dims[0], width = x->dims[1], num_routed = num_x * mixture->top_k;
+// The first num_x rows of x; the outputs of the others are 0.
+static XLA_FFI_Error* run_mixture(
+    const XLA_FFI_CallFrame* frame, const XLA_FFI_Buffer* x, int64_t num_x, const Mixture* mixture) {
+  const int64_t width = x->dims[1], num_routed = num_x * mixture->top_k;
   const int64_t num_pairs = num_routed + (mixture->has_shared ? num_x : 0);
   const int64_t most_groups = mixture->num_experts + 2 + num_pairs / MAX_GROUP_ROWS;
   const int is_rounded =
       (mixture->num_experts && has_pairs(&mixture->routed)) || (mixture->has_shared && has_pairs(&mixture->shared));
   Experts all = {.num_x = num_x, .width = width, .y = result(frame, 0)->data};
-  int is_done = read_activations(x, is_rounded, &all.x);
+  clear_rows(all.y, num_x, x->dims[0], width);
+  int is_done = read_activations(x, num_x, is_rounded, &all.x);
   all.tokens = malloc(sizeof *all.tokens * (size_t)(num_pairs + 1));
   all.factors = malloc(sizeof *all.factors * (size_t)(num_pairs + 1));
   all.rows[0] = malloc(2 * sizeof *all.rows[0] * (size_t)(num_pairs + 1));
@@ -284,38 +287,45 @@ static int is_output_of(const XLA_FFI_CallFrame* frame, const XLA_FFI_Buffer* x)
          y->dims[0] == x->dims[0] && y->dims[1] == x->dims[1];
 }
 
-// x [N, D], factors [N, top_k], experts [N, top_k], three stacks, and three matrices of a shared expert if there is one.
+// x [N, D], rows to compute [], factors [N, top_k], experts [N, top_k], three stacks, and three matrices of a shared expert
+// if there is one.
 static XLA_FFI_Error* run_experts(const XLA_FFI_CallFrame* frame, int rounds) {
   const char* name = "step3_experts";
-  const XLA_FFI_Buffer *x = argument(frame, 0), *factors = argument(frame, 1), *experts = argument(frame, 2);
-  const XLA_FFI_Buffer* gate = argument(frame, 3);
+  const XLA_FFI_Buffer *x = argument(frame, 0), *factors = argument(frame, 2), *experts = argument(frame, 3);
+  const XLA_FFI_Buffer* gate = argument(frame, 4);
+  int64_t num_rows;
   if (!is_output_of(frame, x)) return refuse(frame, name, 0, "is not float32 [N, D] as the output is");
+  const char* problem = read_num_rows(argument(frame, 1), x, &num_rows);
+  if (problem) return refuse(frame, name, 1, problem);
   if (!experts || experts->dtype != XLA_FFI_DataType_S32 || experts->rank != 2 || experts->dims[0] != x->dims[0]) {
-    return refuse(frame, name, 2, "is not the experts' numbers, int32 [N, top_k]");
+    return refuse(frame, name, 3, "is not the experts' numbers, int32 [N, top_k]");
   }
   if (!factors || factors->dtype != XLA_FFI_DataType_F32 || factors->rank != 2 ||
       factors->dims[0] != x->dims[0] || factors->dims[1] != experts->dims[1]) {
-    return refuse(frame, name, 1, "is not a factor for each number, float32 [N, top_k]");
+    return refuse(frame, name, 2, "is not a factor for each number, float32 [N, top_k]");
   }
-  if (!gate || gate->rank != 3 || gate->dims[0] == 0) return refuse(frame, name, 3, "is not a stack of matrices");
+  if (!gate || gate->rank != 3 || gate->dims[0] == 0) return refuse(frame, name, 4, "is not a stack of matrices");
   Mixture mixture = {
       .factors = factors->data, .experts = experts->data, .top_k = experts->dims[1], .num_experts = gate->dims[0]};
-  Reader reader = {.frame = frame, .rounds = rounds, .index = 3};
-  const char* problem = read_swiglu(&reader, mixture.num_experts, x->dims[1], &mixture.routed);
+  Reader reader = {.frame = frame, .rounds = rounds, .index = 4};
+  problem = read_swiglu(&reader, mixture.num_experts, x->dims[1], &mixture.routed);
   mixture.has_shared = reader.index < frame->args.size;
   if (!problem && mixture.has_shared) problem = read_swiglu(&reader, 0, x->dims[1], &mixture.shared);
-  return problem ? refuse(frame, name, reader.index, problem) : run_mixture(frame, x, &mixture);
+  return problem ? refuse(frame, name, reader.index, problem) : run_mixture(frame, x, num_rows, &mixture);
 }
 
-// x [N, D] and the three matrices of one SwiGLU.
+// x [N, D], rows to compute [], and the three matrices of one SwiGLU.
 static XLA_FFI_Error* run_swiglu(const XLA_FFI_CallFrame* frame, int rounds) {
   const char* name = "step3_swiglu";
   const XLA_FFI_Buffer* x = argument(frame, 0);
   if (!is_output_of(frame, x)) return refuse(frame, name, 0, "is not float32 [N, D] as the output is");
+  int64_t num_rows;
+  const char* problem = read_num_rows(argument(frame, 1), x, &num_rows);
+  if (problem) return refuse(frame, name, 1, problem);
   Mixture mixture = {.has_shared = 1};
-  Reader reader = {.frame = frame, .rounds = rounds, .index = 1};
-  const char* problem = read_swiglu(&reader, 0, x->dims[1], &mixture.shared);
-  return problem ? refuse(frame, name, reader.index, problem) : run_mixture(frame, x, &mixture);
+  Reader reader = {.frame = frame, .rounds = rounds, .index = 2};
+  problem = read_swiglu(&reader, 0, x->dims[1], &mixture.shared);
+  return problem ? refuse(frame, name, reader.index, problem) : run_mixture(frame, x, num_rows, &mixture);
 }
 
 #endif

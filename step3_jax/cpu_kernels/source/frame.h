@@ -145,9 +145,22 @@ INLINE void round_row(const float* from, int64_t count, uint16_t* to) {
 #endif
 }
 
-// Activations [N, K] for products of which some may be in pairs. Returns 0 without memory.
-static int read_activations(const XLA_FFI_Buffer* x, int has_pairs, Activations* read) {
-  const int64_t count = x->dims[0] * x->dims[1];
+// How many rows of x [N, K] are computed, from int32 []; those after them are padding, whose outputs are 0. Returns NULL, or
+// what is wrong.
+static const char* read_num_rows(const XLA_FFI_Buffer* given, const XLA_FFI_Buffer* x, int64_t* num_rows) {
+  if (!given || given->rank != 0 || given->dtype != XLA_FFI_DataType_S32) return "is not a number of rows, int32 []";
+  const int64_t wanted = *(const int32_t*)given->data;
+  *num_rows = wanted < 0 ? 0 : least(wanted, x->dims[0]);
+  return NULL;
+}
+
+static void clear_rows(float* out, int64_t first, int64_t stop, int64_t num_columns) {
+  memset(out + first * num_columns, 0, (size_t)((stop - first) * num_columns) * sizeof(float));
+}
+
+// Rows of activations [N, K] for products of which some may be in pairs. Returns 0 without memory.
+static int read_activations(const XLA_FFI_Buffer* x, int64_t num_rows, int has_pairs, Activations* read) {
+  const int64_t count = num_rows * x->dims[1];
   *read = (Activations){.wide = x->data};
   if (!has_pairs) return 1;
   read->rounded = malloc(sizeof(uint16_t) * (size_t)(count + 1));

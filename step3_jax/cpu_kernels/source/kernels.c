@@ -1,10 +1,11 @@
 // Products from weights as they are stored, called by compiled JAX programs on CPUs.
 //
 // step3_products: x [N, K] with one or more matrices [O, K] -> one output [N, O] for each matrix.
+// step3_swiglu: x [N, D] and three matrices.
 // step3_experts: the sum of the chosen experts' SwiGLU for each token.
 // step3_attend: attention of the newest tokens over pages of the KV cache.
 // step3_rows: rows of a table [V, K] by ids [N], as they are stored.
-// Activations, sums and outputs are float32. Those named _rounded round activations to bfloat16 before they meet weights in
+// Activations, sums and outputs are float32. The first three are told how many rows of x are not padding. Those named _rounded round activations to bfloat16 before they meet weights in
 // bfloat16 or FP8. See cpu_kernels/api.py for what may be given.
 
 #include "attention.h"
@@ -54,7 +55,7 @@ static int share_products(const XLA_FFI_CallFrame* frame, Products* products, in
     products->first_unit[i + 1] = products->first_unit[i] + (rows + products->unit_rows - 1) / products->unit_rows;
   }
   Activations read;
-  int is_done = read_activations(x, has_pairs, &read);
+  int is_done = read_activations(x, products->num_x, has_pairs, &read);
   const void** rows = malloc(2 * sizeof *rows * (size_t)(products->num_x + 1));
   is_done = is_done && rows;
   if (is_done) {
@@ -76,23 +77,26 @@ static XLA_FFI_Error* run_products(const XLA_FFI_CallFrame* frame, int rounds) {
   const char* name = "step3_products";
   const XLA_FFI_Buffer* x = argument(frame, 0);
   if (!x || x->rank != 2 || x->dtype != XLA_FFI_DataType_F32) return refuse(frame, name, 0, "is not float32 [N, K]");
-  Products products = {.num_x = x->dims[0], .num_matrices = (int)frame->rets.size};
+  Products products = {.num_matrices = (int)frame->rets.size};
+  const char* problem = read_num_rows(argument(frame, 1), x, &products.num_x);
+  if (problem) return refuse(frame, name, 1, problem);
   const int64_t num_columns = x->dims[1];
   if (products.num_matrices > MAX_MATRICES) {
     return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "step3_products was given too many matrices");
   }
-  Reader reader = {.frame = frame, .rounds = rounds, .index = 1};
+  Reader reader = {.frame = frame, .rounds = rounds, .index = 2};
   int64_t operations = 0;
   for (int i = 0; i < products.num_matrices; i++) {
     Matrix* matrix = &products.matrices[i];
     const XLA_FFI_Buffer* out = result(frame, i);
-    const char* problem = read_matrix(&reader, 0, num_columns, matrix);
+    problem = read_matrix(&reader, 0, num_columns, matrix);
     if (problem) return refuse(frame, name, reader.index, problem);
-    if (out->dtype != XLA_FFI_DataType_F32 || out->rank != 2 || out->dims[0] != products.num_x ||
+    if (out->dtype != XLA_FFI_DataType_F32 || out->rank != 2 || out->dims[0] != x->dims[0] ||
         out->dims[1] != matrix->num_rows) {
       return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT, "step3_products has outputs of other sizes");
     }
     products.outputs[i] = out->data;
+    clear_rows(out->data, products.num_x, x->dims[0], matrix->num_rows);
     operations += matrix->num_rows * num_columns * products.num_x;
   }
   if (share_products(frame, &products, operations)) return NULL;

@@ -89,6 +89,42 @@ def test_an_output_depends_on_its_own_row_alone(kernels):
             np.testing.assert_array_equal(out, of_all[:rows])
 
 
+@pytest.mark.parametrize("count", [0, 1, 13, 30, 40])
+def test_padding_is_not_computed_and_rows_before_it_are_as_without(kernels, count):
+    x = normal(30, 90)
+    gate, up, down = (hold(normal(*shape, seed=1), "fp8") for shape in ((70, 90), (70, 90), (90, 70)))
+    stacks = [jax.tree.map(lambda leaf: leaf[None], weight) for weight in (gate, up, down)]
+    routing = jnp.ones((30, 1)), jnp.zeros((30, 1), jnp.int32)
+    calls = {
+        "products": lambda x: api.products(kernels, x, [gate, up]),
+        "swiglu": lambda x: [api.swiglu(kernels, x, gate, up, down)],
+        "experts": lambda x: [api.experts(kernels, x, *routing, stacks, [gate, up, down])],
+        "experts alone": lambda x: [api.experts(kernels, x, *routing, stacks)],
+    }
+    for call in calls.values():
+        with api.filled_rows(jnp.int32(count), 30):
+            found = call(x)
+        for out, whole in zip(found, call(x), strict=True):
+            np.testing.assert_array_equal(out[:count], whole[:count])
+            assert not out[count:].any()
+            assert whole.any()
+
+
+def test_calls_of_other_sizes_have_no_padding(kernels):
+    x, weight = normal(5, 90), normal(70, 90, seed=1)
+    with api.filled_rows(jnp.int32(2), 30):
+        (found,) = api.products(kernels, x, [weight])
+    np.testing.assert_array_equal(found, api.products(kernels, x, [weight])[0])
+
+
+def test_a_number_of_rows_is_needed(kernels):
+    shape = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    for operation in ("products", "swiglu", "experts"):
+        call = jax.ffi.ffi_call(kernels.target(operation), shape)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=rf"step3_{operation}: argument 1, \[1\], is not a number"):
+            np.asarray(call(np.ones((2, 3), np.float32), np.ones(1, np.int32)))
+
+
 # Stacks are quantised operation by operation, which compiles each for a second.
 @pytest.mark.parametrize(
     "form", [form if form == "fp8" else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
@@ -233,26 +269,25 @@ def call_experts(kernels, **changes):
         values, scales = (shape, (*shape[:-2], 1, 1)) if isinstance(shape[0], int) else shape
         weights += [np.zeros(values, jnp.float8_e4m3fn), np.ones(scales, np.float32)]
     call = jax.ffi.ffi_call(kernels.target("experts"), jax.ShapeDtypeStruct((1, 50), jnp.float32))
-    return np.asarray(
-        call(np.ones((1, 50), np.float32), np.ones((1, 1), np.float32), np.full((1, 1), 2, np.int32), *weights)
-    )
+    routing = np.ones((1, 1), np.float32), np.full((1, 1), 2, np.int32)
+    return np.asarray(call(np.ones((1, 50), np.float32), np.int32(1), *routing, *weights))
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"up": (2, 40, 50)}, r"argument 5, \[2, 40, 50\], has not as many matrices as the other weights"),
-        ({"down": (2, 50, 40)}, r"argument 7, \[2, 50, 40\], has not as many matrices"),
-        ({"up": (40, 50)}, r"argument 5, \[40, 50\], has not as many matrices"),
-        ({"up": (3, 39, 50)}, r"argument 5, \[3, 39, 50\], has not as many rows as the gate"),
-        ({"down": (3, 50, 30)}, r"argument 7, \[3, 50, 30\], has not as many columns as what it is multiplied with"),
-        ({"down": (3, 49, 40)}, r"argument 7, \[3, 49, 40\], has not as many rows as the activations have columns"),
+        ({"up": (2, 40, 50)}, r"argument 6, \[2, 40, 50\], has not as many matrices as the other weights"),
+        ({"down": (2, 50, 40)}, r"argument 8, \[2, 50, 40\], has not as many matrices"),
+        ({"up": (40, 50)}, r"argument 6, \[40, 50\], has not as many matrices"),
+        ({"up": (3, 39, 50)}, r"argument 6, \[3, 39, 50\], has not as many rows as the gate"),
+        ({"down": (3, 50, 30)}, r"argument 8, \[3, 50, 30\], has not as many columns as what it is multiplied with"),
+        ({"down": (3, 49, 40)}, r"argument 8, \[3, 49, 40\], has not as many rows as the activations have columns"),
         (
             {"up": ((3, 40, 50), (2, 1, 1))},
-            r"argument 6, \[2, 1, 1\], is not the scales, in float32, of as many matrices",
+            r"argument 7, \[2, 1, 1\], is not the scales, in float32, of as many matrices",
         ),
-        ({"up": ((3, 40, 50), (3, 2, 1))}, r"argument 6, \[3, 2, 1\], has not a scale for each block"),
-        ({"up": ((3, 40, 50), (3, 1, 2))}, r"argument 6, \[3, 1, 2\], has not a scale for each block"),
+        ({"up": ((3, 40, 50), (3, 2, 1))}, r"argument 7, \[3, 2, 1\], has not a scale for each block"),
+        ({"up": ((3, 40, 50), (3, 1, 2))}, r"argument 7, \[3, 1, 2\], has not a scale for each block"),
     ],
 )
 def test_weights_that_do_not_fit_each_other_are_refused_and_not_read(kernels, changes, problem):

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from step3_jax.cache.paged import Cache
+from step3_jax.cpu_kernels.loader import Kernels, find_kernels
 from step3_jax.engine.llm import LLM
 from step3_jax.engine.runner import Runner
 from step3_jax.engine.state import FULL, IDLE, RUNNING, STOPPED, DecodeBatch, DecodeCall, PrefillBatch, Report
+from step3_jax.layers.attention import CacheStep
 from step3_jax.model.step3 import Step3
 from step3_jax.sampling.batch import SamplingBatch, SamplingRow, sampling_batch
 from step3_jax.sampling.params import SamplingParams
@@ -183,6 +185,28 @@ def test_an_end_token_ends_a_row_and_the_call_if_others_wait(runner: Runner) -> 
 def test_padding_behind_a_chunk_changes_nothing(runner: Runner) -> None:
     reports = [run(runner, read(runner, 1, padding), decode_batch(1), sampling_of([9]))[1] for padding in (0, 200)]
     np.testing.assert_array_equal(reports[0].tokens, reports[1].tokens)
+
+
+@pytest.mark.parametrize("is_chunk", [True, False])
+def test_the_cpu_kernels_compute_no_padding_and_no_idle_rows_at_the_end(runner: Runner, is_chunk: bool) -> None:
+    if not isinstance(kernels := find_kernels(), Kernels):
+        pytest.skip(f"no CPU kernels: {kernels.reason}")
+    decode = DecodeCall(decode_batch(4), sampling_of([9] * 4), MAX_STEPS, max_steps=MAX_STEPS)
+    text = runner.lower(runner.allocate_cache(NUM_PAGES, "float32"), chunk(1) if is_chunk else decode).as_text()
+    constants = set(re.findall(r"(%\w+) = stablehlo\.constant", text))
+    calls = re.findall(r"@step3_(products|swiglu|experts)_\w+\(%\w+, (%\w+)", text)
+    # No more than keys and values of the chunk's last layer are needed, and only that one has experts.
+    assert {operation for operation, _ in calls} == {"products", "swiglu"} | ({"experts"} if not is_chunk else set())
+    assert not {num_rows for _, num_rows in calls} & constants
+
+
+@pytest.mark.parametrize(
+    ("lengths", "filled"), [([3, 0, 5, 0], 3), ([0, 0, 0, 0], 0), ([0, 0, 0, 1], 4), ([2, 2, 2, 2], 4)]
+)
+def test_rows_after_the_last_running_one_are_idle(lengths: list[int], filled: int) -> None:
+    step = CacheStep(jnp.zeros((4, 1), jnp.int32), jnp.asarray(lengths, jnp.int32))
+    assert [int(step.count_filled(width)) for width in (1, 3)] == [filled, 3 * filled]
+    assert int(step._replace(query_starts=jnp.asarray([0, 2, 7])).count_filled(32)) == 7
 
 
 def test_copied_pages_are_the_same_in_all_layers_and_no_other_page_changes(runner: Runner) -> None:

@@ -1,12 +1,13 @@
 """What driving other processes costs rank 0: `python -m tools.bench_drive --json benchmarks/drive.json`.
 
 No model is computed. Workers are processes of their own with the channel and loop of real ones; their part of each call, and
-rank 0's, returns at once. Three things are timed alternately, so that they share the machine's conditions:
+rank 0's, returns at once. Timed alternately, so that they share the machine's conditions:
 
 - an empty call to one worker and back;
 - an echo of as many bytes over a loopback connection of the same library, with the same keys, and nothing else;
-- a decode call of 32 sequences of up to 65,536 tokens, made through `DrivenExecutor` and without it: the difference is
-  rank 0's cost. Timed with a worker's answer after it, it says how much later than rank 0 a worker begins at most.
+- a decode call of 32 sequences of up to 65,536 tokens, made through `DrivenExecutor`, without it, and through it with a
+  worker's answer after it. The difference between the first two is rank 0's cost; the third says how much later than
+  rank 0 a worker begins at most.
 """
 
 from __future__ import annotations

@@ -38,12 +38,12 @@ CONFIG = TextConfig(
 )
 PROMPTS = (70, 1, 40)
 # bfloat16 rounds at 2^-9 in each of some twenty steps. FP8 weights are compared with products of the same quantised
-# activations. Where those come out as equal, all does; what differs by half a percent before (bfloat16's rounding over a
-# long sequence, or FP8 pages, which the kernel reads as float16) tips a tenth of the values to the next of their steps of
-# 2^-4, in each product anew.
+# activations. Where those come out as equal, all does; a last bit that differs before (of a softmax, or of FP8 pages, which
+# the kernel reads as float16) tips some of the values to the next of their steps of 2^-4, in each product more of them,
+# until a tenth have.
 TOLERANCE = {("bfloat16", "bfloat16"): 0.03, ("fp8", "bfloat16"): 0.12, ("fp8", "fp8"): 0.24}
-# Over the rows that come out best.
-BEST_TOLERANCE = 0.01
+# For the first token of a sequence, whose attention is to itself alone and so has no softmax that could differ.
+FIRST_TOLERANCE = 0.01
 
 
 @pytest.fixture(
@@ -117,7 +117,7 @@ def test_kernels_give_the_models_logits(case, monkeypatch) -> None:
     errors = row_errors(found, expected)
     assert np.median(errors) < TOLERANCE[weights, storage] / 2
     if storage == "bfloat16":
-        assert np.quantile(errors, 0.1) < BEST_TOLERANCE
+        assert errors[np.cumsum((0, *PROMPTS[:-1]))].max() < FIRST_TOLERANCE
     # A token whose third and fourth expert tie may take the other one.
     assert np.mean(errors > TOLERANCE[weights, storage]) < 0.05
     assert errors.max() > 0, "both ran the same program"

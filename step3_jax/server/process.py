@@ -165,6 +165,8 @@ class _Process:
             self._out(text)
 
     def _run_load(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Tracing makes millions of objects and hardly a cycle: looking for cycles takes a tenth of the start.
+        gc.disable()
         try:
             llm = self._load()
             # What is there now stays: looking through it again would hold up all streams for a tenth of a second.
@@ -175,6 +177,8 @@ class _Process:
             _call(loop, lambda: self._handle_failed_load(caught))
         else:
             _call(loop, lambda: self._handle_loaded(llm))
+        finally:
+            gc.enable()
 
     def _handle_loaded(self, llm: LLM) -> None:
         self._service.attach(llm)

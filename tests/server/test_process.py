@@ -71,7 +71,9 @@ def test_it_listens_before_the_model_is_there_and_drains_when_told_to_end() -> N
         assert idle.sock is not None
         assert idle.sock.recv(1) == b"", "idle connections are closed"
         assert "has_threads=False" in server.said
-        assert "frozen=True" in server.said, "the garbage collector leaves out what was there before the first request"
+        assert "frozen=True, collects=True" in server.said, (
+            "the collector leaves out what was there before the first request"
+        )
 
 
 def test_what_does_not_end_in_time_gets_an_error_and_the_process_ends() -> None:

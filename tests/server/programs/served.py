@@ -72,7 +72,7 @@ def main() -> int:
     ending = serve(load, config, opened, say)
     listener.stop()
     with contextlib.suppress(OSError):
-        say(f"ended with {ending}, frozen={gc.get_freeze_count() > 0}")
+        say(f"ended with {ending}, frozen={gc.get_freeze_count() > 0}, collects={gc.isenabled()}")
     return ending.code
 
 

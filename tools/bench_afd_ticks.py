@@ -212,7 +212,7 @@ def summarise(
 def _exchange_us(*sides: Mapping[str, Mapping[str, Any]]) -> float:
     """What an exchange takes: all of them with both sides' products, less the products, of which each side has half.
 
-    A median over rounds, since one that was disturbed can make the difference negative; at least what is written of it.
+    Of medians over rounds, since a disturbed round can make the difference negative; never below 0.1, the last digit kept.
     """
     exchanged = max(side["products exchanged"]["median_us"] for side in sides)
     return max(0.1, round(exchanged - sum(side["products"]["median_us"] for side in sides), 1))

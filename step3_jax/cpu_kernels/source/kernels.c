@@ -1,12 +1,13 @@
 // Products from weights as they are stored, called by compiled JAX programs on CPUs.
 //
 // step3_products: x [N, K] with one or more matrices [O, K] -> one output [N, O] for each matrix.
-// step3_swiglu: x [N, D] and three matrices.
+// step3_swiglu: down(silu(gate x) * up x) for x [N, D], in one call.
 // step3_experts: the sum of the chosen experts' SwiGLU for each token.
 // step3_attend: attention of the newest tokens over pages of the KV cache.
 // step3_rows: rows of a table [V, K] by ids [N], as they are stored.
-// Activations, sums and outputs are float32. The first three are told how many rows of x are not padding. Those named _rounded round activations to bfloat16 before they meet weights in
-// bfloat16 or FP8. See cpu_kernels/api.py for what may be given.
+// Activations, sums and outputs are float32. The first three are also given how many leading rows of x to compute: the
+// outputs of the others, which are padding, are 0. Those named _rounded round activations to bfloat16 before they meet
+// weights in bfloat16 or FP8. See cpu_kernels/api.py for what may be given.
 
 #include "attention.h"
 #include "experts.h"
